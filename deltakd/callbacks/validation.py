@@ -1,0 +1,69 @@
+"""Validation during training: the loss on held-out rows, and the quality of generated answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, final
+
+import lightning as L
+import torch
+
+from deltakd.callbacks.steps import at_step_end
+from deltakd.module import DistillationModule
+from deltakd.types import Batch
+
+#: Generates answers with the student and scores them: metric name (``rougeL``) -> value.
+Generate = Callable[[DistillationModule], dict[str, float]]
+
+
+@final
+class Validation(L.Callback):
+    """Runs at chosen optimiser steps, outside Lightning's validation loop.
+
+    Lightning validates at multiples of an interval within its epoch and re-enters its loop on resume by rules that
+    depend on where the checkpoint was written. Here the steps are given (the last one always among them), and a
+    resumed run validates exactly where the uninterrupted one would.
+
+    Args:
+        batches: the validation batches, in a fixed order.
+        steps: optimiser steps (counted from 1) after which to validate.
+        generate: answers and scores, or None: the loss alone.
+    """
+
+    def __init__(self, batches: Iterable[Batch], steps: Collection[int], generate: Generate | None) -> None:
+        self.batches = batches
+        self.steps = frozenset(steps)
+        self.generate = generate
+        self.last_step: int | None = None
+        self.last_metrics: dict[str, float] = {}
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        """Validate where this batch ended one of the chosen optimiser steps."""
+        step = trainer.global_step
+        if step not in self.steps or not at_step_end(trainer):
+            return
+        assert isinstance(pl_module, DistillationModule)
+        self.last_metrics = self.run(pl_module)
+        self.last_step = step
+        for logger in trainer.loggers:
+            logger.log_metrics(self.last_metrics, step=step)
+            logger.save()
+
+    @torch.no_grad()
+    def run(self, module: DistillationModule) -> dict[str, float]:
+        """``val/loss``, its parts per valid token, and ``val/<metric>`` of the generated answers."""
+        module.student.eval()
+        total, tokens, parts = 0.0, 0, dict[str, float]()
+        with module.trainer.precision_plugin.forward_context():
+            for batch in self.batches:
+                moved = batch.to(module.device)
+                loss, batch_parts = module.loss_of(moved)
+                total += float(loss)
+                tokens += len(moved.labels_N)
+                for name, value in batch_parts.items():
+                    parts[name] = parts.get(name, 0.0) + float(value)
+        metrics = {"val/loss": total / tokens} | {f"val/{name}": value / tokens for name, value in parts.items()}
+        if self.generate is not None:
+            metrics |= {f"val/{name}": value for name, value in self.generate(module).items()}
+        module.student.train()
+        return metrics

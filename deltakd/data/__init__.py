@@ -1,0 +1,47 @@
+"""Data: sources, templates, tokens, and the order in which a run sees them.
+
+Lightning's data module is in ``deltakd.data.datamodule``; it is not imported here, so that reading
+data needs no Lightning.
+"""
+
+from deltakd.data.build import LoadedSets, load_instruction_sets, load_text_sets
+from deltakd.data.config import InstructionData, TextData
+from deltakd.data.encoded_set import Encoded, EncodedSet
+from deltakd.data.encoding import encode_prompt, encode_row, encode_rows
+from deltakd.data.loader import EvalLoader, StepLoader, collate
+from deltakd.data.readers import read_rows, read_texts
+from deltakd.data.rows import Row, parse_row
+from deltakd.data.sampler import MicroBatch, StepSampler
+from deltakd.data.templates import AlpacaTemplate, ChatTemplate, PlainTemplate, Segment, Template, make_template
+from deltakd.data.text import pack_texts
+from deltakd.data.token_cache import tokenizer_fingerprint
+
+__all__ = [
+    "AlpacaTemplate",
+    "ChatTemplate",
+    "Encoded",
+    "EncodedSet",
+    "EvalLoader",
+    "InstructionData",
+    "LoadedSets",
+    "MicroBatch",
+    "PlainTemplate",
+    "Row",
+    "Segment",
+    "StepLoader",
+    "StepSampler",
+    "Template",
+    "TextData",
+    "collate",
+    "encode_prompt",
+    "encode_row",
+    "encode_rows",
+    "load_instruction_sets",
+    "load_text_sets",
+    "make_template",
+    "pack_texts",
+    "parse_row",
+    "read_rows",
+    "read_texts",
+    "tokenizer_fingerprint",
+]

@@ -1,0 +1,91 @@
+"""The data as Lightning wants it."""
+
+from __future__ import annotations
+
+import lightning
+
+from deltakd.data.encoded_set import EncodedSet
+from deltakd.data.loader import EvalLoader, StepLoader
+from deltakd.data.sampler import StepSampler
+
+
+class DistillationData(lightning.LightningDataModule):
+    """Hands out the training stream of this rank.
+
+    The whole run is one Lightning epoch: the sampler knows about passes over the data, Lightning does not. Use it with
+    ``use_distributed_sampler=False``. Rank and world size come from the trainer, where one is attached.
+
+    Args:
+        train: tokenised training rows.
+        val: tokenised validation rows, if any.
+        pad_id: the id to pad with.
+        batch_size: rows per process and micro-batch.
+        accumulate: micro-batches of an optimiser step.
+        seed: of the order of the data.
+        max_epochs: passes over the data, or None.
+        max_steps: most optimiser steps, or None.
+        val_batch_size: rows per process of a validation batch; None: as ``batch_size``.
+        group_by_length: whether steps are made of rows of similar length.
+    """
+
+    def __init__(
+        self,
+        train: EncodedSet,
+        val: EncodedSet | None,
+        pad_id: int,
+        batch_size: int,
+        accumulate: int,
+        seed: int,
+        max_epochs: float | None,
+        max_steps: int | None,
+        val_batch_size: int | None = None,
+        group_by_length: bool = True,
+    ) -> None:
+        super().__init__()
+        self.train = train
+        self.val = val
+        self.pad_id = pad_id
+        self.batch_size = batch_size
+        self.accumulate = accumulate
+        self.seed = seed
+        self.max_epochs = max_epochs
+        self.max_steps = max_steps
+        self.val_batch_size = val_batch_size or batch_size
+        self.group_by_length = group_by_length
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.sampler().total_steps
+
+    def sampler(self) -> StepSampler:
+        """The order of the rows for this rank."""
+        rank, world_size = self._place()
+        return StepSampler(
+            self.train.lengths,
+            self.train.valid_tokens,
+            batch_size=self.batch_size,
+            accumulate=self.accumulate,
+            world_size=world_size,
+            rank=rank,
+            seed=self.seed,
+            epochs=self.max_epochs,
+            max_steps=self.max_steps,
+            group_by_length=self.group_by_length,
+        )
+
+    def train_dataloader(self) -> StepLoader:
+        """Micro-batches of the whole run."""
+        return StepLoader(self.train, self.sampler(), self.pad_id)
+
+    def val_loader(self) -> EvalLoader | None:
+        """Validation batches of this rank. Not Lightning's ``val_dataloader``: our own callback runs the validation."""
+        if self.val is None:
+            return None
+        rank, world_size = self._place()
+        return EvalLoader(self.val, self.val_batch_size, self.pad_id, rank, world_size)
+
+    def _place(self) -> tuple[int, int]:
+        if self.trainer is None:
+            return 0, 1
+        return self.trainer.global_rank, self.trainer.world_size

@@ -1,0 +1,86 @@
+"""Tokenised rows, held compactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltakd.types import IGNORE_INDEX
+
+
+@dataclass
+class Encoded:
+    """One tokenised row.
+
+    Args:
+        input_ids: T token ids, prompt and response.
+        labels: T labels, the token itself where it is trained on, else IGNORE_INDEX. Not shifted.
+        row_id: the row's number in its data set.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    row_id: int
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedSet:
+    """Tokenised rows of one data set, as flat arrays.
+
+    Args:
+        input_ids: [tokens] int32, all rows after one another.
+        labels: [tokens] int32.
+        offsets: [n + 1] int64; row i is ``offsets[i]:offsets[i + 1]``.
+        row_ids: [n] int64.
+        counts: what happened to the rows: ``rows`` read, ``cut_prompts``, ``cut_responses``, ``dropped``.
+        fingerprint: sha256 over everything that the tokens depend on (rows, tokenizer, template, limits).
+    """
+
+    input_ids: NDArray[np.int32]
+    labels: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    row_ids: NDArray[np.int64]
+    counts: dict[str, int] = field(default_factory=dict)
+    fingerprint: str = ""
+
+    def __len__(self) -> int:
+        return len(self.row_ids)
+
+    def __getitem__(self, index: int) -> Encoded:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        index = int(index) % len(self)
+        part = slice(self.offsets[index], self.offsets[index + 1])
+        return Encoded(self.input_ids[part].tolist(), self.labels[part].tolist(), int(self.row_ids[index]))
+
+    def __iter__(self) -> Iterator[Encoded]:
+        return (self[index] for index in range(len(self)))
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """[n] tokens of each row, prompt included."""
+        return np.diff(self.offsets)
+
+    @cached_property
+    def valid_tokens(self) -> NDArray[np.int64]:
+        """[n] trained tokens of each row after the shift: position 0 has no position before it to predict it."""
+        return count_valid(self.labels, self.offsets)
+
+
+def count_valid(labels: NDArray[np.int32], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+    """[n] labels of each row that are trained on, position 0 not counted."""
+    trained = labels != IGNORE_INDEX
+    trained[offsets[:-1][np.diff(offsets) > 0]] = False
+    running = np.concatenate([[0], np.cumsum(trained, dtype=np.int64)])
+    return running[offsets[1:]] - running[offsets[:-1]]
+
+
+def flatten(rows: Sequence[Sequence[int]]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """Rows of ids as (flat [tokens] int32, offsets [n + 1] int64)."""
+    offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows], dtype=np.int64)])
+    flat = np.fromiter((token for row in rows for token in row), dtype=np.int32, count=int(offsets[-1]))
+    return flat, offsets

@@ -1,0 +1,161 @@
+"""A row of instruction data, and how a record of a file becomes one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+INSTRUCTION_KEYS = ("instruction", "question")
+INPUT_KEYS = ("input", "context")
+RESPONSE_KEYS = ("response", "output", "answer")
+MESSAGE_ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example: a task and its reference answers.
+
+    Args:
+        id: the row's number in its data set (0-based line number; running over several sources).
+        instruction: what is asked.
+        input: what the instruction is about; empty where there is nothing of the kind.
+        responses: the reference answers, best first; empty where the data set has none.
+        prompt: a prompt to be used verbatim, instead of instruction and input.
+        messages: a conversation of {role, content} turns, instead of instruction, input and responses.
+        category: the kind of task, where the data set says.
+    """
+
+    id: int
+    instruction: str = ""
+    input: str = ""
+    responses: tuple[str, ...] = ()
+    prompt: str | None = None
+    messages: tuple[dict[str, str], ...] | None = None
+    category: str | None = None
+
+    @property
+    def question(self) -> str:
+        """What is asked, in whichever form the row holds it (a conversation: its first user turn)."""
+        if self.messages is not None:
+            return next((m["content"] for m in self.messages if m["role"] == "user"), "")
+        return self.instruction if self.prompt is None else self.prompt
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """The answers to score against; of a conversation, its last assistant turn."""
+        if self.messages is None:
+            return self.responses
+        answers = [m["content"] for m in self.messages if m["role"] == "assistant"]
+        return tuple(answers[-1:])
+
+    @property
+    def text(self) -> str:
+        """The row as plain text (instruction, input, first response), for pre-training."""
+        if self.messages is not None:
+            return "\n".join(m["content"] for m in self.messages)
+        if self.prompt is not None:
+            return self.prompt + "".join(self.responses[:1])
+        return "\n".join(part for part in (self.instruction, self.input, *self.responses[:1]) if part)
+
+
+def parse_row(record: Mapping[str, Any], where: str, id: int, need_response: bool = True) -> Row:
+    """Make a row of a record.
+
+    Args:
+        record: what a line of the file holds: instruction | question, input | context,
+            response | output | answer (a string or a list of strings), or prompt (verbatim, unless an instruction
+            stands beside it), or messages.
+        where: place of the record (file:line), for the error.
+        id: the row's number.
+        need_response: whether a record without an answer is an error.
+
+    Raises:
+        ValueError: a field is missing, empty, ambiguous or of the wrong type.
+    """
+    category = record.get("category")
+    category = category if isinstance(category, str) else None
+    if record.get("messages") is not None:
+        _refuse_both(record, where)
+        messages = _messages(record["messages"], where, need_response)
+        return Row(id, messages=messages, category=category)
+    instruction = _one_text(record, INSTRUCTION_KEYS, where)
+    prompt = None if instruction else _one_text(record, ("prompt",), where)
+    if not instruction and not prompt:
+        raise ValueError(_missing(record, where, "instruction", (*INSTRUCTION_KEYS, "prompt", "messages")))
+    responses = _responses(record, where)
+    if need_response and not responses:
+        raise ValueError(_missing(record, where, "response", (*RESPONSE_KEYS, "messages")))
+    text = _one_text(record, INPUT_KEYS, where) if prompt is None else ""
+    return Row(id, instruction, text, responses, prompt or None, None, category)
+
+
+def _missing(record: Mapping[str, Any], where: str, what: str, allowed: Sequence[str]) -> str:
+    found = ", ".join(sorted(map(str, record))) or "none"
+    empty = [key for key in allowed if key in record]
+    state = f"{what} is empty" if empty else f"no {what}"
+    return f"{where}: {state}; keys found: {found}; give a non-empty one of: {', '.join(allowed)}"
+
+
+def _one_text(record: Mapping[str, Any], keys: Sequence[str], where: str) -> str:
+    """The one non-blank text among ``keys``; "" if there is none."""
+    texts = {key: record[key] for key in keys if record.get(key) is not None}
+    for key, text in texts.items():
+        if not isinstance(text, str):
+            raise ValueError(f"{where}: {key} must be a string, got {type(text).__name__}")
+    return _only({key: text for key, text in texts.items() if text.strip()}, where) or ""
+
+
+def _only(values: Mapping[str, Any], where: str) -> Any:
+    distinct = list(values.values())
+    if any(value != distinct[0] for value in distinct):
+        keys = " and ".join(values)
+        raise ValueError(f"{where}: {keys} differ, and only one of them can be meant; remove the others")
+    return distinct[0] if distinct else None
+
+
+def _responses(record: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    given: dict[str, tuple[str, ...]] = {}
+    for key in RESPONSE_KEYS:
+        value = record.get(key)
+        if value is None:
+            continue
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            kind = type(value).__name__
+            raise ValueError(f"{where}: {key} must be a string or a list of strings, got {kind}")
+        given[key] = tuple(text for text in texts if text.strip())
+    return _only({key: texts for key, texts in given.items() if texts}, where) or ()
+
+
+def _refuse_both(record: Mapping[str, Any], where: str) -> None:
+    others = [key for key in INSTRUCTION_KEYS if record.get(key)]
+    if others:
+        raise ValueError(f"{where}: both messages and {others[0]} are given; keep one of them")
+
+
+def _messages(value: Any, where: str, need_response: bool) -> tuple[dict[str, str], ...]:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{where}: messages must be a non-empty list of {{role, content}}, got {value!r:.80}")
+    turns = []
+    for number, turn in enumerate(value):
+        if not isinstance(turn, dict) or not isinstance(turn.get("content"), str):
+            raise ValueError(f"{where}: messages[{number}] must be {{role, content}} with text, got {turn!r:.80}")
+        if turn.get("role") not in MESSAGE_ROLES:
+            allowed = ", ".join(MESSAGE_ROLES)
+            raise ValueError(f"{where}: messages[{number}] has role {turn.get('role')!r}; allowed: {allowed}")
+        if turn["role"] != "system" and not turn["content"].strip():
+            raise ValueError(f"{where}: messages[{number}] ({turn['role']}) is empty")
+        turns.append({"role": turn["role"], "content": turn["content"]})
+    _check_order(turns, where, need_response)
+    return tuple(turns)
+
+
+def _check_order(turns: Sequence[Mapping[str, str]], where: str, need_response: bool) -> None:
+    roles = [turn["role"] for turn in turns]
+    if "user" not in roles:
+        raise ValueError(f"{where}: messages have no user turn; roles found: {', '.join(roles)}")
+    if "assistant" in roles and roles.index("assistant") < roles.index("user"):
+        raise ValueError(f"{where}: the first assistant turn stands before the first user turn; remove it")
+    if need_response and "assistant" not in roles:
+        raise ValueError(f"{where}: messages have no assistant turn; roles found: {', '.join(roles)}")

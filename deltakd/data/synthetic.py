@@ -1,0 +1,421 @@
+"""A small invented world to distil from scratch: raw text that states facts, and instruction rows that ask for them.
+
+People have a home, a job, a pet, a food, a colour and a friend. The raw text states every fact in several sentence
+forms. Facts are dealt to the splits in pairs (home and job, ...): no training row gives away a fact that a validation
+or test row asks for, so that answering it means remembering the raw text, and the size of a model matters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+FORMAT_VERSION = 1
+#: The line between two documents of the raw text.
+SEPARATOR = "<|endoftext|>"
+MANIFEST = "world.json"
+FILES = ("pretrain.txt", "pretrain_val.txt", "train.jsonl", "val.jsonl", "test.jsonl")
+#: The share of the facts (and of all other questions) that each split asks for.
+SPLITS = {"train": 0.6, "val": 0.1, "test": 0.3}
+#: Lists drawn for each family that asks about a list; training rows repeat them if there are more rows.
+LISTS = 700
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """One thing to know about a person, and the words that raw text and instructions have for it.
+
+    Args:
+        values: what it can be; empty for the friend, who is a person.
+        verb: says of a person that they have the value.
+        participle: says it of some person.
+        question: asks for the value, with ``{who}``.
+    """
+
+    values: tuple[str, ...]
+    verb: str
+    participle: str
+    question: str
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+ATTRIBUTES = {
+    "home": Attribute(
+        _words("Brell Costin Dunmar Fenwick Garlow Hestor Morvane Pellin Quist Rowden Selby Tavik"),
+        "lives in",
+        "living in",
+        "Where does {who} live?",
+    ),
+    "job": Attribute(
+        _words("baker cook doctor farmer judge lawyer miner nurse painter pilot sailor teacher"),
+        "works as a",
+        "working as a",
+        "What does {who} work as?",
+    ),
+    "pet": Attribute(
+        _words("cat crab dog duck fox goat hen horse lizard mouse parrot snake"),
+        "keeps a",
+        "keeping a",
+        "What does {who} keep?",
+    ),
+    "food": Attribute(
+        _words("beans bread cake cheese fish honey noodles pie porridge rice soup stew"),
+        "eats",
+        "eating",
+        "What does {who} eat?",
+    ),
+    "colour": Attribute(
+        _words("black blue brown gold green grey pink purple red silver white yellow"),
+        "wears",
+        "wearing",
+        "What does {who} wear?",
+    ),
+    "friend": Attribute((), "walks with", "walking with", "Who does {who} walk with?"),
+}
+#: Facts that one description gives together, and that go to the same split.
+PAIRS = (("home", "job"), ("pet", "food"), ("colour", "friend"))
+CATEGORIES = {
+    "fruit": _words("apple banana cherry fig grape lemon mango peach"),
+    "tool": _words("axe chisel drill hammer pliers rake saw shovel"),
+    "tree": _words("ash beech birch cedar elm maple pine willow"),
+    "drink": _words("cider cocoa coffee juice lemonade milk tea water"),
+    "vehicle": _words("bike boat bus car ship train truck van"),
+    "instrument": _words("cello drum flute guitar harp horn piano violin"),
+    "metal": _words("brass bronze copper iron lead nickel steel zinc"),
+    "game": _words("bingo cards chess darts dice golf poker tennis"),
+    "flower": _words("daisy iris lily lotus pansy poppy rose tulip"),
+    "garment": _words("belt boot coat glove hat scarf shirt sock"),
+}
+NAME_STARTS = _words("Bar Cor Del Fen Gal Hul Jor Kel Lin Mar Nor Pel Quin Ros Sar Tol Vin Wes Yan Zed")
+NAME_ENDS = _words("bo da fi go ka lo mi nu")
+
+
+@dataclass(frozen=True)
+class World:
+    """The people, their facts by person and attribute, and the split that asks for each (person, pair of facts)."""
+
+    people: tuple[str, ...]
+    facts: dict[str, dict[str, str]]
+    splits: dict[tuple[str, tuple[str, str]], str]
+
+    def split(self, who: str, attribute: str) -> str:
+        """The one split whose rows may give away or ask for this fact."""
+        return next(self.splits[who, pair] for pair in PAIRS if attribute in pair)
+
+
+@dataclass(frozen=True)
+class Question:
+    """An instruction with all of its good answers, and the split that it belongs to."""
+
+    split: str
+    instruction: str
+    answers: tuple[str, ...]
+    input: str = ""
+
+
+def _deal(rng: random.Random, count: int) -> list[str]:
+    """The names of the splits in random order, each as often as its share of ``count``."""
+    val, test = round(SPLITS["val"] * count), round(SPLITS["test"] * count)
+    dealt = ["val"] * val + ["test"] * test + ["train"] * (count - val - test)
+    rng.shuffle(dealt)
+    return dealt
+
+
+def make_world(seed: int, people: int) -> World:
+    """Invent the people and their facts; every value belongs to nearly equally many people.
+
+    Raises:
+        ValueError: there are not names for so many people, or they are too few for every value to have an owner.
+    """
+    names = [start + end for start in NAME_STARTS for end in NAME_ENDS]
+    if not 12 <= people <= len(names):
+        raise ValueError(f"people={people}: the world holds 12 to {len(names)} people; choose a number in between")
+    rng = random.Random(f"world {seed}")
+    chosen = tuple(rng.sample(names, people))
+    facts: dict[str, dict[str, str]] = {who: {} for who in chosen}
+    for name, attribute in ATTRIBUTES.items():
+        if attribute.values:
+            values = [attribute.values[i % len(attribute.values)] for i in range(people)]
+            rng.shuffle(values)
+        else:  # a ring of friends: nobody is their own
+            ring = rng.sample(chosen, people)
+            after = dict(zip(ring, ring[1:] + ring[:1], strict=True))
+            values = [after[who] for who in chosen]
+        for who, value in zip(chosen, values, strict=True):
+            facts[who][name] = value
+    blocks = [(who, pair) for who in chosen for pair in PAIRS]
+    return World(chosen, facts, dict(zip(blocks, _deal(rng, len(blocks)), strict=True)))
+
+
+def statements(who: str, name: str, what: str) -> tuple[str, str, str]:
+    """The sentences in which raw text states a fact."""
+    attribute = ATTRIBUTES[name]
+    return (
+        f"{who} {attribute.verb} {what}.",
+        f"The {name} of {who} is {what}.",
+        f"One person {attribute.participle} {what} is {who}.",
+    )
+
+
+def _lookup(world: World, rng: random.Random) -> Iterator[Question]:
+    """One attribute of a person, answered by a sentence."""
+    for who, facts in world.facts.items():
+        for name, what in facts.items():
+            split, (sentence, _, _) = world.split(who, name), statements(who, name, what)
+            yield Question(split, ATTRIBUTES[name].question.format(who=who), (sentence,))
+
+
+def _value(world: World, rng: random.Random) -> Iterator[Question]:
+    """One attribute of a person, answered by the bare value."""
+    for who, facts in world.facts.items():
+        for name, what in facts.items():
+            yield Question(world.split(who, name), f"Name the {name} of {who}.", (what,))
+
+
+def describe(world: World, who: str, pair: tuple[str, str]) -> str:
+    """One sentence with two facts about a person."""
+    first, second = (f"{ATTRIBUTES[name].verb} {world.facts[who][name]}" for name in pair)
+    return f"{who} {first} and {second}."
+
+
+def _describe(world: World, rng: random.Random) -> Iterator[Question]:
+    """Two facts about a person in one sentence."""
+    for (who, pair), split in world.splits.items():
+        instruction = f"Describe the {pair[0]} and {pair[1]} of {who}."
+        yield Question(split, instruction, (describe(world, who, pair),))
+
+
+def _any_person(world: World, rng: random.Random) -> Iterator[Question]:
+    """Somebody with a given value: several good answers."""
+    groups = [(name, what) for name, attribute in ATTRIBUTES.items() for what in attribute.values]
+    for (name, what), split in zip(groups, _deal(rng, len(groups)), strict=True):
+        owners = [who for who in world.people if world.facts[who][name] == what]
+        if split == "train":  # a training row gives away no fact of another split
+            owners = [who for who in owners if world.split(who, name) == "train"]
+        for form in ("Who {}?", "Name someone who {}.") if owners else ():
+            yield Question(split, form.format(f"{ATTRIBUTES[name].verb} {what}"), tuple(owners))
+
+
+def _any_thing(world: World, rng: random.Random) -> Iterator[Question]:
+    """A member of a category: several good answers."""
+    for (kind, members), split in zip(CATEGORIES.items(), _deal(rng, len(CATEGORIES)), strict=True):
+        for form in ("Name a {}.", "Give a kind of {}.", "Say a kind of {}.", "What is a kind of {}?"):
+            yield Question(split, form.format(kind), members)
+
+
+def _lists(rng: random.Random, words: list[str], low: int, high: int) -> Iterator[tuple[str, list[str]]]:
+    """Different lists of ``low`` to ``high`` different words, each with its split."""
+    drawn: dict[tuple[str, ...], None] = {}
+    while len(drawn) < LISTS:
+        drawn[tuple(rng.sample(words, rng.randint(low, high)))] = None
+    for items, split in zip(drawn, _deal(rng, LISTS), strict=True):
+        yield split, list(items)
+
+
+def _things() -> list[str]:
+    return [word for members in CATEGORIES.values() for word in members]
+
+
+def _digits() -> list[str]:
+    return [str(digit) for digit in range(10)]
+
+
+def _reverse(world: World, rng: random.Random) -> Iterator[Question]:
+    """The words of the input, last first."""
+    for split, items in _lists(rng, _things(), 2, 3):
+        yield Question(split, "Reverse the words.", (" ".join(items[::-1]),), " ".join(items))
+
+
+def _sort(world: World, rng: random.Random) -> Iterator[Question]:
+    """The digits of the input, smallest first."""
+    for split, items in _lists(rng, _digits(), 3, 3):
+        yield Question(split, "Sort the numbers.", (" ".join(sorted(items)),), " ".join(items))
+
+
+def _largest(world: World, rng: random.Random) -> Iterator[Question]:
+    """The largest digit of the input."""
+    for split, items in _lists(rng, _digits(), 3, 5):
+        yield Question(split, "Give the largest number.", (max(items),), " ".join(items))
+
+
+def _count(world: World, rng: random.Random) -> Iterator[Question]:
+    """How many words the input has."""
+    for split, items in _lists(rng, _things(), 2, 4):
+        yield Question(split, "Count the words.", (str(len(items)),), " ".join(items))
+
+
+#: Each family of instructions, with its share of the rows.
+FAMILIES: dict[str, tuple[Callable[[World, random.Random], Iterator[Question]], float]] = {
+    "lookup": (_lookup, 0.35),
+    "value": (_value, 0.15),
+    "describe": (_describe, 0.12),
+    "any_person": (_any_person, 0.12),
+    "any_thing": (_any_thing, 0.03),
+    "reverse": (_reverse, 0.07),
+    "sort": (_sort, 0.06),
+    "largest": (_largest, 0.05),
+    "count": (_count, 0.05),
+}
+
+
+def _facts_document(world: World, rng: random.Random, people: int) -> str:
+    """Facts about so many people at random, in any order and form; now and then two facts in one sentence."""
+    group = rng.sample(world.people, people)
+    sentences = []
+    for name in rng.sample(list(ATTRIBUTES), len(ATTRIBUTES)):
+        who = rng.choice(group)
+        if rng.random() < 0.2:
+            sentences.append(describe(world, who, rng.choice(PAIRS)))
+        else:
+            sentences.append(rng.choice(statements(who, name, world.facts[who][name])))
+    return " ".join(sentences)
+
+
+def _list_document(world: World, rng: random.Random) -> str:
+    """What the other families ask for, as statements."""
+    kind = rng.choice(list(CATEGORIES))
+    words, digits = rng.sample(_things(), rng.randint(2, 3)), rng.sample(_digits(), 3)
+    sentences = [
+        f"One kind of {kind} is {rng.choice(CATEGORIES[kind])}.",
+        f"The words {' '.join(words)} reverse to {' '.join(words[::-1])}.",
+        f"The numbers {' '.join(digits)} sort to {' '.join(sorted(digits))}.",
+        f"The words {' '.join(words)} count to {len(words)}.",
+        f"The largest of {' '.join(digits)} is {max(digits)}.",
+    ]
+    rng.shuffle(sentences)
+    return " ".join(sentences)
+
+
+def _documents(world: World, rng: random.Random, count: int) -> str:
+    """Raw text, one document a line: two of five about one person, two about several, one of lists."""
+    makers: list[Callable[[], str]] = [
+        lambda: _facts_document(world, rng, 1),
+        lambda: _facts_document(world, rng, 6),
+        lambda: _list_document(world, rng),
+    ]
+    chosen = rng.choices(makers, (0.4, 0.4, 0.2), k=count)
+    return f"\n{SEPARATOR}\n".join(make() for make in chosen) + "\n"
+
+
+def _rows(world: World, seed: int, counts: dict[str, int]) -> dict[str, str]:
+    """The instruction rows of each split as JSON lines: in training one answer, elsewhere the list of good ones."""
+    rows: dict[str, list[dict[str, str | list[str]]]] = {split: [] for split in SPLITS}
+    for family, (make, _) in FAMILIES.items():
+        rng = random.Random(f"{family} {seed}")
+        pools: dict[str, list[Question]] = defaultdict(list)
+        for question in make(world, rng):
+            pools[question.split].append(question)
+        for split, pool in pools.items():
+            rng.shuffle(pool)
+            wanted = _quotas(counts[split])[family]
+            if split != "train" and wanted > len(pool):
+                raise ValueError(
+                    f"{split}_rows={counts[split]} asks for {wanted} questions of the family {family!r}, which has "
+                    f"{len(pool)} there; ask for fewer rows or more people"
+                )
+            for i in range(wanted):
+                question = pool[i % len(pool)]
+                output = rng.choice(question.answers) if split == "train" else list(question.answers)
+                row = {"instruction": question.instruction, "input": question.input, "output": output, "family": family}
+                rows[split].append(row)
+    for split, own in rows.items():
+        random.Random(f"{split} rows {seed}").shuffle(own)
+    return {f"{split}.jsonl": "".join(json.dumps(row) + "\n" for row in own) for split, own in rows.items()}
+
+
+def _quotas(count: int) -> dict[str, int]:
+    """Rows of each family, by share; what rounding leaves goes to the first family."""
+    quotas = {family: int(share * count) for family, (_, share) in FAMILIES.items()}
+    quotas["lookup"] += count - sum(quotas.values())
+    return quotas
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _write(path: Path, text: str) -> None:
+    """Write atomically: a reader sees the old file or the new one."""
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
+        file.write(text)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+
+
+def _is_written(directory: Path, arguments: dict[str, int]) -> bool:
+    """Whether the directory holds this very world, as its manifest says.
+
+    Raises:
+        ValueError: it does, but a file was changed since.
+    """
+    if not all((directory / name).is_file() for name in (*FILES, MANIFEST)):
+        return False
+    manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+    if manifest["arguments"] != arguments or manifest["format_version"] != FORMAT_VERSION:
+        return False
+    changed = [name for name in FILES if manifest["sha256"][name] != _sha256(directory / name)]
+    if changed:
+        raise ValueError(f"{', '.join(changed)} in {directory} changed since written; delete {MANIFEST} to rewrite")
+    return True
+
+
+def write_world(
+    directory: str | Path,
+    *,
+    seed: int = 0,
+    people: int = 80,
+    documents: int = 4000,
+    train_rows: int = 2400,
+    val_rows: int = 100,
+    test_rows: int = 180,
+) -> dict[str, Path]:
+    """Write the raw text and the instruction rows of one invented world; do nothing if they are there already.
+
+    Args:
+        directory: where; made if missing. Its files of the same names are overwritten if they are of other arguments.
+        seed: of everything random; the same arguments give the same bytes.
+        people: each has six facts.
+        documents: of ``pretrain.txt``; ``pretrain_val.txt`` gets a twentieth of it, freshly drawn.
+        train_rows: rows with one ``output`` (string); questions repeat where the world has fewer.
+        val_rows: rows whose ``output`` is the list of all good answers; no question twice.
+        test_rows: likewise.
+
+    Returns:
+        The path of each file by its name (``FILES``).
+
+    Raises:
+        ValueError: an argument is out of range, the world has too few questions for the rows, or a file of this very
+            world was edited since it was written.
+    """
+    directory = Path(directory)
+    counts = {"train": train_rows, "val": val_rows, "test": test_rows}
+    arguments = {"seed": seed, "people": people, "documents": documents, **{f"{k}_rows": v for k, v in counts.items()}}
+    if min(documents, *counts.values()) < 1:
+        raise ValueError(f"documents={documents} and the rows {counts} must be at least 1 each")
+    paths = {name: directory / name for name in FILES}
+    if _is_written(directory, arguments):
+        return paths
+    world = make_world(seed, people)
+    texts = {
+        "pretrain.txt": _documents(world, random.Random(f"documents {seed}"), documents),
+        "pretrain_val.txt": _documents(world, random.Random(f"held-out documents {seed}"), -(-documents // 20)),
+        **_rows(world, seed, counts),
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / MANIFEST).unlink(missing_ok=True)  # last out, last in: it never vouches for a half-written world
+    for name, path in paths.items():
+        _write(path, texts[name])
+    shas = {name: _sha256(path) for name, path in paths.items()}
+    manifest = {"arguments": arguments, "format_version": FORMAT_VERSION, "sha256": shas}
+    _write(directory / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    return paths

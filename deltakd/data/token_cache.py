@@ -1,0 +1,109 @@
+"""Tables of tokens on disk: made once, found again by a key over everything that they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+#: To be raised when the same inputs give other tokens, or the table other columns, than before.
+FORMAT_VERSION = 1
+#: Fewer rows than this are tokenised in seconds and need no progress bar.
+LONG_TABLE = 20_000
+
+
+def fingerprint(*parts: Any) -> str:
+    """sha256 (64 hex digits) over JSON-able parts and the format version."""
+    digest = hashlib.sha256(str(FORMAT_VERSION).encode())
+    for part in parts:
+        digest.update(json.dumps(part, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+        digest.update(b"\0")
+    return digest.hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 over all that decides how the tokenizer turns text into ids."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state: dict[str, Any] = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    # What the last call left behind, not part of the tokenizer: our calls set neither.
+    state = {key: value for key, value in state.items() if backend is None or key not in ("truncation", "padding")}
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return fingerprint(type(tokenizer).__name__ if backend is None else "", state, special)
+
+
+def cached_table(key: str, cache_dir: str | Path | None, build: Callable[[], Dataset]) -> Dataset:
+    """The table of that key: from ``cache_dir``, or built and stored there.
+
+    A table appears under its final name only when it is complete, so an interrupted or a concurrent process can do no
+    harm.
+
+    Args:
+        key: what the table depends on, as ``fingerprint`` gives it.
+        cache_dir: folder, made if need be; None keeps nothing.
+        build: makes the table.
+    """
+    if cache_dir is None:
+        return build()
+    final = Path(cache_dir).expanduser() / f"tokens-{key}"
+    if not final.is_dir():
+        _store(build(), final)
+    from datasets import Dataset, load_from_disk
+
+    table = load_from_disk(str(final))
+    assert isinstance(table, Dataset)
+    return table
+
+
+def _store(table: Dataset, final: Path) -> None:
+    final.parent.mkdir(parents=True, exist_ok=True)
+    part = final.with_name(f".{final.name}-{uuid.uuid4().hex}")
+    try:
+        with quiet(len(table)):
+            table.save_to_disk(str(part))
+        part.rename(final)
+    except OSError:
+        # Another process was first, with the same table: folders are not replaced by a rename.
+        if not final.is_dir():
+            raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+@contextmanager
+def quiet(rows: int) -> Iterator[None]:
+    """No progress bars of ``datasets`` for tables of fewer than LONG_TABLE rows."""
+    import datasets
+
+    if rows >= LONG_TABLE or datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
+
+
+def flat_column(table: Dataset, name: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """A column of lists as (flat [tokens] int32, offsets [n + 1] int64)."""
+    chunks = table.data.column(name).chunks
+    lengths = np.concatenate([chunk.value_lengths().to_numpy(zero_copy_only=False) for chunk in chunks])
+    flat = np.concatenate([chunk.flatten().to_numpy(zero_copy_only=False) for chunk in chunks])
+    return flat.astype(np.int32), np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+
+def plain_column(table: Dataset, name: str) -> NDArray[np.int64]:
+    """A column of integers as [n] int64."""
+    return table.data.column(name).to_numpy().astype(np.int64)

@@ -1,0 +1,126 @@
+"""Evaluate a student: ``python -m deltakd.evaluate run=DIR`` or ``model=DIR``, with overrides as in training."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from transformers import AutoModelForCausalLM
+
+from deltakd.models import LanguageModel, load_tokenizer
+from deltakd.runs.configuration import compose_config
+from deltakd.runs.directory import RunDirectory
+from deltakd.runs.errors import ConfigError, guarded
+from deltakd.runs.evaluation import evaluate_sets, read_sets, shown
+from deltakd.runs.plan import make_evaluation
+from deltakd.runs.record import count_parameters, environment, peak_memory_mib
+
+log = logging.getLogger(__name__)
+
+USAGE = """Evaluate a student on any set of files.
+
+  python -m deltakd.evaluate run=RUN_DIR [key=value ...]
+  python -m deltakd.evaluate model=MODEL_DIR_OR_HUB_ID [key=value ...]
+
+With run=, the sets, decoding options, template and lengths are those of that run unless an override says otherwise:
+  'evaluation.sets={mine: FILE.jsonl.gz}'  evaluation.limit=50  'evaluation.seeds=[10,20]'
+  evaluation.decoding.do_sample=false  data.template=chat  data.max_prompt_length=256  run_dir=WHERE_RESULTS_GO
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line and evaluate."""
+    parser = argparse.ArgumentParser(
+        "deltakd.evaluate", description=USAGE, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="+", help="run=..., model=..., and Hydra overrides")
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    guarded(lambda: run_evaluation(arguments.overrides), "the same command; sets that are done are not done again")
+
+
+def run_evaluation(arguments: Sequence[str]) -> dict[str, Any]:
+    """Evaluate and write ``config.yaml``, ``generations/`` and ``summary.json`` into ``run_dir``.
+
+    Raises:
+        ConfigError: neither or both of run and model, unknown keys, no sets.
+        ValueError: a model or a file that can't be read.
+    """
+    cfg, model_path = _configure(arguments)
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
+    problems: list[str] = []
+    evaluation = make_evaluation(config["evaluation"], problems)
+    if not evaluation.sets:
+        problems.append("nothing to evaluate; give 'evaluation.sets={name: file.jsonl}'")
+    if problems:
+        raise ConfigError(problems)
+    directory = RunDirectory(Path(config["run_dir"] or f"outputs/evaluate/{datetime.now():%Y-%m-%d_%H-%M-%S}"))
+    directory.claim({"evaluated_model": model_path, **config}, resume=directory.config.is_file())
+    started = time.perf_counter()
+    tokenizer = load_tokenizer(model_path, "model")
+    sets = read_sets(evaluation, instantiate(config["data"], _convert_="all"), tokenizer)
+    model = _load(model_path)
+    metrics = evaluate_sets(model, tokenizer, sets, evaluation, len(tokenizer), directory.generations)
+    meta = environment() | {
+        "model": model_path,
+        "seed": config["seed"],
+        "parameters": count_parameters({"student": model}),
+        "seconds": round(time.perf_counter() - started, 3),
+        "peak_memory_mib": round(peak_memory_mib(), 1),
+    }
+    summary = {**metrics, "meta": meta}
+    directory.write_summary(summary)
+    log.info("%s (%s)", shown(metrics), directory.path)
+    return summary
+
+
+def _configure(arguments: Sequence[str]) -> tuple[DictConfig, str]:
+    """The config and the model's path: base, then the run's own settings, then the command line."""
+    sources = dict(a.split("=", 1) for a in arguments if a.startswith(("run=", "model=")))
+    overrides = [a for a in arguments if not a.startswith(("run=", "model="))]
+    if len(sources) != 1:
+        raise ConfigError([f"give either run=<run dir> or model=<checkpoint dir>; given: {list(arguments)}"])
+    cfg = compose_config("train", ["experiment=null", *overrides])
+    OmegaConf.set_struct(cfg, False)
+    if "model" in sources:
+        return cfg, sources["model"]
+    run = RunDirectory(Path(sources["run"]))
+    if not run.config.is_file() or not run.student.is_dir():
+        raise ConfigError(
+            [f"run={run.path} is no finished run: it needs config.yaml and student/; or give model=<dir>"]
+        )
+    held = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+    chosen = {a.split("=", 1)[0] for a in overrides}
+    for group in ("data", "evaluation"):
+        if group not in chosen:
+            cfg[group] = held[group]
+    # A run without generation still knows its sets and decoding; asking for an evaluation asks for answers.
+    cfg.evaluation.generate = True
+    for override in OverridesParser.create().parse_overrides(overrides):
+        if "." in override.key_or_group:
+            OmegaConf.update(cfg, override.key_or_group, override.value(), merge=False)
+    return cfg, str(run.student)
+
+
+def _load(path: str) -> torch.nn.Module:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"model={path}: no model can be loaded from there ({first}); give a model directory") from None
+    LanguageModel(model, model.get_output_embeddings().weight.shape[0])
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+if __name__ == "__main__":
+    main()

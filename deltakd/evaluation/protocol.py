@@ -1,0 +1,182 @@
+"""Evaluate a model on a set of prompts: generate, score, average over seeds and rows (DESIGN 4, MiniLLM's protocol)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from deltakd.evaluation.decoding import Decoding
+from deltakd.evaluation.generation import generate
+from deltakd.evaluation.scoring import METRICS, score
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Prompts with their references.
+
+    Args:
+        name: what the set is called in results.
+        row_ids: n distinct numbers ≥ 0, the rows in the data set; they fix the sampling noise.
+        prompts: the rendered texts, for the record only.
+        prompt_ids: their token ids, as the model gets them.
+        references: for each prompt one good answer or more.
+
+    Raises:
+        ValueError: if the lengths differ or a row id occurs twice.
+    """
+
+    name: str
+    row_ids: list[int]
+    prompts: list[str]
+    prompt_ids: list[list[int]]
+    references: list[tuple[str, ...]]
+
+    def __post_init__(self) -> None:
+        lengths = {key: len(getattr(self, key)) for key in ("row_ids", "prompts", "prompt_ids", "references")}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"The evaluation set {self.name!r} has lists of unequal length: {lengths}.")
+        if len(set(self.row_ids)) != len(self.row_ids):
+            raise ValueError(f"The evaluation set {self.name!r} repeats row ids: number each row once.")
+
+    def __len__(self) -> int:
+        return len(self.row_ids)
+
+
+def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The ids that end an answer: the tokenizer's EOS and those of the model's generation config."""
+    config = getattr(model, "generation_config", None)
+    found: set[int] = set()
+    for value in (tokenizer.eos_token_id, getattr(config, "eos_token_id", None)):
+        if value is not None:
+            found.update([value] if isinstance(value, int) else value)
+    return frozenset(found)
+
+
+def evaluate_set(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    eval_set: EvaluationSet,
+    *,
+    decoding: Decoding,
+    seed: int,
+    batch_size: int,
+    vocab_size: int,
+    pad_id: int,
+    progress: Callable[[int], None] | None = None,
+) -> list[Record]:
+    """Generate an answer to every prompt under one sampling seed, and score it.
+
+    Args:
+        model, decoding, seed, batch_size, vocab_size, pad_id, progress: see ``generate``.
+        tokenizer: decodes the answers, without special tokens; its EOS ends them.
+        eval_set: n prompts.
+
+    Returns:
+        n records, in the order of the set: ``row_id, prompt, prompt_tokens, reference`` (a list)``, output,
+        rouge1, rouge2, rougeL, exact_match`` (percent)``, output_tokens`` (EOS not counted)``, seed, decoding``
+        (every option that shapes a text, the seed and the EOS ids among them; not the batch size).
+
+    Raises:
+        ValueError: see ``generate`` and ``score``.
+    """
+    eos_ids = end_tokens(model, tokenizer)
+    answers = generate(
+        model,
+        eval_set.prompt_ids,
+        eval_set.row_ids,
+        decoding=decoding,
+        seed=seed,
+        batch_size=batch_size,
+        eos_ids=eos_ids,
+        vocab_size=vocab_size,
+        pad_id=pad_id,
+        progress=progress,
+    )
+    outputs = [str(tokenizer.decode(answer, skip_special_tokens=True)) for answer in answers]
+    options = {**asdict(decoding), "seed": seed, "eos_ids": sorted(eos_ids)}
+    return [
+        {
+            **_asked(eval_set, i),
+            "output": outputs[i],
+            **scores,
+            "output_tokens": len(answers[i]),
+            "seed": seed,
+            "decoding": options,
+        }
+        for i, scores in enumerate(score(outputs, eval_set.references))
+    ]
+
+
+def _asked(eval_set: EvaluationSet, index: int) -> Record:
+    """What the set says of one row; it must be the same when a stored result is used again."""
+    return {
+        "row_id": eval_set.row_ids[index],
+        "prompt": eval_set.prompts[index],
+        "prompt_tokens": len(eval_set.prompt_ids[index]),
+        "reference": list(eval_set.references[index]),
+    }
+
+
+def matches(records: Sequence[Record], eval_set: EvaluationSet, decoding: Decoding, seed: int) -> bool:
+    """Whether stored records answer exactly this question, so that generating again would be a waste.
+
+    Compared are the decoding options, the seed, and each row's id, prompt and references, in order. Which *model* gave
+    the answers is not in the records: the caller keeps a file for each.
+    """
+    if len(records) != len(eval_set):
+        return False
+    options = {**asdict(decoding), "seed": seed}
+    for index, record in enumerate(records):
+        stored = record.get("decoding", {})
+        if {key: value for key, value in stored.items() if key != "eos_ids"} != options:
+            return False
+        if any(record.get(key) != value for key, value in _asked(eval_set, index).items()):
+            return False
+    return True
+
+
+def summarise(records_by_seed: Mapping[int, Sequence[Record]]) -> dict[str, float]:
+    """Average over sampling seeds within each row, then over rows.
+
+    Args:
+        records_by_seed: sampling seed -> records of the same rows.
+
+    Returns:
+        For each metric its mean (percent) and ``<metric>_stderr``: the sample standard deviation of the rows' averages
+        over √n (0 for one row). It is the spread over prompts, not over training seeds. And ``output_tokens``, a mean.
+
+    Raises:
+        ValueError: if there are no records, or seeds cover different rows.
+    """
+    by_row = {seed: {record["row_id"]: record for record in records} for seed, records in records_by_seed.items()}
+    if not by_row or not all(by_row.values()):
+        raise ValueError(f"Seeds {sorted(by_row)} were given, not all with records: there is nothing to average.")
+    first, *others = by_row
+    row_ids = list(by_row[first])
+    for seed in others:
+        if by_row[seed].keys() != by_row[first].keys():
+            differing = sorted(by_row[seed].keys() ^ by_row[first].keys())
+            raise ValueError(
+                f"Seeds {first} and {seed} cover different rows, such as {differing[:5]}: evaluate the missing ones."
+            )
+    summary: dict[str, float] = {}
+    for name in (*METRICS, "output_tokens"):
+        values_SR = np.array([[records[row][name] for row in row_ids] for records in by_row.values()], dtype=np.float64)
+        means_R = values_SR.mean(axis=0)
+        summary[name] = float(means_R.mean())
+        if name in METRICS:
+            summary[f"{name}_stderr"] = _standard_error(means_R)
+    return summary
+
+
+def _standard_error(values_R: np.ndarray) -> float:
+    n = len(values_R)
+    return float(values_R.std(ddof=1)) / math.sqrt(n) if n > 1 else 0.0

@@ -1,0 +1,38 @@
+"""Supervised fine-tuning, which is also plain pre-training where every token is a label."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import final
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from deltakd.types import STUDENT, LossOutput, at_least_float32
+
+
+def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+    """−log softmax(logits)[label] at τ = 1: [N] nats, at least float32.
+
+    Args:
+        logits_NV: [N, V] float.
+        labels_N: [N] int64 in [0, V).
+    """
+    return F.cross_entropy(at_least_float32(logits_NV), labels_N, reduction="none")
+
+
+@final
+class SupervisedFineTuning:
+    """Cross-entropy of the labels under the student; reads no reference."""
+
+    requires: frozenset[str] = frozenset()
+
+    def __call__(self, logits: Mapping[str, Tensor], labels: Tensor) -> LossOutput:
+        """Score N tokens.
+
+        Args:
+            logits: ``{"student": [N, V]}``.
+            labels: [N] int64.
+        """
+        ce_N = cross_entropy(logits[STUDENT], labels)
+        return LossOutput(ce_N, {"ce": ce_N})

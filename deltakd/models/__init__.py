@@ -1,0 +1,20 @@
+"""Language models as (body, head), their loading, their tokenizers, adapters and export."""
+
+from deltakd.models.export import save_student
+from deltakd.models.language_model import LanguageModel
+from deltakd.models.loading import ModelSpec, load_config, load_model
+from deltakd.models.lora import LoraSpec, add_lora
+from deltakd.models.tokenizers import common_vocabulary, load_tokenizer, train_tokenizer
+
+__all__ = [
+    "LanguageModel",
+    "LoraSpec",
+    "ModelSpec",
+    "add_lora",
+    "common_vocabulary",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "save_student",
+    "train_tokenizer",
+]

@@ -1,0 +1,37 @@
+"""The product: a Hugging Face model directory that opens without any code of ours."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from deltakd.models.language_model import LanguageModel
+
+
+def save_student(model: LanguageModel, tokenizer: PreTrainedTokenizerBase, directory: Path, card: str) -> None:
+    """Write weights (safetensors, LoRA merged), configuration, tokenizer and model card; all of it or nothing.
+
+    Args:
+        model: the trained student; it stays as it is.
+        tokenizer: its tokenizer.
+        directory: replaced if it exists.
+        card: Markdown text of the model card.
+    """
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    causal_lm: Any = model.hf
+    if hasattr(causal_lm, "merge_and_unload"):
+        # Merging changes the weights in place, and the run may still go on with the adapter.
+        causal_lm = copy.deepcopy(causal_lm).merge_and_unload()
+    causal_lm.generation_config.eos_token_id = tokenizer.eos_token_id
+    causal_lm.generation_config.bos_token_id = tokenizer.bos_token_id
+    causal_lm.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    (partial / "README.md").write_text(card, encoding="utf-8")
+    shutil.rmtree(directory, ignore_errors=True)
+    os.replace(partial, directory)

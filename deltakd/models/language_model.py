@@ -1,0 +1,127 @@
+"""A causal language model split into its body and its head."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from deltakd.types import Batch, Head
+
+
+@final
+class LanguageModel(nn.Module):
+    """Wraps a transformers causal model so that it gives heads, not logits.
+
+    Args:
+        hf: the model, or a PEFT model around it.
+        vocabulary: V: rows of the output embedding beyond it are padding and are cut from every head.
+
+    Raises:
+        ValueError: the model has fewer rows than the tokenizer has tokens.
+    """
+
+    def __init__(self, hf: nn.Module, vocabulary: int) -> None:
+        super().__init__()
+        self.hf = hf
+        self.vocabulary = vocabulary
+        rows = self._output_embedding.weight.shape[0]
+        if rows < vocabulary:
+            raise ValueError(
+                f"the tokenizer has {vocabulary} tokens but the model's output embedding has {rows} rows; "
+                "give the tokenizer that belongs to the model"
+            )
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The transformers model itself, without adapter wrappers."""
+        model: Any = self.hf
+        return model.get_base_model() if hasattr(model, "peft_config") else model
+
+    @property
+    def _output_embedding(self) -> Any:
+        return self.causal_lm.get_output_embeddings()
+
+    def hidden_states(self, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
+        """[B, T, D] last hidden states, after the final norm: what the head multiplies."""
+        body = self.causal_lm.base_model
+        accepted = inspect.signature(body.forward).parameters
+        options = {"use_cache": False} if "use_cache" in accepted or "kwargs" in accepted else {}
+        return body(input_ids=input_ids_BT, attention_mask=attention_mask_BT, **options).last_hidden_state
+
+    def forward(self, batch: Batch) -> Head:
+        """The head of the batch's N valid tokens: prompt and padding are never multiplied."""
+        hidden_BTD = self.hidden_states(batch.input_ids, batch.attention_mask)
+        return self.head_of(hidden_BTD[:, :-1][batch.valid_BT])
+
+    def head_of(self, hidden_ND: Tensor) -> Head:
+        """The head over given hidden states, cut to the vocabulary."""
+        bias = getattr(self._output_embedding, "bias", None)
+        softcap, scale = _logit_transform(self.causal_lm.config)
+        return Head(
+            hidden=hidden_ND,
+            weight=_effective_weight(self._output_embedding)[: self.vocabulary],
+            bias=None if bias is None else bias[: self.vocabulary],
+            softcap=softcap,
+            scale=scale,
+        )
+
+    @contextmanager
+    def adapter_off(self) -> Iterator[None]:
+        """The model as it was before its LoRA adapter, in eval mode; restored on leaving."""
+        was_training = self.training
+        model: Any = self.hf
+        self.eval()
+        try:
+            with model.disable_adapter():
+                yield
+        finally:
+            self.train(was_training)
+
+    @torch.no_grad()
+    def check_head(self) -> None:
+        """Compare body and head with the model's own logits on a few tokens.
+
+        An architecture that does more to its logits than a head can say would otherwise train on wrong ones.
+
+        Raises:
+            ValueError: they differ.
+        """
+        was_training = self.training
+        self.eval()
+        device = self._output_embedding.weight.device
+        ids_BT = torch.arange(1, 7, device=device).remainder(self.vocabulary)[None]
+        mask_BT = torch.ones_like(ids_BT)
+        own_NV = self.causal_lm(input_ids=ids_BT, attention_mask=mask_BT).logits[0, :, : self.vocabulary].float()
+        ours_NV = self.head_of(self.hidden_states(ids_BT, mask_BT)[0]).logits().float()
+        self.train(was_training)
+        # Half-precision models round their own logits; ours are made in float32 from the same hidden states.
+        tolerance = 1e-4 if self._output_embedding.weight.dtype in (torch.float32, torch.float64) else 3e-2
+        error = (own_NV - ours_NV).abs().max().item()
+        if not error <= tolerance * max(1.0, own_NV.abs().max().item()):
+            raise ValueError(
+                f"{type(self.causal_lm).__name__}: body and head differ from the model's own logits by {error:.3g}; "
+                "this architecture transforms its logits in a way that deltakd does not know"
+            )
+
+
+def _logit_transform(config: Any) -> tuple[float | None, float]:
+    """(softcap, scale) of the architectures that transform their logits: Gemma2, Cohere, Granite."""
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    divisor = float(getattr(config, "logits_scaling", None) or 1.0)
+    return getattr(config, "final_logit_softcapping", None), scale / divisor
+
+
+def _effective_weight(layer: Any) -> Tensor:
+    """The weight [V, D] that the layer multiplies by, LoRA's part included where an adapter sits on the head."""
+    if not hasattr(layer, "get_delta_weight"):
+        return layer.weight
+    weight = layer.get_base_layer().weight
+    if layer.disable_adapters:
+        return weight
+    return weight + sum(layer.get_delta_weight(name) for name in layer.active_adapters)

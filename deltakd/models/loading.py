@@ -1,0 +1,147 @@
+"""Models from the Hugging Face hub, from a local directory, or from scratch by a configuration."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Where one role's model comes from (``model.<role>`` of the config).
+
+    Args:
+        path: hub id or local directory; None only with ``init="random"``.
+        dtype: float32, bfloat16, float16 or float64: the dtype of the weights.
+        init: ``pretrained``, or ``random``: built from ``architecture`` with weights drawn from the seed.
+        architecture: for ``random``: ``model_type`` and what that type's transformers configuration takes.
+        tokenizer: where the role's tokenizer is, if not at ``path``.
+    """
+
+    path: str | None = None
+    dtype: str = "float32"
+    init: str = "pretrained"
+    architecture: Mapping[str, Any] | None = None
+    tokenizer: str | None = None
+
+    def problems(self, role: str) -> list[str]:
+        """What is wrong with this entry of the config, one sentence each; nothing is fetched."""
+        key = f"model.{role}"
+        found = []
+        if self.dtype not in DTYPES:
+            found.append(f"{key}.dtype is {self.dtype!r}; allowed: {', '.join(DTYPES)}")
+        if self.init not in ("pretrained", "random"):
+            found.append(f"{key}.init is {self.init!r}; allowed: pretrained, random")
+        elif self.init == "random" and not (self.architecture or {}).get("model_type"):
+            found.append(f"{key}.init=random needs {key}.architecture with a model_type (gpt2, llama, ...)")
+        elif self.init == "pretrained" and not self.path:
+            found.append(f"{key}.path is missing; give a hub id or a local directory: {key}.path=...")
+        elif self.init == "pretrained" and self.path:
+            found += _path_problems(key, self.path)
+        return found
+
+
+def _path_problems(key: str, path: str) -> list[str]:
+    if Path(path).is_dir():
+        if (Path(path) / "config.json").is_file():
+            return []
+        return [f"{key}.path={path} is a directory without config.json; give a Hugging Face model directory"]
+    if _HUB_ID.fullmatch(path):
+        return []
+    return [f"{key}.path={path}: no such directory (and not a hub id, which would be `name` or `owner/name`)"]
+
+
+def _reason(path: str, error: Exception) -> str:
+    """One line saying why a model could not be had and what to do."""
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if Path(path).is_dir():
+        return first
+    return f"not in the local cache and the Hugging Face hub can't be reached, or has no such model ({first[:120]})"
+
+
+def load_config(role: str, spec: ModelSpec, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The configuration alone: cheap, and tells early whether the model can be had.
+
+    Raises:
+        ValueError: in one line: the model, why it can't be had, and how to give a local path.
+    """
+    assert spec.path is not None
+    try:
+        return AutoConfig.from_pretrained(spec.path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"model.{role}.path={spec.path}: {_reason(spec.path, error)}; "
+            f"to use a local copy give model.{role}.path=/path/to/model_directory"
+        ) from None
+
+
+def load_model(
+    role: str,
+    spec: ModelSpec,
+    *,
+    vocabulary: int,
+    eos_token_id: int | None = None,
+    seed: int = 0,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load or build the causal language model of a role, in its own dtype.
+
+    Args:
+        role: for the messages.
+        spec: where it comes from.
+        vocabulary: number of tokens; a model from scratch gets exactly so many rows.
+        eos_token_id: the tokenizer's, for a model from scratch.
+        seed: draws the weights of a model from scratch.
+        attn_implementation: passed on to transformers (sdpa, eager, flash_attention_2, ...).
+        trust_remote_code: passed on; off unless the user asks.
+
+    Raises:
+        ValueError: the model can't be had, or its weights don't fit its architecture.
+    """
+    if spec.init == "random":
+        return _build_model(spec, vocabulary, eos_token_id, seed, attn_implementation)
+    config = load_config(role, spec, trust_remote_code=trust_remote_code)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(spec.path),
+            config=config,
+            dtype=DTYPES[spec.dtype],
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(f"model.{role}.path={spec.path}: {_reason(str(spec.path), error)}") from None
+    model, info = loaded
+    missing = sorted(info["missing_keys"]) + [str(m[0]) for m in info["mismatched_keys"]]
+    if missing:
+        raise ValueError(
+            f"model.{role}.path={spec.path} is no causal language model of type {config.model_type}: "
+            f"{len(missing)} weights are absent or of another shape (first: {missing[0]}) and would be random; "
+            "give a checkpoint of that architecture"
+        )
+    return model
+
+
+def _build_model(
+    spec: ModelSpec, vocabulary: int, eos_token_id: int | None, seed: int, attn_implementation: str | None
+) -> PreTrainedModel:
+    # The defaults of a model type are the special tokens of its best-known checkpoint, not of this tokenizer.
+    special = {"bos_token_id": eos_token_id, "eos_token_id": eos_token_id, "pad_token_id": None}
+    architecture = special | dict(spec.architecture or {})
+    config = AutoConfig.for_model(architecture.pop("model_type"), vocab_size=vocabulary, **architecture)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(
+            config, dtype=DTYPES[spec.dtype], attn_implementation=attn_implementation
+        )

@@ -1,0 +1,142 @@
+"""The LightningModule: one training step for every loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from deltakd.kernels import chunked_loss
+from deltakd.models import LanguageModel
+from deltakd.optim import AdamW
+from deltakd.references import References
+from deltakd.types import STUDENT, Batch, Loss
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite; the weights are still those of the step before."""
+
+
+@dataclass
+class _StepSums:
+    """What the micro-batches of the current optimiser step have added up to, on this rank."""
+
+    loss: Tensor | float = 0.0
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, loss: Tensor, parts: dict[str, Tensor]) -> None:
+        self.loss = self.loss + loss.detach()
+        for name, value in parts.items():
+            self.parts[name] = self.parts[name] + value if name in self.parts else value
+
+
+@final
+class DistillationModule(L.LightningModule):
+    """Bundles the student, its references and the loss.
+
+    Args:
+        student: the model to train.
+        references: the frozen models, or None for a loss that reads none. They are no submodule: not in the
+            checkpoint, not in the optimiser, untouched by ``train()``.
+        loss: the loss plug-in.
+        optim: optimiser and schedule.
+        total_steps: optimiser steps of the whole run.
+        seed: with the number of the micro-batch it draws the student's dropout.
+        chunk_size: tokens a chunk of the head; None chooses.
+    """
+
+    def __init__(
+        self,
+        student: LanguageModel,
+        references: References | None,
+        loss: Loss,
+        optim: AdamW,
+        total_steps: int,
+        seed: int,
+        chunk_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        # from_pretrained returns eval mode, and Lightning leaves models in the mode in which they arrive.
+        self.student = student.train()
+        self.references = references
+        self.loss = loss
+        self.optim = optim
+        self.total_steps = total_steps
+        self.seed = seed
+        self.chunk_size = chunk_size
+        #: Loss of the last whole optimiser step, on this rank.
+        self.last_loss = float("nan")
+        self._sums = _StepSums()
+
+    def on_fit_start(self) -> None:
+        """Let the references follow the student to its device."""
+        if self.references is not None:
+            self.references.to(self.device)
+
+    def loss_of(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Sum of the loss and of its parts over the batch's valid tokens (nats)."""
+        heads = {} if self.references is None else self.references(batch)
+        heads[STUDENT] = self.student(batch)
+        return chunked_loss(self.loss, heads, batch.labels_N, self.chunk_size)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One micro-batch: its summed loss over the valid tokens of the *whole* optimiser step.
+
+        Raises:
+            NonFiniteLossError: naming the step and the rows.
+        """
+        assert batch.step == self.global_step, f"batch of step {batch.step} arrived at step {self.global_step}"
+        # Dropout depends on the micro-batch alone, so that a resumed run draws what an uninterrupted one would.
+        torch.manual_seed(_mix(self.seed, batch_idx, self.global_rank))
+        total, parts = self.loss_of(batch)
+        share = total / batch.step_tokens
+        if not torch.isfinite(share):
+            raise NonFiniteLossError(
+                f"the loss is {share.item()} at optimiser step {batch.step}, rows {batch.row_ids.tolist()} of the "
+                "training set; the last good checkpoint is kept. Lower optim.lr, raise optim.warmup_steps, or look at "
+                "those rows"
+            )
+        self._sums.add(share, {name: value / batch.step_tokens for name, value in parts.items()})
+        # Lightning divides by the number of micro-batches and data-parallel strategies average over ranks; the
+        # denominator above already holds both.
+        return share * self.trainer.accumulate_grad_batches * self.trainer.world_size
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the loss of the whole optimiser step, and the gradient's norm before clipping."""
+        values = {"train/loss": self._sums.loss} | {f"train/{name}": v for name, v in self._sums.parts.items()}
+        self.last_loss = float(self._sums.loss)
+        self._sums = _StepSums()
+        for name, value in values.items():
+            # Each rank holds its share of the same denominator: the sum over ranks is the loss.
+            self.log(name, value, prog_bar=name == "train/loss", sync_dist=self.trainer.world_size > 1, reduce_fx="sum")
+        gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
+        self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+        self.log("train/lr", optimizer.param_groups[0]["lr"])
+
+    def configure_optimizers(self) -> Any:
+        """AdamW and its schedule, stepped per optimiser step."""
+        optimizer, scheduler = self.optim.build(self.student, self.total_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the last loss: it is the result of a run without validation data."""
+        checkpoint["last_loss"] = self.last_loss
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the last loss back."""
+        self.last_loss = checkpoint["last_loss"]
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Batches know how to move themselves."""
+        return batch.to(device, non_blocking=True)
+
+
+def _mix(seed: int, micro_batch: int, rank: int) -> int:
+    """A 63-bit seed from three small numbers (SplitMix64's finaliser, so that neighbours are unrelated)."""
+    z = (seed * 0x9E3779B97F4A7C15 + micro_batch * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) % 2**64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
+    return (z ^ (z >> 31)) >> 1

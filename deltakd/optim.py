@@ -1,0 +1,63 @@
+"""The optimiser and its learning-rate schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import get_scheduler
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """AdamW with warm-up and a schedule; no weight decay on biases and norms.
+
+    Args:
+        lr: peak learning rate.
+        weight_decay: on matrices (embeddings too), not on vectors.
+        betas: decay of the moments.
+        eps: added to the root of the second moment.
+        schedule: a name of transformers' ``get_scheduler``: cosine, linear, constant_with_warmup, ...
+        schedule_options: what that schedule takes, such as ``min_lr_rate`` of cosine_with_min_lr.
+        warmup_steps: optimiser steps from 0 to ``lr``; a number below 1 is a share of all steps.
+    """
+
+    lr: float = 5e-4
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    schedule: str = "cosine"
+    schedule_options: dict[str, Any] = field(default_factory=dict)
+    warmup_steps: float = 0
+
+    def problems(self) -> list[str]:
+        """What is wrong with ``optim``, one sentence each."""
+        found = []
+        if not self.lr > 0:
+            found.append(f"optim.lr is {self.lr}; it must be above 0")
+        if self.weight_decay < 0:
+            found.append(f"optim.weight_decay is {self.weight_decay}; it must be at least 0")
+        if self.warmup_steps < 0:
+            found.append(f"optim.warmup_steps is {self.warmup_steps}; it must be at least 0")
+        try:
+            probe = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+            get_scheduler(self.schedule, probe, 1, 10, dict(self.schedule_options))
+        except (ValueError, TypeError) as error:
+            found.append(f"optim.schedule={self.schedule} with options {dict(self.schedule_options)}: {error}")
+        return found
+
+    def build(self, model: nn.Module, total_steps: int) -> tuple[torch.optim.Optimizer, Any]:
+        """The optimiser over the trainable parameters and its scheduler, stepped once per optimiser step."""
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": self.weight_decay},
+            {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(
+            [g for g in groups if g["params"]], lr=self.lr, betas=(self.betas[0], self.betas[1]), eps=self.eps
+        )
+        warmup = self.warmup_steps if self.warmup_steps >= 1 else self.warmup_steps * total_steps
+        scheduler = get_scheduler(self.schedule, optimizer, round(warmup), total_steps, dict(self.schedule_options))
+        return optimizer, scheduler

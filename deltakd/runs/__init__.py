@@ -1,0 +1,1 @@
+"""What entry points share: composing and checking a config, the run directory, training, evaluation, the summary."""

@@ -1,0 +1,117 @@
+"""Tokenizer, models and references of a plan."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from deltakd.data import read_texts
+from deltakd.models import (
+    LanguageModel,
+    add_lora,
+    common_vocabulary,
+    load_model,
+    load_tokenizer,
+    train_tokenizer,
+)
+from deltakd.references import References
+from deltakd.runs.plan import Plan
+from deltakd.types import STUDENT, STUDENT_RAW
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models of a run.
+
+    Args:
+        student: the one to train.
+        references: the frozen ones, or None where the loss reads none.
+        loaded: role -> model, the student among them, for counting.
+    """
+
+    student: LanguageModel
+    references: References | None
+    loaded: dict[str, LanguageModel]
+
+
+def make_tokenizer(plan: Plan, directory: Path) -> PreTrainedTokenizerBase:
+    """The student's tokenizer: loaded, or trained on text and kept in ``directory`` for the next start.
+
+    Raises:
+        ValueError: there is none, or it has no EOS.
+    """
+    settings = plan.config["model"]["tokenizer"]
+    spec = plan.specs[STUDENT]
+    if settings["train_on"] and not spec.tokenizer:
+        if not (directory / "tokenizer.json").is_file():
+            texts = read_texts(settings["train_on"])
+            train_tokenizer(texts, settings["vocabulary"]).save_pretrained(directory)
+        return load_tokenizer(str(directory), "model.tokenizer")
+    trust = plan.config["model"]["trust_remote_code"]
+    source, key = (spec.tokenizer, "model.student.tokenizer") if spec.tokenizer else (spec.path, "model.student.path")
+    tokenizer = load_tokenizer(str(source), key, trust_remote_code=trust)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"{key}={source}: the tokenizer has no EOS token, so no answer could ever end; set its eos_token"
+        )
+    return tokenizer
+
+
+def shared_vocabulary(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Prove that all references speak the student's tokenizer; the number of tokens they share.
+
+    Raises:
+        ValueError: one does not.
+    """
+    vocabulary = len(tokenizer)
+    trust = plan.config["model"]["trust_remote_code"]
+    for role, spec in plan.specs.items():
+        source = spec.tokenizer or spec.path
+        if role == STUDENT or source in (plan.specs[STUDENT].tokenizer, plan.specs[STUDENT].path):
+            continue
+        other = load_tokenizer(str(source), f"model.{role}.tokenizer", trust_remote_code=trust)
+        vocabulary = min(vocabulary, common_vocabulary(tokenizer, other, role))
+    return vocabulary
+
+
+def make_models(plan: Plan, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Models:
+    """Load every model of the plan, check its head against its own logits, and freeze the references.
+
+    Raises:
+        ValueError: a model can't be had or does not fit.
+    """
+    settings = plan.config["model"]
+    loaded = {}
+    for role, spec in plan.specs.items():
+        hf = load_model(
+            role,
+            spec,
+            vocabulary=vocabulary,
+            eos_token_id=tokenizer.eos_token_id,
+            seed=plan.config["seed"],
+            attn_implementation=settings["attn_implementation"],
+            trust_remote_code=settings["trust_remote_code"],
+        )
+        model = LanguageModel(hf, vocabulary)
+        model.check_head()
+        loaded[role] = model
+    student = loaded[STUDENT]
+    if plan.lora is not None:
+        student = loaded[STUDENT] = LanguageModel(add_lora(student.causal_lm, plan.lora), vocabulary)
+    if settings["gradient_checkpointing"]:
+        student.causal_lm.gradient_checkpointing_enable()
+        # With LoRA nothing before the first adapter needs a gradient, and a checkpointed block would cut the graph.
+        student.causal_lm.enable_input_require_grads()
+    if plan.config["trainer"]["compile"]:
+        student.causal_lm.base_model.compile()
+    references = None
+    if plan.loss.requires:
+        frozen = {role: model for role, model in loaded.items() if role != STUDENT}
+        adapted = student if plan.lora is not None and STUDENT_RAW in plan.loss.requires else None
+        references = plan.make_references(frozen, adapted_student=adapted)
+    return Models(student, references, loaded)

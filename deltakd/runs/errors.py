@@ -1,0 +1,55 @@
+"""Errors that are the user's to mend: shown in one line, without a traceback."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from deltakd.callbacks import Stopped
+from deltakd.module import NonFiniteLossError
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """Everything that is wrong with a config, at once.
+
+    Args:
+        problems: one sentence each.
+    """
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        head = "" if len(problems) == 1 else f"{len(problems)} problems:\n  - "
+        super().__init__(head + "\n  - ".join(problems))
+
+
+def quiet_libraries() -> None:
+    """Keep libraries' advertisements and device listings out of the console; their warnings stay."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero", "httpx", "filelock"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def guarded(action: Callable[[], T], how_to_resume: str) -> T:
+    """Run an entry point's work; users' errors end the process with one line and exit status 2.
+
+    A run that was stopped by a signal has saved its state; it ends with 128 + the signal's number, as shells expect,
+    so that schedulers and ``&&`` do not take it for finished. HYDRA_FULL_ERROR=1 shows tracebacks.
+    """
+    quiet_libraries()
+    try:
+        return action()
+    except Stopped as stop:
+        print(f"{stop}. To go on: {how_to_resume}", file=sys.stderr)
+        sys.exit(128 + stop.signum)
+    except KeyboardInterrupt:
+        print(f"interrupted. To go on from the last checkpoint: {how_to_resume}", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, NonFiniteLossError) as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,131 @@
+"""Answers to the evaluation sets: generated, scored, written down; what is there already is not done again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from deltakd.data import InstructionData, Row, TextData, encode_prompt, read_rows
+from deltakd.evaluation import EvaluationSet, evaluate_set, matches, read_generations, summarise, write_generations
+from deltakd.runs.plan import Evaluation
+
+log = logging.getLogger(__name__)
+
+
+def make_set(
+    name: str, rows: Sequence[Row], data: InstructionData | TextData, tokenizer: PreTrainedTokenizerBase
+) -> EvaluationSet:
+    """Prompts exactly as training would tokenise them, with all their references."""
+    template = data.make_template(tokenizer)
+    prompt_ids = [encode_prompt(row, template, tokenizer, data.max_prompt_length) for row in rows]
+    return EvaluationSet(
+        name=name,
+        row_ids=[row.id for row in rows],
+        prompts=[str(tokenizer.decode(ids)) for ids in prompt_ids],
+        prompt_ids=prompt_ids,
+        references=[row.references for row in rows],
+    )
+
+
+def read_sets(
+    evaluation: Evaluation, data: InstructionData | TextData, tokenizer: PreTrainedTokenizerBase
+) -> list[EvaluationSet]:
+    """Read every evaluation set.
+
+    Raises:
+        ValueError: a file can't be read.
+    """
+    return [
+        make_set(name, read_rows(source, limit=evaluation.limit), data, tokenizer)
+        for name, source in evaluation.sets.items()
+    ]
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Any id will do under an attention mask; a tokenizer need not have one of its own."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+
+
+def answer(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    eval_set: EvaluationSet,
+    evaluation: Evaluation,
+    seed: int,
+    vocabulary: int,
+    show_progress: bool,
+) -> list[dict[str, Any]]:
+    """Generate and score the answers of one set under one sampling seed, behind a progress bar."""
+    with _progress(f"{eval_set.name} seed {seed}", len(eval_set), show_progress) as advance, torch.no_grad():
+        return evaluate_set(
+            model,
+            tokenizer,
+            eval_set,
+            decoding=evaluation.decoding,
+            seed=seed,
+            batch_size=evaluation.batch_size,
+            vocab_size=vocabulary,
+            pad_id=pad_id(tokenizer),
+            progress=advance,
+        )
+
+
+@contextmanager
+def _progress(description: str, total: int, shown: bool) -> Iterator[Any]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, disable=not shown, transient=True) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda done: progress.update(task, completed=done)
+
+
+def evaluate_sets(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    sets: Sequence[EvaluationSet],
+    evaluation: Evaluation,
+    vocabulary: int,
+    directory: Path,
+    show_progress: bool = True,
+) -> dict[str, float]:
+    """Evaluate all sets under all seeds; each pair's file is written as soon as it is done.
+
+    Args:
+        directory: ``<set>_seed<k>.jsonl``; a file that answers the same question is used again.
+
+    Returns:
+        ``<set>/<metric>`` and ``<set>/<metric>_stderr`` in per cent.
+    """
+    # Greedy answers do not depend on a seed.
+    seeds = evaluation.seeds if evaluation.decoding.do_sample else evaluation.seeds[:1]
+    metrics: dict[str, float] = {}
+    for eval_set in sets:
+        by_seed: dict[int, list[dict[str, Any]]] = {}
+        for seed in seeds:
+            path = directory / f"{eval_set.name}_seed{seed}.jsonl"
+            records = read_generations(path)
+            if records is None or not matches(records, eval_set, evaluation.decoding, seed):
+                records = answer(model, tokenizer, eval_set, evaluation, seed, vocabulary, show_progress)
+                write_generations(path, records)
+            by_seed[seed] = records
+        metrics |= {f"{eval_set.name}/{name}": value for name, value in summarise(by_seed).items()}
+    return metrics
+
+
+def shown(metrics: Mapping[str, float]) -> str:
+    """One line of the main scores, for the log."""
+    main = [k for k in metrics if k.endswith(("/rougeL", "/exact_match"))]
+    return ", ".join(f"{k} {metrics[k]:.2f} ± {metrics.get(k + '_stderr', 0.0):.2f}" for k in main)

@@ -1,0 +1,125 @@
+"""Loggers that write into the run directory."""
+
+from __future__ import annotations
+
+import csv
+import os
+import socket
+from pathlib import Path
+from typing import Any, final
+from urllib.parse import urlparse
+
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+
+#: Seconds to wait for the W&B server before going on offline.
+REACH_SECONDS = 3.0
+
+
+@final
+class RunCSVLogger(CSVLogger):
+    """``metrics.csv`` in the run directory, which a resumed run goes on with.
+
+    Lightning's own logger deletes what an earlier process wrote.
+
+    Args:
+        directory: the run directory.
+        resume_step: rows up to this optimiser step are kept; later ones belong to work that was lost.
+    """
+
+    def __init__(self, directory: Path, resume_step: int) -> None:
+        kept = _read_metrics(directory / "metrics.csv", resume_step)
+        super().__init__(save_dir=directory, name="", version="", flush_logs_every_n_steps=20)
+        if kept:
+            (directory / "metrics.csv").unlink()
+            for row in kept:
+                step = int(row.pop("step"))
+                self.experiment.log_metrics({k: float(v) for k, v in row.items() if v != ""}, step)
+            self.save()
+
+
+def _read_metrics(path: Path, last_step: int) -> list[dict[str, str]]:
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("step")]
+    if not rows:
+        path.unlink()
+    # Lightning logs a training step k (from 0) as step k; validation after it as k + 1.
+    return [row for row in rows if int(row["step"]) <= last_step]
+
+
+def csv_logger(*, directory: Path, name: str, config: dict[str, Any], resume_step: int) -> Logger:
+    """``metrics.csv``."""
+    return RunCSVLogger(directory, resume_step)
+
+
+def tensorboard_logger(*, directory: Path, name: str, config: dict[str, Any], resume_step: int) -> Logger:
+    """``tensorboard/``."""
+    logger = TensorBoardLogger(save_dir=directory, name="tensorboard", version="")
+    logger.log_hyperparams(config)
+
+
+def wandb_logger(
+    *,
+    directory: Path,
+    name: str,
+    config: dict[str, Any],
+    resume_step: int,
+    project: str,
+    mode: str = "auto",
+    group: str | None = None,
+) -> Logger:
+    """Weights & Biases: online only where that can work without asking anybody anything.
+
+    Args:
+        directory: the run directory; offline runs lie in its ``wandb/``.
+        name: of the run.
+        config: recorded.
+        resume_step: unused here; W&B keeps its own history.
+        project: W&B's project.
+        mode: auto, online, offline or disabled. auto is WANDB_MODE if set; else online where a key is at hand and
+            the server answers within REACH_SECONDS; else offline.
+        group: W&B's group, such as the study.
+
+    Raises:
+        ValueError: unknown mode.
+    """
+    import wandb  # not at the top: it costs over a second, and runs without it should not pay
+
+    allowed = ("auto", "online", "offline", "disabled")
+    if mode not in allowed:
+        raise ValueError(f"logger.wandb.mode is {mode!r}; allowed: {', '.join(allowed)}")
+    if mode == "auto":
+        mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() and _server_answers() else "offline")
+    return WandbLogger(
+        name=name,
+        project=project,
+        group=group,
+        save_dir=directory,
+        config=config,
+        settings=wandb.Settings(mode=mode, silent=True, console="off"),
+    )
+
+
+def _logged_in() -> bool:
+    import netrc
+
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators(_server()[0]) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _server() -> tuple[str, int]:
+    url = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    return url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
+
+
+def _server_answers() -> bool:
+    try:
+        with socket.create_connection(_server(), timeout=REACH_SECONDS):
+            return True
+    except OSError:
+        return False

@@ -1,0 +1,226 @@
+"""From a composed config to checked, typed parts, before any weight is loaded; all problems are reported at once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from deltakd.data import InstructionData, TextData
+from deltakd.evaluation import Decoding
+from deltakd.models import LoraSpec, ModelSpec, load_config
+from deltakd.optim import AdamW
+from deltakd.references import References
+from deltakd.runs.errors import ConfigError
+from deltakd.types import REFERENCE_ROLES, ROLES, STUDENT, STUDENT_RAW, Loss
+
+log = logging.getLogger(__name__)
+
+#: Keys of ``model`` that are no role.
+_MODEL_KEYS = ("tokenizer", "lora", "attn_implementation", "gradient_checkpointing", "trust_remote_code")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The evaluation group, typed.
+
+    Args:
+        generate: whether anything is generated.
+        sets: name -> source.
+        limit: first so many rows of each set.
+        seeds: sampling seeds (greedy decoding uses the first alone).
+        batch_size: prompts at a time.
+        val_limit: validation rows answered during training.
+        decoding: how tokens are chosen.
+    """
+
+    generate: bool
+    sets: dict[str, str]
+    limit: int | None
+    seeds: tuple[int, ...]
+    batch_size: int
+    val_limit: int
+    decoding: Decoding
+
+    def problems(self) -> list[str]:
+        """What is wrong with ``evaluation``, one sentence each."""
+        found = self.decoding.problems()
+        if not self.seeds:
+            found.append("evaluation.seeds is empty; give at least one: evaluation.seeds=[10]")
+        for name, value in (("batch_size", self.batch_size), ("val_limit", self.val_limit), ("limit", self.limit)):
+            if value is not None and value < 1:
+                found.append(f"evaluation.{name} is {value}; it must be at least 1")
+        return found
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked run.
+
+    Args:
+        config: resolved, as plain dicts and lists; this is what ``config.yaml`` holds.
+        loss: the loss.
+        optim: optimiser and schedule.
+        data: the data group.
+        evaluation: the evaluation group.
+        specs: the student and the references to load.
+        lora: the student's adapter, or None.
+        make_references: models by role -> source of references.
+    """
+
+    config: dict[str, Any]
+    loss: Loss
+    optim: AdamW
+    data: InstructionData | TextData
+    evaluation: Evaluation
+    specs: dict[str, ModelSpec]
+    lora: LoraSpec | None
+    make_references: Callable[..., References]
+
+    @property
+    def generates_on_validation(self) -> bool:
+        """Whether answers are generated during training: text data has no prompts to answer."""
+        return self.evaluation.generate and isinstance(self.data, InstructionData)
+
+    @property
+    def objective(self) -> str:
+        """The metric that decides; ``val/loss`` where nothing is generated."""
+        wanted = str(self.config["objective"])
+        return wanted if self.generates_on_validation or wanted == "val/loss" else "val/loss"
+
+    @property
+    def objective_mode(self) -> str:
+        """``max`` for scores of answers, ``min`` for losses."""
+        scores = ("rouge1", "rouge2", "rougeL", "exact_match")
+        return "max" if self.objective.rsplit("/", 1)[-1] in scores else "min"
+
+
+def make_plan(cfg: DictConfig) -> Plan:
+    """Check a composed config and build its cheap parts.
+
+    Raises:
+        ConfigError: every problem found, one sentence each.
+    """
+    problems: list[str] = []
+    try:
+        config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError([" ".join(str(error).split())]) from None
+    config["evaluation"]["sets"] = config["evaluation"]["sets"] or config["data"].get("sets") or {}
+    loss = _build(config["loss"], "loss", problems)
+    optim = _build(config["optim"], "optim", problems)
+    data = _build(config["data"], "data", problems)
+    references = _build(config["reference"], "reference", problems)
+    evaluation = make_evaluation(config["evaluation"], problems)
+    lora = LoraSpec(**config["model"]["lora"]) if config["model"]["lora"] else None
+    specs = _specs(config["model"], loss, lora, problems)
+    for part in (optim, data, lora):
+        problems += part.problems() if part is not None else []
+    problems += _trainer_problems(config["trainer"]) + _objective_problems(config)
+    if problems:
+        raise ConfigError(problems)
+    return Plan(config, loss, optim, data, evaluation, specs, lora, references)
+
+
+def _build(node: Any, name: str, problems: list[str]) -> Any:
+    """Instantiate one group; what its constructor refuses becomes a problem."""
+    try:
+        return instantiate(node, _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        problems.append(f"{name}: {' '.join(str(cause).split())}")
+        return None
+
+
+def make_evaluation(config: dict[str, Any], problems: list[str]) -> Evaluation:
+    """The evaluation group as typed object; its problems are added to the list."""
+    evaluation = Evaluation(
+        generate=config["generate"],
+        sets={str(k): str(v) for k, v in (config["sets"] or {}).items()},
+        limit=config["limit"],
+        seeds=tuple(config["seeds"]),
+        batch_size=config["batch_size"],
+        val_limit=config["val_limit"],
+        decoding=Decoding(**config["decoding"]),
+    )
+    problems += evaluation.problems()
+    return evaluation
+
+
+def _specs(
+    config: dict[str, Any], loss: Loss | None, lora: LoraSpec | None, problems: list[str]
+) -> dict[str, ModelSpec]:
+    unknown = sorted(set(config) - set(ROLES) - set(_MODEL_KEYS))
+    if unknown:
+        problems.append(f"model has {', '.join(unknown)}, which is no role; roles are {', '.join(ROLES)}")
+    if loss is None:
+        return {}
+    strange = sorted(set(loss.requires) - set(REFERENCE_ROLES))
+    if strange:
+        problems.append(f"the loss requires {', '.join(strange)}; reference roles are {', '.join(REFERENCE_ROLES)}")
+    own_adapter = {STUDENT_RAW} if lora is not None else set()
+    needed = [role for role in ROLES if role in {STUDENT, *loss.requires} - own_adapter]
+    specs = {role: ModelSpec(**config[role]) for role in needed}
+    for role in ("teacher", "teacher_raw"):
+        if role not in needed and config[role]["path"]:
+            log.info("model.%s.path is given, but this loss does not read it: it is not loaded.", role)
+    if STUDENT_RAW in specs and specs[STUDENT].init == "random":
+        problems.append("the loss reads student_raw, but a student with init=random has no raw self; give both a path")
+    found = [p for role, spec in specs.items() for p in spec.problems(role)]
+    problems += found
+    if not found:
+        problems += _unreachable(specs, config["trust_remote_code"])
+    train_on = config["tokenizer"]["train_on"]
+    if STUDENT in specs and specs[STUDENT].init == "random" and not (train_on or specs[STUDENT].tokenizer):
+        problems.append(
+            "a student with init=random needs a tokenizer: model.student.tokenizer=<directory>, or "
+            "model.tokenizer.train_on=<text files>"
+        )
+    return specs
+
+
+def _unreachable(specs: dict[str, ModelSpec], trust_remote_code: bool) -> list[str]:
+    """Fetch each configuration; the models that can't be had are named together in one sentence."""
+    missing: dict[str, ValueError] = {}
+    for role, spec in specs.items():
+        if spec.init == "pretrained":
+            try:
+                load_config(role, spec, trust_remote_code=trust_remote_code)
+            except ValueError as error:
+                missing[role] = error
+    if len(missing) <= 1:
+        return [str(error) for error in missing.values()]
+    named = ", ".join(f"model.{role}.path={specs[role].path}" for role in missing)
+    return [
+        f"these models are not in the local cache and the Hugging Face hub can't be reached, or has no such models: "
+        f"{named}; to use local copies give model.<role>.path=/path/to/model_directory"
+    ]
+
+
+def _trainer_problems(trainer: dict[str, Any]) -> list[str]:
+    found = []
+    if trainer["max_epochs"] is None and trainer["max_steps"] is None:
+        found.append("trainer.max_epochs and trainer.max_steps are both null; give at least one")
+    for name in ("max_epochs", "max_steps", "accumulate_grad_batches", "val_every_n_steps", "log_every_n_steps"):
+        value = trainer[name]
+        if value is not None and value <= 0:
+            found.append(f"trainer.{name} is {value}; it must be above 0")
+    clip = trainer["gradient_clip_val"]
+    if clip is not None and clip < 0:
+        found.append(f"trainer.gradient_clip_val is {clip}; it must be at least 0 (null or 0: no clipping)")
+    return found
+
+
+def _objective_problems(config: dict[str, Any]) -> list[str]:
+    if str(config["objective"]).startswith("val/"):
+        return []
+    return [
+        f"objective is {config['objective']!r}; the best checkpoint is chosen on validation data, never on a test set: "
+        "give val/rougeL, val/rouge1, val/rouge2, val/exact_match, val/loss or a part of the loss such as val/ce"
+    ]

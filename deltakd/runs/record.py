@@ -1,0 +1,104 @@
+"""What is written down about a run: where it ran, with what, at what cost; and the model card."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+PACKAGES = (
+    "deltakd",
+    "torch",
+    "lightning",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "hydra-core",
+    "torchmetrics",
+    "peft",
+)
+
+
+def environment() -> dict[str, Any]:
+    """Git commit, package versions, machine and device."""
+    return {
+        "git_commit": git_commit(),
+        "packages": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+
+
+def git_commit() -> str | None:
+    """The checkout's commit, with ``-dirty`` where files differ from it; None outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            timeout=20,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def peak_memory_mib() -> float:
+    """Peak memory in MiB: of the GPU where there is one, else of this process since it started."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def count_parameters(models: Mapping[str, nn.Module]) -> dict[str, int]:
+    """Role -> number of parameters (tied ones once)."""
+    return {role: sum(p.numel() for p in model.parameters()) for role, model in models.items()}
+
+
+def model_card(config: Mapping[str, Any], metrics: Mapping[str, float], commit: str | None) -> str:
+    """Markdown for the exported student: how it was made and what it scored on validation data."""
+    loss = config["loss"]
+    roles = {
+        role: spec["path"] for role, spec in config["model"].items() if isinstance(spec, dict) and spec.get("path")
+    }
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [deltakd, distillation]",
+        "---",
+        f"# {config['name']}",
+        "",
+        f"A language model trained with deltakd (loss `{loss['_target_'].rsplit('.', 1)[-1]}`, commit {commit}).",
+        "",
+        "| | |",
+        "| --- | --- |",
+        *(f"| {role} | {path} |" for role, path in roles.items()),
+        f"| delta_weight | {config['delta_weight']} |",
+        f"| training data | {config['data']['train']} |",
+        f"| template | {config['data']['template']} |",
+        f"| seed | {config['seed']} |",
+        *(f"| {name} | {value:.4f} |" for name, value in metrics.items()),
+        "",
+        "Open it with `transformers.AutoModelForCausalLM.from_pretrained`; no other code is needed.",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,168 @@
+"""A chain of runs: ``python -m deltakd.study experiments/<name>`` runs the stages of its ``study.yaml`` in order."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from deltakd.runs.configuration import compose_config
+from deltakd.runs.directory import RunDirectory
+from deltakd.runs.errors import ConfigError, guarded
+from deltakd.runs.plan import make_plan
+from deltakd.runs.training import run_training
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of a study.
+
+    Args:
+        name: of its directory.
+        overrides: Hydra overrides.
+        minutes: how long it is expected to take on two cores, for the estimate; None: unknown.
+    """
+
+    name: str
+    overrides: list[str]
+    minutes: float | None = None
+
+
+@dataclass(frozen=True)
+class Study:
+    """What ``study.yaml`` says.
+
+    Args:
+        name: outputs go to ``outputs/<name>/<stage>``.
+        stages: in the order in which they run.
+        overrides: of every stage, before its own.
+        rows: label -> stage, the rows of the comparison table.
+        columns: metrics, the columns of the table.
+    """
+
+    name: str
+    stages: list[Stage]
+    overrides: list[str] = field(default_factory=list)
+    rows: Mapping[str, str] = field(default_factory=dict)
+    columns: list[str] = field(default_factory=list)
+
+    def directory(self, stage: str) -> RunDirectory:
+        """Where a stage goes."""
+        return RunDirectory(Path("outputs") / self.name / stage)
+
+
+def read_study(folder: Path) -> Study:
+    """Read ``study.yaml`` of a folder.
+
+    Raises:
+        ConfigError: it is absent, or everything that is wrong in it.
+    """
+    path = folder / "study.yaml"
+    if not path.is_file():
+        raise ConfigError([f"{path} does not exist; give a folder with a study.yaml, such as experiments/quickstart"])
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    allowed = {"name", "overrides", "stages", "table"}
+    problems = [
+        f"{path}: unknown key {k!r}; allowed: {', '.join(sorted(allowed))}" for k in content if k not in allowed
+    ]
+    stages = []
+    for name, entry in (content.get("stages") or {}).items():
+        unknown = set(entry) - {"overrides", "minutes"}
+        if unknown:
+            problems.append(f"{path}: stage {name} has unknown keys {sorted(unknown)}; allowed: overrides, minutes")
+        stages.append(Stage(name, list(entry.get("overrides", [])), entry.get("minutes")))
+    table = content.get("table") or {}
+    rows = table.get("rows") or {s.name: s.name for s in stages}
+    problems += [
+        f"{path}: table row {k!r} is stage {v!r}, which does not exist"
+        for k, v in rows.items()
+        if v not in {s.name for s in stages}
+    ]
+    if not stages:
+        problems.append(f"{path}: no stages")
+    if problems:
+        raise ConfigError(problems)
+    name = content.get("name", folder.resolve().name)
+    return Study(name, stages, list(content.get("overrides") or []), rows, list(table.get("columns") or []))
+
+
+def run_study(study: Study, console: Console) -> None:
+    """Run the stages that are not finished, then print the comparison.
+
+    Raises:
+        ConfigError: a stage's config is wrong; all stages are composed before the first runs.
+        Stopped: a signal came; the stage's state is saved.
+    """
+    configs = {stage.name: compose_config("train", _overrides(study, stage)) for stage in study.stages}
+    todo = [stage for stage in study.stages if not study.directory(stage.name).finished]
+    known = [stage.minutes for stage in todo if stage.minutes is not None]
+    if known:
+        console.print(f"{len(todo)} of {len(study.stages)} stages to run; about {sum(known):.0f} minutes on two cores.")
+    for number, stage in enumerate(study.stages, 1):
+        directory = study.directory(stage.name)
+        if directory.finished:
+            # The stage's files are there, but they must be those of this config.
+            directory.claim(make_plan(configs[stage.name]).config, resume=True)
+            console.print(f"[{number}/{len(study.stages)}] {stage.name}: finished before", markup=False)
+            continue
+        console.print(f"[{number}/{len(study.stages)}] {stage.name} ...", markup=False)
+        started = time.perf_counter()
+        value = run_training(configs[stage.name], directory.path)
+        seconds = time.perf_counter() - started
+        done = f"{directory.read_summary()['meta']['objective']} = {value:.4g}, {seconds:.0f} s"
+        console.print(f"[{number}/{len(study.stages)}] {stage.name}: {done}", markup=False)
+    console.print(comparison(study))
+
+
+def _overrides(study: Study, stage: Stage) -> list[str]:
+    """Common overrides, then the stage's; of two for the same key the later one alone (a dict is not merged)."""
+    fixed = [f"name={study.name}/{stage.name}", f"run_dir={study.directory(stage.name).path}", "resume=true"]
+    by_key = {override.split("=", 1)[0]: override for override in [*study.overrides, *stage.overrides, *fixed]}
+    return list(by_key.values())
+
+
+def comparison(study: Study) -> Table:
+    """The comparison table, ± one standard error over prompts where there is one."""
+    summaries = {label: study.directory(stage).read_summary() for label, stage in study.rows.items()}
+    columns = study.columns or sorted(
+        {k for s in summaries.values() for k in s if k.endswith(("rougeL", "exact_match"))}
+    )
+    table = Table(title=study.name, caption="per cent; ± is one standard error over prompts")
+    table.add_column("model")
+    table.add_column("parameters", justify="right")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for label, summary in summaries.items():
+        parameters = summary["meta"]["parameters"]["student"]
+        table.add_row(label, f"{parameters:,}", *(_cell(summary, column) for column in columns))
+    return table
+
+
+def _cell(summary: Mapping[str, Any], column: str) -> str:
+    if column not in summary:
+        return "-"
+    error = summary.get(f"{column}_stderr")
+    return f"{summary[column]:.2f}" + ("" if error is None else f" ± {error:.2f}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser("deltakd.study", description=__doc__)
+    parser.add_argument("folder", type=Path, help="folder that holds study.yaml, such as experiments/quickstart")
+    folder = parser.parse_args(argv).folder
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    guarded(lambda: run_study(read_study(folder), Console()), f"python -m deltakd.study {folder}")
+
+
+if __name__ == "__main__":
+    main()

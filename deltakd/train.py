@@ -1,0 +1,44 @@
+"""Train one model: ``python -m deltakd.train experiment=delta_kd_gpt2 [key=value ...]``."""
+
+from __future__ import annotations
+
+import sys
+from datetime import datetime
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from deltakd.runs.configuration import CONF_DIR, check_overrides
+from deltakd.runs.errors import guarded
+from deltakd.runs.training import run_training
+
+
+def _run_dir(cfg: DictConfig) -> Path:
+    """Where the run goes; jobs of a multirun each get a directory of their own."""
+    job = HydraConfig.get()
+    if job.mode == RunMode.MULTIRUN:
+        return Path(cfg.run_dir) / str(job.job.num) if cfg.run_dir else Path(job.runtime.output_dir)
+    return Path(cfg.run_dir or f"outputs/{cfg.name}/{datetime.now():%Y-%m-%d_%H-%M-%S}")
+
+
+@hydra.main(str(CONF_DIR), "train", version_base="1.3")
+def _train(cfg: DictConfig) -> float:
+    run_dir = _run_dir(cfg)
+    how_to_resume = f"the same command with resume=true run_dir={run_dir}"
+    value = guarded(lambda: run_training(cfg, run_dir), how_to_resume)
+    print(f"{cfg.objective if cfg.evaluation.generate else 'val/loss'} = {value:.6g}  ({run_dir})")
+    return value
+
+
+def main() -> None:
+    """Check the overrides' keys, then hand over to Hydra."""
+    overrides = [a for a in sys.argv[1:] if not a.startswith("-")]
+    guarded(lambda: check_overrides("train", overrides), "")
+    _train()
+
+
+if __name__ == "__main__":
+    main()
