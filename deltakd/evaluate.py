@@ -17,6 +17,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from transformers import AutoModelForCausalLM
 
+from deltakd.hub import hub_reachable
 from deltakd.models import LanguageModel, load_tokenizer
 from deltakd.runs.configuration import compose_config
 from deltakd.runs.directory import RunDirectory
@@ -70,6 +71,7 @@ def run_evaluation(arguments: Sequence[str]) -> dict[str, Any]:
     tokenizer = load_tokenizer(model_path, "model")
     sets = read_sets(evaluation, instantiate(config["data"], _convert_="all"), tokenizer)
     model = _load(model_path)
+    LanguageModel(model, len(tokenizer)).check_head()
     metrics = evaluate_sets(model, tokenizer, sets, evaluation, len(tokenizer), directory.generations)
     meta = environment() | {
         "model": model_path,
@@ -114,11 +116,10 @@ def _configure(arguments: Sequence[str]) -> tuple[DictConfig, str]:
 
 def _load(path: str) -> torch.nn.Module:
     try:
-        model = AutoModelForCausalLM.from_pretrained(path)
+        model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(path, local_files_only=not hub_reachable())
     except (OSError, ValueError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"model={path}: no model can be loaded from there ({first}); give a model directory") from None
-    LanguageModel(model, model.get_output_embeddings().weight.shape[0])
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -35,7 +36,7 @@ def _train(cfg: DictConfig) -> float:
 
 def main() -> None:
     """Check the overrides' keys, then hand over to Hydra."""
-    overrides = [a for a in sys.argv[1:] if not a.startswith("-")]
+    overrides = get_args_parser().parse_args(sys.argv[1:]).overrides
     guarded(lambda: check_overrides("train", overrides), "")
     _train()
 

@@ -10,7 +10,6 @@ import lightning as L
 from deltakd.callbacks.steps import at_step_end
 from deltakd.types import Batch
 
-
 #: tokens/s is shown over about so many seconds of training.
 WINDOW_SECONDS = 5.0
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from deltakd.hub import hub_reachable
+
 RECORD_SUFFIXES = (".jsonl", ".jsonl.gz", ".json")
 TEXT_SUFFIXES = (".txt", ".txt.gz")
 #: So many bad lines of a file are shown in one error.
@@ -197,7 +199,8 @@ def _hub_records(name: str) -> Iterator[Record]:
     import datasets
 
     try:
-        table = datasets.load_dataset(name, split="train")
+        only_local = datasets.DownloadConfig(local_files_only=not hub_reachable())
+        table = datasets.load_dataset(name, split="train", download_config=only_local)
     # Whatever the hub's client raises (a dozen types, several libraries), the user needs one line and a way out.
     except Exception as error:
         raise ValueError(_unreachable(name, error)) from error
@@ -209,7 +212,9 @@ def _hub_file(name: str, file: str) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.hf_hub_download(name, file, repo_type="dataset"))
+        return Path(
+            huggingface_hub.hf_hub_download(name, file, repo_type="dataset", local_files_only=not hub_reachable())
+        )
     except Exception as error:
         raise ValueError(_unreachable(f"{name}:{file}", error)) from error
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from deltakd.hub import hub_reachable
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -65,7 +67,9 @@ def _reason(path: str, error: Exception) -> str:
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if Path(path).is_dir():
         return first
-    return f"not in the local cache and the Hugging Face hub can't be reached, or has no such model ({first[:120]})"
+    if not hub_reachable():
+        return "it is not in the local cache, and the Hugging Face hub can't be reached"
+    return f"the Hugging Face hub does not give it ({first[:160]})"
 
 
 def load_config(role: str, spec: ModelSpec, *, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -76,7 +80,9 @@ def load_config(role: str, spec: ModelSpec, *, trust_remote_code: bool = False) 
     """
     assert spec.path is not None
     try:
-        return AutoConfig.from_pretrained(spec.path, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(
+            spec.path, trust_remote_code=trust_remote_code, local_files_only=not hub_reachable()
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"model.{role}.path={spec.path}: {_reason(spec.path, error)}; "
@@ -118,6 +124,7 @@ def load_model(
             dtype=DTYPES[spec.dtype],
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
+            local_files_only=not hub_reachable(),
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from deltakd.hub import hub_reachable
+
 log = logging.getLogger(__name__)
 
 #: A text with spaces, digits, punctuation, case and non-ASCII letters: equal vocabularies with other merges or
@@ -22,7 +24,9 @@ def load_tokenizer(path: str, key: str, *, trust_remote_code: bool = False) -> P
         ValueError: there is none, in one line that names the config key to set.
     """
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(
+            path, trust_remote_code=trust_remote_code, local_files_only=not hub_reachable()
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(

@@ -63,7 +63,7 @@ def check_overrides(name: str, overrides: Sequence[str]) -> None:
         if fixed and not _exists(cfg, key):
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
             hint = f"; the nearest one is {near[0]!r}" if near else ""
-            problems.append(f"there is no config key {key!r}{hint} (override {override.input_line!r})")
+            problems.append(f"there is no config key {key!r}{hint}")
     if problems:
         raise ConfigError(problems)
 
@@ -76,12 +76,13 @@ def _choice_problems(override: Override) -> list[str]:
     directory = CONF_DIR / override.key_or_group
     allowed = sorted(p.stem for p in directory.glob("*.yaml"))
     problems = []
-    for choice in value if isinstance(value, list) else [value]:
+    for choice in map(str, value if isinstance(value, list) else [value]):
         if not (directory / f"{choice}.yaml").is_file():
-            near = difflib.get_close_matches(str(choice), allowed, n=1, cutoff=0.4)
+            near = difflib.get_close_matches(choice, allowed, n=1, cutoff=0.4)
             hint = f"the nearest is {near[0]!r}; " if near else ""
             problems.append(
-                f"{override.key_or_group}={choice} does not exist; {hint}allowed: {', '.join(allowed) or 'nothing yet'}"
+                f"{override.key_or_group}={choice} does not exist; {hint}"
+                f"allowed: {', '.join(allowed) or 'nothing yet'}"
             )
     return problems
 

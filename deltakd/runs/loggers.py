@@ -6,7 +6,7 @@ import csv
 import os
 import socket
 from pathlib import Path
-from typing import Any, final
+from typing import Any, cast, final
 from urllib.parse import urlparse
 
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
@@ -57,6 +57,7 @@ def tensorboard_logger(*, directory: Path, name: str, config: dict[str, Any], re
     """``tensorboard/``."""
     logger = TensorBoardLogger(save_dir=directory, name="tensorboard", version="")
     logger.log_hyperparams(config)
+    return logger
 
 
 def wandb_logger(
@@ -97,7 +98,7 @@ def wandb_logger(
         group=group,
         save_dir=directory,
         config=config,
-        settings=wandb.Settings(mode=mode, silent=True, console="off"),
+        settings=wandb.Settings(mode=cast(Any, mode), silent=True, console="off"),
     )
 
 

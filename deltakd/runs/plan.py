@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hydra.errors import InstantiationException
@@ -14,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from deltakd.data import InstructionData, TextData
 from deltakd.evaluation import Decoding
+from deltakd.hub import hub_reachable
 from deltakd.models import LoraSpec, ModelSpec, load_config
 from deltakd.optim import AdamW
 from deltakd.references import References
@@ -194,12 +196,13 @@ def _unreachable(specs: dict[str, ModelSpec], trust_remote_code: bool) -> list[s
                 load_config(role, spec, trust_remote_code=trust_remote_code)
             except ValueError as error:
                 missing[role] = error
-    if len(missing) <= 1:
+    on_hub = [role for role in missing if not Path(str(specs[role].path)).is_dir()]
+    if hub_reachable() or len(on_hub) < 2:
         return [str(error) for error in missing.values()]
-    named = ", ".join(f"model.{role}.path={specs[role].path}" for role in missing)
-    return [
-        f"these models are not in the local cache and the Hugging Face hub can't be reached, or has no such models: "
-        f"{named}; to use local copies give model.<role>.path=/path/to/model_directory"
+    named = ", ".join(f"model.{role}.path={specs[role].path}" for role in on_hub)
+    return [str(missing[role]) for role in missing if role not in on_hub] + [
+        f"these models are not in the local cache, and the Hugging Face hub can't be reached: {named}; "
+        "to use local copies give model.<role>.path=/path/to/model_directory"
     ]
 
 

@@ -205,7 +205,8 @@ def _load_weights(module: DistillationModule, state: dict[str, Any]) -> None:
 
 
 def _make_validation(parts: _Parts, data: DistillationData) -> Validation | None:
-    if parts.sets.val is None:
+    batches = data.val_loader()
+    if batches is None:
         log.info("No validation data: the last student is exported, not the best.")
         return None
     plan = parts.plan
@@ -226,7 +227,7 @@ def _make_validation(parts: _Parts, data: DistillationData) -> Validation | None
             )
             return summarise({plan.evaluation.seeds[0]: records})
 
-    return Validation(data.val_loader(), frozenset(), generate)
+    return Validation(batches, frozenset(), generate)
 
 
 def _validation_steps(data: DistillationData, every: int | None) -> frozenset[int]:
@@ -283,7 +284,7 @@ def _evaluate_student(parts: _Parts) -> dict[str, float]:
     sets = read_sets(plan.evaluation, plan.data, parts.tokenizer)
     if not sets:
         return {}
-    model = AutoModelForCausalLM.from_pretrained(parts.directory.student)
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(parts.directory.student)
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     metrics = evaluate_sets(
         model,

@@ -46,7 +46,7 @@ def test_subset_keeps_line_numbers(write: Write) -> None:
     assert [row.id for row in read_rows([path, other], subset={path: f"{split}#train"})] == [1, 5, 6, 7]
     with pytest.raises(ValueError, match="has no list 'test'; it has: train, dev, none"):
         read_rows(path, subset=f"{split}#test")
-    with pytest.raises(ValueError, match="names line 9, but .* ends at line 5"):
+    with pytest.raises(ValueError, match=r"names line 9, but .* ends at line 5"):
         read_rows(path, subset=f"{split}#dev")
     with pytest.raises(ValueError, match="keeps none of its 6 lines"):
         read_rows(path, subset=f"{split}#none")
@@ -69,7 +69,7 @@ def test_all_bad_lines_are_reported_together(write: Write) -> None:
 
 
 def test_unusable_files(write: Write) -> None:
-    with pytest.raises(ValueError, match="no such file: nowhere/a.jsonl"):
+    with pytest.raises(ValueError, match=r"no such file: nowhere/a.jsonl"):
         read_rows("nowhere/a.jsonl")
     with pytest.raises(ValueError, match=r"unknown kind of source.*\.jsonl, \.jsonl\.gz, \.json"):
         read_rows(write("a.csv", "x"))
@@ -77,13 +77,13 @@ def test_unusable_files(write: Write) -> None:
         read_rows("squad")
     with pytest.raises(ValueError, match="is empty"):
         read_rows(write("empty.jsonl", ""))
-    with pytest.raises(ValueError, match="b.json:1: not JSON"):
+    with pytest.raises(ValueError, match=r"b.json:1: not JSON"):
         read_rows(write("b.json", "{"))
     with pytest.raises(ValueError, match="expected a JSON list of records, got dict"):
         read_rows(write("c.json", "{}"))
     broken = Path(write("a.jsonl.gz", "x"))
     broken.write_bytes(b"no gzip")
-    with pytest.raises(ValueError, match="cannot read .*a.jsonl.gz"):
+    with pytest.raises(ValueError, match=r"cannot read .*a.jsonl.gz"):
         read_rows(str(broken))
 
 
@@ -148,7 +148,7 @@ def test_texts(write: Write) -> None:
 
 def test_unusable_texts(write: Write) -> None:
     plain = write("a.txt", "\n\n")
-    with pytest.raises(ValueError, match="a.txt is empty"):
+    with pytest.raises(ValueError, match=r"a.txt is empty"):
         read_texts(plain)
     with pytest.raises(ValueError, match="plain text file has no records"):
         read_texts(f"{plain}#split=train")
