@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from deltakd.runs.configuration import compose_config
+from deltakd.runs.directory import RunDirectory
+from deltakd.runs.training import run_training
+from tests.tiny import World, make_world
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +20,21 @@ def shared_dir() -> Path:
     if not folder.is_dir():
         pytest.skip("no folder `shared` beside the repository: it holds the data sets and tokenizers this test reads")
     return folder
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Tiny models and rows, made once; tests write elsewhere."""
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def train(world: World, tmp_path: Path) -> Callable[..., RunDirectory]:
+    """Run a training in this process: ``train(loss, *overrides, name=...)``."""
+
+    def run(loss: str = "delta_kd", *overrides: str, name: str = "run") -> RunDirectory:
+        directory = tmp_path / name
+        run_training(compose_config("train", world.overrides(directory, loss, *overrides)), directory)
+        return RunDirectory(directory)
+
+    return run

@@ -70,11 +70,13 @@ def check_overrides(name: str, overrides: Sequence[str]) -> None:
 
 def _choice_problems(override: Override) -> list[str]:
     """Unknown choices of a config group, with the ones that exist."""
-    if override.is_sweep_override() or override.value() is None:
+    if override.is_sweep_override() or override.is_delete():
         return []
     value: Any = override.value()
     directory = CONF_DIR / override.key_or_group
     allowed = sorted(p.stem for p in directory.glob("*.yaml"))
+    if isinstance(value, dict):
+        return []
     problems = []
     for choice in map(str, value if isinstance(value, list) else [value]):
         if not (directory / f"{choice}.yaml").is_file():
@@ -97,7 +99,7 @@ def _is_group(key: str) -> bool:
 
 def _keys(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
     for key in cfg:
-        name = f"{prefix}{key}"
+        name = prefix + str(key)
         yield name
         if not OmegaConf.is_interpolation(cfg, str(key)) and isinstance(cfg._get_node(str(key)), DictConfig):
             node = cfg._get_node(str(key))
