@@ -161,7 +161,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, help="folder that holds study.yaml, such as experiments/quickstart")
     folder = parser.parse_args(argv).folder
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
-    guarded(lambda: run_study(read_study(folder), Console()), f"python -m deltakd.study {folder}")
+    console = Console()
+    if not console.is_terminal:
+        # Rich takes 80 columns for a file, where the table would be cut.
+        console = Console(width=140)
+    guarded(lambda: run_study(read_study(folder), console), f"python -m deltakd.study {folder}")
 
 
 if __name__ == "__main__":

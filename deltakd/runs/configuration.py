@@ -83,8 +83,7 @@ def _choice_problems(override: Override) -> list[str]:
             near = difflib.get_close_matches(choice, allowed, n=1, cutoff=0.4)
             hint = f"the nearest is {near[0]!r}; " if near else ""
             problems.append(
-                f"{override.key_or_group}={choice} does not exist; {hint}"
-                f"allowed: {', '.join(allowed) or 'nothing yet'}"
+                f"{override.key_or_group}={choice} does not exist; {hint}allowed: {', '.join(allowed) or 'nothing yet'}"
             )
     return problems
 

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import transformers
+
 from deltakd.callbacks import Stopped
 from deltakd.module import NonFiniteLossError
 
@@ -28,9 +30,10 @@ class ConfigError(ValueError):
 
 
 def quiet_libraries() -> None:
-    """Keep libraries' advertisements and device listings out of the console; their warnings stay."""
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero", "httpx", "filelock"):
+    """Keep libraries' advertisements, device listings and bars of milliseconds off the console; warnings stay."""
+    for name in ("lightning.pytorch", "lightning.fabric", "httpx", "filelock"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
 
 
 def guarded(action: Callable[[], T], how_to_resume: str) -> T:

@@ -183,5 +183,5 @@ def test_errors_say_what_is_allowed() -> None:
     with pytest.raises(ValueError, match=r"loss.temperature is 0; .*; loss.ce_weight is 1.5; it must be between 0"):
         kd(temperature=0, ce_weight=1.5)
     logits, labels = draw()
-    with pytest.raises(ValueError, match="the target reads .*'teacher_raw'"):
+    with pytest.raises(ValueError, match=r"the target reads .*'teacher_raw'"):
         delta(1)({"student": logits["student"], "teacher": logits["teacher"]}, labels)
