@@ -67,8 +67,8 @@ class DistillationModule(L.LightningModule):
         self.total_steps = total_steps
         self.seed = seed
         self.chunk_size = chunk_size
-        #: Loss of the last whole optimiser step, on this rank.
-        self.last_loss = float("nan")
+        #: ``train/...`` of the last whole optimiser step, over all ranks.
+        self.step_metrics: dict[str, float] = {}
         self._sums = _StepSums()
 
     def on_fit_start(self) -> None:
@@ -105,16 +105,17 @@ class DistillationModule(L.LightningModule):
         return share * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the loss of the whole optimiser step, and the gradient's norm before clipping."""
-        values = {"train/loss": self._sums.loss} | {f"train/{name}": v for name, v in self._sums.parts.items()}
-        self.last_loss = float(self._sums.loss)
+        """Gather what is to be logged of this optimiser step; the gradient's norm is that before clipping."""
+        # Each rank holds its share over the same denominator: the sum over ranks is the loss of the step.
+        sums = {"loss": torch.as_tensor(self._sums.loss)} | self._sums.parts
         self._sums = _StepSums()
-        for name, value in values.items():
-            # Each rank holds its share of the same denominator: the sum over ranks is the loss.
-            self.log(name, value, prog_bar=name == "train/loss", sync_dist=self.trainer.world_size > 1, reduce_fx="sum")
+        if self.trainer.world_size > 1:
+            sums = {name: self.trainer.strategy.reduce(value, reduce_op="sum") for name, value in sums.items()}
         gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
-        self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
-        self.log("train/lr", optimizer.param_groups[0]["lr"])
+        self.step_metrics = {f"train/{name}": float(value) for name, value in sums.items()} | {
+            "train/grad_norm": float(torch.nn.utils.get_total_norm(gradients)),
+            "train/lr": optimizer.param_groups[0]["lr"],
+        }
 
     def configure_optimizers(self) -> Any:
         """AdamW and its schedule, stepped per optimiser step."""
@@ -122,12 +123,12 @@ class DistillationModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the last loss: it is the result of a run without validation data."""
-        checkpoint["last_loss"] = self.last_loss
+        """Keep the last step's metrics: its loss is the result of a run without validation data."""
+        checkpoint["step_metrics"] = self.step_metrics
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the last loss back."""
-        self.last_loss = checkpoint["last_loss"]
+        """Take them back."""
+        self.step_metrics = checkpoint["step_metrics"]
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Batches know how to move themselves."""

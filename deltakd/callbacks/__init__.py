@@ -3,7 +3,7 @@
 from deltakd.callbacks.checkpoints import AtomicCheckpointIO, Checkpoints
 from deltakd.callbacks.progress import ProgressBar
 from deltakd.callbacks.signals import StopOnSignal, Stopped
-from deltakd.callbacks.throughput import Throughput
+from deltakd.callbacks.training_log import TrainingLog
 from deltakd.callbacks.validation import Validation
 
 __all__ = [
@@ -12,6 +12,6 @@ __all__ = [
     "ProgressBar",
     "StopOnSignal",
     "Stopped",
-    "Throughput",
+    "TrainingLog",
     "Validation",
 ]

@@ -98,7 +98,9 @@ class Checkpoints(Checkpoint):
             self.save_last(trainer)
 
     def save_last(self, trainer: L.Trainer) -> None:
-        """Write ``last.ckpt`` now."""
+        """Write ``last.ckpt`` now, and before it what the loggers hold: a resumed run logs only what comes after."""
+        for logger in trainer.loggers:
+            logger.save()
         trainer.save_checkpoint(self.last_path)
         self._saved_at = time.monotonic()
 

@@ -31,7 +31,6 @@ class ProgressBar(RichProgressBar):
         for name, value in items.items():
             if name == "v_num":
                 continue
-            short = name.removeprefix("train/").replace("tokens_per_second", "tokens/s")
             number = float(value) if isinstance(value, int | float) else float("nan")
-            shown[short] = f"{number:.0f}" if short == "tokens/s" else f"{number:.4f}"
+            shown[name] = f"{number:.0f}" if name == "tokens/s" else f"{number:.4f}"
         return shown

@@ -47,7 +47,6 @@ class Validation(L.Callback):
         self.last_step = step
         for logger in trainer.loggers:
             logger.log_metrics(self.last_metrics, step=step)
-            logger.save()
 
     @torch.no_grad()
     def run(self, module: DistillationModule) -> dict[str, float]:

@@ -269,16 +269,21 @@ FAMILIES: dict[str, tuple[Callable[[World, random.Random], Iterator[Question]], 
 }
 
 
-def _facts_document(world: World, rng: random.Random, people: int) -> str:
-    """Facts about so many people at random, in any order and form; now and then two facts in one sentence."""
-    group = rng.sample(world.people, people)
+def _person_document(world: World, rng: random.Random) -> str:
+    """All facts about one person, in any order and form, and a description."""
+    who = rng.choice(world.people)
+    names = rng.sample(list(ATTRIBUTES), len(ATTRIBUTES))
+    sentences = [rng.choice(statements(who, name, world.facts[who][name])) for name in names]
+    return " ".join([*sentences, describe(world, who, rng.choice(PAIRS))])
+
+
+def _people_document(world: World, rng: random.Random) -> str:
+    """Facts and descriptions of different people, so that the sentences before do not help."""
     sentences = []
-    for name in rng.sample(list(ATTRIBUTES), len(ATTRIBUTES)):
-        who = rng.choice(group)
-        if rng.random() < 0.2:
-            sentences.append(describe(world, who, rng.choice(PAIRS)))
-        else:
-            sentences.append(rng.choice(statements(who, name, world.facts[who][name])))
+    for who in rng.sample(world.people, 6):
+        name = rng.choice(list(ATTRIBUTES))
+        forms = (*statements(who, name, world.facts[who][name]), describe(world, who, rng.choice(PAIRS)))
+        sentences.append(rng.choice(forms))
     return " ".join(sentences)
 
 
@@ -298,14 +303,10 @@ def _list_document(world: World, rng: random.Random) -> str:
 
 
 def _documents(world: World, rng: random.Random, count: int) -> str:
-    """Raw text, one document a line: two of five about one person, two about several, one of lists."""
-    makers: list[Callable[[], str]] = [
-        lambda: _facts_document(world, rng, 1),
-        lambda: _facts_document(world, rng, 6),
-        lambda: _list_document(world, rng),
-    ]
-    chosen = rng.choices(makers, (0.4, 0.4, 0.2), k=count)
-    return f"\n{SEPARATOR}\n".join(make() for make in chosen) + "\n"
+    """Raw text, one document a line: three of five about one person, one about several, one of lists."""
+    makers = (_person_document, _people_document, _list_document)
+    chosen = rng.choices(makers, (0.6, 0.2, 0.2), k=count)
+    return f"\n{SEPARATOR}\n".join(make(world, rng) for make in chosen) + "\n"
 
 
 def _rows(world: World, seed: int, counts: dict[str, int]) -> dict[str, str]:

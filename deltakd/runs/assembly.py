@@ -6,9 +6,10 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+import lightning as L
 from transformers import PreTrainedTokenizerBase
 
-from deltakd.data import read_texts
+from deltakd.data import LoadedSets, read_texts
 from deltakd.models import (
     LanguageModel,
     add_lora,
@@ -18,6 +19,7 @@ from deltakd.models import (
     train_tokenizer,
 )
 from deltakd.references import References
+from deltakd.runs.directory import RunDirectory
 from deltakd.runs.plan import Plan
 from deltakd.types import STUDENT, STUDENT_RAW
 
@@ -37,6 +39,44 @@ class Models:
     student: LanguageModel
     references: References | None
     loaded: dict[str, LanguageModel]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of once everything is loaded.
+
+    Args:
+        plan: the checked config.
+        directory: where everything goes.
+        tokenizer: the student's.
+        vocabulary: number of tokens that all models share.
+        sets: tokenised rows.
+        models: student and references.
+    """
+
+    plan: Plan
+    directory: RunDirectory
+    tokenizer: PreTrainedTokenizerBase
+    vocabulary: int
+    sets: LoadedSets
+    models: Models
+
+
+def load_parts(plan: Plan, directory: RunDirectory) -> Parts:
+    """Make or read the data, then load tokenizer and models.
+
+    Raises:
+        ValueError: data or models that can't be used, or that don't belong together.
+    """
+    # Everything random is drawn from seeds given where it is drawn; this one is for libraries we do not know of.
+    L.seed_everything(plan.config["seed"], verbose=False)
+    if plan.data.prepare is not None:
+        plan.data.prepare()
+    tokenizer = make_tokenizer(plan, directory.path / "tokenizer")
+    vocabulary = shared_vocabulary(plan, tokenizer)
+    sets = plan.data.load(tokenizer)
+    models = make_models(plan, tokenizer, vocabulary)
+    return Parts(plan, directory, tokenizer, vocabulary, sets, models)
 
 
 def make_tokenizer(plan: Plan, directory: Path) -> PreTrainedTokenizerBase:

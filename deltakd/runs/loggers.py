@@ -5,11 +5,16 @@ from __future__ import annotations
 import csv
 import os
 import socket
+import uuid
+import warnings
 from pathlib import Path
 from typing import Any, cast, final
 from urllib.parse import urlparse
 
+from hydra.utils import instantiate
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+
+from deltakd.callbacks.checkpoints import read_checkpoint
 
 #: Seconds to wait for the W&B server before going on offline.
 REACH_SECONDS = 3.0
@@ -29,11 +34,15 @@ class RunCSVLogger(CSVLogger):
     def __init__(self, directory: Path, resume_step: int) -> None:
         kept = _read_metrics(directory / "metrics.csv", resume_step)
         super().__init__(save_dir=directory, name="", version="", flush_logs_every_n_steps=20)
+        (directory / "metrics.csv").unlink(missing_ok=True)
+        with warnings.catch_warnings():
+            # The directory holds checkpoints and config; the metrics are taken over right here.
+            warnings.filterwarnings("ignore", message="Experiment logs directory")
+            writer = self.experiment
+        for row in kept:
+            step = int(row.pop("step"))
+            writer.log_metrics({k: float(v) for k, v in row.items() if v != ""}, step)
         if kept:
-            (directory / "metrics.csv").unlink()
-            for row in kept:
-                step = int(row.pop("step"))
-                self.experiment.log_metrics({k: float(v) for k, v in row.items() if v != ""}, step)
             self.save()
 
 
@@ -42,10 +51,30 @@ def _read_metrics(path: Path, last_step: int) -> list[dict[str, str]]:
         return []
     with path.open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row.get("step")]
-    if not rows:
-        path.unlink()
-    # Lightning logs a training step k (from 0) as step k; validation after it as k + 1.
     return [row for row in rows if int(row["step"]) <= last_step]
+
+
+def make_loggers(config: dict[str, Any], directory: Path) -> list[Logger]:
+    """The loggers that the config names.
+
+    Args:
+        config: resolved config.
+        directory: the run directory; where it holds a checkpoint, the logs up to its step are kept.
+    """
+    last = directory / "checkpoints" / "last.ckpt"
+    resume_step = read_checkpoint(last)["global_step"] if last.is_file() else 0
+    return [
+        instantiate(node)(directory=directory, name=config["name"], config=config, resume_step=resume_step)
+        for node in (config["logger"] or {}).values()
+    ]
+
+
+def finish_loggers(loggers: list[Logger]) -> None:
+    """Write everything out; a W&B run left open would swallow the next run of this process."""
+    for logger in loggers:
+        logger.finalize("success")
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()
 
 
 def csv_logger(*, directory: Path, name: str, config: dict[str, Any], resume_step: int) -> Logger:
@@ -92,14 +121,21 @@ def wandb_logger(
         raise ValueError(f"logger.wandb.mode is {mode!r}; allowed: {', '.join(allowed)}")
     if mode == "auto":
         mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() and _server_answers() else "offline")
-    return WandbLogger(
+    # One W&B run however often it is resumed.
+    id_file = directory / "wandb_id"
+    if not id_file.is_file():
+        id_file.write_text(uuid.uuid4().hex[:8])
+    run = wandb.init(
         name=name,
         project=project,
         group=group,
-        save_dir=directory,
+        id=id_file.read_text(),
+        resume="allow",
+        dir=directory,
         config=config,
         settings=wandb.Settings(mode=cast(Any, mode), silent=True, console="off"),
     )
+    return WandbLogger(experiment=run)
 
 
 def _logged_in() -> bool:

@@ -1,4 +1,4 @@
-"""How fast the run is, and how much it has done, across interruptions."""
+"""What is logged of training: losses, and how fast and how much, across interruptions."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, final
 import lightning as L
 
 from deltakd.callbacks.steps import at_step_end
+from deltakd.module import DistillationModule
 from deltakd.types import Batch
 
 #: tokens/s is shown over about so many seconds of training.
@@ -15,10 +16,20 @@ WINDOW_SECONDS = 5.0
 
 
 @final
-class Throughput(L.Callback):
-    """Counts valid tokens, padding and seconds of training; logs tokens/s (validation's time not counted)."""
+class TrainingLog(L.Callback):
+    """Counts valid tokens, padding and seconds of training, and logs them with the step's losses.
 
-    def __init__(self) -> None:
+    Lightning hands what is logged in a step to the loggers after the callbacks of the step's end, where checkpoints
+    are written: an interrupted run would lose a row. So the loggers are called from here.
+
+    Args:
+        every_n_steps: optimiser steps between two rows; the last step has one, too.
+        total_steps: optimiser steps of the run.
+    """
+
+    def __init__(self, every_n_steps: int, total_steps: int = 0) -> None:
+        self.every_n_steps = every_n_steps
+        self.total_steps = total_steps
         self.valid_tokens = 0
         self.positions = 0
         self.real_positions = 0
@@ -55,16 +66,28 @@ class Throughput(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Stop the clock; at the end of an optimiser step log the rate since the last log."""
+        """Stop the clock; at the end of an optimiser step show and log it."""
         self.seconds += time.perf_counter() - self._started
         self.positions += batch.attention_mask.numel()
         self.real_positions += int(batch.attention_mask.sum())
         if not at_step_end(trainer):
             return
         self.valid_tokens += batch.step_tokens
+        assert isinstance(pl_module, DistillationModule)
+        rate = self._rate()
+        pl_module.log("loss", pl_module.step_metrics["train/loss"], prog_bar=True, logger=False)
+        pl_module.log("tokens/s", rate, prog_bar=True, logger=False)
+        step = trainer.global_step
+        if step % self.every_n_steps == 0 or step == self.total_steps:
+            padding = 1 - self.real_positions / self.positions
+            speed = {"train/tokens_per_second": rate, "train/padding_fraction": padding}
+            for logger in trainer.loggers:
+                logger.log_metrics(pl_module.step_metrics | speed, step=step)
+
+    def _rate(self) -> float:
+        """Valid tokens per second over the last WINDOW_SECONDS of training."""
         tokens, seconds = self._window
         rate = (self.valid_tokens - tokens) / max(self.seconds - seconds, 1e-9)
         if self.seconds - seconds > WINDOW_SECONDS:
             self._window = (self.valid_tokens, self.seconds)
-        pl_module.log("train/tokens_per_second", rate, prog_bar=True)
-        pl_module.log("train/padding_fraction", 1 - self.real_positions / self.positions)
+        return rate

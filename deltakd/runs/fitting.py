@@ -1,0 +1,203 @@
+"""The training of a run: from the start or from ``last.ckpt``, to the best student."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+from hydra.utils import instantiate
+from lightning.pytorch.loggers import Logger
+
+from deltakd.callbacks import AtomicCheckpointIO, Checkpoints, ProgressBar, StopOnSignal, TrainingLog, Validation
+from deltakd.callbacks.checkpoints import read_checkpoint
+from deltakd.callbacks.validation import Generate
+from deltakd.data.datamodule import DistillationData
+from deltakd.evaluation import summarise
+from deltakd.module import DistillationModule
+from deltakd.runs.assembly import Parts
+from deltakd.runs.evaluation import answer, make_set, pad_id
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A trained student and what is known of its training.
+
+    Args:
+        module: its student has the best weights, or the last ones where nothing was validated.
+        checkpoints: which step was best, and its metrics.
+        training_log: what was trained on, and how fast.
+    """
+
+    module: DistillationModule
+    checkpoints: Checkpoints
+    training_log: TrainingLog
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Validation metrics of the best step; the last training loss where nothing was validated."""
+        return dict(self.checkpoints.best_metrics) or {"train/loss": self.module.step_metrics["train/loss"]}
+
+
+def fit(parts: Parts, loggers: list[Logger]) -> Fitted:
+    """Train; what a former start of the same run has done is not done again.
+
+    Raises:
+        NonFiniteLossError: the loss diverged.
+        Stopped: a signal came; the state is saved.
+        ValueError: the checkpoint is damaged or of another architecture.
+    """
+    settings = parts.plan.config["trainer"]
+    last = parts.directory.checkpoints / "last.ckpt"
+    state = read_checkpoint(last) if last.is_file() else None
+    data = _make_data(parts)
+    validation = _make_validation(parts, data)
+    checkpoints = Checkpoints(
+        parts.directory.checkpoints,
+        validation,
+        parts.plan.objective,
+        parts.plan.objective_mode,
+        settings["checkpoint_every_n_steps"],
+        settings["checkpoint_every_n_minutes"],
+    )
+    training_log = TrainingLog(settings["log_every_n_steps"])
+    callbacks = [training_log, *([validation] if validation else []), checkpoints, StopOnSignal(checkpoints)]
+    trainer = _make_trainer(parts, callbacks, loggers)
+    # How many steps there are depends on the number of ranks, which only the trainer knows.
+    data.trainer = trainer
+    training_log.total_steps = data.total_steps
+    if validation is not None:
+        validation.steps = _validation_steps(data, settings["val_every_n_steps"])
+    module = _make_module(parts, data.total_steps)
+    fitted = Fitted(module, checkpoints, training_log)
+    if state and state["global_step"] >= data.total_steps:
+        _restore(fitted, state)
+    else:
+        _announce(parts, data, state)
+        with warnings.catch_warnings():
+            # Lightning warns of what is on purpose here: few loader workers, no validation loop of its own.
+            warnings.filterwarnings("ignore", module="lightning")
+            trainer.fit(module, datamodule=data, ckpt_path=last if state else None, weights_only=True)
+    if checkpoints.best_step is not None:
+        _load_weights(module, read_checkpoint(checkpoints.best_path))
+    return fitted
+
+
+def _make_data(parts: Parts) -> DistillationData:
+    settings = parts.plan.config["trainer"]
+    return DistillationData(
+        parts.sets.train,
+        parts.sets.val,
+        pad_id=pad_id(parts.tokenizer),
+        batch_size=parts.plan.data.batch_size,
+        accumulate=settings["accumulate_grad_batches"],
+        seed=parts.plan.config["seed"],
+        max_epochs=settings["max_epochs"],
+        max_steps=settings["max_steps"],
+    )
+
+
+def _make_module(parts: Parts, total_steps: int) -> DistillationModule:
+    plan = parts.plan
+    return DistillationModule(
+        parts.models.student,
+        parts.models.references,
+        plan.loss,
+        plan.optim,
+        total_steps,
+        seed=plan.config["seed"],
+        chunk_size=plan.config["kernels"]["chunk_size"],
+    )
+
+
+def _make_validation(parts: Parts, data: DistillationData) -> Validation | None:
+    batches = data.val_loader()
+    if batches is None:
+        log.info("No validation data: the last student is exported, not the best.")
+        return None
+    return Validation(batches, frozenset(), _make_generate(parts) if parts.plan.generates_on_validation else None)
+
+
+def _make_generate(parts: Parts) -> Generate:
+    """Answers to the first validation rows under the first sampling seed, scored."""
+    evaluation = parts.plan.evaluation
+    val_set = make_set("val", parts.sets.val_rows[: evaluation.val_limit], parts.plan.data, parts.tokenizer)
+    seed = evaluation.seeds[0]
+
+    def generate(module: DistillationModule) -> dict[str, float]:
+        student = module.student.hf
+        records = answer(student, parts.tokenizer, val_set, evaluation, seed, parts.vocabulary, show_progress=False)
+        return summarise({seed: records})
+
+    return generate
+
+
+def _validation_steps(data: DistillationData, every: int | None) -> frozenset[int]:
+    """Every so many steps, or at the end of each pass; and after the last step."""
+    interval = float(every) if every else data.sampler().steps_per_epoch
+    count = int(data.total_steps / interval)
+    return frozenset({round(interval * (k + 1)) for k in range(count)} | {data.total_steps}) - {0}
+
+
+def _make_trainer(parts: Parts, callbacks: list[L.Callback], loggers: list[Logger]) -> L.Trainer:
+    config = parts.plan.config
+    settings = config["trainer"]
+    if settings["enable_progress_bar"]:
+        callbacks = [*callbacks, ProgressBar(config["name"])]
+    extra = [instantiate(node) for node in (config["callbacks"] or {}).values()]
+    return L.Trainer(
+        accelerator=settings["accelerator"],
+        devices=settings["devices"],
+        num_nodes=settings["num_nodes"],
+        precision=settings["precision"],
+        strategy=config["strategy"]["name"],
+        # Training is one stream of micro-batches whose length is known (data/sampler.py): one epoch to Lightning.
+        max_epochs=1,
+        accumulate_grad_batches=settings["accumulate_grad_batches"],
+        gradient_clip_val=settings["gradient_clip_val"],
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        logger=loggers or False,
+        callbacks=[*extra, *callbacks],
+        plugins=[AtomicCheckpointIO()],
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        enable_progress_bar=settings["enable_progress_bar"],
+        profiler=settings["profiler"],
+        detect_anomaly=settings["detect_anomaly"],
+        default_root_dir=parts.directory.path,
+    )
+
+
+def _announce(parts: Parts, data: DistillationData, state: dict[str, Any] | None) -> None:
+    log.info(
+        "%s: %d optimiser steps over %d rows with %d valid tokens a pass%s.",
+        parts.plan.config["name"],
+        data.total_steps,
+        len(parts.sets.train),
+        int(parts.sets.train.valid_tokens.sum()),
+        f"; going on from step {state['global_step']}" if state else "",
+    )
+
+
+def _restore(fitted: Fitted, state: dict[str, Any]) -> None:
+    """Take over the state of a run whose training is done, without a trainer that has nothing left to do."""
+    _load_weights(fitted.module, state)
+    fitted.module.on_load_checkpoint(state)
+    for callback in (fitted.checkpoints, fitted.training_log):
+        callback.load_state_dict(state["callbacks"][callback.state_key])
+
+
+def _load_weights(module: DistillationModule, state: dict[str, Any]) -> None:
+    try:
+        module.load_state_dict(state["state_dict"])
+    except RuntimeError as error:
+        first = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"the checkpoint is of another architecture than model.student ({first}); give the same model, or "
+            "another run_dir"
+        ) from None
