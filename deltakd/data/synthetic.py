@@ -1,8 +1,8 @@
-"""A small invented world to distil from scratch: raw text that states facts, and instruction rows that ask for them.
+"""A small invented world to distil from scratch: raw text that states facts, rows that ask for them.
 
-People have a home, a job, a pet, a food, a colour and a friend. The raw text states every fact in several sentence
-forms. Facts are dealt to the splits in pairs (home and job, ...): no training row gives away a fact that a validation
-or test row asks for, so that answering it means remembering the raw text, and the size of a model matters.
+People have a home, a job, a pet, a food, a colour and a friend. The raw text states every fact in several
+forms. Facts are dealt to the splits in pairs (home and job, ...): no training row gives away a fact that a
+validation or test row asks for. To answer is to remember the raw text, and so the size of a model matters.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ NAME_ENDS = _words("bo da fi go ka lo mi nu")
 
 @dataclass(frozen=True)
 class World:
-    """The people, their facts by person and attribute, and the split that asks for each (person, pair of facts)."""
+    """The people, their facts by person and attribute, and the split of each (person, pair of facts)."""
 
     people: tuple[str, ...]
     facts: dict[str, dict[str, str]]
@@ -135,11 +135,11 @@ def make_world(seed: int, people: int) -> World:
     """Invent the people and their facts; every value belongs to nearly equally many people.
 
     Raises:
-        ValueError: there are not names for so many people, or they are too few for every value to have an owner.
+        ValueError: there are not names for so many people, or they are too few to own every value.
     """
     names = [start + end for start in NAME_STARTS for end in NAME_ENDS]
     if not 12 <= people <= len(names):
-        raise ValueError(f"people={people}: the world holds 12 to {len(names)} people; choose a number in between")
+        raise ValueError(f"people={people}: the world holds 12 to {len(names)}; choose a number in between")
     rng = random.Random(f"world {seed}")
     chosen = tuple(rng.sample(names, people))
     facts: dict[str, dict[str, str]] = {who: {} for who in chosen}
@@ -232,9 +232,9 @@ def _digits() -> list[str]:
 
 
 def _reverse(world: World, rng: random.Random) -> Iterator[Question]:
-    """The words of the input, last first."""
-    for split, items in _lists(rng, _things(), 2, 3):
-        yield Question(split, "Reverse the words.", (" ".join(items[::-1]),), " ".join(items))
+    """The digits of the input, last first."""
+    for split, items in _lists(rng, _digits(), 3, 3):
+        yield Question(split, "Reverse the numbers.", (" ".join(items[::-1]),), " ".join(items))
 
 
 def _sort(world: World, rng: random.Random) -> Iterator[Question]:
@@ -290,10 +290,10 @@ def _people_document(world: World, rng: random.Random) -> str:
 def _list_document(world: World, rng: random.Random) -> str:
     """What the other families ask for, as statements."""
     kind = rng.choice(list(CATEGORIES))
-    words, digits = rng.sample(_things(), rng.randint(2, 3)), rng.sample(_digits(), 3)
+    words, digits = rng.sample(_things(), rng.randint(2, 4)), rng.sample(_digits(), 3)
     sentences = [
         f"One kind of {kind} is {rng.choice(CATEGORIES[kind])}.",
-        f"The words {' '.join(words)} reverse to {' '.join(words[::-1])}.",
+        f"The numbers {' '.join(digits)} reverse to {' '.join(digits[::-1])}.",
         f"The numbers {' '.join(digits)} sort to {' '.join(sorted(digits))}.",
         f"The words {' '.join(words)} count to {len(words)}.",
         f"The largest of {' '.join(digits)} is {max(digits)}.",
@@ -310,8 +310,8 @@ def _documents(world: World, rng: random.Random, count: int) -> str:
 
 
 def _rows(world: World, seed: int, counts: dict[str, int]) -> dict[str, str]:
-    """The instruction rows of each split as JSON lines: in training one answer, elsewhere the list of good ones."""
-    rows: dict[str, list[dict[str, str | list[str]]]] = {split: [] for split in SPLITS}
+    """The rows of each split as JSON lines: in training with one answer, elsewhere with all good ones."""
+    rows: dict[str, list[dict[str, object]]] = {split: [] for split in SPLITS}
     for family, (make, _) in FAMILIES.items():
         rng = random.Random(f"{family} {seed}")
         pools: dict[str, list[Question]] = defaultdict(list)
@@ -322,14 +322,14 @@ def _rows(world: World, seed: int, counts: dict[str, int]) -> dict[str, str]:
             wanted = _quotas(counts[split])[family]
             if split != "train" and wanted > len(pool):
                 raise ValueError(
-                    f"{split}_rows={counts[split]} asks for {wanted} questions of the family {family!r}, which has "
-                    f"{len(pool)} there; ask for fewer rows or more people"
+                    f"{split}_rows={counts[split]} asks for {wanted} questions of the family {family!r}, "
+                    f"which has {len(pool)} there; ask for fewer rows or more people"
                 )
             for i in range(wanted):
                 question = pool[i % len(pool)]
                 output = rng.choice(question.answers) if split == "train" else list(question.answers)
-                row = {"instruction": question.instruction, "input": question.input, "output": output, "family": family}
-                rows[split].append(row)
+                texts = {"instruction": question.instruction, "input": question.input}
+                rows[split].append({**texts, "output": output, "family": family})
     for split, own in rows.items():
         random.Random(f"{split} rows {seed}").shuffle(own)
     return {f"{split}.jsonl": "".join(json.dumps(row) + "\n" for row in own) for split, own in rows.items()}
@@ -367,7 +367,9 @@ def _is_written(directory: Path, arguments: dict[str, int]) -> bool:
         return False
     changed = [name for name in FILES if manifest["sha256"][name] != _sha256(directory / name)]
     if changed:
-        raise ValueError(f"{', '.join(changed)} in {directory} changed since written; delete {MANIFEST} to rewrite")
+        raise ValueError(
+            f"{', '.join(changed)} in {directory} changed since written; delete {MANIFEST} to write it again"
+        )
     return True
 
 
@@ -375,16 +377,16 @@ def write_world(
     directory: str | Path,
     *,
     seed: int = 0,
-    people: int = 80,
-    documents: int = 4000,
+    people: int = 40,
+    documents: int = 3000,
     train_rows: int = 2400,
-    val_rows: int = 100,
+    val_rows: int = 60,
     test_rows: int = 180,
 ) -> dict[str, Path]:
-    """Write the raw text and the instruction rows of one invented world; do nothing if they are there already.
+    """Write the raw text and the instruction rows of one invented world, unless they are there already.
 
     Args:
-        directory: where; made if missing. Its files of the same names are overwritten if they are of other arguments.
+        directory: where; made if missing. Files of these names there, of other arguments, are overwritten.
         seed: of everything random; the same arguments give the same bytes.
         people: each has six facts.
         documents: of ``pretrain.txt``; ``pretrain_val.txt`` gets a twentieth of it, freshly drawn.
@@ -396,12 +398,14 @@ def write_world(
         The path of each file by its name (``FILES``).
 
     Raises:
-        ValueError: an argument is out of range, the world has too few questions for the rows, or a file of this very
-            world was edited since it was written.
+        ValueError: an argument is out of range, the world has too few questions for the rows, or a file of
+            this very world was edited since it was written.
+        OSError: the directory cannot be written to.
     """
     directory = Path(directory)
     counts = {"train": train_rows, "val": val_rows, "test": test_rows}
-    arguments = {"seed": seed, "people": people, "documents": documents, **{f"{k}_rows": v for k, v in counts.items()}}
+    arguments = {"seed": seed, "people": people, "documents": documents}
+    arguments |= {f"{split}_rows": count for split, count in counts.items()}
     if min(documents, *counts.values()) < 1:
         raise ValueError(f"documents={documents} and the rows {counts} must be at least 1 each")
     paths = {name: directory / name for name in FILES}
@@ -410,11 +414,11 @@ def write_world(
     world = make_world(seed, people)
     texts = {
         "pretrain.txt": _documents(world, random.Random(f"documents {seed}"), documents),
-        "pretrain_val.txt": _documents(world, random.Random(f"held-out documents {seed}"), -(-documents // 20)),
+        "pretrain_val.txt": _documents(world, random.Random(f"val documents {seed}"), -(-documents // 20)),
         **_rows(world, seed, counts),
     }
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / MANIFEST).unlink(missing_ok=True)  # last out, last in: it never vouches for a half-written world
+    (directory / MANIFEST).unlink(missing_ok=True)  # it never vouches for a half-written world
     for name, path in paths.items():
         _write(path, texts[name])
     shas = {name: _sha256(path) for name, path in paths.items()}
