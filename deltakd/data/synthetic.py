@@ -11,10 +11,10 @@ import hashlib
 import json
 import os
 import random
-import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 
 FORMAT_VERSION = 1
@@ -30,15 +30,9 @@ LISTS = 700
 
 @dataclass(frozen=True)
 class Attribute:
-    """One thing to know about a person, and the words that raw text and instructions have for it.
+    """One thing to know about a person, and the words that raw text and instructions have for it."""
 
-    Args:
-        values: what it can be; empty for the friend, who is a person.
-        verb: says of a person that they have the value.
-        participle: says it of some person.
-        question: asks for the value, with ``{who}``.
-    """
-
+    #: What it can be; empty for the friend, who is a person.
     values: tuple[str, ...]
     verb: str
     participle: str
@@ -49,37 +43,17 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
+TOWNS = _words("Brell Costin Dunmar Fenwick Garlow Hestor Morvane Pellin Quist Rowden Selby Tavik")
+JOBS = _words("baker cook doctor farmer judge lawyer miner nurse painter pilot sailor teacher")
+PETS = _words("cat crab dog duck fox goat hen horse lizard mouse parrot snake")
+FOODS = _words("beans bread cake cheese fish honey noodles pie porridge rice soup stew")
+COLOURS = _words("black blue brown gold green grey pink purple red silver white yellow")
 ATTRIBUTES = {
-    "home": Attribute(
-        _words("Brell Costin Dunmar Fenwick Garlow Hestor Morvane Pellin Quist Rowden Selby Tavik"),
-        "lives in",
-        "living in",
-        "Where does {who} live?",
-    ),
-    "job": Attribute(
-        _words("baker cook doctor farmer judge lawyer miner nurse painter pilot sailor teacher"),
-        "works as a",
-        "working as a",
-        "What does {who} work as?",
-    ),
-    "pet": Attribute(
-        _words("cat crab dog duck fox goat hen horse lizard mouse parrot snake"),
-        "keeps a",
-        "keeping a",
-        "What does {who} keep?",
-    ),
-    "food": Attribute(
-        _words("beans bread cake cheese fish honey noodles pie porridge rice soup stew"),
-        "eats",
-        "eating",
-        "What does {who} eat?",
-    ),
-    "colour": Attribute(
-        _words("black blue brown gold green grey pink purple red silver white yellow"),
-        "wears",
-        "wearing",
-        "What does {who} wear?",
-    ),
+    "home": Attribute(TOWNS, "lives in", "living in", "Where does {who} live?"),
+    "job": Attribute(JOBS, "works as a", "working as a", "What does {who} work as?"),
+    "pet": Attribute(PETS, "keeps a", "keeping a", "What does {who} keep?"),
+    "food": Attribute(FOODS, "eats", "eating", "What does {who} eat?"),
+    "colour": Attribute(COLOURS, "wears", "wearing", "What does {who} wear?"),
     "friend": Attribute((), "walks with", "walking with", "Who does {who} walk with?"),
 }
 #: Facts that one description gives together, and that go to the same split.
@@ -91,11 +65,9 @@ CATEGORIES = {
     "drink": _words("cider cocoa coffee juice lemonade milk tea water"),
     "vehicle": _words("bike boat bus car ship train truck van"),
     "instrument": _words("cello drum flute guitar harp horn piano violin"),
-    "metal": _words("brass bronze copper iron lead nickel steel zinc"),
-    "game": _words("bingo cards chess darts dice golf poker tennis"),
-    "flower": _words("daisy iris lily lotus pansy poppy rose tulip"),
-    "garment": _words("belt boot coat glove hat scarf shirt sock"),
 }
+THINGS = CATEGORIES["fruit"] + CATEGORIES["tool"]
+DIGITS = _words("0 1 2 3 4 5 6 7 8 9")
 NAME_STARTS = _words("Bar Cor Del Fen Gal Hul Jor Kel Lin Mar Nor Pel Quin Ros Sar Tol Vin Wes Yan Zed")
 NAME_ENDS = _words("bo da fi go ka lo mi nu")
 
@@ -123,12 +95,14 @@ class Question:
     input: str = ""
 
 
+#: Asks all of its questions about a world, each with its split.
+Family = Callable[[World, random.Random], Iterator[Question]]
+
+
 def _deal(rng: random.Random, count: int) -> list[str]:
     """The names of the splits in random order, each as often as its share of ``count``."""
     val, test = round(SPLITS["val"] * count), round(SPLITS["test"] * count)
-    dealt = ["val"] * val + ["test"] * test + ["train"] * (count - val - test)
-    rng.shuffle(dealt)
-    return dealt
+    return rng.sample(["val"] * val + ["test"] * test + ["train"] * (count - val - test), count)
 
 
 def make_world(seed: int, people: int) -> World:
@@ -144,14 +118,9 @@ def make_world(seed: int, people: int) -> World:
     chosen = tuple(rng.sample(names, people))
     facts: dict[str, dict[str, str]] = {who: {} for who in chosen}
     for name, attribute in ATTRIBUTES.items():
-        if attribute.values:
-            values = [attribute.values[i % len(attribute.values)] for i in range(people)]
-            rng.shuffle(values)
-        else:  # a ring of friends: nobody is their own
-            ring = rng.sample(chosen, people)
-            after = dict(zip(ring, ring[1:] + ring[:1], strict=True))
-            values = [after[who] for who in chosen]
-        for who, value in zip(chosen, values, strict=True):
+        ring = rng.sample(chosen, people)
+        values = list(islice(cycle(attribute.values or ring[1:] + ring[:1]), people))  # nobody is their own friend
+        for who, value in zip(ring, values, strict=True):
             facts[who][name] = value
     blocks = [(who, pair) for who in chosen for pair in PAIRS]
     return World(chosen, facts, dict(zip(blocks, _deal(rng, len(blocks)), strict=True)))
@@ -159,20 +128,16 @@ def make_world(seed: int, people: int) -> World:
 
 def statements(who: str, name: str, what: str) -> tuple[str, str, str]:
     """The sentences in which raw text states a fact."""
-    attribute = ATTRIBUTES[name]
-    return (
-        f"{who} {attribute.verb} {what}.",
-        f"The {name} of {who} is {what}.",
-        f"One person {attribute.participle} {what} is {who}.",
-    )
+    verb, participle = ATTRIBUTES[name].verb, ATTRIBUTES[name].participle
+    return f"{who} {verb} {what}.", f"The {name} of {who} is {what}.", f"One person {participle} {what} is {who}."
 
 
 def _lookup(world: World, rng: random.Random) -> Iterator[Question]:
     """One attribute of a person, answered by a sentence."""
     for who, facts in world.facts.items():
         for name, what in facts.items():
-            split, (sentence, _, _) = world.split(who, name), statements(who, name, what)
-            yield Question(split, ATTRIBUTES[name].question.format(who=who), (sentence,))
+            instruction = ATTRIBUTES[name].question.format(who=who)
+            yield Question(world.split(who, name), instruction, statements(who, name, what)[:1])
 
 
 def _value(world: World, rng: random.Random) -> Iterator[Question]:
@@ -191,8 +156,7 @@ def describe(world: World, who: str, pair: tuple[str, str]) -> str:
 def _describe(world: World, rng: random.Random) -> Iterator[Question]:
     """Two facts about a person in one sentence."""
     for (who, pair), split in world.splits.items():
-        instruction = f"Describe the {pair[0]} and {pair[1]} of {who}."
-        yield Question(split, instruction, (describe(world, who, pair),))
+        yield Question(split, f"Describe the {pair[0]} and {pair[1]} of {who}.", (describe(world, who, pair),))
 
 
 def _any_person(world: World, rng: random.Random) -> Iterator[Question]:
@@ -214,58 +178,30 @@ def _any_thing(world: World, rng: random.Random) -> Iterator[Question]:
         yield Question(split, instruction, members)
 
 
-def _lists(rng: random.Random, words: list[str], low: int, high: int) -> Iterator[tuple[str, list[str]]]:
-    """Different lists of ``low`` to ``high`` different words, each with its split."""
-    drawn: dict[tuple[str, ...], None] = {}
-    while len(drawn) < LISTS:
-        drawn[tuple(rng.sample(words, rng.randint(low, high)))] = None
-    for items, split in zip(drawn, _deal(rng, LISTS), strict=True):
-        yield split, list(items)
+def _listed(instruction: str, words: tuple[str, ...], sizes: range, answer: Callable[[list[str]], str]) -> Family:
+    """A family that asks about lists of different words."""
 
+    def family(world: World, rng: random.Random) -> Iterator[Question]:
+        drawn: dict[tuple[str, ...], None] = {}
+        while len(drawn) < LISTS:
+            drawn[tuple(rng.sample(words, rng.choice(sizes)))] = None
+        for items, split in zip(drawn, _deal(rng, LISTS), strict=True):
+            yield Question(split, instruction, (answer(list(items)),), " ".join(items))
 
-def _things() -> list[str]:
-    return [*CATEGORIES["fruit"], *CATEGORIES["tool"]]
-
-
-def _digits() -> list[str]:
-    return [str(digit) for digit in range(10)]
-
-
-def _reverse(world: World, rng: random.Random) -> Iterator[Question]:
-    """The digits of the input, last first."""
-    for split, items in _lists(rng, _digits(), 3, 3):
-        yield Question(split, "Reverse the numbers.", (" ".join(items[::-1]),), " ".join(items))
-
-
-def _sort(world: World, rng: random.Random) -> Iterator[Question]:
-    """The digits of the input, smallest first."""
-    for split, items in _lists(rng, _digits(), 3, 3):
-        yield Question(split, "Sort the numbers.", (" ".join(sorted(items)),), " ".join(items))
-
-
-def _largest(world: World, rng: random.Random) -> Iterator[Question]:
-    """The largest digit of the input."""
-    for split, items in _lists(rng, _digits(), 3, 5):
-        yield Question(split, "Give the largest number.", (max(items),), " ".join(items))
-
-
-def _count(world: World, rng: random.Random) -> Iterator[Question]:
-    """How many words the input has."""
-    for split, items in _lists(rng, _things(), 2, 4):
-        yield Question(split, "Count the words.", (str(len(items)),), " ".join(items))
+    return family
 
 
 #: Each family of instructions, with its share of the rows.
-FAMILIES: dict[str, tuple[Callable[[World, random.Random], Iterator[Question]], float]] = {
+FAMILIES: dict[str, tuple[Family, float]] = {
     "lookup": (_lookup, 0.35),
     "value": (_value, 0.15),
     "describe": (_describe, 0.12),
     "any_person": (_any_person, 0.12),
     "any_thing": (_any_thing, 0.03),
-    "reverse": (_reverse, 0.07),
-    "sort": (_sort, 0.06),
-    "largest": (_largest, 0.05),
-    "count": (_count, 0.05),
+    "reverse": (_listed("Reverse the numbers.", DIGITS, range(3, 4), lambda items: " ".join(items[::-1])), 0.07),
+    "sort": (_listed("Sort the numbers.", DIGITS, range(3, 4), lambda items: " ".join(sorted(items))), 0.06),
+    "largest": (_listed("Give the largest number.", DIGITS, range(3, 6), max), 0.05),
+    "count": (_listed("Count the words.", THINGS, range(2, 5), lambda items: str(len(items))), 0.05),
 }
 
 
@@ -282,15 +218,15 @@ def _people_document(world: World, rng: random.Random) -> str:
     sentences = []
     for who in rng.sample(world.people, 6):
         name = rng.choice(list(ATTRIBUTES))
-        forms = (*statements(who, name, world.facts[who][name]), describe(world, who, rng.choice(PAIRS)))
-        sentences.append(rng.choice(forms))
+        forms = statements(who, name, world.facts[who][name])
+        sentences.append(rng.choice((*forms, describe(world, who, rng.choice(PAIRS)))))
     return " ".join(sentences)
 
 
 def _list_document(world: World, rng: random.Random) -> str:
     """What the other families ask for, as statements."""
     kind = rng.choice(list(CATEGORIES))
-    words, digits = rng.sample(_things(), rng.randint(2, 4)), rng.sample(_digits(), 3)
+    words, digits = rng.sample(THINGS, rng.randint(2, 4)), rng.sample(DIGITS, 3)
     sentences = [
         f"One kind of {kind} is {rng.choice(CATEGORIES[kind])}.",
         f"The numbers {' '.join(digits)} reverse to {' '.join(digits[::-1])}.",
@@ -304,14 +240,16 @@ def _list_document(world: World, rng: random.Random) -> str:
 
 def _documents(world: World, rng: random.Random, count: int) -> str:
     """Raw text, one document a line: three of five about one person, one about several, one of lists."""
-    makers = (_person_document, _people_document, _list_document)
-    chosen = rng.choices(makers, (0.6, 0.2, 0.2), k=count)
-    return f"\n{SEPARATOR}\n".join(make(world, rng) for make in chosen) + "\n"
+    makers = rng.choices((_person_document, _people_document, _list_document), (0.6, 0.2, 0.2), k=count)
+    return f"\n{SEPARATOR}\n".join(make(world, rng) for make in makers) + "\n"
 
 
 def _rows(world: World, seed: int, counts: dict[str, int]) -> dict[str, str]:
     """The rows of each split as JSON lines: in training with one answer, elsewhere with all good ones."""
     rows: dict[str, list[dict[str, object]]] = {split: [] for split in SPLITS}
+    quotas = {split: {name: int(share * counts[split]) for name, (_, share) in FAMILIES.items()} for split in SPLITS}
+    for split, quota in quotas.items():
+        quota["lookup"] += counts[split] - sum(quota.values())  # what rounding leaves
     for family, (make, _) in FAMILIES.items():
         rng = random.Random(f"{family} {seed}")
         pools: dict[str, list[Question]] = defaultdict(list)
@@ -319,14 +257,13 @@ def _rows(world: World, seed: int, counts: dict[str, int]) -> dict[str, str]:
             pools[question.split].append(question)
         for split, pool in pools.items():
             rng.shuffle(pool)
-            wanted = _quotas(counts[split])[family]
+            wanted = quotas[split][family]
             if split != "train" and wanted > len(pool):
                 raise ValueError(
-                    f"{split}_rows={counts[split]} asks for {wanted} questions of the family {family!r}, "
-                    f"which has {len(pool)} there; ask for fewer rows or more people"
+                    f"{split}_rows={counts[split]} asks for {wanted} questions of the family {family!r}, which has "
+                    f"{len(pool)} there; ask for fewer rows or more people"
                 )
-            for i in range(wanted):
-                question = pool[i % len(pool)]
+            for question in islice(cycle(pool), wanted):
                 output = rng.choice(question.answers) if split == "train" else list(question.answers)
                 texts = {"instruction": question.instruction, "input": question.input}
                 rows[split].append({**texts, "output": output, "family": family})
@@ -335,31 +272,19 @@ def _rows(world: World, seed: int, counts: dict[str, int]) -> dict[str, str]:
     return {f"{split}.jsonl": "".join(json.dumps(row) + "\n" for row in own) for split, own in rows.items()}
 
 
-def _quotas(count: int) -> dict[str, int]:
-    """Rows of each family, by share; what rounding leaves goes to the first family."""
-    quotas = {family: int(share * count) for family, (_, share) in FAMILIES.items()}
-    quotas["lookup"] += count - sum(quotas.values())
-    return quotas
-
-
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _write(path: Path, text: str) -> None:
     """Write atomically: a reader sees the old file or the new one."""
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(partial, path)
 
 
 def _is_written(directory: Path, arguments: dict[str, int]) -> bool:
-    """Whether the directory holds this very world, as its manifest says.
-
-    Raises:
-        ValueError: it does, but a file was changed since.
-    """
+    """Whether the directory holds this very world, as its manifest says; an error if a file was changed since."""
     if not all((directory / name).is_file() for name in (*FILES, MANIFEST)):
         return False
     manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
@@ -367,9 +292,7 @@ def _is_written(directory: Path, arguments: dict[str, int]) -> bool:
         return False
     changed = [name for name in FILES if manifest["sha256"][name] != _sha256(directory / name)]
     if changed:
-        raise ValueError(
-            f"{', '.join(changed)} in {directory} changed since written; delete {MANIFEST} to write it again"
-        )
+        raise ValueError(f"{', '.join(changed)} in {directory} changed since written; delete {MANIFEST} to rewrite")
     return True
 
 
@@ -391,15 +314,14 @@ def write_world(
         people: each has six facts.
         documents: of ``pretrain.txt``; ``pretrain_val.txt`` gets a twentieth of it, freshly drawn.
         train_rows: rows with one ``output`` (string); questions repeat where the world has fewer.
-        val_rows: rows whose ``output`` is the list of all good answers; no question twice.
-        test_rows: likewise.
+        val_rows, test_rows: rows whose ``output`` is the list of all good answers; no question twice.
 
     Returns:
         The path of each file by its name (``FILES``).
 
     Raises:
-        ValueError: an argument is out of range, the world has too few questions for the rows, or a file of
-            this very world was edited since it was written.
+        ValueError: an argument is out of range, the world has too few questions for the rows, or a file of this very
+            world was edited since it was written.
         OSError: the directory cannot be written to.
     """
     directory = Path(directory)
@@ -421,7 +343,7 @@ def write_world(
     (directory / MANIFEST).unlink(missing_ok=True)  # it never vouches for a half-written world
     for name, path in paths.items():
         _write(path, texts[name])
-    shas = {name: _sha256(path) for name, path in paths.items()}
-    manifest = {"arguments": arguments, "format_version": FORMAT_VERSION, "sha256": shas}
+    sha256 = {name: _sha256(path) for name, path in paths.items()}
+    manifest = {"arguments": arguments, "format_version": FORMAT_VERSION, "sha256": sha256}
     _write(directory / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     return paths

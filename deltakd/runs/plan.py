@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,10 @@ log = logging.getLogger(__name__)
 
 #: Keys of ``model`` that are no role.
 _MODEL_KEYS = ("tokenizer", "lora", "attn_implementation", "gradient_checkpointing", "trust_remote_code")
+
+
+#: Where a study puts the models that its later stages start from.
+_STAGE_STUDENT = re.compile(r"outputs/(?P<study>[^/]+)/[^/]+/student")
 
 
 @dataclass(frozen=True)
@@ -174,7 +179,9 @@ def _specs(
             log.info("model.%s.path is given, but this loss does not read it: it is not loaded.", role)
     if STUDENT_RAW in specs and specs[STUDENT].init == "random":
         problems.append("the loss reads student_raw, but a student with init=random has no raw self; give both a path")
-    found = [p for role, spec in specs.items() for p in spec.problems(role)]
+    unmade = _unmade_stages(specs)
+    found = [p for role, spec in specs.items() if role not in unmade for p in spec.problems(role)]
+    found += _say_how_to_make(unmade)
     problems += found
     if not found:
         problems += _unreachable(specs, config["trust_remote_code"])
@@ -185,6 +192,29 @@ def _specs(
             "model.tokenizer.train_on=<text files>"
         )
     return specs
+
+
+def _unmade_stages(specs: dict[str, ModelSpec]) -> dict[str, str]:
+    """Role -> path, where the path is a stage's student of a study that has not been run yet."""
+    return {
+        role: spec.path
+        for role, spec in specs.items()
+        if spec.path and _STAGE_STUDENT.fullmatch(spec.path) and not Path(spec.path).is_dir()
+    }
+
+
+def _say_how_to_make(unmade: dict[str, str]) -> list[str]:
+    """One sentence a study: which of its models are missing, and the command that makes them."""
+    studies: dict[str, list[str]] = {}
+    for role, path in unmade.items():
+        found = _STAGE_STUDENT.fullmatch(path)
+        assert found is not None
+        studies.setdefault(found["study"], []).append(f"model.{role}.path={path}")
+    return [
+        f"the models of the study {study} are not there yet ({', '.join(named)}); one command makes them: "
+        f"python -m deltakd.study experiments/{study}"
+        for study, named in studies.items()
+    ]
 
 
 def _unreachable(specs: dict[str, ModelSpec], trust_remote_code: bool) -> list[str]:
