@@ -1,0 +1,84 @@
+"""A study: stages in order, skipped when finished, refused when they are another config's."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+
+from deltakd.runs.errors import ConfigError
+from deltakd.study import read_study, run_study
+from tests.tiny import World
+
+
+@pytest.fixture
+def folder(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    common = [
+        *(o for o in world.overrides(tmp_path, "sft") if not o.startswith(("run_dir=", "loss=", "evaluation=none"))),
+        "trainer.max_steps=3",
+        f"evaluation.sets={{mine: {world.root / 'test.jsonl'}}}",
+    ]
+    content = {
+        "name": "tiny",
+        "overrides": common,
+        "stages": {
+            "teacher": {"minutes": 1, "overrides": ["loss=sft", f"model.student.path={world.root / 'teacher_raw'}"]},
+            "student": {"minutes": 2, "overrides": ["loss=kd", "model.teacher.path=outputs/tiny/teacher/student"]},
+        },
+        "table": {"rows": {"the teacher": "teacher", "the student": "student"}, "columns": ["mine/rougeL", "val/loss"]},
+    }
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    return tmp_path
+
+
+def run(folder: Path) -> str:
+    output = io.StringIO()
+    run_study(read_study(folder), Console(file=output, width=120))
+    return output.getvalue()
+
+
+def test_a_later_stage_starts_from_an_earlier_one_and_finished_stages_are_skipped(folder: Path) -> None:
+    first = run(folder)
+    assert "2 of 2 stages to run; about 3 minutes" in first
+    assert "the teacher" in first
+    assert "±" in first
+    summary = folder / "outputs" / "tiny" / "student" / "summary.json"
+    shown = json.loads(summary.read_text())
+    assert f"{shown['mine/rougeL']:.2f} ± {shown['mine/rougeL_stderr']:.2f}" in first
+    before = summary.stat().st_mtime_ns
+    second = run(folder)
+    assert second.count("finished before") == 2
+    assert summary.stat().st_mtime_ns == before
+    assert first[first.index("┏") :] == second[second.index("┏") :]
+
+
+def test_a_stage_that_changed_is_refused(folder: Path) -> None:
+    run(folder)
+    text = (folder / "study.yaml").read_text().replace("- loss=kd", "- loss=kd\n    - loss.temperature=2")
+    (folder / "study.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"another config: loss.temperature \(1.0 there, 2 now\)"):
+        run(folder)
+
+
+def test_a_study_without_a_model_says_which_command_makes_it(folder: Path) -> None:
+    text = (folder / "study.yaml").read_text().replace("outputs/tiny/teacher/student", "outputs/other/stage/student")
+    (folder / "study.yaml").write_text(text)
+    with pytest.raises(
+        ConfigError, match=r"study other are not there yet .*: python -m deltakd.study experiments/other"
+    ):
+        run(folder)
+
+
+def test_mistakes_in_the_file(folder: Path) -> None:
+    content = {"stages": {"a": {"overides": []}}, "tabel": {}, "table": {"rows": {"x": "b"}}}
+    (folder / "study.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    with pytest.raises(ConfigError) as caught:
+        read_study(folder)
+    assert len(caught.value.problems) == 3
+    with pytest.raises(ConfigError, match=r"study.yaml does not exist; give a folder"):
+        read_study(folder / "nowhere")
