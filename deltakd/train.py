@@ -13,6 +13,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from deltakd.runs.configuration import CONF_DIR, check_overrides
+from deltakd.runs.directory import RunDirectory
 from deltakd.runs.errors import guarded
 from deltakd.runs.training import run_training
 
@@ -30,7 +31,8 @@ def _train(cfg: DictConfig) -> float:
     run_dir = _run_dir(cfg)
     how_to_resume = f"the same command with resume=true run_dir={run_dir}"
     value = guarded(lambda: run_training(cfg, run_dir), how_to_resume)
-    print(f"{cfg.objective if cfg.evaluation.generate else 'val/loss'} = {value:.6g}  ({run_dir})")
+    objective = RunDirectory(run_dir).read_summary()["meta"]["objective"]
+    print(f"{objective} = {value:.6g}  ({run_dir})")
     return value
 
 

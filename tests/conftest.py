@@ -32,9 +32,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def train(world: World, tmp_path: Path) -> Callable[..., RunDirectory]:
     """Run a training in this process: ``train(loss, *overrides, name=...)``."""
 
-    def run(loss: str = "delta_kd", *overrides: str, name: str = "run") -> RunDirectory:
+    def run(loss: str = "delta_kd", *overrides: str, name: str = "run", drop: tuple[str, ...] = ()) -> RunDirectory:
         directory = tmp_path / name
-        run_training(compose_config("train", world.overrides(directory, loss, *overrides)), directory)
+        chosen = [o for o in world.overrides(directory, loss, *overrides) if not o.startswith(drop or ("\0",))]
+        run_training(compose_config("train", chosen), directory)
         return RunDirectory(directory)
 
     return run

@@ -78,6 +78,9 @@ def fit(parts: Parts, loggers: list[Logger]) -> Fitted:
         _restore(fitted, state)
     else:
         _announce(parts, data, state)
+        if state:
+            # Before Lightning does: a checkpoint of another architecture deserves a sentence, not a traceback.
+            _load_weights(module, state)
         with warnings.catch_warnings():
             # Lightning warns of what is on purpose here: few loader workers, no validation loop of its own.
             warnings.filterwarnings("ignore", module="lightning")

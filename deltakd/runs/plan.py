@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
+import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -21,13 +22,18 @@ from deltakd.models import LoraSpec, ModelSpec, load_config
 from deltakd.optim import AdamW
 from deltakd.references import References
 from deltakd.runs.errors import ConfigError
-from deltakd.types import REFERENCE_ROLES, ROLES, STUDENT, STUDENT_RAW, Loss
+from deltakd.types import REFERENCE_ROLES, ROLES, STUDENT, STUDENT_RAW, Loss, LossOutput
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 #: Keys of ``model`` that are no role.
 _MODEL_KEYS = ("tokenizer", "lora", "attn_implementation", "gradient_checkpointing", "trust_remote_code")
 
+
+#: Objectives that need generated answers; more of them is better.
+_SCORES = ("val/rougeL", "val/rouge1", "val/rouge2", "val/exact_match")
 
 #: Where a study puts the models that its later stages start from.
 _STAGE_STUDENT = re.compile(r"outputs/(?P<study>[^/]+)/[^/]+/student")
@@ -99,13 +105,12 @@ class Plan:
     def objective(self) -> str:
         """The metric that decides; ``val/loss`` where nothing is generated."""
         wanted = str(self.config["objective"])
-        return wanted if self.generates_on_validation or wanted == "val/loss" else "val/loss"
+        return "val/loss" if wanted in _SCORES and not self.generates_on_validation else wanted
 
     @property
     def objective_mode(self) -> str:
         """``max`` for scores of answers, ``min`` for losses."""
-        scores = ("rouge1", "rouge2", "rougeL", "exact_match")
-        return "max" if self.objective.rsplit("/", 1)[-1] in scores else "min"
+        return "max" if self.objective in _SCORES else "min"
 
 
 def make_plan(cfg: DictConfig) -> Plan:
@@ -125,11 +130,12 @@ def make_plan(cfg: DictConfig) -> Plan:
     data = _build(config["data"], "data", problems)
     references = _build(config["reference"], "reference", problems)
     evaluation = make_evaluation(config["evaluation"], problems)
-    lora = LoraSpec(**config["model"]["lora"]) if config["model"]["lora"] else None
+    lora = _typed(LoraSpec, config["model"]["lora"], "model.lora", problems) if config["model"]["lora"] else None
     specs = _specs(config["model"], loss, lora, problems)
     for part in (optim, data, lora):
         problems += part.problems() if part is not None else []
-    problems += _trainer_problems(config["trainer"]) + _objective_problems(config)
+    problems += _trainer_problems(config["trainer"])
+    problems += _objective_problems(str(config["objective"]), _try_loss(loss, problems))
     if problems:
         raise ConfigError(problems)
     return Plan(config, loss, optim, data, evaluation, specs, lora, references)
@@ -145,6 +151,14 @@ def _build(node: Any, name: str, problems: list[str]) -> Any:
         return None
 
 
+def _typed(kind: type[T], node: dict[str, Any], name: str, problems: list[str]) -> T:
+    """A dataclass from a node of the config; keys that it does not know become problems."""
+    known = {f.name for f in fields(cast(Any, kind))}
+    unknown = sorted(set(node) - known)
+    problems += [f"{name} has no key {key!r}; allowed: {', '.join(sorted(known))}" for key in unknown]
+    return kind(**{key: value for key, value in node.items() if key in known})
+
+
 def make_evaluation(config: dict[str, Any], problems: list[str]) -> Evaluation:
     """The evaluation group as typed object; its problems are added to the list."""
     evaluation = Evaluation(
@@ -154,7 +168,7 @@ def make_evaluation(config: dict[str, Any], problems: list[str]) -> Evaluation:
         seeds=tuple(config["seeds"]),
         batch_size=config["batch_size"],
         val_limit=config["val_limit"],
-        decoding=Decoding(**config["decoding"]),
+        decoding=_typed(Decoding, config["decoding"], "evaluation.decoding", problems),
     )
     problems += evaluation.problems()
     return evaluation
@@ -173,7 +187,7 @@ def _specs(
         problems.append(f"the loss requires {', '.join(strange)}; reference roles are {', '.join(REFERENCE_ROLES)}")
     own_adapter = {STUDENT_RAW} if lora is not None else set()
     needed = [role for role in ROLES if role in {STUDENT, *loss.requires} - own_adapter]
-    specs = {role: ModelSpec(**config[role]) for role in needed}
+    specs = {role: _typed(ModelSpec, config[role], f"model.{role}", problems) for role in needed}
     for role in ("teacher", "teacher_raw"):
         if role not in needed and config[role]["path"]:
             log.info("model.%s.path is given, but this loss does not read it: it is not loaded.", role)
@@ -250,10 +264,28 @@ def _trainer_problems(trainer: dict[str, Any]) -> list[str]:
     return found
 
 
-def _objective_problems(config: dict[str, Any]) -> list[str]:
-    if str(config["objective"]).startswith("val/"):
+def _try_loss(loss: Loss | None, problems: list[str]) -> list[str]:
+    """The names of the loss's parts, from a try on random logits; a loss that breaks its contract is a problem."""
+    if loss is None:
+        return []
+    logits = {role: torch.randn(2, 8) for role in (STUDENT, *loss.requires)}
+    try:
+        output = loss(logits, torch.tensor([1, 2]))
+    # A plug-in may raise anything; here it costs a sentence, in the first step it would cost the loading of models.
+    except Exception as error:
+        problems.append(f"loss: it fails on random logits [2, 8] for {sorted(logits)}: {type(error).__name__}: {error}")
+        return []
+    if not isinstance(output, LossOutput) or output.per_token.shape != (2,):
+        problems.append("loss: it must return a LossOutput whose per_token is [N], one number (nats) a token")
+        return []
+    return list(output.parts)
+
+
+def _objective_problems(objective: str, parts: list[str]) -> list[str]:
+    allowed = [*_SCORES, "val/loss", *(f"val/{name}" for name in parts)]
+    if objective in allowed:
         return []
     return [
-        f"objective is {config['objective']!r}; the best checkpoint is chosen on validation data, never on a test set: "
-        "give val/rougeL, val/rouge1, val/rouge2, val/exact_match, val/loss or a part of the loss such as val/ce"
+        f"objective is {objective!r}; the best checkpoint is chosen on validation data, never on a test set: "
+        f"allowed are {', '.join(allowed)}"
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -263,6 +264,43 @@ def test_all_config_errors_come_at_once(world: World, tmp_path: Path) -> None:
 def test_typos_name_the_nearest_key(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         compose_config("train", overrides)
+
+
+def test_a_checkpoint_of_another_architecture(train: Train, world: World, tmp_path: Path) -> None:
+    student = save_model(tmp_path / "student", seed=1)
+    path = f"model.student.path={student}"
+    run = train("sft", path)
+    run.summary.unlink()
+    shutil.rmtree(student)
+    save_model(student, seed=1, width=32)
+    with pytest.raises(
+        ValueError, match=r"the checkpoint is of another architecture than model.student \(.*size mismatch"
+    ):
+        train("sft", path, "resume=true")
+    (run.checkpoints / "last.ckpt").write_bytes(b"cut in half")
+    with pytest.raises(ValueError, match=r"last.ckpt can't be read .*; remove it to start again"):
+        train("sft", path, "resume=true")
+
+
+def test_unknown_keys_that_were_added_by_force(train: Train) -> None:
+    with pytest.raises(ConfigError, match=r"model.student has no key 'dropout'; allowed: architecture, dtype"):
+        train("sft", "+model.student.dropout=0.1")
+
+
+def test_references_that_are_not_read_are_named(train: Train, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    train("kd", "trainer.max_steps=1")
+    assert "model.teacher_raw.path is given, but this loss does not read it: it is not loaded." in caplog.messages
+
+
+@pytest.mark.parametrize("mode", ["fast", "overfit", "profile"])
+def test_debug_configs(train: Train, mode: str) -> None:
+    extra = [f"debug={mode}", "evaluation=default"]
+    run = train("kd", *extra, drop=("trainer.max_steps", "evaluation=none", "logger"))
+    meta = run.read_summary()["meta"]
+    assert meta["steps"] == {"fast": 2, "overfit": 200, "profile": 20}[mode]
+    if mode == "overfit":
+        assert losses(run)[-1] < 0.5 * losses(run)[0]
 
 
 def test_another_tokenizer_is_refused(train: Train, tmp_path: Path) -> None:
