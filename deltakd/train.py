@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -15,11 +16,20 @@ from omegaconf import DictConfig
 from deltakd.runs.configuration import CONF_DIR, check_overrides
 from deltakd.runs.directory import RunDirectory
 from deltakd.runs.errors import guarded
+from deltakd.runs.ranks import is_main_process
 from deltakd.runs.training import run_training
+
+#: Tells the other ranks' processes where the run goes.
+RUN_DIR_VARIABLE = "DELTAKD_RUN_DIR"
 
 
 def _run_dir(cfg: DictConfig) -> Path:
-    """Where the run goes; jobs of a multirun each get a directory of their own."""
+    """Where the run goes; jobs of a multirun each get a directory of their own.
+
+    The processes that Lightning starts for further ranks run this same command; they are told by the environment.
+    """
+    if not is_main_process() and RUN_DIR_VARIABLE in os.environ:
+        return Path(os.environ[RUN_DIR_VARIABLE])
     job = HydraConfig.get()
     if job.mode == RunMode.MULTIRUN:
         return Path(cfg.run_dir) / str(job.job.num) if cfg.run_dir else Path(job.runtime.output_dir)
@@ -29,10 +39,12 @@ def _run_dir(cfg: DictConfig) -> Path:
 @hydra.main(str(CONF_DIR), "train", version_base="1.3")
 def _train(cfg: DictConfig) -> float:
     run_dir = _run_dir(cfg)
+    os.environ[RUN_DIR_VARIABLE] = str(run_dir)
     how_to_resume = f"the same command with resume=true run_dir={run_dir}"
     value = guarded(lambda: run_training(cfg, run_dir), how_to_resume)
-    objective = RunDirectory(run_dir).read_summary()["meta"]["objective"]
-    print(f"{objective} = {value:.6g}  ({run_dir})")
+    if is_main_process():
+        objective = RunDirectory(run_dir).read_summary()["meta"]["objective"]
+        print(f"{objective} = {value:.6g}  ({run_dir})")
     return value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -10,7 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltakd.runs.configuration import CONF_DIR, compose_config
@@ -139,3 +142,25 @@ def test_every_stage_of_every_study_composes(path: Path) -> None:
     for stage in study.stages:
         config = compose_config("train", _overrides(study, stage))
         assert config.run_dir == f"outputs/{study.name}/{stage.name}"
+
+
+def test_identity_16_two_processes_are_one(world: World, tmp_path: Path) -> None:
+    """One process with 8 rows, two with 4: the same losses and the same student (no dropout)."""
+    student = save_model(tmp_path / "no_dropout", seed=1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    common = [f"model.student.path={student}", "optim.lr=0.001", "optim.eps=1e-4", "trainer.val_every_n_steps=2"]
+    for name, *extra in (
+        ("one", "data.batch_size=8"),
+        ("two", "data.batch_size=4", "trainer.devices=2", "strategy=ddp", "trainer.accelerator=cpu"),
+    ):
+        done = run("deltakd.train", *world.overrides(tmp_path / name, "delta_kd", *common, *extra), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    one, two = (load_file(tmp_path / name / "student" / "model.safetensors") for name in ("one", "two"))
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], rtol=1e-4, atol=1e-6)
+    tables = [losses(tmp_path / name / "metrics.csv") for name in ("one", "two")]
+    torch.testing.assert_close(tables[0], tables[1], rtol=1e-5, atol=0)
+
+
+def losses(path: Path) -> list[float]:
+    with path.open() as file:
+        return [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]

@@ -94,7 +94,8 @@ class Checkpoints(Checkpoint):
             self._keep_best(trainer)
         by_steps = self.every_n_steps is not None and step % self.every_n_steps == 0
         by_time = time.monotonic() - self._saved_at >= 60 * self.every_n_minutes
-        if validated or by_steps or by_time:
+        # Saving is a joint act of all ranks, and their clocks differ.
+        if validated or by_steps or trainer.strategy.reduce_boolean_decision(by_time, all=False):
             self.save_last(trainer)
 
     def save_last(self, trainer: L.Trainer) -> None:

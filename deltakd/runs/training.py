@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from deltakd.runs.evaluation import evaluate_sets, read_sets, shown
 from deltakd.runs.fitting import Fitted, fit
 from deltakd.runs.loggers import finish_loggers, make_loggers
 from deltakd.runs.plan import Plan, make_plan
+from deltakd.runs.ranks import is_main_process
 from deltakd.runs.record import count_parameters, environment, git_commit, model_card, peak_memory_mib
 
 log = logging.getLogger(__name__)
@@ -41,16 +43,21 @@ def run_training(cfg: DictConfig, run_dir: Path) -> float:
     """
     plan = make_plan(cfg)
     directory = RunDirectory(run_dir)
-    directory.claim(plan.config, resume=bool(plan.config["resume"]))
+    main = is_main_process()
+    if main:
+        directory.claim(plan.config, resume=bool(plan.config["resume"]))
     if directory.finished:
         log.info("%s is finished already; nothing to do.", run_dir)
         return _objective_value(plan, directory.read_summary())
     started = time.perf_counter()
     parts = load_parts(plan, directory)
-    loggers = make_loggers(plan.config, directory.path)
+    loggers = make_loggers(plan.config, directory.path) if main else []
     try:
         fitted = fit(parts, loggers)
         metrics = fitted.metrics
+        if not main:
+            # Export and evaluation are the main process's; the others hold the same weights.
+            return _objective_value(plan, metrics)
         card = model_card(plan.config, metrics, git_commit())
         save_student(parts.models.student, parts.tokenizer, directory.student, card)
         scores = _evaluate_student(parts) if plan.evaluation.generate else {}
@@ -64,7 +71,7 @@ def run_training(cfg: DictConfig, run_dir: Path) -> float:
     return _objective_value(plan, summary)
 
 
-def _objective_value(plan: Plan, summary: dict[str, Any]) -> float:
+def _objective_value(plan: Plan, summary: Mapping[str, Any]) -> float:
     """The objective; the last training loss where there is no validation data."""
     value = summary.get(plan.objective, summary.get("train/loss"))
     assert value is not None
