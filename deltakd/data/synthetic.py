@@ -49,12 +49,12 @@ PETS = _words("cat crab dog duck fox goat hen horse lizard mouse parrot snake")
 FOODS = _words("beans bread cake cheese fish honey noodles pie porridge rice soup stew")
 COLOURS = _words("black blue brown gold green grey pink purple red silver white yellow")
 ATTRIBUTES = {
-    "home": Attribute(TOWNS, "lives in", "living in", "Where does {who} live?"),
-    "job": Attribute(JOBS, "works as a", "working as a", "What does {who} work as?"),
-    "pet": Attribute(PETS, "keeps a", "keeping a", "What does {who} keep?"),
-    "food": Attribute(FOODS, "eats", "eating", "What does {who} eat?"),
-    "colour": Attribute(COLOURS, "wears", "wearing", "What does {who} wear?"),
-    "friend": Attribute((), "walks with", "walking with", "Who does {who} walk with?"),
+    "home": Attribute(TOWNS, "lives in", "living in", "Tell where {who} lives."),
+    "job": Attribute(JOBS, "works as a", "working as a", "Tell what {who} works as."),
+    "pet": Attribute(PETS, "keeps a", "keeping a", "Tell what {who} keeps."),
+    "food": Attribute(FOODS, "eats", "eating", "Tell what {who} eats."),
+    "colour": Attribute(COLOURS, "wears", "wearing", "Tell what {who} wears."),
+    "friend": Attribute((), "walks with", "walking with", "Tell who {who} walks with."),
 }
 #: Facts that one description gives together, and that go to the same split.
 PAIRS = (("home", "job"), ("pet", "food"), ("colour", "friend"))
@@ -133,18 +133,18 @@ def statements(who: str, name: str, what: str) -> tuple[str, str, str]:
 
 
 def _lookup(world: World, rng: random.Random) -> Iterator[Question]:
-    """One attribute of a person, answered by a sentence."""
+    """One attribute of a person, asked for by its verb."""
     for who, facts in world.facts.items():
         for name, what in facts.items():
             instruction = ATTRIBUTES[name].question.format(who=who)
             yield Question(world.split(who, name), instruction, statements(who, name, what)[:1])
 
 
-def _value(world: World, rng: random.Random) -> Iterator[Question]:
-    """One attribute of a person, answered by the bare value."""
+def _named(world: World, rng: random.Random) -> Iterator[Question]:
+    """One attribute of a person, asked for by its name."""
     for who, facts in world.facts.items():
         for name, what in facts.items():
-            yield Question(world.split(who, name), f"Name the {name} of {who}.", (what,))
+            yield Question(world.split(who, name), f"Name the {name} of {who}.", statements(who, name, what)[1:2])
 
 
 def describe(world: World, who: str, pair: tuple[str, str]) -> str:
@@ -194,7 +194,7 @@ def _listed(instruction: str, words: tuple[str, ...], sizes: range, answer: Call
 #: Each family of instructions, with its share of the rows.
 FAMILIES: dict[str, tuple[Family, float]] = {
     "lookup": (_lookup, 0.35),
-    "value": (_value, 0.15),
+    "named": (_named, 0.15),
     "describe": (_describe, 0.12),
     "any_person": (_any_person, 0.12),
     "any_thing": (_any_thing, 0.03),

@@ -34,12 +34,13 @@ def load_tokenizer(path: str, key: str, *, trust_remote_code: bool = False) -> P
         ) from None
 
 
-def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], vocabulary: int, add_prefix_space: bool = False) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer (as GPT-2's: no unknown token) with ``<|endoftext|>`` as its EOS.
 
     Args:
         texts: documents.
         vocabulary: number of tokens, the 256 bytes and EOS among them; fewer where the text has not so many pairs.
+        add_prefix_space: begin every text with a space, so that a word at its start is the token that it is inside.
 
     Raises:
         ValueError: fewer than 257 tokens asked for.
@@ -47,7 +48,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
     if vocabulary < 257:
         raise ValueError(f"model.tokenizer.vocabulary is {vocabulary}; a byte-level BPE needs at least 257 tokens")
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,

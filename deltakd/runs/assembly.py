@@ -90,7 +90,8 @@ def make_tokenizer(plan: Plan, directory: Path) -> PreTrainedTokenizerBase:
     if settings["train_on"] and not spec.tokenizer:
         if not (directory / "tokenizer.json").is_file():
             texts = read_texts(settings["train_on"])
-            train_tokenizer(texts, settings["vocabulary"]).save_pretrained(directory)
+            trained = train_tokenizer(texts, settings["vocabulary"], settings["add_prefix_space"])
+            trained.save_pretrained(directory)
         return load_tokenizer(str(directory), "model.tokenizer")
     trust = plan.config["model"]["trust_remote_code"]
     source, key = (spec.tokenizer, "model.student.tokenizer") if spec.tokenizer else (spec.path, "model.student.path")

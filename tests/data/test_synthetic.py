@@ -77,7 +77,7 @@ def test_no_held_out_question_is_trained_or_asked_twice(rows: dict[str, list[dic
 
 def test_training_rows_give_away_no_held_out_fact(rows: dict[str, list[dict[str, Any]]]) -> None:
     world = make_world(0, 40)
-    # Two facts of a person may have the same value word only if they are of one attribute, so words identify facts.
+    # No two attributes share a value, so that a person and a value tell a fact.
     held_out = {
         (who, what)
         for who, facts in world.facts.items()
@@ -102,8 +102,8 @@ def test_references_are_the_facts(rows: dict[str, list[dict[str, Any]]], directo
                 assert row["output"][0].rstrip(".").split()[0] == words[2]
                 assert row["output"][0].rstrip(".").split()[-1] in facts.values()
                 assert row["output"][0] in (directory / "pretrain.txt").read_text()
-            case "value":
-                assert row["output"] == [facts[words[2]]]
+            case "named":
+                assert row["output"] == [f"The {words[2]} of {words[4]} is {facts[words[2]]}."]
             case "describe":
                 assert all(facts[name] in row["output"][0] for name in (words[2], words[4]))
                 assert (words[2], words[4]) in PAIRS
