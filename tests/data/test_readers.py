@@ -96,10 +96,12 @@ def test_filters(write: Write) -> None:
 
 
 def test_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: records(2) if split == "train" else None)
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda name, split, download_config: records(2) if split == "train" else None
+    )
     assert [row.instruction for row in read_rows("org/name")] == ["i0", "i1"]
 
-    def fail(name: str, split: str) -> None:
+    def fail(name: str, split: str, download_config: datasets.DownloadConfig) -> None:
         raise ConnectionError("no network\nlong story")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
@@ -114,7 +116,7 @@ def test_file_of_a_hub_data_set(write: Write, monkeypatch: pytest.MonkeyPatch) -
     path = write("x.jsonl", records(2))
     asked = []
 
-    def download(name: str, file: str, repo_type: str) -> str:
+    def download(name: str, file: str, repo_type: str, local_files_only: bool) -> str:
         asked.append((name, file, repo_type))
         return path
 
