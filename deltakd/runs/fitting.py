@@ -150,7 +150,7 @@ def _make_trainer(parts: Parts, callbacks: list[L.Callback], loggers: list[Logge
     config = parts.plan.config
     settings = config["trainer"]
     if settings["enable_progress_bar"]:
-        callbacks = [*callbacks, ProgressBar(config["name"])]
+        callbacks = [*callbacks, ProgressBar(config["name"].rsplit("/", 1)[-1])]
     extra = [instantiate(node) for node in (config["callbacks"] or {}).values()]
     return L.Trainer(
         accelerator=settings["accelerator"],
