@@ -5,7 +5,7 @@ data needs no Lightning.
 """
 
 from deltakd.data.build import LoadedSets, load_instruction_sets, load_text_sets
-from deltakd.data.config import InstructionData, TextData
+from deltakd.data.config import DataConfig, InstructionData, TextData
 from deltakd.data.encoded_set import Encoded, EncodedSet
 from deltakd.data.encoding import encode_prompt, encode_row, encode_rows
 from deltakd.data.loader import EvalLoader, StepLoader, collate
@@ -19,6 +19,7 @@ from deltakd.data.token_cache import tokenizer_fingerprint
 __all__ = [
     "AlpacaTemplate",
     "ChatTemplate",
+    "DataConfig",
     "Encoded",
     "EncodedSet",
     "EvalLoader",

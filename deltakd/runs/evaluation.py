@@ -14,16 +14,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from deltakd.data import InstructionData, Row, TextData, encode_prompt, read_rows
+from deltakd.data import DataConfig, Row, encode_prompt, read_rows
 from deltakd.evaluation import EvaluationSet, evaluate_set, matches, read_generations, summarise, write_generations
 from deltakd.runs.plan import Evaluation
 
 log = logging.getLogger(__name__)
 
 
-def make_set(
-    name: str, rows: Sequence[Row], data: InstructionData | TextData, tokenizer: PreTrainedTokenizerBase
-) -> EvaluationSet:
+def make_set(name: str, rows: Sequence[Row], data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> EvaluationSet:
     """Prompts exactly as training would tokenise them, with all their references."""
     template = data.make_template(tokenizer)
     prompt_ids = [encode_prompt(row, template, tokenizer, data.max_prompt_length) for row in rows]
@@ -36,9 +34,7 @@ def make_set(
     )
 
 
-def read_sets(
-    evaluation: Evaluation, data: InstructionData | TextData, tokenizer: PreTrainedTokenizerBase
-) -> list[EvaluationSet]:
+def read_sets(evaluation: Evaluation, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[EvaluationSet]:
     """Read every evaluation set.
 
     Raises:

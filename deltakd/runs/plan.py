@@ -15,7 +15,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from deltakd.data import InstructionData, TextData
+from deltakd.data import DataConfig, InstructionData
 from deltakd.evaluation import Decoding
 from deltakd.hub import hub_reachable
 from deltakd.models import LoraSpec, ModelSpec, load_config
@@ -90,7 +90,7 @@ class Plan:
     config: dict[str, Any]
     loss: Loss
     optim: AdamW
-    data: InstructionData | TextData
+    data: DataConfig
     evaluation: Evaluation
     specs: dict[str, ModelSpec]
     lora: LoraSpec | None
