@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import logging
 import time
 from collections.abc import Sequence
@@ -59,6 +60,7 @@ def run_evaluation(arguments: Sequence[str]) -> dict[str, Any]:
     """
     cfg, model_path = _configure(arguments)
     config: Any = OmegaConf.to_container(cfg, resolve=True)
+    config["evaluation"]["sets"] = config["evaluation"]["sets"] or config["data"].get("sets") or {}
     problems: list[str] = []
     evaluation = make_evaluation(config["evaluation"], problems)
     if not evaluation.sets:
@@ -66,13 +68,16 @@ def run_evaluation(arguments: Sequence[str]) -> dict[str, Any]:
     if problems:
         raise ConfigError(problems)
     directory = RunDirectory(Path(config["run_dir"] or f"outputs/evaluate/{datetime.now():%Y-%m-%d_%H-%M-%S}"))
-    directory.claim({"evaluated_model": model_path, **config}, resume=directory.config.is_file())
+    evaluated = {"evaluated_model": model_path, "evaluated_model_sha256": _fingerprint(model_path)}
+    directory.claim(evaluated | config, resume=directory.config.is_file())
     started = time.perf_counter()
-    tokenizer = load_tokenizer(model_path, "model")
+    settings = config["model"]
+    tokenizer = load_tokenizer(model_path, "model", trust_remote_code=settings["trust_remote_code"])
+    vocabulary = max(tokenizer.get_vocab().values()) + 1
     sets = read_sets(evaluation, instantiate(config["data"], _convert_="all"), tokenizer)
-    model = _load(model_path)
-    LanguageModel(model, len(tokenizer)).check_head()
-    metrics = evaluate_sets(model, tokenizer, sets, evaluation, len(tokenizer), directory.generations)
+    model = _load(model_path, settings)
+    LanguageModel(model, vocabulary).check_head()
+    metrics = evaluate_sets(model, tokenizer, sets, evaluation, vocabulary, directory.generations)
     meta = environment() | {
         "model": model_path,
         "seed": config["seed"],
@@ -103,7 +108,7 @@ def _configure(arguments: Sequence[str]) -> tuple[DictConfig, str]:
         )
     held = yaml.safe_load(run.config.read_text(encoding="utf-8"))
     chosen = {a.split("=", 1)[0] for a in overrides}
-    for group in ("data", "evaluation"):
+    for group in ("model", "data", "evaluation"):
         if group not in chosen:
             cfg[group] = held[group]
     # A run without generation still knows its sets and decoding; asking for an evaluation asks for answers.
@@ -114,9 +119,24 @@ def _configure(arguments: Sequence[str]) -> tuple[DictConfig, str]:
     return cfg, str(run.student)
 
 
-def _load(path: str) -> torch.nn.Module:
+def _fingerprint(path: str) -> str | None:
+    """Of a local model's files, so that answers of another model in the same place are not used again."""
+    digest = hashlib.sha256()
+    files = sorted(p for p in Path(path).glob("*") if p.suffix in (".safetensors", ".bin") or p.name == "config.json")
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest() if files else None
+
+
+def _load(path: str, settings: dict[str, Any]) -> torch.nn.Module:
     try:
-        model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(path, local_files_only=not hub_reachable())
+        model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
+            path,
+            attn_implementation=settings["attn_implementation"],
+            trust_remote_code=settings["trust_remote_code"],
+            local_files_only=not hub_reachable(),
+        )
     except (OSError, ValueError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"model={path}: no model can be loaded from there ({first}); give a model directory") from None

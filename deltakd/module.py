@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -26,8 +27,10 @@ class _StepSums:
 
     loss: Tensor | float = 0.0
     parts: dict[str, Tensor] = field(default_factory=dict)
+    row_ids: list[int] = field(default_factory=list)
 
-    def add(self, loss: Tensor, parts: dict[str, Tensor]) -> None:
+    def add(self, loss: Tensor, parts: dict[str, Tensor], row_ids: list[int]) -> None:
+        self.row_ids += row_ids
         self.loss = self.loss + loss.detach()
         for name, value in parts.items():
             self.parts[name] = self.parts[name] + value if name in self.parts else value
@@ -94,26 +97,31 @@ class DistillationModule(L.LightningModule):
         total, parts = self.loss_of(batch)
         share = total / batch.step_tokens
         if not torch.isfinite(share):
-            raise NonFiniteLossError(
-                f"the loss is {share.item()} at optimiser step {batch.step}, rows {batch.row_ids.tolist()} of the "
-                "training set; the last good checkpoint is kept. Lower optim.lr, raise optim.warmup_steps, or look at "
-                "those rows"
-            )
-        self._sums.add(share, {name: value / batch.step_tokens for name, value in parts.items()})
+            raise _non_finite("loss", share.item(), batch.step, batch.row_ids.tolist())
+        shares = {name: value / batch.step_tokens for name, value in parts.items()}
+        self._sums.add(share, shares, batch.row_ids.tolist())
         # Lightning divides by the number of micro-batches and data-parallel strategies average over ranks; the
         # denominator above already holds both.
         return share * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Gather what is to be logged of this optimiser step; the gradient's norm is that before clipping."""
+        """Gather what is to be logged of this optimiser step; the gradient's norm is that before clipping.
+
+        Raises:
+            NonFiniteLossError: the gradient is not finite, though the loss is; the weights are untouched yet.
+        """
+        gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        # In 16-mixed the scaler skips such steps by itself and lowers its scale.
+        if not math.isfinite(norm) and getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            raise _non_finite("gradient's norm", norm, self.global_step, self._sums.row_ids)
         # Each rank holds its share over the same denominator: the sum over ranks is the loss of the step.
         sums = {"loss": torch.as_tensor(self._sums.loss)} | self._sums.parts
         self._sums = _StepSums()
         if self.trainer.world_size > 1:
             sums = {name: self.trainer.strategy.reduce(value, reduce_op="sum") for name, value in sums.items()}
-        gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
         self.step_metrics = {f"train/{name}": float(value) for name, value in sums.items()} | {
-            "train/grad_norm": float(torch.nn.utils.get_total_norm(gradients)),
+            "train/grad_norm": norm,
             "train/lr": optimizer.param_groups[0]["lr"],
         }
 
@@ -133,6 +141,13 @@ class DistillationModule(L.LightningModule):
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Batches know how to move themselves."""
         return batch.to(device, non_blocking=True)
+
+
+def _non_finite(what: str, value: float, step: int, row_ids: list[int]) -> NonFiniteLossError:
+    return NonFiniteLossError(
+        f"the {what} is {value} at optimiser step {step}, rows {row_ids} of the training set; "
+        "the last good checkpoint is kept. Lower optim.lr, raise optim.warmup_steps, or look at those rows"
+    )
 
 
 def _mix(seed: int, micro_batch: int, rank: int) -> int:

@@ -70,13 +70,14 @@ def read_study(folder: Path) -> Study:
     path = folder / "study.yaml"
     if not path.is_file():
         raise ConfigError([f"{path} does not exist; give a folder with a study.yaml, such as experiments/quickstart"])
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     allowed = {"name", "overrides", "stages", "table"}
     problems = [
         f"{path}: unknown key {k!r}; allowed: {', '.join(sorted(allowed))}" for k in content if k not in allowed
     ]
     stages = []
-    for name, entry in (content.get("stages") or {}).items():
+    for name, body in (content.get("stages") or {}).items():
+        entry = body or {}
         unknown = set(entry) - {"overrides", "minutes"}
         if unknown:
             problems.append(f"{path}: stage {name} has unknown keys {sorted(unknown)}; allowed: overrides, minutes")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from pathlib import Path
@@ -61,6 +62,8 @@ class Checkpoints(Checkpoint):
         self.mode = mode
         self.every_n_steps = every_n_steps
         self.every_n_minutes = every_n_minutes
+        #: Optimiser steps of the run; the last one is saved, too.
+        self.total_steps: int | None = None
         self.best_metrics: dict[str, float] = {}
         self.best_step: int | None = None
         self._saved_at = time.monotonic()
@@ -95,7 +98,12 @@ class Checkpoints(Checkpoint):
         by_steps = self.every_n_steps is not None and step % self.every_n_steps == 0
         by_time = time.monotonic() - self._saved_at >= 60 * self.every_n_minutes
         # Saving is a joint act of all ranks, and their clocks differ.
-        if validated or by_steps or trainer.strategy.reduce_boolean_decision(by_time, all=False):
+        if (
+            validated
+            or by_steps
+            or step == self.total_steps
+            or trainer.strategy.reduce_boolean_decision(by_time, all=False)
+        ):
             self.save_last(trainer)
 
     def save_last(self, trainer: L.Trainer) -> None:
@@ -110,7 +118,7 @@ class Checkpoints(Checkpoint):
         metrics = self.validation.last_metrics
         score, best = metrics[self.objective], self.best_metrics.get(self.objective)
         better = best is None or (score > best if self.mode == "max" else score < best)
-        if better:
+        if better and math.isfinite(score):
             self.best_metrics, self.best_step = dict(metrics), trainer.global_step
             trainer.save_checkpoint(self.best_path, weights_only=True)
 

@@ -55,9 +55,12 @@ class StopOnSignal(Checkpoint):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Save and stop if a signal came, once the optimiser step is whole."""
-        if self._received is not None and at_step_end(trainer):
+        if not at_step_end(trainer):
+            return
+        # Saving is a joint act of all ranks, and not each of them may have got the signal.
+        if trainer.strategy.reduce_boolean_decision(self._received is not None, all=False):
             self.checkpoints.save_last(trainer)
-            raise Stopped(self._received, trainer.global_step)
+            raise Stopped(self._received or signal.SIGTERM, trainer.global_step)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Give the signals back."""

@@ -44,6 +44,11 @@ class DataConfig(ABC):
     cache_dir: str | None = None
     prepare: Callable[[], Any] | None = None
 
+    @property
+    def validates(self) -> bool:
+        """Whether there will be validation data."""
+        return bool(self.val)
+
     @abstractmethod
     def load(self, tokenizer: PreTrainedTokenizerBase) -> LoadedSets:
         """Read and tokenise."""
@@ -92,6 +97,11 @@ class InstructionData(DataConfig):
     split_seed: int = 0
     exclude: Sequence[str] = ()
     overlong: str = "cut"
+
+    @property
+    def validates(self) -> bool:
+        """Whether there will be validation data: given, or held out of ``train``."""
+        return bool(self.val) or self.val_size > 0
 
     def own_problems(self) -> list[str]:
         """Lengths and what to do with rows beyond them."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,7 +148,7 @@ def read_lines(path: Path, name: str) -> Iterator[str]:
         with opener(path, "rt", encoding="utf-8", newline="\n") as stream:
             for line in stream:
                 yield line.rstrip("\r\n")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise ValueError(f"cannot read {name}: {error}") from error
 
 

@@ -28,7 +28,10 @@ def save_student(model: LanguageModel, tokenizer: PreTrainedTokenizerBase, direc
     if hasattr(causal_lm, "merge_and_unload"):
         # Merging changes the weights in place, and the run may still go on with the adapter.
         causal_lm = copy.deepcopy(causal_lm).merge_and_unload()
-    causal_lm.generation_config.eos_token_id = tokenizer.eos_token_id
+    known = causal_lm.generation_config.eos_token_id
+    if not (isinstance(known, list) and tokenizer.eos_token_id in known):
+        # A list holds further ends of a turn, which chat models need.
+        causal_lm.generation_config.eos_token_id = tokenizer.eos_token_id
     causal_lm.generation_config.bos_token_id = tokenizer.bos_token_id
     causal_lm.save_pretrained(partial)
     tokenizer.save_pretrained(partial)

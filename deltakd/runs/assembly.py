@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import lightning as L
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltakd.data import LoadedSets, read_texts
+from deltakd.evaluation import EvaluationSet
 from deltakd.models import (
     LanguageModel,
     add_lora,
@@ -20,6 +22,7 @@ from deltakd.models import (
 )
 from deltakd.references import References
 from deltakd.runs.directory import RunDirectory
+from deltakd.runs.evaluation import read_sets
 from deltakd.runs.plan import Plan
 from deltakd.types import STUDENT, STUDENT_RAW
 
@@ -51,6 +54,8 @@ class Parts:
         tokenizer: the student's.
         vocabulary: number of tokens that all models share.
         sets: tokenised rows.
+        evaluation_sets: what to answer at the end; read before anything is trained, since a mistake in a file must not
+            cost a run.
         models: student and references.
     """
 
@@ -59,6 +64,7 @@ class Parts:
     tokenizer: PreTrainedTokenizerBase
     vocabulary: int
     sets: LoadedSets
+    evaluation_sets: list[EvaluationSet]
     models: Models
 
 
@@ -75,8 +81,9 @@ def load_parts(plan: Plan, directory: RunDirectory) -> Parts:
     tokenizer = make_tokenizer(plan, directory.path / "tokenizer")
     vocabulary = shared_vocabulary(plan, tokenizer)
     sets = plan.data.load(tokenizer)
+    evaluation_sets = read_sets(plan.evaluation, plan.data, tokenizer) if plan.evaluation.generate else []
     models = make_models(plan, tokenizer, vocabulary)
-    return Parts(plan, directory, tokenizer, vocabulary, sets, models)
+    return Parts(plan, directory, tokenizer, vocabulary, sets, evaluation_sets, models)
 
 
 def make_tokenizer(plan: Plan, directory: Path) -> PreTrainedTokenizerBase:
@@ -88,10 +95,12 @@ def make_tokenizer(plan: Plan, directory: Path) -> PreTrainedTokenizerBase:
     settings = plan.config["model"]["tokenizer"]
     spec = plan.specs[STUDENT]
     if settings["train_on"] and not spec.tokenizer:
-        if not (directory / "tokenizer.json").is_file():
-            texts = read_texts(settings["train_on"])
+        if not directory.is_dir():
+            texts = read_texts(settings["train_on"], subset=settings["train_subset"])
             trained = train_tokenizer(texts, settings["vocabulary"], settings["add_prefix_space"])
-            trained.save_pretrained(directory)
+            partial = directory.with_name(directory.name + ".partial")
+            trained.save_pretrained(partial)
+            os.replace(partial, directory)
         return load_tokenizer(str(directory), "model.tokenizer")
     trust = plan.config["model"]["trust_remote_code"]
     source, key = (spec.tokenizer, "model.student.tokenizer") if spec.tokenizer else (spec.path, "model.student.path")
@@ -109,15 +118,28 @@ def shared_vocabulary(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> int:
     Raises:
         ValueError: one does not.
     """
-    vocabulary = len(tokenizer)
+    # Not len(tokenizer): ids may have gaps.
+    vocabulary = max(tokenizer.get_vocab().values()) + 1
+    own = plan.specs[STUDENT].tokenizer or (
+        None if plan.config["model"]["tokenizer"]["train_on"] else plan.specs[STUDENT].path
+    )
     trust = plan.config["model"]["trust_remote_code"]
     for role, spec in plan.specs.items():
         source = spec.tokenizer or spec.path
-        if role == STUDENT or source in (plan.specs[STUDENT].tokenizer, plan.specs[STUDENT].path):
+        if role == STUDENT or source == own:
             continue
         other = load_tokenizer(str(source), f"model.{role}.tokenizer", trust_remote_code=trust)
         vocabulary = min(vocabulary, common_vocabulary(tokenizer, other, role))
     return vocabulary
+
+
+def _check_positions(role: str, model: PreTrainedModel, max_length: int) -> None:
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and max_length > limit:
+        raise ValueError(
+            f"data.max_length is {max_length}, but model.{role} has positions for {limit} tokens only; "
+            f"give data.max_length={limit} or less, or another model"
+        )
 
 
 def make_models(plan: Plan, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Models:
@@ -138,6 +160,7 @@ def make_models(plan: Plan, tokenizer: PreTrainedTokenizerBase, vocabulary: int)
             attn_implementation=settings["attn_implementation"],
             trust_remote_code=settings["trust_remote_code"],
         )
+        _check_positions(role, hf, plan.data.max_length)
         model = LanguageModel(hf, vocabulary)
         model.check_head()
         loaded[role] = model

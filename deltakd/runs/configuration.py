@@ -61,6 +61,10 @@ def check_overrides(name: str, overrides: Sequence[str]) -> None:
         key = override.key_or_group
         fixed = not (_is_group(key) or key.startswith("hydra") or override.is_add() or override.is_force_add())
         if fixed and not _exists(cfg, key):
+            parent = key.rpartition(".")[0]
+            if parent and _exists(cfg, parent) and not OmegaConf.select(cfg, parent):
+                problems.append(f"{parent} is empty: give it whole as {parent}={{...}}, or add the key as +{key}=...")
+                continue
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
             hint = f"; the nearest one is {near[0]!r}" if near else ""
             problems.append(f"there is no config key {key!r}{hint}")

@@ -26,6 +26,10 @@ MAY_DIFFER = (
 )
 
 
+#: Keys that may also change until the run is finished: they only say what is asked of the trained student.
+MAY_DIFFER_UNFINISHED = ("evaluation.sets", "evaluation.limit", "evaluation.batch_size", "data.sets")
+
+
 @dataclass(frozen=True)
 class RunDirectory:
     """Paths of one run.
@@ -81,7 +85,8 @@ class RunDirectory:
                     ]
                 )
             held = yaml.safe_load(self.config.read_text(encoding="utf-8"))
-            differing = [key for key in _differences(held, config) if not key.startswith(MAY_DIFFER)]
+            free = MAY_DIFFER if self.finished else (*MAY_DIFFER, *MAY_DIFFER_UNFINISHED)
+            differing = [key for key in _differences(held, config) if not key.startswith(free)]
             if differing:
                 shown = ", ".join(f"{k} ({_get(held, k)!r} there, {_get(config, k)!r} now)" for k in differing[:6])
                 raise ConfigError(
@@ -90,10 +95,15 @@ class RunDirectory:
                         "give another run_dir, or remove that one to start again"
                     ]
                 )
+            if not self.finished:
+                self._write_config(config)
             return
-        if self.path.is_dir() and any(self.path.iterdir()):
+        if self.path.is_dir() and any(p for p in self.path.iterdir() if p.suffix != ".partial"):
             raise ConfigError([f"run_dir={self.path} is not empty and holds no run of ours; give another run_dir"])
         self.path.mkdir(parents=True, exist_ok=True)
+        self._write_config(config)
+
+    def _write_config(self, config: dict[str, Any]) -> None:
         write_text(self.config, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
 
     def read_summary(self) -> dict[str, Any]:

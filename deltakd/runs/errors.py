@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import transformers
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from deltakd.callbacks import Stopped
 from deltakd.module import NonFiniteLossError
@@ -51,7 +52,7 @@ def guarded(action: Callable[[], T], how_to_resume: str) -> T:
     except KeyboardInterrupt:
         print(f"interrupted. To go on from the last checkpoint: {how_to_resume}", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, NonFiniteLossError) as error:
+    except (ValueError, NonFiniteLossError, MisconfigurationException) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         print(f"error: {error}", file=sys.stderr)

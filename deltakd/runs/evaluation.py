@@ -46,9 +46,10 @@ def read_sets(evaluation: Evaluation, data: DataConfig, tokenizer: PreTrainedTok
     ]
 
 
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Any id will do under an attention mask; a tokenizer need not have one of its own."""
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+def pad_id(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> int:
+    """Any id that all models know will do under an attention mask: the tokenizer's own, if they do, else 0."""
+    own = tokenizer.pad_token_id
+    return own if own is not None and own < vocabulary else 0
 
 
 def answer(
@@ -70,7 +71,7 @@ def answer(
             seed=seed,
             batch_size=evaluation.batch_size,
             vocab_size=vocabulary,
-            pad_id=pad_id(tokenizer),
+            pad_id=pad_id(tokenizer, vocabulary),
             progress=advance,
         )
 

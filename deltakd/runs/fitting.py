@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 
 from deltakd.callbacks import AtomicCheckpointIO, Checkpoints, ProgressBar, StopOnSignal, TrainingLog, Validation
 from deltakd.callbacks.checkpoints import read_checkpoint
@@ -69,7 +71,7 @@ def fit(parts: Parts, loggers: list[Logger]) -> Fitted:
     trainer = _make_trainer(parts, callbacks, loggers)
     # How many steps there are depends on the number of ranks, which only the trainer knows.
     data.trainer = trainer
-    training_log.total_steps = data.total_steps
+    training_log.total_steps = checkpoints.total_steps = data.total_steps
     if validation is not None:
         validation.steps = _validation_steps(data, settings["val_every_n_steps"])
     module = _make_module(parts, data.total_steps)
@@ -95,7 +97,7 @@ def _make_data(parts: Parts) -> DistillationData:
     return DistillationData(
         parts.sets.train,
         parts.sets.val,
-        pad_id=pad_id(parts.tokenizer),
+        pad_id=pad_id(parts.tokenizer, parts.vocabulary),
         batch_size=parts.plan.data.batch_size,
         accumulate=settings["accumulate_grad_batches"],
         seed=parts.plan.config["seed"],
@@ -170,10 +172,16 @@ def _make_trainer(parts: Parts, callbacks: list[L.Callback], loggers: list[Logge
         use_distributed_sampler=False,
         enable_model_summary=False,
         enable_progress_bar=settings["enable_progress_bar"],
-        profiler=settings["profiler"],
+        profiler=_make_profiler(settings["profiler"], parts.directory.path),
         detect_anomaly=settings["detect_anomaly"],
         default_root_dir=parts.directory.path,
     )
+
+
+def _make_profiler(name: str | None, directory: Path) -> Profiler | None:
+    """Lightning's profilers, writing ``fit-profile.txt`` into the run directory."""
+    kinds = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
+    return None if name is None else kinds[name](dirpath=directory, filename="profile")
 
 
 def _announce(parts: Parts, data: DistillationData, state: dict[str, Any] | None) -> None:

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from deltakd.data import DataConfig, InstructionData
+from deltakd.data.sources import missing_sources
 from deltakd.evaluation import Decoding
 from deltakd.hub import hub_reachable
 from deltakd.models import LoraSpec, ModelSpec, load_config
@@ -103,8 +104,10 @@ class Plan:
 
     @property
     def objective(self) -> str:
-        """The metric that decides; ``val/loss`` where nothing is generated."""
+        """The metric that decides; ``val/loss`` where nothing is generated, ``train/loss`` without validation data."""
         wanted = str(self.config["objective"])
+        if not self.data.validates:
+            return "train/loss"
         return "val/loss" if wanted in _SCORES and not self.generates_on_validation else wanted
 
     @property
@@ -132,6 +135,7 @@ def make_plan(cfg: DictConfig) -> Plan:
     evaluation = make_evaluation(config["evaluation"], problems)
     lora = _typed(LoraSpec, config["model"]["lora"], "model.lora", problems) if config["model"]["lora"] else None
     specs = _specs(config["model"], loss, lora, problems)
+    problems += _set_problems(evaluation, data)
     for part in (optim, data, lora):
         problems += part.problems() if part is not None else []
     problems += _trainer_problems(config["trainer"])
@@ -151,6 +155,20 @@ def _build(node: Any, name: str, problems: list[str]) -> Any:
         return None
 
 
+def _set_problems(evaluation: Evaluation, data: DataConfig | None) -> list[str]:
+    """Names that would collide in the summary, and files that are not there: not found out after the training."""
+    if not evaluation.generate:
+        return []
+    found = [
+        f"evaluation.sets has {name!r}; a set can't be called val, train or meta, nor have a slash in its name"
+        for name in evaluation.sets
+        if name in ("val", "train", "meta") or "/" in name
+    ]
+    if data is not None and data.prepare is None:
+        found += missing_sources({f"evaluation.sets.{name}": source for name, source in evaluation.sets.items()})
+    return found
+
+
 def _typed(kind: type[T], node: dict[str, Any], name: str, problems: list[str]) -> T:
     """A dataclass from a node of the config; keys that it does not know become problems."""
     known = {f.name for f in fields(cast(Any, kind))}
@@ -161,11 +179,18 @@ def _typed(kind: type[T], node: dict[str, Any], name: str, problems: list[str]) 
 
 def make_evaluation(config: dict[str, Any], problems: list[str]) -> Evaluation:
     """The evaluation group as typed object; its problems are added to the list."""
+    sets, seeds = config["sets"] or {}, config["seeds"]
+    if not (isinstance(sets, dict) and all(isinstance(v, str) for v in sets.values())):
+        problems.append(f"evaluation.sets is {sets!r}; give names and files: evaluation.sets={{mine: file.jsonl}}")
+        sets = {}
+    if not (isinstance(seeds, list) and all(type(seed) is int and seed >= 0 for seed in seeds)):
+        problems.append(f"evaluation.seeds is {seeds!r}; give a list of numbers from 0: evaluation.seeds=[10,20]")
+        seeds = [0]
     evaluation = Evaluation(
         generate=config["generate"],
-        sets={str(k): str(v) for k, v in (config["sets"] or {}).items()},
+        sets={str(name): source for name, source in sets.items()},
         limit=config["limit"],
-        seeds=tuple(config["seeds"]),
+        seeds=tuple(seeds),
         batch_size=config["batch_size"],
         val_limit=config["val_limit"],
         decoding=_typed(Decoding, config["decoding"], "evaluation.decoding", problems),
@@ -199,7 +224,17 @@ def _specs(
     problems += found
     if not found:
         problems += _unreachable(specs, config["trust_remote_code"])
+    problems += [
+        f"model.{role}.init=random: a reference has to have learnt something; give model.{role}.path"
+        for role, spec in specs.items()
+        if role != STUDENT and spec.init == "random"
+    ]
     train_on = config["tokenizer"]["train_on"]
+    if train_on and specs[STUDENT].init == "pretrained":
+        problems.append(
+            "model.tokenizer.train_on is given for a pretrained student, but its weights know its own tokens "
+            "only; remove it"
+        )
     if STUDENT in specs and specs[STUDENT].init == "random" and not (train_on or specs[STUDENT].tokenizer):
         problems.append(
             "a student with init=random needs a tokenizer: model.student.tokenizer=<directory>, or "
@@ -256,8 +291,12 @@ def _trainer_problems(trainer: dict[str, Any]) -> list[str]:
         found.append("trainer.max_epochs and trainer.max_steps are both null; give at least one")
     for name in ("max_epochs", "max_steps", "accumulate_grad_batches", "val_every_n_steps", "log_every_n_steps"):
         value = trainer[name]
-        if value is not None and value <= 0:
+        if value is not None and not isinstance(value, int | float):
+            found.append(f"trainer.{name} is {value!r}; it must be a number")
+        elif value is not None and value <= 0:
             found.append(f"trainer.{name} is {value}; it must be above 0")
+    if trainer["profiler"] not in (None, "simple", "advanced", "pytorch"):
+        found.append(f"trainer.profiler is {trainer['profiler']!r}; allowed: null, simple, advanced, pytorch")
     clip = trainer["gradient_clip_val"]
     if clip is not None and clip < 0:
         found.append(f"trainer.gradient_clip_val is {clip}; it must be at least 0 (null or 0: no clipping)")

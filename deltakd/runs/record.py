@@ -7,7 +7,7 @@ import platform
 import resource
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +73,12 @@ def count_parameters(models: Mapping[str, nn.Module]) -> dict[str, int]:
     return {role: sum(p.numel() for p in model.parameters()) for role, model in models.items()}
 
 
-def model_card(config: Mapping[str, Any], metrics: Mapping[str, float], commit: str | None) -> str:
+def model_card(
+    config: Mapping[str, Any], roles: Sequence[str], metrics: Mapping[str, float], commit: str | None
+) -> str:
     """Markdown for the exported student: how it was made and what it scored on validation data."""
     loss = config["loss"]
-    roles = {
-        role: spec["path"] for role, spec in config["model"].items() if isinstance(spec, dict) and spec.get("path")
-    }
+    paths = {role: config["model"][role]["path"] or "from scratch" for role in roles}
     lines = [
         "---",
         "library_name: transformers",
@@ -91,7 +91,7 @@ def model_card(config: Mapping[str, Any], metrics: Mapping[str, float], commit: 
         "",
         "| | |",
         "| --- | --- |",
-        *(f"| {role} | {path} |" for role, path in roles.items()),
+        *(f"| {role} | {path} |" for role, path in paths.items()),
         f"| delta_weight | {config['delta_weight']} |",
         f"| training data | {config['data']['train']} |",
         f"| template | {config['data']['template']} |",

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from deltakd.models import save_student
 from deltakd.runs.assembly import Parts, load_parts
 from deltakd.runs.directory import RunDirectory
-from deltakd.runs.evaluation import evaluate_sets, read_sets, shown
+from deltakd.runs.evaluation import evaluate_sets, shown
 from deltakd.runs.fitting import Fitted, fit
 from deltakd.runs.loggers import finish_loggers, make_loggers
 from deltakd.runs.plan import Plan, make_plan
@@ -58,7 +58,7 @@ def run_training(cfg: DictConfig, run_dir: Path) -> float:
         if not main:
             # Export and evaluation are the main process's; the others hold the same weights.
             return _objective_value(plan, metrics)
-        card = model_card(plan.config, metrics, git_commit())
+        card = model_card(plan.config, list(plan.specs), metrics, git_commit())
         save_student(parts.models.student, parts.tokenizer, directory.student, card)
         scores = _evaluate_student(parts) if plan.evaluation.generate else {}
         for logger in loggers:
@@ -72,24 +72,25 @@ def run_training(cfg: DictConfig, run_dir: Path) -> float:
 
 
 def _objective_value(plan: Plan, summary: Mapping[str, Any]) -> float:
-    """The objective; the last training loss where there is no validation data."""
-    value = summary.get(plan.objective, summary.get("train/loss"))
-    assert value is not None
-    return float(value)
+    return float(summary[plan.objective])
 
 
 def _evaluate_student(parts: Parts) -> dict[str, float]:
     """Evaluate what was exported, opened as its users will open it."""
     plan = parts.plan
-    sets = read_sets(plan.evaluation, plan.data, parts.tokenizer)
-    if not sets:
+    if not parts.evaluation_sets:
         return {}
-    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(parts.directory.student)
+    settings = plan.config["model"]
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
+        parts.directory.student,
+        attn_implementation=settings["attn_implementation"],
+        trust_remote_code=settings["trust_remote_code"],
+    )
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     metrics = evaluate_sets(
         model,
         parts.tokenizer,
-        sets,
+        parts.evaluation_sets,
         plan.evaluation,
         parts.vocabulary,
         parts.directory.generations,

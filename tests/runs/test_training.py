@@ -21,7 +21,7 @@ from deltakd.runs.directory import RunDirectory
 from deltakd.runs.errors import ConfigError
 from deltakd.runs.training import run_training
 from deltakd.types import Batch
-from tests.tiny import World, make_rows, save_model, write_rows
+from tests.tiny import World, make_rows, make_tokenizer, save_model, write_rows
 
 Train = Callable[..., RunDirectory]
 SETS = "evaluation.sets={{mine: {}}}"
@@ -282,6 +282,70 @@ def test_a_checkpoint_of_another_architecture(train: Train, world: World, tmp_pa
         train("sft", path, "resume=true")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["evaluation=default", "evaluation.sets={mine: nowhere.jsonl}"], r"evaluation.sets.mine: no such file"),
+        (["evaluation=default", "evaluation.sets={val: x.jsonl}"], r"can't be called val, train or meta"),
+        (["evaluation.sets=x.jsonl"], r"evaluation.sets is 'x.jsonl'; give names and files"),
+        (["evaluation.seeds=10"], r"evaluation.seeds is 10; give a list of numbers"),
+        (["trainer.max_steps=abc"], r"trainer.max_steps is 'abc'; it must be a number"),
+        (["trainer.profiler=cprofile"], r"trainer.profiler is 'cprofile'; allowed: null, simple"),
+        (["model.tokenizer.train_on=a.txt"], r"given for a pretrained student"),
+        (["model.teacher.init=random"], r"a reference has to have learnt something"),
+        (["evaluation.sets.mine=x"], r"evaluation.sets is empty: give it whole as evaluation.sets=\{...\}"),
+        (["objective=val/perplexity"], r"allowed are val/rougeL, .*val/loss, val/ce, val/forward_kl"),
+        (["+loss.weight=2"], r"loss: .*unexpected keyword argument 'weight'"),
+    ],
+)
+def test_what_can_be_known_before_the_models_load(train: Train, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train("delta_kd", *overrides)
+
+
+def test_positions_are_checked_before_training(train: Train) -> None:
+    with pytest.raises(
+        ValueError, match=r"data.max_length is 400, but model.student has positions for 128 tokens only"
+    ):
+        train("sft", "data.max_length=400")
+
+
+def test_without_validation_data_the_last_student_and_the_training_loss_count(train: Train) -> None:
+    run = train("sft", drop=("data.val",))
+    summary = run.read_summary()
+    assert summary["meta"]["objective"] == "train/loss"
+    assert summary["train/loss"] == losses(run)[-1]
+    assert (run.checkpoints / "last.ckpt").is_file()
+    assert run.student.is_dir()
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(
+    train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    original = DistillationModule.loss_of
+
+    def poisoned(module: DistillationModule, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        total, parts = original(module, batch)
+        if batch.step == 3:
+            # 0 · √0: the value is 0, the gradient 0 · ∞.
+            total = total + 0.0 * (total - total.detach()).sqrt()
+        return total, parts
+
+    monkeypatch.setattr(DistillationModule, "loss_of", poisoned)
+    with pytest.raises(NonFiniteLossError, match=r"the gradient's norm is nan at optimiser step 3, rows \[\d+"):
+        train("sft", "trainer.checkpoint_every_n_steps=1")
+    state = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert state["global_step"] == 3
+    assert all(torch.isfinite(value).all() for value in state["state_dict"].values())
+
+
+def test_a_pad_token_of_the_student_alone(train: Train, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    student = save_model(tmp_path / "padded", seed=1, tokenizer=tokenizer)
+    assert losses(train("delta_kd", f"model.student.path={student}", f"model.student_raw.path={student}"))
+
+
 def test_unknown_keys_that_were_added_by_force(train: Train) -> None:
     with pytest.raises(ConfigError, match=r"model.student has no key 'dropout'; allowed: architecture, dtype"):
         train("sft", "+model.student.dropout=0.1")
@@ -299,6 +363,8 @@ def test_debug_configs(train: Train, mode: str) -> None:
     run = train("kd", *extra, drop=("trainer.max_steps", "evaluation=none", "logger"))
     meta = run.read_summary()["meta"]
     assert meta["steps"] == {"fast": 2, "overfit": 200, "profile": 20}[mode]
+    if mode == "profile":
+        assert "run_training_batch" in (run.path / "fit-profile.txt").read_text()
     if mode == "overfit":
         assert losses(run)[-1] < 0.5 * losses(run)[0]
 
