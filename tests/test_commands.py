@@ -16,7 +16,10 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from deltakd.evaluate import run_evaluation
+from deltakd.evaluation import read_generations
 from deltakd.runs.configuration import CONF_DIR, compose_config
+from deltakd.runs.errors import ConfigError
 from tests.tiny import World, make_rows, make_tokenizer, save_model, write_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -117,6 +120,19 @@ def test_train_then_evaluate(world: World, tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "evaluated" / "summary.json").read_text())
     assert {"mine/rougeL", "mine/rougeL_stderr", "mine/exact_match"} <= summary.keys()
     assert len((tmp_path / "evaluated" / "generations" / "mine_seed20.jsonl").read_text().splitlines()) == 5
+    again = [f"run={tmp_path / 'run'}", f"evaluation.sets={{mine: {mine}}}", f"run_dir={tmp_path / 'evaluated_2'}"]
+    greedy = run_evaluation([*again, "evaluation.decoding.do_sample=false", "evaluation.seeds=[1,2]"])
+    answers = [read_generations(tmp_path / "evaluated_2" / "generations" / f"mine_seed{k}.jsonl") for k in (1, 2)]
+    assert answers[0] is not None
+    assert answers[1] is not None
+    assert [a["output"] for a in answers[0]] == [a["output"] for a in answers[1]]
+    assert answers[1][0]["decoding"]["seed"] == 2
+    # Another student in the same place: its answers are not those of the one before.
+    shutil.rmtree(tmp_path / "run" / "student")
+    shutil.copytree(world.root / "teacher", tmp_path / "run" / "student")
+    with pytest.raises(ConfigError, match="another config: evaluated_model_sha256"):
+        run_evaluation([*again, "evaluation.decoding.do_sample=false", "evaluation.seeds=[1,2]"])
+    assert greedy["mine/rougeL_stderr"] >= 0
 
 
 def test_multirun_leaves_a_directory_a_job(world: World, tmp_path: Path) -> None:

@@ -108,20 +108,26 @@ def evaluate_sets(
     Returns:
         ``<set>/<metric>`` and ``<set>/<metric>_stderr`` in per cent.
     """
-    # Greedy answers do not depend on a seed.
-    seeds = evaluation.seeds if evaluation.decoding.do_sample else evaluation.seeds[:1]
     metrics: dict[str, float] = {}
     for eval_set in sets:
         by_seed: dict[int, list[dict[str, Any]]] = {}
-        for seed in seeds:
+        for seed in evaluation.seeds:
             path = directory / f"{eval_set.name}_seed{seed}.jsonl"
             records = read_generations(path)
             if records is None or not matches(records, eval_set, evaluation.decoding, seed):
-                records = answer(model, tokenizer, eval_set, evaluation, seed, vocabulary, show_progress)
+                if by_seed and not evaluation.decoding.do_sample:
+                    # Greedy answers do not depend on a seed.
+                    records = [_with_seed(record, seed) for record in next(iter(by_seed.values()))]
+                else:
+                    records = answer(model, tokenizer, eval_set, evaluation, seed, vocabulary, show_progress)
                 write_generations(path, records)
             by_seed[seed] = records
         metrics |= {f"{eval_set.name}/{name}": value for name, value in summarise(by_seed).items()}
     return metrics
+
+
+def _with_seed(record: dict[str, Any], seed: int) -> dict[str, Any]:
+    return record | {"seed": seed, "decoding": record["decoding"] | {"seed": seed}}
 
 
 def shown(metrics: Mapping[str, float]) -> str:
