@@ -84,7 +84,13 @@ def csv_logger(*, directory: Path, name: str, config: dict[str, Any], resume_ste
 
 def tensorboard_logger(*, directory: Path, name: str, config: dict[str, Any], resume_step: int) -> Logger:
     """``tensorboard/``."""
-    logger = TensorBoardLogger(save_dir=directory, name="tensorboard", version="")
+    logger = TensorBoardLogger(
+        save_dir=directory,
+        name="tensorboard",
+        version="",
+        # A resumed run writes the steps after its checkpoint again.
+        purge_step=resume_step + 1 if resume_step else None,
+    )
     logger.log_hyperparams(config)
     return logger
 
