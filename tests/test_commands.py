@@ -135,6 +135,7 @@ def test_train_then_evaluate(world: World, tmp_path: Path) -> None:
     assert greedy["mine/rougeL_stderr"] >= 0
 
 
+@pytest.mark.slow
 def test_multirun_leaves_a_directory_a_job(world: World, tmp_path: Path) -> None:
     arguments = [a for a in world.overrides(tmp_path / "unused", "sft") if not a.startswith(("loss=", "run_dir="))]
     done = run("deltakd.train", "--multirun", *arguments, "loss=sft,kd", cwd=tmp_path)

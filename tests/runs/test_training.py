@@ -357,7 +357,7 @@ def test_references_that_are_not_read_are_named(train: Train, caplog: pytest.Log
     assert "model.teacher_raw.path is given, but this loss does not read it: it is not loaded." in caplog.messages
 
 
-@pytest.mark.parametrize("mode", ["fast", "overfit", "profile"])
+@pytest.mark.parametrize("mode", ["fast", pytest.param("overfit", marks=pytest.mark.slow), "profile"])
 def test_debug_configs(train: Train, mode: str) -> None:
     extra = [f"debug={mode}", "evaluation=default"]
     run = train("kd", *extra, drop=("trainer.max_steps", "evaluation=none", "logger"))
