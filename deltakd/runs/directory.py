@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from deltakd.callbacks.checkpoints import LAST
 from deltakd.runs.errors import ConfigError
 
 #: Keys that may change between a run and its resumption: they do not change what is trained.
@@ -54,6 +55,11 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         """``last.ckpt`` and ``best.ckpt``."""
         return self.path / "checkpoints"
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """The state to go on from."""
+        return self.checkpoints / LAST
 
     @property
     def student(self) -> Path:

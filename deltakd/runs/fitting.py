@@ -45,17 +45,25 @@ class Fitted:
         return dict(self.checkpoints.best_metrics) or {"train/loss": self.module.step_metrics["train/loss"]}
 
 
-def fit(parts: Parts, loggers: list[Logger]) -> Fitted:
+def read_state(parts: Parts) -> dict[str, Any] | None:
+    """What ``last.ckpt`` holds, or None where the run has not saved anything yet.
+
+    Raises:
+        ValueError: the checkpoint is damaged.
+    """
+    last = parts.directory.last_checkpoint
+    return read_checkpoint(last) if last.is_file() else None
+
+
+def fit(parts: Parts, loggers: list[Logger], state: dict[str, Any] | None) -> Fitted:
     """Train; what a former start of the same run has done is not done again.
 
     Raises:
         NonFiniteLossError: the loss diverged.
         Stopped: a signal came; the state is saved.
-        ValueError: the checkpoint is damaged or of another architecture.
+        ValueError: the checkpoint is of another architecture.
     """
     settings = parts.plan.config["trainer"]
-    last = parts.directory.checkpoints / "last.ckpt"
-    state = read_checkpoint(last) if last.is_file() else None
     data = _make_data(parts)
     validation = _make_validation(parts, data)
     checkpoints = Checkpoints(
@@ -86,7 +94,9 @@ def fit(parts: Parts, loggers: list[Logger]) -> Fitted:
         with warnings.catch_warnings():
             # Lightning warns of what is on purpose here: few loader workers, no validation loop of its own.
             warnings.filterwarnings("ignore", module="lightning")
-            trainer.fit(module, datamodule=data, ckpt_path=last if state else None, weights_only=True)
+            trainer.fit(
+                module, datamodule=data, ckpt_path=parts.directory.last_checkpoint if state else None, weights_only=True
+            )
     if checkpoints.best_step is not None:
         _load_weights(module, read_checkpoint(checkpoints.best_path))
     return fitted

@@ -14,8 +14,6 @@ from urllib.parse import urlparse
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
-from deltakd.callbacks.checkpoints import read_checkpoint
-
 #: Seconds to wait for the W&B server before going on offline.
 REACH_SECONDS = 3.0
 
@@ -54,15 +52,14 @@ def _read_metrics(path: Path, last_step: int) -> list[dict[str, str]]:
     return [row for row in rows if int(row["step"]) <= last_step]
 
 
-def make_loggers(config: dict[str, Any], directory: Path) -> list[Logger]:
+def make_loggers(config: dict[str, Any], directory: Path, resume_step: int) -> list[Logger]:
     """The loggers that the config names.
 
     Args:
         config: resolved config.
-        directory: the run directory; where it holds a checkpoint, the logs up to its step are kept.
+        directory: the run directory.
+        resume_step: the optimiser step that the run goes on from; the logs up to it are kept.
     """
-    last = directory / "checkpoints" / "last.ckpt"
-    resume_step = read_checkpoint(last)["global_step"] if last.is_file() else 0
     return [
         instantiate(node)(directory=directory, name=config["name"], config=config, resume_step=resume_step)
         for node in (config["logger"] or {}).values()

@@ -16,7 +16,7 @@ from deltakd.models import save_student
 from deltakd.runs.assembly import Parts, load_parts
 from deltakd.runs.directory import RunDirectory
 from deltakd.runs.evaluation import evaluate_sets, shown
-from deltakd.runs.fitting import Fitted, fit
+from deltakd.runs.fitting import Fitted, fit, read_state
 from deltakd.runs.loggers import finish_loggers, make_loggers
 from deltakd.runs.plan import Plan, make_plan
 from deltakd.runs.ranks import is_main_process
@@ -51,9 +51,11 @@ def run_training(cfg: DictConfig, run_dir: Path) -> float:
         return _objective_value(plan, directory.read_summary())
     started = time.perf_counter()
     parts = load_parts(plan, directory)
-    loggers = make_loggers(plan.config, directory.path) if main else []
+    state = read_state(parts)
+    resume_step = state["global_step"] if state else 0
+    loggers = make_loggers(plan.config, directory.path, resume_step) if main else []
     try:
-        fitted = fit(parts, loggers)
+        fitted = fit(parts, loggers, state)
         metrics = fitted.metrics
         if not main:
             # Export and evaluation are the main process's; the others hold the same weights.
