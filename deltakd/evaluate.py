@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import logging
 import time
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from deltakd.runs.directory import RunDirectory
 from deltakd.runs.errors import ConfigError, guarded
 from deltakd.runs.evaluation import evaluate_sets, read_sets, shown
 from deltakd.runs.plan import make_evaluation
-from deltakd.runs.record import count_parameters, environment, peak_memory_mib
+from deltakd.runs.record import count_parameters, environment, model_fingerprint, peak_memory_mib
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +67,7 @@ def run_evaluation(arguments: Sequence[str]) -> dict[str, Any]:
     if problems:
         raise ConfigError(problems)
     directory = RunDirectory(Path(config["run_dir"] or f"outputs/evaluate/{datetime.now():%Y-%m-%d_%H-%M-%S}"))
-    evaluated = {"evaluated_model": model_path, "evaluated_model_sha256": _fingerprint(model_path)}
+    evaluated = {"evaluated_model": model_path, "evaluated_model_sha256": model_fingerprint(model_path)}
     directory.claim(evaluated | config, resume=directory.config.is_file())
     started = time.perf_counter()
     settings = config["model"]
@@ -117,16 +116,6 @@ def _configure(arguments: Sequence[str]) -> tuple[DictConfig, str]:
         if "." in override.key_or_group:
             OmegaConf.update(cfg, override.key_or_group, override.value(), merge=False)
     return cfg, str(run.student)
-
-
-def _fingerprint(path: str) -> str | None:
-    """Of a local model's files, so that answers of another model in the same place are not used again."""
-    digest = hashlib.sha256()
-    files = sorted(p for p in Path(path).glob("*") if p.suffix in (".safetensors", ".bin") or p.name == "config.json")
-    for file in files:
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest() if files else None
 
 
 def _load(path: str, settings: dict[str, Any]) -> torch.nn.Module:

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from deltakd.runs.answers import run_answers
 from deltakd.runs.configuration import compose_config
 from deltakd.runs.directory import RunDirectory
 from deltakd.runs.errors import ConfigError, guarded
-from deltakd.runs.plan import make_plan
 from deltakd.runs.training import run_training
 
 log = logging.getLogger(__name__)
@@ -30,11 +31,13 @@ class Stage:
     Args:
         name: of its directory.
         overrides: Hydra overrides.
+        command: ``train``, or ``generate``: the teacher's answers, which a later stage trains on.
         minutes: how long it is expected to take on two cores, for the estimate; None: unknown.
     """
 
     name: str
     overrides: list[str]
+    command: str = "train"
     minutes: float | None = None
 
 
@@ -78,16 +81,22 @@ def read_study(folder: Path) -> Study:
     stages = []
     for name, body in (content.get("stages") or {}).items():
         entry = body or {}
-        unknown = set(entry) - {"overrides", "minutes"}
+        unknown = set(entry) - {"overrides", "command", "minutes"}
         if unknown:
-            problems.append(f"{path}: stage {name} has unknown keys {sorted(unknown)}; allowed: overrides, minutes")
-        stages.append(Stage(name, list(entry.get("overrides", [])), entry.get("minutes")))
+            problems.append(
+                f"{path}: stage {name} has unknown keys {sorted(unknown)}; allowed: overrides, command, minutes"
+            )
+        command = entry.get("command", "train")
+        if command not in COMMANDS:
+            problems.append(f"{path}: stage {name} has command {command!r}; allowed: {', '.join(COMMANDS)}")
+        stages.append(Stage(name, list(entry.get("overrides", [])), command, entry.get("minutes")))
     table = content.get("table") or {}
-    rows = table.get("rows") or {s.name: s.name for s in stages}
+    trained = [s.name for s in stages if s.command == "train"]
+    rows = table.get("rows") or {name: name for name in trained}
     problems += [
-        f"{path}: table row {k!r} is stage {v!r}, which does not exist"
+        f"{path}: table row {k!r} is stage {v!r}, which does not exist or trains no model"
         for k, v in rows.items()
-        if v not in {s.name for s in stages}
+        if v not in trained
     ]
     if not stages:
         problems.append(f"{path}: no stages")
@@ -111,18 +120,28 @@ def run_study(study: Study, console: Console) -> None:
         console.print(f"{len(todo)} of {len(study.stages)} stages to run; about {sum(known):.0f} minutes on two cores.")
     for number, stage in enumerate(study.stages, 1):
         directory = study.directory(stage.name)
-        if directory.finished:
-            # The stage's files are there, but they must be those of this config.
-            directory.claim(make_plan(configs[stage.name]).config, resume=True)
-            console.print(f"[{number}/{len(study.stages)}] {stage.name}: finished before", markup=False)
-            continue
-        console.print(f"[{number}/{len(study.stages)}] {stage.name} ...", markup=False)
-        started = time.perf_counter()
-        value = run_training(configs[stage.name], directory.path)
-        seconds = time.perf_counter() - started
-        done = f"{directory.read_summary()['meta']['objective']} = {value:.4g}, {seconds:.0f} s"
+        finished, started = directory.finished, time.perf_counter()
+        if not finished:
+            console.print(f"[{number}/{len(study.stages)}] {stage.name} ...", markup=False)
+        # A finished stage is only read: its files are there, but they must be those of this config.
+        outcome = COMMANDS[stage.command](configs[stage.name], directory)
+        done = "finished before" if finished else f"{outcome}, {time.perf_counter() - started:.0f} s"
         console.print(f"[{number}/{len(study.stages)}] {stage.name}: {done}", markup=False)
     console.print(comparison(study))
+
+
+def _train(cfg: DictConfig, directory: RunDirectory) -> str:
+    value = run_training(cfg, directory.path)
+    return f"{directory.read_summary()['meta']['objective']} = {value:.4g}"
+
+
+def _generate(cfg: DictConfig, directory: RunDirectory) -> str:
+    summary = run_answers(cfg, directory.path)
+    return f"{summary['answered']} of {summary['prompts']} prompts answered"
+
+
+#: What a stage may run; each returns its outcome in a few words.
+COMMANDS = {"train": _train, "generate": _generate}
 
 
 def _overrides(study: Study, stage: Stage) -> list[str]:

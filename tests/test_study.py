@@ -57,6 +57,28 @@ def test_a_later_stage_starts_from_an_earlier_one_and_finished_stages_are_skippe
     assert first[first.index("┏") :] == second[second.index("┏") :]
 
 
+def test_a_stage_may_generate_what_a_later_one_trains_on(folder: Path) -> None:
+    content = yaml.safe_load((folder / "study.yaml").read_text())
+    student = content["stages"].pop("student")["overrides"]
+    ends = "evaluation.decoding={max_new_tokens:100}"
+    content["stages"]["answers"] = {"command": "generate", "overrides": [*student, ends]}
+    content["stages"]["seqkd"] = {"overrides": ["loss=sft", "data.train=outputs/tiny/answers/train.jsonl"]}
+    del content["table"]["rows"]
+    (folder / "study.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    first = run(folder)
+    answers = json.loads((folder / "outputs" / "tiny" / "answers" / "summary.json").read_text())
+    assert f"[2/3] answers: {answers['answered']} of {answers['prompts']} prompts answered" in first
+    table = first[first.index("┏") :]
+    assert "seqkd" in table
+    assert "answers" not in table
+    assert run(folder).count("finished before") == 3
+    content["table"]["rows"] = {"x": "answers"}
+    content["stages"]["answers"]["command"] = "generat"
+    (folder / "study.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    with pytest.raises(ConfigError, match=r"(?s)command 'generat'; allowed: train, generate.*trains no model"):
+        run(folder)
+
+
 def test_a_stage_that_changed_is_refused(folder: Path) -> None:
     run(folder)
     text = (folder / "study.yaml").read_text().replace("- loss=kd", "- loss=kd\n    - loss.temperature=2")

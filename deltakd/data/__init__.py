@@ -4,13 +4,13 @@ Lightning's data module is in ``deltakd.data.datamodule``; it is not imported he
 data needs no Lightning.
 """
 
-from deltakd.data.build import LoadedSets, load_instruction_sets, load_text_sets
+from deltakd.data.build import LoadedSets, SplitRows, load_instruction_sets, load_text_sets, split_rows
 from deltakd.data.config import DataConfig, InstructionData, TextData
 from deltakd.data.encoded_set import Encoded, EncodedSet
 from deltakd.data.encoding import encode_prompt, encode_row, encode_rows
 from deltakd.data.loader import EvalLoader, StepLoader, collate
 from deltakd.data.readers import read_rows, read_texts
-from deltakd.data.rows import Row, parse_row
+from deltakd.data.rows import Row, parse_row, row_record, with_answer
 from deltakd.data.sampler import MicroBatch, StepSampler
 from deltakd.data.templates import AlpacaTemplate, ChatTemplate, PlainTemplate, Segment, Template, make_template
 from deltakd.data.text import pack_texts
@@ -29,6 +29,7 @@ __all__ = [
     "PlainTemplate",
     "Row",
     "Segment",
+    "SplitRows",
     "StepLoader",
     "StepSampler",
     "Template",
@@ -44,5 +45,8 @@ __all__ = [
     "parse_row",
     "read_rows",
     "read_texts",
+    "row_record",
+    "split_rows",
     "tokenizer_fingerprint",
+    "with_answer",
 ]

@@ -26,6 +26,20 @@ log = logging.getLogger(__name__)
 GENERIC_INPUTS = 5
 
 
+class SplitRows(NamedTuple):
+    """Rows of a run before tokenising.
+
+    Args:
+        train: what to train on.
+        val: what to validate on; empty where there is nothing.
+        excluded: how many rows of the training sources are in neither, since their task is not to be trained on.
+    """
+
+    train: list[Row]
+    val: list[Row]
+    excluded: int
+
+
 class LoadedSets(NamedTuple):
     """Tokenised data of a run.
 
@@ -40,6 +54,40 @@ class LoadedSets(NamedTuple):
     val: EncodedSet | None
     val_rows: list[Row]
     counts: dict[str, int]
+
+
+def split_rows(
+    train: str | Sequence[str],
+    val: str | Sequence[str] | None = None,
+    *,
+    train_subset: str | Mapping[str, str] | None = None,
+    val_subset: str | Mapping[str, str] | None = None,
+    val_size: int = 0,
+    exclude: Sequence[str] = (),
+    limit: int | None = None,
+    seed: int = 0,
+) -> SplitRows:
+    """Read instruction rows, and tell those to train on from those to validate on.
+
+    Args:
+        train, train_subset: sources and subsets as for ``read_rows``.
+        val, val_subset: likewise; where ``val`` is None, ``val_size`` rows drawn with ``seed`` are held out from train.
+        exclude: sources whose tasks must not be trained on, such as test sets. Validation rows are excluded too.
+        limit: keep the first so many rows of train, and of val (for debugging).
+
+    Raises:
+        ValueError: what reading raises, or nothing is left to train on.
+    """
+    rows = read_rows(train, subset=train_subset, limit=limit)
+    allowed = without_tasks_of(rows, [row for source in exclude for row in read_rows(source, need_response=False)])
+    val_rows = _hold_out(allowed, val_size, seed) if val is None else read_rows(val, subset=val_subset, limit=limit)
+    kept = without_tasks_of(allowed, val_rows)
+    if not kept:
+        raise ValueError(
+            f"all {len(rows)} training rows are also in data.exclude or in the validation rows; exclude less or train "
+            f"on something else"
+        )
+    return SplitRows(kept, val_rows, len(rows) - len(kept) - (len(val_rows) if val is None else 0))
 
 
 def load_instruction_sets(
@@ -62,31 +110,28 @@ def load_instruction_sets(
     """Read and tokenise instruction data.
 
     Args:
-        train, train_subset: sources and subsets as for ``read_rows``.
-        val, val_subset: likewise; where ``val`` is None, ``val_size`` rows drawn with ``seed`` are held out from train.
-        exclude: sources whose tasks must not be trained on, such as test sets. Validation rows are excluded too.
+        train, val, train_subset, val_subset, val_size, exclude, limit, seed: as for ``split_rows``.
         template: as for ``make_template``.
-        limit: keep the first so many rows of train, and of val (for debugging).
         tokenizer, max_length, max_prompt_length, overlong, cache_dir: as for ``encode_rows``.
 
     Raises:
         ValueError: what reading and tokenising raise, or nothing is left to train on.
     """
     written = make_template(template, tokenizer)
-    rows = read_rows(train, subset=train_subset, limit=limit)
-    allowed = without_tasks_of(rows, [row for source in exclude for row in read_rows(source, need_response=False)])
-    val_rows = _hold_out(allowed, val_size, seed) if val is None else read_rows(val, subset=val_subset, limit=limit)
-    kept = without_tasks_of(allowed, val_rows)
-    if not kept:
-        raise ValueError(
-            f"all {len(rows)} training rows are also in data.exclude or in the validation rows; exclude less or train "
-            f"on something else"
-        )
+    kept, val_rows, excluded = split_rows(
+        train,
+        val,
+        train_subset=train_subset,
+        val_subset=val_subset,
+        val_size=val_size,
+        exclude=exclude,
+        limit=limit,
+        seed=seed,
+    )
     options: dict[str, Any] = {"max_length": max_length, "max_prompt_length": max_prompt_length}
     options |= {"overlong": overlong, "cache_dir": cache_dir}
     train_set = encode_rows(kept, written, tokenizer, **options)
     val_set = encode_rows(val_rows, written, tokenizer, **options) if val_rows else None
-    excluded = len(rows) - len(kept) - (len(val_rows) if val is None else 0)
     counts = {"train_rows": len(kept), "val_rows": len(val_rows), "excluded": excluded}
     counts |= _prefixed("train", train_set) | _prefixed("val", val_set)
     _report(train_set, val_set, counts)

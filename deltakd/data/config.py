@@ -9,7 +9,8 @@ from typing import Any, final
 
 from transformers import PreTrainedTokenizerBase
 
-from deltakd.data.build import LoadedSets, load_instruction_sets, load_text_sets
+from deltakd.data.build import LoadedSets, SplitRows, load_instruction_sets, load_text_sets, split_rows
+from deltakd.data.encoding import encode_rows
 from deltakd.data.sources import missing_sources
 from deltakd.data.templates import Template, make_template
 
@@ -121,22 +122,39 @@ class InstructionData(DataConfig):
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> LoadedSets:
         """Read, render and tokenise."""
-        return load_instruction_sets(
-            train=self.train,
-            val=self.val,
-            train_subset=self.train_subset,
-            val_subset=self.val_subset,
-            val_size=self.val_size,
-            exclude=self.exclude,
-            template=self.make_template(tokenizer),
-            tokenizer=tokenizer,
-            max_length=self.max_length,
-            max_prompt_length=self.max_prompt_length,
-            overlong=self.overlong,
-            limit=self.limit,
-            cache_dir=self.cache_dir,
-            seed=self.split_seed,
-        )
+        template = self.make_template(tokenizer)
+        return load_instruction_sets(template=template, tokenizer=tokenizer, **self._choice(), **self._limits())
+
+    def read(self, tokenizer: PreTrainedTokenizerBase) -> SplitRows:
+        """The rows themselves: exactly those that ``load`` gives an example of to train on, and those to validate on.
+
+        Raises:
+            ValueError: as ``load``.
+        """
+        split = split_rows(**self._choice())
+        encoded = encode_rows(split.train, self.make_template(tokenizer), tokenizer, **self._limits())
+        trained = set(encoded.row_ids.tolist())
+        return split._replace(train=[row for row in split.train if row.id in trained])
+
+    def _choice(self) -> dict[str, Any]:
+        return {
+            "train": self.train,
+            "val": self.val,
+            "train_subset": self.train_subset,
+            "val_subset": self.val_subset,
+            "val_size": self.val_size,
+            "exclude": self.exclude,
+            "limit": self.limit,
+            "seed": self.split_seed,
+        }
+
+    def _limits(self) -> dict[str, Any]:
+        return {
+            "max_length": self.max_length,
+            "max_prompt_length": self.max_prompt_length,
+            "overlong": self.overlong,
+            "cache_dir": self.cache_dir,
+        }
 
 
 @final

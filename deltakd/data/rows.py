@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 INSTRUCTION_KEYS = ("instruction", "question")
@@ -57,6 +57,32 @@ class Row:
         if self.prompt is not None:
             return self.prompt + "".join(self.responses[:1])
         return "\n".join(part for part in (self.instruction, self.input, *self.responses[:1]) if part)
+
+
+def with_answer(row: Row, answer: str) -> Row:
+    """The row with this one answer to its prompt.
+
+    Of a conversation the last assistant turn is replaced; earlier turns stay, and what follows it is left out.
+    """
+    if row.messages is None:
+        return replace(row, responses=(answer,))
+    turns = [m["role"] for m in row.messages]
+    last = len(turns) - 1 - turns[::-1].index("assistant") if "assistant" in turns else len(turns)
+    return replace(row, messages=(*row.messages[:last], {"role": "assistant", "content": answer}))
+
+
+def row_record(row: Row) -> dict[str, Any]:
+    """The record that ``parse_row`` reads as this row again.
+
+    The row's id stands in it as ``row_id``, for people: a reader numbers the lines of the file that it reads.
+    """
+    record: dict[str, Any] = {"row_id": row.id}
+    if row.category is not None:
+        record["category"] = row.category
+    if row.messages is not None:
+        return record | {"messages": list(row.messages)}
+    asked = {"instruction": row.instruction, "input": row.input} if row.prompt is None else {"prompt": row.prompt}
+    return record | asked | {"output": row.responses[0] if len(row.responses) == 1 else list(row.responses)}
 
 
 def parse_row(record: Mapping[str, Any], where: str, id: int, need_response: bool = True) -> Row:

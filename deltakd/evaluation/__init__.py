@@ -2,7 +2,7 @@
 
 from deltakd.evaluation.decoding import Decoding
 from deltakd.evaluation.generation import generate
-from deltakd.evaluation.protocol import EvaluationSet, end_tokens, evaluate_set, matches, summarise
+from deltakd.evaluation.protocol import EvaluationSet, answer_set, end_tokens, evaluate_set, matches, summarise
 from deltakd.evaluation.scoring import METRICS, score
 from deltakd.evaluation.storage import read_generations, write_generations
 
@@ -10,6 +10,7 @@ __all__ = [
     "METRICS",
     "Decoding",
     "EvaluationSet",
+    "answer_set",
     "end_tokens",
     "evaluate_set",
     "generate",

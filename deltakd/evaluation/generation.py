@@ -118,14 +118,25 @@ def _rows(
         Row(
             row_id,
             prompt,
-            _budget(prompt, row_id, decoding.max_new_tokens, limit),
+            answer_budget(prompt, row_id, decoding.max_new_tokens, limit),
             row_stream(seed, row_id) if decoding.do_sample else None,
         )
         for prompt, row_id in zip(prompts, row_ids, strict=True)
     ]
 
 
-def _budget(prompt: Sequence[int], row_id: int, max_new_tokens: int, limit: int | None) -> int:
+def answer_budget(prompt: Sequence[int], row_id: int, max_new_tokens: int, limit: int | None) -> int:
+    """How many tokens an answer to ``prompt`` may have; one that has so many did not end by itself.
+
+    Args:
+        prompt: its token ids.
+        row_id: for the message.
+        max_new_tokens: of the decoding options.
+        limit: the positions of the model, None where it has no limit.
+
+    Raises:
+        ValueError: the prompt is empty, or leaves no position to generate at.
+    """
     if not len(prompt):
         raise ValueError(f"The prompt of row {row_id} is empty: it needs at least one token, such as BOS.")
     if limit is None:

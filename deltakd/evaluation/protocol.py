@@ -12,7 +12,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from deltakd.evaluation.decoding import Decoding
-from deltakd.evaluation.generation import generate
+from deltakd.evaluation.generation import answer_budget, generate
+from deltakd.evaluation.model_step import position_limit
 from deltakd.evaluation.scoring import METRICS, score
 
 Record = dict[str, Any]
@@ -60,7 +61,7 @@ def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozense
     return frozenset(found)
 
 
-def evaluate_set(
+def answer_set(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     eval_set: EvaluationSet,
@@ -72,7 +73,7 @@ def evaluate_set(
     pad_id: int,
     progress: Callable[[int], None] | None = None,
 ) -> list[Record]:
-    """Generate an answer to every prompt under one sampling seed, and score it.
+    """Generate an answer to every prompt under one sampling seed.
 
     Args:
         model, decoding, seed, batch_size, vocab_size, pad_id, progress: see ``generate``.
@@ -81,11 +82,11 @@ def evaluate_set(
 
     Returns:
         n records, in the order of the set: ``row_id, prompt, prompt_tokens, reference`` (a list)``, output,
-        rouge1, rouge2, rougeL, exact_match`` (percent)``, output_tokens`` (EOS not counted)``, seed, decoding``
-        (every option that shapes a text, the seed and the EOS ids among them; not the batch size).
+        output_tokens`` (EOS not counted)``, finished`` (False: no EOS came before the answer's last possible token)``,
+        seed, decoding`` (every option that shapes a text, the seed and the EOS ids among them; not the batch size).
 
     Raises:
-        ValueError: see ``generate`` and ``score``.
+        ValueError: see ``generate``.
     """
     eos_ids = end_tokens(model, tokenizer)
     answers = generate(
@@ -100,19 +101,38 @@ def evaluate_set(
         pad_id=pad_id,
         progress=progress,
     )
-    outputs = [str(tokenizer.decode(answer, skip_special_tokens=True)) for answer in answers]
     options = {**asdict(decoding), "seed": seed, "eos_ids": sorted(eos_ids)}
+    budgets = [
+        answer_budget(prompt, row_id, decoding.max_new_tokens, position_limit(model))
+        for prompt, row_id in zip(eval_set.prompt_ids, eval_set.row_ids, strict=True)
+    ]
     return [
         {
             **_asked(eval_set, i),
-            "output": outputs[i],
-            **scores,
-            "output_tokens": len(answers[i]),
+            "output": str(tokenizer.decode(answer, skip_special_tokens=True)),
+            "output_tokens": len(answer),
+            "finished": len(answer) < budgets[i],
             "seed": seed,
             "decoding": options,
         }
-        for i, scores in enumerate(score(outputs, eval_set.references))
+        for i, answer in enumerate(answers)
     ]
+
+
+def evaluate_set(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, eval_set: EvaluationSet, **options: Any
+) -> list[Record]:
+    """Answer every prompt as ``answer_set`` does, and score the answers.
+
+    Returns:
+        The records of ``answer_set``, each with ``rouge1, rouge2, rougeL, exact_match`` (percent).
+
+    Raises:
+        ValueError: see ``answer_set`` and ``score``.
+    """
+    records = answer_set(model, tokenizer, eval_set, **options)
+    scores = score([record["output"] for record in records], eval_set.references)
+    return [record | scored for record, scored in zip(records, scores, strict=True)]
 
 
 def _asked(eval_set: EvaluationSet, index: int) -> Record:

@@ -14,7 +14,7 @@ def write_generations(path: str | Path, records: Sequence[dict[str, Any]]) -> No
 
     Args:
         path: the file; its folder is made, and an older file is replaced.
-        records: what ``evaluate_set`` returned.
+        records: what ``evaluate_set`` or ``answer_set`` returned, or any others.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

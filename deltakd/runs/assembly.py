@@ -142,6 +142,28 @@ def _check_positions(role: str, model: PreTrainedModel, max_length: int) -> None
         )
 
 
+def make_model(plan: Plan, role: str, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> LanguageModel:
+    """Load the model of one role, and check its head against its own logits.
+
+    Raises:
+        ValueError: it can't be had or does not fit.
+    """
+    settings = plan.config["model"]
+    hf = load_model(
+        role,
+        plan.specs[role],
+        vocabulary=vocabulary,
+        eos_token_id=tokenizer.eos_token_id,
+        seed=plan.config["seed"],
+        attn_implementation=settings["attn_implementation"],
+        trust_remote_code=settings["trust_remote_code"],
+    )
+    _check_positions(role, hf, plan.data.max_length)
+    model = LanguageModel(hf, vocabulary)
+    model.check_head()
+    return model
+
+
 def make_models(plan: Plan, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Models:
     """Load every model of the plan, check its head against its own logits, and freeze the references.
 
@@ -149,21 +171,7 @@ def make_models(plan: Plan, tokenizer: PreTrainedTokenizerBase, vocabulary: int)
         ValueError: a model can't be had or does not fit.
     """
     settings = plan.config["model"]
-    loaded = {}
-    for role, spec in plan.specs.items():
-        hf = load_model(
-            role,
-            spec,
-            vocabulary=vocabulary,
-            eos_token_id=tokenizer.eos_token_id,
-            seed=plan.config["seed"],
-            attn_implementation=settings["attn_implementation"],
-            trust_remote_code=settings["trust_remote_code"],
-        )
-        _check_positions(role, hf, plan.data.max_length)
-        model = LanguageModel(hf, vocabulary)
-        model.check_head()
-        loaded[role] = model
+    loaded = {role: make_model(plan, role, tokenizer, vocabulary) for role in plan.specs}
     student = loaded[STUDENT]
     if plan.lora is not None:
         student = loaded[STUDENT] = LanguageModel(add_lora(student.causal_lm, plan.lora), vocabulary)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ def answer(
     show_progress: bool,
 ) -> list[dict[str, Any]]:
     """Generate and score the answers of one set under one sampling seed, behind a progress bar."""
-    with _progress(f"{eval_set.name} seed {seed}", len(eval_set), show_progress) as advance, torch.no_grad():
+    with progress_bar(f"{eval_set.name} seed {seed}", len(eval_set), show_progress) as advance, torch.no_grad():
         return evaluate_set(
             model,
             tokenizer,
@@ -77,7 +77,8 @@ def answer(
 
 
 @contextmanager
-def _progress(description: str, total: int, shown: bool) -> Iterator[Any]:
+def progress_bar(description: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
+    """A progress bar on a terminal; what it gives is called with the number of rows done so far."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

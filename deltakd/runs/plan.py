@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -23,7 +23,7 @@ from deltakd.models import LoraSpec, ModelSpec, load_config
 from deltakd.optim import AdamW
 from deltakd.references import References
 from deltakd.runs.errors import ConfigError
-from deltakd.types import REFERENCE_ROLES, ROLES, STUDENT, STUDENT_RAW, Loss, LossOutput
+from deltakd.types import ROLES, STUDENT, STUDENT_RAW, Loss, LossOutput, is_reference_role, schedules_of
 
 log = logging.getLogger(__name__)
 
@@ -104,11 +104,14 @@ class Plan:
 
     @property
     def objective(self) -> str:
-        """The metric that decides; ``val/loss`` where nothing is generated, ``train/loss`` without validation data."""
+        """The metric that decides; a loss where nothing is generated, ``train/loss`` without validation data."""
         wanted = str(self.config["objective"])
         if not self.data.validates:
             return "train/loss"
-        return "val/loss" if wanted in _SCORES and not self.generates_on_validation else wanted
+        if wanted in _SCORES and not self.generates_on_validation:
+            # The values of a loss that changes with training can't be compared between steps.
+            return "val/ce" if schedules_of(self.loss) else "val/loss"
+        return wanted
 
     @property
     def objective_mode(self) -> str:
@@ -116,8 +119,13 @@ class Plan:
         return "max" if self.objective in _SCORES else "min"
 
 
-def make_plan(cfg: DictConfig) -> Plan:
+def make_plan(cfg: DictConfig, roles: Collection[str] | None = None, needs_prompts: bool = False) -> Plan:
     """Check a composed config and build its cheap parts.
+
+    Args:
+        cfg: the config.
+        roles: the references to load; None: those that the loss reads.
+        needs_prompts: whether plain text, which has no prompts to answer, is a problem.
 
     Raises:
         ConfigError: every problem found, one sentence each.
@@ -134,12 +142,16 @@ def make_plan(cfg: DictConfig) -> Plan:
     references = _build(config["reference"], "reference", problems)
     evaluation = make_evaluation(config["evaluation"], problems)
     lora = _typed(LoraSpec, config["model"]["lora"], "model.lora", problems) if config["model"]["lora"] else None
-    specs = _specs(config["model"], loss, lora, problems)
+    if roles is None and loss is not None:
+        roles = loss.requires
+    specs = _specs(config["model"], roles, lora, problems)
+    if needs_prompts and data is not None and not isinstance(data, InstructionData):
+        problems.append("data is plain text, which has no prompts to answer; give data=instruction and data.train=...")
     problems += _set_problems(evaluation, data)
     for part in (optim, data, lora):
         problems += part.problems() if part is not None else []
     problems += _trainer_problems(config["trainer"])
-    problems += _objective_problems(str(config["objective"]), _try_loss(loss, problems))
+    problems += _objective_problems(str(config["objective"]), loss, _try_loss(loss, problems))
     if problems:
         raise ConfigError(problems)
     return Plan(config, loss, optim, data, evaluation, specs, lora, references)
@@ -200,22 +212,26 @@ def make_evaluation(config: dict[str, Any], problems: list[str]) -> Evaluation:
 
 
 def _specs(
-    config: dict[str, Any], loss: Loss | None, lora: LoraSpec | None, problems: list[str]
+    config: dict[str, Any], requires: Collection[str] | None, lora: LoraSpec | None, problems: list[str]
 ) -> dict[str, ModelSpec]:
-    unknown = sorted(set(config) - set(ROLES) - set(_MODEL_KEYS))
+    allowed = f"{', '.join(ROLES)}, and further pairs teacher_2, teacher_raw_2, ..."
+    unknown = [key for key in config if not (key in (STUDENT, *_MODEL_KEYS) or is_reference_role(key))]
     if unknown:
-        problems.append(f"model has {', '.join(unknown)}, which is no role; roles are {', '.join(ROLES)}")
-    if loss is None:
+        problems.append(f"model has {', '.join(unknown)}, which is no role; roles are {allowed}")
+    if requires is None:
         return {}
-    strange = sorted(set(loss.requires) - set(REFERENCE_ROLES))
+    strange = sorted(role for role in requires if not is_reference_role(role))
     if strange:
-        problems.append(f"the loss requires {', '.join(strange)}; reference roles are {', '.join(REFERENCE_ROLES)}")
+        problems.append(f"the loss requires {', '.join(strange)}, which is no role; roles are {allowed}")
     own_adapter = {STUDENT_RAW} if lora is not None else set()
-    needed = [role for role in ROLES if role in {STUDENT, *loss.requires} - own_adapter]
+    wanted = {STUDENT, *requires} - own_adapter - set(strange)
+    absent = sorted(wanted - set(config))
+    problems += [f"the loss reads {role}, which the config lacks; add +model.{role}={{path: ...}}" for role in absent]
+    needed = [role for role in (*ROLES, *sorted(wanted - set(ROLES))) if role in wanted - set(absent)]
     specs = {role: _typed(ModelSpec, config[role], f"model.{role}", problems) for role in needed}
     for role in ("teacher", "teacher_raw"):
         if role not in needed and config[role]["path"]:
-            log.info("model.%s.path is given, but this loss does not read it: it is not loaded.", role)
+            log.info("model.%s.path is given, but this run does not read it: it is not loaded.", role)
     if STUDENT_RAW in specs and specs[STUDENT].init == "random":
         problems.append("the loss reads student_raw, but a student with init=random has no raw self; give both a path")
     unmade = _unmade_stages(specs)
@@ -320,7 +336,13 @@ def _try_loss(loss: Loss | None, problems: list[str]) -> list[str]:
     return list(output.parts)
 
 
-def _objective_problems(objective: str, parts: list[str]) -> list[str]:
+def _objective_problems(objective: str, loss: Loss | None, parts: list[str]) -> list[str]:
+    moving = [] if loss is None else sorted(schedules_of(loss))
+    if moving and objective.startswith("val/") and objective not in (*_SCORES, "val/ce"):
+        return [
+            f"objective is {objective}, but {', '.join(moving)} changes with training, so its values can't be compared "
+            f"between steps; allowed are {', '.join(_SCORES)}, val/ce"
+        ]
     allowed = [*_SCORES, "val/loss", *(f"val/{name}" for name in parts)]
     if objective in allowed:
         return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import platform
 import resource
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import nn
 
 PACKAGES = (
@@ -71,6 +73,25 @@ def peak_memory_mib() -> float:
 def count_parameters(models: Mapping[str, nn.Module]) -> dict[str, int]:
     """Role -> number of parameters (tied ones once)."""
     return {role: sum(p.numel() for p in model.parameters()) for role, model in models.items()}
+
+
+def model_fingerprint(path: str | Path) -> str | None:
+    """sha256 over a local model's weights and configuration; None where there is no such directory.
+
+    It tells another model in the same place from the one that was there before.
+    """
+    digest = hashlib.sha256()
+    files = sorted(p for p in Path(path).glob("*") if p.suffix in (".safetensors", ".bin") or p.name == "config.json")
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest() if files else None
+
+
+def hub_snapshot(name: str) -> Path | None:
+    """The folder of the local hub cache that holds the model ``name``, called as its commit; None: it is not there."""
+    config = try_to_load_from_cache(name, "config.json")
+    return Path(config).parent if isinstance(config, str) else None
 
 
 def model_card(

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from deltakd.data import encoding
 from deltakd.data.encoding import encode_prompt, encode_row, encode_rows
-from deltakd.data.rows import Row
+from deltakd.data.rows import Row, parse_row, row_record, with_answer
 from deltakd.data.templates import AlpacaTemplate, ChatTemplate, PlainTemplate, make_template
 from deltakd.types import IGNORE_INDEX
 
@@ -76,6 +76,23 @@ def test_prompt_of_generation_is_that_of_training(tokenizer: PreTrainedTokenizer
             assert encoded.input_ids[: len(prompt)] == prompt
             assert encoded.labels[: len(prompt)] == [IGNORE_INDEX] * len(prompt)
             assert encoded.labels[len(prompt)] != IGNORE_INDEX
+
+
+def test_an_answered_row_has_the_prompt_of_the_row_before(
+    tokenizer: PreTrainedTokenizerFast, make_tokenizer: Factory
+) -> None:
+    chat = make_tokenizer("<s> $A", chat_template=CHAT)
+    follow_up = {"role": "user", "content": "left out"}
+    rows = [Row(0, "a", "b", ("c", "d")), Row(0, "a" * 60, "", ("c",)), Row(0, prompt="p", responses=("c",))]
+    rows += [Row(0, messages=TALK), Row(0, messages=(*TALK, follow_up))]
+    for template, tok in ((PLAIN, tokenizer), (ChatTemplate(chat), chat)):
+        for row in rows:
+            answered = parse_row(row_record(with_answer(row, " An answer")), "f:1", 0)
+            prompt = encode_prompt(row, template, tok, 200)
+            assert encode_prompt(answered, template, tok, 200) == prompt
+            encoded = encode(answered, tok, 300, 200, template=template)
+            assert encoded.input_ids[: len(prompt)] == prompt
+            assert tok.decode(encoded.input_ids[len(prompt) :], skip_special_tokens=True) == " An answer"
 
 
 def test_conversation(tokenizer: PreTrainedTokenizerFast) -> None:

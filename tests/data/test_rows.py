@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from deltakd.data.rows import Row, parse_row
+from deltakd.data.rows import Row, parse_row, row_record, with_answer
 
 USER = {"role": "user", "content": "hi"}
 ANSWER = {"role": "assistant", "content": "yo"}
@@ -25,6 +25,17 @@ ANSWER = {"role": "assistant", "content": "yo"}
 )
 def test_accepted_records(record: dict, row: Row) -> None:
     assert parse_row(record, "f:4", 3, True) == row
+    assert parse_row(row_record(row), "f:4", 3, True) == row
+    assert row_record(row)["row_id"] == 3
+
+
+def test_a_row_with_another_answer() -> None:
+    assert with_answer(Row(0, "a", "b", ("c", "d")), "e") == Row(0, "a", "b", ("e",))
+    assert with_answer(Row(0, prompt="P:", responses=("c",)), "e") == Row(0, prompt="P:", responses=("e",))
+    new = {"role": "assistant", "content": "new"}
+    talk = Row(0, messages=(USER, ANSWER, USER, ANSWER, USER))
+    assert with_answer(talk, "new").messages == (USER, ANSWER, USER, new)
+    assert with_answer(Row(0, messages=(USER,)), "new").messages == (USER, new)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 from deltakd.evaluation import (
     Decoding,
     EvaluationSet,
+    answer_set,
     end_tokens,
     evaluate_set,
     matches,
@@ -19,7 +20,7 @@ from deltakd.evaluation import (
     write_generations,
 )
 
-from .tiny import EOS, PAD, make_model, make_tokenizer
+from .tiny import EOS, PAD, POSITIONS, VOCAB, make_model, make_tokenizer
 
 TOKENIZER = make_tokenizer()
 DECODING = Decoding(max_new_tokens=8)
@@ -59,8 +60,21 @@ def test_records_hold_everything_that_shaped_them() -> None:
         "seed": 10,
         "eos_ids": [EOS],
     }
+    assert first["finished"] == (first["output_tokens"] < 8)
     scores = score([record["output"] for record in records], [record["reference"] for record in records])
     assert [{key: record[key] for key in scores[0]} for record in records] == scores
+
+
+def test_an_answer_that_ran_out_of_tokens_or_positions_is_not_finished() -> None:
+    model = make_model("gpt2")
+    model.generation_config.eos_token_id = list(range(1, VOCAB, 6))
+    rows = list(range(40))
+    long = EvaluationSet("long", rows, [""] * 40, [[5] * (POSITIONS - 4)] * 40, [("a",)] * 40)
+    options = {"seed": 1, "batch_size": 40, "vocab_size": len(TOKENIZER), "pad_id": PAD}
+    records = answer_set(model, TOKENIZER, long, decoding=DECODING, **options)
+    assert {(r["output_tokens"], r["finished"]) for r in records} == {
+        (0, True), (1, True), (2, True), (3, True), (4, False),
+    }  # fmt: skip
 
 
 def test_the_batch_size_leaves_no_trace_and_seeds_do() -> None:

@@ -1,0 +1,87 @@
+"""Sequence-level KD's data: ``python -m deltakd.generate experiment=kd_gpt2 [key=value ...]`` (arXiv 1606.07947)."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from deltakd.runs.answers import TRAIN_FILE, VAL_FILE, run_answers
+from deltakd.runs.configuration import compose_config
+from deltakd.runs.errors import guarded
+
+log = logging.getLogger(__name__)
+
+USAGE = """Let the teacher answer the training prompts; SFT on its answers is sequence-level KD.
+
+  python -m deltakd.generate experiment=kd_gpt2 run_dir=outputs/seqkd [key=value ...]
+
+Overrides are those of deltakd.train; the loss and the trainer's settings play no part. Answers are chosen by
+  evaluation.decoding.do_sample=false  'evaluation.seeds=[10]' (the first counts)  evaluation.batch_size=32
+Started again with the same run_dir it goes on where it stopped.
+"""
+
+#: Overrides that belong to the answering, or that SFT has no use for.
+_OURS = (
+    "run_dir",
+    "resume",
+    "loss",
+    "delta_weight",
+    "reference",
+    "model.teacher",
+    "evaluation.decoding",
+    "evaluation.seeds",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line and generate."""
+    parser = argparse.ArgumentParser(
+        "deltakd.generate", description=USAGE, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for deltakd.train")
+    overrides = parser.parse_args(argv).overrides
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    # From the command line alone: an experiment's own run_dir is where its training goes.
+    if not any(override.startswith("run_dir=") for override in overrides):
+        overrides.append(f"run_dir=outputs/generate/{datetime.now():%Y-%m-%d_%H-%M-%S}")
+    how_to_resume = f"the same command with {next(o for o in reversed(overrides) if o.startswith('run_dir='))}"
+    guarded(lambda: run_generation(overrides), how_to_resume)
+
+
+def run_generation(overrides: Sequence[str]) -> dict[str, Any]:
+    """Answer, and log the command that trains on the answers; see ``run_answers``.
+
+    Args:
+        overrides: Hydra overrides, ``run_dir`` among them.
+    """
+    cfg = compose_config("train", overrides)
+    run_dir = Path(str(cfg.run_dir))
+    summary = run_answers(cfg, run_dir)
+    log.info("Next, SFT on the answers: %s", shlex.join(next_command(overrides, run_dir, bool(summary["held_out"]))))
+    return summary
+
+
+def next_command(overrides: Sequence[str], run_dir: Path, held_out: bool) -> list[str]:
+    """The command that trains the student on the answers, with the same validation rows.
+
+    Args:
+        overrides: of the answering.
+        run_dir: where the answers are.
+        held_out: whether there is a ``val.jsonl``.
+    """
+    # What was chosen from the data is chosen: nothing is to be excluded or picked by line number a second time.
+    sft = {"loss": "sft", "data.train": run_dir / TRAIN_FILE, "data.train_subset": "null", "data.exclude": "[]"}
+    if held_out:
+        sft["data.val"] = run_dir / VAL_FILE
+    kept = [o for o in overrides if o.split("=", 1)[0] not in sft and not o.startswith(_OURS)]
+    name = [] if any(o.startswith("name=") for o in kept) else ["name=seqkd"]
+    return ["python", "-m", "deltakd.train", *kept, *name, *(f"{key}={value}" for key, value in sft.items())]
+
+
+if __name__ == "__main__":
+    main()
