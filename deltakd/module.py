@@ -14,7 +14,7 @@ from deltakd.kernels import chunked_loss
 from deltakd.models import LanguageModel
 from deltakd.optim import AdamW
 from deltakd.references import References
-from deltakd.types import STUDENT, Batch, Loss
+from deltakd.types import STUDENT, Batch, Loss, Progress, schedules_of
 
 
 class NonFiniteLossError(RuntimeError):
@@ -124,6 +124,11 @@ class DistillationModule(L.LightningModule):
             "train/grad_norm": norm,
             "train/lr": optimizer.param_groups[0]["lr"],
         }
+        # Here and not after the optimiser's step: checkpoints are written there, and must hold the moved schedules.
+        progress = Progress(self.global_step + 1, self.total_steps)
+        for name, schedule in schedules_of(self.loss).items():
+            self.step_metrics[f"train/{name}"] = schedule.value
+            schedule.on_step(progress, self.step_metrics["train/loss"])
 
     def configure_optimizers(self) -> Any:
         """AdamW and its schedule, stepped per optimiser step."""
@@ -131,12 +136,15 @@ class DistillationModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the last step's metrics: its loss is the result of a run without validation data."""
+        """Keep the last step's metrics (its loss is the result of a run without validation data) and the schedules."""
         checkpoint["step_metrics"] = self.step_metrics
+        checkpoint["schedules"] = {name: s.state_dict() for name, s in schedules_of(self.loss).items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take them back."""
         self.step_metrics = checkpoint["step_metrics"]
+        for name, schedule in schedules_of(self.loss).items():
+            schedule.load_state_dict(checkpoint["schedules"][name])
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Batches know how to move themselves."""

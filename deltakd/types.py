@@ -11,9 +11,10 @@ So ``hidden_ND`` holds one hidden state for each valid token, ``labels_BT`` one 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, final, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -22,9 +23,21 @@ STUDENT = "student"
 TEACHER = "teacher"
 TEACHER_RAW = "teacher_raw"
 STUDENT_RAW = "student_raw"
-#: The frozen models that a loss may ask for.
-REFERENCE_ROLES = (TEACHER, TEACHER_RAW, STUDENT_RAW)
-ROLES = (STUDENT, *REFERENCE_ROLES)
+#: The roles of Delta-KD. Further (teacher, raw teacher) pairs are numbered: ``teacher_2``, ``teacher_raw_2``, ...
+ROLES = (STUDENT, TEACHER, TEACHER_RAW, STUDENT_RAW)
+_NUMBERED = re.compile(r"teacher(_raw)?_([2-9]|[1-9]\d+)")
+
+
+def is_reference_role(name: str) -> bool:
+    """Whether a loss may ask for a frozen model under this name."""
+    return name in ROLES[1:] or _NUMBERED.fullmatch(name) is not None
+
+
+def teacher_pair(number: int) -> tuple[str, str]:
+    """The roles of the pair (teacher, raw teacher) of this number, from 1: the first pair has no number."""
+    suffix = "" if number == 1 else f"_{number}"
+    return TEACHER + suffix, TEACHER_RAW + suffix
+
 
 #: The label of a position that is not trained on (prompt, padding).
 IGNORE_INDEX = -100
@@ -80,6 +93,103 @@ class Head:
                 logits_NV = self.softcap * torch.tanh(logits_NV / self.softcap)
         return logits_NV
 
+    def add_logits(self, total: Tensor | None, factor: float) -> Tensor:
+        """``total + factor · logits()``, in place in ``total`` and inside the product where the head is linear."""
+        with torch.autocast(self.hidden.device.type, enabled=False):
+            if self.softcap is not None:
+                logits_NV = self.logits()
+                return logits_NV.mul_(factor) if total is None else total.add_(logits_NV, alpha=factor)
+            weight_VD = at_least_float32(self.weight)
+            hidden_ND = at_least_float32(self.hidden).to(weight_VD.dtype)
+            if total is None:
+                total = torch.empty(len(hidden_ND), len(weight_VD), dtype=weight_VD.dtype, device=weight_VD.device)
+                beta = 0.0
+            else:
+                beta = 1.0
+            total.addmm_(hidden_ND, weight_VD.T, beta=beta, alpha=factor * self.scale)
+            if self.bias is not None:
+                total.add_(self.bias.to(weight_VD.dtype), alpha=factor * self.scale)
+        return total
+
+
+@final
+class HeadLogits(Mapping[str, Tensor]):
+    """Logits by role that are multiplied out when they are asked for, and sums of them in one go.
+
+    A loss may read it like a dict. What is read by name is kept; a ``combined`` sum of roles that nobody reads by name
+    costs the memory of one tensor of logits, whatever the number of roles.
+
+    Args:
+        student: [N, V] the student's logits, on the graph.
+        heads: role -> Head of the references, over the same N tokens.
+    """
+
+    def __init__(self, student: Tensor, heads: Mapping[str, Head]) -> None:
+        self._heads = heads
+        self._made = {STUDENT: student}
+
+    def __getitem__(self, role: str) -> Tensor:
+        if role not in self._made:
+            with torch.no_grad():
+                self._made[role] = self._heads[role].logits()
+        return self._made[role]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((STUDENT, *self._heads))
+
+    def __len__(self) -> int:
+        return 1 + len(self._heads)
+
+    @torch.no_grad()
+    def combined(self, coefficients: Mapping[str, float]) -> Tensor:
+        """Σ coefficient · logits[role]: [N, V], a new tensor, detached."""
+        total: Tensor | None = None
+        # What is there already first, so that the products can be added on top of it.
+        for role in sorted(coefficients, key=lambda role: role not in self._made):
+            factor = coefficients[role]
+            if role in self._made:
+                term = self._made[role]
+                total = term * factor if total is None else total.add_(term, alpha=factor)
+            else:
+                total = self._heads[role].add_logits(total, factor)
+        assert total is not None, "a sum of no roles"
+        return total
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far training is.
+
+    Args:
+        step: optimiser steps done.
+        total_steps: optimiser steps of the whole run.
+    """
+
+    step: int
+    total_steps: int
+
+
+@runtime_checkable
+class Schedule(Protocol):
+    """A number inside a loss that changes with training; it moves once per optimiser step."""
+
+    @property
+    def value(self) -> float:
+        """The number for the coming optimiser step."""
+        ...
+
+    def on_step(self, progress: Progress, reduced_loss: float) -> None:
+        """An optimiser step is done; ``reduced_loss`` is its loss over all ranks and micro-batches (nats per token)."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on exactly."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it back."""
+        ...
+
 
 @dataclass(frozen=True)
 class LossOutput:
@@ -96,7 +206,11 @@ class LossOutput:
 
 @runtime_checkable
 class Loss(Protocol):
-    """A loss plug-in: what Hydra makes of ``conf/loss/<name>.yaml``."""
+    """A loss plug-in: what Hydra makes of ``conf/loss/<name>.yaml``.
+
+    A loss that changes with time also has ``schedules``: name -> Schedule. They are moved once per optimiser step,
+    logged under their name, and kept in the checkpoint.
+    """
 
     @property
     def requires(self) -> frozenset[str]:
@@ -106,6 +220,12 @@ class Loss(Protocol):
     def __call__(self, logits: Mapping[str, Tensor], labels: Tensor) -> LossOutput:
         """Score N tokens: ``logits`` role -> [N, V] float, ``labels`` [N] int64."""
         ...
+
+
+def schedules_of(loss: Loss) -> Mapping[str, Schedule]:
+    """What in a loss changes with training, by name; a loss need not have any."""
+    schedules: Mapping[str, Schedule] = getattr(loss, "schedules", {})
+    return schedules
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltakd.types import STUDENT, Head, Loss, at_least_float32
+from deltakd.types import STUDENT, Head, HeadLogits, Loss, at_least_float32
 
 #: Bytes that one chunk's logits of one model may take where the caller does not choose a chunk size.
 CHUNK_BYTES = 32 * 2**20
@@ -87,11 +87,9 @@ def _sum_over_chunks(
         leaves: dict[str, Tensor] = {}
         if grads is not None:
             chunk, leaves = _with_leaves(chunk, grads)
-        with torch.no_grad():
-            logits = {role: head.rows(start, stop).logits() for role, head in references.items()}
         with torch.set_grad_enabled(grads is not None):
-            logits[STUDENT] = chunk.logits()
-            output = loss(logits, labels[start:stop])
+            others = {role: head.rows(start, stop) for role, head in references.items()}
+            output = loss(HeadLogits(chunk.logits(), others), labels[start:stop])
             chunk_sum = output.per_token.sum()
         if grads is not None and chunk_sum.requires_grad:
             _accumulate(grads, leaves, chunk_sum, start, stop)

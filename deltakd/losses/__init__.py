@@ -1,17 +1,71 @@
 """Loss formulas: torch alone, no models, no trainer."""
 
 from deltakd.losses.distillation import Distillation
-from deltakd.losses.divergences import Divergence, ForwardKL
+from deltakd.losses.divergences import (
+    AdaptiveKL,
+    AlphaBeta,
+    Divergence,
+    ForwardKL,
+    JensenShannon,
+    LogitMSE,
+    ReverseKL,
+    SkewForwardKL,
+    SkewReverseKL,
+    SymmetricKL,
+    ToDi,
+    TotalVariation,
+)
+from deltakd.losses.matching import (
+    DeltaMatching,
+    DistillationPlusMatching,
+    LogitMatching,
+    Matching,
+    RatioMatching,
+)
+from deltakd.losses.parallelogram import Parallelogram, SignedParallelogram
 from deltakd.losses.sft import SupervisedFineTuning, cross_entropy
-from deltakd.losses.targets import DeltaTarget, Target, TeacherTarget
+from deltakd.losses.targets import (
+    ShiftedTarget,
+    Target,
+    bilinear_target,
+    delta_target,
+    multi_teacher_target,
+    shift_target,
+    taid_target,
+    teacher_target,
+)
+from deltakd.losses.treatments import Treatment
 
 __all__ = [
-    "DeltaTarget",
+    "AdaptiveKL",
+    "AlphaBeta",
+    "DeltaMatching",
     "Distillation",
+    "DistillationPlusMatching",
     "Divergence",
     "ForwardKL",
+    "JensenShannon",
+    "LogitMSE",
+    "LogitMatching",
+    "Matching",
+    "Parallelogram",
+    "RatioMatching",
+    "ReverseKL",
+    "ShiftedTarget",
+    "SignedParallelogram",
+    "SkewForwardKL",
+    "SkewReverseKL",
     "SupervisedFineTuning",
+    "SymmetricKL",
     "Target",
-    "TeacherTarget",
+    "ToDi",
+    "TotalVariation",
+    "Treatment",
+    "bilinear_target",
     "cross_entropy",
+    "delta_target",
+    "multi_teacher_target",
+    "shift_target",
+    "taid_target",
+    "teacher_target",
 ]

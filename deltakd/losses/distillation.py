@@ -8,26 +8,21 @@ from typing import final
 from torch import Tensor
 
 from deltakd.losses.divergences import Divergence
-from deltakd.losses.sft import cross_entropy
-from deltakd.losses.targets import Target, compose
-from deltakd.types import STUDENT, LossOutput, at_least_float32
+from deltakd.losses.mixing import LabelMixture, tempered
+from deltakd.losses.targets import Target
+from deltakd.types import Schedule
 
 
 @final
-class Distillation:
+class Distillation(LabelMixture):
     """λ · CE(labels) + (1 − λ) · D(target, student), per token (arXiv 2509.14526; DESIGN 3.1).
 
-    CE is always at τ = 1; D is between softmax(z_target / τ) and softmax(z_student / τ). The target is detached.
+    D is between softmax(z_target / τ), detached, and softmax(z_student / τ).
 
     Args:
         target: what to match.
         divergence: how far from it.
-        temperature: τ > 0.
-        ce_weight: λ in [0, 1]. At 1 the divergence is not computed and no reference is read: that is SFT.
-        temperature_squared: multiply D by τ², which keeps its gradient's size as τ grows (off by default).
-
-    Raises:
-        ValueError: temperature or ce_weight out of range.
+        temperature, ce_weight, temperature_squared: as for ``LabelMixture``.
     """
 
     def __init__(
@@ -38,45 +33,30 @@ class Distillation:
         ce_weight: float = 0.5,
         temperature_squared: bool = False,
     ) -> None:
-        problems = []
-        if not (0 < temperature < float("inf")):
-            problems.append(f"loss.temperature is {temperature}; it must be a finite number above 0")
-        if not (0 <= ce_weight <= 1):
-            problems.append(f"loss.ce_weight is {ce_weight}; it must be between 0 (no labels) and 1 (labels only)")
-        if problems:
-            raise ValueError("; ".join(problems))
+        super().__init__(temperature, ce_weight, temperature_squared)
         self.target = target
         self.divergence = divergence
-        self.temperature = float(temperature)
-        self.ce_weight = float(ce_weight)
-        self.temperature_squared = temperature_squared
 
     @property
-    def requires(self) -> frozenset[str]:
-        """The roles that the target reads; none where λ = 1."""
-        return frozenset() if self.ce_weight == 1.0 else frozenset(self.target.coefficients)
+    def term_requires(self) -> frozenset[str]:
+        """The references that the target reads."""
+        return self.target.requires
 
-    def __call__(self, logits: Mapping[str, Tensor], labels: Tensor) -> LossOutput:
-        """Score N tokens.
+    @property
+    def schedules(self) -> Mapping[str, Schedule]:
+        """Those of the target."""
+        return self.target.schedules
 
-        Args:
-            logits: role -> [N, V] float, for ``student`` and every role in ``requires``.
-            labels: [N] int64.
+    def term(self, logits: Mapping[str, Tensor], log_student_NV: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """D(target, student): [N], under the divergence's name."""
+        divergence_N = divergence_to(self.target, self.divergence, self.temperature, logits, log_student_NV)
+        return divergence_N, {self.divergence.name: divergence_N}
 
-        Returns:
-            per_token [N] nats; parts ``ce`` (at τ = 1) and the divergence's name (without λ and τ²).
-        """
-        student_NV = at_least_float32(logits[STUDENT])
-        ce_N = cross_entropy(student_NV, labels)
-        if self.ce_weight == 1.0:
-            return LossOutput(ce_N, {"ce": ce_N})
-        target_NV = compose(self.target.coefficients, logits)
-        log_p_NV = (target_NV / self.temperature).log_softmax(-1)
-        log_q_NV = (student_NV / self.temperature).log_softmax(-1)
-        divergence_N = self.divergence(log_p_NV, log_q_NV)
-        scale = self.temperature**2 if self.temperature_squared else 1.0
-        # λ = 0 must not multiply an infinite CE by 0.
-        per_token_N = (1 - self.ce_weight) * scale * divergence_N
-        if self.ce_weight > 0:
-            per_token_N = self.ce_weight * ce_N + per_token_N
-        return LossOutput(per_token_N, {"ce": ce_N, self.divergence.name: divergence_N})
+
+def divergence_to(
+    target: Target, divergence: Divergence, temperature: float, logits: Mapping[str, Tensor], log_student_NV: Tensor
+) -> Tensor:
+    """D(target, student) at τ: [N] nats."""
+    log_p_NV = tempered(target(logits), temperature)
+    log_q_NV = log_student_NV if temperature == 1.0 else tempered(log_student_NV, temperature)
+    return divergence(log_p_NV, log_q_NV)

@@ -1,10 +1,20 @@
-"""Divergences D(P, Q) per token, exact over the vocabulary: P the target, Q the student (DESIGN 3.3)."""
+"""Divergences D(P, Q) per token, exact over the vocabulary: P the target, Q the student (DESIGN 3.3).
+
+Each takes two [N, V] log-probs of at least float32 and gives [N] nats; gradients flow to Q. Each is 0 at equality and,
+but for rounding, never negative. Where a divergence is infinite by its definition (forward KL where Q rules out what P
+does not, reverse KL the other way round) it is +inf, and training stops with an error that says so.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Protocol, final
 
+import torch
 from torch import Tensor
+
+#: Stands for −inf inside a mixture, where log(0 + 0) would have no gradient; e to it is 0 in every float type.
+_FLOOR = -1e30
 
 
 class Divergence(Protocol):
@@ -17,15 +27,264 @@ class Divergence(Protocol):
         ...
 
 
+def kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
+    """KL(P ‖ Q) = Σ_v P (log P − log Q), [N] nats, with gradients to both sides."""
+    p_NV = log_p_NV.exp()
+    # Where P = 0 the term is 0 by its limit; −inf − (−inf) and 0 · inf would give NaN.
+    difference_NV = (log_p_NV - log_q_NV).masked_fill(p_NV == 0, 0.0)
+    return (p_NV * difference_NV).sum(-1)
+
+
+def log_ratio(log_a_NV: Tensor, log_b_NV: Tensor) -> Tensor:
+    """log A − log B, [N, V] nats; 0 where both are ruled out."""
+    return (log_a_NV - log_b_NV).masked_fill(torch.isneginf(log_a_NV) & torch.isneginf(log_b_NV), 0.0)
+
+
+def log_mixture(weight: float, log_a_NV: Tensor, log_b_NV: Tensor) -> Tensor:
+    """log(weight · A + (1 − weight) · B), weight in (0, 1), by logsumexp."""
+    return torch.logaddexp(
+        log_a_NV.clamp_min(_FLOOR) + math.log(weight), log_b_NV.clamp_min(_FLOOR) + math.log1p(-weight)
+    )
+
+
+def _check_weight(value: float, key: str, meaning: str) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{key} is {value}; it must be between 0 and 1 ({meaning})")
+
+
 @final
 class ForwardKL:
-    """KL(P ‖ Q) = Σ_v P (log P − log Q), with the entropy term kept, so that it is 0 at equality."""
+    """KL(P ‖ Q): mass-covering, the usual choice (Hinton et al., arXiv 1503.02531)."""
 
     name = "forward_kl"
 
     def __call__(self, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
-        """[N] nats from two [N, V] log-probs."""
-        p_NV = log_p_NV.exp()
-        # Where P = 0 the term is 0 by its limit; −inf − (−inf) and 0 · inf would give NaN.
-        difference_NV = (log_p_NV - log_q_NV).masked_fill(p_NV == 0, 0.0)
-        return (p_NV * difference_NV).sum(-1)
+        """[N] nats."""
+        return kl(log_p_NV, log_q_NV)
+
+
+@final
+class ReverseKL:
+    """KL(Q ‖ P) = Σ Q log(Q / P): mode-seeking (MiniLLM, arXiv 2306.08543, at the token level and off-policy)."""
+
+    name = "reverse_kl"
+
+    def __call__(self, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
+        """[N] nats."""
+        return kl(log_q_NV, log_p_NV)
+
+
+@final
+class SymmetricKL:
+    """w · KL(P ‖ Q) + (1 − w) · KL(Q ‖ P).
+
+    Args:
+        weight: w in [0, 1].
+    """
+
+    name = "symmetric_kl"
+
+    def __init__(self, weight: float = 0.5) -> None:
+        _check_weight(weight, "loss.divergence.weight", "1 is forward KL, 0 is reverse KL")
+        self.weight = weight
+
+    def __call__(self, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
+        """[N] nats."""
+        # A weight of 0 must not multiply an infinite KL.
+        forward_N = self.weight * kl(log_p_NV, log_q_NV) if self.weight > 0 else 0.0
+        reverse_N = (1 - self.weight) * kl(log_q_NV, log_p_NV) if self.weight < 1 else 0.0
+        total_N = forward_N + reverse_N
+        assert isinstance(total_N, Tensor)
+        return total_N
+
+
+@final
+class JensenShannon:
+    """β · KL(P ‖ M) + (1 − β) · KL(Q ‖ M), M = βP + (1 − β)Q (GKD, arXiv 2306.13649, eq. 1).
+
+    Args:
+        beta: β in (0, 1).
+
+    Raises:
+        ValueError: β is outside; at 0 and 1 the divergence is identically 0.
+    """
+
+    name = "jsd"
+
+    def __init__(self, beta: float = 0.5) -> None:
+        if not 0 < beta < 1:
+            raise ValueError(
+                f"loss.divergence.beta is {beta}; it must be above 0 and below 1. At 0 and 1 the generalised JSD is "
+                "identically 0: use loss=kd (forward KL) or loss=kd_reverse instead"
+            )
+        self.beta = beta
+
+    def __call__(self, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
+        """[N] nats."""
+        log_m_NV = log_mixture(self.beta, log_p_NV, log_q_NV)
+        return self.beta * kl(log_p_NV, log_m_NV) + (1 - self.beta) * kl(log_q_NV, log_m_NV)
+
+
+@final
+class TotalVariation:
+    """½ Σ |P − Q|, in [0, 1]; its gradient jumps where P = Q."""
+
+    name = "tvd"
+
+    def __call__(self, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
+        """[N], a probability and no nats."""
+        return 0.5 * (log_p_NV.exp() - log_q_NV.exp()).abs().sum(-1)
+
+
+@final
+class SkewForwardKL:
+    """KL(P ‖ λP + (1 − λ)Q) (DistiLLM, arXiv 2402.03898, eq. 3).
+
+    Args:
+        skew: λ in [0, 1); 0 is forward KL.
+    """
+
+    name = "skew_forward_kl"
+
+    def __init__(self, skew: float = 0.1) -> None:
+        _check_skew(skew)
+        self.skew = skew
+
+    def __call__(self, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
+        """[N] nats."""
+        return kl(log_p_NV, log_mixture(self.skew, log_p_NV, log_q_NV) if self.skew > 0 else log_q_NV)
+
+
+@final
+class SkewReverseKL:
+    """KL(Q ‖ (1 − λ)P + λQ) (DistiLLM, arXiv 2402.03898, eq. 4).
+
+    Args:
+        skew: λ in [0, 1); 0 is reverse KL.
+    """
+
+    name = "skew_reverse_kl"
+
+    def __init__(self, skew: float = 0.1) -> None:
+        _check_skew(skew)
+        self.skew = skew
+
+    def __call__(self, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
+        """[N] nats."""
+        return kl(log_q_NV, log_mixture(self.skew, log_q_NV, log_p_NV) if self.skew > 0 else log_p_NV)
+
+
+def _check_skew(skew: float) -> None:
+    if not 0 <= skew < 1:
+        raise ValueError(
+            f"loss.divergence.skew is {skew}; it must be at least 0 (plain KL) and below 1, where it is identically 0"
+        )
+
+
+@final
+class AdaptiveKL:
+    """g_h/(g_h + g_t) · KL(P ‖ Q) + g_t/(g_h + g_t) · KL(Q ‖ P) (AKL, arXiv 2404.02657).
+
+    g_h and g_t are Σ |P − Q| over the head (the top tokens of P up to a mass, the first one always) and over the tail,
+    detached; ½ each at equality.
+
+    Args:
+        head_mass: the mass of the head, in (0, 1).
+    """
+
+    name = "adaptive_kl"
+
+    def __init__(self, head_mass: float = 0.5) -> None:
+        if not 0 < head_mass < 1:
+            raise ValueError(f"loss.divergence.head_mass is {head_mass}; it must be above 0 and below 1")
+        self.head_mass = head_mass
+
+    def __call__(self, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
+        """[N] nats."""
+        head_N = self._head_weight(log_p_NV, log_q_NV)
+        return head_N * kl(log_p_NV, log_q_NV) + (1 - head_N) * kl(log_q_NV, log_p_NV)
+
+    @torch.no_grad()
+    def _head_weight(self, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
+        p_NV, order_NV = log_p_NV.exp().sort(stable=True, dim=-1, descending=True)
+        gap_NV = (p_NV - log_q_NV.exp().gather(-1, order_NV)).abs()
+        in_head_NV = p_NV.cumsum(-1) <= self.head_mass
+        in_head_NV[:, 0] = True
+        gap_N = gap_NV.sum(-1)
+        head_N = (gap_NV * in_head_NV).sum(-1)
+        return torch.where(gap_N > 0, head_N / gap_N, 0.5)
+
+
+@final
+class ToDi:
+    """Σ_v [w P log(P/Q) + (1 − w) Q log(Q/P)], w = sg σ(log P/Q) for each token of the vocabulary (arXiv 2505.16297).
+
+    Its value is KL(P ‖ Q) + KL(Q ‖ P) by algebra; its gradient is not that of the sum, since w is detached.
+    """
+
+    name = "todi"
+
+    def __call__(self, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
+        """[N] nats."""
+        p_NV, q_NV = log_p_NV.exp(), log_q_NV.exp()
+        ratio_NV = (log_p_NV - log_q_NV).masked_fill((p_NV == 0) & (q_NV == 0), 0.0)
+        w_NV = ratio_NV.detach().sigmoid()
+        # w P and (1 − w) Q are 0 where P or Q is, and 0 · ∞ must not be asked for.
+        forward_NV = (w_NV * p_NV) * ratio_NV.masked_fill(p_NV == 0, 0.0)
+        reverse_NV = ((1 - w_NV) * q_NV) * ratio_NV.masked_fill(q_NV == 0, 0.0)
+        return (forward_NV - reverse_NV).sum(-1)
+
+
+@final
+class AlphaBeta:
+    """−1/(αβ) Σ [P^α Q^β − α/(α+β) P^(α+β) − β/(α+β) Q^(α+β)] (ABKD, arXiv 2505.04560), with its limits.
+
+    (1, 0) is forward KL, (0, 1) reverse KL, (0, 0) ½ Σ (log P − log Q)².
+
+    Args:
+        alpha: α ≥ 0.
+        beta: β ≥ 0. Each is either 0 or at least 0.05: closer to a limit float32 cancels; take the limit itself.
+    """
+
+    name = "alpha_beta"
+
+    def __init__(self, alpha: float = 0.2, beta: float = 0.7) -> None:
+        problems = [
+            f"loss.divergence.{key} is {value}; it must be 0 (the limit) or between 0.05 and 2"
+            for key, value in (("alpha", alpha), ("beta", beta))
+            if value != 0 and not 0.05 <= value <= 2
+        ]
+        if problems:
+            raise ValueError("; ".join(problems))
+        self.alpha, self.beta = float(alpha), float(beta)
+
+    def __call__(self, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
+        """[N], nats in the limits (1, 0) and (0, 1)."""
+        a, b = self.alpha, self.beta
+        if a == 0 and b == 0:
+            return 0.5 * log_ratio(log_p_NV, log_q_NV).square().sum(-1)
+        if b == 0:
+            return _one_power(a, log_p_NV, log_q_NV)
+        if a == 0:
+            return _one_power(b, log_q_NV, log_p_NV)
+        mixed_NV = (a * log_p_NV + b * log_q_NV).exp()
+        p_NV, q_NV = ((a + b) * log_p_NV).exp(), ((a + b) * log_q_NV).exp()
+        return ((a * p_NV + b * q_NV) / (a + b) - mixed_NV).sum(-1) / (a * b)
+
+
+def _one_power(power: float, log_a_NV: Tensor, log_b_NV: Tensor) -> Tensor:
+    """1/c² Σ [A^c log(A^c / B^c) − A^c + B^c]: the limit of the family where the other power is 0."""
+    a_NV, b_NV = (power * log_a_NV).exp(), (power * log_b_NV).exp()
+    difference_NV = (log_a_NV - log_b_NV).masked_fill(a_NV == 0, 0.0)
+    return (a_NV * difference_NV).sum(-1) / power + (b_NV - a_NV).sum(-1) / power**2
+
+
+@final
+class LogitMSE:
+    """The mean over the vocabulary of the squared centred logit difference: Var(z_target − z_student)."""
+
+    name = "logit_mse"
+
+    def __call__(self, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
+        """[N], squared logits and no nats."""
+        return log_ratio(log_p_NV, log_q_NV).var(-1, correction=0)

@@ -1,0 +1,93 @@
+"""What all distillation losses share: cross-entropy of the labels mixed with a term of their own."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import final
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from deltakd.types import STUDENT, LossOutput, Schedule, at_least_float32
+
+
+class LabelMixture(ABC):
+    """λ · CE(labels) + (1 − λ) · term, per token (arXiv 2509.14526; DESIGN 3.1). CE is always at τ = 1.
+
+    Args:
+        temperature: τ > 0, of the term.
+        ce_weight: λ in [0, 1]. At 1 the term is not computed and no reference is read: that is SFT.
+        temperature_squared: multiply the term by τ², which keeps its gradient's size as τ grows.
+
+    Raises:
+        ValueError: temperature or ce_weight out of range.
+    """
+
+    def __init__(self, temperature: float = 1.0, ce_weight: float = 0.5, temperature_squared: bool = False) -> None:
+        problems = []
+        if not (0 < temperature < float("inf")):
+            problems.append(f"loss.temperature is {temperature}; it must be a finite number above 0")
+        if not (0 <= ce_weight <= 1):
+            problems.append(f"loss.ce_weight is {ce_weight}; it must be between 0 (no labels) and 1 (labels only)")
+        if problems:
+            raise ValueError("; ".join(problems))
+        self.temperature = float(temperature)
+        self.ce_weight = float(ce_weight)
+        self.temperature_squared = temperature_squared
+
+    @property
+    @abstractmethod
+    def term_requires(self) -> frozenset[str]:
+        """The references that the term reads."""
+
+    @property
+    @abstractmethod
+    def schedules(self) -> Mapping[str, Schedule]:
+        """What in the term changes with training, by the name under which it is logged."""
+
+    @abstractmethod
+    def term(self, logits: Mapping[str, Tensor], log_student_NV: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The term without λ and τ².
+
+        Args:
+            logits: role -> [N, V].
+            log_student_NV: the student's log-probs at τ = 1, at least float32.
+
+        Returns:
+            [N] nats, and its parts by name, [N] each.
+        """
+
+    @property
+    @final
+    def requires(self) -> frozenset[str]:
+        """The references that the loss reads; none where λ = 1."""
+        return frozenset() if self.ce_weight == 1.0 else self.term_requires
+
+    @final
+    def __call__(self, logits: Mapping[str, Tensor], labels: Tensor) -> LossOutput:
+        """Score N tokens.
+
+        Args:
+            logits: role -> [N, V] float, for ``student`` and every role in ``requires``.
+            labels: [N] int64.
+
+        Returns:
+            per_token [N] nats; parts: ``ce`` (at τ = 1) and those of the term.
+        """
+        log_student_NV = at_least_float32(logits[STUDENT]).log_softmax(-1)
+        ce_N = F.nll_loss(log_student_NV, labels, reduction="none")
+        if self.ce_weight == 1.0:
+            return LossOutput(ce_N, {"ce": ce_N})
+        term_N, parts = self.term(logits, log_student_NV)
+        scale = self.temperature**2 if self.temperature_squared else 1.0
+        per_token_N = (1 - self.ce_weight) * scale * term_N
+        # λ = 0 must not multiply an infinite CE by 0.
+        if self.ce_weight > 0:
+            per_token_N = self.ce_weight * ce_N + per_token_N
+        return LossOutput(per_token_N, {"ce": ce_N, **parts})
+
+
+def tempered(logits_NV: Tensor, temperature: float) -> Tensor:
+    """log softmax(logits / τ): [N, V]."""
+    return (logits_NV if temperature == 1.0 else logits_NV / temperature).log_softmax(-1)

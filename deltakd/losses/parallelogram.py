@@ -1,0 +1,167 @@
+"""Several distributions at once: the Parallelogram Loss and its signed relative (DESIGN 3.4).
+
+The paper (arXiv 2509.14526) names a Parallelogram Loss and prints no formula that we could obtain: both are our
+reconstructions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import final
+
+import torch
+from torch import Tensor
+
+from deltakd.losses.distillation import divergence_to
+from deltakd.losses.divergences import Divergence, kl
+from deltakd.losses.mixing import LabelMixture, tempered
+from deltakd.losses.schedules import is_zero, make_schedule, moving
+from deltakd.losses.targets import ShiftedTarget, Weight, delta_target, shift_target
+from deltakd.losses.treatments import NO_TREATMENT, Treatment
+from deltakd.types import STUDENT_RAW, TEACHER, TEACHER_RAW, Schedule
+
+
+@final
+class Parallelogram(LabelMixture):
+    """λ · CE + (1 − λ) · Σ_i w_i · D(corner_i, student): the Parallelogram Loss.
+
+    The corners are the teacher, the raw student, the delta target and the shift target (DESIGN 3.4). With w ≥ 0 it is
+    as safe as its divergence.
+
+    Args:
+        weights: corner (``teacher``, ``student_raw``, ``delta``, ``shift``) -> w; they are divided by their sum, and a
+            corner of weight 0 is not read.
+        divergence: D.
+        delta_weight: α of the delta target and β of the shift target.
+        treatment: of the shifts in both.
+        temperature, ce_weight, temperature_squared: as for ``LabelMixture``.
+
+    Raises:
+        ValueError: an unknown corner, a negative weight, or weights that add up to 0.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, float],
+        divergence: Divergence,
+        delta_weight: Weight = 1.0,
+        treatment: Treatment = NO_TREATMENT,
+        temperature: float = 1.0,
+        ce_weight: float = 0.5,
+        temperature_squared: bool = False,
+    ) -> None:
+        super().__init__(temperature, ce_weight, temperature_squared)
+        self._delta_weight = make_schedule(delta_weight, "delta_weight")
+        corners = {
+            "teacher": ShiftedTarget(TEACHER),
+            "student_raw": ShiftedTarget(STUDENT_RAW),
+            "delta": delta_target(self._delta_weight, treatment),
+            "shift": shift_target(self._delta_weight, treatment),
+        }
+        self.corners = _weighted(corners, weights)
+        self.divergence = divergence
+
+    @property
+    def term_requires(self) -> frozenset[str]:
+        """The references that the corners read."""
+        return frozenset().union(*(target.requires for _, target in self.corners.values()))
+
+    @property
+    def schedules(self) -> Mapping[str, Schedule]:
+        """The delta weight, where it changes."""
+        return moving(delta_weight=self._delta_weight)
+
+    def term(self, logits: Mapping[str, Tensor], log_student_NV: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Σ w D: [N]; each D under ``<divergence>_<corner>``."""
+        total_N: Tensor | float = 0.0
+        parts = {}
+        for name, (weight, target) in self.corners.items():
+            value_N = divergence_to(target, self.divergence, self.temperature, logits, log_student_NV)
+            parts[f"{self.divergence.name}_{name}"] = value_N
+            total_N = total_N + weight * value_N
+        assert isinstance(total_N, Tensor)
+        return total_N, parts
+
+
+def _weighted(
+    corners: Mapping[str, ShiftedTarget], weights: Mapping[str, float]
+) -> dict[str, tuple[float, ShiftedTarget]]:
+    problems = [
+        f"loss.weights has {name!r}, which is no corner; corners are {', '.join(corners)}"
+        for name in weights
+        if name not in corners
+    ]
+    problems += [
+        f"loss.weights.{name} is {weight}; it must be a finite number from 0"
+        for name, weight in weights.items()
+        if not 0 <= weight < math.inf
+    ]
+    total = sum(weights.values())
+    if not problems and total <= 0:
+        problems.append(f"loss.weights is {dict(weights)}: they add up to {total}; at least one must be above 0")
+    if problems:
+        raise ValueError("; ".join(problems))
+    return {name: (weight / total, corners[name]) for name, weight in weights.items() if weight > 0}
+
+
+@final
+class SignedParallelogram(LabelMixture):
+    """λ · CE + (1 − λ) · (KL(teacher ‖ π) + α [KL(raw student ‖ π) − KL(raw teacher ‖ π)]), π the student.
+
+    Up to a constant that is the cross-entropy to the signed measure m = P_t + α (P_s0 − P_t0): where m < 0 the loss
+    falls without bound as π goes to 0. So negative mass is set to 0, m is normalised again, and the loss is KL(m ‖ π);
+    the formula as it stands is there on request.
+
+    Args:
+        alpha: α, the delta weight.
+        unsafe: the formula as it stands, unbounded below.
+        temperature, ce_weight, temperature_squared: as for ``LabelMixture``.
+    """
+
+    def __init__(
+        self,
+        alpha: Weight = 1.0,
+        unsafe: bool = False,
+        temperature: float = 1.0,
+        ce_weight: float = 0.5,
+        temperature_squared: bool = False,
+    ) -> None:
+        super().__init__(temperature, ce_weight, temperature_squared)
+        self._alpha = make_schedule(alpha, "delta_weight")
+        self.unsafe = unsafe
+
+    @property
+    def term_requires(self) -> frozenset[str]:
+        """The teacher; the raw models only where α is not constantly 0."""
+        return frozenset({TEACHER} if is_zero(self._alpha) else {TEACHER, STUDENT_RAW, TEACHER_RAW})
+
+    @property
+    def schedules(self) -> Mapping[str, Schedule]:
+        """α, where it changes."""
+        return moving(delta_weight=self._alpha)
+
+    def term(self, logits: Mapping[str, Tensor], log_student_NV: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """[N] nats, as ``signed_kl``."""
+        log_q_NV = log_student_NV if self.temperature == 1.0 else tempered(log_student_NV, self.temperature)
+        alpha = self._alpha.value
+        factors = {TEACHER: 1.0} | ({STUDENT_RAW: alpha, TEACHER_RAW: -alpha} if alpha else {})
+        log_p = {role: tempered(ShiftedTarget(role)(logits), self.temperature) for role in factors}
+        if self.unsafe:
+            value_N = torch.stack([factor * kl(log_p[role], log_q_NV) for role, factor in factors.items()]).sum(0)
+        else:
+            value_N = kl(_positive_part(factors, log_p), log_q_NV)
+        return value_N, {"signed_kl": value_N}
+
+
+@torch.no_grad()
+def _positive_part(factors: Mapping[str, float], log_p: Mapping[str, Tensor]) -> Tensor:
+    """log of max(0, Σ factor · P), normalised over the vocabulary: [N, V]. Σ factor is 1, so the sum is at least 1."""
+    if len(factors) == 1:
+        (log_only_NV,) = log_p.values()
+        return log_only_NV
+    mass_NV = torch.zeros_like(log_p[TEACHER])
+    for role, factor in factors.items():
+        mass_NV.add_(log_p[role].exp(), alpha=factor)
+    mass_NV.clamp_(min=0)
+    return (mass_NV / mass_NV.sum(-1, keepdim=True)).log()

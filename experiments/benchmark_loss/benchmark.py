@@ -1,0 +1,150 @@
+"""Time and peak extra memory of the losses over heads, side by side in one run.
+
+    python experiments/benchmark_loss/benchmark.py                       # kd against delta_kd: the cost of Delta-KD
+    python experiments/benchmark_loss/benchmark.py --losses sft kd delta_kd parallelogram --chunk-size 128
+
+Every loss is run once to warm up, then all in turn for some rounds; the table has each one's fastest round (other
+programs only ever add time), its peak of memory beyond what was there before (heads not counted, gradients counted),
+measured in a process of its own, and both as ratios to the first loss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from deltakd.kernels import chunked_loss
+from deltakd.runs.configuration import compose_config
+from deltakd.types import STUDENT, Head, Loss
+
+
+def make_loss(name: str) -> Loss:
+    """A ready-made loss by its name."""
+    config = compose_config("train", ["experiment=none", "data.train=none", f"loss={name}"])
+    loss: Loss = instantiate(OmegaConf.to_container(config.loss, resolve=True), _convert_="all")
+    return loss
+
+
+def make_heads(
+    roles: Sequence[str], tokens: int, vocabulary: int, student_width: int, teacher_width: int, dtype: torch.dtype
+) -> dict[str, Head]:
+    """Random heads; logits have a standard deviation of about 3."""
+    generator = torch.Generator().manual_seed(0)
+    heads = {}
+    for role in roles:
+        width = student_width if role.startswith(STUDENT) else teacher_width
+        hidden = torch.randn(tokens, width, generator=generator)
+        weight = torch.randn(vocabulary, width, generator=generator) * (3 / width**0.5)
+        trained = role == STUDENT
+        heads[role] = Head(hidden.to(dtype).requires_grad_(trained), weight.to(dtype).requires_grad_(trained))
+    return heads
+
+
+def reset_peak() -> None:
+    """Forget the peak of resident memory so far (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def resident(key: str) -> float:
+    """``VmRSS`` (now) or ``VmHWM`` (peak since the reset) of this process in MiB."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError(f"/proc/self/status has no {key}: this benchmark needs Linux")
+
+
+def fastest(forms: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+    """Form -> its fastest round (s), the forms taking turns."""
+    for run in forms.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in forms}
+    for _ in range(rounds):
+        for name, run in forms.items():
+            started = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - started)
+    return {name: min(seconds) for name, seconds in times.items()}
+
+
+def extra_memory(run: Callable[[], None]) -> float:
+    """Peak resident memory of a run beyond what was there before, in MiB; gradients that it returns are in it."""
+    run()
+    reset_peak()
+    before = resident("VmRSS")
+    run()
+    return resident("VmHWM") - before
+
+
+def extra_memory_in_own_process(name: str, argv: Sequence[str]) -> float:
+    """``extra_memory`` where the allocator gives every large block back at once, so that the system sees each one."""
+    command = [sys.executable, __file__, *argv, "--memory-of", name]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    return float(done.stdout)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--losses", nargs="+", default=["kd", "delta_kd"])
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--vocabulary", type=int, default=50_257)
+    parser.add_argument("--student-width", type=int, default=256)
+    parser.add_argument("--teacher-width", type=int, default=256)
+    parser.add_argument("--chunk-size", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measure and print."""
+    options = parse(argv)
+    names = [options.memory_of] if options.memory_of else options.losses
+    losses = {name: make_loss(name) for name in names}
+    roles = sorted({STUDENT}.union(*(loss.requires for loss in losses.values())))
+    widths = (options.student_width, options.teacher_width)
+    heads = make_heads(roles, options.tokens, options.vocabulary, *widths, getattr(torch, options.dtype))
+    labels = torch.randint(options.vocabulary, (options.tokens,), generator=torch.Generator().manual_seed(1))
+    forms = {name: form(loss, heads, labels, options.chunk_size) for name, loss in losses.items()}
+    if options.memory_of:
+        print(extra_memory(forms[options.memory_of]))
+        return
+    seconds = fastest(forms, options.rounds)
+    memory = {name: extra_memory_in_own_process(name, argv) for name in losses}
+    first = names[0]
+    table = Table(title=" ".join(f"{k}={v}" for k, v in vars(options).items() if k not in ("losses", "memory_of")))
+    for column in ("loss", "heads", "seconds", "ratio", "extra MiB", "ratio"):
+        table.add_column(column, justify="left" if column == "loss" else "right")
+    for name, loss in losses.items():
+        cells = (f"{seconds[name]:.3f}", f"{seconds[name] / seconds[first]:.2f}")
+        cells += (f"{memory[name]:.1f}", f"{memory[name] / memory[first]:.2f}")
+        table.add_row(name, str(1 + len(loss.requires)), *cells)
+    Console(width=120).print(table)
+
+
+def form(loss: Loss, heads: Mapping[str, Head], labels: Tensor, chunk_size: int) -> Callable[[], None]:
+    """Forward and backward of the chunked loss."""
+
+    def run() -> None:
+        total, _ = chunked_loss(loss, heads, labels, chunk_size)
+        torch.autograd.grad(total, [heads[STUDENT].hidden, heads[STUDENT].weight])
+
+    return run
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
