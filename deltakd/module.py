@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from deltakd.kernels import chunked_loss
+from deltakd.kernels import MEMORY_BUDGET, chunked_loss
 from deltakd.models import LanguageModel
 from deltakd.optim import AdamW
 from deltakd.references import References
@@ -48,7 +48,7 @@ class DistillationModule(L.LightningModule):
         optim: optimiser and schedule.
         total_steps: optimiser steps of the whole run.
         seed: with the number of the micro-batch it draws the student's dropout.
-        chunk_size: tokens a chunk of the head; None chooses.
+        memory_budget: MiB for a chunk of logits and all that is made of them.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class DistillationModule(L.LightningModule):
         optim: AdamW,
         total_steps: int,
         seed: int,
-        chunk_size: int | None = None,
+        memory_budget: float = MEMORY_BUDGET,
     ) -> None:
         super().__init__()
         # from_pretrained returns eval mode, and Lightning leaves models in the mode in which they arrive.
@@ -69,7 +69,7 @@ class DistillationModule(L.LightningModule):
         self.optim = optim
         self.total_steps = total_steps
         self.seed = seed
-        self.chunk_size = chunk_size
+        self.memory_budget = memory_budget
         #: ``train/...`` of the last whole optimiser step, over all ranks.
         self.step_metrics: dict[str, float] = {}
         self._sums = _StepSums()
@@ -83,7 +83,7 @@ class DistillationModule(L.LightningModule):
         """Sum of the loss and of its parts over the batch's valid tokens (nats)."""
         heads = {} if self.references is None else self.references(batch)
         heads[STUDENT] = self.student(batch)
-        return chunked_loss(self.loss, heads, batch.labels_N, self.chunk_size)
+        return chunked_loss(self.loss, heads, batch.labels_N, memory_budget=self.memory_budget)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One micro-batch: its summed loss over the valid tokens of the *whole* optimiser step.

@@ -142,7 +142,7 @@ class HeadLogits(Mapping[str, Tensor]):
 
     @torch.no_grad()
     def combined(self, coefficients: Mapping[str, float]) -> Tensor:
-        """Σ coefficient · logits[role]: [N, V], a new tensor, detached."""
+        """Σ coefficient · logits[role]: [N, V], a new tensor, detached; −inf where a head's bias rules a token out."""
         total: Tensor | None = None
         # What is there already first, so that the products can be added on top of it.
         for role in sorted(coefficients, key=lambda role: role not in self._made):
@@ -153,6 +153,10 @@ class HeadLogits(Mapping[str, Tensor]):
             else:
                 total = self._heads[role].add_logits(total, factor)
         assert total is not None, "a sum of no roles"
+        for role in coefficients:
+            bias = self._heads[role].bias if role in self._heads else None
+            if bias is not None:
+                total.masked_fill_(torch.isneginf(bias), -torch.inf)
         return total
 
 
@@ -204,12 +208,32 @@ class LossOutput:
     parts: dict[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class LinearForwardKL:
+    """A loss that is λ · CE + (1 − λ) · scale · KL(softmax(Σ c_r z_r / τ) ‖ softmax(z_student / τ)).
+
+    Args:
+        coefficients: role -> c; empty where λ = 1.
+        temperature: τ.
+        ce_weight: λ.
+        scale: τ² or 1.
+        name: of the KL among the parts.
+    """
+
+    coefficients: Mapping[str, float]
+    temperature: float
+    ce_weight: float
+    scale: float = 1.0
+    name: str = "forward_kl"
+
+
 @runtime_checkable
 class Loss(Protocol):
     """A loss plug-in: what Hydra makes of ``conf/loss/<name>.yaml``.
 
     A loss that changes with time also has ``schedules``: name -> Schedule. They are moved once per optimiser step,
-    logged under their name, and kept in the checkpoint.
+    logged under their name, and kept in the checkpoint. One whose ``linear_forward_kl`` is a LinearForwardKL (for
+    the coming step: it may change with the schedules) may be computed by hand instead of being called.
     """
 
     @property

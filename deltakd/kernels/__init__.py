@@ -1,5 +1,5 @@
 """Kernels: heads multiplied out chunk by chunk, so that no tensor of N · V ever exists."""
 
-from deltakd.kernels.chunked import chunked_loss
+from deltakd.kernels.chunked import MEMORY_BUDGET, chunked_loss
 
-__all__ = ["chunked_loss"]
+__all__ = ["MEMORY_BUDGET", "chunked_loss"]

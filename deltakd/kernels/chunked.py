@@ -3,24 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deltakd.types import STUDENT, Head, HeadLogits, Loss, at_least_float32
+from deltakd.kernels.fused import add_head_gradients, fused_chunk, fusible
+from deltakd.types import STUDENT, Head, HeadLogits, LinearForwardKL, Loss, at_least_float32
 
-#: Bytes that one chunk's logits of one model may take where the caller does not choose a chunk size.
-CHUNK_BYTES = 32 * 2**20
+#: MiB that the logits of a chunk, and all that is made of them, may take.
+MEMORY_BUDGET = 256.0
+#: Tensors of a chunk's logits that exist at one time: by hand, and in the most demanding loss under autograd.
+_FUSED_TENSORS, _AUTOGRAD_TENSORS = 5, 16
+#: Smaller chunks than this spend their time on the head's gradient, which is passed over once a chunk.
+_MIN_CHUNK = 32
 
 
-def default_chunk_size(vocabulary: int) -> int:
-    """Tokens a chunk such that one model's float32 logits fill about CHUNK_BYTES (at least 32)."""
-    return max(32, CHUNK_BYTES // (4 * vocabulary))
+def chunk_size_for(memory_budget: float, vocabulary: int, itemsize: int, fused: bool) -> int:
+    """Tokens a chunk so that it fits into ``memory_budget`` MiB; at least 32, whatever that takes.
+
+    Args:
+        memory_budget: MiB.
+        vocabulary: V.
+        itemsize: bytes of a logit.
+        fused: whether the loss is computed by hand.
+    """
+    tensors = _FUSED_TENSORS if fused else _AUTOGRAD_TENSORS
+    return max(_MIN_CHUNK, int(memory_budget * 2**20 / (tensors * vocabulary * itemsize)))
 
 
 def chunked_loss(
-    loss: Loss, heads: Mapping[str, Head], labels: Tensor, chunk_size: int | None = None
+    loss: Loss,
+    heads: Mapping[str, Head],
+    labels: Tensor,
+    chunk_size: int | None = None,
+    memory_budget: float = MEMORY_BUDGET,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum a loss over N tokens without holding more than a chunk of logits of any model.
 
@@ -31,7 +49,9 @@ def chunked_loss(
         loss: the loss; it sees logits [n, V] of ``student`` and of the roles that it requires.
         heads: role -> Head over the same N tokens and the same vocabulary.
         labels: [N] int64.
-        chunk_size: tokens a chunk; None chooses one by the size of the vocabulary.
+        chunk_size: tokens a chunk; None: as many as fit into the memory budget.
+        memory_budget: MiB for the logits of a chunk and all that is made of them. The gradient of the head, in at
+            least float32, comes on top.
 
     Returns:
         The sum of ``per_token`` (nats; differentiable in the student's hidden, weight and bias) and the detached sum
@@ -42,22 +62,29 @@ def chunked_loss(
     """
     _check_heads(loss, heads, labels)
     student = heads[STUDENT]
-    size = chunk_size or default_chunk_size(student.weight.shape[0])
-    if size < 1:
+    if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1, or None to choose one")
     if len(student) == 0:
-        return at_least_float32(student.hidden).sum() + 0.0 * at_least_float32(student.weight[:1]).sum(), {}
+        return _attached_zero(student), {}
     references = {role: heads[role].upcast() for role in sorted(loss.requires)}
     trained = [t for t in (student.hidden, student.weight, student.bias) if t is not None and t.requires_grad]
-    if not (torch.is_grad_enabled() and trained):
+    wants_gradients = torch.is_grad_enabled() and bool(trained)
+    form = fusible(loss, student, references) if wants_gradients else None
+    itemsize = torch.promote_types(student.weight.dtype, torch.float32).itemsize
+    size = chunk_size or chunk_size_for(memory_budget, student.weight.shape[0], itemsize, form is not None)
+    work = _Work(loss, form, student, references, labels, size)
+    if not wants_gradients:
         with torch.no_grad():
-            return _sum_over_chunks(loss, student.upcast(), references, labels, size, grads=None)
-    # The parts go round the autograd function through this dict: they carry no gradient.
-    parts: dict[str, Tensor] = {}
-    total = _ChunkedLoss.apply(
-        student.hidden, student.weight, student.bias, student, references, labels, loss, size, parts
+            return work.run(None), work.parts
+    return _ChunkedLoss.apply(student.hidden, student.weight, student.bias, work), work.parts
+
+
+def _attached_zero(student: Head) -> Tensor:
+    """A zero through which every trained tensor of the head gets a gradient: data-parallel training waits for all."""
+    tensors = (student.hidden, student.weight[:0], None if student.bias is None else student.bias[:0])
+    return sum(
+        (at_least_float32(t).sum() for t in tensors if t is not None), torch.zeros((), device=student.hidden.device)
     )
-    return total, parts
 
 
 def _check_heads(loss: Loss, heads: Mapping[str, Head], labels: Tensor) -> None:
@@ -69,34 +96,65 @@ def _check_heads(loss: Loss, heads: Mapping[str, Head], labels: Tensor) -> None:
         raise ValueError(f"heads must agree in (tokens, vocabulary) and have {len(labels)} tokens; given: {shapes}")
 
 
-def _sum_over_chunks(
+@dataclass
+class _Work:
+    """A loss over N tokens and how to cut it up; ``parts`` fills while it runs (they carry no gradient)."""
+
+    loss: Loss
+    form: LinearForwardKL | None
+    student: Head
+    references: Mapping[str, Head]
+    labels: Tensor
+    size: int
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+    def run(self, grads: dict[str, Tensor] | None) -> Tensor:
+        """Sum the loss; add each chunk's gradients to ``grads`` (hidden by rows, weight and bias in place)."""
+        # Under autocast the products with gradients would be made in half precision.
+        with torch.autocast(self.student.hidden.device.type, enabled=False):
+            return self._run(grads)
+
+    def _run(self, grads: dict[str, Tensor] | None) -> Tensor:
+        student = self.student.upcast()
+        total = torch.zeros((), dtype=student.weight.dtype, device=student.weight.device)
+        for start in range(0, len(self.labels), self.size):
+            rows = slice(start, min(start + self.size, len(self.labels)))
+            references = {role: head.rows(rows.start, rows.stop) for role, head in self.references.items()}
+            chunk = student.rows(rows.start, rows.stop)
+            if self.form is not None and grads is not None:
+                values, grad_NV = fused_chunk(self.form, chunk, references, self.labels[rows])
+                add_head_gradients(chunk, grad_NV, rows, grads)
+            else:
+                values = _by_autograd(self.loss, chunk, references, self.labels[rows], rows, grads)
+            total += values.pop("loss").sum()
+            for name, value_N in values.items():
+                self.parts[name] = self.parts.get(name, 0) + value_N.sum()
+        return total
+
+
+def _by_autograd(
     loss: Loss,
-    student: Head,
+    chunk: Head,
     references: Mapping[str, Head],
     labels: Tensor,
-    size: int,
+    rows: slice,
     grads: dict[str, Tensor] | None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sum loss and parts; add the gradients of each chunk to ``grads`` (hidden by rows, weight and bias in place)."""
-    weight_VD = student.weight
-    total = torch.zeros((), dtype=weight_VD.dtype, device=weight_VD.device)
-    parts: dict[str, Tensor] = {}
-    for start in range(0, len(labels), size):
-        stop = min(start + size, len(labels))
-        chunk = student.rows(start, stop)
-        leaves: dict[str, Tensor] = {}
-        if grads is not None:
-            chunk, leaves = _with_leaves(chunk, grads)
-        with torch.set_grad_enabled(grads is not None):
-            others = {role: head.rows(start, stop) for role, head in references.items()}
-            output = loss(HeadLogits(chunk.logits(), others), labels[start:stop])
-            chunk_sum = output.per_token.sum()
-        if grads is not None and chunk_sum.requires_grad:
-            _accumulate(grads, leaves, chunk_sum, start, stop)
-        total += chunk_sum.detach()
-        for name, value_N in output.parts.items():
-            parts[name] = parts.get(name, 0) + value_N.detach().sum()
-    return total, parts
+) -> dict[str, Tensor]:
+    """``loss`` and the parts of a chunk, detached; its gradients go into ``grads``."""
+    leaves: dict[str, Tensor] = {}
+    if grads is not None:
+        chunk, leaves = _with_leaves(chunk, grads)
+    with torch.set_grad_enabled(grads is not None):
+        output = loss(HeadLogits(chunk.logits(), references), labels)
+        chunk_sum = output.per_token.sum()
+    if grads is not None and chunk_sum.requires_grad:
+        gradients = torch.autograd.grad(chunk_sum, list(leaves.values()))
+        for name, gradient in zip(leaves, gradients, strict=True):
+            if name == "hidden":
+                grads[name][rows] = gradient
+            else:
+                grads[name] += gradient
+    return {name: value_N.detach() for name, value_N in {**output.parts, "loss": output.per_token}.items()}
 
 
 def _with_leaves(chunk: Head, grads: Mapping[str, Tensor]) -> tuple[Head, dict[str, Tensor]]:
@@ -109,33 +167,11 @@ def _with_leaves(chunk: Head, grads: Mapping[str, Tensor]) -> tuple[Head, dict[s
     return Head(tensors["hidden"], tensors["weight"], tensors["bias"], chunk.softcap, chunk.scale), leaves
 
 
-def _accumulate(
-    grads: dict[str, Tensor], leaves: Mapping[str, Tensor], chunk_sum: Tensor, start: int, stop: int
-) -> None:
-    gradients = torch.autograd.grad(chunk_sum, list(leaves.values()))
-    for name, gradient in zip(leaves, gradients, strict=True):
-        if name == "hidden":
-            grads[name][start:stop] = gradient
-        else:
-            grads[name] += gradient
-
-
 class _ChunkedLoss(torch.autograd.Function):
     """The sum of a loss whose gradients are made in the forward pass."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        student: Head,
-        references: Mapping[str, Head],
-        labels: Tensor,
-        loss: Loss,
-        size: int,
-        parts: dict[str, Tensor],
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, work: _Work) -> Tensor:
         inputs = {"hidden": hidden, "weight": weight, "bias": bias}
         wanted = {
             name: t
@@ -146,17 +182,16 @@ class _ChunkedLoss(torch.autograd.Function):
         grads = {
             name: torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for name, t in wanted.items()
         }
-        total, sums = _sum_over_chunks(loss, student.upcast(), references, labels, size, grads)
-        parts.update(sums)
+        total = work.run(grads)
         ctx.dtypes = {name: t.dtype for name, t in wanted.items()}
-        ctx.names = list(grads)
-        ctx.save_for_backward(*grads.values())
+        ctx.grads = grads
         return total
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        grads = {
-            name: (grad_total * gradient).to(ctx.dtypes[name])
-            for name, gradient in zip(ctx.names, ctx.saved_tensors, strict=True)
-        }
-        return (grads.get("hidden"), grads.get("weight"), grads.get("bias"), *(None,) * 6)
+        if ctx.grads is None:
+            raise RuntimeError("the gradients of a chunked loss can be taken once: they are handed on, not copied")
+        # In place: a copy of the head's gradient could be the largest tensor of the whole step.
+        grads = {name: gradient.mul_(grad_total).to(ctx.dtypes[name]) for name, gradient in ctx.grads.items()}
+        ctx.grads = None
+        return (grads.get("hidden"), grads.get("weight"), grads.get("bias"), None)

@@ -7,10 +7,10 @@ from typing import final
 
 from torch import Tensor
 
-from deltakd.losses.divergences import Divergence
+from deltakd.losses.divergences import Divergence, ForwardKL
 from deltakd.losses.mixing import LabelMixture, tempered
-from deltakd.losses.targets import Target
-from deltakd.types import Schedule
+from deltakd.losses.targets import ShiftedTarget, Target
+from deltakd.types import LinearForwardKL, Schedule
 
 
 @final
@@ -46,6 +46,13 @@ class Distillation(LabelMixture):
     def schedules(self) -> Mapping[str, Schedule]:
         """Those of the target."""
         return self.target.schedules
+
+    def _linear_term(self) -> LinearForwardKL | None:
+        coefficients = self.target.coefficients if isinstance(self.target, ShiftedTarget) else None
+        if coefficients is None or not isinstance(self.divergence, ForwardKL):
+            return None
+        scale = self.temperature**2 if self.temperature_squared else 1.0
+        return LinearForwardKL(coefficients, self.temperature, self.ce_weight, scale, self.divergence.name)
 
     def term(self, logits: Mapping[str, Tensor], log_student_NV: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """D(target, student): [N], under the divergence's name."""

@@ -2,7 +2,8 @@
 
 Each takes two [N, V] log-probs of at least float32 and gives [N] nats; gradients flow to Q. Each is 0 at equality and,
 but for rounding, never negative. Where a divergence is infinite by its definition (forward KL where Q rules out what P
-does not, reverse KL the other way round) it is +inf, and training stops with an error that says so.
+does not, reverse KL the other way round, squared differences of logits either way) it is +inf, and training stops
+with an error that says so.
 """
 
 from __future__ import annotations
@@ -28,11 +29,15 @@ class Divergence(Protocol):
 
 
 def kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
-    """KL(P ‖ Q) = Σ_v P (log P − log Q), [N] nats, with gradients to both sides."""
+    """KL(P ‖ Q) = Σ_v [P (log P − log Q) − P + Q], [N] nats, with gradients to both sides.
+
+    −P + Q adds up to 0, but each term is now ≥ 0: torch's float32 log_softmax is off its normalisation by 2e-5 at
+    V = 50,000, and without it so would be the KL near 0.
+    """
     p_NV = log_p_NV.exp()
     # Where P = 0 the term is 0 by its limit; −inf − (−inf) and 0 · inf would give NaN.
     difference_NV = (log_p_NV - log_q_NV).masked_fill(p_NV == 0, 0.0)
-    return (p_NV * difference_NV).sum(-1)
+    return (p_NV * difference_NV - p_NV + log_q_NV.exp()).sum(-1)
 
 
 def log_ratio(log_a_NV: Tensor, log_b_NV: Tensor) -> Tensor:
@@ -201,18 +206,19 @@ class AdaptiveKL:
 
     def __call__(self, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
         """[N] nats."""
-        head_N = self._head_weight(log_p_NV, log_q_NV)
-        return head_N * kl(log_p_NV, log_q_NV) + (1 - head_N) * kl(log_q_NV, log_p_NV)
+        head_N, tail_N = self._weights(log_p_NV, log_q_NV)
+        return head_N * kl(log_p_NV, log_q_NV) + tail_N * kl(log_q_NV, log_p_NV)
 
     @torch.no_grad()
-    def _head_weight(self, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
+    def _weights(self, log_p_NV: Tensor, log_q_NV: Tensor) -> tuple[Tensor, Tensor]:
         p_NV, order_NV = log_p_NV.exp().sort(stable=True, dim=-1, descending=True)
         gap_NV = (p_NV - log_q_NV.exp().gather(-1, order_NV)).abs()
         in_head_NV = p_NV.cumsum(-1) <= self.head_mass
         in_head_NV[:, 0] = True
-        gap_N = gap_NV.sum(-1)
-        head_N = (gap_NV * in_head_NV).sum(-1)
-        return torch.where(gap_N > 0, head_N / gap_N, 0.5)
+        # Not 1 − head: a tail that rounding makes 0 must not meet an infinite KL.
+        head_N, tail_N = (gap_NV * in_head_NV).sum(-1), (gap_NV * ~in_head_NV).sum(-1)
+        gap_N = head_N + tail_N
+        return torch.where(gap_N > 0, head_N / gap_N, 0.5), torch.where(gap_N > 0, tail_N / gap_N, 0.5)
 
 
 @final
@@ -269,14 +275,28 @@ class AlphaBeta:
             return _one_power(b, log_q_NV, log_p_NV)
         mixed_NV = (a * log_p_NV + b * log_q_NV).exp()
         p_NV, q_NV = ((a + b) * log_p_NV).exp(), ((a + b) * log_q_NV).exp()
-        return ((a * p_NV + b * q_NV) / (a + b) - mixed_NV).sum(-1) / (a * b)
+        far_NV = (a * p_NV + b * q_NV) / (a + b) - mixed_NV
+        # Where P is close to Q the three cancel: the same with P^α Q^β taken out, which is exact for small log-ratios.
+        is_near_NV, r_NV = _near(log_p_NV, log_q_NV, 1.0)
+        near_NV = mixed_NV * (a * torch.expm1(b * r_NV) + b * torch.expm1(-a * r_NV)) / (a + b)
+        return torch.where(is_near_NV, near_NV, far_NV).sum(-1) / (a * b)
 
 
 def _one_power(power: float, log_a_NV: Tensor, log_b_NV: Tensor) -> Tensor:
     """1/c² Σ [A^c log(A^c / B^c) − A^c + B^c]: the limit of the family where the other power is 0."""
     a_NV, b_NV = (power * log_a_NV).exp(), (power * log_b_NV).exp()
     difference_NV = (log_a_NV - log_b_NV).masked_fill(a_NV == 0, 0.0)
-    return (a_NV * difference_NV).sum(-1) / power + (b_NV - a_NV).sum(-1) / power**2
+    far_NV = a_NV * power * difference_NV - a_NV + b_NV
+    is_near_NV, r_NV = _near(log_a_NV, log_b_NV, 1.0 / power)
+    near_NV = a_NV * (power * r_NV + torch.expm1(-power * r_NV))
+    return torch.where(is_near_NV, near_NV, far_NV).sum(-1) / power**2
+
+
+def _near(log_a_NV: Tensor, log_b_NV: Tensor, bound: float) -> tuple[Tensor, Tensor]:
+    """Where |log A − log B| < bound, and the log-ratio there, 0 elsewhere (so that no unused branch overflows)."""
+    ratio_NV = log_a_NV - log_b_NV
+    is_near_NV = ratio_NV.abs() < bound
+    return is_near_NV, ratio_NV.masked_fill(~is_near_NV, 0.0)
 
 
 @final
@@ -287,4 +307,7 @@ class LogitMSE:
 
     def __call__(self, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
         """[N], squared logits and no nats."""
-        return log_ratio(log_p_NV, log_q_NV).var(-1, correction=0)
+        difference_NV = log_ratio(log_p_NV, log_q_NV)
+        centred_NV = difference_NV - difference_NV.mean(-1, keepdim=True)
+        # Of an infinite difference the variance is infinite; ∞ − ∞ would make it NaN.
+        return centred_NV.square().mean(-1).masked_fill(difference_NV.isinf().any(-1), math.inf)

@@ -89,9 +89,12 @@ class RatioMatching:
             if implausible_NV is not None:
                 left_out_NV |= implausible_NV
             shift_NV = self.treatment(difference(log_probs[self.to], log_probs[self.origin]), log_probs)
-            target_NV = tempered(shift_NV.masked_fill(left_out_NV, -math.inf), temperature)
+            # Where no token is left there is nothing to match: two uniform distributions, and no gradient.
+            nothing_N1 = left_out_NV.all(-1, keepdim=True)
+            shift_NV = shift_NV.masked_fill(left_out_NV, -math.inf).masked_fill(nothing_N1, 0.0)
+            target_NV = tempered(shift_NV, temperature)
             over_NV = log_probs[self.over].masked_fill(left_out_NV, 0.0)
-        student_NV = (log_student_NV - over_NV).masked_fill(left_out_NV, -math.inf)
+        student_NV = (log_student_NV - over_NV).masked_fill(left_out_NV, -math.inf).masked_fill(nothing_N1, 0.0)
         return kl(target_NV, tempered(student_NV, temperature))
 
 
@@ -119,11 +122,11 @@ class LogitMatching:
         self,
         weighting: str = TEACHER,
         beta: Weight = 1.0,
-        beta_name: str = "delta_weight",
+        beta_name: str = "loss.matching.beta",
         treatment: Treatment | None = None,
     ) -> None:
         if weighting not in self.WEIGHTINGS:
-            raise ValueError(f"weighting is {weighting!r}; allowed: {', '.join(self.WEIGHTINGS)}")
+            raise ValueError(f"loss.matching.weighting is {weighting!r}; allowed: {', '.join(self.WEIGHTINGS)}")
         self.weighting = weighting
         self.treatment = treatment or Treatment()
         self._beta = make_schedule(beta, beta_name)
@@ -148,7 +151,9 @@ class LogitMatching:
             implausible_NV = self.treatment.implausible(log_probs)
             if implausible_NV is not None:
                 left_out_NV |= implausible_NV
-            weight_NV = self._weights(log_probs, log_student_NV).masked_fill(left_out_NV, -math.inf).softmax(-1)
+            weight_NV = self._weights(log_probs, log_student_NV).masked_fill(left_out_NV, -math.inf)
+            # Where no token is left, every difference below is 0 under any weights.
+            weight_NV = weight_NV.masked_fill(left_out_NV.all(-1, keepdim=True), 0.0).softmax(-1)
             wanted_NV = log_probs[STUDENT_RAW] + self._beta.value * shift_NV
         d_NV = ((log_student_NV - wanted_NV) / temperature).masked_fill(left_out_NV, 0.0)
         mean_N1 = (weight_NV * d_NV).sum(-1, keepdim=True)

@@ -9,7 +9,7 @@ from typing import final
 import torch.nn.functional as F
 from torch import Tensor
 
-from deltakd.types import STUDENT, LossOutput, Schedule, at_least_float32
+from deltakd.types import STUDENT, LinearForwardKL, LossOutput, Schedule, at_least_float32
 
 
 class LabelMixture(ABC):
@@ -57,6 +57,14 @@ class LabelMixture(ABC):
         Returns:
             [N] nats, and its parts by name, [N] each.
         """
+
+    @property
+    def linear_forward_kl(self) -> LinearForwardKL | None:
+        """The same loss in a form that a kernel computes by hand, where it has one (at λ = 1 every loss has)."""
+        return LinearForwardKL({}, 1.0, 1.0) if self.ce_weight == 1.0 else self._linear_term()
+
+    def _linear_term(self) -> LinearForwardKL | None:
+        return None
 
     @property
     @final

@@ -159,6 +159,8 @@ def make_schedule(setting: float | Mapping[str, Any] | Schedule, name: str) -> S
             f"{name} is {dict(setting)}; give a number, or a mapping with schedule ({', '.join(_SHAPES)}), from, to "
             f"and steps (null: the whole run), such as {name}={{schedule: linear, from: 0, to: 1, steps: 500}}"
         )
+    if shape == "constant" and set(setting) - {"schedule", "from"}:
+        raise ValueError(f"{name} is {dict(setting)}; a constant schedule has no to and no steps: it stays at from")
     needed = ("from",) if shape == "constant" else ("from", "to")
     missing = [key for key in needed if key not in setting]
     if missing:

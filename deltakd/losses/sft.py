@@ -8,7 +8,7 @@ from typing import final
 import torch.nn.functional as F
 from torch import Tensor
 
-from deltakd.types import STUDENT, LossOutput, at_least_float32
+from deltakd.types import STUDENT, LinearForwardKL, LossOutput, at_least_float32
 
 
 def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
@@ -26,6 +26,7 @@ class SupervisedFineTuning:
     """Cross-entropy of the labels under the student; reads no reference."""
 
     requires: frozenset[str] = frozenset()
+    linear_forward_kl = LinearForwardKL({}, temperature=1.0, ce_weight=1.0)
 
     def __call__(self, logits: Mapping[str, Tensor], labels: Tensor) -> LossOutput:
         """Score N tokens.

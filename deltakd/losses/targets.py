@@ -108,8 +108,10 @@ class ShiftedTarget:
         return {k: v for s in self.shifts for k, v in moving(**{self._name: s.weight}).items()}
 
     @property
-    def coefficients(self) -> dict[str, float]:
-        """Role -> factor on its logits, those with 0 left out: what an untreated target is, now."""
+    def coefficients(self) -> dict[str, float] | None:
+        """Role -> factor on its logits (those with 0 left out) now; None where a treatment makes it not linear."""
+        if self.shifts and not self.treatment.is_off:
+            return None
         total = {self.base: 1.0}
         for shift in self.shifts:
             total[shift.to] = total.get(shift.to, 0.0) + shift.amount
@@ -130,8 +132,9 @@ class ShiftedTarget:
             raise ValueError(
                 f"the target reads {', '.join(missing)}, but logits were given for {', '.join(sorted(logits))} only"
             )
-        if not self.shifts or self.treatment.is_off:
-            return compose(self.coefficients, logits)
+        coefficients = self.coefficients
+        if coefficients is not None:
+            return compose(coefficients, logits)
         roles = {self.base, *(role for s in self.shifts for role in (s.to, s.origin))}
         log_probs = log_probs_of(roles | self.treatment.requires, logits)
         shift_NV: Tensor | float = 0.0

@@ -125,7 +125,7 @@ def _make_module(parts: Parts, total_steps: int) -> DistillationModule:
         plan.optim,
         total_steps,
         seed=plan.config["seed"],
-        chunk_size=plan.config["kernels"]["chunk_size"],
+        memory_budget=plan.config["kernels"]["memory_budget"],
     )
 
 

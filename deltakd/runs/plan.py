@@ -151,6 +151,9 @@ def make_plan(cfg: DictConfig, roles: Collection[str] | None = None, needs_promp
     for part in (optim, data, lora):
         problems += part.problems() if part is not None else []
     problems += _trainer_problems(config["trainer"])
+    budget = config["kernels"]["memory_budget"]
+    if not isinstance(budget, int | float) or not budget > 0:
+        problems.append(f"kernels.memory_budget is {budget!r}; it must be a number of MiB above 0")
     problems += _objective_problems(str(config["objective"]), loss, _try_loss(loss, problems))
     if problems:
         raise ConfigError(problems)
@@ -163,7 +166,10 @@ def _build(node: Any, name: str, problems: list[str]) -> Any:
         return instantiate(node, _convert_="all")
     except InstantiationException as error:
         cause = error.__cause__ or error
-        problems.append(f"{name}: {' '.join(str(cause).split())}")
+        # Hydra knows which node it was: the constructor's message names its argument alone.
+        node_key = re.search(r"full_key: (\S+)", str(error))
+        where = f"{name}.{node_key[1]}" if node_key else name
+        problems.append(f"{where}: {' '.join(str(cause).split())}")
         return None
 
 

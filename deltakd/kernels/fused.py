@@ -1,0 +1,99 @@
+"""Forward KL to a target that is linear in the logits, by hand: value and gradient of a chunk in four tensors.
+
+This covers ``sft``, ``kd``, ``delta_kd``, ``delta_shift``, ``delta_bilinear``, ``delta_multi_teacher`` and ``taid``.
+With q = softmax(z_s / τ), p = softmax(Σ c_r z_r / τ), the gradient of λ·CE + (1 − λ)·s·KL(p ‖ q) to z_s is
+λ (softmax(z_s) − onehot) + (1 − λ) (s / τ) (q − p): there is nothing for autograd to keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltakd.types import Head, HeadLogits, LinearForwardKL, Loss
+
+
+def fusible(loss: Loss, student: Head, references: Mapping[str, Head]) -> LinearForwardKL | None:
+    """What to compute by hand, or None where autograd has to do it.
+
+    A bias of −inf (a token that a model rules out) needs the care of the plain formula.
+    """
+    form: LinearForwardKL | None = getattr(loss, "linear_forward_kl", None)
+    if form is None or not _linear(student):
+        return None
+    biases = [head.bias for head in (student, *references.values()) if head.bias is not None]
+    return form if all(bool(bias.isfinite().all()) for bias in biases) else None
+
+
+def _linear(head: Head) -> bool:
+    """Whether logits are linear in hidden states, so that their gradient is that of the product."""
+    return head.softcap is None
+
+
+@torch.no_grad()
+def fused_chunk(
+    form: LinearForwardKL, student: Head, references: Mapping[str, Head], labels: Tensor
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Loss and gradient of n tokens.
+
+    Args:
+        form: what to compute.
+        student, references: heads over the n tokens.
+        labels: [n] int64.
+
+    Returns:
+        ``loss`` and the parts, [n] nats each, and the gradient of the summed loss to the student's logits [n, V].
+    """
+    tau, ce_weight = form.temperature, form.ce_weight
+    z_NV = student.logits()
+    rows_N = torch.arange(len(labels), device=labels.device)
+    log_q_NV = z_NV.log_softmax(-1)
+    ce_N = -log_q_NV[rows_N, labels]
+    values = {"loss": ce_N, "ce": ce_N}
+    if ce_weight == 1.0:
+        grad_NV = torch.exp(log_q_NV, out=z_NV)
+    else:
+        target_NV = HeadLogits(z_NV, references).combined(form.coefficients)
+        if tau != 1.0:
+            grad_NV = log_q_NV.exp_().mul_(ce_weight) if ce_weight else log_q_NV.zero_()
+            log_q_NV = z_NV.div_(tau).log_softmax(-1)
+            target_NV.div_(tau)
+        log_p_NV = target_NV.log_softmax(-1)
+        p_NV = torch.exp(log_p_NV, out=target_NV)
+        kl_N = torch.linalg.vecdot(p_NV, log_p_NV.sub_(log_q_NV)) - p_NV.sum(-1)
+        # As in the plain formula: Σ (q − p) is 0 but for the rounding of the normalisation, which this takes out.
+        q_NV = log_q_NV.exp_()
+        kl_N += q_NV.sum(-1)
+        values |= {form.name: kl_N, "loss": (1 - ce_weight) * form.scale * kl_N}
+        if ce_weight > 0:
+            values["loss"] = values["loss"] + ce_weight * ce_N
+        factor = (1 - ce_weight) * form.scale / tau
+        if tau == 1.0:
+            grad_NV = q_NV if ce_weight + factor == 1.0 else q_NV.mul_(ce_weight + factor)
+        else:
+            grad_NV.add_(q_NV, alpha=factor)
+        grad_NV.sub_(p_NV, alpha=factor)
+    grad_NV[rows_N, labels] -= ce_weight
+    return values, grad_NV
+
+
+def add_head_gradients(student: Head, grad_NV: Tensor, rows: slice, grads: Mapping[str, Any]) -> None:
+    """Carry a gradient to logits [n, V] on to ``hidden`` (at ``rows``), ``weight`` and ``bias``, in place.
+
+    Args:
+        student: the chunk's head, weight and bias in at least float32.
+        grad_NV: changed in place where the head scales its logits.
+        rows: of the chunk among all tokens.
+        grads: buffers by name, for those that are wanted.
+    """
+    if student.scale != 1.0:
+        grad_NV.mul_(student.scale)
+    if "hidden" in grads:
+        torch.mm(grad_NV, student.weight, out=grads["hidden"][rows])
+    if "weight" in grads:
+        grads["weight"].addmm_(grad_NV.T, student.hidden.to(grad_NV.dtype))
+    if "bias" in grads:
+        grads["bias"].add_(grad_NV.sum(0))
