@@ -1,11 +1,15 @@
-"""Time and peak extra memory of the losses over heads, side by side in one run.
+"""Time and peak extra memory of losses over heads, forward and backward, side by side in one run.
 
-    python experiments/benchmark_loss/benchmark.py                       # kd against delta_kd: the cost of Delta-KD
-    python experiments/benchmark_loss/benchmark.py --losses sft kd delta_kd parallelogram --chunk-size 128
+    # What Delta-KD costs beside KD, heads of equal sizes:
+    python experiments/benchmark_loss/benchmark.py --losses kd delta_kd --tokens 512
+    # What chunks and fusing bring, and how far it is to the bare matrix products:
+    python experiments/benchmark_loss/benchmark.py --losses delta_kd --forms plain chunked products --teacher-width 512
 
-Every loss is run once to warm up, then all in turn for some rounds; the table has each one's fastest round (other
-programs only ever add time), its peak of memory beyond what was there before (heads not counted, gradients counted),
-measured in a process of its own, and both as ratios to the first loss.
+Forms: ``chunked`` is what trains; ``plain`` multiplies all heads out and leaves the rest to autograd; ``products`` does
+the matrix products of the chunked form and nothing else: no loss can be cheaper. Every form is run once to warm up,
+then all in turn for some rounds; the table has each one's fastest round (other programs only ever add time), its peak
+of memory beyond what was there before (heads not counted, gradients counted), measured in a process of its own, and
+both as ratios to the first line.
 """
 
 from __future__ import annotations
@@ -87,9 +91,9 @@ def extra_memory(run: Callable[[], None]) -> float:
     return resident("VmHWM") - before
 
 
-def extra_memory_in_own_process(name: str, argv: Sequence[str]) -> float:
+def extra_memory_in_own_process(line: str, argv: Sequence[str]) -> float:
     """``extra_memory`` where the allocator gives every large block back at once, so that the system sees each one."""
-    command = [sys.executable, __file__, *argv, "--memory-of", name]
+    command = [sys.executable, __file__, *argv, "--memory-of", line]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}
     done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     return float(done.stdout)
@@ -99,11 +103,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--losses", nargs="+", default=["kd", "delta_kd"])
-    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--forms", nargs="+", default=["chunked"], choices=list(FORMS))
+    parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--vocabulary", type=int, default=50_257)
     parser.add_argument("--student-width", type=int, default=256)
     parser.add_argument("--teacher-width", type=int, default=256)
-    parser.add_argument("--chunk-size", type=int, default=64)
+    parser.add_argument("--chunk-size", type=int, help="default: chosen by the memory budget")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
@@ -113,37 +118,71 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> None:
     """Measure and print."""
     options = parse(argv)
-    names = [options.memory_of] if options.memory_of else options.losses
-    losses = {name: make_loss(name) for name in names}
+    lines = [options.memory_of] if options.memory_of else [f"{n} {f}" for n in options.losses for f in options.forms]
+    losses = {line.split()[0]: make_loss(line.split()[0]) for line in lines}
     roles = sorted({STUDENT}.union(*(loss.requires for loss in losses.values())))
     widths = (options.student_width, options.teacher_width)
     heads = make_heads(roles, options.tokens, options.vocabulary, *widths, getattr(torch, options.dtype))
     labels = torch.randint(options.vocabulary, (options.tokens,), generator=torch.Generator().manual_seed(1))
-    forms = {name: form(loss, heads, labels, options.chunk_size) for name, loss in losses.items()}
+    runs = {line: make_run(line, losses[line.split()[0]], heads, labels, options.chunk_size) for line in lines}
     if options.memory_of:
-        print(extra_memory(forms[options.memory_of]))
+        print(extra_memory(runs[options.memory_of]))
         return
-    seconds = fastest(forms, options.rounds)
-    memory = {name: extra_memory_in_own_process(name, argv) for name in losses}
-    first = names[0]
-    table = Table(title=" ".join(f"{k}={v}" for k, v in vars(options).items() if k not in ("losses", "memory_of")))
-    for column in ("loss", "heads", "seconds", "ratio", "extra MiB", "ratio"):
-        table.add_column(column, justify="left" if column == "loss" else "right")
-    for name, loss in losses.items():
-        cells = (f"{seconds[name]:.3f}", f"{seconds[name] / seconds[first]:.2f}")
-        cells += (f"{memory[name]:.1f}", f"{memory[name] / memory[first]:.2f}")
-        table.add_row(name, str(1 + len(loss.requires)), *cells)
+    seconds = fastest(runs, options.rounds)
+    memory = {line: extra_memory_in_own_process(line, argv) for line in lines}
+    first = lines[0]
+    shown = {k: v for k, v in vars(options).items() if k not in ("losses", "forms", "memory_of")}
+    table = Table(title=" ".join(f"{key}={value}" for key, value in shown.items()))
+    for column in ("loss", "form", "heads", "seconds", "ratio", "extra MiB", "ratio"):
+        table.add_column(column, justify="left" if column in ("loss", "form") else "right")
+    for line in lines:
+        cells = (f"{seconds[line]:.3f}", f"{seconds[line] / seconds[first]:.2f}")
+        cells += (f"{memory[line]:.1f}", f"{memory[line] / memory[first]:.2f}")
+        table.add_row(*line.split(), str(1 + len(losses[line.split()[0]].requires)), *cells)
     Console(width=120).print(table)
 
 
-def form(loss: Loss, heads: Mapping[str, Head], labels: Tensor, chunk_size: int) -> Callable[[], None]:
-    """Forward and backward of the chunked loss."""
+def make_run(
+    line: str, loss: Loss, heads: Mapping[str, Head], labels: Tensor, chunk_size: int | None
+) -> Callable[[], None]:
+    """One forward and backward of ``<loss> <form>``."""
+    used = {role: heads[role] for role in (STUDENT, *sorted(loss.requires))}
+    return lambda: FORMS[line.split()[1]](loss, used, labels, chunk_size)
 
-    def run() -> None:
-        total, _ = chunked_loss(loss, heads, labels, chunk_size)
-        torch.autograd.grad(total, [heads[STUDENT].hidden, heads[STUDENT].weight])
 
-    return run
+def chunked(loss: Loss, heads: Mapping[str, Head], labels: Tensor, chunk_size: int | None) -> None:
+    """What trains."""
+    total, _ = chunked_loss(loss, heads, labels, chunk_size)
+    torch.autograd.grad(total, [heads[STUDENT].hidden, heads[STUDENT].weight])
+
+
+def plain(loss: Loss, heads: Mapping[str, Head], labels: Tensor, chunk_size: int | None) -> None:
+    """All logits, autograd."""
+    with torch.no_grad():
+        logits = {role: head.logits() for role, head in heads.items() if role != STUDENT}
+    logits[STUDENT] = heads[STUDENT].logits()
+    total = loss(logits, labels).per_token.sum()
+    torch.autograd.grad(total, [heads[STUDENT].hidden, heads[STUDENT].weight])
+
+
+@torch.no_grad()
+def products(loss: Loss, heads: Mapping[str, Head], labels: Tensor, chunk_size: int | None) -> None:
+    """Every head times its hidden states, and the two products of the student's gradient."""
+    size = chunk_size or 256
+    used = {role: head.upcast() for role, head in heads.items()}
+    student = used[STUDENT]
+    weight_gradient_VD = torch.zeros_like(student.weight)
+    logits_NV = torch.empty(size, len(student.weight))
+    for start in range(0, len(labels), size):
+        stop = min(start + size, len(labels))
+        for head in used.values():
+            torch.mm(head.rows(start, stop).hidden.float(), head.weight.T, out=logits_NV[: stop - start])
+        gradient_NV = logits_NV[: stop - start]
+        torch.mm(gradient_NV, student.weight)
+        weight_gradient_VD.addmm_(gradient_NV.T, student.hidden[start:stop].float())
+
+
+FORMS: dict[str, Callable[..., None]] = {"chunked": chunked, "plain": plain, "products": products}
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 """Which losses of the delta family can be trained, and with which treatment of the shift.
 
-    python experiments/loss_stability/stability.py                      # all, about 20 minutes on two cores
+    python experiments/loss_stability/stability.py --trained head       # all, about 20 minutes on two cores
+    python experiments/loss_stability/stability.py --trained body
     python experiments/loss_stability/stability.py --worlds unseen_token --losses delta_kd parallel_ratio
 
 For each invented world (worlds.py), loss and treatment, without cross-entropy (ce_weight = 0), from the raw student on:
-the norm of the loss's gradient (of its mean per token, to the head) at the start; the share of its target's mass on
+the norm of the gradient of the mean loss to what is trained, at the start; the share of the loss's target mass on
 tokens to which the teacher gives less than 1e-5; and the held-out KL to the delta(1) target and to the teacher before
 and after fifty AdamW steps, at the best of three learning rates (the one that ends with the lowest KL to the delta(1)
-target: a loss that fails at all three can't be tuned). Prints Markdown tables and writes results.json beside itself.
+target: a loss that fails at all three can't be tuned). What is trained is the student's head, where each token has
+weights of its own, or a linear body before it, through which all tokens have to go. Prints Markdown tables and writes
+results_<trained>.json beside itself.
 """
 
 from __future__ import annotations
@@ -65,6 +68,7 @@ STEPS, TOKENS, CHUNK = 50, 64, 64
 class Result:
     """One line of the table; KLs in nats per token over the held-out contexts."""
 
+    trained: str
     world: str
     loss: str
     treatment: str
@@ -103,7 +107,7 @@ def tail_mass(name: str, loss: Loss, world: World) -> float | None:
         return None
     if isinstance(loss, Distillation):
         loss = Distillation(loss.target, ForwardKL(), ce_weight=0.0)
-    heads = {r: h.rows(0, 32) for r, h in world.heads(world.held_out, world.weights[STUDENT]).items()}
+    heads = {r: h.rows(0, 32) for r, h in world.heads(world.held_out, world.untrained("head")).items()}
     student_NV = heads[STUDENT].logits().requires_grad_()
     logits = HeadLogits(student_NV, {role: head for role, head in heads.items() if role != STUDENT})
     output = loss(logits, torch.zeros(len(student_NV), dtype=torch.long))
@@ -126,50 +130,52 @@ def _ratio_side(loss: Any, logits: HeadLogits, student_NV: Tensor) -> Tensor:
     return (ratio_NV if left_out_NV is None else ratio_NV.masked_fill(left_out_NV, -math.inf)).softmax(-1)
 
 
-def mean_loss(loss: Loss, world: World, contexts_ND: Tensor, student_VD: Tensor) -> Tensor:
+def mean_loss(loss: Loss, world: World, contexts_ND: Tensor, parameter: Tensor) -> Tensor:
     """Nats per token."""
-    heads: dict[str, Head] = world.heads(contexts_ND, student_VD)
+    heads: dict[str, Head] = world.heads(contexts_ND, parameter)
     total, _ = chunked_loss(loss, heads, torch.zeros(len(contexts_ND), dtype=torch.long), CHUNK)
     return total / len(contexts_ND)
 
 
 @torch.no_grad()
-def held_out_kl(world: World, student_VD: Tensor) -> tuple[float, float]:
+def held_out_kl(world: World, parameter: Tensor) -> tuple[float, float]:
     """KL to the delta(1) target and to the teacher."""
     losses = [Distillation(target, ForwardKL(), ce_weight=0.0) for target in (delta_target(1.0), teacher_target())]
-    to_delta, to_teacher = (float(mean_loss(loss, world, world.held_out, student_VD)) for loss in losses)
+    to_delta, to_teacher = (float(mean_loss(loss, world, world.held_out, parameter)) for loss in losses)
     return to_delta, to_teacher
 
 
-def train(loss: Loss, world: World, learning_rate: float) -> Tensor:
-    """Fifty AdamW steps from the raw student: the head afterwards."""
-    student_VD = world.weights[STUDENT].clone().requires_grad_()
-    optimizer = torch.optim.AdamW([student_VD], lr=learning_rate, weight_decay=0.0)
+def train(loss: Loss, world: World, trained: str, learning_rate: float) -> Tensor:
+    """Fifty AdamW steps from the raw student: the trained tensor afterwards."""
+    parameter = world.untrained(trained).requires_grad_()
+    optimizer = torch.optim.AdamW([parameter], lr=learning_rate, weight_decay=0.0)
     for step in range(STEPS):
         start = step * TOKENS % len(world.train)
         optimizer.zero_grad()
-        value = mean_loss(loss, world, world.train[start : start + TOKENS], student_VD)
+        value = mean_loss(loss, world, world.train[start : start + TOKENS], parameter)
         value.backward()
         optimizer.step()
         if not torch.isfinite(value):
             break
-    return student_VD.detach()
+    return parameter.detach()
 
 
-def study(world_name: str, world: World, name: str, treatment: str) -> Result | None:
+def study(world_name: str, world: World, name: str, treatment: str, trained: str) -> Result | None:
     """One line of the table, or None where the treatment does not apply."""
     loss = make_loss(name, TREATMENTS[treatment])
     if loss is None:
         return None
-    student_VD = world.weights[STUDENT].clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(mean_loss(loss, world, world.train[:TOKENS], student_VD), student_VD)
-    before = held_out_kl(world, student_VD.detach())
-    ends = {rate: held_out_kl(world, train(loss, world, rate)) for rate in LEARNING_RATES}
+    parameter = world.untrained(trained).requires_grad_()
+    (gradient,) = torch.autograd.grad(mean_loss(loss, world, world.train[:TOKENS], parameter), parameter)
+    before = held_out_kl(world, parameter.detach())
+    ends = {rate: held_out_kl(world, train(loss, world, trained, rate)) for rate in LEARNING_RATES}
     finite = {rate: end for rate, end in ends.items() if math.isfinite(end[0])}
     best = min(finite or ends, key=lambda rate: ends[rate][0])
     mass = tail_mass(name, loss, world)
     end = ends[best]
-    return Result(world_name, name, treatment, float(gradient.norm()), mass, best, before[0], end[0], before[1], end[1])
+    return Result(
+        trained, world_name, name, treatment, float(gradient.norm()), mass, best, before[0], end[0], before[1], end[1]
+    )
 
 
 def markdown(results: Sequence[Result]) -> str:
@@ -194,19 +200,21 @@ def main() -> None:
     parser.add_argument("--worlds", nargs="+", default=list(WORLDS), choices=list(WORLDS))
     parser.add_argument("--losses", nargs="+", default=list(LOSSES))
     parser.add_argument("--treatments", nargs="+", default=list(TREATMENTS), choices=list(TREATMENTS))
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_name("results.json"))
+    parser.add_argument("--trained", default="head", choices=["head", "body"])
+    parser.add_argument("--output", type=Path, help="default: results_<trained>.json beside this script")
     options = parser.parse_args()
+    output = options.output or Path(__file__).with_name(f"results_{options.trained}.json")
     results: list[Result] = []
     for world_name in options.worlds:
         world = WORLDS[world_name]()
         for name in options.losses:
             for treatment in options.treatments:
                 started = time.perf_counter()
-                result = study(world_name, world, name, treatment)
+                result = study(world_name, world, name, treatment, options.trained)
                 if result is not None:
                     results.append(result)
                     print(f"{result} ({time.perf_counter() - started:.0f} s)", flush=True)
-                    options.output.write_text(json.dumps([asdict(r) for r in results], indent=1), encoding="utf-8")
+                    output.write_text(json.dumps([asdict(r) for r in results], indent=1), encoding="utf-8")
     for world_name in options.worlds:
         print(f"\n### {world_name}\n\n{markdown([r for r in results if r.world == world_name])}")
 

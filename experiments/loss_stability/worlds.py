@@ -22,7 +22,7 @@ class World:
     """Heads of all models over training and held-out contexts.
 
     Args:
-        weights: role -> [V, width + 1], the last column the bias; the student's is that of the raw student.
+        weights: role -> [V, width + 1], the last column the bias.
         train, held_out: [N, TEACHER_WIDTH + 1] contexts, the last column 1.
     """
 
@@ -35,12 +35,21 @@ class World:
         """V."""
         return len(self.weights[TEACHER])
 
-    def heads(self, contexts_ND: Tensor, student_VD: Tensor) -> dict[str, Head]:
-        """Role -> head over the contexts, with ``student_VD`` as the student's weight."""
+    def untrained(self, trained: str) -> Tensor:
+        """What is trained, as it starts: the raw student's ``head`` [V, D], or a linear ``body`` [D, D] before it."""
+        weight_VD = self.weights[STUDENT_RAW]
+        return weight_VD.clone() if trained == "head" else torch.eye(weight_VD.shape[1])
+
+    def heads(self, contexts_ND: Tensor, parameter: Tensor) -> dict[str, Head]:
+        """Role -> head over the contexts; ``parameter`` is the student's head, or its body where it is square."""
         narrow_ND = torch.cat([contexts_ND[:, :STUDENT_WIDTH], contexts_ND[:, -1:]], 1)
-        narrow = (STUDENT, STUDENT_RAW)
-        weights = self.weights | {STUDENT: student_VD}
-        return {role: Head(narrow_ND if role in narrow else contexts_ND, weight) for role, weight in weights.items()}
+        heads = {
+            role: Head(narrow_ND if role == STUDENT_RAW else contexts_ND, weight)
+            for role, weight in self.weights.items()
+        }
+        is_body = len(parameter) == narrow_ND.shape[1]
+        own = Head(narrow_ND @ parameter, self.weights[STUDENT_RAW]) if is_body else Head(narrow_ND, parameter)
+        return heads | {STUDENT: own}
 
 
 def heavy_tail(vocabulary: int = 50_257, seed: int = 0) -> World:
@@ -70,7 +79,6 @@ def heavy_tail(vocabulary: int = 50_257, seed: int = 0) -> World:
         tuned[:, -1:] += learnt
         weights |= {TEACHER + name: tuned, TEACHER_RAW + name: raw}
     contexts_ND = torch.cat([torch.randn(1024, TEACHER_WIDTH, generator=draw), torch.ones(1024, 1)], 1)
-    weights[STUDENT] = weights[STUDENT_RAW]
     return World(weights, contexts_ND[:768], contexts_ND[768:])
 
 
@@ -81,7 +89,7 @@ def unseen_token(vocabulary: int = 1_000, seed: int = 0) -> World:
     about e^-9.
     """
     world = heavy_tail(vocabulary, seed)
-    levels = {TEACHER_RAW: -30.0, TEACHER: -23.0, STUDENT_RAW: -9.0, STUDENT: -9.0}
+    levels = {TEACHER_RAW: -30.0, TEACHER: -23.0, STUDENT_RAW: -9.0}
     levels |= {f"{role}_2": levels[role] for role in (TEACHER, TEACHER_RAW)}
     contexts_ND = torch.cat([world.train, world.held_out])
     weights = {}

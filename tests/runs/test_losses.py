@@ -51,6 +51,19 @@ def test_every_loss_trains_and_falls(train: Train, sharp: dict[str, str], name: 
     assert (run.student / "model.safetensors").is_file()
 
 
+def test_identities_4_5_and_12_through_whole_trainings(train: Train, sharp: dict[str, str]) -> None:
+    """delta(1) = shift(1) = bilinear(1, 1); λ = 1 is SFT, bit for bit, and no reference is loaded."""
+    models = [value for role, value in sharp.items() if not role.endswith("_2")]
+    curves = [
+        column(train(name, *models, name=name), "train/loss") for name in ("delta_kd", "delta_shift", "delta_bilinear")
+    ]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-5)
+    assert curves[0] == pytest.approx(curves[2], rel=1e-5)
+    only_labels = train("delta_kd", "loss.ce_weight=1", "model.teacher.path=null", name="labels")
+    assert column(only_labels, "train/loss") == column(train("sft", name="sft"), "train/loss")
+    assert set(only_labels.read_summary()["meta"]["parameters"]) == {"student"}
+
+
 def test_taid_resumes_exactly(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     """u depends on the losses so far: stopped and started again it goes the same way, to the same student."""
     options = ("trainer.max_steps=12", "loss.target.rate=0.3", "loss.target.momentum=0.5", "optim.lr=0.02")

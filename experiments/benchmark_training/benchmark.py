@@ -1,0 +1,78 @@
+"""Valid tokens per second and peak memory of training steps: ours and TRL's, in one run on the same models and rows.
+
+    python experiments/benchmark_training/benchmark.py                       # needs: pip install trl
+    python experiments/benchmark_training/benchmark.py --contestants sft kd delta_kd --steps 60
+
+Random GPT-2 checkpoints (V = 50,257; student 2 layers x 128, teachers 6 layers x 384), Dolly rows of fewer than 140
+words, at most 256 tokens, batch 8, float32 on a CPU. Each contestant trains in a process of its own, one after the
+other, and again for some rounds; the table has the best round (other programs only ever take time).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from prepare import make_models, make_rows
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).resolve().parent
+SHARED = HERE.parents[2] / "shared"
+
+#: Name -> script and arguments after FOLDER and STEPS.
+CONTESTANTS = {
+    "sft": ("ours.py", ["sft"]),
+    "kd": ("ours.py", ["kd"]),
+    "delta_kd": ("ours.py", ["delta_kd"]),
+    "trl_gkd": ("trl_gkd.py", []),
+}
+
+
+def run(name: str, folder: Path, steps: int) -> dict[str, float]:
+    """What one contestant measured."""
+    script, extra = CONTESTANTS[name]
+    command = [sys.executable, str(HERE / script), str(folder), str(steps), *extra]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
+    if done.returncode:
+        raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
+    result: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--contestants", nargs="+", default=list(CONTESTANTS), choices=list(CONTESTANTS))
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--folder", type=Path, default=Path("outputs/benchmark_training"))
+    parser.add_argument("--data", type=Path, default=SHARED / "data" / "dolly" / "databricks-dolly-15k.jsonl.gz")
+    parser.add_argument("--tokenizer", type=Path, default=SHARED / "tokenizers" / "gpt2")
+    options = parser.parse_args()
+    folder = options.folder.resolve()
+    make_models(folder, options.tokenizer)
+    make_rows(options.data, folder / "train.jsonl", most_words=140)
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in options.contestants}
+    for _ in range(options.rounds):
+        for name in options.contestants:
+            results[name].append(run(name, folder, options.steps))
+            print(name, results[name][-1], flush=True)
+    table = Table(title=f"{options.steps} steps, best of {options.rounds}")
+    for column in ("contestant", "valid tokens/s", "of the first", "peak MiB", "of the first"):
+        table.add_column(column, justify="left" if column == "contestant" else "right")
+    best = {
+        name: (max(r["tokens_per_second"] for r in rounds), min(r["peak_mib"] for r in rounds))
+        for name, rounds in results.items()
+    }
+    rate_1, peak_1 = best[options.contestants[0]]
+    for name, (rate, peak) in best.items():
+        table.add_row(name, f"{rate:,.0f}", f"{rate / rate_1:.2f}", f"{peak:,.0f}", f"{peak / peak_1:.2f}")
+    Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    main()
