@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from deltakd.kernels import MEMORY_BUDGET, chunked_loss
+from deltakd.kernels import MEMORY_BUDGET, Buckets, chunked_loss
 from deltakd.models import LanguageModel
 from deltakd.optim import AdamW
 from deltakd.references import References
@@ -70,6 +70,7 @@ class DistillationModule(L.LightningModule):
         self.total_steps = total_steps
         self.seed = seed
         self.memory_budget = memory_budget
+        self.strict_loading = not student.quantized
         #: ``train/...`` of the last whole optimiser step, over all ranks.
         self.step_metrics: dict[str, float] = {}
         self._sums = _StepSums()
@@ -81,9 +82,11 @@ class DistillationModule(L.LightningModule):
 
     def loss_of(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum of the loss and of its parts over the batch's valid tokens (nats)."""
-        heads = {} if self.references is None else self.references(batch)
+        given = {} if self.references is None else self.references(batch)
+        buckets = given if isinstance(given, Buckets) else None
+        heads = {} if isinstance(given, Buckets) else dict(given)
         heads[STUDENT] = self.student(batch)
-        return chunked_loss(self.loss, heads, batch.labels_N, memory_budget=self.memory_budget)
+        return chunked_loss(self.loss, heads, batch.labels_N, memory_budget=self.memory_budget, buckets=buckets)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One micro-batch: its summed loss over the valid tokens of the *whole* optimiser step.
@@ -137,6 +140,10 @@ class DistillationModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the last step's metrics (its loss is the result of a run without validation data) and the schedules."""
+        if self.student.quantized:
+            # Its frozen weights come from their source, and packed ones can't be loaded from a state dict.
+            trained = {f"student.{name}" for name, p in self.student.named_parameters() if p.requires_grad}
+            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         checkpoint["step_metrics"] = self.step_metrics
         checkpoint["schedules"] = {name: s.state_dict() for name, s in schedules_of(self.loss).items()}
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deltakd.runs.answers import run_answers
+from deltakd.runs.caching import in_units, run_caching
 from deltakd.runs.configuration import compose_config
 from deltakd.runs.directory import RunDirectory
 from deltakd.runs.errors import ConfigError, guarded
@@ -31,7 +32,8 @@ class Stage:
     Args:
         name: of its directory.
         overrides: Hydra overrides.
-        command: ``train``, or ``generate``: the teacher's answers, which a later stage trains on.
+        command: ``train``; ``generate``: the teacher's answers, which a later stage trains on; or ``cache``: the
+            references' outputs, which later stages read with ``reference=cached reference.path=outputs/...``.
         minutes: how long it is expected to take on two cores, for the estimate; None: unknown.
     """
 
@@ -140,13 +142,20 @@ def _generate(cfg: DictConfig, directory: RunDirectory) -> str:
     return f"{summary['answered']} of {summary['prompts']} prompts answered"
 
 
+def _cache(cfg: DictConfig, directory: RunDirectory) -> str:
+    summary = run_caching(cfg)
+    return f"{summary['rows']} rows, {summary['tokens']} tokens, {in_units(summary['bytes'])}"
+
+
 #: What a stage may run; each returns its outcome in a few words.
-COMMANDS = {"train": _train, "generate": _generate}
+COMMANDS = {"train": _train, "generate": _generate, "cache": _cache}
 
 
 def _overrides(study: Study, stage: Stage) -> list[str]:
     """Common overrides, then the stage's; of two for the same key the later one alone (a dict is not merged)."""
     fixed = [f"name={study.name}/{stage.name}", f"run_dir={study.directory(stage.name).path}", "resume=true"]
+    if stage.command == "cache":
+        fixed += ["reference=cached", f"reference.path={study.directory(stage.name).path}"]
     by_key = {override.split("=", 1)[0]: override for override in [*study.overrides, *stage.overrides, *fixed]}
     return list(by_key.values())
 

@@ -16,6 +16,8 @@ from omegaconf import DictConfig
 from deltakd.runs.configuration import CONF_DIR, check_overrides
 from deltakd.runs.directory import RunDirectory
 from deltakd.runs.errors import guarded
+from deltakd.runs.memory import show_memory
+from deltakd.runs.plan import make_plan
 from deltakd.runs.ranks import is_main_process
 from deltakd.runs.training import run_training
 
@@ -37,7 +39,10 @@ def _run_dir(cfg: DictConfig) -> Path:
 
 
 @hydra.main(str(CONF_DIR), "train", version_base="1.3")
-def _train(cfg: DictConfig) -> float:
+def _train(cfg: DictConfig) -> float | None:
+    if cfg.trainer.dry_run:
+        guarded(lambda: show_memory(make_plan(cfg)), "")
+        return None
     run_dir = _run_dir(cfg)
     os.environ[RUN_DIR_VARIABLE] = str(run_dir)
     how_to_resume = f"the same command with resume=true run_dir={run_dir}"

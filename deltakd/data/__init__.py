@@ -11,9 +11,10 @@ from deltakd.data.encoding import encode_prompt, encode_row, encode_rows
 from deltakd.data.loader import EvalLoader, StepLoader, collate
 from deltakd.data.readers import read_rows, read_texts
 from deltakd.data.rows import Row, parse_row, row_record, with_answer
-from deltakd.data.sampler import MicroBatch, StepSampler
+from deltakd.data.sampler import MicroBatch, Sampler, StepSampler
 from deltakd.data.templates import AlpacaTemplate, ChatTemplate, PlainTemplate, Segment, Template, make_template
 from deltakd.data.text import pack_texts
+from deltakd.data.token_budget import TokenBudgetSampler
 from deltakd.data.token_cache import tokenizer_fingerprint
 
 __all__ = [
@@ -28,12 +29,14 @@ __all__ = [
     "MicroBatch",
     "PlainTemplate",
     "Row",
+    "Sampler",
     "Segment",
     "SplitRows",
     "StepLoader",
     "StepSampler",
     "Template",
     "TextData",
+    "TokenBudgetSampler",
     "collate",
     "encode_prompt",
     "encode_row",

@@ -13,6 +13,7 @@ from deltakd.data.build import LoadedSets, SplitRows, load_instruction_sets, loa
 from deltakd.data.encoding import encode_rows
 from deltakd.data.sources import missing_sources
 from deltakd.data.templates import Template, make_template
+from deltakd.data.token_budget import check_budget
 
 Sources = str | Sequence[str]
 
@@ -29,7 +30,8 @@ class DataConfig(ABC):
         max_length: tokens of a row (prompt and response), or of a block of text.
         max_prompt_length: tokens of a prompt.
         limit: first so many training rows or documents.
-        batch_size: rows per process and micro-batch.
+        batch_size: rows per process and micro-batch; None: as many as ``max_tokens_per_batch`` allows.
+        max_tokens_per_batch: positions per process and micro-batch (rows times longest row); None: by rows.
         cache_dir: where tokenised sets are kept; None: nowhere.
         prepare: makes the files first, if they are not there.
     """
@@ -41,9 +43,26 @@ class DataConfig(ABC):
     max_length: int = 512
     max_prompt_length: int = 256
     limit: int | None = None
-    batch_size: int = 8
+    batch_size: int | None = 8
+    max_tokens_per_batch: int | None = None
     cache_dir: str | None = None
     prepare: Callable[[], Any] | None = None
+
+    @property
+    def full_rows(self) -> int:
+        """Rows of ``max_length`` tokens that a micro-batch has room for; at least 1."""
+        if self.batch_size is not None:
+            return self.batch_size
+        assert self.max_tokens_per_batch is not None, "neither batch_size nor max_tokens_per_batch"
+        return max(1, self.max_tokens_per_batch // self.max_length)
+
+    @property
+    def positions(self) -> int:
+        """The most positions of a micro-batch, padding included."""
+        if self.batch_size is not None:
+            return self.batch_size * self.max_length
+        assert self.max_tokens_per_batch is not None, "neither batch_size nor max_tokens_per_batch"
+        return self.max_tokens_per_batch
 
     @property
     def validates(self) -> bool:
@@ -54,6 +73,17 @@ class DataConfig(ABC):
     def load(self, tokenizer: PreTrainedTokenizerBase) -> LoadedSets:
         """Read and tokenise."""
 
+    def check_lengths(self, sets: LoadedSets) -> None:
+        """Refuse rows that do not fit into the budget of a micro-batch.
+
+        Raises:
+            ValueError: naming the budget, the longest row and its length.
+        """
+        if self.max_tokens_per_batch is not None:
+            check_budget(sets.train.lengths, self.max_tokens_per_batch)
+            if sets.val is not None:
+                check_budget(sets.val.lengths, self.max_tokens_per_batch, "validation")
+
     def make_template(self, tokenizer: PreTrainedTokenizerBase) -> Template:
         """The template of training and evaluation."""
         return make_template(self.template, tokenizer)
@@ -61,13 +91,23 @@ class DataConfig(ABC):
     def problems(self) -> list[str]:
         """What is wrong with ``data``, one sentence each."""
         found = self.own_problems()
-        if self.batch_size < 1:
-            found.append(f"data.batch_size is {self.batch_size}; it must be at least 1")
+        found += self._batch_problems()
         if not self.train:
             found.append("data.train is missing; give a file, a list of files or a hub data set: data.train=...")
         if self.prepare is None:
             found += missing_sources(self.sources())
         return found
+
+    def _batch_problems(self) -> list[str]:
+        sizes = {"batch_size": self.batch_size, "max_tokens_per_batch": self.max_tokens_per_batch}
+        given = {name: value for name, value in sizes.items() if value is not None}
+        if len(given) != 1:
+            how = "are both given" if given else "are both null"
+            return [
+                f"data.batch_size and data.max_tokens_per_batch {how}; give one of them: data.batch_size=8, or "
+                "data.batch_size=null data.max_tokens_per_batch=4096"
+            ]
+        return [f"data.{name} is {value}; it must be at least 1" for name, value in given.items() if value < 1]
 
     @abstractmethod
     def own_problems(self) -> list[str]:

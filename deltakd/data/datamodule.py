@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import lightning
 
 from deltakd.data.encoded_set import EncodedSet
 from deltakd.data.loader import EvalLoader, StepLoader
-from deltakd.data.sampler import StepSampler
+from deltakd.data.sampler import Sampler, StepSampler
+from deltakd.data.token_budget import TokenBudgetSampler
 
 
 class DistillationData(lightning.LightningDataModule):
@@ -19,13 +22,14 @@ class DistillationData(lightning.LightningDataModule):
         train: tokenised training rows.
         val: tokenised validation rows, if any.
         pad_id: the id to pad with.
-        batch_size: rows per process and micro-batch.
+        batch_size: rows per process and micro-batch; None: as many as fit into ``max_tokens``.
         accumulate: micro-batches of an optimiser step.
         seed: of the order of the data.
         max_epochs: passes over the data, or None.
         max_steps: most optimiser steps, or None.
         val_batch_size: rows per process of a validation batch; None: as ``batch_size``.
-        group_by_length: whether steps are made of rows of similar length.
+        group_by_length: whether steps are made of rows of similar length; with ``max_tokens`` they always are.
+        max_tokens: positions per process and micro-batch, padding included, where there is no ``batch_size``.
     """
 
     def __init__(
@@ -33,13 +37,14 @@ class DistillationData(lightning.LightningDataModule):
         train: EncodedSet,
         val: EncodedSet | None,
         pad_id: int,
-        batch_size: int,
+        batch_size: int | None,
         accumulate: int,
         seed: int,
         max_epochs: float | None,
         max_steps: int | None,
         val_batch_size: int | None = None,
         group_by_length: bool = True,
+        max_tokens: int | None = None,
     ) -> None:
         super().__init__()
         self.train = train
@@ -52,26 +57,36 @@ class DistillationData(lightning.LightningDataModule):
         self.max_steps = max_steps
         self.val_batch_size = val_batch_size or batch_size
         self.group_by_length = group_by_length
+        self.max_tokens = max_tokens
+        self._samplers: dict[tuple[int, int], Sampler] = {}
 
     @property
     def total_steps(self) -> int:
         """Optimiser steps of the whole run."""
         return self.sampler().total_steps
 
-    def sampler(self) -> StepSampler:
+    def sampler(self) -> Sampler:
         """The order of the rows for this rank."""
-        rank, world_size = self._place()
+        place = self._place()
+        if place not in self._samplers:
+            self._samplers[place] = self._make_sampler(*place)
+        return self._samplers[place]
+
+    def _make_sampler(self, rank: int, world_size: int) -> Sampler:
+        options: dict[str, Any] = {
+            "accumulate": self.accumulate,
+            "world_size": world_size,
+            "rank": rank,
+            "seed": self.seed,
+            "epochs": self.max_epochs,
+            "max_steps": self.max_steps,
+        }
+        lengths, valid_tokens = self.train.lengths, self.train.valid_tokens
+        if self.batch_size is None:
+            assert self.max_tokens is not None, "neither batch_size nor max_tokens"
+            return TokenBudgetSampler(lengths, valid_tokens, max_tokens=self.max_tokens, **options)
         return StepSampler(
-            self.train.lengths,
-            self.train.valid_tokens,
-            batch_size=self.batch_size,
-            accumulate=self.accumulate,
-            world_size=world_size,
-            rank=rank,
-            seed=self.seed,
-            epochs=self.max_epochs,
-            max_steps=self.max_steps,
-            group_by_length=self.group_by_length,
+            lengths, valid_tokens, batch_size=self.batch_size, group_by_length=self.group_by_length, **options
         )
 
     def train_dataloader(self) -> StepLoader:
@@ -83,7 +98,7 @@ class DistillationData(lightning.LightningDataModule):
         if self.val is None:
             return None
         rank, world_size = self._place()
-        return EvalLoader(self.val, self.val_batch_size, self.pad_id, rank, world_size)
+        return EvalLoader(self.val, self.val_batch_size, self.pad_id, rank, world_size, self.max_tokens)
 
     def _place(self) -> tuple[int, int]:
         if self.trainer is None:

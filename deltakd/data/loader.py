@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from deltakd.data.encoded_set import Encoded, EncodedSet
-from deltakd.data.sampler import StepSampler
+from deltakd.data.sampler import Sampler
+from deltakd.data.token_budget import check_budget, pack
 from deltakd.types import IGNORE_INDEX, Batch
 
 
@@ -54,7 +55,7 @@ class StepLoader:
         pad_id: as for ``collate``.
     """
 
-    def __init__(self, encoded: EncodedSet, sampler: StepSampler, pad_id: int) -> None:
+    def __init__(self, encoded: EncodedSet, sampler: Sampler, pad_id: int) -> None:
         self.encoded = encoded
         self.sampler = sampler
         self.pad_id = pad_id
@@ -92,36 +93,53 @@ class EvalLoader:
 
     Args:
         encoded: the data.
-        batch_size: rows of a batch.
+        batch_size: rows of a batch; None: as many as fit into ``max_tokens``.
         pad_id: as for ``collate``.
         rank, world_size: batch i goes to rank i mod world_size. Where the batches run out, a rank gets a batch whose
             labels are all masked, so that all ranks run the model equally often (sharded models wait for each other).
+        max_tokens: the most positions of a batch, padding included, where there is no ``batch_size``.
+
+    Raises:
+        ValueError: a batch size below 1, or a row that is longer than ``max_tokens``.
     """
 
-    def __init__(self, encoded: EncodedSet, batch_size: int, pad_id: int, rank: int = 0, world_size: int = 1) -> None:
-        if batch_size < 1:
+    def __init__(
+        self,
+        encoded: EncodedSet,
+        batch_size: int | None,
+        pad_id: int,
+        rank: int = 0,
+        world_size: int = 1,
+        max_tokens: int | None = None,
+    ) -> None:
+        if batch_size is not None and batch_size < 1:
             raise ValueError(f"val_batch_size = {batch_size}; it must be at least 1")
         self.encoded = encoded
-        self.batch_size = batch_size
         self.pad_id = pad_id
         self.rank = rank
         self.world_size = world_size
-        self._order = np.argsort(encoded.lengths, kind="stable")
+        if batch_size is not None:
+            order = np.argsort(encoded.lengths, kind="stable")
+            self._batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        else:
+            assert max_tokens is not None, "neither batch_size nor max_tokens"
+            check_budget(encoded.lengths, max_tokens, "validation")
+            self._batches = pack(encoded.lengths, max_tokens)[::-1]
 
     def __len__(self) -> int:
-        return -(-len(self._order) // (self.batch_size * self.world_size))
+        return -(-len(self._batches) // self.world_size)
 
     def __iter__(self) -> Iterator[Batch]:
         for number in range(len(self)):
-            start = (number * self.world_size + self.rank) * self.batch_size
-            rows = self._order[start : start + self.batch_size]
-            if len(rows):
+            index = number * self.world_size + self.rank
+            if index < len(self._batches):
+                rows = self._batches[index]
                 tokens = int(self.encoded.valid_tokens[rows].sum())
                 yield collate([self.encoded[row] for row in rows], self.pad_id, number, tokens)
             else:
                 yield self._masked(number)
 
     def _masked(self, number: int) -> Batch:
-        row = self.encoded[int(self._order[0])]
+        row = self.encoded[int(self._batches[0][0])]
         nothing = Encoded(row.input_ids, [IGNORE_INDEX] * len(row.labels), row.row_id)
         return collate([nothing], self.pad_id, number, 0)

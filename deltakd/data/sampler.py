@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol, final
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from deltakd.data.stream import RowStream
 
 #: Rows of similar length are brought together within so many optimiser steps.
 WINDOW_STEPS = 32
@@ -17,7 +20,7 @@ class MicroBatch:
     """The rows of one rank's micro-batch.
 
     Args:
-        rows: [batch_size] int64 positions in the data set.
+        rows: [B] int64 positions in the data set.
         step: the optimiser step, from 0.
         step_tokens: valid tokens of the whole step, over all ranks and micro-batches.
     """
@@ -27,6 +30,47 @@ class MicroBatch:
     step_tokens: int
 
 
+class Sampler(Protocol):
+    """The order in which a rank sees the data: which rows make which micro-batch of which optimiser step.
+
+    It is a pure function of its arguments: nothing is kept between calls but caches, so a run can go on at any step.
+    Every step is made of ``accumulate`` micro-batches on each rank, and its rows do not depend on how its micro-batches
+    are split over ranks and accumulation.
+    """
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the run."""
+        ...
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Optimiser steps that one pass over the data takes."""
+        ...
+
+    @property
+    def pass_ends(self) -> list[int]:
+        """The steps (counted from 1) after which a pass over the data is done, in this run."""
+        ...
+
+    def __len__(self) -> int:
+        """Micro-batches of one rank in the whole run."""
+        ...
+
+    def epoch_of_step(self, step: int) -> int:
+        """The epoch, from 0, in which the step (from 0) begins."""
+        ...
+
+    def rows_of_step(self, step: int) -> NDArray[np.int64]:
+        """Positions of the step's rows in the data set, over all ranks; IndexError: no such step in this run."""
+        ...
+
+    def micro_batch(self, index: int) -> MicroBatch:
+        """This rank's micro-batch ``index`` = step * accumulate + number within the step."""
+        ...
+
+
+@final
 class StepSampler:
     """Fixes the rows of every optimiser step, then deals them out to micro-batches and ranks.
 
@@ -68,16 +112,8 @@ class StepSampler:
     ) -> None:
         self._lengths = np.asarray(lengths, dtype=np.int64)
         self._valid = np.asarray(valid_tokens, dtype=np.int64)
-        for name, value in (("batch_size", batch_size), ("accumulate", accumulate), ("world_size", world_size)):
-            if value < 1:
-                raise ValueError(f"{name} = {value}; it must be at least 1")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank = {rank}; it must be from 0 to world_size - 1 = {world_size - 1}")
-        if not len(self._lengths) or len(self._lengths) != len(self._valid):
-            raise ValueError(
-                f"{len(self._lengths)} lengths and {len(self._valid)} counts of valid tokens; there must be as many "
-                f"of both, and at least one row"
-            )
+        check_split(accumulate, world_size, rank, batch_size=batch_size)
+        check_rows(self._lengths, self._valid)
         self.batch_size = batch_size
         self.accumulate = accumulate
         self.world_size = world_size
@@ -85,9 +121,14 @@ class StepSampler:
         self.seed = seed
         self.group_by_length = group_by_length
         self.rows_per_step = batch_size * accumulate * world_size
-        self.total_steps = _total_steps(len(self._lengths), self.rows_per_step, epochs, max_steps)
-        self._permutations: dict[int, NDArray[np.int64]] = {}
+        self._total_steps = _total_steps(len(self._lengths), self.rows_per_step, epochs, max_steps)
+        self._stream = RowStream(len(self._lengths), seed)
         self._window: tuple[int, NDArray[np.int64]] | None = None
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the run."""
+        return self._total_steps
 
     def __len__(self) -> int:
         """Micro-batches of one rank in the whole run."""
@@ -103,6 +144,12 @@ class StepSampler:
         """Optimiser steps that one pass over the data takes."""
         return self.rows / self.rows_per_step
 
+    @property
+    def pass_ends(self) -> list[int]:
+        """The steps (counted from 1) after which a pass over the data is done, to the nearest step."""
+        count = int(self.total_steps / self.steps_per_epoch)
+        return [round(self.steps_per_epoch * (k + 1)) for k in range(count)]
+
     def epoch_of_step(self, step: int) -> int:
         """The epoch, from 0, in which the step begins."""
         return step * self.rows_per_step // self.rows
@@ -117,7 +164,7 @@ class StepSampler:
             raise IndexError(f"step {step} of a run of {self.total_steps}")
         if not self.group_by_length:
             start = step * self.rows_per_step
-            return self._by_length(self._stream(start, start + self.rows_per_step))
+            return self._by_length(self._stream[start : start + self.rows_per_step])
         first, last = self._window_of(step)
         if self._window is None or self._window[0] != first:
             self._window = (first, self._make_window(first, last))
@@ -144,43 +191,66 @@ class StepSampler:
 
     def _make_window(self, first: int, end: int) -> NDArray[np.int64]:
         """[steps, G] rows of the steps of a window."""
-        stream = self._stream(first * self.rows_per_step, end * self.rows_per_step)
-        steps = self._by_length(stream).reshape(end - first, self.rows_per_step)
-        # The 1 keeps these draws apart from those of the permutations.
-        order = np.random.Generator(np.random.PCG64([self.seed, first, 1])).permutation(end - first)
-        return steps[order]
+        rows = self._stream[first * self.rows_per_step : end * self.rows_per_step]
+        steps = self._by_length(rows).reshape(end - first, self.rows_per_step)
+        return steps[self._stream.shuffled(end - first, first)]
 
     def _by_length(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         # Stable, and the stream is in random order: so are rows of equal length.
         return rows[np.argsort(self._lengths[rows], kind="stable")]
 
-    def _stream(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Rows ``start`` to ``stop`` of the endless stream of epochs."""
-        epochs = range(start // self.rows, (stop - 1) // self.rows + 1)
-        whole = np.concatenate([self._permutation(epoch) for epoch in epochs])
-        skipped = epochs[0] * self.rows
-        return whole[start - skipped : stop - skipped]
 
-    def _permutation(self, epoch: int) -> NDArray[np.int64]:
-        if epoch not in self._permutations:
-            if len(self._permutations) >= 4:
-                self._permutations.clear()
-            generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
-            self._permutations[epoch] = generator.permutation(self.rows).astype(np.int64)
-        return self._permutations[epoch]
+def check_split(accumulate: int, world_size: int, rank: int, **sizes: int) -> None:
+    """Refuse numbers below 1, and a rank that there is not.
+
+    Raises:
+        ValueError: naming the number.
+    """
+    for name, value in {**sizes, "accumulate": accumulate, "world_size": world_size}.items():
+        if value < 1:
+            raise ValueError(f"{name} = {value}; it must be at least 1")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank = {rank}; it must be from 0 to world_size - 1 = {world_size - 1}")
 
 
-def _total_steps(rows: int, rows_per_step: int, epochs: float | None, max_steps: int | None) -> int:
-    # Lightning writes "no limit" as -1.
+def check_rows(lengths: NDArray[np.int64], valid_tokens: NDArray[np.int64]) -> None:
+    """Refuse an empty data set, and counts that don't belong together.
+
+    Raises:
+        ValueError: with both numbers of rows.
+    """
+    if not len(lengths) or len(lengths) != len(valid_tokens):
+        raise ValueError(
+            f"{len(lengths)} lengths and {len(valid_tokens)} counts of valid tokens; there must be as many "
+            f"of both, and at least one row"
+        )
+
+
+def limits(epochs: float | None, max_steps: int | None) -> tuple[float | None, int | None]:
+    """(epochs, max_steps) with None for "no limit", which Lightning writes as -1.
+
+    Raises:
+        ValueError: one is not above 0, or both are None.
+    """
     epochs = None if epochs == -1 else epochs
     max_steps = None if max_steps == -1 else max_steps
     for name, value in (("epochs", epochs), ("max_steps", max_steps)):
         if value is not None and value <= 0:
             raise ValueError(f"{name} = {value}; it must be above 0, or null for no limit")
+    if epochs is None and max_steps is None:
+        raise ValueError("neither epochs nor max_steps is given, so the run would never end; give one of them")
+    return epochs, max_steps
+
+
+def ceil(number: float) -> int:
+    """Rounded up, but not for a rounding error: 0.1 * 30 rows are 3.0000000000000004, and not a step more than 3."""
+    return math.ceil(number - 1e-9)
+
+
+def _total_steps(rows: int, rows_per_step: int, epochs: float | None, max_steps: int | None) -> int:
+    epochs, max_steps = limits(epochs, max_steps)
     if epochs is None:
-        if max_steps is None:
-            raise ValueError("neither epochs nor max_steps is given, so the run would never end; give one of them")
+        assert max_steps is not None
         return max_steps
-    # 0.1 * 30 rows are 3.0000000000000004, and not a step more than 3.
-    steps = math.ceil(epochs * rows / rows_per_step - 1e-9)
+    steps = ceil(epochs * rows / rows_per_step)
     return steps if max_steps is None else min(steps, max_steps)

@@ -1,5 +1,6 @@
 """Kernels: heads multiplied out chunk by chunk, so that no tensor of N · V ever exists."""
 
-from deltakd.kernels.chunked import MEMORY_BUDGET, chunked_loss
+from deltakd.kernels.buckets import BucketLogits, Buckets
+from deltakd.kernels.chunked import MEMORY_BUDGET, chunk_size_for, chunked_loss
 
-__all__ = ["MEMORY_BUDGET", "chunked_loss"]
+__all__ = ["MEMORY_BUDGET", "BucketLogits", "Buckets", "chunk_size_for", "chunked_loss"]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from deltakd.kernels.buckets import Buckets, bucketed_chunk
 from deltakd.kernels.fused import add_head_gradients, fused_chunk, fusible
 from deltakd.types import STUDENT, Head, HeadLogits, LinearForwardKL, Loss, at_least_float32
 
@@ -39,6 +40,7 @@ def chunked_loss(
     labels: Tensor,
     chunk_size: int | None = None,
     memory_budget: float = MEMORY_BUDGET,
+    buckets: Buckets | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum a loss over N tokens without holding more than a chunk of logits of any model.
 
@@ -52,6 +54,7 @@ def chunked_loss(
         chunk_size: tokens a chunk; None: as many as fit into the memory budget.
         memory_budget: MiB for the logits of a chunk and all that is made of them. The gradient of the head, in at
             least float32, comes on top.
+        buckets: the references over a reduced vocabulary, in place of their heads.
 
     Returns:
         The sum of ``per_token`` (nats; differentiable in the student's hidden, weight and bias) and the detached sum
@@ -60,19 +63,21 @@ def chunked_loss(
     Raises:
         ValueError: a required role has no head, or the heads disagree in N or V.
     """
-    _check_heads(loss, heads, labels)
+    _check_heads(loss, heads, labels, buckets)
     student = heads[STUDENT]
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1, or None to choose one")
     if len(student) == 0:
         return _attached_zero(student), {}
-    references = {role: heads[role].upcast() for role in sorted(loss.requires)}
+    references = {} if buckets is not None else {role: heads[role].upcast() for role in sorted(loss.requires)}
     trained = [t for t in (student.hidden, student.weight, student.bias) if t is not None and t.requires_grad]
     wants_gradients = torch.is_grad_enabled() and bool(trained)
-    form = fusible(loss, student, references) if wants_gradients else None
+    form = fusible(loss, student, references) if wants_gradients and buckets is None else None
     itemsize = torch.promote_types(student.weight.dtype, torch.float32).itemsize
-    size = chunk_size or chunk_size_for(memory_budget, student.weight.shape[0], itemsize, form is not None)
-    work = _Work(loss, form, student, references, labels, size)
+    size = chunk_size or chunk_size_for(
+        memory_budget, student.weight.shape[0], itemsize, form is not None or buckets is not None
+    )
+    work = _Work(loss, form, student, references, labels, size, buckets)
     if not wants_gradients:
         with torch.no_grad():
             return work.run(None), work.parts
@@ -87,7 +92,14 @@ def _attached_zero(student: Head) -> Tensor:
     )
 
 
-def _check_heads(loss: Loss, heads: Mapping[str, Head], labels: Tensor) -> None:
+def _check_heads(loss: Loss, heads: Mapping[str, Head], labels: Tensor, buckets: Buckets | None) -> None:
+    if buckets is not None:
+        if loss.requires - set(buckets.log_probs) or not len(heads[STUDENT]) == len(labels) == len(buckets):
+            raise ValueError(
+                f"the loss needs buckets of {len(labels)} tokens for {sorted(loss.requires)}; there are {len(buckets)} "
+                f"for {sorted(buckets.log_probs)}"
+            )
+        return
     missing = sorted({STUDENT, *loss.requires} - set(heads))
     if missing:
         raise ValueError(f"the loss needs heads for {missing}; heads were given for {sorted(heads)}")
@@ -106,6 +118,7 @@ class _Work:
     references: Mapping[str, Head]
     labels: Tensor
     size: int
+    buckets: Buckets | None = None
     parts: dict[str, Tensor] = field(default_factory=dict)
 
     def run(self, grads: dict[str, Tensor] | None) -> Tensor:
@@ -124,6 +137,8 @@ class _Work:
             if self.form is not None and grads is not None:
                 values, grad_NV = fused_chunk(self.form, chunk, references, self.labels[rows])
                 add_head_gradients(chunk, grad_NV, rows, grads)
+            elif self.buckets is not None:
+                values = _by_buckets(self.loss, chunk, self.buckets.rows(rows.start, rows.stop), rows, grads)
             else:
                 values = _by_autograd(self.loss, chunk, references, self.labels[rows], rows, grads)
             total += values.pop("loss").sum()
@@ -148,13 +163,35 @@ def _by_autograd(
         output = loss(HeadLogits(chunk.logits(), references), labels)
         chunk_sum = output.per_token.sum()
     if grads is not None and chunk_sum.requires_grad:
-        gradients = torch.autograd.grad(chunk_sum, list(leaves.values()))
-        for name, gradient in zip(leaves, gradients, strict=True):
-            if name == "hidden":
-                grads[name][rows] = gradient
-            else:
-                grads[name] += gradient
+        _add_gradients(grads, leaves, torch.autograd.grad(chunk_sum, list(leaves.values())), rows)
     return {name: value_N.detach() for name, value_N in {**output.parts, "loss": output.per_token}.items()}
+
+
+def _by_buckets(
+    loss: Loss, chunk: Head, buckets: Buckets, rows: slice, grads: dict[str, Tensor] | None
+) -> dict[str, Tensor]:
+    """As ``_by_autograd``, over a reduced vocabulary: what is kept for the backward pass is of its size."""
+    if grads is None or chunk.softcap is None:
+        values, grad_NV = bucketed_chunk(loss, chunk.logits(), buckets, grads is not None)
+        if grads is not None and grad_NV is not None:
+            add_head_gradients(chunk, grad_NV, rows, grads)
+        return values
+    chunk, leaves = _with_leaves(chunk, grads)
+    with torch.enable_grad():
+        z_NV = chunk.logits()
+    values, grad_NV = bucketed_chunk(loss, z_NV.detach().clone(), buckets, True)
+    _add_gradients(grads, leaves, torch.autograd.grad(z_NV, list(leaves.values()), grad_NV), rows)
+    return values
+
+
+def _add_gradients(
+    grads: Mapping[str, Tensor], leaves: Mapping[str, Tensor], gradients: Sequence[Tensor], rows: slice
+) -> None:
+    for name, gradient in zip(leaves, gradients, strict=True):
+        if name == "hidden":
+            grads[name][rows] = gradient
+        else:
+            grads[name] += gradient
 
 
 def _with_leaves(chunk: Head, grads: Mapping[str, Tensor]) -> tuple[Head, dict[str, Tensor]]:

@@ -77,14 +77,16 @@ class LabelMixture(ABC):
         """Score N tokens.
 
         Args:
-            logits: role -> [N, V] float, for ``student`` and every role in ``requires``.
+            logits: role -> [N, V] float, for ``student`` and every role in ``requires``. A mapping over a reduced
+                vocabulary at τ has the method ``cross_entropy(labels)`` -> [N] nats, since CE is at τ = 1.
             labels: [N] int64.
 
         Returns:
             per_token [N] nats; parts: ``ce`` (at τ = 1) and those of the term.
         """
         log_student_NV = at_least_float32(logits[STUDENT]).log_softmax(-1)
-        ce_N = F.nll_loss(log_student_NV, labels, reduction="none")
+        exact = getattr(logits, "cross_entropy", None)
+        ce_N = F.nll_loss(log_student_NV, labels, reduction="none") if exact is None else exact(labels)
         if self.ce_weight == 1.0:
             return LossOutput(ce_N, {"ce": ce_N})
         term_N, parts = self.term(logits, log_student_NV)

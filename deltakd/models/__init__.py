@@ -2,7 +2,7 @@
 
 from deltakd.models.export import save_student
 from deltakd.models.language_model import LanguageModel
-from deltakd.models.loading import ModelSpec, load_config, load_model
+from deltakd.models.loading import ModelSpec, load_config, load_model, load_skeleton
 from deltakd.models.lora import LoraSpec, add_lora
 from deltakd.models.tokenizers import common_vocabulary, load_tokenizer, train_tokenizer
 
@@ -14,6 +14,7 @@ __all__ = [
     "common_vocabulary",
     "load_config",
     "load_model",
+    "load_skeleton",
     "load_tokenizer",
     "save_student",
     "train_tokenizer",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import shutil
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from deltakd.models.language_model import LanguageModel
+from deltakd.models.lora import merged
 
 
 def save_student(model: LanguageModel, tokenizer: PreTrainedTokenizerBase, directory: Path, card: str) -> None:
@@ -26,8 +26,7 @@ def save_student(model: LanguageModel, tokenizer: PreTrainedTokenizerBase, direc
     shutil.rmtree(partial, ignore_errors=True)
     causal_lm: Any = model.hf
     if hasattr(causal_lm, "merge_and_unload"):
-        # Merging changes the weights in place, and the run may still go on with the adapter.
-        causal_lm = copy.deepcopy(causal_lm).merge_and_unload()
+        causal_lm = merged(causal_lm)
     known = causal_lm.generation_config.eos_token_id
     if not (isinstance(known, list) and tokenizer.eos_token_id in known):
         # A list holds further ends of a turn, which chat models need.

@@ -23,13 +23,20 @@ class LanguageModel(nn.Module):
         vocabulary: V: rows of the output embedding beyond it are padding and are cut from every head.
 
     Raises:
-        ValueError: the model has fewer rows than the tokenizer has tokens.
+        ValueError: the model has fewer rows than the tokenizer has tokens, or its output embedding is quantised.
     """
 
     def __init__(self, hf: nn.Module, vocabulary: int) -> None:
         super().__init__()
         self.hf = hf
         self.vocabulary = vocabulary
+        weight: Any = getattr(self._output_embedding, "weight", None)
+        if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
+            raise ValueError(
+                f"the output embedding of {type(self.causal_lm).__name__} is quantised ({type(weight).__name__}), but "
+                "it is needed as it is to make logits; leave it out by the quantisation config "
+                "(llm_int8_skip_modules or modules_to_not_convert: [lm_head])"
+            )
         rows = self._output_embedding.weight.shape[0]
         if rows < vocabulary:
             raise ValueError(
@@ -42,6 +49,11 @@ class LanguageModel(nn.Module):
         """The transformers model itself, without adapter wrappers."""
         model: Any = self.hf
         return model.get_base_model() if hasattr(model, "peft_config") else model
+
+    @property
+    def quantized(self) -> bool:
+        """Whether its linear layers are quantised: they stay on the device where they were made."""
+        return bool(getattr(self.causal_lm, "is_quantized", False))
 
     @property
     def _output_embedding(self) -> Any:

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from deltakd.hub import hub_reachable
+from deltakd.models.quantization import quantization_config, quantization_problems
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -27,6 +28,7 @@ class ModelSpec:
         init: ``pretrained``, or ``random``: built from ``architecture`` with weights drawn from the seed.
         architecture: for ``random``: ``model_type`` and what that type's transformers configuration takes.
         tokenizer: where the role's tokenizer is, if not at ``path``.
+        quantization: transformers' quantisation config as a mapping with ``quant_method``; None: as the checkpoint is.
     """
 
     path: str | None = None
@@ -34,6 +36,7 @@ class ModelSpec:
     init: str = "pretrained"
     architecture: Mapping[str, Any] | None = None
     tokenizer: str | None = None
+    quantization: Mapping[str, Any] | None = None
 
     def problems(self, role: str) -> list[str]:
         """What is wrong with this entry of the config, one sentence each; nothing is fetched."""
@@ -49,7 +52,9 @@ class ModelSpec:
             found.append(f"{key}.path is missing; give a hub id or a local directory: {key}.path=...")
         elif self.init == "pretrained" and self.path:
             found += _path_problems(key, self.path)
-        return found
+        if self.quantization is not None and self.init == "random":
+            found.append(f"{key}.quantization is given for a model from scratch; remove it, or give {key}.path")
+        return found + quantization_problems(f"{key}.quantization", self.quantization)
 
 
 def _path_problems(key: str, path: str) -> list[str]:
@@ -117,6 +122,9 @@ def load_model(
     if spec.init == "random":
         return _build_model(spec, vocabulary, eos_token_id, seed, attn_implementation)
     config = load_config(role, spec, trust_remote_code=trust_remote_code)
+    options: dict[str, Any] = {}
+    if spec.quantization is not None:
+        options["quantization_config"] = quantization_config(spec.quantization)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(spec.path),
@@ -126,8 +134,9 @@ def load_model(
             trust_remote_code=trust_remote_code,
             local_files_only=not hub_reachable(),
             output_loading_info=True,
+            **options,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ValueError(f"model.{role}.path={spec.path}: {_reason(str(spec.path), error)}") from None
     model, info = loaded
     missing = sorted(info["missing_keys"]) + [str(m[0]) for m in info["mismatched_keys"]]
@@ -140,13 +149,41 @@ def load_model(
     return model
 
 
-def _build_model(
-    spec: ModelSpec, vocabulary: int, eos_token_id: int | None, seed: int, attn_implementation: str | None
+def load_skeleton(
+    role: str,
+    spec: ModelSpec,
+    *,
+    vocabulary: int,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
+    """The role's model without weights, on the device ``meta``: exact in its parameters' shapes, dtypes and ties.
+
+    Raises:
+        ValueError: as ``load_config``.
+    """
+    if spec.init == "random":
+        config = _architecture(spec, vocabulary, None)
+    else:
+        config = load_config(role, spec, trust_remote_code=trust_remote_code)
+    # Quantised layers are not built: they are what from_pretrained makes of these.
+    config.__dict__.pop("quantization_config", None)
+    options: dict[str, Any] = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=DTYPES[spec.dtype], **options)
+
+
+def _architecture(spec: ModelSpec, vocabulary: int, eos_token_id: int | None) -> PretrainedConfig:
     # The defaults of a model type are the special tokens of its best-known checkpoint, not of this tokenizer.
     special = {"bos_token_id": eos_token_id, "eos_token_id": eos_token_id, "pad_token_id": None}
     architecture = special | dict(spec.architecture or {})
-    config = AutoConfig.for_model(architecture.pop("model_type"), vocab_size=vocabulary, **architecture)
+    return AutoConfig.for_model(architecture.pop("model_type"), vocab_size=vocabulary, **architecture)
+
+
+def _build_model(
+    spec: ModelSpec, vocabulary: int, eos_token_id: int | None, seed: int, attn_implementation: str | None
+) -> PreTrainedModel:
+    config = _architecture(spec, vocabulary, eos_token_id)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(

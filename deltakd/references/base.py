@@ -6,11 +6,12 @@ from typing import Protocol
 
 import torch
 
+from deltakd.kernels import Buckets
 from deltakd.types import Batch, Head
 
 
 class References(Protocol):
-    """Gives the head of each frozen model for the valid tokens of a batch.
+    """Gives the head of each frozen model, or log-probs of a few tokens, for the valid tokens of a batch.
 
     It is never part of a checkpoint nor of the optimiser, and nothing that is done to the student's module (training
     mode, device, precision) reaches it.
@@ -25,6 +26,6 @@ class References(Protocol):
         """The student is now on ``device``; heads are to be given there."""
         ...
 
-    def __call__(self, batch: Batch) -> dict[str, Head]:
-        """Role -> head of the batch's N valid tokens, in the order of ``batch.labels_N``."""
+    def __call__(self, batch: Batch) -> dict[str, Head] | Buckets:
+        """Role -> head of the batch's N valid tokens, in the order of ``batch.labels_N``; or buckets of them."""
         ...

@@ -48,7 +48,9 @@ class LiveReferences:
         self._device = device
         home = device if self._placement == "auto" else torch.device(self._placement)
         for model in self._models.values():
-            model.to(home)
+            # Most kinds of quantised weights can't be moved, or only from the RAM to where they are packed.
+            if not (model.quantized and next(model.parameters()).device.type == home.type):
+                model.to(home)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> dict[str, Head]:

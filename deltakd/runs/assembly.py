@@ -20,10 +20,13 @@ from deltakd.models import (
     load_tokenizer,
     train_tokenizer,
 )
-from deltakd.references import References
+from deltakd.references import CachedReferences, CacheStore, References
+from deltakd.runs.cache_content import data_identity, data_problems, missing_problem, missing_rows
 from deltakd.runs.directory import RunDirectory
+from deltakd.runs.errors import ConfigError
 from deltakd.runs.evaluation import read_sets
 from deltakd.runs.plan import Plan
+from deltakd.runs.ranks import is_main_process
 from deltakd.types import STUDENT, STUDENT_RAW
 
 log = logging.getLogger(__name__)
@@ -81,9 +84,42 @@ def load_parts(plan: Plan, directory: RunDirectory) -> Parts:
     tokenizer = make_tokenizer(plan, directory.path / "tokenizer")
     vocabulary = shared_vocabulary(plan, tokenizer)
     sets = plan.data.load(tokenizer)
+    plan.data.check_lengths(sets)
+    cached = None
+    if plan.cache is not None:
+        cached = _cached_references(plan, tokenizer, sets)
+        vocabulary = cached.vocabulary
     evaluation_sets = read_sets(plan.evaluation, plan.data, tokenizer) if plan.evaluation.generate else []
-    models = make_models(plan, tokenizer, vocabulary)
+    models = make_models(plan, tokenizer, vocabulary, cached)
     return Parts(plan, directory, tokenizer, vocabulary, sets, evaluation_sets, models)
+
+
+def open_cache(plan: Plan, tokenizer: PreTrainedTokenizerBase, sets: LoadedSets) -> CacheStore:
+    """The cache of a plan, proved to be of this data; rows may be missing.
+
+    Raises:
+        ConfigError: every difference by name.
+        StoreError: a file is not as it was written.
+    """
+    assert plan.cache is not None
+    assert plan.cache.path is not None
+    store = CacheStore.open(Path(plan.cache.path))
+    given = data_identity(plan.config["data"], tokenizer, plan.data.make_template(tokenizer), sets)
+    problems = data_problems(store.manifest.content, given, store.path)
+    if problems:
+        raise ConfigError(problems)
+    # One process reads all of it once; the sizes are cheap.
+    store.check(checksum=plan.cache.verify and is_main_process())
+    return store
+
+
+def _cached_references(plan: Plan, tokenizer: PreTrainedTokenizerBase, sets: LoadedSets) -> CachedReferences:
+    store = open_cache(plan, tokenizer, sets)
+    references = CachedReferences(store, plan.loss.requires)
+    missing = missing_problem(missing_rows(references.index, sets), sets, store.path)
+    if missing:
+        raise ConfigError(missing)
+    return references
 
 
 def make_tokenizer(plan: Plan, directory: Path) -> PreTrainedTokenizerBase:
@@ -164,8 +200,16 @@ def make_model(plan: Plan, role: str, tokenizer: PreTrainedTokenizerBase, vocabu
     return model
 
 
-def make_models(plan: Plan, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Models:
+def make_models(
+    plan: Plan, tokenizer: PreTrainedTokenizerBase, vocabulary: int, cached: References | None = None
+) -> Models:
     """Load every model of the plan, check its head against its own logits, and freeze the references.
+
+    Args:
+        plan: the plan.
+        tokenizer: the student's.
+        vocabulary: number of tokens that all models share.
+        cached: the references where they were run before.
 
     Raises:
         ValueError: a model can't be had or does not fit.
@@ -173,6 +217,11 @@ def make_models(plan: Plan, tokenizer: PreTrainedTokenizerBase, vocabulary: int)
     settings = plan.config["model"]
     loaded = {role: make_model(plan, role, tokenizer, vocabulary) for role in plan.specs}
     student = loaded[STUDENT]
+    if student.quantized and plan.lora is None:
+        raise ValueError(
+            f"model.student.path={plan.specs[STUDENT].path} is a quantised checkpoint, whose weights can't be trained; "
+            "add model/lora=default"
+        )
     if plan.lora is not None:
         student = loaded[STUDENT] = LanguageModel(add_lora(student.causal_lm, plan.lora), vocabulary)
     if settings["gradient_checkpointing"]:
@@ -181,8 +230,8 @@ def make_models(plan: Plan, tokenizer: PreTrainedTokenizerBase, vocabulary: int)
         student.causal_lm.enable_input_require_grads()
     if plan.config["trainer"]["compile"]:
         student.causal_lm.base_model.compile()
-    references = None
-    if plan.loss.requires:
+    references = cached
+    if plan.loss.requires and cached is None:
         frozen = {role: model for role, model in loaded.items() if role != STUDENT}
         adapted = student if plan.lora is not None and STUDENT_RAW in plan.loss.requires else None
         references = plan.make_references(frozen, adapted_student=adapted)

@@ -22,8 +22,11 @@ MAY_DIFFER = (
     "trainer.enable_progress_bar",
     "trainer.log_every_n_steps",
     "trainer.profiler",
+    "trainer.dry_run",
     "trainer.checkpoint_every_n_steps",
     "trainer.checkpoint_every_n_minutes",
+    "reference.verify",
+    "reference.remake",
 )
 
 

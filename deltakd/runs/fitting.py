@@ -113,6 +113,7 @@ def _make_data(parts: Parts) -> DistillationData:
         seed=parts.plan.config["seed"],
         max_epochs=settings["max_epochs"],
         max_steps=settings["max_steps"],
+        max_tokens=parts.plan.data.max_tokens_per_batch,
     )
 
 
@@ -153,9 +154,11 @@ def _make_generate(parts: Parts) -> Generate:
 
 def _validation_steps(data: DistillationData, every: int | None) -> frozenset[int]:
     """Every so many steps, or at the end of each pass; and after the last step."""
-    interval = float(every) if every else data.sampler().steps_per_epoch
-    count = int(data.total_steps / interval)
-    return frozenset({round(interval * (k + 1)) for k in range(count)} | {data.total_steps}) - {0}
+    if every:
+        chosen = [round(every * (k + 1)) for k in range(int(data.total_steps / every))]
+    else:
+        chosen = data.sampler().pass_ends
+    return frozenset({*chosen, data.total_steps}) - {0}
 
 
 def _make_trainer(parts: Parts, callbacks: list[L.Callback], loggers: list[Logger]) -> L.Trainer:
@@ -215,7 +218,7 @@ def _restore(fitted: Fitted, state: dict[str, Any]) -> None:
 
 def _load_weights(module: DistillationModule, state: dict[str, Any]) -> None:
     try:
-        module.load_state_dict(state["state_dict"])
+        module.load_state_dict(state["state_dict"], strict=module.strict_loading)
     except RuntimeError as error:
         first = " ".join(str(error).split())[:300]
         raise ValueError(

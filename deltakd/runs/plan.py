@@ -20,8 +20,11 @@ from deltakd.data.sources import missing_sources
 from deltakd.evaluation import Decoding
 from deltakd.hub import hub_reachable
 from deltakd.models import LoraSpec, ModelSpec, load_config
+from deltakd.models.quantization import student_problems
 from deltakd.optim import AdamW
-from deltakd.references import References
+from deltakd.references import CacheSettings, CacheStore, References
+from deltakd.references.topk import topk_problems
+from deltakd.runs.cache_content import cache_problems
 from deltakd.runs.errors import ConfigError
 from deltakd.types import ROLES, STUDENT, STUDENT_RAW, Loss, LossOutput, is_reference_role, schedules_of
 
@@ -86,6 +89,7 @@ class Plan:
         specs: the student and the references to load.
         lora: the student's adapter, or None.
         make_references: models by role -> source of references.
+        cache: where the references are read from, or stored; None: they are live, or not read.
     """
 
     config: dict[str, Any]
@@ -96,6 +100,7 @@ class Plan:
     specs: dict[str, ModelSpec]
     lora: LoraSpec | None
     make_references: Callable[..., References]
+    cache: CacheSettings | None = None
 
     @property
     def generates_on_validation(self) -> bool:
@@ -119,13 +124,16 @@ class Plan:
         return "max" if self.objective in _SCORES else "min"
 
 
-def make_plan(cfg: DictConfig, roles: Collection[str] | None = None, needs_prompts: bool = False) -> Plan:
+def make_plan(
+    cfg: DictConfig, roles: Collection[str] | None = None, needs_prompts: bool = False, makes_cache: bool = False
+) -> Plan:
     """Check a composed config and build its cheap parts.
 
     Args:
         cfg: the config.
-        roles: the references to load; None: those that the loss reads.
+        roles: the references to load; None: those that the loss reads, and none where a cache has them.
         needs_prompts: whether plain text, which has no prompts to answer, is a problem.
+        makes_cache: whether the references are loaded to be stored in the cache that ``reference`` names.
 
     Raises:
         ConfigError: every problem found, one sentence each.
@@ -142,13 +150,20 @@ def make_plan(cfg: DictConfig, roles: Collection[str] | None = None, needs_promp
     references = _build(config["reference"], "reference", problems)
     evaluation = make_evaluation(config["evaluation"], problems)
     lora = _typed(LoraSpec, config["model"]["lora"], "model.lora", problems) if config["model"]["lora"] else None
+    cache = references if isinstance(references, CacheSettings) and roles is None else None
+    if makes_cache:
+        problems += _caching_problems(cache, config, loss)
+    elif cache is not None and loss is not None and loss.requires:
+        problems += cache_problems(config, loss, cache)
+        roles = ()
     if roles is None and loss is not None:
         roles = loss.requires
-    specs = _specs(config["model"], roles, lora, problems)
+    # The raw student of a cache is a model of its own: there is no adapter to switch off.
+    specs = _specs(config["model"], roles, None if makes_cache else lora, problems)
     if needs_prompts and data is not None and not isinstance(data, InstructionData):
         problems.append("data is plain text, which has no prompts to answer; give data=instruction and data.train=...")
     problems += _set_problems(evaluation, data)
-    for part in (optim, data, lora):
+    for part in (optim, data, lora, cache):
         problems += part.problems() if part is not None else []
     problems += _trainer_problems(config["trainer"])
     budget = config["kernels"]["memory_budget"]
@@ -157,7 +172,20 @@ def make_plan(cfg: DictConfig, roles: Collection[str] | None = None, needs_promp
     problems += _objective_problems(str(config["objective"]), loss, _try_loss(loss, problems))
     if problems:
         raise ConfigError(problems)
-    return Plan(config, loss, optim, data, evaluation, specs, lora, references)
+    return Plan(config, loss, optim, data, evaluation, specs, lora, references, cache if loss.requires else None)
+
+
+def _caching_problems(cache: CacheSettings | None, config: dict[str, Any], loss: Loss | None) -> list[str]:
+    """Why no cache can be made; what is there already must be of the same content."""
+    if cache is None:
+        return ["reference is not a cache; add reference=cached reference.path=DIR"]
+    if loss is None:
+        return []
+    if not loss.requires:
+        return ["the loss reads no references, so there is nothing to cache; give the loss that will be trained"]
+    if cache.path and CacheStore.is_at(Path(cache.path)):
+        return cache_problems(config, loss, cache, adding=True)
+    return topk_problems(loss) if cache.store == "topk" else []
 
 
 def _build(node: Any, name: str, problems: list[str]) -> Any:
@@ -246,6 +274,8 @@ def _specs(
     problems += found
     if not found:
         problems += _unreachable(specs, config["trust_remote_code"])
+    if STUDENT in specs:
+        problems += student_problems(specs[STUDENT].quantization, config["lora"] is not None)
     problems += [
         f"model.{role}.init=random: a reference has to have learnt something; give model.{role}.path"
         for role, spec in specs.items()

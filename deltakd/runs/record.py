@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import math
 import platform
 import resource
 import subprocess
@@ -72,7 +73,13 @@ def peak_memory_mib() -> float:
 
 def count_parameters(models: Mapping[str, nn.Module]) -> dict[str, int]:
     """Role -> number of parameters (tied ones once)."""
-    return {role: sum(p.numel() for p in model.parameters()) for role, model in models.items()}
+    return {role: sum(_count(p) for p in model.parameters()) for role, model in models.items()}
+
+
+def _count(parameter: torch.Tensor) -> int:
+    # Weights of 4 bits are packed by two; what they were is kept beside them.
+    packed = getattr(parameter, "quant_state", None)
+    return math.prod(packed.shape) if packed is not None else parameter.numel()
 
 
 def model_fingerprint(path: str | Path) -> str | None:

@@ -60,7 +60,11 @@ def run_training(cfg: DictConfig, run_dir: Path) -> float:
         if not main:
             # Export and evaluation are the main process's; the others hold the same weights.
             return _objective_value(plan, metrics)
-        card = model_card(plan.config, list(plan.specs), metrics, git_commit())
+        # Cached references are not loaded, but the student learnt from them.
+        unloaded = [
+            r for r in sorted(plan.loss.requires - set(plan.specs)) if (plan.config["model"].get(r) or {}).get("path")
+        ]
+        card = model_card(plan.config, [*plan.specs, *unloaded], metrics, git_commit())
         save_student(parts.models.student, parts.tokenizer, directory.student, card)
         scores = _evaluate_student(parts) if plan.evaluation.generate else {}
         for logger in loggers:

@@ -88,6 +88,20 @@ def test_evaluation_on_two_ranks_gives_both_as_many_batches() -> None:
     assert len(ranks[1][2].labels_N) == ranks[1][2].step_tokens == 0
 
 
+def test_a_budget_of_tokens_instead_of_a_number_of_rows() -> None:
+    data = make_data(batch_size=None, max_tokens=12)
+    for batches in (data.train_dataloader(), data.val_loader()):
+        assert all(batch.input_ids.numel() <= 12 for batch in batches)
+    validated = ids_of(data.val_loader())
+    assert sorted(row for ids in validated for row in ids) == make_set(5).row_ids.tolist()
+    assert len(validated) == 3
+    ranks = [list(EvalLoader(make_set(5), None, EOS, rank, 2, max_tokens=12)) for rank in (0, 1)]
+    assert [len(batches) for batches in ranks] == [2, 2]
+    assert sum(batch.step_tokens for batches in ranks for batch in batches) == make_set(5).valid_tokens.sum()
+    with pytest.raises(ValueError, match="max_tokens_per_batch is 6, but validation row 4 has 7 tokens"):
+        make_data(batch_size=None, max_tokens=6).val_loader()
+
+
 def test_data_module() -> None:
     data = make_data(max_steps=4)
     assert data.total_steps == 4
@@ -95,7 +109,7 @@ def test_data_module() -> None:
     loader = data.val_loader()
     assert loader is not None
     assert len(loader) == 3
-    assert make_data(val_batch_size=5).val_loader().batch_size == 5
+    assert [len(batch.row_ids) for batch in make_data(val_batch_size=5).val_loader()] == [5]
 
 
 class Recorder(lightning.LightningModule):

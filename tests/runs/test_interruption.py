@@ -13,16 +13,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from deltakd.callbacks import Stopped
 from deltakd.callbacks.checkpoints import read_checkpoint
+from deltakd.module import DistillationModule
 from deltakd.runs.configuration import compose_config
 from deltakd.runs.directory import RunDirectory
 from deltakd.runs.training import run_training
+from deltakd.types import Batch
 from tests.tiny import World
 
 STEPS = 60
 
 
-def overrides(world: World, directory: Path) -> list[str]:
+def overrides(world: World, directory: Path, *extra: str) -> list[str]:
     """Dropout on (GPT-2's default 0.1), accumulation, several passes, validations with answers on the way."""
     return world.overrides(
         directory,
@@ -34,6 +37,7 @@ def overrides(world: World, directory: Path) -> list[str]:
         "evaluation=default",
         f"evaluation.sets={{mine: {world.root / 'test.jsonl'}}}",
         "evaluation.val_limit=3",
+        *extra,
     )
 
 
@@ -97,3 +101,30 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(
         assert summaries[0]["meta"][key] == summaries[1]["meta"][key]
     curves = [(d / "metrics.csv").read_text().count("\n") for d in (directory, uninterrupted.path)]
     assert curves[0] == curves[1]
+
+
+def test_a_token_budget_resumes_in_the_middle_of_a_pass(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Micro-batches of as many rows as fit: stopped in step 11, gone on with to the same last bit."""
+    budget = ("data.batch_size=null", "data.max_tokens_per_batch=256", "evaluation=none", "trainer.max_steps=24")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    run_training(compose_config("train", overrides(world, tmp_path / "whole", *budget)), tmp_path / "whole")
+    chosen = overrides(world, tmp_path / "stopped", *budget)
+    original = DistillationModule.training_step
+
+    def stop_in_step_11(module: DistillationModule, batch: Batch, batch_idx: int) -> torch.Tensor:
+        if batch.step == 11:
+            signal.raise_signal(signal.SIGTERM)
+        return original(module, batch, batch_idx)
+
+    monkeypatch.setattr(DistillationModule, "training_step", stop_in_step_11)
+    with pytest.raises(Stopped, match="after 12 optimiser steps"):
+        run_training(compose_config("train", chosen), tmp_path / "stopped")
+    monkeypatch.undo()
+    run_training(compose_config("train", [*chosen, "resume=true"]), tmp_path / "stopped")
+    torch.set_num_threads(threads)
+    whole, stopped = (read_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt") for name in ("whole", "stopped"))
+    assert whole["global_step"] == stopped["global_step"] == 24
+    assert all(torch.equal(value, stopped["state_dict"][name]) for name, value in whole["state_dict"].items())

@@ -1,0 +1,60 @@
+"""A cache of references: ``python -m deltakd.cache experiment=delta_kd_gpt2 reference.path=DIR [key=value ...]``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from deltakd.runs.caching import in_units, run_caching
+from deltakd.runs.configuration import compose_config
+from deltakd.runs.errors import guarded
+
+log = logging.getLogger(__name__)
+
+USAGE = """Run the references once, so that trainings read them from disk.
+
+  python -m deltakd.cache experiment=delta_kd_gpt2 reference=cached reference.path=DIR [key=value ...]
+
+Overrides are those of deltakd.train; the same ones, given to deltakd.train, then train from the cache. What is stored:
+  reference.store=hidden   last hidden states: exact, for every loss, delta_weight and temperature (the default)
+  reference.store=topk     log-probs of K tokens and the rest: small, approximate, for one temperature
+                           [reference.k=64, or reference.target_error=0.01, by which K is chosen]
+  reference.remake=true    make damaged files again
+Started again with the same reference.path it goes on where it stopped.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line and make the cache."""
+    parser = argparse.ArgumentParser("deltakd.cache", description=USAGE, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for deltakd.train")
+    overrides = parser.parse_args(argv).overrides
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    guarded(lambda: make_cache(overrides), "the same command")
+
+
+def make_cache(overrides: Sequence[str]) -> dict[str, Any]:
+    """Make or complete the cache that ``reference.path`` names, and log what it holds; see ``run_caching``.
+
+    Args:
+        overrides: Hydra overrides; without ``reference=...`` it is ``cached``.
+    """
+    given = any(override.startswith("reference=") for override in overrides)
+    cfg = compose_config("train", overrides if given else ["reference=cached", *overrides])
+    summary = run_caching(cfg)
+    log.info(
+        "%s: %d rows, %d tokens, %s (%d bytes per token). A training reads it with reference=cached reference.path=%s.",
+        cfg.reference.path,
+        summary["rows"],
+        summary["tokens"],
+        in_units(summary["bytes"]),
+        summary["bytes_per_token"],
+        cfg.reference.path,
+    )
+    return summary
+
+
+if __name__ == "__main__":
+    main()

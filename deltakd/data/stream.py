@@ -1,0 +1,47 @@
+"""The order of the rows: an endless stream of epochs, each a seeded permutation."""
+
+from __future__ import annotations
+
+from typing import final
+
+import numpy as np
+from numpy.typing import NDArray
+
+#: Permutations kept, so that neighbouring requests do not draw them again.
+_KEPT = 4
+
+
+@final
+class RowStream:
+    """Epoch after epoch of row numbers; a pure function of seed and number of rows.
+
+    Args:
+        rows: n, rows of the data set.
+        seed: of the permutations.
+    """
+
+    def __init__(self, rows: int, seed: int) -> None:
+        self.rows = rows
+        self.seed = seed
+        self._permutations: dict[int, NDArray[np.int64]] = {}
+
+    def __getitem__(self, part: slice) -> NDArray[np.int64]:
+        """[stop - start] int64 row numbers of the places ``start`` to ``stop`` of the stream."""
+        pieces = [np.empty(0, dtype=np.int64)]
+        for epoch in range(part.start // self.rows, (part.stop - 1) // self.rows + 1):
+            skipped = epoch * self.rows
+            pieces.append(self._permutation(epoch)[max(0, part.start - skipped) : part.stop - skipped])
+        return np.concatenate(pieces)
+
+    def shuffled(self, count: int, first_step: int) -> NDArray[np.int64]:
+        """[count] the order of the steps of a window whose first step is ``first_step``."""
+        # The 1 keeps these draws apart from those of the permutations.
+        return np.random.Generator(np.random.PCG64([self.seed, first_step, 1])).permutation(count)
+
+    def _permutation(self, epoch: int) -> NDArray[np.int64]:
+        if epoch not in self._permutations:
+            if len(self._permutations) >= _KEPT:
+                self._permutations.clear()
+            generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+            self._permutations[epoch] = generator.permutation(self.rows).astype(np.int64)
+        return self._permutations[epoch]

@@ -1,0 +1,176 @@
+"""A reduced vocabulary: K tokens that matter, and one bucket for all others, whose mass is kept exactly.
+
+Any loss runs on it unchanged. The buckets of a distribution are a coarser view of it, so that every f-divergence (the
+KLs, JSD, TVD and the skewed ones) between two bucketed distributions is at most the exact one, and equal to it where
+the two agree within the tail up to a factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deltakd.types import STUDENT, Loss, at_least_float32
+
+
+@final
+@dataclass(frozen=True)
+class Buckets:
+    """References over K tokens and the rest of the vocabulary.
+
+    Args:
+        support: [N, K] int64, distinct token ids; the label is the first.
+        log_probs: role -> [N, K + 1] log-probs at τ, the last one that of all other tokens together; [N, K] where the
+            support is the whole vocabulary.
+        temperature: τ.
+    """
+
+    support: Tensor
+    log_probs: Mapping[str, Tensor]
+    temperature: float
+
+    def __len__(self) -> int:
+        return self.support.shape[0]
+
+    @property
+    def k(self) -> int:
+        """Tokens of the support."""
+        return self.support.shape[1]
+
+    @property
+    def has_tail(self) -> bool:
+        """Whether there are other tokens than those of the support."""
+        return any(log_p.shape[1] > self.k for log_p in self.log_probs.values())
+
+    def rows(self, start: int, stop: int) -> Buckets:
+        """Those of tokens ``start`` to ``stop`` (exclusive)."""
+        log_probs = {role: log_p[start:stop] for role, log_p in self.log_probs.items()}
+        return Buckets(self.support[start:stop], log_probs, self.temperature)
+
+    def first(self, k: int) -> Buckets:
+        """Only the first k tokens of each support; the others join the rest."""
+        if k >= self.k:
+            return self
+        log_probs = {
+            role: torch.cat([log_p[:, :k], log_p[:, k:].logsumexp(-1, keepdim=True)], dim=1)
+            for role, log_p in self.log_probs.items()
+        }
+        return Buckets(self.support[:, :k], log_probs, self.temperature)
+
+    def cast(self, dtype: torch.dtype) -> Buckets:
+        """With log-probs in another dtype."""
+        return Buckets(
+            self.support, {role: log_p.to(dtype) for role, log_p in self.log_probs.items()}, self.temperature
+        )
+
+
+@final
+class BucketLogits(Mapping[str, Tensor]):
+    """What a loss sees in place of logits: [N, K + 1] by role, with labels that are positions in the support.
+
+    They are τ times log-probs at τ: a loss that divides by τ gets the bucketed distributions at τ. The student's
+    cross-entropy is at τ = 1 and must be asked for where τ is another: see ``cross_entropy``.
+
+    Args:
+        kept: [N, K] the student's logits on the support.
+        tail: [N] τ · logsumexp(z / τ) of the student over all other tokens; None where there are none.
+        tail_at_one: [N] the same at τ = 1.
+        buckets: of the references.
+    """
+
+    def __init__(self, kept: Tensor, tail: Tensor | None, tail_at_one: Tensor | None, buckets: Buckets) -> None:
+        self._at_one = _joined(kept, tail_at_one)
+        self._logits = {STUDENT: _joined(kept, tail)}
+        for role, log_p in buckets.log_probs.items():
+            # Log-probs are stored in few bits; the student's dtype is that of the computation.
+            self._logits[role] = at_least_float32(log_p).to(kept.dtype) * buckets.temperature
+
+    def __getitem__(self, role: str) -> Tensor:
+        return self._logits[role]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._logits)
+
+    def __len__(self) -> int:
+        return len(self._logits)
+
+    def cross_entropy(self, labels: Tensor) -> Tensor:
+        """−log softmax(z_student)[label] over the whole vocabulary at τ = 1: [N] nats, exact.
+
+        Args:
+            labels: [N] int64, positions in the support.
+        """
+        return F.cross_entropy(self._at_one, labels, reduction="none")
+
+
+def _joined(kept: Tensor, tail: Tensor | None) -> Tensor:
+    return kept if tail is None else torch.cat([kept, tail[:, None]], dim=1)
+
+
+@torch.no_grad()
+def bucketed_chunk(
+    loss: Loss, z_NV: Tensor, buckets: Buckets, wants_gradient: bool
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """A loss of n tokens over buckets, and its gradient to the student's logits over the whole vocabulary.
+
+    Args:
+        loss: the loss.
+        z_NV: [n, V] the student's logits, at least float32, without a graph; overwritten.
+        buckets: of the references, over the same tokens.
+        wants_gradient: whether a gradient is made.
+
+    Returns:
+        ``loss`` and the parts, [n] nats each, detached; and the gradient of the summed loss [n, V], or None.
+    """
+    tau = buckets.temperature
+    leaves = [z_NV.gather(1, buckets.support)]
+    shares: list[Tensor] = []
+    if buckets.has_tail:
+        # The rest is summed over its own tokens: all − kept would cancel where the rest is small.
+        z_NV.scatter_(1, buckets.support, -torch.inf)
+        for temperature in [1.0] if tau == 1.0 else [tau, 1.0]:
+            tail_N, share_NV = _log_sum(z_NV, temperature)
+            leaves.append(tail_N)
+            shares.append(share_NV)
+    with torch.set_grad_enabled(wants_gradient):
+        for leaf in leaves:
+            leaf.requires_grad_(wants_gradient)
+        tails = leaves[1:]
+        logits = BucketLogits(leaves[0], tails[0] if tails else None, tails[-1] if tails else None, buckets)
+        output = loss(logits, torch.zeros(len(z_NV), dtype=torch.int64, device=z_NV.device))
+        total = output.per_token.sum()
+    values = {name: value_N.detach() for name, value_N in {**output.parts, "loss": output.per_token}.items()}
+    if not wants_gradient:
+        return values, None
+    gradients = torch.autograd.grad(total, leaves, allow_unused=True) if total.requires_grad else [None] * len(leaves)
+    return values, _spread(gradients, shares, buckets.support, z_NV)
+
+
+def _log_sum(z_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """τ · logsumexp(z / τ), [n], and softmax(z / τ), [n, V]: the gradient of the one is the other."""
+    if temperature != 1.0:
+        z_NV = z_NV / temperature
+    share_NV = z_NV.softmax(-1)
+    # The largest share is e^max / Σ e^z: its logarithm is never taken of something small.
+    return temperature * (z_NV.amax(-1) - share_NV.amax(-1).log()), share_NV
+
+
+def _spread(
+    gradients: tuple[Tensor | None, ...] | list[None], shares: list[Tensor], support: Tensor, z_NV: Tensor
+) -> Tensor:
+    """The gradient to all logits [n, V] of that to the kept ones and to the tails; ``shares`` are overwritten."""
+    total_NV: Tensor | None = None
+    for gradient_N, share_NV in zip(gradients[1:], shares, strict=True):
+        if gradient_N is not None:
+            share_NV.mul_(gradient_N[:, None])
+            total_NV = share_NV if total_NV is None else total_NV.add_(share_NV)
+    if total_NV is None:
+        total_NV = torch.zeros_like(z_NV)
+    kept = gradients[0]
+    # Shares are 0 on the support.
+    return total_NV if kept is None else total_NV.scatter_(1, support, kept)

@@ -1,0 +1,81 @@
+"""Quantised models, by transformers' own quantisation configs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AutoHfQuantizer,
+    AutoQuantizationConfig,
+)
+
+#: transformers names bitsandbytes twice; ``load_in_8bit`` and ``load_in_4bit`` tell which.
+_BITSANDBYTES = "bitsandbytes"
+
+
+def quantization_problems(key: str, settings: Any) -> list[str]:
+    """What is wrong with a quantisation config; nothing is loaded.
+
+    Args:
+        key: where it stands, such as ``model.teacher.quantization``.
+        settings: the mapping; None: not quantised.
+    """
+    if settings is None:
+        return []
+    if not isinstance(settings, Mapping):
+        return [f"{key} is {settings!r}; give a mapping: {key}={{quant_method: bitsandbytes, load_in_8bit: true}}"]
+    allowed = sorted({name.removesuffix("_4bit").removesuffix("_8bit") for name in AUTO_QUANTIZATION_CONFIG_MAPPING})
+    method = settings.get("quant_method")
+    if method not in allowed:
+        return [f"{key}.quant_method is {method!r}; allowed: {', '.join(allowed)}"]
+    if method == _BITSANDBYTES and not (settings.get("load_in_8bit") or settings.get("load_in_4bit")):
+        return [f"{key}: bitsandbytes needs load_in_8bit: true or load_in_4bit: true"]
+    try:
+        # transformers names the packages that are absent, and what the method can't do on this machine.
+        AutoHfQuantizer.from_config(quantization_config(settings), pre_quantized=False).validate_environment(
+            device_map=None
+        )
+    except (ImportError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return [f"{key}: {' '.join(str(error).split())}"]
+    return []
+
+
+def student_problems(settings: Any, has_adapter: bool) -> list[str]:
+    """Why a student can't be trained with these quantised weights, one sentence each; None: not quantised."""
+    if settings is None:
+        return []
+    found = []
+    if not has_adapter:
+        found.append(
+            "model.student.quantization is given, but quantised weights can't be trained; add an adapter with "
+            "model/lora=default, or remove it"
+        )
+    if isinstance(settings, Mapping) and settings.get("load_in_4bit") and not torch.cuda.is_available():
+        # After the first pass in eval mode it computes with repacked weights, past autograd: seen in 0.50.2.
+        found.append(
+            "model.student.quantization: on a CPU bitsandbytes gives no gradients through 4-bit weights once the "
+            "model has been evaluated; give load_in_8bit: true, or train on a GPU"
+        )
+    return found
+
+
+def quantization_config(settings: Mapping[str, Any]) -> Any:
+    """transformers' config object; unknown options raise what transformers raises."""
+    return AutoQuantizationConfig.from_dict(dict(settings))
+
+
+def weight_bits(settings: Any) -> int | None:
+    """About how many bits a weight of a linear layer takes; None: not quantised, or not known."""
+    given = settings.to_dict() if hasattr(settings, "to_dict") else dict(settings or {})
+    if given.get("load_in_8bit"):
+        return 8
+    if given.get("load_in_4bit"):
+        return 4
+    for option in ("bits", "nbits", "w_bit", "weights", "quant_type", "quant_method"):
+        digits = "".join(c for c in str(given.get(option, "")) if c.isdigit())[:1]
+        if digits in ("2", "3", "4", "8"):
+            return int(digits)
+    return None

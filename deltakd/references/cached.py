@@ -1,0 +1,126 @@
+"""References that were run once, and are read from disk."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+
+from deltakd.kernels import Buckets
+from deltakd.references.rows import RowIndex, keys_of_batch
+from deltakd.references.store import SUPPORT, CacheStore, StoreError, as_tensor
+from deltakd.types import Batch, Head
+
+STORES = ("hidden", "topk")
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@final
+@dataclass(frozen=True)
+class CacheSettings:
+    """What ``conf/reference/cached.yaml`` says.
+
+    Args:
+        path: the directory of the cache.
+        store: ``hidden``: last hidden states, exact, for every loss; or ``topk``: log-probs of K tokens and the rest,
+            small, approximate, for one τ. None: whichever is there; ``hidden`` where a cache is made.
+        k: tokens of a support of ``topk``; None chooses by ``target_error``.
+        target_error: the relative error of loss and gradient that the chosen K has at most on a sample.
+        dtype: of what is stored; None: the models' own for ``hidden``, float16 for ``topk``.
+        verify: whether all checksums are verified when the cache is opened; sizes always are.
+        remake: make damaged files again (where a cache is made).
+    """
+
+    path: str | None = None
+    store: str | None = None
+    k: int | None = None
+    target_error: float = 0.01
+    dtype: str | None = None
+    verify: bool = True
+    remake: bool = False
+
+    def problems(self) -> list[str]:
+        """What is wrong with ``reference``, one sentence each."""
+        found = []
+        if not self.path:
+            found.append(
+                "reference.path is missing; give the directory of the cache: reference.path=outputs/cache_of_x"
+            )
+        if self.store not in (None, *STORES):
+            found.append(f"reference.store is {self.store!r}; allowed: {', '.join(STORES)}, null")
+        if self.k is not None and (isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 2):
+            found.append(f"reference.k is {self.k!r}; it must be a whole number from 2, or null to choose one")
+        if not 0 < self.target_error < 1:
+            found.append(f"reference.target_error is {self.target_error}; it must be above 0 and below 1")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            found.append(f"reference.dtype is {self.dtype!r}; allowed: {', '.join(DTYPES)}, null")
+        return found
+
+
+@final
+class CachedReferences:
+    """Reads the references of each batch's rows from a cache.
+
+    Args:
+        store: the cache; its files are as they were written (``CacheStore.check``).
+        roles: those to give; the cache may hold more.
+    """
+
+    def __init__(self, store: CacheStore, roles: Collection[str]) -> None:
+        content: dict[str, Any] = store.manifest.content
+        self._models: dict[str, dict[str, Any]] = {role: content["models"][role] for role in sorted(roles)}
+        self._path = store.path
+        #: Tokens that the cached models share: what every head is cut to.
+        self.vocabulary: int = content["vocabulary"]
+        self._is_topk = content["store"] == "topk"
+        self._temperature = float(content["temperature"] or 1.0)
+        self._index = RowIndex(store)
+        self._device = torch.device("cpu")
+        self._heads = {name: t for name, t in store.read_heads().items() if name.partition(".")[0] in self._models}
+
+    @property
+    def roles(self) -> frozenset[str]:
+        """The roles that it gives."""
+        return frozenset(self._models)
+
+    @property
+    def index(self) -> RowIndex:
+        """Which rows it has."""
+        return self._index
+
+    def to(self, device: torch.device) -> None:
+        """Give heads on ``device`` from now on."""
+        self._device = device
+        self._heads = {name: tensor.to(device) for name, tensor in self._heads.items()}
+
+    def __call__(self, batch: Batch) -> dict[str, Head] | Buckets:
+        """Role -> head of the batch's N valid tokens, or buckets of them.
+
+        Raises:
+            StoreError: a row is not in the cache.
+        """
+        keys = keys_of_batch(batch)
+        places = self._index.find(keys)
+        if (places < 0).any():
+            raise StoreError(
+                f"{int((places < 0).sum())} of the {len(places)} rows {batch.row_ids.tolist()} are not in the cache "
+                f"reference.path={self._path}; add them with deltakd.cache"
+            )
+        names = [*self._models, *([SUPPORT] if self._is_topk else [])]
+        arrays = self._index.read(places, names)
+        tokens = {
+            role: as_tensor(arrays[role], DTYPES[model["stored_dtype"]]).to(self._device, non_blocking=True)
+            for role, model in self._models.items()
+        }
+        if self._is_topk:
+            support = torch.from_numpy(arrays[SUPPORT].astype("int64")).to(self._device, non_blocking=True)
+            return Buckets(support, tokens, self._temperature)
+        return {role: self._head(role, hidden) for role, hidden in tokens.items()}
+
+    def _head(self, role: str, hidden: torch.Tensor) -> Head:
+        model = self._models[role]
+        return Head(
+            hidden, self._heads[f"{role}.weight"], self._heads.get(f"{role}.bias"), model["softcap"], model["scale"]
+        )

@@ -1,0 +1,267 @@
+"""A cache of references on disk: shards that are written whole or not at all, and the manifest that lists them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+#: To be raised when files of a former version can't be read any more.
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+#: Arrays of a shard that are not a role's.
+ROW_KEYS, OFFSETS, SUPPORT = "row_keys", "offsets", "support"
+#: Safetensors' names of dtypes; numpy has no bfloat16, whose bits are kept in 16-bit integers.
+_NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<i2", "U8": "u1", "U16": "<u2", "I32": "<i4", "I64": "<i8"}
+
+
+class StoreError(ValueError):
+    """A cache that can't be used as it is; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file of the cache as it was written.
+
+    Args:
+        file: its name.
+        bytes: its size.
+        sha256: over its content.
+        rows, tokens: what it holds (of a shard).
+    """
+
+    file: str
+    bytes: int
+    sha256: str
+    rows: int = 0
+    tokens: int = 0
+
+    def problem(self, folder: Path, checksum: bool) -> str | None:
+        """What is wrong with the file, in a few words; None: nothing.
+
+        Args:
+            folder: where it is.
+            checksum: whether to read it all.
+        """
+        path = folder / self.file
+        if not path.is_file():
+            return "is not there"
+        size = path.stat().st_size
+        if size != self.bytes:
+            return f"has {size} bytes instead of {self.bytes}"
+        if checksum:
+            with path.open("rb") as stream:
+                if hashlib.file_digest(stream, "sha256").hexdigest() != self.sha256:
+                    return "has another content than was written (its sha256 differs)"
+        return None
+
+
+@dataclass
+class Manifest:
+    """What a cache holds and what that depends on.
+
+    Args:
+        content: everything that decides what the files hold (see ``deltakd.runs.cache_content``).
+        heads: the file of the output embeddings; None in a top-K store, which needs none.
+        shards: in the order of their names.
+        sample: what ``sample_errors`` found where a top-K store was begun.
+    """
+
+    content: dict[str, Any]
+    heads: StoredFile | None = None
+    shards: list[StoredFile] = field(default_factory=list)
+    sample: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def files(self) -> list[StoredFile]:
+        """All files but the manifest itself."""
+        return [*([] if self.heads is None else [self.heads]), *self.shards]
+
+
+@dataclass(frozen=True)
+class CacheStore:
+    """A directory with a manifest.
+
+    Args:
+        path: the directory.
+        manifest: its content in memory; ``save`` writes it.
+    """
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def create(cls, path: Path, content: dict[str, Any], sample: list[dict[str, Any]]) -> CacheStore:
+        """An empty cache in ``path``, on disk.
+
+        Raises:
+            StoreError: the directory holds something else.
+        """
+        if path.is_dir() and any(p for p in path.iterdir() if p.suffix != ".partial" and p.name != "tokenizer"):
+            raise StoreError(f"reference.path={path} is not empty and holds no cache; give another directory")
+        path.mkdir(parents=True, exist_ok=True)
+        store = cls(path, Manifest(content, sample=sample))
+        store.save()
+        return store
+
+    @classmethod
+    def open(cls, path: Path) -> CacheStore:
+        """The cache that is there.
+
+        Raises:
+            StoreError: there is none, or its manifest can't be read.
+        """
+        file = path / MANIFEST
+        if not file.is_file():
+            raise StoreError(
+                f"reference.path={path} holds no cache of references; make it with the same overrides: "
+                f"python -m deltakd.cache ... reference=cached reference.path={path}"
+            )
+        try:
+            held = json.loads(file.read_text(encoding="utf-8"))
+            if held["format"] != FORMAT_VERSION:
+                raise StoreError(
+                    f"{file} is of format {held['format']}, and this version of deltakd reads {FORMAT_VERSION}; make "
+                    "the cache again in another directory"
+                )
+            heads = None if held["heads"] is None else StoredFile(**held["heads"])
+            shards = [StoredFile(**entry) for entry in held["shards"]]
+            return cls(path, Manifest(held["content"], heads, shards, held["sample"]))
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise StoreError(
+                f"{file} is damaged ({type(error).__name__}: {error}); remove {path} and make the cache again"
+            ) from None
+
+    @staticmethod
+    def is_at(path: Path) -> bool:
+        """Whether a cache was begun there."""
+        return (path / MANIFEST).is_file()
+
+    def save(self) -> None:
+        """Write the manifest."""
+        manifest = self.manifest
+        entries = {
+            "format": FORMAT_VERSION,
+            "content": manifest.content,
+            "sample": manifest.sample,
+            "heads": None if manifest.heads is None else asdict(manifest.heads),
+            "shards": [asdict(shard) for shard in manifest.shards],
+        }
+        write_whole(self.path / MANIFEST, (json.dumps(entries, indent=1, ensure_ascii=False) + "\n").encode())
+
+    def add_shard(self, tensors: Mapping[str, Tensor]) -> StoredFile:
+        """Write a shard under the first free number, then the manifest.
+
+        Args:
+            tensors: ``row_keys`` [rows, 16] uint8, ``offsets`` [rows + 1] int64, and what the tokens have.
+
+        Raises:
+            OSError: the disk is full; no part of the shard is left.
+        """
+        taken = {shard.file for shard in self.manifest.shards}
+        number = next(n for n in range(len(taken) + 1) if _shard_name(n) not in taken)
+        rows, tokens = len(tensors[ROW_KEYS]), int(tensors[OFFSETS][-1])
+        shard = self._write(_shard_name(number), tensors, rows, tokens)
+        self.manifest.shards[:] = sorted([*self.manifest.shards, shard], key=lambda entry: entry.file)
+        self.save()
+        return shard
+
+    def set_heads(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write the output embeddings, ``<role>.weight`` and ``<role>.bias``, then the manifest."""
+        self.manifest.heads = self._write("heads.safetensors", tensors, 0, 0)
+        self.save()
+
+    def _write(self, name: str, tensors: Mapping[str, Tensor], rows: int, tokens: int) -> StoredFile:
+        content = save({key: tensor.contiguous() for key, tensor in tensors.items()})
+        write_whole(self.path / name, content)
+        return StoredFile(name, len(content), hashlib.sha256(content).hexdigest(), rows, tokens)
+
+    def bad_files(self, checksum: bool) -> dict[str, str]:
+        """File -> what is wrong with it."""
+        problems = {entry.file: entry.problem(self.path, checksum) for entry in self.manifest.files}
+        return {file: problem for file, problem in problems.items() if problem is not None}
+
+    def check(self, checksum: bool) -> None:
+        """Raise if a file is not as it was written.
+
+        Raises:
+            StoreError: naming every such file, and the command that makes it again.
+        """
+        bad = self.bad_files(checksum)
+        if bad:
+            shown = "; ".join(f"{file} {problem}" for file, problem in bad.items())
+            raise StoreError(
+                f"reference.path={self.path} is damaged: {shown}. Make these files again: "
+                f"python -m deltakd.cache ... reference=cached reference.path={self.path} reference.remake=true"
+            )
+
+    def drop(self, files: Mapping[str, str]) -> None:
+        """Forget files, so that they are made again."""
+        for file in files:
+            (self.path / file).unlink(missing_ok=True)
+        if self.manifest.heads is not None and self.manifest.heads.file in files:
+            self.manifest.heads = None
+        self.manifest.shards[:] = [shard for shard in self.manifest.shards if shard.file not in files]
+        self.save()
+
+    def read_heads(self) -> dict[str, Tensor]:
+        """The output embeddings; empty where the store has none."""
+        entry = self.manifest.heads
+        return {} if entry is None else load_file(self.path / entry.file)
+
+
+def _shard_name(number: int) -> str:
+    return f"shard_{number:05d}.safetensors"
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is on disk with this content, or not there at all, whatever happens.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def map_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of a safetensors file, mapped into memory: read when touched. bfloat16 comes as its bits, int16."""
+    with path.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+    content = np.memmap(path, mode="r", dtype=np.uint8)
+    arrays = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, stop = (8 + size + offset for offset in entry["data_offsets"])
+            arrays[name] = content[start:stop].view(_NUMPY[entry["dtype"]]).reshape(entry["shape"])
+    return arrays
+
+
+def as_tensor(array: NDArray[Any], dtype: torch.dtype) -> Tensor:
+    """A tensor over a fresh array; int16 that are the bits of bfloat16 become it again."""
+    tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if dtype == torch.bfloat16 else tensor
