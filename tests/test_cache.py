@@ -402,6 +402,7 @@ def test_a_study_makes_it_once_for_all_its_runs(world: World, tmp_path: Path, mo
         shown()
 
 
+@pytest.mark.slow
 def test_the_command_in_a_process_of_its_own(cached: Cached, tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[1]
 

@@ -75,6 +75,7 @@ LIMITS = (
 )
 
 
+@pytest.mark.slow
 def test_delta_kd_gpt2_from_a_hub_cache(hub: Path, tmp_path: Path) -> None:
     done = run(
         "deltakd.train", "experiment=delta_kd_gpt2", *LIMITS, f"run_dir={tmp_path / 'run'}",

@@ -194,6 +194,7 @@ def test_sft_on_the_answers_by_the_command_that_was_logged(
     assert (data["val_rows"], data["excluded"]) == (5, 0)
 
 
+@pytest.mark.slow
 def test_the_command_in_a_process_of_its_own(talkative: World, answered: RunDirectory, tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run(

@@ -18,7 +18,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 #: With a reverse KL, or a plain difference of logits, in it: +inf where the target rules out what the student does not.
 MAY_BE_INFINITE = {"kd_reverse", "delta_kd_reverse", "kd_symmetric", "kd_adaptive", "kd_todi", "kd_logit_mse"}
 N = 3
-ONCE = settings(deadline=None, max_examples=40, derandomize=True, database=None, phases=[Phase.generate, Phase.shrink])
+ONCE = settings(deadline=None, max_examples=20, derandomize=True, database=None, phases=[Phase.generate, Phase.shrink])
 
 
 def draw(seed: int, v: int, scale: float, ruled_out: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor]:

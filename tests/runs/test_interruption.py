@@ -68,7 +68,11 @@ def uninterrupted(world: World, tmp_path_factory: pytest.TempPathFactory) -> Run
     return RunDirectory(directory)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "signum",
+    [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)],
+    ids=lambda s: s.name,
+)
 def test_resumed_run_is_bitwise_the_uninterrupted_one(
     signum: signal.Signals, world: World, uninterrupted: RunDirectory, tmp_path: Path
 ) -> None:
