@@ -162,6 +162,7 @@ def test_every_stage_of_every_study_composes(path: Path) -> None:
         assert config.run_dir == f"outputs/{study.name}/{stage.name}"
 
 
+@pytest.mark.slow
 def test_identity_16_two_processes_are_one(world: World, tmp_path: Path) -> None:
     """One process with 8 rows, two with 4: the same losses and the same student (no dropout)."""
     student = save_model(tmp_path / "no_dropout", seed=1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
