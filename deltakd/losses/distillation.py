@@ -8,7 +8,7 @@ from typing import final
 from torch import Tensor
 
 from deltakd.losses.divergences import Divergence, ForwardKL
-from deltakd.losses.mixing import LabelMixture, tempered
+from deltakd.losses.mixing import LabelMixture, tempered, tempered_student
 from deltakd.losses.targets import ShiftedTarget, Target
 from deltakd.types import LinearForwardKL, Schedule
 
@@ -65,5 +65,5 @@ def divergence_to(
 ) -> Tensor:
     """D(target, student) at τ: [N] nats."""
     log_p_NV = tempered(target(logits), temperature)
-    log_q_NV = log_student_NV if temperature == 1.0 else tempered(log_student_NV, temperature)
+    log_q_NV = tempered_student(log_student_NV, temperature)
     return divergence(log_p_NV, log_q_NV)

@@ -7,16 +7,17 @@ reconstructions.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Protocol, final
 
 import torch
 from torch import Tensor
 
+from deltakd.losses.distillation import divergence_to
 from deltakd.losses.divergences import Divergence, kl
 from deltakd.losses.mixing import LabelMixture, tempered
 from deltakd.losses.schedules import at_least, is_zero, make_schedule, moving
-from deltakd.losses.targets import Weight
+from deltakd.losses.targets import Weight, teacher_target
 from deltakd.losses.treatments import Treatment, difference, log_probs_of, ruled_out
 from deltakd.types import STUDENT, STUDENT_RAW, TEACHER, TEACHER_RAW, Schedule
 
@@ -42,6 +43,15 @@ class Matching(Protocol):
     def __call__(self, logits: Mapping[str, Tensor], log_student_NV: Tensor, temperature: float) -> Tensor:
         """[N] from role -> [N, V] logits and the student's log-probs at τ = 1."""
         ...
+
+
+def _left_out(
+    roles: Iterable[str], logits: Mapping[str, Tensor], treatment: Treatment, log_probs: Mapping[str, Tensor]
+) -> Tensor:
+    """[N, V] bool: the tokens outside the support, ruled out by a role or implausible under the mask."""
+    left_out_NV = ruled_out(roles, logits)
+    implausible_NV = treatment.implausible(log_probs)
+    return left_out_NV if implausible_NV is None else left_out_NV | implausible_NV
 
 
 @final
@@ -84,10 +94,7 @@ class RatioMatching:
         """[N] nats."""
         log_probs = log_probs_of(self.requires, logits)
         with torch.no_grad():
-            left_out_NV = ruled_out((self.to, self.origin, self.over), logits)
-            implausible_NV = self.treatment.implausible(log_probs)
-            if implausible_NV is not None:
-                left_out_NV |= implausible_NV
+            left_out_NV = _left_out((self.to, self.origin, self.over), logits, self.treatment, log_probs)
             shift_NV = self.treatment(difference(log_probs[self.to], log_probs[self.origin]), log_probs)
             # Where no token is left there is nothing to match: two uniform distributions, and no gradient.
             nothing_N1 = left_out_NV.all(-1, keepdim=True)
@@ -147,10 +154,7 @@ class LogitMatching:
         log_probs = log_probs_of(self.requires, logits)
         with torch.no_grad():
             shift_NV = self.treatment(difference(log_probs[TEACHER], log_probs[TEACHER_RAW]), log_probs)
-            left_out_NV = ruled_out(self.requires, logits)
-            implausible_NV = self.treatment.implausible(log_probs)
-            if implausible_NV is not None:
-                left_out_NV |= implausible_NV
+            left_out_NV = _left_out(self.requires, logits, self.treatment, log_probs)
             weight_NV = self._weights(log_probs, log_student_NV).masked_fill(left_out_NV, -math.inf)
             # Where no token is left, every difference below is 0 under any weights.
             weight_NV = weight_NV.masked_fill(left_out_NV.all(-1, keepdim=True), 0.0).softmax(-1)
@@ -240,9 +244,7 @@ class DistillationPlusMatching(LabelMixture):
 
     def term(self, logits: Mapping[str, Tensor], log_student_NV: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """D + γ · matching: [N]; both by name."""
-        log_p_NV = tempered(log_probs_of({TEACHER}, logits)[TEACHER], self.temperature)
-        log_q_NV = log_student_NV if self.temperature == 1.0 else tempered(log_student_NV, self.temperature)
-        divergence_N = self.divergence(log_p_NV, log_q_NV)
+        divergence_N = divergence_to(teacher_target(), self.divergence, self.temperature, logits, log_student_NV)
         parts = {self.divergence.name: divergence_N}
         if is_zero(self._gamma):
             return divergence_N, parts

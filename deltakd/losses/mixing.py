@@ -98,6 +98,11 @@ class LabelMixture(ABC):
         return LossOutput(per_token_N, {"ce": ce_N, **parts})
 
 
+def tempered_student(log_student_NV: Tensor, temperature: float) -> Tensor:
+    """The student's log-probs at τ from those at τ = 1, which at τ = 1 are normalised already: [N, V]."""
+    return log_student_NV if temperature == 1.0 else tempered(log_student_NV, temperature)
+
+
 def tempered(logits_NV: Tensor, temperature: float) -> Tensor:
     """log softmax(logits / τ): [N, V]."""
     return (logits_NV if temperature == 1.0 else logits_NV / temperature).log_softmax(-1)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deltakd.losses.distillation import divergence_to
 from deltakd.losses.divergences import Divergence, kl
-from deltakd.losses.mixing import LabelMixture, tempered
+from deltakd.losses.mixing import LabelMixture, tempered, tempered_student
 from deltakd.losses.schedules import is_zero, make_schedule, moving
 from deltakd.losses.targets import ShiftedTarget, Weight, delta_target, shift_target
 from deltakd.losses.treatments import NO_TREATMENT, Treatment
@@ -143,7 +143,7 @@ class SignedParallelogram(LabelMixture):
 
     def term(self, logits: Mapping[str, Tensor], log_student_NV: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """[N] nats, as ``signed_kl``."""
-        log_q_NV = log_student_NV if self.temperature == 1.0 else tempered(log_student_NV, self.temperature)
+        log_q_NV = tempered_student(log_student_NV, self.temperature)
         alpha = self._alpha.value
         factors = {TEACHER: 1.0} | ({STUDENT_RAW: alpha, TEACHER_RAW: -alpha} if alpha else {})
         log_p = {role: tempered(ShiftedTarget(role)(logits), self.temperature) for role in factors}
