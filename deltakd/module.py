@@ -82,10 +82,12 @@ class DistillationModule(L.LightningModule):
 
     def loss_of(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum of the loss and of its parts over the batch's valid tokens (nats)."""
-        given = {} if self.references is None else self.references(batch)
+        references = None if self.references is None else self.references.start(batch)
+        student = self.student(batch)
+        given = {} if references is None else references()
         buckets = given if isinstance(given, Buckets) else None
         heads = {} if isinstance(given, Buckets) else dict(given)
-        heads[STUDENT] = self.student(batch)
+        heads[STUDENT] = student
         return chunked_loss(self.loss, heads, batch.labels_N, memory_budget=self.memory_budget, buckets=buckets)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

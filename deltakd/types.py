@@ -272,6 +272,7 @@ class Batch:
     row_ids: Tensor
     step: int
     step_tokens: int
+    _valid: Tensor | None = None
 
     @property
     def valid_BT(self) -> Tensor:
@@ -279,9 +280,24 @@ class Batch:
         return self.labels[:, 1:] != IGNORE_INDEX
 
     @property
+    def valid_N(self) -> Tensor:
+        """[N] int64, where in the flattened [B, T] the valid tokens are predicted, in row-major order.
+
+        Searched for once, before the batch moves: on a GPU each search waits until all work before it is done.
+        """
+        if self._valid is None:
+            row_N, position_N = torch.where(self.valid_BT)
+            self._valid = row_N * self.labels.shape[1] + position_N
+        return self._valid
+
+    @property
     def labels_N(self) -> Tensor:
         """[N] the trained tokens, in row-major order."""
-        return self.labels[:, 1:][self.valid_BT]
+        return self.labels.flatten()[self.valid_N + 1]
+
+    def at_valid(self, values_BTD: Tensor) -> Tensor:
+        """[N, D] the values at the positions from which the trained tokens are predicted."""
+        return values_BTD.flatten(0, 1)[self.valid_N]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch with its tensors on ``device``."""
@@ -291,4 +307,5 @@ class Batch:
             attention_mask=self.attention_mask.to(device, non_blocking=non_blocking),
             labels=self.labels.to(device, non_blocking=non_blocking),
             row_ids=self.row_ids.to(device, non_blocking=non_blocking),
+            _valid=self.valid_N.to(device, non_blocking=non_blocking),
         )

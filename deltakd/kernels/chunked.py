@@ -15,23 +15,23 @@ from deltakd.types import STUDENT, Head, HeadLogits, LinearForwardKL, Loss, at_l
 
 #: MiB that the logits of a chunk, and all that is made of them, may take.
 MEMORY_BUDGET = 256.0
-#: Tensors of a chunk's logits that exist at one time: by hand, and in the most demanding loss under autograd.
-_FUSED_TENSORS, _AUTOGRAD_TENSORS = 5, 16
+#: Tensors of a chunk's logits that exist at one time: by hand, over a reduced vocabulary, and in the most demanding
+#: loss under autograd.
+_TENSORS = {"fused": 2, "buckets": 4, "autograd": 16}
 #: Smaller chunks than this spend their time on the head's gradient, which is passed over once a chunk.
 _MIN_CHUNK = 32
 
 
-def chunk_size_for(memory_budget: float, vocabulary: int, itemsize: int, fused: bool) -> int:
+def chunk_size_for(memory_budget: float, vocabulary: int, itemsize: int, form: str) -> int:
     """Tokens a chunk so that it fits into ``memory_budget`` MiB; at least 32, whatever that takes.
 
     Args:
         memory_budget: MiB.
         vocabulary: V.
         itemsize: bytes of a logit.
-        fused: whether the loss is computed by hand.
+        form: ``fused`` (by hand), ``buckets`` (over a reduced vocabulary) or ``autograd``.
     """
-    tensors = _FUSED_TENSORS if fused else _AUTOGRAD_TENSORS
-    return max(_MIN_CHUNK, int(memory_budget * 2**20 / (tensors * vocabulary * itemsize)))
+    return max(_MIN_CHUNK, int(memory_budget * 2**20 / (_TENSORS[form] * vocabulary * itemsize)))
 
 
 def chunked_loss(
@@ -74,9 +74,8 @@ def chunked_loss(
     wants_gradients = torch.is_grad_enabled() and bool(trained)
     form = fusible(loss, student, references) if wants_gradients and buckets is None else None
     itemsize = torch.promote_types(student.weight.dtype, torch.float32).itemsize
-    size = chunk_size or chunk_size_for(
-        memory_budget, student.weight.shape[0], itemsize, form is not None or buckets is not None
-    )
+    kind = "buckets" if buckets is not None else "autograd" if form is None else "fused"
+    size = chunk_size or chunk_size_for(memory_budget, student.weight.shape[0], itemsize, kind)
     work = _Work(loss, form, student, references, labels, size, buckets)
     if not wants_gradients:
         with torch.no_grad():

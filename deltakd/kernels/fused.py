@@ -1,8 +1,9 @@
-"""Forward KL to a target that is linear in the logits, by hand: value and gradient of a chunk in four tensors.
+"""Forward KL to a target that is linear in the logits, by hand: value and gradient of a chunk in two tensors.
 
 This covers ``sft``, ``kd``, ``delta_kd``, ``delta_shift``, ``delta_bilinear``, ``delta_multi_teacher`` and ``taid``.
 With q = softmax(z_s / τ), p = softmax(Σ c_r z_r / τ), the gradient of λ·CE + (1 − λ)·s·KL(p ‖ q) to z_s is
-λ (softmax(z_s) − onehot) + (1 − λ) (s / τ) (q − p): there is nothing for autograd to keep.
+λ (softmax(z_s) − onehot) + (1 − λ) (s / τ) (q − p): there is nothing for autograd to keep. Products are made for
+a whole chunk; what follows goes over a few rows at a time, which stay in the processor's cache.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ import torch
 from torch import Tensor
 
 from deltakd.types import Head, HeadLogits, LinearForwardKL, Loss
+
+#: Bytes of logits in a block of rows: two of a core's cache on a CPU; elsewhere what keeps the device busy.
+_BLOCK_BYTES, _BLOCK_BYTES_ELSEWHERE = {"cpu": 2**21}, 2**24
 
 
 def fusible(loss: Loss, student: Head, references: Mapping[str, Head]) -> LinearForwardKL | None:
@@ -47,37 +51,49 @@ def fused_chunk(
     Returns:
         ``loss`` and the parts, [n] nats each, and the gradient of the summed loss to the student's logits [n, V].
     """
-    tau, ce_weight = form.temperature, form.ce_weight
     z_NV = student.logits()
+    target_NV = None if form.ce_weight == 1.0 else HeadLogits(z_NV, references).combined(form.coefficients)
+    size = max(1, _BLOCK_BYTES.get(z_NV.device.type, _BLOCK_BYTES_ELSEWHERE) // (z_NV.shape[1] * z_NV.itemsize))
+    blocks = []
+    for start in range(0, len(labels), size):
+        rows = slice(start, start + size)
+        blocks.append(_block(form, z_NV[rows], None if target_NV is None else target_NV[rows], labels[rows]))
+    return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}, z_NV
+
+
+def _block(form: LinearForwardKL, z_NV: Tensor, target_NV: Tensor | None, labels: Tensor) -> dict[str, Tensor]:
+    """Loss and parts of a few tokens; the student's logits become the gradient, the target's are overwritten."""
+    tau, ce_weight = form.temperature, form.ce_weight
     rows_N = torch.arange(len(labels), device=labels.device)
     log_q_NV = z_NV.log_softmax(-1)
     ce_N = -log_q_NV[rows_N, labels]
     values = {"loss": ce_N, "ce": ce_N}
-    if ce_weight == 1.0:
-        grad_NV = torch.exp(log_q_NV, out=z_NV)
+    if target_NV is None:
+        torch.exp(log_q_NV, out=z_NV)
     else:
-        target_NV = HeadLogits(z_NV, references).combined(form.coefficients)
+        ce_grad_NV = None
         if tau != 1.0:
-            grad_NV = log_q_NV.exp_().mul_(ce_weight) if ce_weight else log_q_NV.zero_()
+            ce_grad_NV = log_q_NV.exp_() if ce_weight else None
             log_q_NV = z_NV.div_(tau).log_softmax(-1)
             target_NV.div_(tau)
         log_p_NV = target_NV.log_softmax(-1)
         p_NV = torch.exp(log_p_NV, out=target_NV)
         kl_N = torch.linalg.vecdot(p_NV, log_p_NV.sub_(log_q_NV)) - p_NV.sum(-1)
         # As in the plain formula: Σ (q − p) is 0 but for the rounding of the normalisation, which this takes out.
-        q_NV = log_q_NV.exp_()
+        q_NV = torch.exp(log_q_NV, out=z_NV)
         kl_N += q_NV.sum(-1)
         values |= {form.name: kl_N, "loss": (1 - ce_weight) * form.scale * kl_N}
         if ce_weight > 0:
             values["loss"] = values["loss"] + ce_weight * ce_N
         factor = (1 - ce_weight) * form.scale / tau
-        if tau == 1.0:
-            grad_NV = q_NV if ce_weight + factor == 1.0 else q_NV.mul_(ce_weight + factor)
-        else:
-            grad_NV.add_(q_NV, alpha=factor)
-        grad_NV.sub_(p_NV, alpha=factor)
-    grad_NV[rows_N, labels] -= ce_weight
-    return values, grad_NV
+        weight = factor + (ce_weight if tau == 1.0 else 0.0)
+        if weight != 1.0:
+            q_NV.mul_(weight)
+        if ce_grad_NV is not None:
+            q_NV.add_(ce_grad_NV, alpha=ce_weight)
+        q_NV.sub_(p_NV, alpha=factor)
+    z_NV[rows_N, labels] -= ce_weight
+    return values
 
 
 def add_head_gradients(student: Head, grad_NV: Tensor, rows: slice, grads: Mapping[str, Any]) -> None:

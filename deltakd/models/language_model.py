@@ -69,7 +69,7 @@ class LanguageModel(nn.Module):
     def forward(self, batch: Batch) -> Head:
         """The head of the batch's N valid tokens: prompt and padding are never multiplied."""
         hidden_BTD = self.hidden_states(batch.input_ids, batch.attention_mask)
-        return self.head_of(hidden_BTD[:, :-1][batch.valid_BT])
+        return self.head_of(batch.at_valid(hidden_BTD))
 
     def head_of(self, hidden_ND: Tensor) -> Head:
         """The head over given hidden states, cut to the vocabulary."""

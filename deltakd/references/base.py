@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -24,6 +25,10 @@ class References(Protocol):
 
     def to(self, device: torch.device) -> None:
         """The student is now on ``device``; heads are to be given there."""
+        ...
+
+    def start(self, batch: Batch) -> Callable[[], dict[str, Head] | Buckets]:
+        """As a call, in two steps: what can run while the student runs is done by the returned function."""
         ...
 
     def __call__(self, batch: Batch) -> dict[str, Head] | Buckets:

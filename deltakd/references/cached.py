@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, final
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from deltakd.kernels import Buckets
 from deltakd.references.rows import RowIndex, keys_of_batch
@@ -95,19 +97,33 @@ class CachedReferences:
         self._device = device
         self._heads = {name: tensor.to(device) for name, tensor in self._heads.items()}
 
+    def start(self, batch: Batch) -> Callable[[], dict[str, Head] | Buckets]:
+        """Look the rows up now; read them when they are asked for.
+
+        Raises:
+            StoreError: a row is not in the cache.
+        """
+        places = self._places(batch)
+        return lambda: self._read(places)
+
     def __call__(self, batch: Batch) -> dict[str, Head] | Buckets:
         """Role -> head of the batch's N valid tokens, or buckets of them.
 
         Raises:
             StoreError: a row is not in the cache.
         """
-        keys = keys_of_batch(batch)
-        places = self._index.find(keys)
+        return self._read(self._places(batch))
+
+    def _places(self, batch: Batch) -> NDArray[np.int64]:
+        places = self._index.find(keys_of_batch(batch))
         if (places < 0).any():
             raise StoreError(
                 f"{int((places < 0).sum())} of the {len(places)} rows {batch.row_ids.tolist()} are not in the cache "
                 f"reference.path={self._path}; add them with deltakd.cache"
             )
+        return places
+
+    def _read(self, places: NDArray[np.int64]) -> dict[str, Head] | Buckets:
         names = [*self._models, *([SUPPORT] if self._is_topk else [])]
         arrays = self._index.read(places, names)
         tokens = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import final
 
@@ -46,28 +46,50 @@ class LiveReferences:
     def to(self, device: torch.device) -> None:
         """Follow the student to ``device``, or stay where ``placement`` says and send hidden states there."""
         self._device = device
-        home = device if self._placement == "auto" else torch.device(self._placement)
+        home = self._home
         for model in self._models.values():
             # Most kinds of quantised weights can't be moved, or only from the RAM to where they are packed.
             if not (model.quantized and next(model.parameters()).device.type == home.type):
                 model.to(home)
 
-    @torch.no_grad()
+    @property
+    def _home(self) -> torch.device:
+        return self._device if self._placement == "auto" else torch.device(self._placement)
+
+    def start(self, batch: Batch) -> Callable[[], dict[str, Head]]:
+        """Run now what shares the student's device: its activations are gone before those of the student exist.
+
+        What runs elsewhere is sent its batch now and runs after the student's forward pass has been queued: both
+        devices then work at the same time, and nothing waits but the loss.
+        """
+        if self._home == self._device:
+            heads = self(batch)
+            return lambda: heads
+        batch_there = batch.to(self._home, non_blocking=self._home.type == "cuda")
+        return lambda: self._heads(batch, batch_there)
+
     def __call__(self, batch: Batch) -> dict[str, Head]:
         """Role -> head of the batch's N valid tokens."""
-        heads = {role: self._run(role, model, batch) for role, model in self._models.items()}
+        return self._heads(batch, batch.to(self._home))
+
+    @torch.no_grad()
+    def _heads(self, batch: Batch, batch_there: Batch) -> dict[str, Head]:
+        there = {role: self._run(model, batch_there) for role, model in self._models.items()}
+        # After all of them have been queued: a copy to the student's device waits for what it copies.
+        heads = {role: self._brought(role, head) for role, head in there.items()}
         if self._adapted_student is not None:
             with self._adapted_student.adapter_off():
                 head = self._adapted_student(batch)
             heads[STUDENT_RAW] = replace(head, weight=head.weight.detach())
         return heads
 
-    def _run(self, role: str, model: LanguageModel, batch: Batch) -> Head:
-        home = next(model.parameters()).device
+    def _run(self, model: LanguageModel, batch: Batch) -> Head:
         # The student's autocast must not reach the references: each runs in its own dtype.
-        with torch.autocast(home.type, enabled=False):
-            head = model(batch.to(home))
-        if home == self._device:
+        with torch.autocast(self._home.type, enabled=False):
+            return model(batch)
+
+    def _brought(self, role: str, head: Head) -> Head:
+        if head.hidden.device == self._device:
             return head
         if role not in self._remote_weights or self._remote_weights[role].device != self._device:
             self._remote_weights[role] = head.weight.to(self._device)

@@ -36,7 +36,7 @@ def make_buckets(heads: Mapping[str, Head], labels: Tensor, k: int, temperature:
     """
     vocabulary = next(iter(heads.values())).weight.shape[0]
     heads = {role: head.upcast() for role, head in heads.items()}
-    size = chunk_size_for(_MEMORY_BUDGET, vocabulary, 4, fused=False)
+    size = chunk_size_for(_MEMORY_BUDGET, vocabulary, 4, "autograd")
     supports: list[Tensor] = []
     parts: dict[str, list[Tensor]] = {role: [] for role in heads}
     for start in range(0, max(1, len(labels)), size):

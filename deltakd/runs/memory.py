@@ -274,8 +274,8 @@ def _loss(plan: Plan, student: Skeleton, references: Mapping[str, Skeleton]) -> 
     """Bytes of a chunk, of the head's gradient, and of float32 copies of heads."""
     budget = float(plan.config["kernels"]["memory_budget"])
     vocabulary = len(student.head)
-    fused = isinstance(getattr(plan.loss, "linear_forward_kl", None), LinearForwardKL)
-    chunk = chunk_size_for(budget, vocabulary, max(4, student.head_itemsize), fused)
+    form = "fused" if isinstance(getattr(plan.loss, "linear_forward_kl", None), LinearForwardKL) else "autograd"
+    chunk = chunk_size_for(budget, vocabulary, max(4, student.head_itemsize), form)
     used = int(budget * MIB * min(1.0, plan.data.positions / chunk))
     trained = student.head.requires_grad
     gradient = student.head.numel() * max(4, student.head_itemsize) if trained else 0

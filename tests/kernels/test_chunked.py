@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltakd.kernels import chunked_loss
+from deltakd.kernels import chunked_loss, fused
 from deltakd.losses import Distillation, ForwardKL, SupervisedFineTuning, delta_target
 from deltakd.types import Head, HeadLogits, Loss
 from tests.losses.by_name import NAMES, variants
@@ -47,6 +47,21 @@ def plain(loss: Loss, heads: dict[str, Head], labels_N: Tensor) -> Tensor:
 
 def gradients(total: Tensor, head: Head) -> list[Tensor]:
     return list(torch.autograd.grad(total, [t for t in (head.hidden, head.weight, head.bias) if t is not None]))
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize(("tau", "ce_weight"), [(1.0, 0.0), (1.0, 0.3), (2.0, 0.0), (2.0, 0.3), (1.0, 1.0)])
+def test_by_hand_in_blocks_of_rows(tau: float, ce_weight: float, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(fused._BLOCK_BYTES, "cpu", rows * V * 8)
+    loss, heads = Distillation(delta_target(0.7), ForwardKL(), tau, ce_weight), make_heads(torch.float64)
+    total, parts = chunked_loss(loss, heads, labels(), 10)
+    expected = plain(loss, heads, labels())
+    torch.testing.assert_close(total, expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(gradients(total, heads["student"]), gradients(expected, heads["student"]))
+    output = loss({role: head.logits() for role, head in heads.items()}, labels())
+    assert parts.keys() == output.parts.keys()
+    for name, value_N in output.parts.items():
+        torch.testing.assert_close(parts[name], value_N.detach().sum(), rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize("name", LOSSES)
