@@ -64,7 +64,7 @@ def fit(parts: Parts, loggers: list[Logger], state: dict[str, Any] | None) -> Fi
         ValueError: the checkpoint is of another architecture.
     """
     settings = parts.plan.config["trainer"]
-    data = _make_data(parts)
+    data = make_data(parts)
     validation = _make_validation(parts, data)
     checkpoints = Checkpoints(
         parts.directory.checkpoints,
@@ -82,7 +82,7 @@ def fit(parts: Parts, loggers: list[Logger], state: dict[str, Any] | None) -> Fi
     training_log.total_steps = checkpoints.total_steps = data.total_steps
     if validation is not None:
         validation.steps = _validation_steps(data, settings["val_every_n_steps"])
-    module = _make_module(parts, data.total_steps)
+    module = make_module(parts, data.total_steps)
     fitted = Fitted(module, checkpoints, training_log)
     if state and state["global_step"] >= data.total_steps:
         _restore(fitted, state)
@@ -102,7 +102,8 @@ def fit(parts: Parts, loggers: list[Logger], state: dict[str, Any] | None) -> Fi
     return fitted
 
 
-def _make_data(parts: Parts) -> DistillationData:
+def make_data(parts: Parts) -> DistillationData:
+    """The batches of a run, in their order."""
     settings = parts.plan.config["trainer"]
     return DistillationData(
         parts.sets.train,
@@ -117,7 +118,8 @@ def _make_data(parts: Parts) -> DistillationData:
     )
 
 
-def _make_module(parts: Parts, total_steps: int) -> DistillationModule:
+def make_module(parts: Parts, total_steps: int) -> DistillationModule:
+    """Student, references and loss of a run as Lightning wants them."""
     plan = parts.plan
     return DistillationModule(
         parts.models.student,
