@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deltakd.kernels.blocks import row_blocks
 from deltakd.types import STUDENT, Loss, at_least_float32
 
 
@@ -134,7 +135,7 @@ def bucketed_chunk(
         # The rest is summed over its own tokens: all − kept would cancel where the rest is small.
         z_NV.scatter_(1, buckets.support, -torch.inf)
         for temperature in [1.0] if tau == 1.0 else [tau, 1.0]:
-            tail_N, share_NV = _log_sum(z_NV, temperature)
+            tail_N, share_NV = _log_sum(z_NV, temperature, in_place=temperature == 1.0)
             leaves.append(tail_N)
             shares.append(share_NV)
     with torch.set_grad_enabled(wants_gradient):
@@ -151,13 +152,19 @@ def bucketed_chunk(
     return values, _spread(gradients, shares, buckets.support, z_NV)
 
 
-def _log_sum(z_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _log_sum(z_NV: Tensor, temperature: float, in_place: bool) -> tuple[Tensor, Tensor]:
     """τ · logsumexp(z / τ), [n], and softmax(z / τ), [n, V]: the gradient of the one is the other."""
-    if temperature != 1.0:
-        z_NV = z_NV / temperature
-    share_NV = z_NV.softmax(-1)
-    # The largest share is e^max / Σ e^z: its logarithm is never taken of something small.
-    return temperature * (z_NV.amax(-1) - share_NV.amax(-1).log()), share_NV
+    share_NV = z_NV if in_place else z_NV.clone()
+    log_sum_N = torch.empty_like(z_NV[:, 0])
+    for rows in row_blocks(z_NV):
+        block = share_NV[rows]
+        if temperature != 1.0:
+            block.div_(temperature)
+        largest = block.amax(-1, keepdim=True)
+        total = block.sub_(largest).exp_().sum(-1, keepdim=True)
+        block.div_(total)
+        log_sum_N[rows] = temperature * (largest + total.log()).squeeze(-1)
+    return log_sum_N, share_NV
 
 
 def _spread(

@@ -14,10 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltakd.kernels.blocks import row_blocks
 from deltakd.types import Head, HeadLogits, LinearForwardKL, Loss
-
-#: Bytes of logits in a block of rows: two of a core's cache on a CPU; elsewhere what keeps the device busy.
-_BLOCK_BYTES, _BLOCK_BYTES_ELSEWHERE = {"cpu": 2**21}, 2**24
 
 
 def fusible(loss: Loss, student: Head, references: Mapping[str, Head]) -> LinearForwardKL | None:
@@ -53,11 +51,10 @@ def fused_chunk(
     """
     z_NV = student.logits()
     target_NV = None if form.ce_weight == 1.0 else HeadLogits(z_NV, references).combined(form.coefficients)
-    size = max(1, _BLOCK_BYTES.get(z_NV.device.type, _BLOCK_BYTES_ELSEWHERE) // (z_NV.shape[1] * z_NV.itemsize))
-    blocks = []
-    for start in range(0, len(labels), size):
-        rows = slice(start, start + size)
-        blocks.append(_block(form, z_NV[rows], None if target_NV is None else target_NV[rows], labels[rows]))
+    blocks = [
+        _block(form, z_NV[rows], None if target_NV is None else target_NV[rows], labels[rows])
+        for rows in row_blocks(z_NV)
+    ]
     return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}, z_NV
 
 

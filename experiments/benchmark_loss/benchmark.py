@@ -4,12 +4,17 @@
     python experiments/benchmark_loss/benchmark.py --losses kd delta_kd --tokens 512
     # What chunks and fusing bring, and how far it is to the bare matrix products:
     python experiments/benchmark_loss/benchmark.py --losses delta_kd --forms plain chunked products --teacher-width 512
+    # On an NVIDIA GPU, at the shapes of GPT-2 124M and XL, beside Liger (pip install liger-kernel; it has no delta_kd):
+    python experiments/benchmark_loss/benchmark.py --device cuda --dtype bfloat16 --tokens 8192 --student-width 768 \
+        --teacher-width 1600 --vocabulary 151936 --losses kd delta_kd --forms plain chunked liger products
 
 Forms: ``chunked`` is what trains; ``plain`` multiplies all heads out and leaves the rest to autograd; ``products`` does
-the matrix products of the chunked form and nothing else: no loss can be cheaper. Every form is run once to warm up,
+the matrix products of the chunked form and nothing else: no loss can be cheaper; ``liger`` is Liger's fused linear JSD
+at beta 0 (forward KL, two heads, a GPU). Every form is run once to warm up,
 then all in turn for some rounds; the table has each one's fastest round (other programs only ever add time), its peak
-of memory beyond what was there before (heads not counted, gradients counted), measured in a process of its own, and
-both as ratios to the first line.
+of memory beyond what was there before (heads not counted, gradients counted; on a CPU measured in a process of its
+own), and both as ratios to the first line. On a GPU the machine's own rates are measured, too, and each line has its
+distance from the floor: operations over the matrix rate, or bytes that must move over the bandwidth if that is longer.
 """
 
 from __future__ import annotations
@@ -42,7 +47,13 @@ def make_loss(name: str) -> Loss:
 
 
 def make_heads(
-    roles: Sequence[str], tokens: int, vocabulary: int, student_width: int, teacher_width: int, dtype: torch.dtype
+    roles: Sequence[str],
+    tokens: int,
+    vocabulary: int,
+    student_width: int,
+    teacher_width: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
 ) -> dict[str, Head]:
     """Random heads; logits have a standard deviation of about 3."""
     generator = torch.Generator().manual_seed(0)
@@ -52,7 +63,8 @@ def make_heads(
         hidden = torch.randn(tokens, width, generator=generator)
         weight = torch.randn(vocabulary, width, generator=generator) * (3 / width**0.5)
         trained = role == STUDENT
-        heads[role] = Head(hidden.to(dtype).requires_grad_(trained), weight.to(dtype).requires_grad_(trained))
+        tensors = (tensor.to(device, dtype).requires_grad_(trained) for tensor in (hidden, weight))
+        heads[role] = Head(*tensors)
     return heads
 
 
@@ -69,6 +81,12 @@ def resident(key: str) -> float:
     raise RuntimeError(f"/proc/self/status has no {key}: this benchmark needs Linux")
 
 
+def wait() -> None:
+    """Until the GPU, where there is one at work, is done."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def fastest(forms: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, float]:
     """Form -> its fastest round (s), the forms taking turns."""
     for run in forms.values():
@@ -76,15 +94,24 @@ def fastest(forms: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, f
     times: dict[str, list[float]] = {name: [] for name in forms}
     for _ in range(rounds):
         for name, run in forms.items():
+            wait()
             started = time.perf_counter()
             run()
+            wait()
             times[name].append(time.perf_counter() - started)
     return {name: min(seconds) for name, seconds in times.items()}
 
 
 def extra_memory(run: Callable[[], None]) -> float:
-    """Peak resident memory of a run beyond what was there before, in MiB; gradients that it returns are in it."""
+    """Peak memory of a run beyond what was there before, in MiB; gradients that it returns are in it."""
     run()
+    if torch.cuda.is_initialized():
+        wait()
+        torch.cuda.reset_peak_memory_stats()
+        there = torch.cuda.memory_allocated()
+        run()
+        wait()
+        return (torch.cuda.max_memory_allocated() - there) / 2**20
     reset_peak()
     before = resident("VmRSS")
     run()
@@ -111,6 +138,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--chunk-size", type=int, help="default: chosen by the memory budget")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
@@ -122,22 +150,36 @@ def main(argv: Sequence[str]) -> None:
     losses = {line.split()[0]: make_loss(line.split()[0]) for line in lines}
     roles = sorted({STUDENT}.union(*(loss.requires for loss in losses.values())))
     widths = (options.student_width, options.teacher_width)
-    heads = make_heads(roles, options.tokens, options.vocabulary, *widths, getattr(torch, options.dtype))
+    dtype = getattr(torch, options.dtype)
+    heads = make_heads(roles, options.tokens, options.vocabulary, *widths, dtype, options.device)
     labels = torch.randint(options.vocabulary, (options.tokens,), generator=torch.Generator().manual_seed(1))
+    labels = labels.to(options.device)
     runs = {line: make_run(line, losses[line.split()[0]], heads, labels, options.chunk_size) for line in lines}
     if options.memory_of:
         print(extra_memory(runs[options.memory_of]))
         return
     seconds = fastest(runs, options.rounds)
-    memory = {line: extra_memory_in_own_process(line, argv) for line in lines}
+    own = options.device == "cpu"
+    memory = {line: extra_memory_in_own_process(line, argv) if own else extra_memory(runs[line]) for line in lines}
+    floors = {} if own else {line: floor(losses[line.split()[0]], heads, dtype) for line in lines}
     first = lines[0]
     shown = {k: v for k, v in vars(options).items() if k not in ("losses", "forms", "memory_of")}
     table = Table(title=" ".join(f"{key}={value}" for key, value in shown.items()))
-    for column in ("loss", "form", "heads", "seconds", "ratio", "extra MiB", "ratio"):
+    for column in (
+        "loss",
+        "form",
+        "heads",
+        "seconds",
+        "ratio",
+        "extra MiB",
+        "ratio",
+        *(["of floor"] if floors else []),
+    ):
         table.add_column(column, justify="left" if column in ("loss", "form") else "right")
     for line in lines:
         cells = (f"{seconds[line]:.3f}", f"{seconds[line] / seconds[first]:.2f}")
         cells += (f"{memory[line]:.1f}", f"{memory[line] / memory[first]:.2f}")
+        cells += (f"{seconds[line] / floors[line]:.2f}",) if floors else ()
         table.add_row(*line.split(), str(1 + len(losses[line.split()[0]].requires)), *cells)
     Console(width=120).print(table)
 
@@ -172,7 +214,7 @@ def products(loss: Loss, heads: Mapping[str, Head], labels: Tensor, chunk_size: 
     used = {role: head.upcast() for role, head in heads.items()}
     student = used[STUDENT]
     weight_gradient_VD = torch.zeros_like(student.weight)
-    logits_NV = torch.empty(size, len(student.weight))
+    logits_NV = torch.empty(size, len(student.weight), device=student.weight.device)
     for start in range(0, len(labels), size):
         stop = min(start + size, len(labels))
         for head in used.values():
@@ -182,7 +224,32 @@ def products(loss: Loss, heads: Mapping[str, Head], labels: Tensor, chunk_size: 
         weight_gradient_VD.addmm_(gradient_NV.T, student.hidden[start:stop].float())
 
 
-FORMS: dict[str, Callable[..., None]] = {"chunked": chunked, "plain": plain, "products": products}
+def liger(loss: Loss, heads: Mapping[str, Head], labels: Tensor, chunk_size: int | None) -> None:
+    """Liger's fused linear JSD at beta 0: the forward KL of two heads, whatever the loss."""
+    from liger_kernel.transformers import LigerFusedLinearJSD
+
+    student, teacher = heads[STUDENT], heads["teacher"]
+    value = LigerFusedLinearJSD(jsd_beta=0.0)(student.hidden, student.weight, teacher.hidden, teacher.weight, labels)
+    torch.autograd.grad(value, [student.hidden, student.weight])
+
+
+def floor(loss: Loss, heads: Mapping[str, Head], dtype: torch.dtype) -> float:
+    """Seconds that no implementation can beat here: the loss's products at the matrix rate, or its bytes at the
+    bandwidth, whichever takes longer; both rates are measured on the spot."""
+    used = [heads[role] for role in (STUDENT, *sorted(loss.requires))]
+    products = [2 * len(head) * head.weight.numel() for head in used]
+    operations = sum(products) + 2 * products[0]
+    size = 4096
+    a, b = (torch.randn(size, size, device=used[0].hidden.device).to(dtype) for _ in range(2))
+    large = torch.empty(2**28, dtype=torch.uint8, device=a.device)
+    best = fastest({"matrix": lambda: torch.mm(a, b), "copy": lambda: large.clone()}, 20)
+    # Every head and its hidden states read once, the student's gradients written once.
+    numbers = sum(head.weight.numel() + head.hidden.numel() for head in used)
+    numbers += heads[STUDENT].weight.numel() + heads[STUDENT].hidden.numel()
+    return max(operations * best["matrix"] / (2 * size**3), numbers * a.itemsize * best["copy"] / (2 * large.numel()))
+
+
+FORMS: dict[str, Callable[..., None]] = {"chunked": chunked, "plain": plain, "products": products, "liger": liger}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""One of our own runs, timed: ``ours.py FOLDER STEPS LOSS [override ...]`` prints what it measured as JSON."""
+"""One of our own runs, timed: ``ours.py FOLDER STEPS PRECISION LOSS [STORE]`` prints what it measured as JSON.
+
+With a STORE (``hidden`` or ``topk``) the references come from a cache, which 0 STEPS make.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from typing import Any
 
 import lightning as L
 
+from deltakd.cache import make_cache
 from deltakd.runs.configuration import compose_config
 from deltakd.runs.training import run_training
 from deltakd.types import Batch
@@ -36,9 +40,10 @@ class Clock(L.Callback):
             Clock.finished = time.perf_counter()
 
 
-def main(folder: Path, steps: int, loss: str, extra: list[str]) -> None:
+def main(folder: Path, steps: int, precision: str, loss: str, store: str | None = None) -> None:
     """Train and print."""
-    run_dir = folder / "runs" / "_".join([loss, *(e.split("=")[-1] for e in extra if e.startswith("reference."))])
+    cache = folder / f"cache_{store}"
+    run_dir = folder / "runs" / (loss if store is None else f"{loss}_{store}")
     shutil.rmtree(run_dir, ignore_errors=True)
     roles = [f"model.{role}.path={folder / role}" for role in ("student", "teacher", "teacher_raw")]
     overrides = [
@@ -50,15 +55,24 @@ def main(folder: Path, steps: int, loss: str, extra: list[str]) -> None:
         "data.max_prompt_length=128",
         "data.batch_size=8",
         f"data.cache_dir={folder / 'tokens'}",
-        f"trainer.max_steps={steps}",
+        f"trainer.max_steps={max(steps, 1)}",
+        f"trainer.precision={precision}",
         "trainer.max_epochs=null",
         "trainer.enable_progress_bar=false",
         "evaluation=none",
         "logger=csv",
         f"+callbacks.clock={{_target_: {__name__}.Clock}}",
         f"run_dir={run_dir}",
-        *extra,
     ]
+    if precision == "bf16-true":
+        overrides += [f"model.{role}.dtype=bfloat16" for role in ("teacher", "teacher_raw")]
+    if store is not None:
+        overrides += ["reference=cached", f"reference.path={cache}", f"reference.store={store}"]
+        overrides += ["reference.k=64"] if store == "topk" else []
+    if steps == 0:
+        shutil.rmtree(cache, ignore_errors=True)
+        make_cache(overrides)
+        return
     run_training(compose_config("train", overrides), run_dir)
     meta = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))["meta"]
     rate = Clock.tokens / (Clock.finished - Clock.started)
@@ -69,4 +83,4 @@ if __name__ == "__main__":
     # Hydra finds the clock by the module's name, so this must be that module and not a second one.
     sys.modules["ours"] = sys.modules["__main__"]
     __name__ = "ours"
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:])
+    main(Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])

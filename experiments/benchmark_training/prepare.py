@@ -9,10 +9,14 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-SIZES = {"student": (2, 128, 2), "teacher": (6, 384, 6), "teacher_raw": (6, 384, 6)}
+#: Role -> layers, width, heads.
+SIZES = {
+    "small": {"student": (2, 128, 2), "teacher": (6, 384, 6), "teacher_raw": (6, 384, 6)},
+    "gpt2": {"student": (12, 768, 12), "teacher": (48, 1600, 25), "teacher_raw": (48, 1600, 25)},
+}
 
 
-def make_models(folder: Path, tokenizer_path: Path, sizes: dict[str, tuple[int, int, int]] = SIZES) -> None:
+def make_models(folder: Path, tokenizer_path: Path, sizes: dict[str, tuple[int, int, int]]) -> None:
     """One directory a role, with layers, width and heads of ``sizes``; what is there already stays."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
     for seed, (role, (layers, width, heads)) in enumerate(sizes.items()):
@@ -24,10 +28,10 @@ def make_models(folder: Path, tokenizer_path: Path, sizes: dict[str, tuple[int, 
         tokenizer.save_pretrained(folder / role)
 
 
-def make_rows(source: Path, target: Path, most_words: int) -> None:
-    """The Dolly rows of fewer words (instruction, context and response together) than ``most_words``."""
+def make_rows(source: Path, target: Path, most_words: int, number: int) -> None:
+    """The first ``number`` Dolly rows of fewer words (instruction, context and response) than ``most_words``."""
     with gzip.open(source, "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     short = [r for r in rows if len(f"{r['instruction']} {r['context']} {r['response']}".split()) < most_words]
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text("".join(json.dumps(row) + "\n" for row in short), encoding="utf-8")
+    target.write_text("".join(json.dumps(row) + "\n" for row in short[:number]), encoding="utf-8")

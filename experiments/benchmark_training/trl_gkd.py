@@ -1,23 +1,25 @@
 """TRL's GKD trainer off-policy (lmbda = 0, beta = 0: forward KL) on the same checkpoints and rows, timed.
 
-``trl_gkd.py FOLDER STEPS`` prints what it measured as JSON. Needs ``pip install trl``. Gradient checkpointing, TRL's
-default, is off: it trades time for memory that these models do not need; dropout is on, as in our runs.
+``trl_gkd.py FOLDER STEPS PRECISION`` prints what it measured as JSON. Needs ``pip install trl``. Gradient
+checkpointing, TRL's default, is off: it trades time for memory that these models do not need; dropout is on, as in our
+runs.
 """
 
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 from deltakd.data import AlpacaTemplate, read_rows
+from deltakd.runs.record import peak_memory_mib
 
 WARM_UP = 3
 
@@ -56,7 +58,7 @@ class Counting(GKDTrainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
-def main(folder: Path, steps: int) -> None:
+def main(folder: Path, steps: int, precision: str) -> None:
     """Train and print."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "student")
     tokenizer.chat_template = VERBATIM
@@ -68,6 +70,7 @@ def main(folder: Path, steps: int) -> None:
         rows.append(
             {"messages": [{"role": "user", "content": prompt.text}, {"role": "assistant", "content": answer.text}]}
         )
+    dtype = {"32-true": torch.float32, "bf16-true": torch.bfloat16}[precision]
     config = GKDConfig(
         output_dir=str(folder / "runs" / "trl_gkd"),
         per_device_train_batch_size=8,
@@ -80,15 +83,15 @@ def main(folder: Path, steps: int) -> None:
         gradient_checkpointing=False,
         disable_dropout=False,
         bf16=False,
-        use_cpu=True,
+        use_cpu=not torch.cuda.is_available(),
         report_to=[],
         save_strategy="no",
         logging_strategy="no",
         disable_tqdm=True,
     )
     trainer = Counting(
-        model=AutoModelForCausalLM.from_pretrained(folder / "student"),
-        teacher_model=AutoModelForCausalLM.from_pretrained(folder / "teacher"),
+        model=AutoModelForCausalLM.from_pretrained(folder / "student", dtype=dtype),
+        teacher_model=AutoModelForCausalLM.from_pretrained(folder / "teacher", dtype=dtype),
         args=config,
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
@@ -98,9 +101,9 @@ def main(folder: Path, steps: int) -> None:
     trainer.train()
     clock = trainer.clock
     rate = clock.tokens / (clock.finished - clock.started)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = peak_memory_mib()
     print(json.dumps({"tokens_per_second": rate, "peak_mib": peak, "tokens": clock.tokens}))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltakd.kernels import chunked_loss, fused
+from deltakd.kernels import chunked_loss
+from deltakd.kernels.blocks import BLOCK_BYTES
 from deltakd.losses import Distillation, ForwardKL, SupervisedFineTuning, delta_target
 from deltakd.types import Head, HeadLogits, Loss
 from tests.losses.by_name import NAMES, variants
@@ -52,7 +53,7 @@ def gradients(total: Tensor, head: Head) -> list[Tensor]:
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize(("tau", "ce_weight"), [(1.0, 0.0), (1.0, 0.3), (2.0, 0.0), (2.0, 0.3), (1.0, 1.0)])
 def test_by_hand_in_blocks_of_rows(tau: float, ce_weight: float, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(fused._BLOCK_BYTES, "cpu", rows * V * 8)
+    monkeypatch.setitem(BLOCK_BYTES, "cpu", rows * V * 8)
     loss, heads = Distillation(delta_target(0.7), ForwardKL(), tau, ce_weight), make_heads(torch.float64)
     total, parts = chunked_loss(loss, heads, labels(), 10)
     expected = plain(loss, heads, labels())
