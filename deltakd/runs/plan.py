@@ -162,6 +162,8 @@ def make_plan(
     specs = _specs(config["model"], roles, None if makes_cache else lora, problems)
     if needs_prompts and data is not None and not isinstance(data, InstructionData):
         problems.append("data is plain text, which has no prompts to answer; give data=instruction and data.train=...")
+    if config["trainer"]["dry_run"] and (needs_prompts or makes_cache):
+        problems.append("trainer.dry_run says what a training will need; give it to deltakd.train")
     problems += _set_problems(evaluation, data)
     for part in (optim, data, lora, cache):
         problems += part.problems() if part is not None else []
