@@ -1,0 +1,1 @@
+"""What can be said of finished runs: from run directories to numbers, tables and figures."""
