@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.logging import RichHandler
 from rich.table import Table
 
 from deltakd.runs.answers import run_answers
@@ -20,6 +21,8 @@ from deltakd.runs.caching import in_units, run_caching
 from deltakd.runs.configuration import compose_config
 from deltakd.runs.directory import RunDirectory
 from deltakd.runs.errors import ConfigError, guarded
+from deltakd.runs.ranks import is_main_process
+from deltakd.runs.stage_display import stages_on
 from deltakd.runs.training import run_training
 
 log = logging.getLogger(__name__)
@@ -115,20 +118,23 @@ def run_study(study: Study, console: Console) -> None:
         ConfigError: a stage's config is wrong; all stages are composed before the first runs.
         Stopped: a signal came; the stage's state is saved.
     """
-    configs = {stage.name: compose_config("train", _overrides(study, stage)) for stage in study.stages}
+    configs = {stage.name: _compose(study, stage) for stage in study.stages}
     todo = [stage for stage in study.stages if not study.directory(stage.name).finished]
     known = [stage.minutes for stage in todo if stage.minutes is not None]
     if known:
         console.print(f"{len(todo)} of {len(study.stages)} stages to run; about {sum(known):.0f} minutes on two cores.")
-    for number, stage in enumerate(study.stages, 1):
-        directory = study.directory(stage.name)
-        finished, started = directory.finished, time.perf_counter()
-        if not finished:
-            console.print(f"[{number}/{len(study.stages)}] {stage.name} ...", markup=False)
-        # A finished stage is only read: its files are there, but they must be those of this config.
-        outcome = COMMANDS[stage.command](configs[stage.name], directory)
-        done = "finished before" if finished else f"{outcome}, {time.perf_counter() - started:.0f} s"
-        console.print(f"[{number}/{len(study.stages)}] {stage.name}: {done}", markup=False)
+    with stages_on(console, study.name, {stage.name: stage.minutes for stage in study.stages}) as stages:
+        for stage in study.stages:
+            directory = study.directory(stage.name)
+            finished, started = directory.finished, time.perf_counter()
+            if not finished:
+                stages.start(stage.name)
+            # A finished stage is only read: its files are there, but they must be those of this config.
+            outcome = COMMANDS[stage.command](configs[stage.name], directory)
+            seconds = time.perf_counter() - started
+            if finished:
+                seconds = directory.read_summary().get("meta", {}).get("seconds", 0.0)
+            stages.finish(stage.name, outcome, seconds, before=finished)
     console.print(comparison(study))
 
 
@@ -149,6 +155,14 @@ def _cache(cfg: DictConfig, directory: RunDirectory) -> str:
 
 #: What a stage may run; each returns its outcome in a few words.
 COMMANDS = {"train": _train, "generate": _generate, "cache": _cache}
+
+
+def _compose(study: Study, stage: Stage) -> DictConfig:
+    """The config of a stage; to W&B the stages of a study are one group, unless it names another."""
+    cfg = compose_config("train", _overrides(study, stage))
+    if cfg.logger and "wandb" in cfg.logger and cfg.logger.wandb.group is None:
+        cfg.logger.wandb.group = study.name
+    return cfg
 
 
 def _overrides(study: Study, stage: Stage) -> list[str]:
@@ -189,11 +203,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("deltakd.study", description=__doc__)
     parser.add_argument("folder", type=Path, help="folder that holds study.yaml, such as experiments/quickstart")
     folder = parser.parse_args(argv).folder
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
-    console = Console()
-    if not console.is_terminal:
+    # The processes that Lightning starts for further ranks run this same command.
+    console = Console(quiet=not is_main_process())
+    if console.is_terminal:
+        # What is logged goes above the table of stages.
+        handler: logging.Handler = RichHandler(console=console, show_path=False, log_time_format="%X", highlighter=None)
+        logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
+    else:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
         # Rich takes 80 columns for a file, where the table would be cut.
-        console = Console(width=140)
+        console = Console(width=140, quiet=console.quiet)
     guarded(lambda: run_study(read_study(folder), console), f"python -m deltakd.study {folder}")
 
 

@@ -14,6 +14,8 @@ from deltakd.runs.errors import ConfigError
 from deltakd.study import read_study, run_study
 from tests.tiny import World
 
+STAGES = ("teacher", "student")
+
 
 @pytest.fixture
 def folder(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -104,3 +106,15 @@ def test_mistakes_in_the_file(folder: Path) -> None:
     assert len(caught.value.problems) == 3
     with pytest.raises(ConfigError, match=r"study.yaml does not exist; give a folder"):
         read_study(folder / "nowhere")
+
+
+def test_the_stages_are_one_group_to_wandb(folder: Path) -> None:
+    content = yaml.safe_load((folder / "study.yaml").read_text())
+    content["overrides"] = [o for o in content["overrides"] if not o.startswith("logger=")]
+    content["overrides"] += ["logger=[csv,wandb]", "logger.wandb.mode=disabled"]
+    content["stages"]["student"]["overrides"].append("logger.wandb.group=another")
+    (folder / "study.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    run(folder)
+    stages = folder / "outputs" / "tiny"
+    groups = [yaml.safe_load((stages / s / "config.yaml").read_text())["logger"]["wandb"]["group"] for s in STAGES]
+    assert groups == ["tiny", "another"]

@@ -6,6 +6,8 @@ import time
 from typing import Any, final
 
 import lightning as L
+import psutil
+import torch
 
 from deltakd.callbacks.steps import at_step_end
 from deltakd.module import DistillationModule
@@ -80,7 +82,11 @@ class TrainingLog(L.Callback):
         step = trainer.global_step
         if step % self.every_n_steps == 0 or step == self.total_steps:
             padding = 1 - self.real_positions / self.positions
-            speed = {"train/tokens_per_second": rate, "train/padding_fraction": padding}
+            speed = {
+                "train/tokens_per_second": rate,
+                "train/padding_fraction": padding,
+                "train/memory_mib": _memory_mib(),
+            }
             for logger in trainer.loggers:
                 logger.log_metrics(pl_module.step_metrics | speed, step=step)
 
@@ -91,3 +97,10 @@ class TrainingLog(L.Callback):
         if self.seconds - seconds > WINDOW_SECONDS:
             self._window = (self.valid_tokens, self.seconds)
         return rate
+
+
+def _memory_mib() -> float:
+    """MiB of this process: the most that its GPU held so far, or what it holds in RAM now where there is no GPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return float(psutil.Process().memory_info().rss) / 2**20

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from deltakd.data import DataConfig, Row, encode_prompt, read_rows
 from deltakd.evaluation import EvaluationSet, evaluate_set, matches, read_generations, summarise, write_generations
 from deltakd.runs.plan import Evaluation
+from deltakd.runs.progress import current_display
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,14 @@ def answer(
 
 @contextmanager
 def progress_bar(description: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A progress bar on a terminal; what it gives is called with the number of rows done so far."""
+    """A progress bar on a terminal; what it gives is called with the number of rows done so far.
+
+    Where a display is shared by several runs, the progress goes there.
+    """
+    display = current_display()
+    if display is not None:
+        yield lambda done: display.progress(description, done, total)
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

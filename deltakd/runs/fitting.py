@@ -21,6 +21,10 @@ from deltakd.evaluation import summarise
 from deltakd.module import DistillationModule
 from deltakd.runs.assembly import Parts
 from deltakd.runs.evaluation import answer, make_set, pad_id
+from deltakd.runs.progress import DisplayedTraining, current_display, write_total_steps
+from deltakd.runs.ranks import is_main_process
+from deltakd.runs.tracking import wandb_of
+from deltakd.runs.validation_answers import write_validation_answers
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +69,7 @@ def fit(parts: Parts, loggers: list[Logger], state: dict[str, Any] | None) -> Fi
     """
     settings = parts.plan.config["trainer"]
     data = make_data(parts)
-    validation = _make_validation(parts, data)
+    validation = _make_validation(parts, data, loggers)
     checkpoints = Checkpoints(
         parts.directory.checkpoints,
         validation,
@@ -80,6 +84,8 @@ def fit(parts: Parts, loggers: list[Logger], state: dict[str, Any] | None) -> Fi
     # How many steps there are depends on the number of ranks, which only the trainer knows.
     data.trainer = trainer
     training_log.total_steps = checkpoints.total_steps = data.total_steps
+    if is_main_process():
+        write_total_steps(parts.directory.path, data.total_steps)
     if validation is not None:
         validation.steps = _validation_steps(data, settings["val_every_n_steps"])
     module = make_module(parts, data.total_steps)
@@ -132,23 +138,30 @@ def make_module(parts: Parts, total_steps: int) -> DistillationModule:
     )
 
 
-def _make_validation(parts: Parts, data: DistillationData) -> Validation | None:
+def _make_validation(parts: Parts, data: DistillationData, loggers: list[Logger]) -> Validation | None:
     batches = data.val_loader()
     if batches is None:
         log.info("No validation data: the last student is exported, not the best.")
         return None
-    return Validation(batches, frozenset(), _make_generate(parts) if parts.plan.generates_on_validation else None)
+    generate = _make_generate(parts, loggers) if parts.plan.generates_on_validation else None
+    return Validation(batches, frozenset(), generate)
 
 
-def _make_generate(parts: Parts) -> Generate:
-    """Answers to the first validation rows under the first sampling seed, scored."""
+def _make_generate(parts: Parts, loggers: list[Logger]) -> Generate:
+    """Answers to the first validation rows under the first sampling seed, scored, and kept."""
     evaluation = parts.plan.evaluation
     val_set = make_set("val", parts.sets.val_rows[: evaluation.val_limit], parts.plan.data, parts.tokenizer)
     seed = evaluation.seeds[0]
+    tracker = wandb_of(loggers)
 
     def generate(module: DistillationModule) -> dict[str, float]:
         student = module.student.hf
         records = answer(student, parts.tokenizer, val_set, evaluation, seed, parts.vocabulary, show_progress=False)
+        step = module.trainer.global_step
+        if is_main_process():
+            write_validation_answers(parts.directory.path, step, records)
+        if tracker is not None:
+            tracker.log_validation_answers(step)
         return summarise({seed: records})
 
     return generate
@@ -166,7 +179,10 @@ def _validation_steps(data: DistillationData, every: int | None) -> frozenset[in
 def _make_trainer(parts: Parts, callbacks: list[L.Callback], loggers: list[Logger]) -> L.Trainer:
     config = parts.plan.config
     settings = config["trainer"]
-    if settings["enable_progress_bar"]:
+    display = current_display()
+    if display is not None:
+        callbacks = [*callbacks, DisplayedTraining(display)]
+    elif settings["enable_progress_bar"]:
         callbacks = [*callbacks, ProgressBar(config["name"].rsplit("/", 1)[-1])]
     extra = [instantiate(node) for node in (config["callbacks"] or {}).values()]
     return L.Trainer(
@@ -186,7 +202,7 @@ def _make_trainer(parts: Parts, callbacks: list[L.Callback], loggers: list[Logge
         plugins=[AtomicCheckpointIO()],
         use_distributed_sampler=False,
         enable_model_summary=False,
-        enable_progress_bar=settings["enable_progress_bar"],
+        enable_progress_bar=settings["enable_progress_bar"] and display is None,
         profiler=_make_profiler(settings["profiler"], parts.directory.path),
         detect_anomaly=settings["detect_anomaly"],
         default_root_dir=parts.directory.path,

@@ -12,7 +12,11 @@ from typing import Any, cast, final
 from urllib.parse import urlparse
 
 from hydra.utils import instantiate
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+
+from deltakd.runs.record import ROOT
+from deltakd.runs.redaction import redacted
+from deltakd.runs.tracking import RunWandbLogger
 
 #: Seconds to wait for the W&B server before going on offline.
 REACH_SECONDS = 3.0
@@ -66,12 +70,17 @@ def make_loggers(config: dict[str, Any], directory: Path, resume_step: int) -> l
     ]
 
 
-def finish_loggers(loggers: list[Logger]) -> None:
-    """Write everything out; a W&B run left open would swallow the next run of this process."""
+def finish_loggers(loggers: list[Logger], failed: bool = False) -> None:
+    """Write everything out; a W&B run left open would swallow the next run of this process.
+
+    Args:
+        loggers: all of the run.
+        failed: whether the run did not come to its end, which W&B shows.
+    """
     for logger in loggers:
-        logger.finalize("success")
-        if isinstance(logger, WandbLogger):
-            logger.experiment.finish()
+        logger.finalize("failed" if failed else "success")
+        if isinstance(logger, RunWandbLogger):
+            logger.experiment.finish(exit_code=int(failed))
 
 
 def csv_logger(*, directory: Path, name: str, config: dict[str, Any], resume_step: int) -> Logger:
@@ -101,18 +110,20 @@ def wandb_logger(
     project: str,
     mode: str = "auto",
     group: str | None = None,
+    log_model: bool = False,
 ) -> Logger:
     """Weights & Biases: online only where that can work without asking anybody anything.
 
     Args:
         directory: the run directory; offline runs lie in its ``wandb/``.
         name: of the run.
-        config: recorded.
+        config: recorded; without home directories and secrets, as all that W&B gets.
         resume_step: unused here; W&B keeps its own history.
         project: W&B's project.
         mode: auto, online, offline or disabled. auto is WANDB_MODE if set; else online where a key is at hand and
             the server answers within REACH_SECONDS; else offline.
         group: W&B's group, such as the study.
+        log_model: whether the exported student's weights are uploaded; its fingerprint and lineage always are.
 
     Raises:
         ValueError: unknown mode.
@@ -124,10 +135,11 @@ def wandb_logger(
         raise ValueError(f"logger.wandb.mode is {mode!r}; allowed: {', '.join(allowed)}")
     if mode == "auto":
         mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() and _server_answers() else "offline")
-    # One W&B run however often it is resumed.
+    # One W&B run however often it is resumed; in a sweep it is the one that the agent was given.
     id_file = directory / "wandb_id"
-    if not id_file.is_file():
-        id_file.write_text(uuid.uuid4().hex[:8])
+    agents = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
+    if agents or not id_file.is_file():
+        id_file.write_text(agents or uuid.uuid4().hex[:8])
     run = wandb.init(
         name=name,
         project=project,
@@ -135,10 +147,20 @@ def wandb_logger(
         id=id_file.read_text(),
         resume="allow",
         dir=directory,
-        config=config,
-        settings=wandb.Settings(mode=cast(Any, mode), silent=True, console="off"),
+        config=redacted(config),
+        settings=wandb.Settings(
+            mode=cast(Any, mode),
+            silent=True,
+            console="off",
+            # The metadata that W&B collects by itself hold host, user, command line and the interpreter's path.
+            x_disable_meta=True,
+            host="",
+            git_root=str(ROOT),
+            disable_code=True,
+            disable_job_creation=True,
+        ),
     )
-    return WandbLogger(experiment=run)
+    return RunWandbLogger(run, directory, log_model)
 
 
 def _logged_in() -> bool:

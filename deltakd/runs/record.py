@@ -9,13 +9,19 @@ import platform
 import resource
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
+
+#: Of the checkout.
+ROOT = Path(__file__).resolve().parents[2]
+
+#: Characters of a checkout's changes that are kept.
+CHANGES_LIMIT = 1_000_000
 
 PACKAGES = (
     "deltakd",
@@ -42,18 +48,31 @@ def environment() -> dict[str, Any]:
 
 def git_commit() -> str | None:
     """The checkout's commit, with ``-dirty`` where files differ from it; None outside a checkout."""
-    root = Path(__file__).resolve().parents[2]
+    return _git("describe", "--always", "--abbrev=40", "--dirty").strip() or None
+
+
+def git_changes() -> str | None:
+    """What differs from the commit, as ``git apply`` takes it, then the names of new files; None: nothing does.
+
+    What is beyond CHANGES_LIMIT characters is cut off, and said so.
+    """
+    diff = _git("diff", "HEAD", "--no-ext-diff", "--no-color")
+    new = _git("ls-files", "--others", "--exclude-standard")
+    named = "".join(f"# new file, not in this diff: {name}\n" for name in new.splitlines())
+    text = diff[:CHANGES_LIMIT] + named[:CHANGES_LIMIT]
+    left_out = len(diff) + len(named) - len(text)
+    return (text + (f"\n# {left_out} more characters were left out\n" if left_out else "")) or None
+
+
+def _git(*arguments: str) -> str:
+    """What git says of the checkout; empty outside of one."""
     try:
         done = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--dirty"],
-            cwd=root,
-            capture_output=True,
-            text=True,
-            timeout=20,
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, errors="replace", timeout=20
         )
     except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
+        return ""
+    return done.stdout if done.returncode == 0 else ""
 
 
 def _version(package: str) -> str | None:
@@ -99,34 +118,3 @@ def hub_snapshot(name: str) -> Path | None:
     """The folder of the local hub cache that holds the model ``name``, called as its commit; None: it is not there."""
     config = try_to_load_from_cache(name, "config.json")
     return Path(config).parent if isinstance(config, str) else None
-
-
-def model_card(
-    config: Mapping[str, Any], roles: Sequence[str], metrics: Mapping[str, float], commit: str | None
-) -> str:
-    """Markdown for the exported student: how it was made and what it scored on validation data."""
-    loss = config["loss"]
-    paths = {role: config["model"][role]["path"] or "from scratch" for role in roles}
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags: [deltakd, distillation]",
-        "---",
-        f"# {config['name']}",
-        "",
-        f"A language model trained with deltakd (loss `{loss['_target_'].rsplit('.', 1)[-1]}`, commit {commit}).",
-        "",
-        "| | |",
-        "| --- | --- |",
-        *(f"| {role} | {path} |" for role, path in paths.items()),
-        f"| delta_weight | {config['delta_weight']} |",
-        f"| training data | {config['data']['train']} |",
-        f"| template | {config['data']['template']} |",
-        f"| seed | {config['seed']} |",
-        *(f"| {name} | {value:.4f} |" for name, value in metrics.items()),
-        "",
-        "Open it with `transformers.AutoModelForCausalLM.from_pretrained`; no other code is needed.",
-        "",
-    ]
-    return "\n".join(lines)

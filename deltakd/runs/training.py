@@ -14,13 +14,15 @@ from transformers import AutoModelForCausalLM
 
 from deltakd.models import save_student
 from deltakd.runs.assembly import Parts, load_parts
-from deltakd.runs.directory import RunDirectory
+from deltakd.runs.directory import RunDirectory, write_text
 from deltakd.runs.evaluation import evaluate_sets, shown
 from deltakd.runs.fitting import Fitted, fit, read_state
 from deltakd.runs.loggers import finish_loggers, make_loggers
+from deltakd.runs.model_card import model_card
 from deltakd.runs.plan import Plan, make_plan
 from deltakd.runs.ranks import is_main_process
-from deltakd.runs.record import count_parameters, environment, git_commit, model_card, peak_memory_mib
+from deltakd.runs.record import count_parameters, environment, peak_memory_mib
+from deltakd.runs.tracking import origin_of, wandb_of
 
 log = logging.getLogger(__name__)
 
@@ -54,25 +56,28 @@ def run_training(cfg: DictConfig, run_dir: Path) -> float:
     state = read_state(parts)
     resume_step = state["global_step"] if state else 0
     loggers = make_loggers(plan.config, directory.path, resume_step) if main else []
+    tracker = wandb_of(loggers)
+    failed = True
     try:
+        if tracker is not None:
+            tracker.log_origin(origin_of(parts))
         fitted = fit(parts, loggers, state)
         metrics = fitted.metrics
         if not main:
             # Export and evaluation are the main process's; the others hold the same weights.
             return _objective_value(plan, metrics)
-        # Cached references are not loaded, but the student learnt from them.
-        unloaded = [
-            r for r in sorted(plan.loss.requires - set(plan.specs)) if (plan.config["model"].get(r) or {}).get("path")
-        ]
-        card = model_card(plan.config, [*plan.specs, *unloaded], metrics, git_commit())
-        save_student(parts.models.student, parts.tokenizer, directory.student, card)
+        summary: dict[str, Any] = {**metrics, "meta": _meta(parts, fitted, started)}
+        save_student(parts.models.student, parts.tokenizer, directory.student, model_card(plan.config, summary))
         scores = _evaluate_student(parts) if plan.evaluation.generate else {}
         for logger in loggers:
             logger.log_metrics(scores, step=fitted.module.total_steps)
+        summary = {**metrics, **scores, "meta": _meta(parts, fitted, started)}
+        write_text(directory.student / "README.md", model_card(plan.config, summary))
+        if tracker is not None:
+            tracker.log_results(directory.student, metrics | scores, fitted.module.total_steps)
+        failed = False
     finally:
-        finish_loggers(loggers)
-    seconds = time.perf_counter() - started
-    summary = {**metrics, **scores, "meta": _meta(parts, fitted, seconds)}
+        finish_loggers(loggers, failed)
     directory.write_summary(summary)
     return _objective_value(plan, summary)
 
@@ -106,19 +111,26 @@ def _evaluate_student(parts: Parts) -> dict[str, float]:
     return metrics
 
 
-def _meta(parts: Parts, fitted: Fitted, seconds: float) -> dict[str, Any]:
-    """Where the run ran, with what, and what it cost; ``seconds`` are of this process, the others of the run."""
+def _meta(parts: Parts, fitted: Fitted, started: float) -> dict[str, Any]:
+    """Where the run ran, with what, and what it cost; ``seconds`` are of this process, the others of the run.
+
+    Args:
+        started: when this process began, by ``time.perf_counter``.
+    """
     training = fitted.training_log
     return environment() | {
         "seed": parts.plan.config["seed"],
         "objective": parts.plan.objective,
         "best_step": fitted.checkpoints.best_step,
         "steps": fitted.module.total_steps,
+        # Cached references are not loaded, but the student learnt from them.
+        "references": sorted(parts.plan.loss.requires),
         "parameters": count_parameters(parts.models.loaded),
+        "data_sha256": parts.sets.train.fingerprint,
         "data": parts.sets.counts,
         "valid_tokens": training.valid_tokens,
         "training_seconds": round(training.seconds, 3),
-        "seconds": round(seconds, 3),
+        "seconds": round(time.perf_counter() - started, 3),
         "tokens_per_second": round(training.tokens_per_second, 1),
         "peak_memory_mib": round(peak_memory_mib(), 1),
     }

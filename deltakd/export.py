@@ -1,0 +1,67 @@
+"""Write or upload a student: ``python -m deltakd.export run=DIR output=DIR [push_to_hub=owner/name]``."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from deltakd.runs.directory import RunDirectory
+from deltakd.runs.errors import ConfigError, guarded
+from deltakd.runs.exporting import run_export
+
+USAGE = """Write a finished run's student to a directory, or upload it, with a model card that says how it was made.
+
+  python -m deltakd.export run=RUN_DIR output=DIR
+  python -m deltakd.export run=RUN_DIR push_to_hub=OWNER/NAME [private=true] [output=DIR]
+"""
+KEYS = ("run", "output", "push_to_hub", "private")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line and export."""
+    parser = argparse.ArgumentParser("deltakd.export", description=USAGE, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("arguments", nargs="+", metavar="key=value", help=", ".join(KEYS))
+    arguments = parser.parse_args(argv).arguments
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    guarded(lambda: export(arguments), "the same command")
+
+
+def export(arguments: Sequence[str]) -> None:
+    """Export as the ``key=value`` arguments say.
+
+    Raises:
+        ConfigError: everything that is wrong with them, or what the hub says.
+    """
+    given, problems = _read(arguments)
+    if problems:
+        raise ConfigError(problems)
+    output = Path(given["output"]) if "output" in given else None
+    private = given.get("private", "false").lower() == "true"
+    run_export(RunDirectory(Path(given["run"])), output, given.get("push_to_hub"), private)
+
+
+def _read(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """The arguments by key, and what is wrong with them."""
+    problems, given = [], {}
+    for argument in arguments:
+        key, sign, value = argument.partition("=")
+        if not sign or key not in KEYS:
+            near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.4)
+            hint = f"the nearest is {near[0]}=...; " if near else ""
+            problems.append(f"{argument!r} is not understood; {hint}allowed: {', '.join(f'{k}=...' for k in KEYS)}")
+        elif not value:
+            problems.append(f"{key}= is empty")
+        else:
+            given[key] = value
+    if "run" not in given:
+        problems.append("run=<run directory> is missing")
+    if given.get("private", "false").lower() not in ("true", "false"):
+        problems.append(f"private={given['private']}: give true or false")
+    return given, problems
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""What leaves this machine (W&B, model cards) without home directories and secrets."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+#: Environment variables of which the value is never written down.
+_SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS)$", re.IGNORECASE)
+#: A shorter value would be found in innocent text.
+_SHORTEST_SECRET = 8
+_HIDDEN = "***"
+
+
+def redacted(value: Any) -> Any:
+    """A copy in which no text holds the home directory (``~`` stands for it) or a secret of the environment.
+
+    Secrets are the values of variables whose names end in KEY, TOKEN, SECRET, PASSWORD or the like, and the user part
+    of URLs.
+
+    Args:
+        value: text, or lists, tuples and dicts (keys too) of anything; what is no text is returned as it is.
+    """
+    return _apply(value, _home_pattern(), _secrets())
+
+
+def _apply(value: Any, home: re.Pattern[str] | None, secrets: list[str]) -> Any:
+    if isinstance(value, dict):
+        return {_apply(k, home, secrets): _apply(v, home, secrets) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_apply(item, home, secrets) for item in value]
+    if not isinstance(value, str):
+        return value
+    for secret in secrets:
+        value = value.replace(secret, _HIDDEN)
+    value = re.sub(r"(?<=://)[^/@\s]+@", f"{_HIDDEN}@", value)
+    return value if home is None else home.sub("~", value)
+
+
+def _home_pattern() -> re.Pattern[str] | None:
+    """The home directory as written and as resolved, where a whole path component ends there."""
+    home = Path.home()
+    places = {str(place) for place in (home, home.resolve()) if place != Path(place.anchor)}
+    if not places:
+        return None
+    names = "|".join(re.escape(place) for place in sorted(places, key=len, reverse=True))
+    return re.compile(rf"(?<![\w.~/-])(?:{names})(?![\w.-])")
+
+
+def _secrets() -> list[str]:
+    found = {v for k, v in os.environ.items() if _SECRET_NAME.search(k) and len(v) >= _SHORTEST_SECRET}
+    # Where one secret holds another, the longer one goes first, or a part of it would stay.
+    return sorted(found, key=len, reverse=True)
