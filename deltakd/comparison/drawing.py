@@ -1,0 +1,165 @@
+"""Panels: drawn once, shown as SVG in a page whose style sheet sets the colours, and as PDF in a paper."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+#: Colours of the methods, in order: (on light ground, on dark ground).
+SERIES = (
+    ("#1f6fb4", "#6db1f0"),
+    ("#d1600a", "#ff9f52"),
+    ("#2a8a4a", "#63c98a"),
+    ("#8a4fbf", "#c39af0"),
+    ("#c0325a", "#ff7f9f"),
+    ("#8a7410", "#d4c25a"),
+    ("#0f8a92", "#4fd0d8"),
+    ("#6b6f76", "#a9adb5"),
+)
+INK, AXIS, GRID = "#3d4148", "#9aa0a8", "#e4e6ea"
+#: What a colour of a drawing is called in the style sheet.
+_VARIABLES = {light: f"var(--series-{i})" for i, (light, _) in enumerate(SERIES, 1)} | {
+    INK: "var(--figure-ink)",
+    AXIS: "var(--figure-axis)",
+    GRID: "var(--figure-grid)",
+}
+_DASHES = ("solid", (0, (4, 1.6)), (0, (1.2, 1.4)))
+
+_RC: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 8.5,
+    "text.parse_math": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "deltakd",
+    "pdf.fonttype": 42,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": AXIS,
+    "axes.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.7,
+    "xtick.color": AXIS,
+    "ytick.color": AXIS,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "xtick.major.size": 3,
+    "ytick.major.size": 0,
+    "lines.linewidth": 1.5,
+    "legend.frameon": False,
+    "legend.fontsize": 7.5,
+}
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a method is drawn in every figure.
+
+    Args:
+        number: from 1, of its colour in the style sheet.
+        color: on light ground.
+        dash: of its lines; it tells methods of one colour apart.
+    """
+
+    number: int
+    color: str
+    dash: str | tuple[int, tuple[float, ...]]
+
+    @property
+    def dashed(self) -> bool:
+        """Whether its colour is another method's, too."""
+        return self.dash != "solid"
+
+
+def styles(labels: Sequence[str]) -> dict[str, Style]:
+    """A style for each label, by its place."""
+    return {
+        label: Style(i % len(SERIES) + 1, SERIES[i % len(SERIES)][0], _DASHES[min(i // len(SERIES), len(_DASHES) - 1)])
+        for i, label in enumerate(labels)
+    }
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes.
+
+    Args:
+        name: of its file, and of its ids in the page.
+        title: stands above it in the page.
+        draw: draws into empty axes; lines carry their method's label.
+        height: inches, at a width of WIDTH.
+    """
+
+    name: str
+    title: str
+    draw: Callable[[Axes], None]
+    height: float = 2.5
+
+    WIDTH = 4.4
+
+    def svg(self) -> str:
+        """An ``<svg>`` element that scales with its place; colours are variables of the style sheet."""
+        stream = io.StringIO()
+        with mpl.rc_context(_RC):
+            self._figure(legend=False).savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+        return _embedded(stream.getvalue(), self.name, self.title)
+
+    def write_pdf(self, folder: Path) -> Path:
+        """Write ``<name>.pdf``, with a legend."""
+        path = folder / f"{self.name}.pdf"
+        with mpl.rc_context(_RC):
+            self._figure(legend=True).savefig(path, metadata={"CreationDate": None})
+        return path
+
+    def _figure(self, legend: bool) -> Figure:
+        figure = Figure(figsize=(self.WIDTH, self.height), layout="constrained")
+        axes = figure.add_subplot()
+        self.draw(axes)
+        handles, labels = axes.get_legend_handles_labels()
+        if legend and handles:
+            shown = dict(zip(labels, handles, strict=True))
+            figure.legend(shown.values(), shown, loc="outside upper center", ncols=min(4, len(shown)))
+        return figure
+
+
+@dataclass(frozen=True)
+class Plate:
+    """Panels that share a legend and a caption.
+
+    Args:
+        panels: side by side where there is room.
+        legend: what is drawn, by label.
+        caption: what is to be known to read them.
+    """
+
+    panels: list[Panel]
+    legend: Mapping[str, Style] = field(default_factory=dict)
+    caption: str = ""
+
+
+def _embedded(svg: str, name: str, title: str) -> str:
+    """A stand-alone SVG made ready for a page: no prolog, no style of its own, ids that are unique among figures."""
+    svg = svg[svg.index("<svg") :]
+    # Its style sheet would hold for the whole page.
+    svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, count=1, flags=re.DOTALL)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    for color, variable in _VARIABLES.items():
+        svg = svg.replace(color, variable)
+    svg = re.sub(r"\n\s*", "\n", svg)
+    label = title.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
+    return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)

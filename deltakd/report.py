@@ -1,0 +1,127 @@
+"""A report on finished runs: ``python -m deltakd.report outputs/quickstart`` writes one page, tables and figures."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from deltakd.comparison.formats import markdown
+from deltakd.comparison.losses import read_losses
+from deltakd.comparison.methods import Method, make_methods
+from deltakd.comparison.page import make_page, write_report
+from deltakd.comparison.preservation import Preservation
+from deltakd.comparison.runs import find_runs
+from deltakd.comparison.tables import make_comparisons
+from deltakd.runs.configuration import CONF_DIR
+from deltakd.runs.directory import RunDirectory
+from deltakd.runs.errors import guarded
+from deltakd.runs.preservation import measure_preservation
+from deltakd.runs.redaction import redacted
+
+log = logging.getLogger(__name__)
+
+USAGE = """Compare finished runs: one page that opens without a network, and tables and figures for a paper.
+
+  python -m deltakd.report outputs/quickstart                 a study, or any folder that holds runs
+  python -m deltakd.report experiments/quickstart             the same, in the order of its study.yaml
+  python -m deltakd.report outputs/multirun/DATE 'outputs/kd_*' --baseline kd --output outputs/report_kd
+
+Runs that differ in their seed alone are one method. Shift preservation is measured where a run's own directory does not
+hold it yet, and kept there.
+"""
+
+#: Held-out rows on which shift preservation is measured.
+PRESERVATION_ROWS = 64
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line and write the report."""
+    parser = argparse.ArgumentParser("deltakd.report", description=USAGE, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="run directories, folders of them, studies, globs")
+    parser.add_argument("--output", type=Path, default=Path("outputs/report"), help="folder (default: outputs/report)")
+    parser.add_argument("--title", help="heading (default: made from the paths)")
+    parser.add_argument("--baseline", metavar="NAME", help="method to compare with (default: sft, else the first)")
+    parser.add_argument(
+        "--preservation",
+        type=_rows,
+        default=PRESERVATION_ROWS,
+        metavar="ROWS|off",
+        help=f"held-out rows to measure shift preservation on (default: {PRESERVATION_ROWS})",
+    )
+    parser.add_argument("--mixed", action="store_true", help="one table for runs of different evaluation protocols")
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    # It reports every table of every font that goes into a figure.
+    logging.getLogger("fontTools").setLevel(logging.WARNING)
+    given = sys.argv[1:] if argv is None else list(argv)
+    command = shlex.join(["python", "-m", "deltakd.report", *given])
+    guarded(lambda: write(arguments, command), "the same command; what is measured already is not measured again")
+
+
+def _rows(text: str) -> int:
+    """``off`` is 0."""
+    if text == "off":
+        return 0
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is neither a number of rows ≥ 1 nor off")
+
+
+def write(arguments: argparse.Namespace, command: str) -> list[Path]:
+    """Read the runs, compare them, and write the report.
+
+    Returns:
+        The files, the page first.
+
+    Raises:
+        ValueError: no run is found, or the baseline is no method.
+    """
+    found = find_runs(arguments.paths)
+    notes = list(found.skipped)
+    methods = make_methods(found.runs, read_losses(CONF_DIR / "loss"), notes)
+    comparisons = make_comparisons(methods, arguments.baseline, arguments.mixed)
+    if len({tuple(table.protocol) for table in comparisons}) > 1:
+        notes.append(
+            "These runs were evaluated by different protocols: each has a table of its own (--mixed: one table)."
+        )
+    preservation = _preservation(methods, arguments.preservation) if arguments.preservation else {}
+    title = arguments.title or _title(arguments.paths)
+    page = make_page(title, methods, comparisons, preservation, notes, command)
+    files = write_report(page, arguments.output, tidy)
+    for warning in page.warnings:
+        log.warning("%s", tidy(warning))
+    print(markdown(comparisons))
+    log.info("%s (with report.md, table.tex and %d figures)", files[0], len(files) - 3)
+    return files
+
+
+def _preservation(methods: Sequence[Method], rows: int) -> Mapping[str, list[Preservation]]:
+    """Of every trained method; models that others learnt from are left out."""
+    chosen = [method for method in methods if not method.role]
+    return {
+        method.label: measured
+        for method in chosen
+        if (
+            measured := [
+                measure_preservation(RunDirectory(r.path), rows) for r in method.finished if not r.evaluation_only
+            ]
+        )
+    }
+
+
+def _title(paths: Sequence[str]) -> str:
+    names = [Path(path).resolve().name for path in paths]
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def tidy(text: str) -> str:
+    """Paths relative to the working directory, and no home directory or secret."""
+    return str(redacted(text.replace(f"{Path.cwd()}/", "")))
+
+
+if __name__ == "__main__":
+    main()

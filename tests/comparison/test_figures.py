@@ -1,0 +1,102 @@
+"""Figures: what is drawn from which numbers, and SVG that a page can take in."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from matplotlib.figure import Figure
+
+from deltakd.comparison import figures
+from deltakd.comparison.drawing import SERIES, Panel, styles
+from deltakd.comparison.losses import read_losses
+from deltakd.comparison.methods import make_methods
+from deltakd.comparison.preservation import Estimate, Group
+from deltakd.comparison.runs import find_runs
+from deltakd.comparison.tables import make_comparisons
+from deltakd.runs.configuration import CONF_DIR
+from tests.comparison.fake import write_run
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("figures")
+    for seed in (1, 2):
+        write_run(folder / f"sft{seed}", "sft", seed)
+        for weight in (0.5, 1.0):
+            write_run(folder / f"delta{weight}_{seed}", "delta_kd", seed, weight=weight, level=20 + weight)
+    write_run(folder / "half", "kd", finished=False)
+    return folder
+
+
+def panels_of(world: Path) -> dict[str, Panel]:
+    methods = make_methods(find_runs([str(world)]).runs, read_losses(CONF_DIR / "loss"), [])
+    tables = make_comparisons(methods, None, mixed=False)
+    style = styles([method.label for method in methods])
+    plates = [
+        figures.learning_curves(methods, style),
+        figures.loss_parts(methods, style),
+        figures.differences(tables, style),
+        figures.delta_weights(tables, style),
+    ]
+    return {panel.name: panel for plate in plates for panel in plate.panels}
+
+
+def test_every_run_has_a_line_and_the_delta_weight_its_scores(world: Path) -> None:
+    panels = panels_of(world)
+    assert list(panels) == [
+        "train_loss",
+        "val_loss",
+        "val_rougeL",
+        "train_ce",
+        "difference_rougeL_test_1",
+        "delta_weight_rougeL_test_1",
+    ]
+    axes = Figure().add_subplot()
+    panels["val_rougeL"].draw(axes)
+    lines = [line for line in axes.get_lines() if len(line.get_xdata()) > 1]
+    # Six finished runs; the unfinished one has validated once.
+    assert len(lines) == 6
+    assert list(lines[0].get_xdata()) == [10, 20, 30, 40]
+    assert list(lines[0].get_ydata()) == [2.5, 5.0, 7.5, 10.0]
+    axes = Figure().add_subplot()
+    panels["delta_weight_rougeL_test_1"].draw(axes)
+    (points,) = axes.containers
+    assert list(points[0].get_xdata()) == [0.5, 1.0]
+    assert points[0].get_ydata()[1] - points[0].get_ydata()[0] == pytest.approx(0.5, abs=0.5)
+
+
+def test_svg_is_well_formed_and_leaves_colours_and_ids_to_the_page(world: Path, tmp_path: Path) -> None:
+    panels = panels_of(world)
+    texts = {name: panel.svg() for name, panel in panels.items()}
+    for name, text in texts.items():
+        ElementTree.fromstring(text)
+        assert "<style" not in text
+        assert not [color for color, _ in SERIES if color in text]
+        assert "var(--series-1)" in text or "var(--series-2)" in text
+        assert all(found.startswith(f"{name}-") for found in re.findall(r'\bid="([^"]*)"', text))
+        assert all(found.startswith(f"{name}-") for found in re.findall(r"url\(#([^)]*)\)", text))
+    assert panels["val_loss"].svg() == texts["val_loss"]
+    assert panels["val_loss"].write_pdf(tmp_path).read_bytes().startswith(b"%PDF")
+
+
+def test_text_of_a_label_is_text(tmp_path: Path) -> None:
+    panel = Panel("x", 'a "<b>" & $c', lambda axes: axes.set_xlabel("<script>x</script> $\\frac$"))
+    text = panel.svg()
+    assert "<script" not in text
+    (label,) = [e.text for e in ElementTree.fromstring(text).iter() if e.text and "script" in e.text]
+    assert label == "<script>x</script> $\\frac$"
+
+
+def test_errors_are_over_seeds_where_there_are_several() -> None:
+    def group(mean: float | None) -> dict[str, Group]:
+        return {"0": Group(5, 2, 0, {"correlation": Estimate(mean, 0.25)})}
+
+    assert figures.mean_and_error([group(0.5)], "0", "correlation") == (0.5, 0.25)
+    assert figures.mean_and_error([group(0.5), group(0.7), group(None)], "0", "correlation") == pytest.approx(
+        (0.6, 0.1)
+    )
+    assert str(figures.mean_and_error([group(None)], "0", "correlation")) == "(nan, nan)"
+    assert str(figures.mean_and_error([group(0.5)], "1", "correlation")) == "(nan, nan)"
