@@ -17,6 +17,7 @@ from deltakd.runs.configuration import CONF_DIR, check_overrides
 from deltakd.runs.directory import RunDirectory
 from deltakd.runs.errors import guarded
 from deltakd.runs.memory import show_memory
+from deltakd.runs.multirun import Job, run_job
 from deltakd.runs.plan import make_plan
 from deltakd.runs.ranks import is_main_process
 from deltakd.runs.training import run_training
@@ -24,9 +25,12 @@ from deltakd.runs.training import run_training
 #: Tells the other ranks' processes where the run goes.
 RUN_DIR_VARIABLE = "DELTAKD_RUN_DIR"
 
+#: Set by `wandb agent` for the runs that it starts.
+SWEEP_VARIABLE, RUN_ID_VARIABLE = "WANDB_SWEEP_ID", "WANDB_RUN_ID"
+
 
 def _run_dir(cfg: DictConfig) -> Path:
-    """Where the run goes; jobs of a multirun each get a directory of their own.
+    """Where the run goes; jobs of a multirun and runs of a W&B sweep each get a directory of their own.
 
     The processes that Lightning starts for further ranks run this same command; they are told by the environment.
     """
@@ -35,6 +39,10 @@ def _run_dir(cfg: DictConfig) -> Path:
     job = HydraConfig.get()
     if job.mode == RunMode.MULTIRUN:
         return Path(cfg.run_dir) / str(job.job.num) if cfg.run_dir else Path(job.runtime.output_dir)
+    if SWEEP_VARIABLE in os.environ and RUN_ID_VARIABLE in os.environ:
+        # Agents start runs in the same second, and give all of them the same run_dir.
+        root = cfg.run_dir or f"outputs/{cfg.name}/{os.environ[SWEEP_VARIABLE]}"
+        return Path(root) / os.environ[RUN_ID_VARIABLE]
     return Path(cfg.run_dir or f"outputs/{cfg.name}/{datetime.now():%Y-%m-%d_%H-%M-%S}")
 
 
@@ -45,9 +53,14 @@ def _train(cfg: DictConfig) -> float | None:
         return None
     run_dir = _run_dir(cfg)
     os.environ[RUN_DIR_VARIABLE] = str(run_dir)
-    how_to_resume = f"the same command with resume=true run_dir={run_dir}"
-    value = guarded(lambda: run_training(cfg, run_dir), how_to_resume)
-    if is_main_process():
+    job = HydraConfig.get()
+    if job.mode == RunMode.MULTIRUN:
+        root = Path(cfg.run_dir or job.sweep.dir)
+        value = run_job(Job(job.job.num, root, job.overrides.task, run_dir), lambda: run_training(cfg, run_dir))
+    else:
+        how_to_resume = f"the same command with resume=true run_dir={run_dir}"
+        value = guarded(lambda: run_training(cfg, run_dir), how_to_resume)
+    if is_main_process() and RunDirectory(run_dir).finished:
         objective = RunDirectory(run_dir).read_summary()["meta"]["objective"]
         print(f"{objective} = {value:.6g}  ({run_dir})")
     return value
