@@ -1,6 +1,7 @@
 """Kernels: heads multiplied out chunk by chunk, so that no tensor of N · V ever exists."""
 
+from deltakd.kernels.blocks import row_blocks
 from deltakd.kernels.buckets import BucketLogits, Buckets
 from deltakd.kernels.chunked import MEMORY_BUDGET, chunk_size_for, chunked_loss
 
-__all__ = ["MEMORY_BUDGET", "BucketLogits", "Buckets", "chunk_size_for", "chunked_loss"]
+__all__ = ["MEMORY_BUDGET", "BucketLogits", "Buckets", "chunk_size_for", "chunked_loss", "row_blocks"]

@@ -12,7 +12,7 @@ BLOCK_BYTES_ELSEWHERE = 2**24
 
 
 def row_blocks(z_NV: Tensor) -> Iterator[slice]:
-    """Slices of rows that together are all of [n, V]."""
+    """Slices of rows that together are all of [n, V]; one empty slice where there are none."""
     size = max(1, BLOCK_BYTES.get(z_NV.device.type, BLOCK_BYTES_ELSEWHERE) // (z_NV.shape[1] * z_NV.itemsize))
-    for start in range(0, len(z_NV), size):
+    for start in range(0, max(1, len(z_NV)), size):
         yield slice(start, min(start + size, len(z_NV)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltakd.kernels import Buckets, chunk_size_for, chunked_loss
+from deltakd.kernels import Buckets, chunk_size_for, chunked_loss, row_blocks
 from deltakd.losses import AlphaBeta, LogitMatching, LogitMSE, RatioMatching, ShiftedTarget, Treatment
 from deltakd.losses.mixing import LabelMixture
 from deltakd.types import STUDENT, STUDENT_RAW, TEACHER, TEACHER_RAW, Head, Loss, at_least_float32
@@ -40,16 +41,17 @@ def make_buckets(heads: Mapping[str, Head], labels: Tensor, k: int, temperature:
     supports: list[Tensor] = []
     parts: dict[str, list[Tensor]] = {role: [] for role in heads}
     for start in range(0, max(1, len(labels)), size):
-        chunk = {role: head.rows(start, start + size) for role, head in heads.items()}
-        log_probs = {role: (head.logits() / temperature).log_softmax(-1) for role, head in chunk.items()}
-        score_NV = torch.stack([*log_probs.values(), *_delta(log_probs)]).amax(0)
-        score_NV.scatter_(1, labels[start : start + size, None], torch.inf)
-        support_NK = score_NV.topk(min(k, vocabulary)).indices
-        supports.append(support_NK)
-        for role, log_p_NV in log_probs.items():
-            kept_NK = log_p_NV.gather(1, support_NK)
-            rest_N1 = log_p_NV.scatter_(1, support_NK, -torch.inf).logsumexp(-1, keepdim=True)
-            parts[role].append(kept_NK if k >= vocabulary else torch.cat([kept_NK, rest_N1], dim=1))
+        logits = {role: head.rows(start, start + size).logits() for role, head in heads.items()}
+        chunk_labels = labels[start : start + size]
+        for rows in row_blocks(next(iter(logits.values()))):
+            log_probs = {role: (z_NV[rows] / temperature).log_softmax(-1) for role, z_NV in logits.items()}
+            score_NV = functools.reduce(torch.maximum, [*log_probs.values(), *_delta(log_probs)])
+            support_NK = score_NV.scatter(1, chunk_labels[rows, None], torch.inf).topk(min(k, vocabulary)).indices
+            supports.append(support_NK)
+            for role, log_p_NV in log_probs.items():
+                kept_NK = log_p_NV.gather(1, support_NK)
+                rest_N1 = log_p_NV.scatter_(1, support_NK, -torch.inf).logsumexp(-1, keepdim=True)
+                parts[role].append(kept_NK if k >= vocabulary else torch.cat([kept_NK, rest_N1], dim=1))
     return Buckets(torch.cat(supports), {role: torch.cat(found) for role, found in parts.items()}, temperature)
 
 
