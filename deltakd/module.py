@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, final
 
 import lightning as L
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from deltakd.kernels import MEMORY_BUDGET, Buckets, chunked_loss
-from deltakd.models import LanguageModel
+from deltakd.models import LanguageModel, transformer_blocks
 from deltakd.optim import AdamW
 from deltakd.references import References
-from deltakd.types import STUDENT, Batch, Loss, Progress, schedules_of
+from deltakd.sharding import Shell, gradient_norm, is_sharded, whole_parameters
+from deltakd.strategies import ZeroStrategy, loss_factor
+from deltakd.types import STUDENT, Batch, Head, Loss, Progress, schedules_of
 
 
 class NonFiniteLossError(RuntimeError):
@@ -49,6 +54,7 @@ class DistillationModule(L.LightningModule):
         total_steps: optimiser steps of the whole run.
         seed: with the number of the micro-batch it draws the student's dropout.
         memory_budget: MiB for a chunk of logits and all that is made of them.
+        will_be_sharded: whether the strategy leaves no rank a whole student.
     """
 
     def __init__(
@@ -60,6 +66,7 @@ class DistillationModule(L.LightningModule):
         total_steps: int,
         seed: int,
         memory_budget: float = MEMORY_BUDGET,
+        will_be_sharded: bool = False,
     ) -> None:
         super().__init__()
         # from_pretrained returns eval mode, and Lightning leaves models in the mode in which they arrive.
@@ -71,9 +78,47 @@ class DistillationModule(L.LightningModule):
         self.seed = seed
         self.memory_budget = memory_budget
         self.strict_loading = not student.quantized
+        self.shell = Shell(student) if will_be_sharded else None
         #: ``train/...`` of the last whole optimiser step, over all ranks.
         self.step_metrics: dict[str, float] = {}
         self._sums = _StepSums()
+        self._batch_idx = 0
+        #: Rows of the optimiser step at work, on this rank.
+        self._row_ids: list[int] = []
+
+    def configure_model(self) -> None:
+        """Shard the student where the strategy is FSDP2: each block by itself, the rest around them."""
+        if self.device_mesh is None or is_sharded(self.student):
+            return
+        mesh = self.device_mesh["data_parallel"]
+        for block in transformer_blocks(self.student):
+            fully_shard(block, mesh=mesh)
+        fully_shard(self.student, mesh=mesh)
+        register_fsdp_forward_method(self.student, "with_head")
+
+    @contextmanager
+    def whole_student(self) -> Iterator[LanguageModel]:
+        """The student as a model that this rank can run by itself, in eval mode; a joint act of all ranks."""
+        if self.shell is not None:
+            with self.shell.filled(self.student) as student:
+                yield student
+        else:
+            was_training = self.student.training
+            yield self.student.eval()
+            self.student.train(was_training)
+
+    def whole_state(self) -> dict[str, Tensor]:
+        """What a checkpoint of the student alone holds, on the CPU; a joint act of all ranks."""
+        if self.shell is not None:
+            return {f"student.{name}": value.cpu() for name, value in whole_parameters(self.student)}
+        return self._kept(self.state_dict())
+
+    def _kept(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        if not self.student.quantized:
+            return state
+        # Its frozen weights come from their source, and packed ones can't be loaded from a state dict.
+        trained = {f"student.{name}" for name, p in self.student.named_parameters() if p.requires_grad}
+        return {k: v for k, v in state.items() if k in trained}
 
     def on_fit_start(self) -> None:
         """Let the references follow the student to its device."""
@@ -83,12 +128,15 @@ class DistillationModule(L.LightningModule):
     def loss_of(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum of the loss and of its parts over the batch's valid tokens (nats)."""
         references = None if self.references is None else self.references.start(batch)
-        student = self.student(batch)
-        given = {} if references is None else references()
-        buckets = given if isinstance(given, Buckets) else None
-        heads = {} if isinstance(given, Buckets) else dict(given)
-        heads[STUDENT] = student
-        return chunked_loss(self.loss, heads, batch.labels_N, memory_budget=self.memory_budget, buckets=buckets)
+
+        def use(student: Head) -> tuple[Tensor, dict[str, Tensor]]:
+            given = {} if references is None else references()
+            buckets = given if isinstance(given, Buckets) else None
+            heads = {} if isinstance(given, Buckets) else dict(given)
+            heads[STUDENT] = student
+            return chunked_loss(self.loss, heads, batch.labels_N, memory_budget=self.memory_budget, buckets=buckets)
+
+        return self.student.with_head(batch, use)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One micro-batch: its summed loss over the valid tokens of the *whole* optimiser step.
@@ -98,6 +146,7 @@ class DistillationModule(L.LightningModule):
         """
         assert batch.step == self.global_step, f"batch of step {batch.step} arrived at step {self.global_step}"
         # Dropout depends on the micro-batch alone, so that a resumed run draws what an uninterrupted one would.
+        self._batch_idx = batch_idx
         torch.manual_seed(_mix(self.seed, batch_idx, self.global_rank))
         total, parts = self.loss_of(batch)
         share = total / batch.step_tokens
@@ -105,9 +154,7 @@ class DistillationModule(L.LightningModule):
             raise _non_finite("loss", share.item(), batch.step, batch.row_ids.tolist())
         shares = {name: value / batch.step_tokens for name, value in parts.items()}
         self._sums.add(share, shares, batch.row_ids.tolist())
-        # Lightning divides by the number of micro-batches and data-parallel strategies average over ranks; the
-        # denominator above already holds both.
-        return share * self.trainer.accumulate_grad_batches * self.trainer.world_size
+        return share * loss_factor(self.trainer)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Gather what is to be logged of this optimiser step; the gradient's norm is that before clipping.
@@ -115,18 +162,19 @@ class DistillationModule(L.LightningModule):
         Raises:
             NonFiniteLossError: the gradient is not finite, though the loss is; the weights are untouched yet.
         """
-        gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
-        # In 16-mixed the scaler skips such steps by itself and lowers its scale.
-        if not math.isfinite(norm) and getattr(self.trainer.precision_plugin, "scaler", None) is None:
-            raise _non_finite("gradient's norm", norm, self.global_step, self._sums.row_ids)
+        if not self._ends_step:
+            return  # DeepSpeed is asked for a step after every micro-batch, and knows by itself which ones count
+        norm = gradient_norm(self.student)
+        self._row_ids = self._sums.row_ids
+        if norm is not None:
+            self._check_norm(norm)
         # Each rank holds its share over the same denominator: the sum over ranks is the loss of the step.
         sums = {"loss": torch.as_tensor(self._sums.loss)} | self._sums.parts
         self._sums = _StepSums()
         if self.trainer.world_size > 1:
             sums = {name: self.trainer.strategy.reduce(value, reduce_op="sum") for name, value in sums.items()}
         self.step_metrics = {f"train/{name}": float(value) for name, value in sums.items()} | {
-            "train/grad_norm": norm,
+            "train/grad_norm": math.nan if norm is None else norm,
             "train/lr": optimizer.param_groups[0]["lr"],
         }
         # Here and not after the optimiser's step: checkpoints are written there, and must hold the moved schedules.
@@ -135,6 +183,28 @@ class DistillationModule(L.LightningModule):
             self.step_metrics[f"train/{name}"] = schedule.value
             schedule.on_step(progress, self.step_metrics["train/loss"])
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """As inherited; then the gradient's norm, where DeepSpeed alone knows it.
+
+        Raises:
+            NonFiniteLossError: it is not finite; the weights are spoilt, but nothing was saved since.
+        """
+        super().optimizer_step(*args, **kwargs)
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ZeroStrategy) and self._ends_step:
+            self.step_metrics["train/grad_norm"] = strategy.norm_of_last_step()
+            self._check_norm(self.step_metrics["train/grad_norm"])
+
+    @property
+    def _ends_step(self) -> bool:
+        """Whether the micro-batch at work is the last of its optimiser step."""
+        return (self._batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+
+    def _check_norm(self, norm: float) -> None:
+        # In 16-mixed the scaler skips such steps by itself and lowers its scale.
+        if not math.isfinite(norm) and getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            raise _non_finite("gradient's norm", norm, self.global_step, self._row_ids)
+
     def configure_optimizers(self) -> Any:
         """AdamW and its schedule, stepped per optimiser step."""
         optimizer, scheduler = self.optim.build(self.student, self.total_steps)
@@ -142,10 +212,7 @@ class DistillationModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the last step's metrics (its loss is the result of a run without validation data) and the schedules."""
-        if self.student.quantized:
-            # Its frozen weights come from their source, and packed ones can't be loaded from a state dict.
-            trained = {f"student.{name}" for name, p in self.student.named_parameters() if p.requires_grad}
-            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        checkpoint["state_dict"] = self._kept(checkpoint["state_dict"])
         checkpoint["step_metrics"] = self.step_metrics
         checkpoint["schedules"] = {name: s.state_dict() for name, s in schedules_of(self.loss).items()}
 

@@ -1,34 +1,34 @@
-"""Checkpoints: the last state, to go on from, and the best student, to keep."""
+"""Checkpoints: the last state, to go on from, and the best student, to keep.
+
+``last.ckpt`` is a file, or a directory where the strategy shards (each rank writes its part). It is written beside and
+renamed once it is whole; the one before stays as ``previous.ckpt``, in case the disk damages the newer one.
+"""
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any, final
 
 import lightning as L
 import torch
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
 from deltakd.callbacks.steps import at_step_end
 from deltakd.callbacks.validation import Validation
+from deltakd.module import DistillationModule
+from deltakd.sharding import is_sharded
+from deltakd.strategies import META
 
 LAST = "last.ckpt"
+PREVIOUS = "previous.ckpt"
+#: In a sharded checkpoint: file -> bytes.
+SIZES = "sizes.json"
 BEST = "best.ckpt"
-
-
-@final
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the file and renames: a run killed while saving keeps the checkpoint before."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Save ``checkpoint`` at ``path``, whole or not at all."""
-        partial = f"{path}.partial"
-        super().save_checkpoint(checkpoint, partial, storage_options)
-        os.replace(partial, path)
 
 
 @final
@@ -64,6 +64,9 @@ class Checkpoints(Checkpoint):
         self.every_n_minutes = every_n_minutes
         #: Optimiser steps of the run; the last one is saved, too.
         self.total_steps: int | None = None
+        #: Rows (or positions) of an optimiser step over all ranks, and how many ranks those are.
+        self.step_size: int | None = None
+        self.world_size = 1
         self.best_metrics: dict[str, float] = {}
         self.best_step: int | None = None
         self._saved_at = time.monotonic()
@@ -80,7 +83,12 @@ class Checkpoints(Checkpoint):
 
     def state_dict(self) -> dict[str, Any]:
         """The best step and its metrics."""
-        return {"best_metrics": self.best_metrics, "best_step": self.best_step}
+        return {
+            "best_metrics": self.best_metrics,
+            "best_step": self.best_step,
+            "step_size": self.step_size,
+            "world_size": self.world_size,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave."""
@@ -95,6 +103,9 @@ class Checkpoints(Checkpoint):
         validated = self.validation is not None and self.validation.last_step == step
         if validated:
             self._keep_best(trainer)
+        elif self.validation is None and step == self.total_steps and is_sharded(pl_module):
+            # Once training is over no rank can put the student together any more.
+            self._save_student(trainer)
         by_steps = self.every_n_steps is not None and step % self.every_n_steps == 0
         by_time = time.monotonic() - self._saved_at >= 60 * self.every_n_minutes
         # Saving is a joint act of all ranks, and their clocks differ.
@@ -110,7 +121,19 @@ class Checkpoints(Checkpoint):
         """Write ``last.ckpt`` now, and before it what the loggers hold: a resumed run logs only what comes after."""
         for logger in trainer.loggers:
             logger.save()
-        trainer.save_checkpoint(self.last_path)
+        partial = self.directory / f"{LAST}.partial"
+        if trainer.is_global_zero:
+            _remove(partial)
+        trainer.strategy.barrier()
+        trainer.save_checkpoint(partial)
+        trainer.strategy.barrier()
+        if trainer.is_global_zero:
+            _seal(partial)
+            if self.last_path.exists():
+                _remove(self.directory / PREVIOUS)
+                os.replace(self.last_path, self.directory / PREVIOUS)
+            os.replace(partial, self.last_path)
+        trainer.strategy.barrier()
         self._saved_at = time.monotonic()
 
     def _keep_best(self, trainer: L.Trainer) -> None:
@@ -120,16 +143,46 @@ class Checkpoints(Checkpoint):
         better = best is None or (score > best if self.mode == "max" else score < best)
         if better and math.isfinite(score):
             self.best_metrics, self.best_step = dict(metrics), trainer.global_step
-            trainer.save_checkpoint(self.best_path, weights_only=True)
+            self._save_student(trainer)
+
+    def _save_student(self, trainer: L.Trainer) -> None:
+        assert isinstance(trainer.lightning_module, DistillationModule)
+        state = trainer.lightning_module.whole_state()
+        if trainer.is_global_zero:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            partial = f"{self.best_path}.partial"
+            torch.save({"state_dict": state, "global_step": trainer.global_step}, partial)
+            os.replace(partial, self.best_path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _seal(path: Path) -> None:
+    """Write down how large the files of a sharded checkpoint are, so that a missing or short one is seen."""
+    if path.is_dir():
+        sizes = {str(f.relative_to(path)): f.stat().st_size for f in sorted(path.rglob("*")) if f.is_file()}
+        (path / SIZES).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Load a checkpoint's content on the CPU, tensors and plain values only.
+    """Load a checkpoint's content on the CPU, tensors and plain values only; of a sharded one all but the shards.
 
     Raises:
-        ValueError: the file is damaged.
+        ValueError: it is damaged.
     """
     try:
+        if path.is_dir():
+            sizes: dict[str, int] = json.loads((path / SIZES).read_text(encoding="utf-8"))
+            for name, size in sizes.items():
+                found = (path / name).stat().st_size
+                if found != size:
+                    raise ValueError(f"{name} has {found} bytes instead of {size}")
+            path = path / META
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]

@@ -10,6 +10,7 @@ import torch
 
 from deltakd.callbacks.steps import at_step_end
 from deltakd.module import DistillationModule
+from deltakd.sharding import gathered
 from deltakd.types import Batch
 
 #: Generates answers with the student and scores them: metric name (``rougeL``) -> value.
@@ -25,12 +26,14 @@ class Validation(L.Callback):
     resumed run validates exactly where the uninterrupted one would.
 
     Args:
-        batches: the validation batches, in a fixed order.
+        batches: gives the validation batches of this rank, in a fixed order; asked when the ranks are known.
         steps: optimiser steps (counted from 1) after which to validate.
         generate: answers and scores, or None: the loss alone.
     """
 
-    def __init__(self, batches: Iterable[Batch], steps: Collection[int], generate: Generate | None) -> None:
+    def __init__(
+        self, batches: Callable[[], Iterable[Batch] | None], steps: Collection[int], generate: Generate | None
+    ) -> None:
         self.batches = batches
         self.steps = frozenset(steps)
         self.generate = generate
@@ -50,18 +53,25 @@ class Validation(L.Callback):
 
     @torch.no_grad()
     def run(self, module: DistillationModule) -> dict[str, float]:
-        """``val/loss``, its parts per valid token, and ``val/<metric>`` of the generated answers."""
+        """``val/loss``, its parts per valid token, and ``val/<metric>`` of the generated answers.
+
+        Each rank takes its batches; the sums are those of all.
+        """
         module.student.eval()
-        total, tokens, parts = 0.0, 0, dict[str, float]()
+        sums = {"loss": 0.0}
+        tokens = 0
         with module.trainer.precision_plugin.forward_context():
-            for batch in self.batches:
+            for batch in self.batches() or ():
                 moved = batch.to(module.device)
-                loss, batch_parts = module.loss_of(moved)
-                total += float(loss)
+                loss, parts = module.loss_of(moved)
                 tokens += len(moved.labels_N)
-                for name, value in batch_parts.items():
-                    parts[name] = parts.get(name, 0.0) + float(value)
-        metrics = {"val/loss": total / tokens} | {f"val/{name}": value / tokens for name, value in parts.items()}
+                for name, value in {"loss": loss, **parts}.items():
+                    sums[name] = sums.get(name, 0.0) + float(value)
+        of_ranks = gathered((tokens, sums))
+        tokens = sum(count for count, _ in of_ranks)
+        # A rank whose batches are all masked has no parts.
+        names = dict.fromkeys(name for _, found in of_ranks for name in found)
+        metrics = {f"val/{name}": sum(found.get(name, 0.0) for _, found in of_ranks) / tokens for name in names}
         if self.generate is not None:
             metrics |= {f"val/{name}": value for name, value in self.generate(module).items()}
         module.student.train()

@@ -65,6 +65,12 @@ class DistillationData(lightning.LightningDataModule):
         """Optimiser steps of the whole run."""
         return self.sampler().total_steps
 
+    @property
+    def step_size(self) -> int:
+        """Rows of an optimiser step over all ranks; positions where batches are filled up to ``max_tokens``."""
+        _, world_size = self._place()
+        return (self.batch_size or self.max_tokens or 0) * self.accumulate * world_size
+
     def sampler(self) -> Sampler:
         """The order of the rows for this rank."""
         place = self._place()

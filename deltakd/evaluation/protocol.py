@@ -50,6 +50,13 @@ class EvaluationSet:
     def __len__(self) -> int:
         return len(self.row_ids)
 
+    def part(self, number: int, parts: int) -> EvaluationSet:
+        """Every so many rows from row ``number`` on: the parts together are the set."""
+        rows = slice(number, None, parts)
+        return EvaluationSet(
+            self.name, self.row_ids[rows], self.prompts[rows], self.prompt_ids[rows], self.references[rows]
+        )
+
 
 def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """The ids that end an answer: the tokenizer's EOS and those of the model's generation config."""

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deltakd.types import Batch, Head
+
+T = TypeVar("T")
 
 
 @final
@@ -65,6 +67,13 @@ class LanguageModel(nn.Module):
         accepted = inspect.signature(body.forward).parameters
         options = {"use_cache": False} if "use_cache" in accepted or "kwargs" in accepted else {}
         return body(input_ids=input_ids_BT, attention_mask=attention_mask_BT, **options).last_hidden_state
+
+    def with_head(self, batch: Batch, use: Callable[[Head], T]) -> T:
+        """What ``use`` makes of the head of the batch's N valid tokens.
+
+        The head is used inside the call, since sharded parameters are whole there and nowhere else.
+        """
+        return use(self(batch))
 
     def forward(self, batch: Batch) -> Head:
         """The head of the batch's N valid tokens: prompt and padding are never multiplied."""
@@ -137,3 +146,9 @@ def _effective_weight(layer: Any) -> Tensor:
     if layer.disable_adapters:
         return weight
     return weight + sum(layer.get_delta_weight(name) for name in layer.active_adapters)
+
+
+def transformer_blocks(model: nn.Module) -> list[nn.Module]:
+    """The layers of a transformers model: the longest list of modules of one class in it."""
+    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=len, default=[])

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from deltakd.callbacks.checkpoints import LAST
+from deltakd.callbacks.checkpoints import LAST, PREVIOUS
 from deltakd.runs.errors import ConfigError
 
 #: Keys that may change between a run and its resumption: they do not change what is trained.
@@ -31,7 +31,17 @@ MAY_DIFFER = (
 
 
 #: Keys that may also change until the run is finished: they only say what is asked of the trained student.
-MAY_DIFFER_UNFINISHED = ("evaluation.sets", "evaluation.limit", "evaluation.batch_size", "data.sets")
+MAY_DIFFER_UNFINISHED = (
+    "evaluation.sets",
+    "evaluation.limit",
+    "evaluation.batch_size",
+    "data.sets",
+    # The number of processes, as long as an optimiser step keeps its rows (runs/fitting.py).
+    "trainer.devices",
+    "trainer.num_nodes",
+    "data.batch_size",
+    "data.max_tokens_per_batch",
+)
 
 
 @dataclass(frozen=True)
@@ -56,13 +66,18 @@ class RunDirectory:
 
     @property
     def checkpoints(self) -> Path:
-        """``last.ckpt`` and ``best.ckpt``."""
+        """``last.ckpt``, ``previous.ckpt`` and ``best.ckpt``."""
         return self.path / "checkpoints"
 
     @property
     def last_checkpoint(self) -> Path:
         """The state to go on from."""
         return self.checkpoints / LAST
+
+    @property
+    def previous_checkpoint(self) -> Path:
+        """The one before it."""
+        return self.checkpoints / PREVIOUS
 
     @property
     def student(self) -> Path:

@@ -18,6 +18,8 @@ from deltakd.data import DataConfig, Row, encode_prompt, read_rows
 from deltakd.evaluation import EvaluationSet, evaluate_set, matches, read_generations, summarise, write_generations
 from deltakd.runs.plan import Evaluation
 from deltakd.runs.progress import current_display
+from deltakd.runs.ranks import is_main_process
+from deltakd.sharding import gathered, place
 
 log = logging.getLogger(__name__)
 
@@ -62,12 +64,17 @@ def answer(
     vocabulary: int,
     show_progress: bool,
 ) -> list[dict[str, Any]]:
-    """Generate and score the answers of one set under one sampling seed, behind a progress bar."""
-    with progress_bar(f"{eval_set.name} seed {seed}", len(eval_set), show_progress) as advance, torch.no_grad():
-        return evaluate_set(
+    """Generate and score the answers of one set under one sampling seed, behind a progress bar.
+
+    Each rank answers every so many rows; samples do not depend on how many ranks there are, and all get all records.
+    """
+    rank, world_size = place()
+    mine = eval_set.part(rank, world_size)
+    with progress_bar(f"{eval_set.name} seed {seed}", len(mine), show_progress) as advance, torch.no_grad():
+        records = evaluate_set(
             model,
             tokenizer,
-            eval_set,
+            mine,
             decoding=evaluation.decoding,
             seed=seed,
             batch_size=evaluation.batch_size,
@@ -75,6 +82,8 @@ def answer(
             pad_id=pad_id(tokenizer, vocabulary),
             progress=advance,
         )
+    by_row = {record["row_id"]: record for part in gathered(records) for record in part}
+    return [by_row[row_id] for row_id in eval_set.row_ids]
 
 
 @contextmanager
@@ -112,7 +121,8 @@ def evaluate_sets(
     """Evaluate all sets under all seeds; each pair's file is written as soon as it is done.
 
     Args:
-        directory: ``<set>_seed<k>.jsonl``; a file that answers the same question is used again.
+        directory: ``<set>_seed<k>.jsonl``; a file that answers the same question is used again. The main process
+            reads and writes.
 
     Returns:
         ``<set>/<metric>`` and ``<set>/<metric>_stderr`` in per cent.
@@ -122,14 +132,18 @@ def evaluate_sets(
         by_seed: dict[int, list[dict[str, Any]]] = {}
         for seed in evaluation.seeds:
             path = directory / f"{eval_set.name}_seed{seed}.jsonl"
-            records = read_generations(path)
-            if records is None or not matches(records, eval_set, evaluation.decoding, seed):
+            records = read_generations(path) if is_main_process() else None
+            is_done = records is not None and matches(records, eval_set, evaluation.decoding, seed)
+            # A joint decision: all ranks answer, or all take what the main process has read.
+            records = gathered(records if is_done else None)[0]
+            if records is None:
                 if by_seed and not evaluation.decoding.do_sample:
                     # Greedy answers do not depend on a seed.
                     records = [_with_seed(record, seed) for record in next(iter(by_seed.values()))]
                 else:
                     records = answer(model, tokenizer, eval_set, evaluation, seed, vocabulary, show_progress)
-                write_generations(path, records)
+                if is_main_process():
+                    write_generations(path, records)
             by_seed[seed] = records
         metrics |= {f"{eval_set.name}/{name}": value for name, value in summarise(by_seed).items()}
     return metrics

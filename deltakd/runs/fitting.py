@@ -4,29 +4,54 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 
-from deltakd.callbacks import AtomicCheckpointIO, Checkpoints, ProgressBar, StopOnSignal, TrainingLog, Validation
+from deltakd.callbacks import Checkpoints, ProgressBar, StopOnSignal, TrainingLog, Validation
 from deltakd.callbacks.checkpoints import read_checkpoint
 from deltakd.callbacks.validation import Generate
 from deltakd.data.datamodule import DistillationData
 from deltakd.evaluation import summarise
+from deltakd.models import LanguageModel
 from deltakd.module import DistillationModule
 from deltakd.runs.assembly import Parts
+from deltakd.runs.directory import RunDirectory
 from deltakd.runs.evaluation import answer, make_set, pad_id
+from deltakd.runs.plan import Plan
 from deltakd.runs.progress import DisplayedTraining, current_display, write_total_steps
 from deltakd.runs.ranks import is_main_process
 from deltakd.runs.tracking import wandb_of
 from deltakd.runs.validation_answers import write_validation_answers
+from deltakd.sharding import is_sharded
+from deltakd.strategies import make_strategy, shards_parameters
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """What a former start of the run has saved.
+
+    Args:
+        path: the checkpoint.
+        content: all of it, but for the shards of a sharded one.
+    """
+
+    path: Path
+    content: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps done."""
+        return int(self.content["global_step"])
 
 
 @dataclass(frozen=True)
@@ -34,11 +59,13 @@ class Fitted:
     """A trained student and what is known of its training.
 
     Args:
-        module: its student has the best weights, or the last ones where nothing was validated.
+        student: with the best weights, or the last ones where nothing was validated; whole on the main process.
+        module: what was trained.
         checkpoints: which step was best, and its metrics.
         training_log: what was trained on, and how fast.
     """
 
+    student: LanguageModel
     module: DistillationModule
     checkpoints: Checkpoints
     training_log: TrainingLog
@@ -49,17 +76,30 @@ class Fitted:
         return dict(self.checkpoints.best_metrics) or {"train/loss": self.module.step_metrics["train/loss"]}
 
 
-def read_state(parts: Parts) -> dict[str, Any] | None:
-    """What ``last.ckpt`` holds, or None where the run has not saved anything yet.
+def read_state(directory: RunDirectory) -> SavedState | None:
+    """The newest checkpoint that is as it was written, or None where the run has not saved anything yet.
 
     Raises:
-        ValueError: the checkpoint is damaged.
+        ValueError: both checkpoints are damaged.
     """
-    last = parts.directory.last_checkpoint
-    return read_checkpoint(last) if last.is_file() else None
+    damage: list[str] = []
+    for path in (directory.last_checkpoint, directory.previous_checkpoint):
+        if not path.exists():
+            continue
+        try:
+            state = SavedState(path, read_checkpoint(path))
+        except ValueError as error:
+            damage.append(str(error))
+            continue
+        if damage:
+            log.warning("%s. The run goes on from the one before it, step %d.", damage[0], state.step)
+        return state
+    if damage:
+        raise ValueError(f"{'; '.join(damage)}: remove {directory.checkpoints} to start again")
+    return None
 
 
-def fit(parts: Parts, loggers: list[Logger], state: dict[str, Any] | None) -> Fitted:
+def fit(parts: Parts, loggers: list[Logger], state: SavedState | None) -> Fitted:
     """Train; what a former start of the same run has done is not done again.
 
     Raises:
@@ -88,24 +128,49 @@ def fit(parts: Parts, loggers: list[Logger], state: dict[str, Any] | None) -> Fi
         write_total_steps(parts.directory.path, data.total_steps)
     if validation is not None:
         validation.steps = _validation_steps(data, settings["val_every_n_steps"])
+    checkpoints.step_size, checkpoints.world_size = data.step_size, trainer.world_size
+    if state:
+        _check_ranks(state.content["callbacks"][checkpoints.state_key], checkpoints, parts.plan)
     module = make_module(parts, data.total_steps)
-    fitted = Fitted(module, checkpoints, training_log)
-    if state and state["global_step"] >= data.total_steps:
-        _restore(fitted, state)
+    if state and state.step >= data.total_steps:
+        _restore(module, (checkpoints, training_log), state.content)
     else:
         _announce(parts, data, state)
-        if state:
+        if state and "state_dict" in state.content:
             # Before Lightning does: a checkpoint of another architecture deserves a sentence, not a traceback.
-            _load_weights(module, state)
+            _load_weights(module, state.content)
         with warnings.catch_warnings():
             # Lightning warns of what is on purpose here: few loader workers, no validation loop of its own.
             warnings.filterwarnings("ignore", module="lightning")
-            trainer.fit(
-                module, datamodule=data, ckpt_path=parts.directory.last_checkpoint if state else None, weights_only=True
-            )
-    if checkpoints.best_step is not None:
-        _load_weights(module, read_checkpoint(checkpoints.best_path))
-    return fitted
+            trainer.fit(module, datamodule=data, ckpt_path=state.path if state else None, weights_only=True)
+    return Fitted(_final_student(module, checkpoints), module, checkpoints, training_log)
+
+
+def _check_ranks(saved: Mapping[str, Any], checkpoints: Checkpoints, plan: Plan) -> None:
+    """Whether a checkpoint can go on with these ranks; ``saved`` is the state of ``checkpoints`` in it."""
+    if saved["step_size"] != checkpoints.step_size:
+        key, unit = ("batch_size", "rows") if plan.data.batch_size else ("max_tokens_per_batch", "positions")
+        raise ValueError(
+            f"the checkpoint was made with {saved['step_size']} {unit} in an "
+            f"optimiser step over all processes, and this start has {checkpoints.step_size}: with another number of "
+            f"processes change data.{key}, so that their product stays the same"
+        )
+    if plan.config["strategy"]["name"] == "deepspeed" and saved["world_size"] != checkpoints.world_size:
+        raise ValueError(
+            f"DeepSpeed's checkpoints go on with as many processes as wrote them ({saved['world_size']}), and this "
+            f"start has {checkpoints.world_size}; strategy=ddp and strategy=fsdp may change the number"
+        )
+
+
+def _final_student(module: DistillationModule, checkpoints: Checkpoints) -> LanguageModel:
+    """The best student, or the last where nothing was validated."""
+    if not checkpoints.best_path.is_file() or not is_main_process():
+        return module.student
+    best = read_checkpoint(checkpoints.best_path)
+    if module.shell is not None and is_sharded(module.student):
+        return module.shell.load({name.removeprefix("student."): t for name, t in best["state_dict"].items()})
+    _load_weights(module, best)
+    return module.student
 
 
 def make_data(parts: Parts) -> DistillationData:
@@ -135,16 +200,16 @@ def make_module(parts: Parts, total_steps: int) -> DistillationModule:
         total_steps,
         seed=plan.config["seed"],
         memory_budget=plan.config["kernels"]["memory_budget"],
+        will_be_sharded=shards_parameters(plan.config["strategy"]),
     )
 
 
 def _make_validation(parts: Parts, data: DistillationData, loggers: list[Logger]) -> Validation | None:
-    batches = data.val_loader()
-    if batches is None:
+    if data.val is None:
         log.info("No validation data: the last student is exported, not the best.")
         return None
     generate = _make_generate(parts, loggers) if parts.plan.generates_on_validation else None
-    return Validation(batches, frozenset(), generate)
+    return Validation(data.val_loader, frozenset(), generate)
 
 
 def _make_generate(parts: Parts, loggers: list[Logger]) -> Generate:
@@ -155,8 +220,8 @@ def _make_generate(parts: Parts, loggers: list[Logger]) -> Generate:
     tracker = wandb_of(loggers)
 
     def generate(module: DistillationModule) -> dict[str, float]:
-        student = module.student.hf
-        records = answer(student, parts.tokenizer, val_set, evaluation, seed, parts.vocabulary, show_progress=False)
+        with module.whole_student() as student:
+            records = answer(student.hf, parts.tokenizer, val_set, evaluation, seed, parts.vocabulary, False)
         step = module.trainer.global_step
         if is_main_process():
             write_validation_answers(parts.directory.path, step, records)
@@ -190,7 +255,7 @@ def _make_trainer(parts: Parts, callbacks: list[L.Callback], loggers: list[Logge
         devices=settings["devices"],
         num_nodes=settings["num_nodes"],
         precision=settings["precision"],
-        strategy=config["strategy"]["name"],
+        strategy=make_strategy(config["strategy"]),
         # Training is one stream of micro-batches whose length is known (data/sampler.py): one epoch to Lightning.
         max_epochs=1,
         accumulate_grad_batches=settings["accumulate_grad_batches"],
@@ -199,7 +264,6 @@ def _make_trainer(parts: Parts, callbacks: list[L.Callback], loggers: list[Logge
         num_sanity_val_steps=0,
         logger=loggers or False,
         callbacks=[*extra, *callbacks],
-        plugins=[AtomicCheckpointIO()],
         use_distributed_sampler=False,
         enable_model_summary=False,
         enable_progress_bar=settings["enable_progress_bar"] and display is None,
@@ -215,31 +279,38 @@ def _make_profiler(name: str | None, directory: Path) -> Profiler | None:
     return None if name is None else kinds[name](dirpath=directory, filename="profile")
 
 
-def _announce(parts: Parts, data: DistillationData, state: dict[str, Any] | None) -> None:
+def _announce(parts: Parts, data: DistillationData, state: SavedState | None) -> None:
     log.info(
         "%s: %d optimiser steps over %d rows with %d valid tokens a pass%s.",
         parts.plan.config["name"],
         data.total_steps,
         len(parts.sets.train),
         int(parts.sets.train.valid_tokens.sum()),
-        f"; going on from step {state['global_step']}" if state else "",
+        f"; going on from step {state.step}" if state else "",
     )
 
 
-def _restore(fitted: Fitted, state: dict[str, Any]) -> None:
+def _restore(module: DistillationModule, callbacks: Sequence[Checkpoints | TrainingLog], state: dict[str, Any]) -> None:
     """Take over the state of a run whose training is done, without a trainer that has nothing left to do."""
-    _load_weights(fitted.module, state)
-    fitted.module.on_load_checkpoint(state)
-    for callback in (fitted.checkpoints, fitted.training_log):
+    if "state_dict" in state:
+        _load_weights(module, state)
+    module.on_load_checkpoint(state)
+    for callback in callbacks:
         callback.load_state_dict(state["callbacks"][callback.state_key])
 
 
 def _load_weights(module: DistillationModule, state: dict[str, Any]) -> None:
+    """Load a state dict; tied weights and buffers may be absent, as they are where a sharded student was saved."""
+    tensors: dict[str, torch.Tensor] = state["state_dict"]
+    wanted = {name for name, p in module.named_parameters() if p.requires_grad or module.strict_loading}
+    absent, foreign = sorted(wanted - set(tensors)), sorted(set(tensors) - set(module.state_dict()))
+    problem = f"it has no {absent[0]}" if absent else f"it has {foreign[0]}" if foreign else ""
     try:
-        module.load_state_dict(state["state_dict"], strict=module.strict_loading)
+        module.load_state_dict(tensors, strict=False)
     except RuntimeError as error:
-        first = " ".join(str(error).split())[:300]
+        problem = " ".join(str(error).split())[:300]
+    if problem:
         raise ValueError(
-            f"the checkpoint is of another architecture than model.student ({first}); give the same model, or "
+            f"the checkpoint is of another architecture than model.student ({problem}); give the same model, or "
             "another run_dir"
-        ) from None
+        )

@@ -29,7 +29,7 @@ from deltakd.runs.outcomes import (
     write_plot,
     write_table,
 )
-from deltakd.runs.plan import _SCORES
+from deltakd.runs.plan import SCORES
 from deltakd.runs.ranks import is_main_process
 
 log = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ def conclude(outcomes: Sequence[Outcome], root: Path) -> list[str]:
     if len(objectives) > 1:
         return [f"the jobs have different objectives ({', '.join(sorted(objectives))}): none is best", written]
     (objective,) = objectives
-    maximize = objective in _SCORES
+    maximize = objective in SCORES
     if write_plot(outcomes, maximize, f"{root.name}: {len(outcomes)} jobs", plot):
         written += f", {plot}"
     problem = incomparable(objective, list(outcomes[0].settings))

@@ -26,6 +26,7 @@ from deltakd.references import CacheSettings, CacheStore, References
 from deltakd.references.topk import topk_problems
 from deltakd.runs.cache_content import cache_problems
 from deltakd.runs.errors import ConfigError
+from deltakd.strategies import strategy_problems
 from deltakd.types import ROLES, STUDENT, STUDENT_RAW, Loss, LossOutput, is_reference_role, schedules_of
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ _MODEL_KEYS = ("tokenizer", "lora", "attn_implementation", "gradient_checkpointi
 
 
 #: Objectives that need generated answers; more of them is better.
-_SCORES = ("val/rougeL", "val/rouge1", "val/rouge2", "val/exact_match")
+SCORES = ("val/rougeL", "val/rouge1", "val/rouge2", "val/exact_match")
 
 #: Where a study puts the models that its later stages start from.
 _STAGE_STUDENT = re.compile(r"outputs/(?P<study>[^/]+)/[^/]+/student")
@@ -113,7 +114,7 @@ class Plan:
         wanted = str(self.config["objective"])
         if not self.data.validates:
             return "train/loss"
-        if wanted in _SCORES and not self.generates_on_validation:
+        if wanted in SCORES and not self.generates_on_validation:
             # The values of a loss that changes with training can't be compared between steps.
             return "val/ce" if schedules_of(self.loss) else "val/loss"
         return wanted
@@ -121,7 +122,7 @@ class Plan:
     @property
     def objective_mode(self) -> str:
         """``max`` for scores of answers, ``min`` for losses."""
-        return "max" if self.objective in _SCORES else "min"
+        return "max" if self.objective in SCORES else "min"
 
 
 def make_plan(
@@ -167,7 +168,7 @@ def make_plan(
     problems += _set_problems(evaluation, data)
     for part in (optim, data, lora, cache):
         problems += part.problems() if part is not None else []
-    problems += _trainer_problems(config["trainer"])
+    problems += _trainer_problems(config["trainer"]) + strategy_problems(config["strategy"])
     budget = config["kernels"]["memory_budget"]
     if not isinstance(budget, int | float) or not budget > 0:
         problems.append(f"kernels.memory_budget is {budget!r}; it must be a number of MiB above 0")
@@ -376,12 +377,12 @@ def _try_loss(loss: Loss | None, problems: list[str]) -> list[str]:
 
 def _objective_problems(objective: str, loss: Loss | None, parts: list[str]) -> list[str]:
     moving = [] if loss is None else sorted(schedules_of(loss))
-    if moving and objective.startswith("val/") and objective not in (*_SCORES, "val/ce"):
+    if moving and objective.startswith("val/") and objective not in (*SCORES, "val/ce"):
         return [
             f"objective is {objective}, but {', '.join(moving)} changes with training, so its values can't be compared "
-            f"between steps; allowed are {', '.join(_SCORES)}, val/ce"
+            f"between steps; allowed are {', '.join(SCORES)}, val/ce"
         ]
-    allowed = [*_SCORES, "val/loss", *(f"val/{name}" for name in parts)]
+    allowed = [*SCORES, "val/loss", *(f"val/{name}" for name in parts)]
     if objective in allowed:
         return []
     return [

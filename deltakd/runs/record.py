@@ -98,7 +98,9 @@ def count_parameters(models: Mapping[str, nn.Module]) -> dict[str, int]:
 def _count(parameter: torch.Tensor) -> int:
     # Weights of 4 bits are packed by two; what they were is kept beside them.
     packed = getattr(parameter, "quant_state", None)
-    return math.prod(packed.shape) if packed is not None else parameter.numel()
+    # ZeRO 3 leaves an empty tensor, and its number of elements beside it.
+    whole = int(getattr(parameter, "ds_numel", parameter.numel()))
+    return math.prod(packed.shape) if packed is not None else whole
 
 
 def model_fingerprint(path: str | Path) -> str | None:

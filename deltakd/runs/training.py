@@ -23,6 +23,7 @@ from deltakd.runs.plan import Plan, make_plan
 from deltakd.runs.ranks import is_main_process
 from deltakd.runs.record import count_parameters, environment, peak_memory_mib
 from deltakd.runs.tracking import origin_of, wandb_of
+from deltakd.sharding import gathered, place
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +54,8 @@ def run_training(cfg: DictConfig, run_dir: Path) -> float:
         return _objective_value(plan, directory.read_summary())
     started = time.perf_counter()
     parts = load_parts(plan, directory)
-    state = read_state(parts)
-    resume_step = state["global_step"] if state else 0
+    state = read_state(directory)
+    resume_step = state.step if state else 0
     loggers = make_loggers(plan.config, directory.path, resume_step) if main else []
     tracker = wandb_of(loggers)
     failed = True
@@ -63,12 +64,16 @@ def run_training(cfg: DictConfig, run_dir: Path) -> float:
             tracker.log_origin(origin_of(parts))
         fitted = fit(parts, loggers, state)
         metrics = fitted.metrics
-        if not main:
-            # Export and evaluation are the main process's; the others hold the same weights.
+        if not main and place()[1] == 1:
+            # Training was done before, and no ranks were joined for it: the main process does the rest alone.
             return _objective_value(plan, metrics)
         summary: dict[str, Any] = {**metrics, "meta": _meta(parts, fitted, started)}
-        save_student(parts.models.student, parts.tokenizer, directory.student, model_card(plan.config, summary))
+        if main:
+            save_student(fitted.student, parts.tokenizer, directory.student, model_card(plan.config, summary))
+        gathered("exported")
         scores = _evaluate_student(parts) if plan.evaluation.generate else {}
+        if not main:
+            return _objective_value(plan, metrics)
         for logger in loggers:
             logger.log_metrics(scores, step=fitted.module.total_steps)
         summary = {**metrics, **scores, "meta": _meta(parts, fitted, started)}
