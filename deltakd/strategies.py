@@ -44,15 +44,13 @@ def make_strategy(config: dict[str, Any]) -> str | Strategy:
     """The strategy that ``conf/strategy`` names.
 
     Args:
-        config: ``name`` (auto, ddp, deepspeed, fsdp); for deepspeed ``stage``, ``offload`` and
+        config: ``name`` (auto, ddp, deepspeed, fsdp); for deepspeed ``stage`` and, for stage 3,
             ``persistence_threshold``.
     """
     if config["name"] == "deepspeed":
         _prepare_deepspeed()
         strategy = ZeroStrategy(
             stage=config["stage"],
-            offload_optimizer=config["offload"],
-            offload_parameters=config["offload"] and config["stage"] == 3,
             logging_level=logging.WARNING,
             exclude_frozen_parameters=True,
         )

@@ -3,6 +3,7 @@
     python -m deltakd.study experiments/dolly_cpu              # its first three stages make the models
     python experiments/benchmark_cache/benchmark.py steps      # a training step: SFT, cached, live, taking turns
     python experiments/benchmark_cache/benchmark.py weights    # 8 values of the delta weight, 3 passes each
+    python experiments/benchmark_cache/benchmark.py weights --teacher 8 192     # random teachers of 8 layers x 192
 
 ``steps`` runs forward, loss and backward of the same micro-batches under each way, some rounds in turn; a way's time is
 the sum over batches of its fastest round. Beside it stand the operations of the matrix products that it needs.
@@ -23,9 +24,11 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from deltakd.cache import make_cache
 from deltakd.module import DistillationModule
@@ -41,13 +44,25 @@ SFT, TOPK, HIDDEN, LIVE = "sft", "delta_kd, cached topk (K = 64)", "delta_kd, ca
 WEIGHTS = "0.25,0.5,0.75,1.0,1.25,1.5,1.75,2.0"
 
 
+def make_teachers(models: Path, folder: Path, layers: int, width: int) -> None:
+    """A random teacher and raw teacher with the study's tokenizer: a step of theirs takes the time of trained ones."""
+    tokenizer = AutoTokenizer.from_pretrained(models / "pretrain_student" / "student")
+    config = GPT2Config(n_layer=layers, n_embd=width, n_head=width // 32, n_positions=256, vocab_size=len(tokenizer))
+    for seed, role in enumerate(("teacher", "teacher_raw")):
+        torch.manual_seed(seed)
+        GPT2LMHeadModel(config).save_pretrained(folder / role)
+        tokenizer.save_pretrained(folder / role)
+
+
 def common(models: Path, folder: Path, rows: int, loss: str = "delta_kd") -> list[str]:
     """Overrides that all ways share."""
     stages = {"student": "pretrain_student", "teacher": "sft_teacher", "teacher_raw": "pretrain_teacher"}
+    paths = {role: models / stage / "student" for role, stage in stages.items()}
+    paths |= {role: folder / role for role in paths if (folder / role).is_dir()}
     return [
         "experiment=dolly_cpu",
         f"loss={loss}",
-        *(f"model.{role}.path={models / stage / 'student'}" for role, stage in stages.items()),
+        *(f"model.{role}.path={path}" for role, path in paths.items()),
         f"data.limit={rows}",
         "data.val=null",
         f"data.cache_dir={folder / 'tokens'}",
@@ -174,6 +189,7 @@ def main() -> None:
     parser.add_argument("what", choices=["steps", "weights"])
     parser.add_argument("--models", type=Path, default=Path("outputs/dolly_cpu"))
     parser.add_argument("--folder", type=Path, default=Path("outputs/benchmark_cache"))
+    parser.add_argument("--teacher", type=int, nargs=2, metavar=("LAYERS", "WIDTH"), help="default: the study's")
     parser.add_argument("--rows", type=int, default=640)
     parser.add_argument("--batches", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=4)
@@ -183,6 +199,10 @@ def main() -> None:
         raise SystemExit(
             f"{options.models} has no sft_teacher/student: run `python -m deltakd.study experiments/dolly_cpu`"
         )
+    for role in ("teacher", "teacher_raw"):
+        shutil.rmtree(options.folder / role, ignore_errors=True)
+    if options.teacher:
+        make_teachers(options.models, options.folder, *options.teacher)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     steps(options) if options.what == "steps" else weights(options)
 
