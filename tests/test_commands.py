@@ -95,6 +95,7 @@ def test_delta_kd_gpt2_from_a_hub_cache(hub: Path, tmp_path: Path) -> None:
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")), "W&B's offline record is absent"
 
 
+@pytest.mark.slow
 def test_without_a_hub_one_line_says_what_to_do(tmp_path: Path) -> None:
     done = run(
         "deltakd.train", "experiment=delta_kd_gpt2",
@@ -107,6 +108,7 @@ def test_without_a_hub_one_line_says_what_to_do(tmp_path: Path) -> None:
     assert "model.<role>.path=/path/to/model_directory" in line
 
 
+@pytest.mark.slow
 def test_train_then_evaluate(world: World, tmp_path: Path) -> None:
     done = run("deltakd.train", *world.overrides(tmp_path / "run", "delta_kd", "delta_weight=0"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -47,7 +47,9 @@ WEIGHTS = "0.25,0.5,0.75,1.0,1.25,1.5,1.75,2.0"
 def make_teachers(models: Path, folder: Path, layers: int, width: int) -> None:
     """A random teacher and raw teacher with the study's tokenizer: a step of theirs takes the time of trained ones."""
     tokenizer = AutoTokenizer.from_pretrained(models / "pretrain_student" / "student")
-    config = GPT2Config(n_layer=layers, n_embd=width, n_head=width // 32, n_positions=256, vocab_size=len(tokenizer))
+    shape = {"n_layer": layers, "n_embd": width, "n_head": width // 32, "n_positions": 256}
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos_token_id)
+    config = GPT2Config(**shape, **ends, vocab_size=len(tokenizer))
     for seed, role in enumerate(("teacher", "teacher_raw")):
         torch.manual_seed(seed)
         GPT2LMHeadModel(config).save_pretrained(folder / role)

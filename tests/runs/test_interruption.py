@@ -107,6 +107,7 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(
     assert curves[0] == curves[1]
 
 
+@pytest.mark.slow
 def test_a_token_budget_resumes_in_the_middle_of_a_pass(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

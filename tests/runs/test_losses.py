@@ -17,6 +17,8 @@ from deltakd.types import Batch
 from tests.tiny import World, save_model
 
 Train = Callable[..., RunDirectory]
+#: One of each kind; the others train in `make test-slow`, and all are held against their formulas in tests/losses.
+QUICK = ("sft", "kd_jsd", "delta_multi_teacher", "parallel_ratio", "signed_parallelogram", "taid")
 NAMES = sorted(path.stem for path in (CONF_DIR / "loss").glob("*.yaml"))
 
 
@@ -39,7 +41,7 @@ def sharp(world: World) -> dict[str, str]:
     return {role: f"model.{role}.path={world.root / 'sharp' / role}" for role in models}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
 def test_every_loss_trains_and_falls(train: Train, sharp: dict[str, str], name: str) -> None:
     """Without the labels, which would make any sum fall; TAID with a u that stands, else its target moves away."""
     models = [value for role, value in sharp.items() if name == "delta_multi_teacher" or not role.endswith("_2")]

@@ -110,6 +110,7 @@ def test_the_table_has_a_column_a_device_and_warns(
     assert "but there are 0 MiB" in warning
 
 
+@pytest.mark.slow
 def test_a_dry_run_loads_and_writes_nothing(world: World, tmp_path: Path) -> None:
     student = tmp_path / "no_weights"
     student.mkdir()
