@@ -152,7 +152,7 @@ def delta_weights(tables: Sequence[Comparison], styles: Styles) -> Plate:
     legend: dict[str, Style] = {}
     for number, table in enumerate(tables, 1):
         for name in table.sets:
-            families: dict[str, dict[float, Score]] = {}
+            families: dict[str, list[tuple[float, Score]]] = {}
             levels: dict[str, Score] = {}
             first: dict[str, Style] = {}
             for row in table.rows:
@@ -163,10 +163,14 @@ def delta_weights(tables: Sequence[Comparison], styles: Styles) -> Plate:
                 family = row.method.loss if weight is not None and family == row.label else family
                 first.setdefault(family, styles[row.method.label])
                 if weight is not None:
-                    families.setdefault(family, {})[weight] = row.scores[name]
+                    families.setdefault(family, []).append((weight, row.scores[name]))
                 else:
                     levels[row.label] = row.scores[name]
-            swept = {family: dict(sorted(points.items())) for family, points in families.items() if len(points) > 1}
+            swept = {
+                family: sorted(points, key=lambda point: point[0])
+                for family, points in families.items()
+                if len({weight for weight, _ in points}) > 1
+            }
             if swept:
                 legend |= {label: first[label] for label in (*swept, *levels)}
                 panels.append(
@@ -180,12 +184,17 @@ def delta_weights(tables: Sequence[Comparison], styles: Styles) -> Plate:
 
 
 def _draw_weights(
-    swept: Mapping[str, Mapping[float, Score]], levels: Mapping[str, Score], styles: Styles, axes: Axes
+    swept: Mapping[str, Sequence[tuple[float, Score]]], levels: Mapping[str, Score], styles: Styles, axes: Axes
 ) -> None:
     for family, points in swept.items():
-        means = [score.spread.mean for score in points.values()]
-        errors = [score.spread.stderr or 0.0 for score in points.values()]
-        axes.errorbar(list(points), means, errors, color=styles[family].color, marker="o", markersize=4, label=family)
+        weights = [weight for weight, _ in points]
+        means = [score.spread.mean for _, score in points]
+        errors = [score.spread.stderr or 0.0 for _, score in points]
+        # Methods that share a loss and a weight differ in something else: a line through them would be no curve.
+        line = "-" if len(set(weights)) == len(weights) else "none"
+        axes.errorbar(
+            weights, means, errors, color=styles[family].color, marker="o", markersize=4, linestyle=line, label=family
+        )
     for label, score in levels.items():
         axes.axhline(score.spread.mean, color=styles[label].color, linestyle=(0, (1, 1.5)), linewidth=1.2, label=label)
     axes.set_xlabel("delta_weight")
