@@ -56,6 +56,19 @@ def whole_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, parameter.detach()
 
 
+def resident_bytes(model: nn.Module) -> int:
+    """Bytes of parameters that this rank holds between two uses of a model (tied ones once): its part of sharded ones."""
+    return sum(_held(parameter).nbytes for parameter in model.parameters())
+
+
+def _held(parameter: Tensor) -> Tensor:
+    if isinstance(parameter, DTensor):
+        return parameter.to_local()
+    # A partitioned parameter of ZeRO 3 is empty, and its part hangs on it; one kept whole has both.
+    part = getattr(parameter, "ds_tensor", None)
+    return parameter if part is None or parameter.numel() > part.numel() else part
+
+
 def gradient_norm(model: nn.Module) -> float | None:
     """The norm of the gradient of all trained parameters, over all ranks; None where DeepSpeed holds the gradients."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]

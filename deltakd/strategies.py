@@ -14,6 +14,8 @@ from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy, Strategy
 
+from deltakd.references import PERSISTENCE_THRESHOLD
+
 #: The file of a sharded checkpoint that holds all but weights and optimiser state (FSDP2's name for it).
 META = "meta.pt"
 
@@ -38,6 +40,16 @@ def strategy_problems(config: dict[str, Any]) -> list[str]:
 def shards_parameters(config: dict[str, Any]) -> bool:
     """Whether no rank will hold the student whole."""
     return config["name"] == "fsdp" or (config["name"] == "deepspeed" and config["stage"] == 3)
+
+
+def reference_engine(config: dict[str, Any]) -> dict[str, Any]:
+    """What shards the references where that is asked for: what shards the student, or FSDP2 where nothing does.
+
+    Returns:
+        ``engine`` and ``persistence_threshold`` of ``LiveReferences``.
+    """
+    engine = "deepspeed" if config["name"] == "deepspeed" else "fsdp"
+    return {"engine": engine, "persistence_threshold": config.get("persistence_threshold", PERSISTENCE_THRESHOLD)}
 
 
 def make_strategy(config: dict[str, Any]) -> str | Strategy:

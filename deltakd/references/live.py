@@ -4,12 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import final
+from typing import Any, final
 
 import torch
+import torch.distributed as dist
+from torch import nn
 
-from deltakd.models import LanguageModel
-from deltakd.types import STUDENT_RAW, Batch, Head
+from deltakd.models import LanguageModel, ModelSpec
+from deltakd.references.sharded import PERSISTENCE_THRESHOLD, Engine, sharded
+from deltakd.types import STUDENT, STUDENT_RAW, Batch, Head
+
+SHARDINGS = ("replicate", "shard")
+
+
+def live_problems(settings: Mapping[str, Any], specs: Mapping[str, ModelSpec]) -> list[str]:
+    """What is wrong with ``reference`` where the references run live, one sentence each.
+
+    Args:
+        settings: the group ``reference``.
+        specs: role -> where its model comes from.
+    """
+    sharding = settings["sharding"]
+    if sharding not in SHARDINGS:
+        return [f"reference.sharding is {sharding!r}; allowed: {', '.join(SHARDINGS)}"]
+    found = []
+    if sharding == "shard":
+        if settings["placement"] != "auto":
+            found.append(
+                f"reference.sharding=shard divides the references over the students' devices, and reference.placement is "
+                f"{settings['placement']!r}; leave placement at auto, or sharding at replicate"
+            )
+        found += [
+            f"model.{role}.quantization is given, but quantised weights can't be sharded; reference.sharding=replicate"
+            for role, spec in specs.items()
+            if role != STUDENT and spec.quantization is not None
+        ]
+    return found
 
 
 @final
@@ -20,6 +50,9 @@ class LiveReferences:
         models: role -> model; frozen here, in eval mode for good.
         adapted_student: a LoRA student whose raw self is the adapter switched off; it then serves ``student_raw``.
         placement: ``auto`` follows the student's device; else the name of a device where the references stay.
+        sharding: ``replicate``: each rank holds all of them; ``shard``: each rank holds a part, gathered layer by layer.
+        engine: what shards them.
+        persistence_threshold: ZeRO 3 keeps parameters of fewer numbers whole on each rank.
     """
 
     def __init__(
@@ -27,8 +60,16 @@ class LiveReferences:
         models: Mapping[str, LanguageModel],
         adapted_student: LanguageModel | None = None,
         placement: str = "auto",
+        sharding: str = "replicate",
+        engine: Engine = "fsdp",
+        persistence_threshold: int = PERSISTENCE_THRESHOLD,
     ) -> None:
         self._models = dict(models)
+        self._sharding = sharding
+        self._engine = engine
+        self._persistence_threshold = persistence_threshold
+        #: What is run: the models, or what gathers their parts.
+        self._runners: dict[str, nn.Module] = dict(models)
         self._adapted_student = adapted_student
         self._placement = placement
         self._device = torch.device("cpu")
@@ -44,9 +85,18 @@ class LiveReferences:
         return frozenset(self._models) | extra
 
     def to(self, device: torch.device) -> None:
-        """Follow the student to ``device``, or stay where ``placement`` says and send hidden states there."""
+        """Follow the student to ``device``, or stay where ``placement`` says and send hidden states there.
+
+        Sharded references are divided here, by all ranks together.
+        """
         self._device = device
         home = self._home
+        if self._sharding == "shard" and dist.is_initialized():
+            self._runners = {
+                role: sharded(model, self._engine, device, self._persistence_threshold)
+                for role, model in self._models.items()
+            }
+            return
         for model in self._models.values():
             # Most kinds of quantised weights can't be moved, or only from the RAM to where they are packed.
             if not (model.quantized and next(model.parameters()).device.type == home.type):
@@ -74,7 +124,7 @@ class LiveReferences:
 
     @torch.no_grad()
     def _heads(self, batch: Batch, batch_there: Batch) -> dict[str, Head]:
-        there = {role: self._run(model, batch_there) for role, model in self._models.items()}
+        there = {role: self._run(runner, batch_there) for role, runner in self._runners.items()}
         # After all of them have been queued: a copy to the student's device waits for what it copies.
         heads = {role: self._brought(role, head) for role, head in there.items()}
         if self._adapted_student is not None:
@@ -83,10 +133,10 @@ class LiveReferences:
             heads[STUDENT_RAW] = replace(head, weight=head.weight.detach())
         return heads
 
-    def _run(self, model: LanguageModel, batch: Batch) -> Head:
+    def _run(self, runner: nn.Module, batch: Batch) -> Head:
         # The student's autocast must not reach the references: each runs in its own dtype.
         with torch.autocast(self._home.type, enabled=False):
-            return model(batch)
+            return runner(batch)
 
     def _brought(self, role: str, head: Head) -> Head:
         if head.hidden.device == self._device:

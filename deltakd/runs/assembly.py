@@ -27,6 +27,7 @@ from deltakd.runs.errors import ConfigError
 from deltakd.runs.evaluation import read_sets
 from deltakd.runs.plan import Plan
 from deltakd.runs.ranks import is_main_process
+from deltakd.strategies import reference_engine
 from deltakd.types import STUDENT, STUDENT_RAW
 
 log = logging.getLogger(__name__)
@@ -234,5 +235,7 @@ def make_models(
     if plan.loss.requires and cached is None:
         frozen = {role: model for role, model in loaded.items() if role != STUDENT}
         adapted = student if plan.lora is not None and STUDENT_RAW in plan.loss.requires else None
-        references = plan.make_references(frozen, adapted_student=adapted)
+        references = plan.make_references(
+            frozen, adapted_student=adapted, **reference_engine(plan.config["strategy"])
+        )
     return Models(student, references, loaded)

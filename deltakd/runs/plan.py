@@ -22,7 +22,7 @@ from deltakd.hub import hub_reachable
 from deltakd.models import LoraSpec, ModelSpec, load_config
 from deltakd.models.quantization import student_problems
 from deltakd.optim import AdamW
-from deltakd.references import CacheSettings, CacheStore, References
+from deltakd.references import CacheSettings, CacheStore, References, live_problems
 from deltakd.references.topk import topk_problems
 from deltakd.runs.cache_content import cache_problems
 from deltakd.runs.errors import ConfigError
@@ -166,6 +166,8 @@ def make_plan(
     if config["trainer"]["dry_run"] and (needs_prompts or makes_cache):
         problems.append("trainer.dry_run says what a training will need; give it to deltakd.train")
     problems += _set_problems(evaluation, data)
+    if "sharding" in config["reference"]:
+        problems += live_problems(config["reference"], specs)
     for part in (optim, data, lora, cache):
         problems += part.problems() if part is not None else []
     problems += _trainer_problems(config["trainer"]) + strategy_problems(config["strategy"])

@@ -23,7 +23,7 @@ from deltakd.runs.plan import Plan, make_plan
 from deltakd.runs.ranks import is_main_process
 from deltakd.runs.record import count_parameters, environment, peak_memory_mib
 from deltakd.runs.tracking import origin_of, wandb_of
-from deltakd.sharding import gathered, place
+from deltakd.sharding import gathered, place, resident_bytes
 
 log = logging.getLogger(__name__)
 
@@ -131,6 +131,7 @@ def _meta(parts: Parts, fitted: Fitted, started: float) -> dict[str, Any]:
         # Cached references are not loaded, but the student learnt from them.
         "references": sorted(parts.plan.loss.requires),
         "parameters": count_parameters(parts.models.loaded),
+        "resident_mib": {role: round(resident_bytes(m) / 2**20, 3) for role, m in sorted(parts.models.loaded.items())},
         "data_sha256": parts.sets.train.fingerprint,
         "data": parts.sets.counts,
         "valid_tokens": training.valid_tokens,

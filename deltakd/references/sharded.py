@@ -1,0 +1,84 @@
+"""A frozen model of which each rank holds a part: by FSDP2, or by DeepSpeed's ZeRO 3.
+
+Its parameters are gathered layer by layer while it runs, and let go again. All ranks have to run it together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal, final
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from deltakd.models import LanguageModel, transformer_blocks
+from deltakd.types import Batch, Head
+
+#: What shards the references: what shards the student, or could.
+Engine = Literal["fsdp", "deepspeed"]
+
+#: ZeRO 3 keeps parameters of fewer numbers whole on every rank (DeepSpeed's default).
+PERSISTENCE_THRESHOLD = 100_000
+
+
+@final
+class _WholeHead(nn.Module):
+    """Runs a model and keeps its output embedding, which is gathered inside ``forward`` alone.
+
+    Args:
+        model: the frozen model.
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> Head:
+        head: Head = self.model(batch)
+        return replace(head, weight=head.weight.clone(), bias=None if head.bias is None else head.bias.clone())
+
+
+def sharded(model: LanguageModel, engine: Engine, device: torch.device, persistence_threshold: int) -> nn.Module:
+    """Shard a frozen model over all ranks; a joint act of them.
+
+    The model's parameters become those of this rank's part, one block at a time, so that the device never holds all.
+
+    Args:
+        model: whole, on the CPU or on ``device``; sharded in place.
+        engine: by what.
+        device: of this rank.
+        persistence_threshold: ZeRO 3 keeps parameters of fewer numbers whole.
+
+    Returns:
+        What takes a batch and gives its head, whose output embedding is whole for as long as the head is held.
+    """
+    whole = _WholeHead(model)
+    return _by_fsdp(whole, device) if engine == "fsdp" else _by_zero(whole, persistence_threshold)
+
+
+def _by_fsdp(whole: _WholeHead, device: torch.device) -> nn.Module:
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for block in transformer_blocks(whole):
+        fully_shard(block, mesh=mesh)
+    # The root's parameters, the embeddings among them, would else stay gathered until a backward pass that never comes.
+    return fully_shard(whole, mesh=mesh, reshard_after_forward=True)
+
+
+def _by_zero(whole: _WholeHead, persistence_threshold: int) -> nn.Module:
+    import deepspeed
+
+    dtype = next(whole.parameters()).dtype
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": persistence_threshold},
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
+    }
+    # First, since a model that is not partitioned yet is moved to the device as a whole.
+    deepspeed.zero.Init(module=whole, config_dict_or_path=config, dtype=dtype)
+    engine, *_ = deepspeed.initialize(model=whole, config=config, model_parameters=[], dist_init_required=False)
+    engine.eval()
+    return engine
