@@ -18,7 +18,7 @@ from deltakd.models import LanguageModel, transformer_blocks
 from deltakd.optim import AdamW
 from deltakd.references import References
 from deltakd.sharding import Shell, gradient_norm, is_sharded, whole_parameters
-from deltakd.strategies import ZeroStrategy, loss_factor
+from deltakd.strategies import ZeroStrategy, loss_factor, optimizer_class
 from deltakd.types import STUDENT, Batch, Head, Loss, Progress, schedules_of
 
 
@@ -207,7 +207,8 @@ class DistillationModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW and its schedule, stepped per optimiser step."""
-        optimizer, scheduler = self.optim.build(self.student, self.total_steps)
+        kind = optimizer_class(self.trainer.strategy)
+        optimizer, scheduler = self.optim.build(self.student, self.total_steps, kind)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -48,16 +48,23 @@ class AdamW:
             found.append(f"optim.schedule={self.schedule} with options {dict(self.schedule_options)}: {error}")
         return found
 
-    def build(self, model: nn.Module, total_steps: int) -> tuple[torch.optim.Optimizer, Any]:
-        """The optimiser over the trainable parameters and its scheduler, stepped once per optimiser step."""
+    def build(
+        self, model: nn.Module, total_steps: int, kind: type[torch.optim.Optimizer] = torch.optim.AdamW
+    ) -> tuple[torch.optim.Optimizer, Any]:
+        """The optimiser over the trainable parameters and its scheduler, stepped once per optimiser step.
+
+        Args:
+            model: the student.
+            total_steps: optimiser steps of the whole run.
+            kind: an implementation of AdamW with the arguments of PyTorch's.
+        """
         trainable = [p for p in model.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": self.weight_decay},
             {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=self.lr, betas=(self.betas[0], self.betas[1]), eps=self.eps
-        )
+        options: dict[str, Any] = {"lr": self.lr, "betas": (self.betas[0], self.betas[1]), "eps": self.eps}
+        optimizer = kind([g for g in groups if g["params"]], **options)
         warmup = self.warmup_steps if self.warmup_steps >= 1 else self.warmup_steps * total_steps
         scheduler = get_scheduler(self.schedule, optimizer, round(warmup), total_steps, dict(self.schedule_options))
         return optimizer, scheduler

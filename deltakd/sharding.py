@@ -57,7 +57,7 @@ def whole_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def resident_bytes(model: nn.Module) -> int:
-    """Bytes of parameters that this rank holds between two uses of a model (tied ones once): its part of sharded ones."""
+    """Bytes of parameters on this rank between two uses of a model, tied ones once; its part of sharded ones."""
     return sum(_held(parameter).nbytes for parameter in model.parameters())
 
 

@@ -64,9 +64,8 @@ class Checkpoints(Checkpoint):
         self.every_n_minutes = every_n_minutes
         #: Optimiser steps of the run; the last one is saved, too.
         self.total_steps: int | None = None
-        #: Rows (or positions) of an optimiser step over all ranks, and how many ranks those are.
+        #: Rows (or positions) of an optimiser step over all ranks.
         self.step_size: int | None = None
-        self.world_size = 1
         self.best_metrics: dict[str, float] = {}
         self.best_step: int | None = None
         self._saved_at = time.monotonic()
@@ -87,7 +86,6 @@ class Checkpoints(Checkpoint):
             "best_metrics": self.best_metrics,
             "best_step": self.best_step,
             "step_size": self.step_size,
-            "world_size": self.world_size,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ def live_problems(settings: Mapping[str, Any], specs: Mapping[str, ModelSpec]) -
     if sharding == "shard":
         if settings["placement"] != "auto":
             found.append(
-                f"reference.sharding=shard divides the references over the students' devices, and reference.placement is "
+                f"reference.sharding=shard divides the references over the ranks' devices, and reference.placement is "
                 f"{settings['placement']!r}; leave placement at auto, or sharding at replicate"
             )
         found += [
@@ -50,7 +50,7 @@ class LiveReferences:
         models: role -> model; frozen here, in eval mode for good.
         adapted_student: a LoRA student whose raw self is the adapter switched off; it then serves ``student_raw``.
         placement: ``auto`` follows the student's device; else the name of a device where the references stay.
-        sharding: ``replicate``: each rank holds all of them; ``shard``: each rank holds a part, gathered layer by layer.
+        sharding: ``replicate``: each rank holds all of them; ``shard``: a part, and layers are gathered as they run.
         engine: what shards them.
         persistence_threshold: ZeRO 3 keeps parameters of fewer numbers whole on each rank.
     """

@@ -235,7 +235,5 @@ def make_models(
     if plan.loss.requires and cached is None:
         frozen = {role: model for role, model in loaded.items() if role != STUDENT}
         adapted = student if plan.lora is not None and STUDENT_RAW in plan.loss.requires else None
-        references = plan.make_references(
-            frozen, adapted_student=adapted, **reference_engine(plan.config["strategy"])
-        )
+        references = plan.make_references(frozen, adapted_student=adapted, **reference_engine(plan.config["strategy"]))
     return Models(student, references, loaded)

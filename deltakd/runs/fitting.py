@@ -128,7 +128,7 @@ def fit(parts: Parts, loggers: list[Logger], state: SavedState | None) -> Fitted
         write_total_steps(parts.directory.path, data.total_steps)
     if validation is not None:
         validation.steps = _validation_steps(data, settings["val_every_n_steps"])
-    checkpoints.step_size, checkpoints.world_size = data.step_size, trainer.world_size
+    checkpoints.step_size = data.step_size
     if state:
         _check_ranks(state.content["callbacks"][checkpoints.state_key], checkpoints, parts.plan)
     module = make_module(parts, data.total_steps)
@@ -154,11 +154,6 @@ def _check_ranks(saved: Mapping[str, Any], checkpoints: Checkpoints, plan: Plan)
             f"the checkpoint was made with {saved['step_size']} {unit} in an "
             f"optimiser step over all processes, and this start has {checkpoints.step_size}: with another number of "
             f"processes change data.{key}, so that their product stays the same"
-        )
-    if plan.config["strategy"]["name"] == "deepspeed" and saved["world_size"] != checkpoints.world_size:
-        raise ValueError(
-            f"DeepSpeed's checkpoints go on with as many processes as wrote them ({saved['world_size']}), and this "
-            f"start has {checkpoints.world_size}; strategy=ddp and strategy=fsdp may change the number"
         )
 
 

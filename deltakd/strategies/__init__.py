@@ -1,0 +1,24 @@
+"""How a run is spread over processes: Lightning's strategies, chosen by config and completed."""
+
+from deltakd.strategies.selection import (
+    ShardedDataParallel,
+    loss_factor,
+    make_strategy,
+    optimizer_class,
+    reference_engine,
+    shards_parameters,
+    strategy_problems,
+)
+from deltakd.strategies.zero import META, ZeroStrategy
+
+__all__ = [
+    "META",
+    "ShardedDataParallel",
+    "ZeroStrategy",
+    "loss_factor",
+    "make_strategy",
+    "optimizer_class",
+    "reference_engine",
+    "shards_parameters",
+    "strategy_problems",
+]

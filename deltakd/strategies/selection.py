@@ -1,0 +1,87 @@
+"""The strategy that a config names, and what depends on it."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any, final
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+
+from deltakd.references import PERSISTENCE_THRESHOLD
+from deltakd.strategies.zero import ZeroStrategy, make_zero
+
+NAMES = ("auto", "ddp", "deepspeed", "fsdp")
+
+
+def strategy_problems(config: dict[str, Any]) -> list[str]:
+    """What is wrong with ``strategy``, one sentence each."""
+    found = []
+    if config["name"] not in NAMES:
+        found.append(f"strategy.name is {config['name']!r}; allowed: {', '.join(NAMES)}")
+    if config["name"] == "deepspeed":
+        if config["stage"] not in (1, 2, 3):
+            found.append(f"strategy.stage is {config['stage']!r}; ZeRO has the stages 1, 2 and 3")
+        if importlib.util.find_spec("deepspeed") is None:
+            found.append(
+                "strategy=deepspeed_* needs DeepSpeed, which is not installed: pip install 'deltakd[deepspeed]'"
+            )
+    return found
+
+
+def shards_parameters(config: dict[str, Any]) -> bool:
+    """Whether no rank will hold the student whole."""
+    return config["name"] == "fsdp" or (config["name"] == "deepspeed" and config["stage"] == 3)
+
+
+def reference_engine(config: dict[str, Any]) -> dict[str, Any]:
+    """What shards the references where that is asked for: what shards the student, or FSDP2 where nothing does.
+
+    Returns:
+        ``engine`` and ``persistence_threshold`` of ``LiveReferences``.
+    """
+    engine = "deepspeed" if config["name"] == "deepspeed" else "fsdp"
+    return {"engine": engine, "persistence_threshold": config.get("persistence_threshold", PERSISTENCE_THRESHOLD)}
+
+
+def make_strategy(config: dict[str, Any]) -> str | Strategy:
+    """The strategy that ``conf/strategy`` names.
+
+    Args:
+        config: ``name`` (auto, ddp, deepspeed, fsdp); for deepspeed what ``make_zero`` takes.
+    """
+    if config["name"] == "deepspeed":
+        return make_zero(**{key: value for key, value in config.items() if key != "name"})
+    if config["name"] == "fsdp":
+        return ShardedDataParallel(data_parallel_size="auto", tensor_parallel_size=1)
+    return str(config["name"])
+
+
+@final
+class ShardedDataParallel(ModelParallelStrategy):
+    """FSDP2 over all ranks; the module shards itself in ``configure_model``."""
+
+    def setup_environment(self) -> None:
+        """All ranks are data-parallel."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+
+def optimizer_class(strategy: Strategy) -> type[torch.optim.Optimizer]:
+    """The AdamW that steps the student: DeepSpeed's where its state is in the RAM, else PyTorch's."""
+    if isinstance(strategy, ZeroStrategy) and strategy.offloads_optimizer:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam
+    return torch.optim.AdamW
+
+
+def loss_factor(trainer: L.Trainer) -> int:
+    """By what the share of a micro-batch in the loss of its whole optimiser step has to be multiplied.
+
+    Lightning divides by the number of micro-batches, DeepSpeed does so once more, and all strategies average over
+    ranks; the denominator of the share holds all of it already.
+    """
+    micro_batches = trainer.accumulate_grad_batches
+    return micro_batches * trainer.world_size * (micro_batches if isinstance(trainer.strategy, ZeroStrategy) else 1)

@@ -1,0 +1,67 @@
+"""DeepSpeed's checkpoints on another number of ranks than wrote them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import shutil
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+from lightning.pytorch.strategies import DeepSpeedStrategy
+
+log = logging.getLogger(__name__)
+
+#: The folder of DeepSpeed's files in a checkpoint (Lightning's name for it).
+TAG = "checkpoint"
+
+
+def ranks_of(checkpoint: Path) -> int:
+    """How many ranks wrote a checkpoint of DeepSpeed: each has its part of the optimiser's state."""
+    return len(list((checkpoint / TAG).glob("*_optim_states.pt")))
+
+
+@contextlib.contextmanager
+def for_any_ranks(checkpoint: Path, strategy: DeepSpeedStrategy) -> Iterator[Path]:
+    """The checkpoint in DeepSpeed's universal format, beside it for as long as it is read; a joint act of all ranks.
+
+    Raises:
+        OSError: there is no room for it: as much as the checkpoint takes itself.
+    """
+    universal = checkpoint.with_name(f"{checkpoint.name}.universal")
+    if strategy.is_global_zero:
+        log.info(
+            "%s was written by %d processes and is converted for %d.",
+            checkpoint,
+            ranks_of(checkpoint),
+            strategy.world_size,
+        )
+        shutil.rmtree(universal, ignore_errors=True)
+        _convert(checkpoint / TAG, universal / TAG)
+    strategy.barrier()
+    try:
+        yield universal
+    finally:
+        strategy.barrier()
+        if strategy.is_global_zero:
+            shutil.rmtree(universal, ignore_errors=True)
+
+
+def _convert(source: Path, target: Path) -> None:
+    from deepspeed.checkpoint import ds_to_universal
+
+    options = Namespace(
+        input_folder=str(source),
+        output_folder=str(target),
+        # More workers would be forked from a process with threads, and hold several parts in memory.
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    # It prints its progress, and a bar for each of its steps.
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        ds_to_universal.main(options)
