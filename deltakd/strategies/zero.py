@@ -105,15 +105,21 @@ class ZeroStrategy(DeepSpeedStrategy):
         """As inherited; a checkpoint of another number of ranks is converted first (DeepSpeed's universal format)."""
         if ranks_of(Path(checkpoint_path)) == self.world_size:
             return super().load_checkpoint(checkpoint_path, weights_only)
-        engine, groups = self.deepspeed_engine, self.deepspeed_engine.optimizer.param_groups
-        options = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+        engine = self.deepspeed_engine
+        options = [
+            {k: v for k, v in group.items() if k not in ("params", "lr")} for group in engine.optimizer.param_groups
+        ]
         engine._config.load_universal_checkpoint = True
         with for_any_ranks(Path(checkpoint_path), self) as universal:
             state = super().load_checkpoint(universal, weights_only)
         engine._config.load_universal_checkpoint = False
-        # Stage 3 gives every group the options of the first: biases would decay from here on.
+        # Stage 3 gives every group the options of the first (biases would decay from here on), and all of them one
+        # tensor that counts the steps (the second group would count each step twice).
         for group, option in zip(engine.optimizer.param_groups, options, strict=True):
             group.update(option)
+        for moments in engine.optimizer.optimizer.state.values():
+            if torch.is_tensor(moments.get("step")):
+                moments["step"] = moments["step"].clone()
         return state
 
     def norm_of_last_step(self) -> float:
