@@ -64,8 +64,8 @@ def token_measures(heads: Mapping[str, Head], labels: Tensor, chunk_size: int = 
         for at in range(0, max(1, len(labels_N)), _BLOCK_ROWS):
             rows = slice(at, at + _BLOCK_ROWS)
             blocks.append(_block({role: z_NV[rows] for role, z_NV in chunk.items()}, labels_N[rows]))
-    found = {field.name: [getattr(block, field.name) for block in blocks] for field in fields(TokenMeasures)}
-    return TokenMeasures(**{name: None if of[0] is None else torch.cat(of) for name, of in found.items()})
+    there = [field.name for field in fields(TokenMeasures) if getattr(blocks[0], field.name) is not None]
+    return TokenMeasures(**{name: torch.cat([getattr(block, name) for block in blocks]) for name in there})
 
 
 def _check(heads: Mapping[str, Head], labels: Tensor, chunk_size: int) -> None:
