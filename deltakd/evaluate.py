@@ -15,14 +15,16 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from deltakd.data import DataConfig, EncodedSet
 from deltakd.hub import hub_reachable
 from deltakd.models import LanguageModel, load_tokenizer
 from deltakd.runs.configuration import compose_config
 from deltakd.runs.directory import RunDirectory
 from deltakd.runs.errors import ConfigError, guarded
 from deltakd.runs.evaluation import evaluate_sets, read_sets, shown
+from deltakd.runs.measures import Subject, measure
 from deltakd.runs.plan import make_evaluation
 from deltakd.runs.record import count_parameters, environment, model_fingerprint, peak_memory_mib
 
@@ -73,16 +75,21 @@ def run_evaluation(arguments: Sequence[str]) -> dict[str, Any]:
     settings = config["model"]
     tokenizer = load_tokenizer(model_path, "model", trust_remote_code=settings["trust_remote_code"])
     vocabulary = max(tokenizer.get_vocab().values()) + 1
-    sets = read_sets(evaluation, instantiate(config["data"], _convert_="all"), tokenizer)
+    data = instantiate(config["data"], _convert_="all")
+    sets = read_sets(evaluation, data, tokenizer)
     model = _load(model_path, settings)
     LanguageModel(model, vocabulary).check_head()
-    metrics = evaluate_sets(model, tokenizer, sets, evaluation, vocabulary, directory.generations)
+    references = instantiate(config["reference"], _convert_="all")
+    subject = Subject(config, evaluation, data, tokenizer, vocabulary, model, references)
+    measured = measure(subject, _validation(data, tokenizer) if evaluation.measures.rows != 0 else None)
+    metrics = evaluate_sets(model, tokenizer, sets, evaluation, vocabulary, directory.generations) | measured.scores
     meta = environment() | {
         "model": model_path,
         "seed": config["seed"],
         "parameters": count_parameters({"student": model}),
         "seconds": round(time.perf_counter() - started, 3),
         "peak_memory_mib": round(peak_memory_mib(), 1),
+        "measured": measured.counts,
     }
     summary = {**metrics, "meta": meta}
     directory.write_summary(summary)
@@ -107,7 +114,7 @@ def _configure(arguments: Sequence[str]) -> tuple[DictConfig, str]:
         )
     held = yaml.safe_load(run.config.read_text(encoding="utf-8"))
     chosen = {a.split("=", 1)[0] for a in overrides}
-    for group in ("model", "data", "evaluation"):
+    for group in ("model", "data", "evaluation", "reference"):
         if group not in chosen:
             cfg[group] = held[group]
     # A run without generation still knows its sets and decoding; asking for an evaluation asks for answers.
@@ -116,6 +123,19 @@ def _configure(arguments: Sequence[str]) -> tuple[DictConfig, str]:
         if "." in override.key_or_group:
             OmegaConf.update(cfg, override.key_or_group, override.value(), merge=False)
     return cfg, str(run.student)
+
+
+def _validation(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> EncodedSet | None:
+    """The validation rows of the data group, where it names any; rows that can't be read any more cost no answers."""
+    if not (data.train and data.validates):
+        return None
+    try:
+        if data.prepare is not None:
+            data.prepare()
+        return data.load(tokenizer).val
+    except (ValueError, OSError) as error:
+        log.warning("The validation rows can't be read, so nothing is measured on them: %s", error)
+        return None
 
 
 def _load(path: str, settings: dict[str, Any]) -> torch.nn.Module:

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
+from deltakd.comparison.beyond import MEASURES
 from deltakd.runs.answers import run_answers
 from deltakd.runs.caching import in_units, run_caching
 from deltakd.runs.configuration import compose_config
@@ -180,7 +181,7 @@ def comparison(study: Study) -> Table:
     columns = study.columns or sorted(
         {k for s in summaries.values() for k in s if k.endswith(("rougeL", "exact_match"))}
     )
-    table = Table(title=study.name, caption="per cent; ± is one standard error over prompts")
+    table = Table(title=study.name, caption="scores of answers in per cent; ± is one standard error over prompts")
     table.add_column("model")
     table.add_column("parameters", justify="right")
     for column in columns:
@@ -195,7 +196,8 @@ def _cell(summary: Mapping[str, Any], column: str) -> str:
     if column not in summary:
         return "-"
     error = summary.get(f"{column}_stderr")
-    return f"{summary[column]:.2f}" + ("" if error is None else f" ± {error:.2f}")
+    _, digits = MEASURES.get(column.rpartition("/")[2], ("", 2))
+    return f"{summary[column]:.{digits}f}" + ("" if error is None else f" ± {error:.2f}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

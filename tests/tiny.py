@@ -99,6 +99,7 @@ class World:
             "logger=csv",
             "evaluation=none",
             "evaluation.decoding.max_new_tokens=8",
+            "evaluation.measures.rows=0",
             f"run_dir={run_dir}",
         ]
         by_key = {override.split("=", 1)[0]: override for override in [*base, *extra]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from deltakd.comparison.beyond import NOTES, BeyondTable
 from deltakd.comparison.methods import Method
 from deltakd.comparison.statistics import Difference
 from deltakd.comparison.tables import Comparison, Score, notes_once
@@ -59,6 +60,20 @@ def _markdown(table: Comparison, notes: Sequence[str]) -> str:
             cells.append(f"{value}<br>{difference}" if difference else value)
         lines.append(_md_line(cells))
     return "\n".join([*lines, "", *(f"* {_md_escape(note)}" for note in notes)])
+
+
+def beyond_markdown(tables: Sequence[BeyondTable]) -> str:
+    """The measures beyond ROUGE as Markdown; empty where there are none."""
+    if not tables:
+        return ""
+    lines = ["", "## Beyond ROUGE"]
+    for table in tables:
+        lines += ["", f"### {_md_escape(table.title)}", "", _md_line(["method", *table.columns, "seeds"])]
+        lines.append("| --- |" + " ---: |" * (len(table.columns) + 1))
+        for row in table.rows:
+            cells = [value + (f" ± {error}" if error else "") for value, error in row.cells]
+            lines.append(_md_line([_md_escape(row.label), *cells, shown_seeds(row.method)]))
+    return "\n".join([*lines, "", *(f"* {note}" for note in NOTES)]) + "\n"
 
 
 def _md_line(cells: Sequence[str]) -> str:

@@ -14,8 +14,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from deltakd.comparison import figures, sections
+from deltakd.comparison.beyond import NOTES, beyond_tables
 from deltakd.comparison.drawing import SERIES, Plate, Style, styles
-from deltakd.comparison.formats import latex, markdown, shown_difference
+from deltakd.comparison.formats import beyond_markdown, latex, markdown, shown_difference
 from deltakd.comparison.methods import Method
 from deltakd.comparison.preservation import Preservation
 from deltakd.comparison.tables import Comparison, notes_once
@@ -154,6 +155,8 @@ class _View:
         self.plates = plates
         self.figure_sections = [entry for entry in _FIGURE_SECTIONS if plates[entry[2]].panels]
         self.tables = notes_once(page.comparisons)
+        self.beyond = beyond_tables(page.methods)
+        self.beyond_notes = NOTES
         self.preserved = sections.preserved_rows(page.measured)
         self.token_view = sections.token_view(page.measured)
         self.examples = sections.examples(page.methods)
@@ -173,6 +176,7 @@ class _View:
         """Id and short heading of every section that is there."""
         shown = [
             ("results", "Results", True),
+            ("beyond", "Beyond ROUGE", bool(self.beyond)),
             *((id_, heading, True) for id_, heading, _ in self.figure_sections),
             ("preservation", "Shift preservation", bool(self.preserved or self._page.missing)),
             ("tokens", "Token view", self.token_view is not None),
@@ -200,7 +204,9 @@ def write_report(page: Page, folder: Path, tidy: Callable[[str], str] = str) -> 
         old.unlink()
     texts = {
         "report.html": render(page, tidy),
-        "report.md": f"# {page.title}\n\n{markdown(page.comparisons)}" + _notes(page, tidy),
+        "report.md": f"# {page.title}\n\n{markdown(page.comparisons)}"
+        + beyond_markdown(beyond_tables(page.methods))
+        + _notes(page, tidy),
         "table.tex": latex(page.comparisons),
     }
     for name, text in texts.items():

@@ -13,6 +13,8 @@ from deltakd.types import ROLES, STUDENT, STUDENT_RAW, TEACHER, TEACHER_RAW, Hea
 
 #: A shift whose standard deviation is below so many roundings of the logits is no shift.
 _ROUNDINGS = 8.0
+#: Rows of logits whose intermediate results stay in a core's cache.
+_BLOCK_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -111,9 +113,9 @@ def _chunk(heads: Mapping[str, Head], labels_N: Tensor) -> TokenPreservation:
     at_label = {role: log_NV.gather(-1, labels_N[:, None]).squeeze(-1) for role, log_NV in log_probs.items()}
     agreement_N = logits[STUDENT].argmax(-1) == logits[TEACHER].argmax(-1)
     return TokenPreservation(
-        correlation=_correlation(wide, log_probs, rounding),
-        kl_teacher=_kl(log_probs[TEACHER], log_probs[STUDENT]),
-        kl_raw=_kl(log_probs[TEACHER], log_probs[STUDENT_RAW]),
+        correlation=shift_correlation(wide, rounding),
+        kl_teacher=forward_kl(log_probs[TEACHER], log_probs[STUDENT]),
+        kl_raw=forward_kl(log_probs[TEACHER], log_probs[STUDENT_RAW]),
         top1_agreement=agreement_N.double(),
         nll=-at_label[STUDENT],
         student_shift=at_label[STUDENT] - at_label[STUDENT_RAW],
@@ -121,30 +123,53 @@ def _chunk(heads: Mapping[str, Head], labels_N: Tensor) -> TokenPreservation:
     )
 
 
-def _kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
+def forward_kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
+    """[N] KL(p ‖ q) in nats of log-probabilities [N, V]; infinite where p may say what q rules out."""
     p_NV = log_p_NV.exp()
     return torch.where(p_NV > 0, p_NV * (log_p_NV - log_q_NV), 0.0).sum(-1)
 
 
-def _correlation(logits: Mapping[str, Tensor], log_probs: Mapping[str, Tensor], rounding: float) -> Tensor:
-    """[N] weighted Pearson correlation of the two shifts; NaN where there is none.
+def shift_correlation(logits: Mapping[str, Tensor], rounding: float) -> Tensor:
+    """[N] Pearson correlation of both shifts over the vocabulary, weighted by the teacher's probabilities.
 
-    A constant added to all logits of a model changes no correlation, so the shifts are those of the log-probs.
+    A constant added to all logits of a model changes no correlation, so the shifts are differences of logits.
+
+    Args:
+        logits: role -> [N, V] float64 of all four ROLES; −∞ rules a token out, which then plays no part.
+        rounding: relative error of a logit.
+
+    Returns:
+        float64; NaN where one of the shifts has no variance beyond rounding.
     """
-    left_out_NV = torch.stack([torch.isneginf(z_NV) for z_NV in logits.values()]).any(0)
-    weight_NV = log_probs[TEACHER].masked_fill(left_out_NV, -math.inf).softmax(-1)
-    pairs = {STUDENT: (STUDENT, STUDENT_RAW), TEACHER: (TEACHER, TEACHER_RAW)}
+    blocks = range(0, max(1, len(logits[STUDENT])), _BLOCK_ROWS)
+    parts = [{role: z_NV[at : at + _BLOCK_ROWS] for role, z_NV in logits.items()} for at in blocks]
+    return torch.cat([_correlation(part, rounding) for part in parts])
+
+
+def _correlation(logits: Mapping[str, Tensor], rounding: float) -> Tensor:
+    lowest = {role: z_NV.amin(-1) for role, z_NV in logits.items()}
+    teacher_NV = logits[TEACHER]
+    if any(torch.isneginf(lowest_N).any() for lowest_N in lowest.values()):
+        left_out_NV = torch.stack([torch.isneginf(z_NV) for z_NV in logits.values()]).any(0)
+        logits = {role: z_NV.masked_fill(left_out_NV, 0.0) for role, z_NV in logits.items()}
+        teacher_NV = logits[TEACHER].masked_fill(left_out_NV, -math.inf)
+        lowest = {role: z_NV.amin(-1) for role, z_NV in logits.items()}
+    weight_NV = (teacher_NV - teacher_NV.amax(-1, keepdim=True)).exp_()
+    weight_NV /= weight_NV.sum(-1, keepdim=True)
     # Errors of variance s² have a weighted variance of s² · (1 − Σ w²): little where the teacher is certain.
-    spread_N = (weight_NV * (1.0 - weight_NV)).sum(-1).sqrt()
-    centred, deviation, defined = {}, {}, []
-    for name, (tuned, raw) in pairs.items():
-        shift_NV = (log_probs[tuned] - log_probs[raw]).masked_fill(left_out_NV, 0.0)
-        centred[name] = shift_NV - (weight_NV * shift_NV).sum(-1, keepdim=True)
-        deviation[name] = (weight_NV * centred[name].square()).sum(-1).sqrt()
+    spread_N = torch.linalg.vecdot(weight_NV, 1.0 - weight_NV).sqrt()
+    centred, weighted, deviation, defined = {}, {}, {}, []
+    for name, (tuned, raw) in {STUDENT: (STUDENT, STUDENT_RAW), TEACHER: (TEACHER, TEACHER_RAW)}.items():
+        shift_NV = logits[tuned] - logits[raw]
+        shift_NV -= torch.linalg.vecdot(weight_NV, shift_NV)[:, None]
+        centred[name], weighted[name] = shift_NV, weight_NV * shift_NV
+        deviation[name] = torch.linalg.vecdot(weighted[name], shift_NV).sqrt()
         # Logits are rounded in proportion to their size, which may be far above that of their differences.
-        sizes_NV = [logits[role].masked_fill(left_out_NV, 0.0) for role in (tuned, raw)]
-        size_N = sum(((weight_NV * z_NV.square()).sum(-1).sqrt() for z_NV in sizes_NV), torch.ones_like(spread_N))
+        size_N = 1.0 + sum(torch.maximum(logits[role].amax(-1), -lowest[role]) for role in (tuned, raw))
+        if (deviation[name] <= _ROUNDINGS * rounding * size_N * spread_N).any():
+            # The largest logit was a bound that is cheap, and nearly always enough.
+            size_N = 1.0 + sum(torch.linalg.vecdot(weight_NV * logits[r], logits[r]).sqrt() for r in (tuned, raw))
         defined.append(deviation[name] > _ROUNDINGS * rounding * size_N * spread_N)
-    covariance_N = (weight_NV * centred[STUDENT] * centred[TEACHER]).sum(-1)
+    covariance_N = torch.linalg.vecdot(weighted[STUDENT], centred[TEACHER])
     correlation_N = covariance_N / (deviation[STUDENT] * deviation[TEACHER])
     return torch.where(defined[0] & defined[1], correlation_N.clamp(-1.0, 1.0), torch.nan)

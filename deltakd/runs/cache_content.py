@@ -93,7 +93,7 @@ def cache_problems(config: Mapping[str, Any], loss: Loss, settings: CacheSetting
             "give a loss that reads them all"
         )
     for role in sorted(loss.requires & set(held)):
-        problems += _model_problems(role, model_entry(config, role), held[role], settings.path)
+        problems += model_problems(role, model_entry(config, role), held[role], settings.path)
     if STUDENT_RAW in loss.requires and config["model"][STUDENT]["init"] == "random":
         problems.append("the loss reads student_raw, but a student with init=random has no raw self; give it a path")
     return problems
@@ -116,7 +116,7 @@ def _store_problems(content: Mapping[str, Any], loss: Loss, settings: CacheSetti
     return found + topk_problems(loss)
 
 
-def _model_problems(role: str, entry: Mapping[str, Any], held: Mapping[str, Any], path: str) -> list[str]:
+def model_problems(role: str, entry: Mapping[str, Any], held: Mapping[str, Any], path: str) -> list[str]:
     """A model that the config names has to be the cached one; where it is gone, its name has to be the same."""
     if not entry.get("path"):
         return []

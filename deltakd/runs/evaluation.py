@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from deltakd.data import DataConfig, Row, encode_prompt, read_rows
 from deltakd.evaluation import EvaluationSet, evaluate_set, matches, read_generations, summarise, write_generations
+from deltakd.evaluation.text_measures import text_measures
 from deltakd.runs.plan import Evaluation
 from deltakd.runs.progress import current_display
 from deltakd.runs.ranks import is_main_process
@@ -125,7 +126,7 @@ def evaluate_sets(
             reads and writes.
 
     Returns:
-        ``<set>/<metric>`` and ``<set>/<metric>_stderr`` in per cent.
+        ``<set>/<metric>`` and ``<set>/<metric>_stderr`` in per cent, and ``<set>/<measure>`` of ``text_measures``.
     """
     metrics: dict[str, float] = {}
     for eval_set in sets:
@@ -145,7 +146,8 @@ def evaluate_sets(
                 if is_main_process():
                     write_generations(path, records)
             by_seed[seed] = records
-        metrics |= {f"{eval_set.name}/{name}": value for name, value in summarise(by_seed).items()}
+        summary = summarise(by_seed) | text_measures(by_seed)
+        metrics |= {f"{eval_set.name}/{name}": value for name, value in summary.items()}
     return metrics
 
 

@@ -92,7 +92,8 @@ def _scores(config: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     protocol = ", ".join(f"{key}={value}" for key, value in evaluation.get("decoding", {}).items())
     limit = evaluation.get("limit")
     note = (
-        f"Scores of answers are in per cent, losses in nats per token. Decoding: {protocol}; sampling seeds "
+        "Scores of answers, `ece`, `top1_agreement`, `distinct_n` and `repetition_4` are in per cent, losses and "
+        f"`kl_teacher` in nats per token. Decoding: {protocol}; sampling seeds "
         f"{evaluation.get('seeds')}; {'all rows' if limit is None else f'the first {limit} rows'} of each set; "
         "± is one standard error over prompts."
     )

@@ -26,6 +26,7 @@ from deltakd.references import CacheSettings, CacheStore, References, live_probl
 from deltakd.references.topk import topk_problems
 from deltakd.runs.cache_content import cache_problems
 from deltakd.runs.errors import ConfigError
+from deltakd.runs.measure_settings import MeasureSettings, make_measure_settings
 from deltakd.strategies import strategy_problems
 from deltakd.types import ROLES, STUDENT, STUDENT_RAW, Loss, LossOutput, is_reference_role, schedules_of
 
@@ -56,6 +57,7 @@ class Evaluation:
         batch_size: prompts at a time.
         val_limit: validation rows answered during training.
         decoding: how tokens are chosen.
+        measures: what is measured beyond ROUGE, whether anything is generated or not.
     """
 
     generate: bool
@@ -65,6 +67,7 @@ class Evaluation:
     batch_size: int
     val_limit: int
     decoding: Decoding
+    measures: MeasureSettings
 
     def problems(self) -> list[str]:
         """What is wrong with ``evaluation``, one sentence each."""
@@ -245,6 +248,7 @@ def make_evaluation(config: dict[str, Any], problems: list[str]) -> Evaluation:
         batch_size=config["batch_size"],
         val_limit=config["val_limit"],
         decoding=_typed(Decoding, config["decoding"], "evaluation.decoding", problems),
+        measures=make_measure_settings(config.get("measures"), problems),
     )
     problems += evaluation.problems()
     return evaluation

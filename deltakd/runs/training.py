@@ -18,12 +18,14 @@ from deltakd.runs.directory import RunDirectory, write_text
 from deltakd.runs.evaluation import evaluate_sets, shown
 from deltakd.runs.fitting import Fitted, fit, read_state
 from deltakd.runs.loggers import finish_loggers, make_loggers
+from deltakd.runs.measures import Measured, Subject, measure
 from deltakd.runs.model_card import model_card
 from deltakd.runs.plan import Plan, make_plan
 from deltakd.runs.ranks import is_main_process
 from deltakd.runs.record import count_parameters, environment, peak_memory_mib
 from deltakd.runs.tracking import origin_of, wandb_of
 from deltakd.sharding import gathered, place, resident_bytes
+from deltakd.types import STUDENT
 
 log = logging.getLogger(__name__)
 
@@ -71,12 +73,12 @@ def run_training(cfg: DictConfig, run_dir: Path) -> float:
         if main:
             save_student(fitted.student, parts.tokenizer, directory.student, model_card(plan.config, summary))
         gathered("exported")
-        scores = _evaluate_student(parts) if plan.evaluation.generate else {}
+        scores, measured = _evaluate_student(parts)
         if not main:
             return _objective_value(plan, metrics)
         for logger in loggers:
             logger.log_metrics(scores, step=fitted.module.total_steps)
-        summary = {**metrics, **scores, "meta": _meta(parts, fitted, started)}
+        summary = {**metrics, **scores, "meta": _meta(parts, fitted, started) | {"measured": measured.counts}}
         write_text(directory.student / "README.md", model_card(plan.config, summary))
         if tracker is not None:
             tracker.log_results(directory.student, metrics | scores, fitted.module.total_steps)
@@ -91,11 +93,15 @@ def _objective_value(plan: Plan, summary: Mapping[str, Any]) -> float:
     return float(summary[plan.objective])
 
 
-def _evaluate_student(parts: Parts) -> dict[str, float]:
-    """Evaluate what was exported, opened as its users will open it."""
+def _evaluate_student(parts: Parts) -> tuple[dict[str, float], Measured]:
+    """Evaluate what was exported, opened as its users will open it: its answers, and what is measured beyond them.
+
+    Returns:
+        All scores, and the measures among them.
+    """
     plan = parts.plan
-    if not parts.evaluation_sets:
-        return {}
+    if not parts.evaluation_sets and plan.evaluation.measures.rows == 0:
+        return {}, Measured()
     settings = plan.config["model"]
     model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
         parts.directory.student,
@@ -103,6 +109,20 @@ def _evaluate_student(parts: Parts) -> dict[str, float]:
         trust_remote_code=settings["trust_remote_code"],
     )
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    # First: it takes seconds, and what is wrong shows before the answers, which take longer, are generated.
+    measured = measure(
+        Subject(
+            plan.config,
+            plan.evaluation,
+            plan.data,
+            parts.tokenizer,
+            parts.vocabulary,
+            model,
+            plan.make_references,
+            {role: loaded for role, loaded in parts.models.loaded.items() if role != STUDENT},
+        ),
+        parts.sets.val,
+    )
     metrics = evaluate_sets(
         model,
         parts.tokenizer,
@@ -112,8 +132,9 @@ def _evaluate_student(parts: Parts) -> dict[str, float]:
         parts.directory.generations,
         show_progress=plan.config["trainer"]["enable_progress_bar"],
     )
-    log.info("%s: %s", plan.config["name"], shown(metrics))
-    return metrics
+    if metrics:
+        log.info("%s: %s", plan.config["name"], shown(metrics))
+    return metrics | measured.scores, measured
 
 
 def _meta(parts: Parts, fitted: Fitted, started: float) -> dict[str, Any]:
