@@ -57,7 +57,7 @@ def run_study(study: Study, console: Console, stages: Collection[str] = ()) -> N
         Stopped: a signal came; the state of the run is saved.
     """
     jobs = study.chosen(stages)
-    configs = {job.name: _compose(study, job) for job in jobs}
+    configs = compose_jobs(study, jobs)
     _check_predecessors(study, jobs, configs)
     measured = _measured(jobs)
     _say_estimate(jobs, measured, console)
@@ -192,9 +192,7 @@ def _stages_read(job: Job, cfg: DictConfig, study: str) -> set[str]:
     if job.stage.command == "generate":
         requires = {TEACHER}
     elif job.stage.command == "train" and "path" in reference:
-        if not requires:
-            del parts["reference"]
-        requires = ()
+        requires = ()  # all references are read from there
     unread = {role for role in model if is_reference_role(role) and role not in requires}
     return stages_read(parts | {"model": {k: v for k, v in model.items() if k not in unread}}, study)
 
@@ -218,12 +216,22 @@ def _cache(cfg: DictConfig, directory: RunDirectory) -> str:
 COMMANDS = {"train": _train, "generate": _generate, "cache": _cache}
 
 
-def _compose(study: Study, job: Job) -> DictConfig:
-    """The config of a run; to W&B the runs of a study are one group, unless it names another."""
-    cfg = compose_config("train", job.overrides)
-    if cfg.logger and "wandb" in cfg.logger and cfg.logger.wandb.group is None:
-        cfg.logger.wandb.group = study.name
-    return cfg
+def compose_jobs(study: Study, jobs: Sequence[Job]) -> dict[str, DictConfig]:
+    """Run -> its config; to W&B the runs of a study are one group, unless it names another.
+
+    Raises:
+        ConfigError: an override has an unknown key or choice; the nearest one is named.
+    """
+    configs: dict[str, DictConfig] = {}
+    seen: set[str] = set()
+    for job in jobs:
+        # The runs of a stage have the same keys.
+        cfg = compose_config("train", job.overrides, checked=job.stage.name in seen)
+        seen.add(job.stage.name)
+        if cfg.logger and "wandb" in cfg.logger and cfg.logger.wandb.group is None:
+            cfg.logger.wandb.group = study.name
+        configs[job.name] = cfg
+    return configs
 
 
 def comparison(study: Study) -> Table:
