@@ -40,7 +40,7 @@ class Stage:
     """
 
     name: str
-    overrides: Sequence[str] = ()
+    overrides: tuple[str, ...] = ()
     command: str = "train"
     minutes: float | None = None
 
@@ -117,7 +117,7 @@ def read_study(folder: Path) -> Study:
         if command not in COMMANDS:
             problems.append(f"{path}: stage {stage} has command {command!r}; allowed: {', '.join(COMMANDS)}")
         overrides = [*(content.get("overrides") or []), *(entry.get("overrides") or [])]
-        stages.append(Stage(str(stage), overrides, command, entry.get("minutes")))
+        stages.append(Stage(str(stage), tuple(overrides), command, entry.get("minutes")))
     table = content.get("table") or {}
     trained = [stage.name for stage in stages if stage.command == "train"]
     rows = table.get("rows") or {stage: stage for stage in trained}
