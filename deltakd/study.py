@@ -72,7 +72,7 @@ def run_study(study: Study, console: Console, stages: Collection[str] = ()) -> N
                         "others are kept; the same command tries these again, --stages goes on with other stages"
                     ]
                 )
-    if any(study.jobs[stage][0].directory.finished for stage in study.rows.values()):
+    if _rows(study):
         console.print(comparison(study))
 
 

@@ -195,7 +195,8 @@ def _last_of_each(overrides: Sequence[str]) -> tuple[str, ...]:
 
 def _file_name(varying: Sequence[str]) -> str:
     """``key=value,key=value`` in letters that a path may have."""
-    return re.sub(r"[^\w.,=+-]+", "_", ",".join(given.replace("'", "").replace('"', "") for given in varying))
+    plain = (given.replace("'", "").replace('"', "") for given in varying)
+    return ",".join(re.sub(r"[^\w.=+-]+", "_", given) for given in plain)
 
 
 def stages_read(config: Any, study: str) -> set[str]:
