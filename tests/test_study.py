@@ -102,10 +102,10 @@ def test_sweeps_are_runs_one_of_which_may_fail_and_stages_are_run_alone(folder: 
     assert "1 of 1 runs to do; about 1 minutes." in first
     assert "the student" not in first
     with pytest.raises(
-        ConfigError, match=r"2 of the 4 runs of stage student failed \(seed=1,optim.lr=-1: optim.lr is -1"
+        ConfigError, match=r"2 of the 4 runs of stage student failed \(optim.lr=-1,seed=1: optim.lr is -1"
     ):
         run(folder, "student")
-    done = ["seed=1,optim.lr=0.01", "seed=2,optim.lr=0.01"]
+    done = ["optim.lr=0.01,seed=1", "optim.lr=0.01,seed=2"]
     students = folder / "outputs" / "tiny" / "student"
     assert sorted(path.parent.name for path in students.glob("*/summary.json")) == done
     change(folder, "student", "optim.lr=1e-2,1e-3")
