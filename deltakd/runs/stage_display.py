@@ -168,6 +168,7 @@ class StageTable:
         """The run that is going on ends without a result."""
         if self._current is not None:
             self._current.state, self._current.seconds = state, self.clock() - self._current.started
+            self._current = None
 
     def __rich__(self) -> Table:
         """The table as it is now."""
