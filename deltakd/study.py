@@ -4,139 +4,198 @@ from __future__ import annotations
 
 import argparse
 import logging
+import statistics
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import DictConfig
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
 from deltakd.comparison.beyond import MEASURES
+from deltakd.comparison.runs import job_label
+from deltakd.module import NonFiniteLossError
 from deltakd.runs.answers import run_answers
 from deltakd.runs.caching import in_units, run_caching
 from deltakd.runs.configuration import compose_config
 from deltakd.runs.directory import RunDirectory
 from deltakd.runs.errors import ConfigError, guarded
 from deltakd.runs.ranks import is_main_process
-from deltakd.runs.stage_display import stages_on
+from deltakd.runs.stage_display import Stages, stages_on
+from deltakd.runs.study_file import Job, Study, read_study, stages_read
 from deltakd.runs.training import run_training
+from deltakd.types import TEACHER, is_reference_role
 
 log = logging.getLogger(__name__)
 
+USAGE = """Run the stages of a study, one after the other; what is finished is skipped.
 
-@dataclass(frozen=True)
-class Stage:
-    """One run of a study.
+  python -m deltakd.study experiments/quickstart
+  python -m deltakd.study experiments/dolly_cpu --stages cache screening
 
-    Args:
-        name: of its directory.
-        overrides: Hydra overrides.
-        command: ``train``; ``generate``: the teacher's answers, which a later stage trains on; or ``cache``: the
-            references' outputs, which later stages read with ``reference=cached reference.path=outputs/...``.
-        minutes: how long it is expected to take on two cores, for the estimate; None: unknown.
-    """
-
-    name: str
-    overrides: list[str]
-    command: str = "train"
-    minutes: float | None = None
+A stage whose overrides hold sweeps (loss=sft,kd seed=0,1) is one run for every combination, each in
+outputs/<study>/<stage>/<key=value,...>. A run that fails costs no other run of its stage; later stages then wait.
+"""
 
 
-@dataclass(frozen=True)
-class Study:
-    """What ``study.yaml`` says.
+def run_study(study: Study, console: Console, stages: Collection[str] = ()) -> None:
+    """Run what is not finished, then print the comparison.
 
     Args:
-        name: outputs go to ``outputs/<name>/<stage>``.
-        stages: in the order in which they run.
-        overrides: of every stage, before its own.
-        rows: label -> stage, the rows of the comparison table.
-        columns: metrics, the columns of the table.
-    """
-
-    name: str
-    stages: list[Stage]
-    overrides: list[str] = field(default_factory=list)
-    rows: Mapping[str, str] = field(default_factory=dict)
-    columns: list[str] = field(default_factory=list)
-
-    def directory(self, stage: str) -> RunDirectory:
-        """Where a stage goes."""
-        return RunDirectory(Path("outputs") / self.name / stage)
-
-
-def read_study(folder: Path) -> Study:
-    """Read ``study.yaml`` of a folder.
+        study: what to run.
+        console: where estimate, progress and comparison go.
+        stages: those to run; empty: all.
 
     Raises:
-        ConfigError: it is absent, or everything that is wrong in it.
+        ConfigError: a config is wrong, or a stage that is not to be run is not finished, though one that is reads it:
+            all configs are composed before the first run starts. Also at the end of a stage of which runs failed.
+        Stopped: a signal came; the state of the run is saved.
     """
-    path = folder / "study.yaml"
-    if not path.is_file():
-        raise ConfigError([f"{path} does not exist; give a folder with a study.yaml, such as experiments/quickstart"])
-    content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    allowed = {"name", "overrides", "stages", "table"}
-    problems = [
-        f"{path}: unknown key {k!r}; allowed: {', '.join(sorted(allowed))}" for k in content if k not in allowed
-    ]
-    stages = []
-    for name, body in (content.get("stages") or {}).items():
-        entry = body or {}
-        unknown = set(entry) - {"overrides", "command", "minutes"}
-        if unknown:
-            problems.append(
-                f"{path}: stage {name} has unknown keys {sorted(unknown)}; allowed: overrides, command, minutes"
-            )
-        command = entry.get("command", "train")
-        if command not in COMMANDS:
-            problems.append(f"{path}: stage {name} has command {command!r}; allowed: {', '.join(COMMANDS)}")
-        stages.append(Stage(name, list(entry.get("overrides", [])), command, entry.get("minutes")))
-    table = content.get("table") or {}
-    trained = [s.name for s in stages if s.command == "train"]
-    rows = table.get("rows") or {name: name for name in trained}
-    problems += [
-        f"{path}: table row {k!r} is stage {v!r}, which does not exist or trains no model"
-        for k, v in rows.items()
-        if v not in trained
-    ]
-    if not stages:
-        problems.append(f"{path}: no stages")
-    if problems:
-        raise ConfigError(problems)
-    name = content.get("name", folder.resolve().name)
-    return Study(name, stages, list(content.get("overrides") or []), rows, list(table.get("columns") or []))
+    jobs = study.chosen(stages)
+    configs = compose_jobs(study, jobs)
+    _check_predecessors(study, jobs, configs)
+    measured = _measured(jobs)
+    _say_estimate(jobs, measured, console)
+    with stages_on(console, study.name, _expected(jobs, measured)) as shown:
+        for stage in dict.fromkeys(job.stage.name for job in jobs):
+            own = [job for job in jobs if job.stage.name == stage]
+            problems = _run_stage(own, configs, measured[stage], shown)
+            if problems:
+                raise ConfigError(
+                    [
+                        f"{len(problems)} of the {len(own)} runs of stage {stage} failed ({'; '.join(problems)}). The "
+                        "others are kept; the same command tries these again, --stages goes on with other stages"
+                    ]
+                )
+    if _rows(study):
+        console.print(comparison(study))
 
 
-def run_study(study: Study, console: Console) -> None:
-    """Run the stages that are not finished, then print the comparison.
+def _run_stage(
+    jobs: Sequence[Job], configs: Mapping[str, DictConfig], seconds: list[float], shown: Stages
+) -> list[str]:
+    """Run the jobs of a stage that are not finished.
+
+    Args:
+        jobs: all of one stage.
+        configs: by name of the run.
+        seconds: what runs of this stage took so far; grows.
+        shown: the display.
+
+    Returns:
+        Of a stage of several runs those that failed, each with the reason.
+    """
+    problems = []
+    for job in jobs:
+        finished, started = job.directory.finished, time.perf_counter()
+        if not finished:
+            shown.start(job.name)
+        try:
+            # A finished run is only read: its files are there, but they must be those of this config.
+            outcome = COMMANDS[job.stage.command](configs[job.name], job.directory)
+        except (ValueError, NonFiniteLossError, MisconfigurationException) as error:
+            if len(jobs) == 1:
+                raise
+            reason = " ".join(str(error).split())
+            problems.append(f"{Path(job.name).name}: {reason}")
+            shown.fail(job.name, reason, time.perf_counter() - started)
+            continue
+        took = _seconds(job.directory) if finished else time.perf_counter() - started
+        shown.finish(job.name, outcome, took, before=finished)
+        if not finished:
+            seconds.append(took)
+            shown.expect(_expected([j for j in jobs if not j.directory.finished], {job.stage.name: seconds}))
+    return problems
+
+
+def _seconds(directory: RunDirectory) -> float:
+    return float(directory.read_summary().get("meta", {}).get("seconds", 0.0))
+
+
+def _measured(jobs: Sequence[Job]) -> dict[str, list[float]]:
+    """Stage -> seconds that its finished runs took."""
+    took: dict[str, list[float]] = {job.stage.name: [] for job in jobs}
+    for job in jobs:
+        if job.directory.finished:
+            took[job.stage.name].append(_seconds(job.directory))
+    return took
+
+
+def _expected(jobs: Sequence[Job], measured: Mapping[str, Sequence[float]]) -> dict[str, float | None]:
+    """Run -> minutes: what finished runs of its stage took on average, else what the study says."""
+    return {
+        job.name: statistics.mean(measured[job.stage.name]) / 60 if measured[job.stage.name] else job.stage.minutes
+        for job in jobs
+    }
+
+
+def _say_estimate(jobs: Sequence[Job], measured: Mapping[str, Sequence[float]], console: Console) -> None:
+    """How long what is left will take, by stage and in all; nothing where nothing is left."""
+    todo = [job for job in jobs if not job.directory.finished]
+    if not todo:
+        return
+    expected = _expected(todo, measured)
+    known = [minutes for minutes in expected.values() if minutes is not None]
+    unknown = len(todo) - len(known)
+    total = f"about {sum(known):.0f} minutes" if known else "for how long is not known"
+    more = f", {unknown} of them of unknown length" if known and unknown else ""
+    lines = [f"{len(todo)} of {len(jobs)} runs to do; {total}{more}."]
+    names = list(dict.fromkeys(job.stage.name for job in todo))
+    for stage in names if len(names) < len(todo) else ():
+        own = [expected[job.name] for job in todo if job.stage.name == stage]
+        each = own[0]
+        how = "measured" if measured[stage] else "expected"
+        time_each = "unknown" if each is None else f"{each * len(own):.0f} minutes ({each:.1f} each, {how})"
+        lines.append(f"  {stage}: {len(own)} runs, {time_each}")
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
+def _check_predecessors(study: Study, jobs: Sequence[Job], configs: Mapping[str, DictConfig]) -> None:
+    """Stages that are read must be finished, or be run now before.
 
     Raises:
-        ConfigError: a stage's config is wrong; all stages are composed before the first runs.
-        Stopped: a signal came; the stage's state is saved.
+        ConfigError: naming them all.
     """
-    configs = {stage.name: _compose(study, stage) for stage in study.stages}
-    todo = [stage for stage in study.stages if not study.directory(stage.name).finished]
-    known = [stage.minutes for stage in todo if stage.minutes is not None]
-    if known:
-        console.print(f"{len(todo)} of {len(study.stages)} stages to run; about {sum(known):.0f} minutes on two cores.")
-    with stages_on(console, study.name, {stage.name: stage.minutes for stage in study.stages}) as stages:
-        for stage in study.stages:
-            directory = study.directory(stage.name)
-            finished, started = directory.finished, time.perf_counter()
-            if not finished:
-                stages.start(stage.name)
-            # A finished stage is only read: its files are there, but they must be those of this config.
-            outcome = COMMANDS[stage.command](configs[stage.name], directory)
-            seconds = time.perf_counter() - started
-            if finished:
-                seconds = directory.read_summary().get("meta", {}).get("seconds", 0.0)
-            stages.finish(stage.name, outcome, seconds, before=finished)
-    console.print(comparison(study))
+    waiting: dict[str, set[str]] = {}
+    order = list(study.jobs)
+    chosen = {job.stage.name for job in jobs}
+    for job in jobs:
+        for stage in _stages_read(job, configs[job.name], study.name) & set(order) - chosen:
+            if not all(other.directory.finished for other in study.jobs[stage]):
+                waiting.setdefault(stage, set()).add(job.stage.name)
+    if waiting:
+        raise ConfigError(
+            [
+                f"stage {stage} is not finished, and {', '.join(sorted(readers, key=order.index))} reads it; give "
+                f"--stages {stage}, too"
+                for stage, readers in sorted(waiting.items(), key=lambda item: order.index(item[0]))
+            ]
+        )
+
+
+def _stages_read(job: Job, cfg: DictConfig, study: str) -> set[str]:
+    """The stages whose files a run opens: data, its student, a cache, or else the references that it loads."""
+    parts = {
+        key: OmegaConf.to_container(cfg[key], resolve=True) for key in ("data", "model", "evaluation", "reference")
+    }
+    try:
+        requires = instantiate(cfg.loss).requires
+    except InstantiationException:
+        requires = ()  # the plan of the run says what is wrong
+    model: Any = parts["model"]
+    reference: Any = parts["reference"]
+    if job.stage.command == "generate":
+        requires = {TEACHER}
+    elif job.stage.command == "train" and "path" in reference:
+        requires = ()  # all references are read from there
+    unread = {role for role in model if is_reference_role(role) and role not in requires}
+    return stages_read(parts | {"model": {k: v for k, v in model.items() if k not in unread}}, study)
 
 
 def _train(cfg: DictConfig, directory: RunDirectory) -> str:
@@ -154,57 +213,82 @@ def _cache(cfg: DictConfig, directory: RunDirectory) -> str:
     return f"{summary['rows']} rows, {summary['tokens']} tokens, {in_units(summary['bytes'])}"
 
 
-#: What a stage may run; each returns its outcome in a few words.
+#: What a stage may run (runs/study_file.py); each returns its outcome in a few words.
 COMMANDS = {"train": _train, "generate": _generate, "cache": _cache}
 
 
-def _compose(study: Study, stage: Stage) -> DictConfig:
-    """The config of a stage; to W&B the stages of a study are one group, unless it names another."""
-    cfg = compose_config("train", _overrides(study, stage))
-    if cfg.logger and "wandb" in cfg.logger and cfg.logger.wandb.group is None:
-        cfg.logger.wandb.group = study.name
-    return cfg
+def compose_jobs(study: Study, jobs: Sequence[Job]) -> dict[str, DictConfig]:
+    """Run -> its config; to W&B the runs of a study are one group, unless it names another.
 
-
-def _overrides(study: Study, stage: Stage) -> list[str]:
-    """Common overrides, then the stage's; of two for the same key the later one alone (a dict is not merged)."""
-    fixed = [f"name={study.name}/{stage.name}", f"run_dir={study.directory(stage.name).path}", "resume=true"]
-    if stage.command == "cache":
-        fixed += ["reference=cached", f"reference.path={study.directory(stage.name).path}"]
-    by_key = {override.split("=", 1)[0]: override for override in [*study.overrides, *stage.overrides, *fixed]}
-    return list(by_key.values())
+    Raises:
+        ConfigError: an override has an unknown key or choice; the nearest one is named.
+    """
+    configs: dict[str, DictConfig] = {}
+    seen: set[str] = set()
+    for job in jobs:
+        # The runs of a stage have the same keys.
+        cfg = compose_config("train", job.overrides, checked=job.stage.name in seen)
+        seen.add(job.stage.name)
+        if cfg.logger and "wandb" in cfg.logger and cfg.logger.wandb.group is None:
+            cfg.logger.wandb.group = study.name
+        configs[job.name] = cfg
+    return configs
 
 
 def comparison(study: Study) -> Table:
-    """The comparison table, ± one standard error over prompts where there is one."""
-    summaries = {label: study.directory(stage).read_summary() for label, stage in study.rows.items()}
+    """The comparison table of what is finished; runs of a stage that differ in their seed alone are one row.
+
+    ± is one standard error: over training seeds where there are several, else over prompts where it is known.
+    """
+    summaries = {label: found for label, found in _rows(study).items() if found}
     columns = study.columns or sorted(
-        {k for s in summaries.values() for k in s if k.endswith(("rougeL", "exact_match"))}
+        {k for found in summaries.values() for s in found for k in s if k.endswith(("rougeL", "exact_match"))}
     )
-    table = Table(title=study.name, caption="scores of answers in per cent; ± is one standard error over prompts")
+    several = any(len(found) > 1 for found in summaries.values())
+    table = Table(
+        title=study.name,
+        caption="scores of answers in per cent; ± is one standard error over "
+        + ("seeds, or over prompts" if several else "prompts"),
+    )
     table.add_column("model")
     table.add_column("parameters", justify="right")
-    for column in columns:
-        table.add_column(column, justify="right")
-    for label, summary in summaries.items():
-        parameters = summary["meta"]["parameters"]["student"]
-        table.add_row(label, f"{parameters:,}", *(_cell(summary, column) for column in columns))
+    for name in ["seeds"] * several + list(columns):
+        table.add_column(name, justify="right")
+    for label, found in summaries.items():
+        parameters = found[0]["meta"]["parameters"]["student"]
+        seeds = [str(len(found))] if several else []
+        table.add_row(label, f"{parameters:,}", *seeds, *(_cell(found, column) for column in columns))
     return table
 
 
-def _cell(summary: Mapping[str, Any], column: str) -> str:
-    if column not in summary:
+def _rows(study: Study) -> dict[str, list[dict[str, Any]]]:
+    """Label -> the summaries of its finished runs; a stage that varies more than the seed has several rows."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for label, stage in study.rows.items():
+        for job in study.jobs[stage]:
+            if job.directory.finished:
+                rows.setdefault(job_label(label, job.name), []).append(job.directory.read_summary())
+    return rows
+
+
+def _cell(found: Sequence[Mapping[str, Any]], column: str) -> str:
+    values = [float(summary[column]) for summary in found if column in summary]
+    if not values:
         return "-"
-    error = summary.get(f"{column}_stderr")
+    error = found[0].get(f"{column}_stderr")
+    if len(values) > 1:
+        error = statistics.stdev(values) / len(values) ** 0.5
     _, digits = MEASURES.get(column.rpartition("/")[2], ("", 2))
-    return f"{summary[column]:.{digits}f}" + ("" if error is None else f" ± {error:.2f}")
+    return f"{statistics.mean(values):.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and run."""
-    parser = argparse.ArgumentParser("deltakd.study", description=__doc__)
+    parser = argparse.ArgumentParser("deltakd.study", description=USAGE, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder that holds study.yaml, such as experiments/quickstart")
-    folder = parser.parse_args(argv).folder
+    parser.add_argument("--stages", nargs="+", default=[], metavar="STAGE", help="run these alone (default: all)")
+    given = parser.parse_args(argv)
+    folder: Path = given.folder
     # The processes that Lightning starts for further ranks run this same command.
     console = Console(quiet=not is_main_process())
     if console.is_terminal:
@@ -215,7 +299,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
         # Rich takes 80 columns for a file, where the table would be cut.
         console = Console(width=140, quiet=console.quiet)
-    guarded(lambda: run_study(read_study(folder), console), f"python -m deltakd.study {folder}")
+    again = " ".join(["python -m deltakd.study", str(folder), *(["--stages", *given.stages] if given.stages else [])])
+    guarded(lambda: run_study(read_study(folder), console, given.stages), again)
 
 
 if __name__ == "__main__":

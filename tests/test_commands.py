@@ -156,12 +156,13 @@ def test_every_experiment_composes_and_opens_with_its_command(name: str) -> None
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("experiments/*/study.yaml")), ids=lambda p: p.parent.name)
 def test_every_stage_of_every_study_composes(path: Path) -> None:
-    from deltakd.study import _overrides, read_study
+    from deltakd.runs.study_file import read_study
+    from deltakd.study import compose_jobs
 
     study = read_study(path.parent)
-    for stage in study.stages:
-        config = compose_config("train", _overrides(study, stage))
-        assert config.run_dir == f"outputs/{study.name}/{stage.name}"
+    jobs = [each for own in study.jobs.values() for each in dict.fromkeys((own[0], own[-1]))]
+    configs = compose_jobs(study, jobs)
+    assert [configs[job.name].run_dir for job in jobs] == [f"outputs/{study.name}/{job.name}" for job in jobs]
 
 
 @pytest.mark.slow

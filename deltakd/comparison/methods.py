@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltakd.comparison.losses import KnownLosses, flat, loss_name
-from deltakd.comparison.runs import Run
+from deltakd.comparison.runs import Run, job_label
 
 #: Keys that do not change what is trained, or that are compared elsewhere (the evaluation, by its answers).
 _NOT_THE_METHOD = (
@@ -206,16 +206,19 @@ def _label(index: int, members: Sequence[list[Run]], losses: Sequence[str], role
 def _stage_name(group: Sequence[Run]) -> str | None:
     """What the study calls it; of several seeds the names' common beginning."""
     names = [run.label or _stage(run) or "" for run in group]
+    if len(set(names)) == 1:
+        return names[0] or None
     common = names[0]
     while not all(name.startswith(common) for name in names):
         common = common[:-1]
-    return common if len(group) == 1 else re.sub(r"[ _-]*(seed|s)?[ _-]*$", "", common) or None
+    return re.sub(r"[ _-]*(seed|s)?[ _-]*$", "", common) or None
 
 
 def _stage(run: Run) -> str | None:
-    """A study names its runs ``<study>/<stage>``."""
-    study, _, stage = str(run.config.get("name") or "").rpartition("/")
-    return stage if study and stage == run.path.name and not run.evaluation_only else None
+    """A study names its runs ``<study>/<stage>``, or ``<study>/<stage>/<what varies>``."""
+    _, _, name = str(run.config.get("name") or "").partition("/")
+    stage = name.partition("/")[0]
+    return job_label(stage, name) if name and Path(name).name == run.path.name and not run.evaluation_only else None
 
 
 def _what_differs(run: Run, siblings: Sequence[Run]) -> str:

@@ -200,7 +200,28 @@ def _stages(file: Path) -> list[tuple[Path, str | None]]:
         raise ValueError(f"{file} is no study ({type(error).__name__}: {error}); give its run directories.") from None
     folder = Path("outputs") / (content.get("name") or file.resolve().parent.name)
     ordered = [*rows, *(stage for stage in stages if stage not in rows)]
-    return [(folder / stage, rows.get(stage)) for stage in ordered if (folder / stage / "config.yaml").is_file()]
+    found: list[tuple[Path, str | None]] = []
+    for stage in ordered:
+        label = rows.get(stage)
+        for path in _walk(folder / stage):
+            # Below a stage lie the runs of its sweeps.
+            name = path.relative_to(folder).as_posix()
+            found.append((path, label if label is None else job_label(label, name)))
+    return found
+
+
+def job_label(label: str, name: str) -> str:
+    """What to call a run of a study; runs of a stage that differ in their seed alone have the same label.
+
+    Args:
+        label: of its stage.
+        name: ``<stage>``, or ``<stage>/<key>=<value>,...`` where the stage has several runs.
+    """
+    varying = name.partition("/")[2]
+    kept = re.sub(r"(^|,)seed=\d+(?=,|$)", "", varying).strip(",").replace(",", " ")
+    if kept.startswith("loss=") or " loss=" in kept:
+        return kept.replace("loss=", "", 1)
+    return f"{label} {kept}" if kept else label
 
 
 def _read_run(path: Path, label: str | None, skipped: list[str]) -> Run | None:

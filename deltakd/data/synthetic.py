@@ -7,15 +7,15 @@ validation or test row asks for. To answer is to remember the raw text, and so t
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
+
+from deltakd.data.made_files import write_made_files
 
 FORMAT_VERSION = 1
 #: The line between two documents of the raw text.
@@ -272,30 +272,6 @@ def _rows(world: World, seed: int, counts: dict[str, int]) -> dict[str, str]:
     return {f"{split}.jsonl": "".join(json.dumps(row) + "\n" for row in own) for split, own in rows.items()}
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _write(path: Path, text: str) -> None:
-    """Write atomically: a reader sees the old file or the new one."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(partial, path)
-
-
-def _is_written(directory: Path, arguments: dict[str, int]) -> bool:
-    """Whether the directory holds this very world, as its manifest says; an error if a file was changed since."""
-    if not all((directory / name).is_file() for name in (*FILES, MANIFEST)):
-        return False
-    manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-    if manifest["arguments"] != arguments or manifest["format_version"] != FORMAT_VERSION:
-        return False
-    changed = [name for name in FILES if manifest["sha256"][name] != _sha256(directory / name)]
-    if changed:
-        raise ValueError(f"{', '.join(changed)} in {directory} changed since written; delete {MANIFEST} to rewrite")
-    return True
-
-
 def write_world(
     directory: str | Path,
     *,
@@ -330,20 +306,14 @@ def write_world(
     arguments |= {f"{split}_rows": count for split, count in counts.items()}
     if min(documents, *counts.values()) < 1:
         raise ValueError(f"documents={documents} and the rows {counts} must be at least 1 each")
-    paths = {name: directory / name for name in FILES}
-    if _is_written(directory, arguments):
-        return paths
-    world = make_world(seed, people)
-    texts = {
-        "pretrain.txt": _documents(world, random.Random(f"documents {seed}"), documents),
-        "pretrain_val.txt": _documents(world, random.Random(f"val documents {seed}"), -(-documents // 20)),
-        **_rows(world, seed, counts),
-    }
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / MANIFEST).unlink(missing_ok=True)  # it never vouches for a half-written world
-    for name, path in paths.items():
-        _write(path, texts[name])
-    sha256 = {name: _sha256(path) for name, path in paths.items()}
-    manifest = {"arguments": arguments, "format_version": FORMAT_VERSION, "sha256": sha256}
-    _write(directory / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-    return paths
+
+    def make() -> dict[str, str]:
+        world = make_world(seed, people)
+        return {
+            "pretrain.txt": _documents(world, random.Random(f"documents {seed}"), documents),
+            "pretrain_val.txt": _documents(world, random.Random(f"val documents {seed}"), -(-documents // 20)),
+            **_rows(world, seed, counts),
+        }
+
+    identity = {"arguments": arguments, "format_version": FORMAT_VERSION}
+    return write_made_files(directory, MANIFEST, identity, FILES, make)

@@ -11,7 +11,16 @@ from pathlib import Path
 from rich.console import Console
 
 from deltakd.runs.errors import ConfigError, guarded
-from deltakd.runs.listing import default_columns, differences, find_entries, make_table, ordered, select, unknown_keys
+from deltakd.runs.listing import (
+    best_of,
+    default_columns,
+    differences,
+    find_entries,
+    make_table,
+    ordered,
+    select,
+    unknown_keys,
+)
 
 USAGE = """List run directories with their state, settings and scores.
 
@@ -20,6 +29,8 @@ USAGE = """List run directories with their state, settings and scores.
 
 Keys are columns (state, loss, seed, val/rougeL, seconds, ...) and config keys (optim.lr, model.teacher.path, ...):
   python -m deltakd.runs outputs/dolly_cpu --filter 'loss=*kd' --filter 'val/rougeL>5' --sort val/rougeL
+The best of the runs of each method (here those that share loss and training data):
+  python -m deltakd.runs outputs/dolly_cpu/screening* --sort val/ce --ascending --best-of loss,data.train
 """
 
 
@@ -40,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--filter", action="append", default=[], metavar="KEY=VALUE", help="also != > < >= <=")
     parser.add_argument("--sort", metavar="KEY", help="numbers from high to low, runs without it last")
     parser.add_argument("--ascending", action="store_true", help="sort numbers from low to high")
+    parser.add_argument("--best-of", metavar="KEY,KEY", help="of runs that share these, the first by --sort alone")
     parser.add_argument("--columns", metavar="KEY,KEY", help="instead of the usual ones")
     options = parser.parse_args(arguments)
     guarded(lambda: show_runs(options), "")
@@ -64,6 +76,14 @@ def show_runs(options: argparse.Namespace) -> None:
     if options.sort:
         # Which keys there are does not depend on the filter.
         entries = [entry for entry in ordered(found, options.sort, options.ascending) if entry in entries]
+    if options.best_of:
+        keys = [name.strip() for name in options.best_of.split(",") if name.strip()]
+        problems = unknown_keys(found, keys, "--best-of")
+        if not options.sort:
+            problems.append("--best-of needs --sort KEY, which says what is best (--ascending: the lowest)")
+        if problems:
+            raise ConfigError(problems)
+        entries = best_of(entries, keys, options.sort)
     console = Console()
     if not console.is_terminal:
         # Rich takes 80 columns for a file.

@@ -22,13 +22,19 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 CONF_DIR = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
 
 
-def compose_config(name: str, overrides: Sequence[str]) -> DictConfig:
+def compose_config(name: str, overrides: Sequence[str], checked: bool = False) -> DictConfig:
     """Compose ``conf/<name>.yaml`` with overrides.
+
+    Args:
+        name: of the base config.
+        overrides: Hydra overrides.
+        checked: whether ``check_overrides`` has seen these keys already: it takes longer than composing.
 
     Raises:
         ConfigError: an override has an unknown key or choice; the nearest one is named.
     """
-    check_overrides(name, overrides)
+    if not checked:
+        check_overrides(name, overrides)
     return _compose(name, overrides)
 
 
@@ -56,13 +62,14 @@ def check_overrides(name: str, overrides: Sequence[str]) -> None:
     if problems:
         raise ConfigError(problems)
     cfg = _compose(name, [str(o.input_line) for o in groups if not o.is_sweep_override()])
-    known = sorted({*_keys(cfg), *_group_names()})
+    keys = set(_keys(cfg))
+    known = sorted({*keys, *_group_names()})
     for override in parsed:
         key = override.key_or_group
         fixed = not (_is_group(key) or key.startswith("hydra") or override.is_add() or override.is_force_add())
-        if fixed and not _exists(cfg, key):
+        if fixed and key not in keys:
             parent = key.rpartition(".")[0]
-            if parent and _exists(cfg, parent) and not OmegaConf.select(cfg, parent):
+            if parent in keys and not OmegaConf.select(cfg, parent):
                 problems.append(f"{parent} is empty: give it whole as {parent}={{...}}, or add the key as +{key}=...")
                 continue
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
@@ -109,10 +116,6 @@ def _keys(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
             assert isinstance(node, DictConfig)
             if not node._is_none():
                 yield from _keys(node, f"{name}.")
-
-
-def _exists(cfg: DictConfig, key: str) -> bool:
-    return key in set(_keys(cfg))
 
 
 def _one_line(error: Exception) -> str:

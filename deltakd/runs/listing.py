@@ -249,6 +249,15 @@ def ordered(entries: Sequence[Entry], key: str, ascending: bool) -> list[Entry]:
     return by_number + sorted(texts, key=lambda e: str(e.value(key))) + without
 
 
+def best_of(entries: Sequence[Entry], keys: Sequence[str], score: str) -> list[Entry]:
+    """Of the runs that share the values of some keys the first alone; runs without a score are left out."""
+    first: dict[tuple[str, ...], Entry] = {}
+    for entry in entries:
+        if entry.value(score) is not None:
+            first.setdefault(tuple(str(entry.value(key)) for key in keys), entry)
+    return list(first.values())
+
+
 def default_columns(entries: Sequence[Entry]) -> list[str]:
     """Settings, then ROUGE-L on validation data and on every evaluation set, then the cost."""
     scores = {name: None for entry in entries for name in entry.columns if name.endswith("/rougeL")}

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from deltakd.runs.__main__ import main, show_runs
 from deltakd.runs.errors import ConfigError
-from deltakd.runs.listing import default_columns, differences, find_entries, make_table, ordered, select
+from deltakd.runs.listing import best_of, default_columns, differences, find_entries, make_table, ordered, select
 from deltakd.runs.progress import write_total_steps
 
 DELTA_KD: dict[str, Any] = {
@@ -104,6 +104,12 @@ def test_sorted_by_score_and_those_without_come_last(runs: Path) -> None:
     assert names(ordered(entries, "val/rougeL", ascending=True))[:3] == ["sft", "sweep/10", "sweep/2"]
     with pytest.raises(ConfigError, match=r"--sort: no run has 'val/rogueL'; the nearest one is 'val/rougeL'"):
         ordered(entries, "val/rogueL", ascending=False)
+
+
+def test_the_best_of_the_runs_that_share_a_loss(runs: Path) -> None:
+    by_score = ordered(find_entries([runs]), "val/rougeL", ascending=True)
+    assert names(best_of(by_score, ["loss"], "val/rougeL")) == ["sft", "sweep/10"]
+    assert names(best_of(by_score, ["loss", "optim.lr"], "val/rougeL")) == ["sft", "sweep/10", "sweep/2"]
 
 
 def test_columns_give_way_on_a_narrow_terminal(runs: Path) -> None:

@@ -45,6 +45,25 @@ def test_state_steps_time_left_and_result() -> None:
     assert drawn(table)["second"] == ["failed", "0.1"]
 
 
+def test_a_stage_of_many_runs_is_one_line_until_it_begins_and_what_is_left_follows_the_first() -> None:
+    now = [0.0]
+    table = StageTable("a study", {"a/x=1": 2, "a/x=2": 2, "b": None}, clock=lambda: now[0])
+    assert drawn(table)["a"] == ["(2", "runs)", "waiting", "~4"]
+    assert table.__rich__().caption == "about 4 minutes left"
+    table.start("a/x=1")
+    now[0] = 60.0
+    table.fail("a/x=1", "loss is not finite", 60.0)
+    table.expect({"a/x=2": 1.0})
+    assert drawn(table)["a/x=1"][:2] == ["failed", "1.0"]
+    assert drawn(table)["a/x=2"] == ["waiting", "~1"]
+    table.start("a/x=2")
+    now[0] = 90.0
+    assert table._minutes_left(now[0]) == 0.5
+    for name in ("a/x=1", "a/x=2"):
+        table.finish(name, "fine", 60.0)
+    assert drawn(table)["a"] == ["(2", "runs)", "finished", "2.0"]
+
+
 def test_bars_go_into_the_table_and_a_stop_is_shown() -> None:
     output = io.StringIO()
     console = Console(file=output, width=100, force_terminal=True)

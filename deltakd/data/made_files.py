@@ -1,0 +1,69 @@
+"""Files that are functions of some arguments: written once, atomically, and known again by their checksums."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def write_made_files(
+    directory: Path,
+    manifest: str,
+    identity: Mapping[str, Any],
+    names: tuple[str, ...],
+    make: Callable[[], dict[str, str]],
+) -> dict[str, Path]:
+    """Write what ``make`` makes, unless these very files are there already.
+
+    Args:
+        directory: where; made if missing. Files of these names there, of another identity, are overwritten.
+        manifest: name of the JSON file with identity and checksums, written last.
+        identity: what the files are functions of: arguments, and the version of their format.
+        names: of the files.
+        make: name -> text, for each name.
+
+    Returns:
+        The path of each file by its name.
+
+    Raises:
+        ValueError: a file of this very identity was edited since it was written.
+        OSError: the directory cannot be written to.
+    """
+    paths = {name: directory / name for name in names}
+    if _is_written(directory, manifest, identity, names):
+        return paths
+    texts = make()
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / manifest).unlink(missing_ok=True)  # it never vouches for half of the files
+    for name, path in paths.items():
+        _write(path, texts[name])
+    sha256 = {name: _sha256(path) for name, path in paths.items()}
+    _write(directory / manifest, json.dumps({**identity, "sha256": sha256}, indent=2) + "\n")
+    return paths
+
+
+def _is_written(directory: Path, manifest: str, identity: Mapping[str, Any], names: tuple[str, ...]) -> bool:
+    if not all((directory / name).is_file() for name in (*names, manifest)):
+        return False
+    held = json.loads((directory / manifest).read_text(encoding="utf-8"))
+    if any(held.get(key) != value for key, value in identity.items()):
+        return False
+    changed = [name for name in names if held["sha256"].get(name) != _sha256(directory / name)]
+    if changed:
+        raise ValueError(f"{', '.join(changed)} in {directory} changed since written; delete {manifest} to rewrite")
+    return True
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _write(path: Path, text: str) -> None:
+    """A reader sees the old file or the new one."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(partial, path)
