@@ -31,7 +31,7 @@ from deltakd.runs.evaluation import pad_id, progress_bar
 from deltakd.runs.measure_settings import NONE
 from deltakd.runs.measured_references import HeadSource, MeasuredReferences, cut
 from deltakd.runs.plan import Evaluation
-from deltakd.sharding import gathered, place
+from deltakd.sharding import gathered, is_sharded, place
 from deltakd.types import STUDENT
 
 log = logging.getLogger(__name__)
@@ -112,7 +112,12 @@ def measure(subject: Subject, validation: EncodedSet | None) -> Measured:
     if evaluation.measures.rows == 0:
         return found
     references = None
-    if evaluation.measures.references != NONE:
+    if any(is_sharded(model) for model in subject.loaded.values()):
+        log.info(
+            "The references are sharded, and no rank can run one by itself: the student is measured alone. "
+            "deltakd.evaluate run=... measures it beside them, on a device that holds them."
+        )
+    elif evaluation.measures.references != NONE:
         cache = subject.references if isinstance(subject.references, CacheSettings) else None
         placement = str(subject.config["reference"].get("placement") or "auto")
         references = MeasuredReferences(
