@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
+from deltakd.evaluation import METRIC_TITLES
 from deltakd.runs.answers import run_answers
 from deltakd.runs.caching import in_units, run_caching
 from deltakd.runs.configuration import compose_config
@@ -178,7 +179,7 @@ def comparison(study: Study) -> Table:
     """The comparison table, ± one standard error over prompts where there is one."""
     summaries = {label: study.directory(stage).read_summary() for label, stage in study.rows.items()}
     columns = study.columns or sorted(
-        {k for s in summaries.values() for k in s if k.endswith(("rougeL", "exact_match"))}
+        {k for s in summaries.values() for k in s if k.rpartition("/")[2] in METRIC_TITLES}
     )
     table = Table(title=study.name, caption="per cent; ± is one standard error over prompts")
     table.add_column("model")

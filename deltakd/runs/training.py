@@ -94,7 +94,7 @@ def _objective_value(plan: Plan, summary: Mapping[str, Any]) -> float:
 def _evaluate_student(parts: Parts) -> dict[str, float]:
     """Evaluate what was exported, opened as its users will open it."""
     plan = parts.plan
-    if not parts.evaluation_sets:
+    if parts.evaluation is None or not parts.evaluation.sets:
         return {}
     settings = plan.config["model"]
     model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
@@ -106,7 +106,7 @@ def _evaluate_student(parts: Parts) -> dict[str, float]:
     metrics = evaluate_sets(
         model,
         parts.tokenizer,
-        parts.evaluation_sets,
+        parts.evaluation.sets,
         plan.evaluation,
         parts.vocabulary,
         parts.directory.generations,
@@ -138,4 +138,5 @@ def _meta(parts: Parts, fitted: Fitted, started: float) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - started, 3),
         "tokens_per_second": round(training.tokens_per_second, 1),
         "peak_memory_mib": round(peak_memory_mib(), 1),
+        "evaluation": None if parts.evaluation is None else parts.evaluation.record,
     }
