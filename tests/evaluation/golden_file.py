@@ -2,8 +2,8 @@
 
     python -m tests.evaluation.golden_file
 
-makes it again. Do so only where generation is meant to give other texts (another definition of the sampling noise, say),
-and say so in the commit.
+makes it again. Do so only where generation is meant to give other texts (another definition of the sampling noise,
+say), and say so in the commit.
 
 It must hold on every CPU. So the weights are drawn by NumPy, and kept are only rows whose texts are the same in float64
 and with all weights moved by up to 1e-4 of their size, which is far more than the rounding of float32.
@@ -38,12 +38,11 @@ CASES = {
 SEED = 10
 MOVED = 1e-4
 
-WORDS = (
-    "the The a an run runs running ran walk walks walked cat cats dog dogs pony ponies fly flies flying sky skies is was "
-    "are be been to of in on at with and or not no yes it its he she they we you I one two 3 42 3.14 red blue happy "
-    "happily happiness quick quickly state-of-the-art e-mail don't can't what who when why How how much many long short "
-    "city cities river rivers move moved moving say says said see saw seen sing sings sang song songs , . ? ! ; : naïve"
-).split()
+WORDS = """the The a an run runs running ran walk walks walked cat cats dog dogs pony ponies fly flies flying
+sky skies is was are be been to of in on at with and or not no yes it its he she they we you I one
+two 3 42 3.14 red blue happy happily happiness quick quickly state-of-the-art e-mail don't can't
+what who when why How how much many long short city cities river rivers move moved moving say says
+said see saw seen sing sings sang song songs , . ? ! ; : naïve""".split()  # noqa: SIM905
 
 Record = dict[str, Any]
 

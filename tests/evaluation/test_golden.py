@@ -26,7 +26,7 @@ def test_golden_generations_are_reproduced(case: str) -> None:
 
 def test_recorded_generations_score_as_googles_package_scores_them() -> None:
     assert len(RECORDS) == 50
-    assert len({record["output"] for record in RECORDS}) > 40
+    assert len({record["output"] for record in RECORDS}) > 30
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
     ours = score([record["output"] for record in RECORDS], [record["reference"] for record in RECORDS])
     for record, scores in zip(RECORDS, ours, strict=True):

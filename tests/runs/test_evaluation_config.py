@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -53,7 +52,9 @@ def test_what_differs_from_the_protocol_is_told() -> None:
 
 
 def test_a_protocols_template_has_to_be_that_of_training() -> None:
-    data: Callable[..., DataConfig] = lambda **options: InstructionData(train="train.jsonl", **options)  # noqa: E731
+    def data(**options: Any) -> DataConfig:
+        return InstructionData(train="train.jsonl", **options)
+
     evaluation = made("evaluation=minillm", "evaluation.generate=true")
     assert set_problems(evaluation, data()) == []
     (problem,) = set_problems(evaluation, data(template="chat"))
