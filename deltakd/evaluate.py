@@ -70,15 +70,15 @@ def run_evaluation(arguments: Sequence[str]) -> dict[str, Any]:
         problems.append("nothing to evaluate; give 'evaluation.sets={name: file.jsonl}'")
     if problems:
         raise ConfigError(problems)
-    directory = RunDirectory(Path(config["run_dir"] or f"outputs/evaluate/{datetime.now():%Y-%m-%d_%H-%M-%S}"))
-    evaluated = {"evaluated_model": model_path, "evaluated_model_sha256": model_fingerprint(model_path)}
-    directory.claim(evaluated | config, resume=directory.config.is_file())
     started = time.perf_counter()
     settings = config["model"]
     tokenizer = load_tokenizer(model_path, "model", trust_remote_code=settings["trust_remote_code"])
     vocabulary = max(tokenizer.get_vocab().values()) + 1
     student = load_config("student", ModelSpec(path=model_path), trust_remote_code=settings["trust_remote_code"])
     checked = read_checked_sets(evaluation, config["evaluation"], data, tokenizer, student, _train_rows(data))
+    directory = RunDirectory(Path(config["run_dir"] or f"outputs/evaluate/{datetime.now():%Y-%m-%d_%H-%M-%S}"))
+    evaluated = {"evaluated_model": model_path, "evaluated_model_sha256": model_fingerprint(model_path)}
+    directory.claim(evaluated | config, resume=directory.config.is_file())
     model = _load(model_path, settings)
     LanguageModel(model, vocabulary).check_head()
     metrics = evaluate_sets(model, tokenizer, checked.sets, evaluation, vocabulary, directory.generations)
