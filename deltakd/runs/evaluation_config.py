@@ -184,7 +184,7 @@ def _no_longer(evaluation: Evaluation) -> str:
 def protocols() -> list[str]:
     """The names of the files of ``conf/evaluation`` that are protocols."""
     names = sorted(path.stem for path in (CONF_DIR / "evaluation").glob("*.yaml"))
-    return [name for name in names if _group(name).get("protocol") == name]
+    return [name for name in names if evaluation_group(name).get("protocol") == name]
 
 
 def deviations(config: Mapping[str, Any]) -> list[str]:
@@ -195,7 +195,7 @@ def deviations(config: Mapping[str, Any]) -> list[str]:
     """
     if config["protocol"] is None:
         return []
-    wanted: Any = OmegaConf.to_container(_group(config["protocol"]))
+    wanted: Any = OmegaConf.to_container(evaluation_group(config["protocol"]))
     pairs = [(key, config[key], wanted[key]) for key in PROTOCOL_KEYS if key != "decoding"]
     pairs += [
         (f"decoding.{key}", value, wanted["decoding"].get(key)) for key, value in dict(config["decoding"]).items()
@@ -203,10 +203,10 @@ def deviations(config: Mapping[str, Any]) -> list[str]:
     return [f"{key} is {_shown(given)} instead of {_shown(fixed)}" for key, given, fixed in pairs if given != fixed]
 
 
-def _group(name: str) -> DictConfig:
-    """A file of ``conf/evaluation`` with what it builds on; protocols build on files of their own folder alone."""
+def evaluation_group(name: str) -> DictConfig:
+    """A file of ``conf/evaluation`` with what it builds on, which are files of that folder alone."""
     node = cast(DictConfig, OmegaConf.load(CONF_DIR / "evaluation" / f"{name}.yaml"))
-    bases = [_group(base) for base in node.pop("defaults", [])]
+    bases = [evaluation_group(base) for base in node.pop("defaults", [])]
     return cast(DictConfig, OmegaConf.merge(*bases, node))
 
 

@@ -64,7 +64,7 @@ def test_numbers_are_scored_chosen_by_and_recorded(train: Train, world: World, t
         "evaluation.decoding.max_new_tokens=6",
         f"evaluation.sets={{numbers: {path}, words: {{source: {world.root / 'test.jsonl'}, scorer: rouge, limit: 2}}}}",
         f"data.val={path}",
-        "data.strip_answers=<<[^<>]*>>",
+        "data.strip_answers='<<[^<>]*>>'",
     )
     summary = run.read_summary()
     assert summary["meta"]["objective"] == "val/final_number"
