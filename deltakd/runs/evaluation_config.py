@@ -10,13 +10,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from deltakd.data import DataConfig
 from deltakd.data.sources import missing_sources
-from deltakd.evaluation import METRICS, SCORERS, Decoding
+from deltakd.evaluation import MAIN_METRICS, METRICS, SCORERS, Decoding
 from deltakd.runs.configuration import CONF_DIR
 
 T = TypeVar("T")
 
-#: Objectives that need generated answers; more of them is better.
-SCORES = tuple(f"val/{metric}" for metric in METRICS)
+#: Objectives that need generated answers, main metrics first; more of them is better.
+SCORES = tuple(f"val/{metric}" for metric in sorted(METRICS, key=lambda metric: metric not in MAIN_METRICS))
 
 #: What a protocol fixes; the other keys of the group say what is asked, or are of no consequence.
 PROTOCOL_KEYS = ("template", "max_prompt_length", "scorer", "limit", "seeds", "decoding")
