@@ -17,15 +17,16 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from deltakd.data import DataConfig, EncodedSet
+from deltakd.data import DataConfig, EncodedSet, InstructionData, Row
 from deltakd.hub import hub_reachable
-from deltakd.models import LanguageModel, load_tokenizer
+from deltakd.models import LanguageModel, ModelSpec, load_config, load_tokenizer
 from deltakd.runs.configuration import compose_config
 from deltakd.runs.directory import RunDirectory
 from deltakd.runs.errors import ConfigError, guarded
-from deltakd.runs.evaluation import evaluate_sets, read_sets, shown
+from deltakd.runs.evaluation import evaluate_sets, shown
+from deltakd.runs.evaluation_config import make_evaluation, set_problems
+from deltakd.runs.evaluation_sets import read_checked_sets
 from deltakd.runs.measures import Subject, measure
-from deltakd.runs.plan import make_evaluation
 from deltakd.runs.record import count_parameters, environment, model_fingerprint, peak_memory_mib
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ def run_evaluation(arguments: Sequence[str]) -> dict[str, Any]:
     """Evaluate and write ``config.yaml``, ``generations/`` and ``summary.json`` into ``run_dir``.
 
     Raises:
-        ConfigError: neither or both of run and model, unknown keys, no sets.
+        ConfigError: neither or both of run and model, unknown keys, no sets, sets that can't be evaluated.
         ValueError: a model or a file that can't be read.
     """
     cfg, model_path = _configure(arguments)
@@ -64,25 +65,28 @@ def run_evaluation(arguments: Sequence[str]) -> dict[str, Any]:
     config["evaluation"]["sets"] = config["evaluation"]["sets"] or config["data"].get("sets") or {}
     problems: list[str] = []
     evaluation = make_evaluation(config["evaluation"], problems)
+    data: DataConfig = instantiate(config["data"], _convert_="all")
+    problems += set_problems(evaluation, data)
     if not evaluation.sets:
         problems.append("nothing to evaluate; give 'evaluation.sets={name: file.jsonl}'")
     if problems:
         raise ConfigError(problems)
-    directory = RunDirectory(Path(config["run_dir"] or f"outputs/evaluate/{datetime.now():%Y-%m-%d_%H-%M-%S}"))
-    evaluated = {"evaluated_model": model_path, "evaluated_model_sha256": model_fingerprint(model_path)}
-    directory.claim(evaluated | config, resume=directory.config.is_file())
     started = time.perf_counter()
     settings = config["model"]
     tokenizer = load_tokenizer(model_path, "model", trust_remote_code=settings["trust_remote_code"])
     vocabulary = max(tokenizer.get_vocab().values()) + 1
-    data = instantiate(config["data"], _convert_="all")
-    sets = read_sets(evaluation, data, tokenizer)
+    student = load_config("student", ModelSpec(path=model_path), trust_remote_code=settings["trust_remote_code"])
+    checked = read_checked_sets(evaluation, config["evaluation"], data, tokenizer, student, _train_rows(data))
+    directory = RunDirectory(Path(config["run_dir"] or f"outputs/evaluate/{datetime.now():%Y-%m-%d_%H-%M-%S}"))
+    evaluated = {"evaluated_model": model_path, "evaluated_model_sha256": model_fingerprint(model_path)}
+    directory.claim(evaluated | config, resume=directory.config.is_file())
     model = _load(model_path, settings)
     LanguageModel(model, vocabulary).check_head()
     references = instantiate(config["reference"], _convert_="all")
     subject = Subject(config, evaluation, data, tokenizer, vocabulary, model, references)
     measured = measure(subject, _validation(data, tokenizer) if evaluation.measures.rows != 0 else None)
-    metrics = evaluate_sets(model, tokenizer, sets, evaluation, vocabulary, directory.generations) | measured.scores
+    metrics = evaluate_sets(model, tokenizer, checked.sets, evaluation, vocabulary, directory.generations)
+    metrics |= measured.scores
     meta = environment() | {
         "model": model_path,
         "seed": config["seed"],
@@ -90,6 +94,7 @@ def run_evaluation(arguments: Sequence[str]) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - started, 3),
         "peak_memory_mib": round(peak_memory_mib(), 1),
         "measured": measured.counts,
+        "evaluation": checked.record,
     }
     summary = {**metrics, "meta": meta}
     directory.write_summary(summary)
@@ -114,9 +119,12 @@ def _configure(arguments: Sequence[str]) -> tuple[DictConfig, str]:
         )
     held = yaml.safe_load(run.config.read_text(encoding="utf-8"))
     chosen = {a.split("=", 1)[0] for a in overrides}
-    for group in ("model", "data", "evaluation", "reference"):
+    for group in ("model", "data", "reference"):
         if group not in chosen:
             cfg[group] = held[group]
+    if "evaluation" not in chosen:
+        # A run of an earlier version has none of the newer keys.
+        cfg.evaluation = OmegaConf.merge(cfg.evaluation, held["evaluation"])
     # A run without generation still knows its sets and decoding; asking for an evaluation asks for answers.
     cfg.evaluation.generate = True
     for override in OverridesParser.create().parse_overrides(overrides):
@@ -135,6 +143,17 @@ def _validation(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Encoded
         return data.load(tokenizer).val
     except (ValueError, OSError) as error:
         log.warning("The validation rows can't be read, so nothing is measured on them: %s", error)
+        return None
+
+
+def _train_rows(data: DataConfig) -> list[Row] | None:
+    """What the run was trained on, as far as it can still be read; None where that is not known."""
+    if not isinstance(data, InstructionData) or not data.train:
+        return None
+    try:
+        return data.split().train
+    except ValueError as error:
+        log.warning("Whether rows were trained on is not checked, since the training data can't be read: %s", error)
         return None
 
 

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from deltakd.comparison.beyond import MEASURES
 from deltakd.comparison.runs import job_label
+from deltakd.evaluation import METRIC_TITLES
 from deltakd.module import NonFiniteLossError
 from deltakd.runs.answers import run_answers
 from deltakd.runs.caching import in_units, run_caching
@@ -242,7 +243,7 @@ def comparison(study: Study) -> Table:
     """
     summaries = {label: found for label, found in _rows(study).items() if found}
     columns = study.columns or sorted(
-        {k for found in summaries.values() for s in found for k in s if k.endswith(("rougeL", "exact_match"))}
+        {k for found in summaries.values() for s in found for k in s if k.rpartition("/")[2] in METRIC_TITLES}
     )
     several = any(len(found) > 1 for found in summaries.values())
     table = Table(

@@ -16,6 +16,7 @@ from deltakd.comparison.drawing import AXIS, INK, Panel, Plate, Style
 from deltakd.comparison.methods import Method
 from deltakd.comparison.preservation import CLASSES, POSITIONS, Group, Preservation
 from deltakd.comparison.tables import Comparison, Score
+from deltakd.evaluation import MAIN_METRICS, METRIC_TITLES
 
 Styles = Mapping[str, Style]
 
@@ -34,8 +35,9 @@ MEASURE_NAMES = {
 
 
 def learning_curves(methods: Sequence[Method], styles: Styles) -> Plate:
-    """Training loss, validation loss, and ROUGE-L on validation answers, over optimiser steps."""
-    named = {"train/loss": "Training loss", "val/loss": "Validation loss", "val/rougeL": "Validation ROUGE-L (%)"}
+    """Training loss, validation loss, and main scores of validation answers, over optimiser steps."""
+    named = {"train/loss": "Training loss", "val/loss": "Validation loss"}
+    named |= {f"val/{metric}": f"Validation {METRIC_TITLES[metric]} (%)" for metric in MAIN_METRICS}
     return Plate(
         _curve_panels(methods, styles, named),
         _legend(methods, styles, [*named]),

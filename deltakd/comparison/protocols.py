@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deltakd.comparison.runs import Record, Run
+from deltakd.evaluation import SCORERS
 
 #: Set -> aspect -> what can be compared by equality and shown.
 Protocol = Mapping[str, Mapping[str, str]]
@@ -28,7 +29,10 @@ class ProtocolGroup:
 
     def describe(self) -> list[str]:
         """One sentence for each set."""
-        return [f"{name}: {aspects['prompts']}, {aspects['decoding']}." for name, aspects in self.protocol.items()]
+        return [
+            f"{name}: {aspects['prompts']}, {aspects['decoding']}, scored by {aspects['scorer']}."
+            for name, aspects in self.protocol.items()
+        ]
 
     def differs_from(self, other: ProtocolGroup) -> list[str]:
         """What is different in the sets that both have, one sentence each."""
@@ -60,10 +64,16 @@ def _of_set(by_seed: Mapping[int, Sequence[Record]]) -> dict[str, str]:
     return {
         "prompts": f"{len(by_row)} prompts",
         "decoding": _decoding(decoding, sorted(by_seed)),
+        "scorer": _scorer(records[0]),
         "rows": _digest([record["row_id"] for record in by_row]),
         "texts": _digest([record["prompt"] for record in by_row]),
         "references": _digest([record["reference"] for record in by_row]),
     }
+
+
+def _scorer(record: Record) -> str:
+    """What scored it, told by its scores."""
+    return next(name for name, scorer in SCORERS.items() if scorer.main in record)
 
 
 def _decoding(options: Mapping[str, Any], seeds: Sequence[int]) -> str:

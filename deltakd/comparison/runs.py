@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from deltakd.evaluation import read_generations
+from deltakd.evaluation import MAIN_METRICS, METRICS, read_generations
 
 Record = dict[str, Any]
 
@@ -53,6 +53,10 @@ class Run:
     def evaluation_only(self) -> bool:
         """Whether ``deltakd.evaluate`` made it: nothing was trained."""
         return "evaluated_model" in self.config
+
+    def has(self, name: str, metric: str) -> bool:
+        """Whether its answers to the set ``name`` are scored by ``metric``."""
+        return any(metric in records[0] for records in self.answers.get(name, {}).values())
 
     @property
     def seed(self) -> int:
@@ -265,7 +269,8 @@ def _read_answers(
 ) -> dict[str, dict[int, list[Record]]]:
     """The scored answers behind the summary's scores; a file that is missing or damaged takes its set with it."""
     seeds = [int(seed) for seed in (config.get("evaluation") or {}).get("seeds") or []]
-    sets = [key.removesuffix("/rougeL") for key in summary if key.endswith("/rougeL") and key != "val/rougeL"]
+    scores = [key.rpartition("/") for key in summary if key.endswith(tuple(f"/{metric}" for metric in MAIN_METRICS))]
+    sets = [name for name, _, _ in scores if name != "val"]
     answers: dict[str, dict[int, list[Record]]] = {}
     for name in sets:
         files = {seed: path / "generations" / f"{name}_seed{seed}.jsonl" for seed in seeds}
@@ -286,9 +291,11 @@ def _read_records(file: Path) -> list[Record]:
     records = read_generations(file) or []
     if not records:
         raise ValueError("it is empty")
-    needed = {"row_id", "prompt", "reference", "output", "rougeL", "exact_match", "decoding"}
+    needed = {"row_id", "prompt", "reference", "output", "decoding"}
+    first = records[0].keys() if isinstance(records[0], dict) else set()
+    scores = {metric for metric in METRICS if metric in first}
     for number, record in enumerate(records, 1):
-        if not isinstance(record, dict) or needed - record.keys():
+        if not scores or not isinstance(record, dict) or (needed | scores) - record.keys():
             raise ValueError(f"line {number} is no scored answer")
     return records
 

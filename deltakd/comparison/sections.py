@@ -15,6 +15,7 @@ from deltakd.comparison.figures import mean_and_error
 from deltakd.comparison.methods import Method, row_ids
 from deltakd.comparison.preservation import Preservation, ViewedRow
 from deltakd.comparison.runs import Run
+from deltakd.evaluation import METRIC_TITLES, main_metric
 
 #: Prompts of each set that are shown with all answers.
 EXAMPLES = 3
@@ -118,11 +119,12 @@ def _rounded(value: float | None) -> float | None:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a method's model said, and its ROUGE-L in per cent."""
+    """What a method's model said, and its score in per cent, by name (ROUGE-L, where it is scored so)."""
 
     label: str
     text: str
-    rougeL: float  # noqa: N815 - as in the records
+    score_name: str
+    score: float
 
 
 @dataclass(frozen=True)
@@ -149,9 +151,14 @@ def _examples_of(name: str, methods: Sequence[Method]) -> list[Example]:
     found = []
     for row in (rows[at] for at in chosen):
         record = answers[methods[0].label][row]
-        given = [Answer(label, by[row]["output"], by[row]["rougeL"]) for label, by in answers.items() if row in by]
+        given = [_answer(label, by[row]) for label, by in answers.items() if row in by]
         found.append(Example(row, title_of(record["prompt"]), record["prompt"], list(record["reference"]), given))
     return found
+
+
+def _answer(label: str, record: Mapping[str, Any]) -> Answer:
+    metric = main_metric(record)
+    return Answer(label, record["output"], METRIC_TITLES[metric], record[metric])
 
 
 def _by_row(run: Run, name: str) -> dict[int, dict[str, Any]]:

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 from deltakd.comparison.methods import Method
 from deltakd.comparison.protocols import ProtocolGroup, group_by_protocol
 from deltakd.comparison.statistics import PROMPTS, Difference, Spread, compare, spread
+from deltakd.evaluation import MAIN_METRICS, METRIC_TITLES
 
 #: Metrics of generated answers and what they are called.
-METRIC_NAMES = {"rougeL": "ROUGE-L (%)", "exact_match": "Exact match (%)"}
+METRIC_NAMES = {name: f"{title} (%)" for name, title in METRIC_TITLES.items()}
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ class Comparison:
     """One table.
 
     Args:
-        metric: ``rougeL`` or ``exact_match``.
-        sets: the columns.
+        metric: one of METRIC_NAMES.
+        sets: the columns, those that are scored by it.
         rows: references first.
         baseline: label of the row to which differences are taken; None where nothing can be compared.
         protocol: what was asked of the models, one sentence each.
@@ -157,7 +158,7 @@ def make_comparisons(methods: Sequence[Method], baseline: str | None, mixed: boo
         replace(_comparison(metric, rows, described, baseline), number=number if len(tables) > 1 else None)
         for number, (rows, described) in enumerate(tables, 1)
         for metric in METRIC_NAMES
-        if metric == "rougeL" or _ever_positive([method for method, _ in rows], metric)
+        if _is_shown([method for method, _ in rows], metric)
     ]
 
 
@@ -174,19 +175,23 @@ def _marked(groups: Sequence[ProtocolGroup]) -> list[str]:
     return described
 
 
-def _ever_positive(methods: Sequence[Method], metric: str) -> bool:
-    return any(bool(m.scores(name, metric).any()) for m in methods for name in _sets([m]))
+def _is_shown(methods: Sequence[Method], metric: str) -> bool:
+    """Main metrics are, wherever sets are scored by them; others only if they are not 0 everywhere."""
+    if metric in MAIN_METRICS:
+        return bool(_sets(methods, metric))
+    return any(bool(m.scores(name, metric).any()) for m in methods for name in _sets([m], metric))
 
 
-def _sets(methods: Sequence[Method]) -> list[str]:
-    names = [name for method in methods for run in method.finished for name in run.answers]
+def _sets(methods: Sequence[Method], metric: str) -> list[str]:
+    """The sets that are scored by the metric."""
+    names = [name for method in methods for run in method.finished for name in run.answers if run.has(name, metric)]
     return list(dict.fromkeys(names))
 
 
 def _comparison(metric: str, members: Sequence[Member], protocol: list[str], baseline: str | None) -> Comparison:
     rows = [Row(method, {}, mark) for method, mark in members]
     base = _baseline(rows, baseline)
-    sets = _sets([method for method, _ in members])
+    sets = _sets([method for method, _ in members], metric)
     for name in sets:
         answered = [row for row in rows if row.method.evaluated(name)]
         compared = _comparable(answered, base, name)

@@ -7,8 +7,9 @@ data needs no Lightning.
 from deltakd.data.build import LoadedSets, SplitRows, load_instruction_sets, load_text_sets, split_rows
 from deltakd.data.config import DataConfig, InstructionData, TextData
 from deltakd.data.encoded_set import Encoded, EncodedSet
-from deltakd.data.encoding import encode_prompt, encode_row, encode_rows
+from deltakd.data.encoding import encode_prompt, encode_prompts, encode_row, encode_rows
 from deltakd.data.loader import EvalLoader, StepLoader, collate
+from deltakd.data.overlap import Overlap, find_overlaps
 from deltakd.data.readers import read_rows, read_texts
 from deltakd.data.rows import Row, parse_row, row_record, with_answer
 from deltakd.data.sampler import MicroBatch, Sampler, StepSampler
@@ -27,6 +28,7 @@ __all__ = [
     "InstructionData",
     "LoadedSets",
     "MicroBatch",
+    "Overlap",
     "PlainTemplate",
     "Row",
     "Sampler",
@@ -39,8 +41,10 @@ __all__ = [
     "TokenBudgetSampler",
     "collate",
     "encode_prompt",
+    "encode_prompts",
     "encode_row",
     "encode_rows",
+    "find_overlaps",
     "load_instruction_sets",
     "load_text_sets",
     "make_template",

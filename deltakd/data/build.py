@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,6 +11,7 @@ import numpy as np
 
 from deltakd.data.encoded_set import EncodedSet
 from deltakd.data.encoding import encode_rows
+from deltakd.data.overlap import generic_instructions, normal_form, overlapping
 from deltakd.data.readers import read_rows, read_texts
 from deltakd.data.rows import Row
 from deltakd.data.templates import Template, make_template
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
-
-#: An instruction that stands with more inputs than this ("Summarise this text.") says nothing without its input.
-GENERIC_INPUTS = 5
 
 
 class SplitRows(NamedTuple):
@@ -47,12 +44,14 @@ class LoadedSets(NamedTuple):
         train: what to train on.
         val: what to validate on, or None.
         val_rows: the validation rows before tokenising, for generation; empty for plain text.
+        train_rows: the training rows before tokenising; empty for plain text.
         counts: ``train_rows``, ``val_rows``, ``excluded`` and the counts of both sets as ``train/...``, ``val/...``.
     """
 
     train: EncodedSet
     val: EncodedSet | None
     val_rows: list[Row]
+    train_rows: list[Row]
     counts: dict[str, int]
 
 
@@ -64,6 +63,7 @@ def split_rows(
     val_subset: str | Mapping[str, str] | None = None,
     val_size: int = 0,
     exclude: Sequence[str] = (),
+    strip_answers: str | None = None,
     limit: int | None = None,
     seed: int = 0,
 ) -> SplitRows:
@@ -72,15 +72,18 @@ def split_rows(
     Args:
         train, train_subset: sources and subsets as for ``read_rows``.
         val, val_subset: likewise; where ``val`` is None, ``val_size`` rows drawn with ``seed`` are held out from train.
-        exclude: sources whose tasks must not be trained on, such as test sets. Validation rows are excluded too.
+        exclude: sources whose tasks must not be trained on, such as test sets: neither they nor their near duplicates
+            (``overlapping``). Validation rows are excluded too, as ``without_tasks_of`` has it.
+        strip_answers: as for ``read_rows``.
         limit: keep the first so many rows of train, and of val (for debugging).
 
     Raises:
         ValueError: what reading raises, or nothing is left to train on.
     """
-    rows = read_rows(train, subset=train_subset, limit=limit)
-    allowed = without_tasks_of(rows, [row for source in exclude for row in read_rows(source, need_response=False)])
-    val_rows = _hold_out(allowed, val_size, seed) if val is None else read_rows(val, subset=val_subset, limit=limit)
+    options: dict[str, Any] = {"strip_answers": strip_answers, "limit": limit}
+    rows = read_rows(train, subset=train_subset, **options)
+    allowed = _without_sets(rows, [row for source in exclude for row in read_rows(source, need_response=False)])
+    val_rows = _hold_out(allowed, val_size, seed) if val is None else read_rows(val, subset=val_subset, **options)
     kept = without_tasks_of(allowed, val_rows)
     if not kept:
         raise ValueError(
@@ -103,6 +106,7 @@ def load_instruction_sets(
     val_subset: str | Mapping[str, str] | None = None,
     val_size: int = 0,
     exclude: Sequence[str] = (),
+    strip_answers: str | None = None,
     limit: int | None = None,
     cache_dir: str | Path | None = None,
     seed: int = 0,
@@ -110,7 +114,7 @@ def load_instruction_sets(
     """Read and tokenise instruction data.
 
     Args:
-        train, val, train_subset, val_subset, val_size, exclude, limit, seed: as for ``split_rows``.
+        train, val, train_subset, val_subset, val_size, exclude, strip_answers, limit, seed: as for ``split_rows``.
         template: as for ``make_template``.
         tokenizer, max_length, max_prompt_length, overlong, cache_dir: as for ``encode_rows``.
 
@@ -125,6 +129,7 @@ def load_instruction_sets(
         val_subset=val_subset,
         val_size=val_size,
         exclude=exclude,
+        strip_answers=strip_answers,
         limit=limit,
         seed=seed,
     )
@@ -135,7 +140,7 @@ def load_instruction_sets(
     counts = {"train_rows": len(kept), "val_rows": len(val_rows), "excluded": excluded}
     counts |= _prefixed("train", train_set) | _prefixed("val", val_set)
     _report(train_set, val_set, counts)
-    return LoadedSets(train_set, val_set, val_rows, counts)
+    return LoadedSets(train_set, val_set, val_rows, kept, counts)
 
 
 def load_text_sets(
@@ -176,35 +181,29 @@ def load_text_sets(
         0 if val_set is None else len(val_set),
     )
     counts = {"train_rows": len(texts), "val_rows": 0 if val_set is None else val_set.counts["rows"], "excluded": 0}
-    return LoadedSets(train_set, val_set, [], counts | _prefixed("train", train_set) | _prefixed("val", val_set))
+    return LoadedSets(train_set, val_set, [], [], counts | _prefixed("train", train_set) | _prefixed("val", val_set))
 
 
 def _prefixed(part: str, encoded: EncodedSet | None) -> dict[str, int]:
     return {} if encoded is None else {f"{part}/{name}": count for name, count in encoded.counts.items()}
 
 
+def _without_sets(rows: Sequence[Row], banned: Sequence[Row]) -> list[Row]:
+    kept = without_tasks_of(rows, banned)
+    repeated = overlapping(kept, banned) if banned else set()
+    return [row for at, row in enumerate(kept) if at not in repeated]
+
+
 def without_tasks_of(rows: Sequence[Row], banned: Sequence[Row]) -> list[Row]:
     """The rows whose task is not among ``banned``.
 
     Tasks are compared by their instruction alone, in normal form (case folded, white space collapsed), because copies
-    of a data set differ in the input's small print. An instruction that stands with more than GENERIC_INPUTS different
-    inputs among all these rows is compared together with its input.
+    of a data set differ in the input's small print. An instruction that stands with more than
+    ``overlap.GENERIC_INPUTS`` different inputs among all these rows is compared together with its input.
     """
-    generic = _generic([*rows, *banned])
+    generic = generic_instructions([*rows, *banned])
     tasks = {_task(row, generic) for row in banned}
     return [row for row in rows if _task(row, generic) not in tasks]
-
-
-def normal_form(text: str) -> str:
-    """Case folded, white space collapsed."""
-    return " ".join(text.casefold().split())
-
-
-def _generic(rows: Sequence[Row]) -> set[str]:
-    inputs: defaultdict[str, set[str]] = defaultdict(set)
-    for row in rows:
-        inputs[normal_form(row.question)].add(normal_form(row.input))
-    return {instruction for instruction, texts in inputs.items() if len(texts) > GENERIC_INPUTS}
 
 
 def _task(row: Row, generic: Collection[str]) -> tuple[str, str]:

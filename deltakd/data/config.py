@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ class DataConfig(ABC):
     Args:
         train: files or hub data sets.
         val: the same for validation, or None.
-        sets: evaluation sets of instructions, name -> source; a raw model can be asked, too.
+        sets: evaluation sets of instructions, name -> source, or a mapping with ``source``; raw models have them, too.
         template: ``alpaca``, ``chat``, or a mapping with_input / without_input / tail.
         max_length: tokens of a row (prompt and response), or of a block of text.
         max_prompt_length: tokens of a prompt.
@@ -34,11 +35,12 @@ class DataConfig(ABC):
         max_tokens_per_batch: positions per process and micro-batch (rows times longest row); None: by rows.
         cache_dir: where tokenised sets are kept; None: nowhere.
         prepare: makes the files first, if they are not there.
+        strip_answers: a regular expression; what it matches is taken out of answers, those of evaluation sets too.
     """
 
     train: Sources
     val: Sources | None = None
-    sets: Mapping[str, str] = field(default_factory=dict)
+    sets: Mapping[str, Any] = field(default_factory=dict)
     template: str | Mapping[str, str] = "alpaca"
     max_length: int = 512
     max_prompt_length: int = 256
@@ -47,6 +49,7 @@ class DataConfig(ABC):
     max_tokens_per_batch: int | None = None
     cache_dir: str | None = None
     prepare: Callable[[], Any] | None = None
+    strip_answers: str | None = None
 
     @property
     def full_rows(self) -> int:
@@ -94,6 +97,11 @@ class DataConfig(ABC):
         found += self._batch_problems()
         if not self.train:
             found.append("data.train is missing; give a file, a list of files or a hub data set: data.train=...")
+        if self.strip_answers is not None:
+            try:
+                re.compile(self.strip_answers)
+            except re.error as error:
+                found.append(f"data.strip_answers is {self.strip_answers!r}, which is no regular expression: {error}")
         if self.prepare is None:
             found += missing_sources(self.sources())
         return found
@@ -165,13 +173,21 @@ class InstructionData(DataConfig):
         template = self.make_template(tokenizer)
         return load_instruction_sets(template=template, tokenizer=tokenizer, **self._choice(), **self._limits())
 
+    def split(self) -> SplitRows:
+        """The rows to train and to validate on, before any is cut or dropped for its length.
+
+        Raises:
+            ValueError: what reading raises.
+        """
+        return split_rows(**self._choice())
+
     def read(self, tokenizer: PreTrainedTokenizerBase) -> SplitRows:
         """The rows themselves: exactly those that ``load`` gives an example of to train on, and those to validate on.
 
         Raises:
             ValueError: as ``load``.
         """
-        split = split_rows(**self._choice())
+        split = self.split()
         encoded = encode_rows(split.train, self.make_template(tokenizer), tokenizer, **self._limits())
         trained = set(encoded.row_ids.tolist())
         return split._replace(train=[row for row in split.train if row.id in trained])
@@ -184,6 +200,7 @@ class InstructionData(DataConfig):
             "val_subset": self.val_subset,
             "val_size": self.val_size,
             "exclude": self.exclude,
+            "strip_answers": self.strip_answers,
             "limit": self.limit,
             "seed": self.split_seed,
         }

@@ -80,10 +80,28 @@ def encode_prompt(
     Raises:
         ValueError: the limit leaves no room for the template's tail.
     """
+    return _cut_prompt(row, template, tokenizer, max_prompt_length)[0]
+
+
+def encode_prompts(
+    rows: Sequence[Row], template: Template, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int
+) -> tuple[list[list[int]], int]:
+    """The tokens of many prompts, as ``encode_prompt`` has them, and how many of them were cut.
+
+    Raises:
+        ValueError: see ``encode_prompt``.
+    """
+    cut = [_cut_prompt(row, template, tokenizer, max_prompt_length) for row in rows]
+    return [ids for ids, _ in cut], sum(whole > len(ids) for ids, whole in cut)
+
+
+def _cut_prompt(
+    row: Row, template: Template, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int
+) -> tuple[list[int], int]:
     segments = template.render(row)
     answers = [number for number, segment in enumerate(segments) if segment.trained]
     prompt = segments[: answers[-1]] if answers else segments
-    return prompt_tokens(prompt, template.tail(row), tokenizer, max_prompt_length)[0]
+    return prompt_tokens(prompt, template.tail(row), tokenizer, max_prompt_length)
 
 
 def check_limits(tokenizer: PreTrainedTokenizerBase, max_length: int, max_prompt_length: int, overlong: str) -> None:

@@ -9,8 +9,10 @@ under that key.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from deltakd.data.rows import Row, parse_row
@@ -24,6 +26,7 @@ def read_rows(
     *,
     subset: str | Mapping[str, str] | None = None,
     need_response: bool = True,
+    strip_answers: str | None = None,
     limit: int | None = None,
 ) -> list[Row]:
     """Read instruction rows.
@@ -32,6 +35,7 @@ def read_rows(
         source: one source or several, read in order.
         subset: ``split.json#key`` for a single source, or a mapping from source (as written) to subset.
         need_response: whether a row without an answer is an error.
+        strip_answers: a regular expression; what it matches is taken out of answers (not of conversations).
         limit: keep the first so many rows only (for debugging; what follows is not read).
 
     Returns:
@@ -50,12 +54,20 @@ def read_rows(
             if limit is not None and len(rows) >= limit:
                 break
             try:
-                rows.append(parse_row(record.value, record.where, first + record.number, need_response))
+                row = parse_row(record.value, record.where, first + record.number, need_response)
+                rows.append(_stripped(row, strip_answers, record.where) if strip_answers else row)
             except ValueError as error:
                 reader.problems.add(str(error))
         reader.problems.raise_any()
         first += reader.last + 1
     return rows
+
+
+def _stripped(row: Row, pattern: str, where: str) -> Row:
+    stripped = tuple(text for text in (re.sub(pattern, "", answer) for answer in row.responses) if text.strip())
+    if row.responses and not stripped:
+        raise ValueError(f"{where}: data.strip_answers={pattern} leaves nothing of the answer")
+    return replace(row, responses=stripped)
 
 
 def read_texts(

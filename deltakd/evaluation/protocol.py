@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,8 @@ class EvaluationSet:
         prompts: the rendered texts, for the record only.
         prompt_ids: their token ids, as the model gets them.
         references: for each prompt one good answer or more.
+        scorer: what scores the answers, one of ``SCORERS``.
+        asked: how the prompts were made (template, length limit), for the record only.
 
     Raises:
         ValueError: if the lengths differ or a row id occurs twice.
@@ -39,6 +41,8 @@ class EvaluationSet:
     prompts: list[str]
     prompt_ids: list[list[int]]
     references: list[tuple[str, ...]]
+    scorer: str = "rouge"
+    asked: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         lengths = {key: len(getattr(self, key)) for key in ("row_ids", "prompts", "prompt_ids", "references")}
@@ -53,9 +57,13 @@ class EvaluationSet:
     def part(self, number: int, parts: int) -> EvaluationSet:
         """Every so many rows from row ``number`` on: the parts together are the set."""
         rows = slice(number, None, parts)
-        return EvaluationSet(
-            self.name, self.row_ids[rows], self.prompts[rows], self.prompt_ids[rows], self.references[rows]
-        )
+        lists = {name: getattr(self, name)[rows] for name in ("row_ids", "prompts", "prompt_ids", "references")}
+        return replace(self, **lists)
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """How it is asked and scored, beside the decoding, as each record says it."""
+        return {**self.asked, "scorer": self.scorer}
 
 
 def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -90,7 +98,8 @@ def answer_set(
     Returns:
         n records, in the order of the set: ``row_id, prompt, prompt_tokens, reference`` (a list)``, output,
         output_tokens`` (EOS not counted)``, finished`` (False: no EOS came before the answer's last possible token)``,
-        seed, decoding`` (every option that shapes a text, the seed and the EOS ids among them; not the batch size).
+        seed, decoding`` (every option that shapes a text, the seed and the EOS ids among them; not the batch size)``,
+        protocol`` (template and length limit).
 
     Raises:
         ValueError: see ``generate``.
@@ -121,6 +130,7 @@ def answer_set(
             "finished": len(answer) < budgets[i],
             "seed": seed,
             "decoding": options,
+            "protocol": dict(eval_set.asked),
         }
         for i, answer in enumerate(answers)
     ]
@@ -132,14 +142,25 @@ def evaluate_set(
     """Answer every prompt as ``answer_set`` does, and score the answers.
 
     Returns:
-        The records of ``answer_set``, each with ``rouge1, rouge2, rougeL, exact_match`` (percent).
+        The records of ``answer_set``, each with the metrics of the set's scorer (percent), named in ``protocol``.
 
     Raises:
         ValueError: see ``answer_set`` and ``score``.
     """
-    records = answer_set(model, tokenizer, eval_set, **options)
-    scores = score([record["output"] for record in records], eval_set.references)
-    return [record | scored for record, scored in zip(records, scores, strict=True)]
+    return scored(answer_set(model, tokenizer, eval_set, **options), eval_set)
+
+
+def scored(records: Sequence[Record], eval_set: EvaluationSet) -> list[Record]:
+    """The records with the scores of the set's scorer, and no others.
+
+    Raises:
+        ValueError: see ``score``.
+    """
+    scores = score([record["output"] for record in records], eval_set.references, eval_set.scorer)
+    return [
+        {key: value for key, value in record.items() if key not in METRICS} | {"protocol": eval_set.protocol} | own
+        for record, own in zip(records, scores, strict=True)
+    ]
 
 
 def _asked(eval_set: EvaluationSet, index: int) -> Record:
@@ -174,11 +195,13 @@ def summarise(records_by_seed: Mapping[int, Sequence[Record]]) -> dict[str, floa
     """Average over sampling seeds within each row, then over rows.
 
     Args:
-        records_by_seed: sampling seed -> records of the same rows.
+        records_by_seed: sampling seed -> scored records of the same rows.
 
     Returns:
-        For each metric its mean (percent) and ``<metric>_stderr``: the sample standard deviation of the rows' averages
-        over √n (0 for one row). It is the spread over prompts, not over training seeds. And ``output_tokens``, a mean.
+        For each metric of the records its mean (percent); ``<metric>_stderr``, the standard error over prompts: the
+        sample standard deviation of the rows' averages over √n (0 for one row); and, of several sampling seeds,
+        ``<metric>_seed_std``: the sample standard deviation of the seeds' means. Neither is the spread over training
+        seeds. And ``output_tokens``, a mean.
 
     Raises:
         ValueError: if there are no records, or seeds cover different rows.
@@ -195,12 +218,15 @@ def summarise(records_by_seed: Mapping[int, Sequence[Record]]) -> dict[str, floa
                 f"Seeds {first} and {seed} cover different rows, such as {differing[:5]}: evaluate the missing ones."
             )
     summary: dict[str, float] = {}
-    for name in (*METRICS, "output_tokens"):
+    metrics = [name for name in METRICS if name in by_row[first][row_ids[0]]]
+    for name in (*metrics, "output_tokens"):
         values_SR = np.array([[records[row][name] for row in row_ids] for records in by_row.values()], dtype=np.float64)
         means_R = values_SR.mean(axis=0)
         summary[name] = float(means_R.mean())
         if name in METRICS:
             summary[f"{name}_stderr"] = _standard_error(means_R)
+            if len(by_row) > 1:
+                summary[f"{name}_seed_std"] = float(values_SR.mean(axis=1).std(ddof=1))
     return summary
 
 

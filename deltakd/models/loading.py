@@ -77,12 +77,22 @@ def _reason(path: str, error: Exception) -> str:
     return f"the Hugging Face hub does not give it ({first[:160]})"
 
 
-def load_config(role: str, spec: ModelSpec, *, trust_remote_code: bool = False) -> PretrainedConfig:
+def load_config(
+    role: str, spec: ModelSpec, *, vocabulary: int = 0, trust_remote_code: bool = False
+) -> PretrainedConfig:
     """The configuration alone: cheap, and tells early whether the model can be had.
+
+    Args:
+        role: for the messages.
+        spec: where it comes from.
+        vocabulary: number of tokens, for a model from scratch.
+        trust_remote_code: passed on.
 
     Raises:
         ValueError: in one line: the model, why it can't be had, and how to give a local path.
     """
+    if spec.init == "random":
+        return _architecture(spec, vocabulary, None)
     assert spec.path is not None
     try:
         return AutoConfig.from_pretrained(
@@ -162,10 +172,7 @@ def load_skeleton(
     Raises:
         ValueError: as ``load_config``.
     """
-    if spec.init == "random":
-        config = _architecture(spec, vocabulary, None)
-    else:
-        config = load_config(role, spec, trust_remote_code=trust_remote_code)
+    config = load_config(role, spec, vocabulary=vocabulary, trust_remote_code=trust_remote_code)
     # Quantised layers are not built: they are what from_pretrained makes of these.
     config.__dict__.pop("quantization_config", None)
     options: dict[str, Any] = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}

@@ -10,12 +10,12 @@ from pathlib import Path
 import lightning as L
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from deltakd.data import LoadedSets, read_texts
-from deltakd.evaluation import EvaluationSet
+from deltakd.data import InstructionData, LoadedSets, read_texts
 from deltakd.models import (
     LanguageModel,
     add_lora,
     common_vocabulary,
+    load_config,
     load_model,
     load_tokenizer,
     train_tokenizer,
@@ -24,7 +24,7 @@ from deltakd.references import CachedReferences, CacheStore, References
 from deltakd.runs.cache_content import data_identity, data_problems, missing_problem, missing_rows
 from deltakd.runs.directory import RunDirectory
 from deltakd.runs.errors import ConfigError
-from deltakd.runs.evaluation import read_sets
+from deltakd.runs.evaluation_sets import CheckedSets, read_checked_sets
 from deltakd.runs.plan import Plan
 from deltakd.runs.ranks import is_main_process
 from deltakd.strategies import reference_engine
@@ -58,8 +58,8 @@ class Parts:
         tokenizer: the student's.
         vocabulary: number of tokens that all models share.
         sets: tokenised rows.
-        evaluation_sets: what to answer at the end; read before anything is trained, since a mistake in a file must not
-            cost a run.
+        evaluation: what to answer at the end; read before anything is trained, since a mistake in a file must not
+            cost a run. None: nothing is generated.
         models: student and references.
     """
 
@@ -68,7 +68,7 @@ class Parts:
     tokenizer: PreTrainedTokenizerBase
     vocabulary: int
     sets: LoadedSets
-    evaluation_sets: list[EvaluationSet]
+    evaluation: CheckedSets | None
     models: Models
 
 
@@ -90,9 +90,22 @@ def load_parts(plan: Plan, directory: RunDirectory) -> Parts:
     if plan.cache is not None:
         cached = _cached_references(plan, tokenizer, sets)
         vocabulary = cached.vocabulary
-    evaluation_sets = read_sets(plan.evaluation, plan.data, tokenizer) if plan.evaluation.generate else []
+    evaluation = _read_evaluation(plan, tokenizer, vocabulary, sets) if plan.evaluation.generate else None
+    # They were needed for that alone.
+    sets = sets._replace(train_rows=[])
     models = make_models(plan, tokenizer, vocabulary, cached)
-    return Parts(plan, directory, tokenizer, vocabulary, sets, evaluation_sets, models)
+    return Parts(plan, directory, tokenizer, vocabulary, sets, evaluation, models)
+
+
+def _read_evaluation(plan: Plan, tokenizer: PreTrainedTokenizerBase, vocabulary: int, sets: LoadedSets) -> CheckedSets:
+    student = load_config(
+        STUDENT,
+        plan.specs[STUDENT],
+        vocabulary=vocabulary,
+        trust_remote_code=plan.config["model"]["trust_remote_code"],
+    )
+    train_rows = sets.train_rows if isinstance(plan.data, InstructionData) else None
+    return read_checked_sets(plan.evaluation, plan.config["evaluation"], plan.data, tokenizer, student, train_rows)
 
 
 def open_cache(plan: Plan, tokenizer: PreTrainedTokenizerBase, sets: LoadedSets) -> CacheStore:

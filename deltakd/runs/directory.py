@@ -28,6 +28,7 @@ MAY_DIFFER = (
     "reference.verify",
     "reference.remake",
     "evaluation.measures",
+    "evaluation.allow_overlap",
 )
 
 

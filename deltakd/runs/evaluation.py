@@ -14,10 +14,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from deltakd.data import DataConfig, Row, encode_prompt, read_rows
-from deltakd.evaluation import EvaluationSet, evaluate_set, matches, read_generations, summarise, write_generations
+from deltakd.data import DataConfig, Row, encode_prompts
+from deltakd.evaluation import (
+    METRIC_TITLES,
+    EvaluationSet,
+    evaluate_set,
+    matches,
+    read_generations,
+    scored,
+    summarise,
+    write_generations,
+)
 from deltakd.evaluation.text_measures import text_measures
-from deltakd.runs.plan import Evaluation
+from deltakd.runs.evaluation_config import Evaluation
 from deltakd.runs.progress import current_display
 from deltakd.runs.ranks import is_main_process
 from deltakd.sharding import gathered, place
@@ -25,29 +34,31 @@ from deltakd.sharding import gathered, place
 log = logging.getLogger(__name__)
 
 
-def make_set(name: str, rows: Sequence[Row], data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> EvaluationSet:
-    """Prompts exactly as training would tokenise them, with all their references."""
+def make_set(
+    name: str, rows: Sequence[Row], data: DataConfig, tokenizer: PreTrainedTokenizerBase, scorer: str = "rouge"
+) -> EvaluationSet:
+    """Prompts exactly as training would tokenise them, with all their references.
+
+    Args:
+        name: of the set.
+        rows: its rows.
+        data: whose template and prompt length they get.
+        tokenizer: the student's.
+        scorer: of the answers.
+    """
     template = data.make_template(tokenizer)
-    prompt_ids = [encode_prompt(row, template, tokenizer, data.max_prompt_length) for row in rows]
+    prompt_ids, cut = encode_prompts(rows, template, tokenizer, data.max_prompt_length)
+    if cut:
+        log.warning("%d of %d prompts of %s were cut to %d tokens.", cut, len(rows), name, data.max_prompt_length)
     return EvaluationSet(
         name=name,
         row_ids=[row.id for row in rows],
         prompts=[str(tokenizer.decode(ids)) for ids in prompt_ids],
         prompt_ids=prompt_ids,
         references=[row.references for row in rows],
+        scorer=scorer,
+        asked={"template": data.template, "max_prompt_length": data.max_prompt_length},
     )
-
-
-def read_sets(evaluation: Evaluation, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[EvaluationSet]:
-    """Read every evaluation set.
-
-    Raises:
-        ValueError: a file can't be read.
-    """
-    return [
-        make_set(name, read_rows(source, limit=evaluation.limit), data, tokenizer)
-        for name, source in evaluation.sets.items()
-    ]
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> int:
@@ -126,17 +137,16 @@ def evaluate_sets(
             reads and writes.
 
     Returns:
-        ``<set>/<metric>`` and ``<set>/<metric>_stderr`` in per cent, and ``<set>/<measure>`` of ``text_measures``.
+        ``<set>/<metric>``, ``<set>/<metric>_stderr`` and ``<set>/<metric>_seed_std`` in per cent, see ``summarise``;
+        and ``<set>/<measure>`` of ``text_measures``.
     """
     metrics: dict[str, float] = {}
     for eval_set in sets:
         by_seed: dict[int, list[dict[str, Any]]] = {}
         for seed in evaluation.seeds:
             path = directory / f"{eval_set.name}_seed{seed}.jsonl"
-            records = read_generations(path) if is_main_process() else None
-            is_done = records is not None and matches(records, eval_set, evaluation.decoding, seed)
             # A joint decision: all ranks answer, or all take what the main process has read.
-            records = gathered(records if is_done else None)[0]
+            records = gathered(_stored(path, eval_set, evaluation, seed) if is_main_process() else None)[0]
             if records is None:
                 if by_seed and not evaluation.decoding.do_sample:
                     # Greedy answers do not depend on a seed.
@@ -151,11 +161,26 @@ def evaluate_sets(
     return metrics
 
 
+def _stored(path: Path, eval_set: EvaluationSet, evaluation: Evaluation, seed: int) -> list[dict[str, Any]] | None:
+    """The answers of a file, if they answer this question; scored anew where they were scored otherwise."""
+    records = read_generations(path)
+    if records is None or not matches(records, eval_set, evaluation.decoding, seed):
+        return None
+    if any(record.get("protocol") != eval_set.protocol for record in records):
+        records = scored(records, eval_set)
+        write_generations(path, records)
+    return records
+
+
 def _with_seed(record: dict[str, Any], seed: int) -> dict[str, Any]:
     return record | {"seed": seed, "decoding": record["decoding"] | {"seed": seed}}
 
 
 def shown(metrics: Mapping[str, float]) -> str:
-    """One line of the main scores, for the log."""
-    main = [k for k in metrics if k.endswith(("/rougeL", "/exact_match"))]
-    return ", ".join(f"{k} {metrics[k]:.2f} ± {metrics.get(k + '_stderr', 0.0):.2f}" for k in main)
+    """One line of the main scores, for the log: ± over prompts, and over sampling seeds where there are several."""
+    main = [k for k in metrics if k.endswith(tuple(f"/{metric}" for metric in METRIC_TITLES))]
+    return ", ".join(
+        f"{k} {metrics[k]:.2f} ± {metrics.get(k + '_stderr', 0.0):.2f}"
+        + (f" (std over seeds {metrics[k + '_seed_std']:.2f})" if k + "_seed_std" in metrics else "")
+        for k in main
+    )

@@ -210,7 +210,8 @@ def _make_validation(parts: Parts, data: DistillationData, loggers: list[Logger]
 def _make_generate(parts: Parts, loggers: list[Logger]) -> Generate:
     """Answers to the first validation rows under the first sampling seed, scored, and kept."""
     evaluation = parts.plan.evaluation
-    val_set = make_set("val", parts.sets.val_rows[: evaluation.val_limit], parts.plan.data, parts.tokenizer)
+    rows = parts.sets.val_rows[: evaluation.val_limit]
+    val_set = make_set("val", rows, evaluation.prompts_of(parts.plan.data), parts.tokenizer, evaluation.scorer)
     seed = evaluation.seeds[0]
     tracker = wandb_of(loggers)
 

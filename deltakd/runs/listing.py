@@ -22,6 +22,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from deltakd.comparison.losses import KnownLosses, flat, loss_name, read_losses
+from deltakd.evaluation import MAIN_METRICS, METRICS
 from deltakd.runs.configuration import CONF_DIR
 from deltakd.runs.directory import RunDirectory
 from deltakd.runs.errors import ConfigError
@@ -259,9 +260,10 @@ def best_of(entries: Sequence[Entry], keys: Sequence[str], score: str) -> list[E
 
 
 def default_columns(entries: Sequence[Entry]) -> list[str]:
-    """Settings, then ROUGE-L on validation data and on every evaluation set, then the cost."""
-    scores = {name: None for entry in entries for name in entry.columns if name.endswith("/rougeL")}
-    return [*_COLUMNS[:-1], *sorted(scores, key=lambda name: name != "val/rougeL"), _COLUMNS[-1]]
+    """Settings, then the main scores on validation data and on every evaluation set, then the cost."""
+    endings = tuple(f"/{metric}" for metric in MAIN_METRICS)
+    scores = {name: None for entry in entries for name in entry.columns if name.endswith(endings)}
+    return [*_COLUMNS[:-1], *sorted(scores, key=lambda name: not name.startswith("val/")), _COLUMNS[-1]]
 
 
 def make_table(entries: Sequence[Entry], columns: Sequence[str], console: Console, fixed: bool = False) -> Table:
@@ -314,7 +316,8 @@ def _shown(entry: Entry, name: str) -> str:
         return ""
     if isinstance(value, float):
         error = entry.columns.get(f"{name}_stderr")
-        digits = f"{value:.2f}" if name.endswith(("/rougeL", "/exact_match", "/rouge1", "/rouge2")) else f"{value:.4g}"
+        is_score = name.rpartition("/")[2] in METRICS
+        digits = f"{value:.2f}" if is_score else f"{value:.4g}"
         if name == "seconds":
             digits = f"{value:.0f}"
         return digits + (f" ± {error:.2f}" if error is not None else "")

@@ -28,9 +28,9 @@ from deltakd.kernels import MEMORY_BUDGET, chunk_size_for
 from deltakd.models import LanguageModel
 from deltakd.references import CacheSettings
 from deltakd.runs.evaluation import pad_id, progress_bar
+from deltakd.runs.evaluation_config import Evaluation
 from deltakd.runs.measure_settings import NONE
 from deltakd.runs.measured_references import HeadSource, MeasuredReferences, cut
-from deltakd.runs.plan import Evaluation
 from deltakd.sharding import gathered, is_sharded, place
 from deltakd.types import STUDENT
 
@@ -79,13 +79,14 @@ class Measured:
     counts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def encode_set(source: str, evaluation: Evaluation, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> EncodedSet:
-    """An evaluation set's prompts with their first references, tokenised as training would.
+def encode_set(name: str, evaluation: Evaluation, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> EncodedSet:
+    """The prompts of the set ``name`` with their first references, tokenised as training would.
 
     Raises:
         ValueError: the source can't be read, or no row is left.
     """
-    rows = [row for row in read_rows(source, limit=evaluation.limit) if row.references]
+    source, limit, data = evaluation.sets[name].source, evaluation.limit_of(name), evaluation.prompts_of(data)
+    rows = [row for row in read_rows(source, strip_answers=data.strip_answers, limit=limit) if row.references]
     answered = [with_answer(row, row.references[0]) for row in rows[: evaluation.measures.rows]]
     return encode_rows(
         answered,
@@ -151,9 +152,9 @@ def _device(subject: Subject) -> torch.device:
 def _sets(subject: Subject, validation: EncodedSet | None) -> Iterator[tuple[str, EncodedSet]]:
     if validation is not None and len(validation):
         yield VALIDATION, validation
-    for name, source in subject.evaluation.sets.items() if subject.evaluation.generate else ():
+    for name in subject.evaluation.sets if subject.evaluation.generate else ():
         try:
-            yield name, encode_set(source, subject.evaluation, subject.data, subject.tokenizer)
+            yield name, encode_set(name, subject.evaluation, subject.data, subject.tokenizer)
         except ValueError as error:
             log.warning("%s is not measured beyond its answers: %s", name, error)
 

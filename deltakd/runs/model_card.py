@@ -86,7 +86,8 @@ def _source(models: Mapping[str, Any], role: str) -> str:
 
 
 def _scores(config: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
-    names = [k for k, v in summary.items() if isinstance(v, int | float) and not k.endswith("_stderr")]
+    spreads = ("_stderr", "_seed_std")
+    names = [k for k, v in summary.items() if isinstance(v, int | float) and not k.endswith(spreads)]
     rows = [(f"`{k}`", f"{summary[k]:.4f}", _stderr(summary, k)) for k in names]
     evaluation = config["evaluation"]
     protocol = ", ".join(f"{key}={value}" for key, value in evaluation.get("decoding", {}).items())

@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 
 from deltakd.runs.directory import RunDirectory, write_text
 from deltakd.runs.errors import guarded
+from deltakd.runs.evaluation_config import SCORES
 from deltakd.runs.outcomes import (
     FAILED,
     FINISHED,
@@ -29,7 +30,6 @@ from deltakd.runs.outcomes import (
     write_plot,
     write_table,
 )
-from deltakd.runs.plan import SCORES
 from deltakd.runs.ranks import is_main_process
 
 log = logging.getLogger(__name__)

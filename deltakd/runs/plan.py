@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from hydra.errors import InstantiationException
@@ -16,8 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from deltakd.data import DataConfig, InstructionData
-from deltakd.data.sources import missing_sources
-from deltakd.evaluation import Decoding
+from deltakd.evaluation import SCORERS
 from deltakd.hub import hub_reachable
 from deltakd.models import LoraSpec, ModelSpec, load_config
 from deltakd.models.quantization import student_problems
@@ -26,58 +25,21 @@ from deltakd.references import CacheSettings, CacheStore, References, live_probl
 from deltakd.references.topk import topk_problems
 from deltakd.runs.cache_content import cache_problems
 from deltakd.runs.errors import ConfigError
-from deltakd.runs.measure_settings import MeasureSettings, make_measure_settings
+from deltakd.runs.evaluation_config import SCORES, Evaluation, make_evaluation, set_problems, typed
 from deltakd.strategies import strategy_problems
 from deltakd.types import ROLES, STUDENT, STUDENT_RAW, Loss, LossOutput, is_reference_role, schedules_of
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 #: Keys of ``model`` that are no role.
 _MODEL_KEYS = ("tokenizer", "lora", "attn_implementation", "gradient_checkpointing", "trust_remote_code")
 
 
-#: Objectives that need generated answers; more of them is better.
-SCORES = ("val/rougeL", "val/rouge1", "val/rouge2", "val/exact_match")
+#: The objective of ``conf/train.yaml``.
+DEFAULT_OBJECTIVE = "val/rougeL"
 
 #: Where a study puts the models that its later stages start from.
 _STAGE_STUDENT = re.compile(r"outputs/(?P<study>[^/]+)/[^/]+/student")
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The evaluation group, typed.
-
-    Args:
-        generate: whether anything is generated.
-        sets: name -> source.
-        limit: first so many rows of each set.
-        seeds: sampling seeds (greedy decoding uses the first alone).
-        batch_size: prompts at a time.
-        val_limit: validation rows answered during training.
-        decoding: how tokens are chosen.
-        measures: what is measured beyond ROUGE, whether anything is generated or not.
-    """
-
-    generate: bool
-    sets: dict[str, str]
-    limit: int | None
-    seeds: tuple[int, ...]
-    batch_size: int
-    val_limit: int
-    decoding: Decoding
-    measures: MeasureSettings
-
-    def problems(self) -> list[str]:
-        """What is wrong with ``evaluation``, one sentence each."""
-        found = self.decoding.problems()
-        if not self.seeds:
-            found.append("evaluation.seeds is empty; give at least one: evaluation.seeds=[10]")
-        for name, value in (("batch_size", self.batch_size), ("val_limit", self.val_limit), ("limit", self.limit)):
-            if value is not None and value < 1:
-                found.append(f"evaluation.{name} is {value}; it must be at least 1")
-        return found
 
 
 @dataclass(frozen=True)
@@ -113,14 +75,17 @@ class Plan:
 
     @property
     def objective(self) -> str:
-        """The metric that decides; a loss where nothing is generated, ``train/loss`` without validation data."""
+        """The metric that decides; a loss where nothing is generated, ``train/loss`` without validation data.
+
+        The default stands for the main metric of what scores the answers.
+        """
         wanted = str(self.config["objective"])
         if not self.data.validates:
             return "train/loss"
         if wanted in SCORES and not self.generates_on_validation:
             # The values of a loss that changes with training can't be compared between steps.
             return "val/ce" if schedules_of(self.loss) else "val/loss"
-        return wanted
+        return f"val/{SCORERS[self.evaluation.scorer].main}" if wanted == DEFAULT_OBJECTIVE else wanted
 
     @property
     def objective_mode(self) -> str:
@@ -153,7 +118,7 @@ def make_plan(
     data = _build(config["data"], "data", problems)
     references = _build(config["reference"], "reference", problems)
     evaluation = make_evaluation(config["evaluation"], problems)
-    lora = _typed(LoraSpec, config["model"]["lora"], "model.lora", problems) if config["model"]["lora"] else None
+    lora = typed(LoraSpec, config["model"]["lora"], "model.lora", problems) if config["model"]["lora"] else None
     cache = references if isinstance(references, CacheSettings) and roles is None else None
     if makes_cache:
         problems += _caching_problems(cache, config, loss)
@@ -168,7 +133,7 @@ def make_plan(
         problems.append("data is plain text, which has no prompts to answer; give data=instruction and data.train=...")
     if config["trainer"]["dry_run"] and (needs_prompts or makes_cache):
         problems.append("trainer.dry_run says what a training will need; give it to deltakd.train")
-    problems += _set_problems(evaluation, data)
+    problems += set_problems(evaluation, data)
     if "sharding" in config["reference"]:
         problems += live_problems(config["reference"], specs)
     for part in (optim, data, lora, cache):
@@ -178,6 +143,8 @@ def make_plan(
     if not isinstance(budget, int | float) or not budget > 0:
         problems.append(f"kernels.memory_budget is {budget!r}; it must be a number of MiB above 0")
     problems += _objective_problems(str(config["objective"]), loss, _try_loss(loss, problems))
+    if evaluation.generate and isinstance(data, InstructionData):
+        problems += _score_problems(str(config["objective"]), evaluation.scorer)
     if problems:
         raise ConfigError(problems)
     return Plan(config, loss, optim, data, evaluation, specs, lora, references, cache if loss.requires else None)
@@ -209,51 +176,6 @@ def _build(node: Any, name: str, problems: list[str]) -> Any:
         return None
 
 
-def _set_problems(evaluation: Evaluation, data: DataConfig | None) -> list[str]:
-    """Names that would collide in the summary, and files that are not there: not found out after the training."""
-    if not evaluation.generate:
-        return []
-    found = [
-        f"evaluation.sets has {name!r}; a set can't be called val, train or meta, nor have a slash in its name"
-        for name in evaluation.sets
-        if name in ("val", "train", "meta") or "/" in name
-    ]
-    if data is not None and data.prepare is None:
-        found += missing_sources({f"evaluation.sets.{name}": source for name, source in evaluation.sets.items()})
-    return found
-
-
-def _typed(kind: type[T], node: dict[str, Any], name: str, problems: list[str]) -> T:
-    """A dataclass from a node of the config; keys that it does not know become problems."""
-    known = {f.name for f in fields(cast(Any, kind))}
-    unknown = sorted(set(node) - known)
-    problems += [f"{name} has no key {key!r}; allowed: {', '.join(sorted(known))}" for key in unknown]
-    return kind(**{key: value for key, value in node.items() if key in known})
-
-
-def make_evaluation(config: dict[str, Any], problems: list[str]) -> Evaluation:
-    """The evaluation group as typed object; its problems are added to the list."""
-    sets, seeds = config["sets"] or {}, config["seeds"]
-    if not (isinstance(sets, dict) and all(isinstance(v, str) for v in sets.values())):
-        problems.append(f"evaluation.sets is {sets!r}; give names and files: evaluation.sets={{mine: file.jsonl}}")
-        sets = {}
-    if not (isinstance(seeds, list) and all(type(seed) is int and seed >= 0 for seed in seeds)):
-        problems.append(f"evaluation.seeds is {seeds!r}; give a list of numbers from 0: evaluation.seeds=[10,20]")
-        seeds = [0]
-    evaluation = Evaluation(
-        generate=config["generate"],
-        sets={str(name): source for name, source in sets.items()},
-        limit=config["limit"],
-        seeds=tuple(seeds),
-        batch_size=config["batch_size"],
-        val_limit=config["val_limit"],
-        decoding=_typed(Decoding, config["decoding"], "evaluation.decoding", problems),
-        measures=make_measure_settings(config.get("measures"), problems),
-    )
-    problems += evaluation.problems()
-    return evaluation
-
-
 def _specs(
     config: dict[str, Any], requires: Collection[str] | None, lora: LoraSpec | None, problems: list[str]
 ) -> dict[str, ModelSpec]:
@@ -271,7 +193,7 @@ def _specs(
     absent = sorted(wanted - set(config))
     problems += [f"the loss reads {role}, which the config lacks; add +model.{role}={{path: ...}}" for role in absent]
     needed = [role for role in (*ROLES, *sorted(wanted - set(ROLES))) if role in wanted - set(absent)]
-    specs = {role: _typed(ModelSpec, config[role], f"model.{role}", problems) for role in needed}
+    specs = {role: typed(ModelSpec, config[role], f"model.{role}", problems) for role in needed}
     for role in ("teacher", "teacher_raw"):
         if role not in needed and config[role]["path"]:
             log.info("model.%s.path is given, but this run does not read it: it is not loaded.", role)
@@ -394,4 +316,15 @@ def _objective_problems(objective: str, loss: Loss | None, parts: list[str]) -> 
     return [
         f"objective is {objective!r}; the best checkpoint is chosen on validation data, never on a test set: "
         f"allowed are {', '.join(allowed)}"
+    ]
+
+
+def _score_problems(objective: str, scorer: str) -> list[str]:
+    """An objective that the answers to the validation rows have no score of."""
+    given = [f"val/{metric}" for metric in SCORERS[scorer].metrics] if scorer in SCORERS else [objective]
+    if objective not in SCORES or objective in (DEFAULT_OBJECTIVE, *given):
+        return []
+    return [
+        f"objective is {objective}, but evaluation.scorer={scorer} gives {', '.join(given)}; "
+        f"give objective=val/{SCORERS[scorer].main}"
     ]

@@ -12,7 +12,7 @@ from typing import Any, final
 
 from lightning.pytorch.loggers import Logger, WandbLogger
 
-from deltakd.evaluation import read_generations
+from deltakd.evaluation import METRIC_TITLES, main_metric, read_generations
 from deltakd.runs.assembly import Parts
 from deltakd.runs.cache_content import data_identity, model_entry, model_identity
 from deltakd.runs.record import environment, git_changes, model_fingerprint
@@ -94,7 +94,8 @@ class RunWandbLogger(WandbLogger):
             columns: dict[str, list[Any]] = {}
             for seed, records in by_seed.items():
                 columns[f"output, seed {seed}"] = [record["output"] for record in records[:TABLE_ROWS]]
-                columns[f"ROUGE-L, seed {seed}"] = [record["rougeL"] for record in records[:TABLE_ROWS]]
+                metric = main_metric(records[0])
+                columns[f"{METRIC_TITLES[metric]}, seed {seed}"] = [record[metric] for record in records[:TABLE_ROWS]]
             self._table(f"{name}/answers", next(iter(by_seed.values())), columns, step)
 
     def _log_student(self, student: Path, scores: Mapping[str, float]) -> None:

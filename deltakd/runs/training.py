@@ -100,7 +100,8 @@ def _evaluate_student(parts: Parts) -> tuple[dict[str, float], Measured]:
         All scores, and the measures among them.
     """
     plan = parts.plan
-    if not parts.evaluation_sets and plan.evaluation.measures.rows == 0:
+    sets = [] if parts.evaluation is None else parts.evaluation.sets
+    if not sets and plan.evaluation.measures.rows == 0:
         return {}, Measured()
     settings = plan.config["model"]
     model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
@@ -126,7 +127,7 @@ def _evaluate_student(parts: Parts) -> tuple[dict[str, float], Measured]:
     metrics = evaluate_sets(
         model,
         parts.tokenizer,
-        parts.evaluation_sets,
+        sets,
         plan.evaluation,
         parts.vocabulary,
         parts.directory.generations,
@@ -160,4 +161,5 @@ def _meta(parts: Parts, fitted: Fitted, started: float) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - started, 3),
         "tokens_per_second": round(training.tokens_per_second, 1),
         "peak_memory_mib": round(peak_memory_mib(), 1),
+        "evaluation": None if parts.evaluation is None else parts.evaluation.record,
     }

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from deltakd.data.build import GENERIC_INPUTS, LoadedSets, load_instruction_sets, load_text_sets, without_tasks_of
+from deltakd.data.build import LoadedSets, load_instruction_sets, load_text_sets, without_tasks_of
+from deltakd.data.overlap import GENERIC_INPUTS
 from deltakd.data.rows import Row
 
 Write = Callable[[str, Any], str]

@@ -34,6 +34,7 @@ def make_set() -> EvaluationSet:
         prompts=prompts,
         prompt_ids=[TOKENIZER(prompt)["input_ids"] for prompt in prompts],
         references=[("it is it", "that"), ("so",), ("gone",)],
+        asked={"template": "alpaca", "max_prompt_length": 256},
     )
 
 
@@ -61,6 +62,7 @@ def test_records_hold_everything_that_shaped_them() -> None:
         "eos_ids": [EOS],
     }
     assert first["finished"] == (first["output_tokens"] < 8)
+    assert first["protocol"] == {"template": "alpaca", "max_prompt_length": 256, "scorer": "rouge"}
     scores = score([record["output"] for record in records], [record["reference"] for record in records])
     assert [{key: record[key] for key in scores[0]} for record in records] == scores
 
@@ -156,14 +158,18 @@ def test_the_summary_averages_seeds_before_rows() -> None:
     assert summary["rougeL"] == pytest.approx(5)
     assert summary["rougeL_stderr"] == pytest.approx(np.std([2, 4, 9], ddof=1) / np.sqrt(3))
     assert summary["output_tokens"] == pytest.approx(5)
+    # The seeds' means are 14/3 and 16/3.
+    assert summary["rougeL_seed_std"] == pytest.approx(np.std([14 / 3, 16 / 3], ddof=1))
     assert set(summary) == {
-        *(f"{m}{end}" for m in ("rouge1", "rouge2", "rougeL", "exact_match") for end in ("", "_stderr")),
+        *(f"{m}{end}" for m in ("rouge1", "rouge2", "rougeL", "exact_match") for end in ("", "_stderr", "_seed_std")),
         "output_tokens",
     }
 
 
 def test_the_summary_of_one_row_has_no_spread() -> None:
-    assert summarise({10: rows({1: 3.0})})["rouge1_stderr"] == 0.0
+    summary = summarise({10: rows({1: 3.0})})
+    assert summary["rouge1_stderr"] == 0.0
+    assert "rouge1_seed_std" not in summary
 
 
 def test_a_summary_needs_the_same_rows_under_each_seed() -> None:

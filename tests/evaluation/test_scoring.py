@@ -5,7 +5,7 @@ import random
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
-from deltakd.evaluation import METRICS, score
+from deltakd.evaluation import METRICS, SCORERS, score
 
 WORDS = """the The running runs ran happily happiness, cats cat's dog. 42 3.14 naïve café 東京 — -- state-of-the-art
 \u00a0 \u2028 e-mail ponies flies died skis was İstanbul ﬁne \U0001f600 don't (x+y)=2 \n \t""".split(" ")  # noqa: SIM905
@@ -45,7 +45,9 @@ def test_exact_match_forgives_white_space_only() -> None:
 
 
 def test_every_row_has_every_metric() -> None:
-    assert tuple(score(["x"], [["x"]])[0]) == METRICS
+    for name, scorer in SCORERS.items():
+        assert tuple(score(["1"], [["1"]], name)[0]) == scorer.metrics
+    assert {metric for scorer in SCORERS.values() for metric in scorer.metrics} == set(METRICS)
     assert score([], []) == []
 
 

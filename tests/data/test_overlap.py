@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from deltakd.data import find_overlaps, read_rows
+from deltakd.data.overlap import GENERIC_INPUTS, overlapping
+from deltakd.data.rows import Row
+
+LONG = "Write a letter to the mayor of a small town in which you ask for more benches beside the river, and say why"
+
+
+def pairs(asked: list[Row], others: list[Row]) -> list[tuple[int, int, bool]]:
+    return [(o.row_id, o.other_id, o.exact) for o in find_overlaps(asked, others)]
+
+
+def test_exact_and_near_duplicates_are_found_by_their_words() -> None:
+    asked = [Row(0, "Who wrote Emma?"), Row(1, LONG), Row(2, "Who wrote Ivanhoe?"), Row(3, "Explain.", "How bees fly")]
+    others = [
+        Row(10, "who wrote *Emma*"),
+        Row(11, LONG.replace("small", "large")),  # its shingles are 13 of 23
+        Row(12, LONG + " today"),
+        Row(13, "Explain.", "how bees fly [3]"),
+    ]
+    assert pairs(asked, others) == [(0, 10, True), (1, 12, False), (3, 13, True)]
+    assert overlapping(others, asked) == {0, 2, 3}
+
+
+def test_the_best_of_several_is_named() -> None:
+    assert pairs([Row(0, LONG)], [Row(7, LONG + " today"), Row(8, LONG.upper()), Row(9, LONG)]) == [(0, 8, True)]
+
+
+def test_what_only_looks_alike_is_no_duplicate() -> None:
+    passage = "The river rises in the hills and flows past nine towns until it meets the sea"
+    assert pairs([Row(0, "Summarise this.", passage)], [Row(1, "Summarise this.", "Another text entirely")]) == []
+    assert pairs([Row(0, "Who?", passage)], [Row(1, "Where does the river rise?", passage)]) == []
+    assert pairs([Row(0, LONG + " by 3 May")], [Row(1, LONG + " by 4 May")]) == []
+    assert pairs([Row(0, "Name four rivers")], [Row(1, "Name five rivers")]) == []
+
+
+def test_a_question_without_its_passage_is_the_same_unless_it_is_generic() -> None:
+    asked = [Row(0, "What is Linux?", "Linux is a kernel"), Row(1, "Finish this story.", "Once upon a time")]
+    others = [Row(2, "What is Linux?"), Row(3, "Finish this story.")]
+    many = [Row(10 + n, "Finish this story.", f"story {n}") for n in range(GENERIC_INPUTS)]
+    assert pairs(asked, others) == [(0, 2, False), (1, 3, False)]
+    assert pairs(asked, [*others, *many]) == [(0, 2, False)]
+
+
+def test_whole_prompts_are_compared_by_what_stands_in_their_frame() -> None:
+    frame = "Below is an instruction.\n\n### Instruction:\nWhat is Linux?\n\n### Input:\nA kernel\n\n### Response:\n"
+    assert pairs([Row(0, prompt=frame)], [Row(1, "What is Linux?", "a kernel")]) == [(0, 1, True)]
+
+
+def test_minillms_split_of_dolly_and_the_whole_of_dolly(shared_dir: Path) -> None:
+    test = read_rows(str(shared_dir / "data" / "dolly" / "minillm_dolly_test.jsonl.gz"))
+    source = str(shared_dir / "data" / "dolly" / "databricks-dolly-15k.jsonl.gz")
+    split = read_rows(source, subset=str(shared_dir / "data" / "dolly" / "minillm_split.json#train"))
+    found = find_overlaps(test, split)
+    assert [(o.row_id, o.exact) for o in found] == [(40, False), (183, False), (238, False), (246, False)]
+    whole = find_overlaps(test, read_rows(source))
+    assert (sum(o.exact for o in whole), len(whole)) == (494, 500)
