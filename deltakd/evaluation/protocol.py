@@ -89,8 +89,9 @@ def answer_set(
 
     Returns:
         For each seed n records, in the order of the set: ``row_id, prompt, prompt_tokens, reference`` (a list)``,
-        output, output_tokens`` (EOS not counted)``, finished`` (False: no EOS came before the answer's last possible token)``,
-        seed, decoding`` (every option that shapes a text, the seed and the EOS ids among them; not the batch size).
+        output, output_tokens`` (EOS not counted)``, finished`` (False: no EOS came before the answer's last possible
+        token)``, seed, decoding`` (every option that shapes a text, the seed and the EOS ids among them; not the batch
+        size).
 
     Raises:
         ValueError: see ``generate``.
