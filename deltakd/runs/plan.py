@@ -53,7 +53,7 @@ class Evaluation:
         sets: name -> source.
         limit: first so many rows of each set.
         seeds: sampling seeds (greedy decoding uses the first alone).
-        batch_size: prompts at a time.
+        batch_size: answers decoded together, at most.
         val_limit: validation rows answered during training.
         decoding: how tokens are chosen.
     """

@@ -10,7 +10,7 @@ an answer keeps, its EOS included. Beside wall time stands the CPU time of the p
 First, greedy answers are compared with ``model.generate(do_sample=False)``.
 
 Without ``--model``, a GPT-2 of random weights whose head has a bias on EOS: lengths of answers are geometrically
-distributed about ``--mean-length``. Without ``--tokenizer``, prompts are random tokens, in number about those of the rows.
+distributed about ``--mean-length``. Without ``--tokenizer``, prompts are random tokens, about as many as the rows have.
 """
 
 from __future__ import annotations
