@@ -1,20 +1,29 @@
-"""Batched generation with a key-value cache, whose samples depend on neither batching nor order.
+"""Generation with a key-value cache, whose samples depend on neither batching nor order.
 
-Each row has its own noise (see ``noise``), so batch size, order and number of processes change a sample only where
-rounding of the logits flips a near-tie.
+Each row has its own noise (see ``token_choice``), so batch size, order, company and number of processes change a sample
+only where rounding of the logits flips a near-tie.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import final
 
 import torch
 from torch import Tensor, nn
 
+from deltakd.evaluation.cache_rows import can_select
 from deltakd.evaluation.decoding import Decoding
 from deltakd.evaluation.decoding_state import DecodingState, Row
 from deltakd.evaluation.model_step import Step, evaluating, position_limit
-from deltakd.evaluation.noise import GumbelNoise, row_stream
+from deltakd.evaluation.token_choice import TokenChoice, row_stream
+
+#: New prompts are run once this part of the batch is free: less would cost more passes, more leave more of it idle.
+REFILL = 1 / 8
+
+#: With no prompts left, the rows that have ended are taken out once they are this part of the batch.
+COMPACT = 1 / 4
 
 
 @torch.no_grad()
@@ -24,103 +33,176 @@ def generate(
     row_ids: Sequence[int],
     *,
     decoding: Decoding,
-    seed: int,
+    seeds: Sequence[int],
     batch_size: int,
     eos_ids: frozenset[int],
     vocab_size: int,
     pad_id: int,
     progress: Callable[[int], None] | None = None,
-) -> list[list[int]]:
-    """Continue every prompt; the answers come back in the order of the prompts.
+) -> list[list[list[int]]]:
+    """Continue every prompt under every seed.
 
-    Sampling is Gumbel-max: the argmax of the warped logits plus noise drawn per (seed, row id, position).
+    A prompt is run once, and its cache serves all seeds. Answers that have ended make room for further prompts. Where
+    a cache can't be taken apart by rows (recurrent layers), a batch runs until all of it has ended.
 
     Args:
         model: a decoder of transformers, or one wrapped by PEFT; its training mode is restored afterwards.
         prompts: token ids without padding, at least one each.
         row_ids: one number ≥ 0 for each prompt: its row in the data set, which fixes its noise.
         decoding: how tokens are chosen.
-        seed: ≥ 0; ignored by greedy decoding.
-        batch_size: rows decoded together; the longest prompts come first, so that a lack of memory shows at once.
+        seeds: S numbers ≥ 0; greedy decoding ignores them and decodes once for all.
+        batch_size: answers that are decoded together, at most; the longest prompts come first, so that a lack of memory
+            shows at once.
         eos_ids: tokens that end an answer; none may be given.
         vocab_size: V of the tokenizer; logits beyond it are padding and are cut off.
         pad_id: any id that the model can embed; padding is masked.
-        progress: called after each batch with the number of prompts finished so far.
+        progress: called as answers end, with their number so far, of S for each prompt.
 
     Returns:
-        New tokens of each prompt: without EOS, at most ``max_new_tokens``. An answer that reaches the model's last
-        position (``max_position_embeddings``) stops there.
+        For each seed, in order, the new tokens of each prompt, in order: without EOS, at most ``max_new_tokens``. An
+        answer that reaches the model's last position (``max_position_embeddings``) stops there.
 
     Raises:
-        ValueError: on decoding options, prompts or row ids that cannot be used, or logits that are NaN.
+        ValueError: on decoding options, seeds, prompts or row ids that cannot be used, or logits that are NaN.
     """
-    _check(decoding, batch_size, seed)
-    rows = _rows(prompts, row_ids, decoding, seed, position_limit(model))
-    step = Step(model, decoding.processors(), vocab_size)
-    noise = GumbelNoise(min(batch_size, len(rows)), vocab_size) if decoding.do_sample else None
-    queue = sorted(rows, key=lambda row: len(row.prompt), reverse=True)
+    _check(decoding, batch_size, seeds)
+    noises = seeds if decoding.do_sample else (None,)
+    rows = _rows(prompts, row_ids, decoding, noises, position_limit(model))
+    queue = sorted(rows, key=lambda same: len(same[0].prompt), reverse=True)
+    decoder = _Decoder(Step(model, decoding.processors(), vocab_size), TokenChoice(vocab_size), eos_ids, pad_id)
+    ended = 0
     with evaluating(model):
-        for start in range(0, len(queue), batch_size):
-            batch = queue[start : start + batch_size]
-            _decode(step, DecodingState.of(batch, pad_id, step.device), noise, eos_ids, pad_id)
+        for count in decoder.run(_groups(queue, batch_size), batch_size):
+            ended += count * len(seeds) // len(noises)
             if progress is not None:
-                progress(start + len(batch))
-    return [row.tokens for row in rows]
+                progress(ended)
+    return [[list(same[i % len(noises)].tokens) for same in rows] for i in range(len(seeds))]
 
 
-def _decode(step: Step, state: DecodingState, noise: GumbelNoise | None, eos_ids: frozenset[int], pad_id: int) -> None:
-    while True:
-        # The noise is drawn on the CPU after the forward pass was launched: on a GPU the two overlap.
-        tokens = _choose(step(state), state.rows, noise)
-        for row, token in zip(state.rows, tokens, strict=True):
-            if not row.finished:
-                row.take(token, eos_ids)
-        if all(row.finished for row in state.rows):
-            return
-        state.append([pad_id if r.finished else t for r, t in zip(state.rows, tokens, strict=True)])
-        state.compact()
+@final
+class _Decoder:
+    """Decodes a queue of prompts in a batch that is kept full.
+
+    Args:
+        step: the model.
+        choose: the tokens.
+        eos_ids, pad_id: see ``generate``.
+    """
+
+    def __init__(self, step: Step, choose: TokenChoice, eos_ids: frozenset[int], pad_id: int) -> None:
+        self._step = step
+        self._choose = choose
+        self._eos_ids = eos_ids
+        self._pad_id = pad_id
+        # Whether rows of the cache can be moved: known after the first step.
+        self._movable = True
+
+    def run(self, queue: deque[list[Row]], batch_size: int) -> Iterator[int]:
+        """Decode all of it; whenever answers have ended, their number is yielded.
+
+        Args:
+            queue: groups of rows with the same prompt, none larger than ``batch_size``.
+            batch_size: the most rows at a time.
+        """
+        state: DecodingState | None = None
+        while queue or state is not None:
+            room = batch_size - (state.live if state is not None else 0)
+            if state is None or (queue and self._movable and room >= max(len(queue[0]), REFILL * batch_size)):
+                started = self._start(_first(queue, room))
+                ended = len(started.rows) - started.live
+                state = _joined(state, started)
+            else:
+                ended = self._advance(state)
+            if ended:
+                yield ended
+            if not state.live:
+                state = None
+
+    def _start(self, groups: list[list[Row]]) -> DecodingState:
+        """Run new prompts, each once where its cache can be repeated, and choose the first tokens."""
+        rows = [row for group in groups for row in group]
+        sources = [i for i, group in enumerate(groups) for _ in group]
+        state = DecodingState.of([group[0] for group in groups], self._pad_id, self._step.device)
+        logits_BV = self._step(state)
+        self._movable = can_select(state.cache)
+        if self._movable:
+            state.repeat(rows, sources)
+            logits_BV = logits_BV[sources]
+        elif len(rows) > len(groups):
+            state = DecodingState.of(rows, self._pad_id, self._step.device)
+            logits_BV = self._step(state)
+        self._take(state, logits_BV)
+        return state
+
+    def _advance(self, state: DecodingState) -> int:
+        """One more token for each row; how many ended by it."""
+        before = state.live
+        self._take(state, self._step(state))
+        if self._movable and 0 < state.live <= (1 - COMPACT) * len(state.rows):
+            state.drop_finished()
+        return before - state.live
+
+    def _take(self, state: DecodingState, logits_BV: Tensor) -> None:
+        greedy = state.rows[0].stream is None
+        streams = None if greedy else [None if row.finished else row.stream for row in state.rows]
+        tokens_B = self._choose(logits_BV, streams)
+        state.take(tokens_B, self._eos_ids)
 
 
-def _choose(logits_BV: Tensor, rows: list[Row], noise: GumbelNoise | None) -> list[int]:
-    # NaN is carried as the token −1, so that finding it needs no second wait for the device.
-    bad_B = logits_BV.isnan().any(dim=1)
-    if noise is not None:
-        streams = [None if row.finished else row.stream for row in rows]
-        logits_BV = logits_BV + noise.draw(streams, logits_BV.device)
-    tokens: list[int] = logits_BV.argmax(dim=1).masked_fill(bad_B, -1).tolist()
-    for row, token in zip(rows, tokens, strict=True):
-        if token < 0 and not row.finished:
-            raise ValueError(
-                f"The model's logits are NaN for row {row.row_id} after {len(row.tokens)} new tokens. The model has "
-                "diverged or its dtype overflows: evaluate an earlier checkpoint, or use bfloat16 or float32."
-            )
-    return tokens
+def _joined(state: DecodingState | None, started: DecodingState) -> DecodingState:
+    if state is None:
+        return started
+    if started.live:
+        state.admit(started)
+    return state
 
 
-def _check(decoding: Decoding, batch_size: int, seed: int) -> None:
+def _groups(prompts: Sequence[list[Row]], batch_size: int) -> deque[list[Row]]:
+    """The rows of each prompt, in parts that fit into a batch."""
+    return deque(rows[i : i + batch_size] for rows in prompts for i in range(0, len(rows), batch_size))
+
+
+def _first(queue: deque[list[Row]], room: int) -> list[list[Row]]:
+    """Take as many groups off the queue as there is room for."""
+    groups: list[list[Row]] = []
+    while queue and len(queue[0]) <= room:
+        groups.append(queue.popleft())
+        room -= len(groups[-1])
+    return groups
+
+
+def _check(decoding: Decoding, batch_size: int, seeds: Sequence[int]) -> None:
     problems = decoding.problems()
     if batch_size < 1:
         problems.append(f"batch_size is {batch_size}: it must be at least 1.")
-    if seed < 0:
-        problems.append(f"The sampling seed is {seed}: it must be at least 0.")
+    if not seeds:
+        problems.append("No sampling seed was given: give at least one.")
+    problems += [f"The sampling seed is {seed}: it must be at least 0." for seed in seeds if seed < 0]
     if problems:
         raise ValueError("\n".join(problems))
 
 
 def _rows(
-    prompts: Sequence[Sequence[int]], row_ids: Sequence[int], decoding: Decoding, seed: int, limit: int | None
-) -> list[Row]:
+    prompts: Sequence[Sequence[int]],
+    row_ids: Sequence[int],
+    decoding: Decoding,
+    noises: Sequence[int | None],
+    limit: int | None,
+) -> list[list[Row]]:
     if len(prompts) != len(row_ids):
         raise ValueError(f"{len(prompts)} prompts came with {len(row_ids)} row ids: give one id for each prompt.")
     if min(row_ids, default=0) < 0:
         raise ValueError(f"Row id {min(row_ids)} was given: ids number the rows of a data set, from 0.")
     return [
-        Row(
-            row_id,
-            prompt,
-            answer_budget(prompt, row_id, decoding.max_new_tokens, limit),
-            row_stream(seed, row_id) if decoding.do_sample else None,
-        )
+        [
+            Row(
+                row_id,
+                prompt,
+                answer_budget(prompt, row_id, decoding.max_new_tokens, limit),
+                None if seed is None else row_stream(seed, row_id),
+            )
+            for seed in noises
+        ]
         for prompt, row_id in zip(prompts, row_ids, strict=True)
     ]
 

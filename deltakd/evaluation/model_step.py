@@ -29,8 +29,7 @@ class Step:
         if "logits_to_keep" in self._parameters:
             extra["logits_to_keep"] = 1
         if "position_ids" in self._parameters:
-            positions_BT = (state.mask.cumsum(dim=1) - 1).clamp(min=0)
-            extra["position_ids"] = positions_BT[:, -state.input_ids.shape[1] :]
+            extra["position_ids"] = state.positions
         output = self._model(
             input_ids=state.input_ids,
             attention_mask=state.mask,

@@ -82,63 +82,65 @@ def answer_set(
     eval_set: EvaluationSet,
     *,
     decoding: Decoding,
-    seed: int,
+    seeds: Sequence[int],
     batch_size: int,
     vocab_size: int,
     pad_id: int,
     progress: Callable[[int], None] | None = None,
-) -> list[Record]:
-    """Generate an answer to every prompt under one sampling seed.
+) -> dict[int, list[Record]]:
+    """Generate an answer to every prompt under every sampling seed.
 
     Args:
-        model, decoding, seed, batch_size, vocab_size, pad_id, progress: see ``generate``.
+        model, decoding, seeds, batch_size, vocab_size, pad_id, progress: see ``generate``.
         tokenizer: decodes the answers, without special tokens; its EOS ends them.
         eval_set: n prompts.
 
     Returns:
-        n records, in the order of the set: ``row_id, prompt, prompt_tokens, reference`` (a list)``, output,
-        output_tokens`` (EOS not counted)``, finished`` (False: no EOS came before the answer's last possible token)``,
-        seed, decoding`` (every option that shapes a text, the seed and the EOS ids among them; not the batch size)``,
-        protocol`` (template and length limit).
+        For each seed n records, in the order of the set: ``row_id, prompt, prompt_tokens, reference`` (a list)``,
+        output, output_tokens`` (EOS not counted)``, finished`` (False: no EOS came before the answer's last possible
+        token)``, seed, decoding`` (every option that shapes a text, the seed and the EOS ids among them; not the batch
+        size)``, protocol`` (template and length limit).
 
     Raises:
         ValueError: see ``generate``.
     """
     eos_ids = end_tokens(model, tokenizer)
-    answers = generate(
+    by_seed = generate(
         model,
         eval_set.prompt_ids,
         eval_set.row_ids,
         decoding=decoding,
-        seed=seed,
+        seeds=seeds,
         batch_size=batch_size,
         eos_ids=eos_ids,
         vocab_size=vocab_size,
         pad_id=pad_id,
         progress=progress,
     )
-    options = {**asdict(decoding), "seed": seed, "eos_ids": sorted(eos_ids)}
     budgets = [
         answer_budget(prompt, row_id, decoding.max_new_tokens, position_limit(model))
         for prompt, row_id in zip(eval_set.prompt_ids, eval_set.row_ids, strict=True)
     ]
-    return [
-        {
-            **_asked(eval_set, i),
-            "output": str(tokenizer.decode(answer, skip_special_tokens=True)),
-            "output_tokens": len(answer),
-            "finished": len(answer) < budgets[i],
-            "seed": seed,
-            "decoding": options,
-            "protocol": dict(eval_set.asked),
-        }
-        for i, answer in enumerate(answers)
-    ]
+    return {
+        seed: [
+            {
+                **_asked(eval_set, i),
+                "output": str(tokenizer.decode(answer, skip_special_tokens=True)),
+                "output_tokens": len(answer),
+                "finished": len(answer) < budgets[i],
+                "seed": seed,
+                "decoding": {**asdict(decoding), "seed": seed, "eos_ids": sorted(eos_ids)},
+                "protocol": dict(eval_set.asked),
+            }
+            for i, answer in enumerate(answers)
+        ]
+        for seed, answers in zip(seeds, by_seed, strict=True)
+    }
 
 
 def evaluate_set(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, eval_set: EvaluationSet, **options: Any
-) -> list[Record]:
+) -> dict[int, list[Record]]:
     """Answer every prompt as ``answer_set`` does, and score the answers.
 
     Returns:
@@ -147,7 +149,8 @@ def evaluate_set(
     Raises:
         ValueError: see ``answer_set`` and ``score``.
     """
-    return scored(answer_set(model, tokenizer, eval_set, **options), eval_set)
+    by_seed = answer_set(model, tokenizer, eval_set, **options)
+    return {seed: scored(records, eval_set) for seed, records in by_seed.items()}
 
 
 def scored(records: Sequence[Record], eval_set: EvaluationSet) -> list[Record]:

@@ -142,17 +142,19 @@ def _answer_all(parts: Answering, folder: Path) -> tuple[list[dict[str, Any]], f
 
 def _answer(parts: Answering, shard: EvaluationSet, progress: Callable[[int], None]) -> list[dict[str, Any]]:
     evaluation = parts.plan.evaluation
-    return answer_set(
+    seed = evaluation.seeds[0]
+    by_seed = answer_set(
         parts.teacher.hf,
         parts.tokenizer,
         shard,
         decoding=evaluation.decoding,
-        seed=evaluation.seeds[0],
+        seeds=[seed],
         batch_size=evaluation.batch_size,
         vocab_size=parts.vocabulary,
         pad_id=pad_id(parts.tokenizer, parts.vocabulary),
         progress=progress,
     )
+    return by_seed[seed]
 
 
 def _advance(advance: Callable[[int], None], start: int, done: int) -> None:

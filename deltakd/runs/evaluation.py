@@ -72,29 +72,35 @@ def answer(
     tokenizer: PreTrainedTokenizerBase,
     eval_set: EvaluationSet,
     evaluation: Evaluation,
-    seed: int,
+    seeds: Sequence[int],
     vocabulary: int,
     show_progress: bool,
-) -> list[dict[str, Any]]:
-    """Generate and score the answers of one set under one sampling seed, behind a progress bar.
+) -> dict[int, list[dict[str, Any]]]:
+    """Generate and score the answers of one set under some sampling seeds together, behind a progress bar.
 
     Each rank answers every so many rows; samples do not depend on how many ranks there are, and all get all records.
     """
     rank, world_size = place()
     mine = eval_set.part(rank, world_size)
-    with progress_bar(f"{eval_set.name} seed {seed}", len(mine), show_progress) as advance, torch.no_grad():
-        records = evaluate_set(
+    description = f"{eval_set.name} seed {', '.join(map(str, seeds))}"
+    with progress_bar(description, len(mine) * len(seeds), show_progress) as advance, torch.no_grad():
+        by_seed = evaluate_set(
             model,
             tokenizer,
             mine,
             decoding=evaluation.decoding,
-            seed=seed,
+            seeds=seeds,
             batch_size=evaluation.batch_size,
             vocab_size=vocabulary,
             pad_id=pad_id(tokenizer, vocabulary),
             progress=advance,
         )
-    by_row = {record["row_id"]: record for part in gathered(records) for record in part}
+    parts = gathered(by_seed)
+    return {seed: _in_order([record for part in parts for record in part[seed]], eval_set) for seed in seeds}
+
+
+def _in_order(records: list[dict[str, Any]], eval_set: EvaluationSet) -> list[dict[str, Any]]:
+    by_row = {record["row_id"]: record for record in records}
     return [by_row[row_id] for row_id in eval_set.row_ids]
 
 
@@ -130,7 +136,10 @@ def evaluate_sets(
     directory: Path,
     show_progress: bool = True,
 ) -> dict[str, float]:
-    """Evaluate all sets under all seeds; each pair's file is written as soon as it is done.
+    """Evaluate all sets under all seeds; the files of a set are written as soon as it is done.
+
+    The seeds of a set that have no file yet are answered together, since they share their prompts: an interruption
+    costs the answers to one set at most.
 
     Args:
         directory: ``<set>_seed<k>.jsonl``; a file that answers the same question is used again. The main process
@@ -142,34 +151,47 @@ def evaluate_sets(
     """
     metrics: dict[str, float] = {}
     for eval_set in sets:
-        by_seed: dict[int, list[dict[str, Any]]] = {}
-        for seed in evaluation.seeds:
-            path = directory / f"{eval_set.name}_seed{seed}.jsonl"
-            # A joint decision: all ranks answer, or all take what the main process has read.
-            records = gathered(_stored(path, eval_set, evaluation, seed) if is_main_process() else None)[0]
-            if records is None:
-                if by_seed and not evaluation.decoding.do_sample:
-                    # Greedy answers do not depend on a seed.
-                    records = [_with_seed(record, seed) for record in next(iter(by_seed.values()))]
-                else:
-                    records = answer(model, tokenizer, eval_set, evaluation, seed, vocabulary, show_progress)
-                if is_main_process():
-                    write_generations(path, records)
-            by_seed[seed] = records
-        summary = summarise(by_seed) | text_measures(by_seed)
+        by_seed = _stored(eval_set, evaluation, directory)
+        missing = [seed for seed in evaluation.seeds if seed not in by_seed]
+        if missing and by_seed and not evaluation.decoding.do_sample:
+            # Greedy answers do not depend on a seed.
+            made = {seed: [_with_seed(record, seed) for record in next(iter(by_seed.values()))] for seed in missing}
+        elif missing:
+            made = answer(model, tokenizer, eval_set, evaluation, missing, vocabulary, show_progress)
+        else:
+            made = {}
+        if is_main_process():
+            for seed, records in made.items():
+                write_generations(_file(directory, eval_set, seed), records)
+        by_seed |= made
+        # Averages are of the seeds in their order, whichever were there before.
+        in_order = {seed: by_seed[seed] for seed in evaluation.seeds}
+        summary = summarise(in_order) | text_measures(in_order)
         metrics |= {f"{eval_set.name}/{name}": value for name, value in summary.items()}
     return metrics
 
 
-def _stored(path: Path, eval_set: EvaluationSet, evaluation: Evaluation, seed: int) -> list[dict[str, Any]] | None:
-    """The answers of a file, if they answer this question; scored anew where they were scored otherwise."""
-    records = read_generations(path)
-    if records is None or not matches(records, eval_set, evaluation.decoding, seed):
-        return None
-    if any(record.get("protocol") != eval_set.protocol for record in records):
-        records = scored(records, eval_set)
-        write_generations(path, records)
-    return records
+def _stored(eval_set: EvaluationSet, evaluation: Evaluation, directory: Path) -> dict[int, list[dict[str, Any]]]:
+    """The records of the seeds that are done, the same on all ranks: what the main process has read.
+
+    Answers that were scored otherwise are scored anew.
+    """
+    found: dict[int, list[dict[str, Any]]] = {}
+    for seed in evaluation.seeds if is_main_process() else ():
+        path = _file(directory, eval_set, seed)
+        records = read_generations(path)
+        if records is None or not matches(records, eval_set, evaluation.decoding, seed):
+            continue
+        if any(record.get("protocol") != eval_set.protocol for record in records):
+            records = scored(records, eval_set)
+            write_generations(path, records)
+        found[seed] = records
+    stored: dict[int, list[dict[str, Any]]] = gathered(found)[0]
+    return stored
+
+
+def _file(directory: Path, eval_set: EvaluationSet, seed: int) -> Path:
+    return directory / f"{eval_set.name}_seed{seed}.jsonl"
 
 
 def _with_seed(record: dict[str, Any], seed: int) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class Evaluation:
         sets: name -> where it is and how it is scored.
         limit: first so many rows of each set.
         seeds: sampling seeds (greedy decoding uses the first alone).
-        batch_size: prompts at a time.
+        batch_size: answers decoded together, over all seeds, at most.
         val_limit: validation rows answered during training.
         decoding: how tokens are chosen.
         scorer: one of ``SCORERS``, of validation answers and of the sets that name no other.

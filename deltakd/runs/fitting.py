@@ -217,7 +217,7 @@ def _make_generate(parts: Parts, loggers: list[Logger]) -> Generate:
 
     def generate(module: DistillationModule) -> dict[str, float]:
         with module.whole_student() as student:
-            records = answer(student.hf, parts.tokenizer, val_set, evaluation, seed, parts.vocabulary, False)
+            records = answer(student.hf, parts.tokenizer, val_set, evaluation, [seed], parts.vocabulary, False)[seed]
         step = module.trainer.global_step
         if is_main_process():
             write_validation_answers(parts.directory.path, step, records)

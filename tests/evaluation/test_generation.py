@@ -7,8 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from deltakd.evaluation import Decoding, generate
-from deltakd.evaluation.decoding_state import DecodingState
+from deltakd.evaluation import Decoding, generate, generation
 
 from .tiny import EOS, FAMILIES, PAD, POSITIONS, VOCAB, make_model, make_prompts
 
@@ -18,17 +17,24 @@ GREEDY = Decoding(do_sample=False, max_new_tokens=12)
 SAMPLED = Decoding(max_new_tokens=12)
 
 
-def run(model: nn.Module, prompts: list[list[int]], row_ids: list[int], **options: Any) -> list[list[int]]:
+def run_seeds(
+    model: nn.Module, prompts: list[list[int]], row_ids: list[int], seeds: list[int], **options: Any
+) -> list[list[list[int]]]:
     settings = {
         "decoding": SAMPLED,
-        "seed": 10,
         "batch_size": 4,
         "eos_ids": frozenset({EOS}),
         "vocab_size": VOCAB,
         "pad_id": PAD,
         **options,
     }
-    return generate(model, prompts, row_ids, **settings)
+    return generate(model, prompts, row_ids, seeds=seeds, **settings)
+
+
+def run(
+    model: nn.Module, prompts: list[list[int]], row_ids: list[int], seed: int = 10, **options: Any
+) -> list[list[int]]:
+    return run_seeds(model, prompts, row_ids, [seed], **options)[0]
 
 
 def hf_greedy(model: PreTrainedModel, prompt: list[int], **options: Any) -> list[int]:
@@ -85,8 +91,41 @@ def test_a_cache_that_cannot_drop_rows_gives_the_same_answers(monkeypatch: pytes
     model = make_model("gpt2")
     eos_ids = frozenset(range(1, VOCAB, 6))
     compacted = run(model, PROMPTS, ROW_IDS, batch_size=9, eos_ids=eos_ids)
-    monkeypatch.setattr(DecodingState, "compact", lambda self: None)
+    monkeypatch.setattr(generation, "can_select", lambda cache: False)
     assert run(model, PROMPTS, ROW_IDS, batch_size=9, eos_ids=eos_ids) == compacted
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_seeds_that_share_a_prompt_answer_as_each_alone(family: str) -> None:
+    # Batches smaller and larger than the seeds of a prompt; rows leave at different times, and new prompts take over.
+    model = make_model(family)
+    options: dict[str, Any] = {
+        "eos_ids": frozenset(range(1, VOCAB, 12)),
+        "decoding": Decoding(no_repeat_ngram_size=2, max_new_tokens=24),
+    }
+    seeds = [10, 20, 30]
+    alone = [run(model, PROMPTS, ROW_IDS, seed, batch_size=9, **options) for seed in seeds]
+    for batch_size in (2, 7):
+        assert run_seeds(model, PROMPTS, ROW_IDS, seeds, batch_size=batch_size, **options) == alone
+
+
+def test_a_prompt_is_run_once_and_the_batch_is_kept_full() -> None:
+    model = make_model("llama")
+    shapes: list[tuple[int, int]] = []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    prompts = make_prompts(30, shortest=3)
+    answers = run_seeds(
+        model, prompts, list(range(30)), [1, 2], batch_size=8, eos_ids=frozenset(range(1, VOCAB, 12)),
+        decoding=Decoding(max_new_tokens=24),
+    )  # fmt: skip
+    assert sum(rows for rows, width in shapes if width > 1) == 30
+    steps = [rows for rows, width in shapes if width == 1]
+    assert max(steps) == 8
+    # Every token but the first comes of a step, and so does the end of an answer.
+    taken = sum(min(len(tokens), 23) for of_seed in answers for tokens in of_seed)
+    assert taken > 0.75 * sum(steps)
 
 
 def test_seeds_and_rows_differ() -> None:
@@ -194,7 +233,11 @@ def test_ngrams_count_the_prompt_but_not_the_padding() -> None:
 def test_progress_counts_finished_prompts() -> None:
     seen: list[int] = []
     run(make_model("gpt2"), PROMPTS, ROW_IDS, progress=seen.append)
-    assert seen == [4, 8, 9]
+    assert seen == sorted(set(seen))
+    assert seen[-1] == 9
+    seen.clear()
+    run_seeds(make_model("gpt2"), PROMPTS, ROW_IDS, [1, 2, 3], decoding=GREEDY, progress=seen.append)
+    assert seen[-1] == 27
 
 
 def test_no_prompts_give_no_answers() -> None:

@@ -40,7 +40,7 @@ def make_set() -> EvaluationSet:
 
 def evaluate(seed: int = 10, **options: Any) -> list[dict[str, Any]]:
     settings = {"decoding": DECODING, "batch_size": 2, "vocab_size": len(TOKENIZER), "pad_id": PAD, **options}
-    return evaluate_set(make_model("gpt2"), TOKENIZER, make_set(), seed=seed, **settings)
+    return evaluate_set(make_model("gpt2"), TOKENIZER, make_set(), seeds=[seed], **settings)[seed]
 
 
 def test_records_hold_everything_that_shaped_them() -> None:
@@ -72,8 +72,8 @@ def test_an_answer_that_ran_out_of_tokens_or_positions_is_not_finished() -> None
     model.generation_config.eos_token_id = list(range(1, VOCAB, 6))
     rows = list(range(40))
     long = EvaluationSet("long", rows, [""] * 40, [[5] * (POSITIONS - 4)] * 40, [("a",)] * 40)
-    options = {"seed": 1, "batch_size": 40, "vocab_size": len(TOKENIZER), "pad_id": PAD}
-    records = answer_set(model, TOKENIZER, long, decoding=DECODING, **options)
+    options = {"seeds": [1], "batch_size": 40, "vocab_size": len(TOKENIZER), "pad_id": PAD}
+    records = answer_set(model, TOKENIZER, long, decoding=DECODING, **options)[1]
     assert {(r["output_tokens"], r["finished"]) for r in records} == {
         (0, True), (1, True), (2, True), (3, True), (4, False),
     }  # fmt: skip

@@ -28,13 +28,13 @@ def counts(decoding: Decoding, rows: int) -> list[int]:
         [[1]] * rows,
         range(rows),
         decoding=decoding,
-        seed=10,
+        seeds=[10],
         batch_size=500,
         eos_ids=frozenset(),
         vocab_size=4,
         pad_id=0,
     )
-    tokens = torch.tensor(answers).flatten()
+    tokens = torch.tensor(answers[0]).flatten()
     return torch.bincount(tokens, minlength=4).tolist()
 
 

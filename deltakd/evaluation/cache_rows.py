@@ -1,0 +1,114 @@
+"""Rows of a model's key-value cache: chosen, repeated, put in the places of others; columns added without a copy."""
+
+from __future__ import annotations
+
+from typing import Any, final
+
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+#: Columns that a buffer has more than it holds: so many steps pass between two copies of the cache.
+ROOM = 32
+
+
+@final
+class RoomyLayer(DynamicLayer):
+    """Keys and values of full attention in buffers that are longer than what they hold.
+
+    The layer of transformers copies all it holds at every step, which costs a small model as much as its attention.
+
+    Args:
+        keys, values: [B, heads, T, D]; they are copied.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self._buffers = tuple(pad(states, (0, 0, 0, ROOM)) for states in (keys, values))
+        self._show(0, keys.shape[2])
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append [B, heads, t, D]; returns all keys and values, which are views."""
+        end = self._end + key_states.shape[2]
+        if end > self._buffers[0].shape[2]:
+            extra = key_states.shape[2] + ROOM
+            self._buffers = tuple(pad(states, (0, 0, 0, extra)) for states in (self.keys, self.values))
+            end -= self._start
+            self._show(0, end - key_states.shape[2])
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, self._end : end] = states
+        self._show(self._start, end)
+        return self.keys, self.values
+
+    def narrow(self, columns: int) -> None:
+        """Forget all but the last columns."""
+        self._show(self._end - columns, self._end)
+
+    def _show(self, start: int, end: int) -> None:
+        self._start, self._end = start, end
+        self.keys, self.values = (buffer[:, :, start:end] for buffer in self._buffers)
+
+
+def can_select(cache: Any) -> bool:
+    """Whether ``select`` and ``replace`` work on a cache: all its layers are plain or sliding attention.
+
+    Asked by exact type. Layers with a recurrent state inherit the methods of attention layers, and those would move the
+    keys and leave the state behind; other layers hold more than keys and values, or hold them quantised.
+    """
+    layers = getattr(cache, "layers", [])
+    known = (DynamicLayer, DynamicSlidingWindowLayer, RoomyLayer)
+    return bool(layers) and all(type(layer) in known for layer in layers)
+
+
+def select(cache: Any, rows: Tensor, columns: int) -> None:
+    """Keep some rows, and make columns come or go on the left.
+
+    Args:
+        cache: one that ``can_select``; its layers of full attention become roomy.
+        rows: [n] int64, which may repeat.
+        columns: how many there are afterwards; those that are put in are zeros.
+    """
+    for number, layer in enumerate(cache.layers):
+        if not layer.is_initialized:
+            # A layer that uses the keys of another one has none.
+            continue
+        width = _width(layer, columns)
+        keys, values = (_aligned(states, width)[rows] for states in (layer.keys, layer.values))
+        if type(layer) is DynamicSlidingWindowLayer:
+            # It holds the last columns and counts them all, since the mask is built from the count.
+            layer.keys, layer.values, layer.cumulative_length = keys, values, columns
+        else:
+            cache.layers[number] = RoomyLayer(keys, values)
+
+
+def replace(cache: Any, rows: Tensor, other: Any, columns: int) -> None:
+    """Put all rows of another cache in place of ``rows`` of this one, in order, their last columns aligned.
+
+    Args:
+        cache: one that went through ``select``.
+        rows: [n] int64, all different.
+        other: the cache of n rows, of at most ``columns`` columns.
+        columns: how many of this cache are kept.
+    """
+    for layer, new in zip(cache.layers, other.layers, strict=True):
+        if not layer.is_initialized:
+            continue
+        if isinstance(layer, RoomyLayer):
+            layer.narrow(columns)
+        else:
+            width = _width(layer, columns)
+            layer.keys, layer.values = (states[:, :, -width:] for states in (layer.keys, layer.values))
+            layer.cumulative_length = columns
+        for states, found in ((layer.keys, new.keys), (layer.values, new.values)):
+            states[rows] = _aligned(found, states.shape[2])
+
+
+def _width(layer: Any, columns: int) -> int:
+    """The columns that a layer holds of so many."""
+    return min(columns, layer.sliding_window - 1) if type(layer) is DynamicSlidingWindowLayer else columns
+
+
+def _aligned(states_BHTD: Tensor, width: int) -> Tensor:
+    missing = width - states_BHTD.shape[2]
+    return pad(states_BHTD, (0, 0, missing, 0)) if missing > 0 else states_BHTD[:, :, -missing:]
