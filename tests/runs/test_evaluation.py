@@ -8,7 +8,7 @@ import pytest
 from deltakd.evaluation import Decoding, EvaluationSet
 from deltakd.runs import evaluation as evaluating
 from deltakd.runs.evaluation import evaluate_sets
-from deltakd.runs.plan import Evaluation
+from deltakd.runs.evaluation_config import Evaluation
 
 from ..evaluation.tiny import make_model, make_tokenizer
 
