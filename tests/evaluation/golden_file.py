@@ -90,8 +90,8 @@ def asked(row_ids: list[int]) -> EvaluationSet:
 
 def generate_case(case: str, row_ids: list[int], speaking: PreTrainedModel) -> list[Record]:
     """Answers and scores of these rows."""
-    options = {"decoding": CASES[case][0], "seeds": [SEED], "batch_size": 8, "vocab_size": len(WORDS) + 2, "pad_id": PAD}
-    records = evaluate_set(speaking, tokenizer(), asked(row_ids), **options)[SEED]
+    options = {"decoding": CASES[case][0], "batch_size": 8, "vocab_size": len(WORDS) + 2, "pad_id": PAD}
+    records = evaluate_set(speaking, tokenizer(), asked(row_ids), seeds=[SEED], **options)[SEED]
     kept = ("row_id", "prompt", "reference", "output", "output_tokens", "finished", "rouge1", "rouge2", "rougeL")
     return [{"case": case} | {key: record[key] for key in kept} for record in records]
 
