@@ -10,6 +10,8 @@ from typing import Any, final
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy, Strategy
@@ -61,6 +63,16 @@ def make_strategy(config: dict[str, Any]) -> str | Strategy:
     if config["name"] == "fsdp":
         return ShardedDataParallel(data_parallel_size="auto", tensor_parallel_size=1)
     return str(config["name"])
+
+
+def cluster_plugin() -> SLURMEnvironment | None:
+    """Lightning's plugin for processes that SLURM started; None where it chooses well by itself.
+
+    On SIGUSR1 its own choice would save a checkpoint that is none of ours, and put the job back into the queue.
+    """
+    if TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
+        return None
+    return SLURMEnvironment(auto_requeue=False)
 
 
 def _prepare_deepspeed() -> None:

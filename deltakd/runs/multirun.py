@@ -103,12 +103,13 @@ class MultirunSummary(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Forget the jobs of a former start: there may have been others."""
-        shutil.rmtree(_root(config) / "jobs", ignore_errors=True)
+        if is_main_process():
+            shutil.rmtree(_root(config) / "jobs", ignore_errors=True)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Say what came of the jobs."""
         root = _root(config)
-        outcomes = read_outcomes(root)
+        outcomes = read_outcomes(root) if is_main_process() else []
         if not outcomes:
             return
         for line in conclude(outcomes, root):
