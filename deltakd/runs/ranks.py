@@ -6,14 +6,15 @@ once: they would make the same files at the same time, and wait for each other i
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import lru_cache
-from typing import Any
+from typing import Any, NoReturn, final
 
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -25,6 +26,8 @@ from deltakd.runs.launchers import Launch, read_launch
 START_TIMEOUT = timedelta(minutes=30)
 #: Seconds between two looks at what the other ranks have said.
 POLL_SECONDS = 0.1
+#: How long rank 0, which may serve the store, waits for the others to have heard why it ends.
+FAREWELL_SECONDS = 10.0
 
 _DONE, _FAILED = b"done", b"failed"
 
@@ -68,17 +71,19 @@ def main_process_first(what: str) -> Iterator[None]:
     if launch is None:
         yield
         return
-    store = _store(launch)
-    if launch.rank > 0:
-        _await(store, what, 0)
-    state = _FAILED
+    meeting = _Meeting(_store(launch), launch, what)
     try:
+        if launch.rank > 0:
+            meeting.expect(0)
         yield
-        state = _DONE
-    finally:
-        store.set(_key(what, launch.rank), state)
-    for rank in range(launch.world_size):
-        _await(store, what, rank)
+        meeting.say(_DONE)
+        for rank in range(launch.world_size):
+            meeting.expect(rank)
+    except BaseException:
+        meeting.say(_FAILED)
+        meeting.leave(FAREWELL_SECONDS)
+        raise
+    meeting.leave()
 
 
 def agreed(what: str, value: str) -> str:
@@ -91,10 +96,14 @@ def agreed(what: str, value: str) -> str:
     launch = external_launch()
     if launch is None:
         return value
-    store = _store(launch)
+    meeting = _Meeting(_store(launch), launch, what)
     if launch.rank == 0:
-        store.set(_key(what, 0), value)
-    return _read(store, what, 0).decode()
+        meeting.say(value.encode())
+    said = meeting.hear(0)
+    if said is None:
+        _give_up(0)
+    meeting.leave()
+    return said.decode()
 
 
 @lru_cache(maxsize=1)
@@ -113,22 +122,49 @@ def _store(launch: Launch) -> Any:
     return store
 
 
-def _key(what: str, rank: int) -> str:
-    return f"deltakd/{what}/{rank}"
+def _give_up(rank: int) -> NoReturn:
+    print(f"error: rank {rank} did not go on, so this rank can't either; see what it says", file=sys.stderr)
+    sys.exit(2)
 
 
-def _read(store: Any, what: str, rank: int) -> bytes:
-    """What a rank has said; waits for it as long as the store is there, and so that signals get through."""
-    try:
-        while not store.check([_key(what, rank)]):
-            time.sleep(POLL_SECONDS)
-        return store.get(_key(what, rank))
-    except RuntimeError:
-        # The process that serves the store is gone.
-        return _FAILED
+@final
+class _Meeting:
+    """What the ranks say to each other at one place of the program."""
 
+    def __init__(self, store: Any, launch: Launch, what: str) -> None:
+        self._store = store
+        self._launch = launch
+        self._what = what
 
-def _await(store: Any, what: str, rank: int) -> None:
-    if _read(store, what, rank) != _DONE:
-        print(f"error: rank {rank} did not go on, so this rank can't either; see what it says", file=sys.stderr)
-        sys.exit(2)
+    def say(self, word: bytes, of: str = "word") -> None:
+        """Tell all others."""
+        # Where the process that serves the store is gone, the others hear of it by themselves.
+        with suppress(RuntimeError):
+            self._store.set(self._key(self._launch.rank, of), word)
+
+    def hear(self, rank: int, of: str = "word", seconds: float = math.inf) -> bytes | None:
+        """What a rank has said; None where it can't be heard any more. Waits so that signals get through."""
+        deadline = time.monotonic() + seconds
+        try:
+            while not self._store.check([self._key(rank, of)]):
+                if time.monotonic() > deadline:
+                    return None
+                time.sleep(POLL_SECONDS)
+            return self._store.get(self._key(rank, of))
+        except RuntimeError:
+            return None
+
+    def expect(self, rank: int) -> None:
+        """Go on only if that rank does."""
+        if self.hear(rank) != _DONE:
+            _give_up(rank)
+
+    def leave(self, seconds: float = math.inf) -> None:
+        """Nothing more to hear; rank 0, which may serve the store, stays until the others leave, or for so long."""
+        self.say(_DONE, "farewell")
+        if self._launch.rank == 0:
+            for rank in range(1, self._launch.world_size):
+                self.hear(rank, "farewell", seconds)
+
+    def _key(self, rank: int, of: str) -> str:
+        return f"deltakd/{self._what}/{of}/{rank}"
