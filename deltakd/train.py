@@ -57,7 +57,8 @@ def _run_dir(cfg: DictConfig) -> Path:
 @hydra.main(str(CONF_DIR), "train", version_base="1.3")
 def _train(cfg: DictConfig) -> float | None:
     if cfg.trainer.dry_run:
-        guarded(lambda: show_memory(make_plan(cfg)), "")
+        if is_main_process():
+            guarded(lambda: show_memory(make_plan(cfg)), "")
         return None
     run_dir = _run_dir(cfg)
     os.environ[RUN_DIR_VARIABLE] = str(run_dir)
