@@ -335,7 +335,7 @@ def test_a_job_of_slurm_is_told_to_end_and_goes_on_when_it_comes_back(
 def test_a_multirun_by_slurm_comes_to_its_end(world: World, one_process: Path, elsewhere: Path, commands: Path) -> None:
     """Two jobs of two tasks; the first is told that its time is over, and goes on when it is back from the queue."""
     options = ["strategy=ddp", "trainer.devices=2", "trainer.checkpoint_every_n_steps=1", "optim.lr=0.001,0.002"]
-    launcher = ["--multirun", "hydra/launcher=slurm", "hydra.launcher.gpus_per_node=null"]
+    launcher = ["hydra/launcher=slurm", "hydra.launcher.gpus_per_node=null", "--multirun"]
     parent = [start([sys.executable, *arguments(world, *options), *launcher], elsewhere)]
     wait_for(lambda: bool(list(elsewhere.glob("outputs/multirun/*/0/checkpoints/last.ckpt"))), parent)
     for path in commands.glob(f"{slurm_stand_ins.FIRST_JOB + 1}-*.pid"):
