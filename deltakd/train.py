@@ -19,7 +19,7 @@ from deltakd.runs.errors import guarded
 from deltakd.runs.memory import show_memory
 from deltakd.runs.multirun import Job, run_job
 from deltakd.runs.plan import make_plan
-from deltakd.runs.ranks import is_main_process
+from deltakd.runs.ranks import agreed, external_launch, is_main_process, launch_id
 from deltakd.runs.training import run_training
 
 #: Tells the other ranks' processes where the run goes.
@@ -33,23 +33,32 @@ def _run_dir(cfg: DictConfig) -> Path:
     """Where the run goes; jobs of a multirun and runs of a W&B sweep each get a directory of their own.
 
     The processes that Lightning starts for further ranks run this same command; they are told by the environment.
+    Where torchrun or SLURM starts all ranks, none may name a directory by its own clock.
     """
-    if not is_main_process() and RUN_DIR_VARIABLE in os.environ:
+    launch = external_launch()
+    if launch is None and not is_main_process() and RUN_DIR_VARIABLE in os.environ:
         return Path(os.environ[RUN_DIR_VARIABLE])
     job = HydraConfig.get()
     if job.mode == RunMode.MULTIRUN:
-        return Path(cfg.run_dir) / str(job.job.num) if cfg.run_dir else Path(job.runtime.output_dir)
+        if cfg.run_dir:
+            return Path(cfg.run_dir) / str(job.job.num)
+        return Path(agreed(f"directory of job {job.job.num}", job.runtime.output_dir))
     if SWEEP_VARIABLE in os.environ and RUN_ID_VARIABLE in os.environ:
         # Agents start runs in the same second, and give all of them the same run_dir.
         root = cfg.run_dir or f"outputs/{cfg.name}/{os.environ[SWEEP_VARIABLE]}"
         return Path(root) / os.environ[RUN_ID_VARIABLE]
-    return Path(cfg.run_dir or f"outputs/{cfg.name}/{datetime.now():%Y-%m-%d_%H-%M-%S}")
+    if cfg.run_dir:
+        return Path(cfg.run_dir)
+    # A job that is started again finds its directory by its id.
+    job_id = launch_id()
+    return Path(f"outputs/{cfg.name}") / (job_id or agreed("directory", f"{datetime.now():%Y-%m-%d_%H-%M-%S}"))
 
 
 @hydra.main(str(CONF_DIR), "train", version_base="1.3")
 def _train(cfg: DictConfig) -> float | None:
     if cfg.trainer.dry_run:
-        guarded(lambda: show_memory(make_plan(cfg)), "")
+        if is_main_process():
+            guarded(lambda: show_memory(make_plan(cfg)), "")
         return None
     run_dir = _run_dir(cfg)
     os.environ[RUN_DIR_VARIABLE] = str(run_dir)

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: finish the optimiser step, save, leave."""
+"""SIGTERM, SIGUSR1 and Ctrl-C: finish the optimiser step, save, leave."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from deltakd.callbacks.checkpoints import Checkpoints
 from deltakd.callbacks.steps import at_step_end
+from deltakd.sharding import gathered
+
+#: SLURM sends the last two some time before it ends a job: SIGUSR1 by #SBATCH --signal, SIGUSR2 as submitit asks for.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Stopped(Exception):  # noqa: N818 - not an error: the run was asked to stop, and did
@@ -29,7 +33,7 @@ class Stopped(Exception):  # noqa: N818 - not an error: the run was asked to sto
 
 @final
 class StopOnSignal(Checkpoint):
-    """Turns SIGTERM and SIGINT into a saved checkpoint and :class:`Stopped`, at the end of the optimiser step.
+    """Turns SIGNALS into a saved checkpoint and :class:`Stopped`, at the end of the optimiser step.
 
     A second SIGINT acts at once. It is a ``Checkpoint`` because Lightning runs those after all other callbacks, in
     the order given: it has to come after :class:`Checkpoints`.
@@ -45,7 +49,7 @@ class StopOnSignal(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take over the signals: after Lightning's own handlers, which would not wait for the step's end."""
-        for signum in (signal.SIGTERM, signal.SIGINT):
+        for signum in SIGNALS:
             self._previous[signum] = signal.signal(signum, self._receive)
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
@@ -60,7 +64,8 @@ class StopOnSignal(Checkpoint):
         # Saving is a joint act of all ranks, and not each of them may have got the signal.
         if trainer.strategy.reduce_boolean_decision(self._received is not None, all=False):
             self.checkpoints.save_last(trainer)
-            raise Stopped(self._received or signal.SIGTERM, trainer.global_step)
+            # All ranks end with the same status, for the launcher to make sense of.
+            raise Stopped(max(signum for signum in gathered(self._received) if signum), trainer.global_step)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Give the signals back."""

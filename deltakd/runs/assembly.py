@@ -26,7 +26,7 @@ from deltakd.runs.directory import RunDirectory
 from deltakd.runs.errors import ConfigError
 from deltakd.runs.evaluation_sets import CheckedSets, read_checked_sets
 from deltakd.runs.plan import Plan
-from deltakd.runs.ranks import is_main_process
+from deltakd.runs.ranks import is_main_process, main_process_first
 from deltakd.strategies import reference_engine
 from deltakd.types import STUDENT, STUDENT_RAW
 
@@ -80,17 +80,18 @@ def load_parts(plan: Plan, directory: RunDirectory) -> Parts:
     """
     # Everything random is drawn from seeds given where it is drawn; this one is for libraries we do not know of.
     L.seed_everything(plan.config["seed"], verbose=False)
-    if plan.data.prepare is not None:
-        plan.data.prepare()
-    tokenizer = make_tokenizer(plan, directory.path / "tokenizer")
-    vocabulary = shared_vocabulary(plan, tokenizer)
-    sets = plan.data.load(tokenizer)
-    plan.data.check_lengths(sets)
-    cached = None
-    if plan.cache is not None:
-        cached = _cached_references(plan, tokenizer, sets)
-        vocabulary = cached.vocabulary
-    evaluation = _read_evaluation(plan, tokenizer, vocabulary, sets) if plan.evaluation.generate else None
+    with main_process_first(f"data of {directory.path}"):
+        if plan.data.prepare is not None:
+            plan.data.prepare()
+        tokenizer = make_tokenizer(plan, directory.path / "tokenizer")
+        vocabulary = shared_vocabulary(plan, tokenizer)
+        sets = plan.data.load(tokenizer)
+        plan.data.check_lengths(sets)
+        cached = None
+        if plan.cache is not None:
+            cached = _cached_references(plan, tokenizer, sets)
+            vocabulary = cached.vocabulary
+        evaluation = _read_evaluation(plan, tokenizer, vocabulary, sets) if plan.evaluation.generate else None
     # They were needed for that alone.
     sets = sets._replace(train_rows=[])
     models = make_models(plan, tokenizer, vocabulary, cached)

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from deltakd.runs.errors import ConfigError
+from deltakd.runs.launchers import launcher_problems
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 #: conf/ of the installed wheel, or of the checkout.
@@ -59,6 +60,7 @@ def check_overrides(name: str, overrides: Sequence[str]) -> None:
         raise ConfigError([_one_line(error)]) from None
     groups = [o for o in parsed if _is_group(o.key_or_group)]
     problems = [p for override in groups for p in _choice_problems(override)]
+    problems += launcher_problems([str(o.value()) for o in parsed if o.key_or_group == "hydra/launcher"])
     if problems:
         raise ConfigError(problems)
     cfg = _compose(name, [str(o.input_line) for o in groups if not o.is_sweep_override()])
@@ -104,7 +106,8 @@ def _group_names() -> list[str]:
 
 
 def _is_group(key: str) -> bool:
-    return (CONF_DIR / key).is_dir() if "." not in key else False
+    # Choices of Hydra's own groups are also in its plugins: Hydra checks them.
+    return (CONF_DIR / key).is_dir() if "." not in key and not key.startswith("hydra/") else False
 
 
 def _keys(cfg: DictConfig, prefix: str = "") -> Iterator[str]:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -86,12 +87,21 @@ def run_job(job: Job, action: Callable[[], float]) -> float:
     except SystemExit as end:
         # 2 is a mistake in this job's settings, or a loss that diverged; anything else is a signal, meant for all jobs.
         if end.code != 2:
+            _hand_on(end.code)
             raise
     except Exception:
         log.exception("job %d failed", job.number)
     if is_main_process():
         job.write(state, time.perf_counter() - started)
     return value
+
+
+def _hand_on(status: Any) -> None:
+    """Tell submitit of the signal by which SLURM has stopped the run: it puts its job back into the queue."""
+    if "SUBMITIT_EXECUTOR" in os.environ and status in (128 + signal.SIGUSR1, 128 + signal.SIGUSR2):
+        signum = status - 128
+        if callable(signal.getsignal(signum)):
+            signal.raise_signal(signum)
 
 
 @final
@@ -103,12 +113,13 @@ class MultirunSummary(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Forget the jobs of a former start: there may have been others."""
-        shutil.rmtree(_root(config) / "jobs", ignore_errors=True)
+        if is_main_process():
+            shutil.rmtree(_root(config) / "jobs", ignore_errors=True)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Say what came of the jobs."""
         root = _root(config)
-        outcomes = read_outcomes(root)
+        outcomes = read_outcomes(root) if is_main_process() else []
         if not outcomes:
             return
         for line in conclude(outcomes, root):

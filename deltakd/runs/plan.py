@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from deltakd.references.topk import topk_problems
 from deltakd.runs.cache_content import cache_problems
 from deltakd.runs.errors import ConfigError
 from deltakd.runs.evaluation_config import SCORES, Evaluation, make_evaluation, set_problems, typed
+from deltakd.runs.launchers import alone_problems, launch_problems, read_launch
 from deltakd.strategies import strategy_problems
 from deltakd.types import ROLES, STUDENT, STUDENT_RAW, Loss, LossOutput, is_reference_role, schedules_of
 
@@ -139,6 +141,11 @@ def make_plan(
     for part in (optim, data, lora, cache):
         problems += part.problems() if part is not None else []
     problems += _trainer_problems(config["trainer"]) + strategy_problems(config["strategy"])
+    launch = read_launch(os.environ)
+    if needs_prompts or makes_cache:
+        problems += alone_problems(launch)
+    elif not config["trainer"]["dry_run"]:
+        problems += launch_problems(launch, config["trainer"]["devices"], config["trainer"]["num_nodes"])
     budget = config["kernels"]["memory_budget"]
     if not isinstance(budget, int | float) or not budget > 0:
         problems.append(f"kernels.memory_budget is {budget!r}; it must be a number of MiB above 0")

@@ -21,7 +21,7 @@ from deltakd.runs.loggers import finish_loggers, make_loggers
 from deltakd.runs.measures import Measured, Subject, measure
 from deltakd.runs.model_card import model_card
 from deltakd.runs.plan import Plan, make_plan
-from deltakd.runs.ranks import is_main_process
+from deltakd.runs.ranks import is_main_process, is_restarted, main_process_first
 from deltakd.runs.record import count_parameters, environment, peak_memory_mib
 from deltakd.runs.tracking import origin_of, wandb_of
 from deltakd.sharding import gathered, place, resident_bytes
@@ -49,8 +49,9 @@ def run_training(cfg: DictConfig, run_dir: Path) -> float:
     plan = make_plan(cfg)
     directory = RunDirectory(run_dir)
     main = is_main_process()
-    if main:
-        directory.claim(plan.config, resume=bool(plan.config["resume"]))
+    with main_process_first(f"claim of {run_dir}"):
+        if main:
+            directory.claim(plan.config, resume=bool(plan.config["resume"]) or is_restarted())
     if directory.finished:
         log.info("%s is finished already; nothing to do.", run_dir)
         return _objective_value(plan, directory.read_summary())

@@ -2,6 +2,7 @@
 
 from deltakd.strategies.selection import (
     ShardedDataParallel,
+    cluster_plugin,
     loss_factor,
     make_strategy,
     optimizer_class,
@@ -15,6 +16,7 @@ __all__ = [
     "META",
     "ShardedDataParallel",
     "ZeroStrategy",
+    "cluster_plugin",
     "loss_factor",
     "make_strategy",
     "optimizer_class",

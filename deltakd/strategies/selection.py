@@ -7,6 +7,8 @@ from typing import Any, final
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 
 from deltakd.references import PERSISTENCE_THRESHOLD
@@ -56,6 +58,16 @@ def make_strategy(config: dict[str, Any]) -> str | Strategy:
     if config["name"] == "fsdp":
         return ShardedDataParallel(data_parallel_size="auto", tensor_parallel_size=1)
     return str(config["name"])
+
+
+def cluster_plugin() -> SLURMEnvironment | None:
+    """Lightning's plugin for processes that SLURM started; None where it chooses well by itself.
+
+    On SIGUSR1 its own choice would save a checkpoint that is none of ours, and put the job back into the queue.
+    """
+    if TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
+        return None
+    return SLURMEnvironment(auto_requeue=False)
 
 
 @final

@@ -1,0 +1,151 @@
+"""torchrun and SLURM start all ranks of a run by themselves: what they say of it in the environment of each process."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+#: Job names under which SLURM has given out an interactive shell: what runs in it was started by a person.
+_INTERACTIVE = ("bash", "interactive")
+
+#: Choice of ``hydra/launcher`` -> the package that has it.
+_LAUNCHERS = {
+    "slurm": "hydra_submitit_launcher",
+    "submitit_slurm": "hydra_submitit_launcher",
+    "submitit_local": "hydra_submitit_launcher",
+    "joblib": "hydra_joblib_launcher",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the processes of a run were started, where Lightning does not start them.
+
+    Args:
+        name: ``torchrun`` or ``SLURM``.
+        rank: of this process, over all machines.
+        world_size: processes over all machines.
+        nodes: machines (torchrun: agents).
+        id: the same for all ranks, and for a later start of the same job; None where there is none.
+        restarted: whether the launcher started the same job before.
+        problem: why the ranks can't be joined as they were started; empty: they can.
+    """
+
+    name: str
+    rank: int
+    world_size: int
+    nodes: int
+    id: str | None
+    restarted: bool
+    problem: str = ""
+
+
+def read_launch(environ: Mapping[str, str]) -> Launch | None:
+    """What torchrun or, failing that, SLURM says of this process; Lightning looks for them in the same order.
+
+    Args:
+        environ: the environment.
+
+    Returns:
+        None where neither has started it.
+    """
+    if "TORCHELASTIC_RUN_ID" in environ:
+        run = environ["TORCHELASTIC_RUN_ID"]
+        return Launch(
+            name="torchrun",
+            rank=int(environ["RANK"]),
+            world_size=int(environ["WORLD_SIZE"]),
+            nodes=int(environ.get("GROUP_WORLD_SIZE", 1)),
+            # Without --rdzv_id all runs are called none.
+            id=None if run in ("", "none") else f"torchrun_{run}",
+            restarted=int(environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0,
+        )
+    if "SLURM_NTASKS" not in environ or environ.get("SLURM_JOB_NAME") in _INTERACTIVE:
+        return None
+    return Launch(
+        name="SLURM",
+        rank=int(environ.get("SLURM_PROCID", 0)),
+        world_size=int(environ["SLURM_NTASKS"]),
+        nodes=int(environ.get("SLURM_NNODES") or environ.get("SLURM_JOB_NUM_NODES") or 1),
+        id=f"slurm_{environ['SLURM_JOB_ID']}" if environ.get("SLURM_JOB_ID") else None,
+        restarted=int(environ.get("SLURM_RESTART_COUNT") or 0) > 0,
+        problem=_slurm_problem(environ),
+    )
+
+
+def _slurm_problem(environ: Mapping[str, str]) -> str:
+    tasks = int(environ["SLURM_NTASKS"])
+    if tasks == 1:
+        return ""
+    if not any(name.startswith("SLURM_STEP") for name in environ):
+        return (
+            f"SLURM has given this job {tasks} tasks, but this process was not started by srun and is alone; write "
+            "srun before the command in the batch script"
+        )
+    if "SLURM_NTASKS_PER_NODE" not in environ:
+        return (
+            f"SLURM started {tasks} processes, but not a given number on each machine, which Lightning needs to know; "
+            "give #SBATCH --ntasks-per-node=N in place of --ntasks"
+        )
+    return ""
+
+
+def launch_problems(launch: Launch | None, devices: Any, num_nodes: int) -> list[str]:
+    """Where ``trainer.devices`` and ``trainer.num_nodes`` are not what was started, one sentence each.
+
+    Args:
+        launch: as ``read_launch`` gives it.
+        devices: ``trainer.devices``; ``auto`` and -1 are left to Lightning, which looks for GPUs.
+        num_nodes: ``trainer.num_nodes``.
+    """
+    if launch is None:
+        return []
+    if launch.problem:
+        return [launch.problem]
+    per_node = launch.world_size // launch.nodes
+    wanted = _count(devices)
+    if num_nodes == launch.nodes and wanted in (None, per_node):
+        return []
+    options = {
+        "torchrun": f"torchrun --nnodes {num_nodes} --nproc_per_node {wanted or per_node}",
+        "SLURM": f"#SBATCH --nodes={num_nodes} --ntasks-per-node={wanted or per_node}",
+    }
+    return [
+        f"{launch.name} started {launch.world_size} process(es) on {launch.nodes} machine(s), but trainer.devices is "
+        f"{devices} and trainer.num_nodes is {num_nodes}; give trainer.devices={per_node} "
+        f"trainer.num_nodes={launch.nodes}, or {options[launch.name]}"
+    ]
+
+
+def alone_problems(launch: Launch | None) -> list[str]:
+    """Why a command that is one process can't run as many."""
+    if launch is None or launch.world_size == 1:
+        return []
+    return [
+        f"{launch.name} started {launch.world_size} processes, but this command is one process; start it without "
+        f"{'torchrun' if launch.name == 'torchrun' else 'srun, or with --ntasks=1'}"
+    ]
+
+
+def launcher_problems(choices: Sequence[str]) -> list[str]:
+    """The choices of ``hydra/launcher`` whose package is not installed, one sentence each."""
+    return [
+        f"hydra/launcher={choice} needs the package {_LAUNCHERS[choice].replace('_', '-')}, which is not installed: "
+        "pip install 'deltakd[launchers]'"
+        for choice in choices
+        if choice in _LAUNCHERS and importlib.util.find_spec(f"hydra_plugins.{_LAUNCHERS[choice]}") is None
+    ]
+
+
+def _count(devices: Any) -> int | None:
+    """How many devices of a machine that is; None: as many as there are."""
+    if isinstance(devices, str) and "," in devices:
+        return len([part for part in devices.split(",") if part.strip()])
+    if isinstance(devices, list | tuple):
+        return len(devices)
+    try:
+        return int(devices) if int(devices) >= 0 else None
+    except (TypeError, ValueError):
+        return None
