@@ -15,7 +15,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 
-from deltakd.callbacks import Checkpoints, ProgressBar, StopOnSignal, TrainingLog, Validation
+from deltakd.callbacks import Checkpoints, Lifeline, ProgressBar, StopOnSignal, TrainingLog, Validation
 from deltakd.callbacks.checkpoints import read_checkpoint
 from deltakd.callbacks.validation import Generate
 from deltakd.data.datamodule import DistillationData
@@ -99,8 +99,14 @@ def read_state(directory: RunDirectory) -> SavedState | None:
     return None
 
 
-def fit(parts: Parts, loggers: list[Logger], state: SavedState | None) -> Fitted:
+def fit(parts: Parts, loggers: list[Logger], state: SavedState | None, lifeline: Lifeline) -> Fitted:
     """Train; what a former start of the same run has done is not done again.
+
+    Args:
+        parts: of the run.
+        loggers: of the main process.
+        state: what to go on from.
+        lifeline: is tied to the ranks.
 
     Raises:
         NonFiniteLossError: the loss diverged.
@@ -119,7 +125,8 @@ def fit(parts: Parts, loggers: list[Logger], state: SavedState | None) -> Fitted
         settings["checkpoint_every_n_minutes"],
     )
     training_log = TrainingLog(settings["log_every_n_steps"])
-    callbacks = [training_log, *([validation] if validation else []), checkpoints, StopOnSignal(checkpoints)]
+    watching = [checkpoints, StopOnSignal(checkpoints)]
+    callbacks = [lifeline, training_log, *([validation] if validation else []), *watching]
     trainer = _make_trainer(parts, callbacks, loggers)
     # How many steps there are depends on the number of ranks, which only the trainer knows.
     data.trainer = trainer
