@@ -12,6 +12,7 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy, Strategy
 
 #: The file of a sharded checkpoint that holds all but weights and optimiser state (FSDP2's name for it).
@@ -110,6 +111,20 @@ class ZeroStrategy(DeepSpeedStrategy):
     def norm_of_last_step(self) -> float:
         """The gradient's norm in the last optimiser step, over all ranks, before clipping."""
         return float(self.deepspeed_engine.get_global_grad_norm())
+
+
+@final
+class WholeFiles(TorchCheckpointIO):
+    """Checkpoints of one file, written where they belong.
+
+    Lightning's own go through the system's temporary directory, and stay there where the disk is full.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write it; through Python's own file, which says why the disk does not take it."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb") as file:
+            torch.save(checkpoint, file)
 
 
 @final

@@ -169,8 +169,11 @@ class Checkpoints(Checkpoint):
         state = trainer.lightning_module.whole_state()
         if trainer.is_global_zero:
             self.directory.mkdir(parents=True, exist_ok=True)
-            with replacing(self.best_path, f"the best student, that of step {trainer.global_step},") as partial:
-                torch.save({"state_dict": state, "global_step": trainer.global_step}, partial)
+            with (
+                replacing(self.best_path, f"the best student, that of step {trainer.global_step},") as partial,
+                partial.open("wb") as file,
+            ):
+                torch.save({"state_dict": state, "global_step": trainer.global_step}, file)
 
 
 def _seal(path: Path) -> None:

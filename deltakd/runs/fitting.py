@@ -31,7 +31,7 @@ from deltakd.runs.ranks import is_main_process
 from deltakd.runs.tracking import wandb_of
 from deltakd.runs.validation_answers import write_validation_answers
 from deltakd.sharding import is_sharded
-from deltakd.strategies import make_strategy, shards_parameters
+from deltakd.strategies import WholeFiles, make_strategy, shards_parameters
 
 log = logging.getLogger(__name__)
 
@@ -263,6 +263,7 @@ def _make_trainer(parts: Parts, callbacks: list[L.Callback], loggers: list[Logge
         num_nodes=settings["num_nodes"],
         precision=settings["precision"],
         strategy=make_strategy(config["strategy"]),
+        plugins=[WholeFiles()] if config["strategy"]["name"] in ("auto", "ddp") else None,
         # Training is one stream of micro-batches whose length is known (data/sampler.py): one epoch to Lightning.
         max_epochs=1,
         accumulate_grad_batches=settings["accumulate_grad_batches"],
