@@ -79,6 +79,10 @@ class Checkpoints(Checkpoint):
         return self.directory / LAST
 
     @property
+    def _partial(self) -> Path:
+        return self.directory / f"{LAST}.partial"
+
+    @property
     def best_path(self) -> Path:
         """The weights of the best student; absent where nothing was validated."""
         return self.directory / BEST
@@ -129,24 +133,19 @@ class Checkpoints(Checkpoint):
         Raises:
             WriteError: the disk did not take it; the checkpoints are those that were there.
         """
-        partial = self.directory / f"{LAST}.partial"
+        partial = self._partial
         if trainer.is_global_zero:
             remove(partial)
         trainer.strategy.barrier()
         step = trainer.global_step
         kept = f"the checkpoint of step {self._saved_step}" if self._saved_step else ""
         with telling(f"the checkpoint of step {step}", self.directory, kept):
-            try:
-                for logger in trainer.loggers:
-                    logger.save()
-                trainer.save_checkpoint(partial)
-                trainer.strategy.barrier()
-                if trainer.is_global_zero:
-                    _seal(partial)
-            except BaseException:
-                # Any rank may be the one that fails; room that half a checkpoint takes is of use to nobody.
-                remove(partial)
-                raise
+            for logger in trainer.loggers:
+                logger.save()
+            trainer.save_checkpoint(partial)
+            trainer.strategy.barrier()
+            if trainer.is_global_zero:
+                _seal(partial)
         if trainer.is_global_zero:
             if self.last_path.exists():
                 remove(self.directory / PREVIOUS)
@@ -154,6 +153,13 @@ class Checkpoints(Checkpoint):
             os.replace(partial, self.last_path)
         trainer.strategy.barrier()
         self._saved_at, self._saved_step = time.monotonic(), step
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Give back the room that half a checkpoint takes.
+
+        Any rank may be the one that failed. Lifeline comes before: by now no other rank writes any more.
+        """
+        remove(self._partial)
 
     def _keep_best(self, trainer: L.Trainer) -> None:
         assert self.validation is not None
