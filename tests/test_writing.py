@@ -72,7 +72,7 @@ def test_metrics_stay_when_a_new_column_finds_no_room(tmp_path: Path) -> None:
     logger.log_metrics({"loss": 1.5}, 1)
     logger.save()
     before = file.read_text()
-    with no_room(20):
+    with no_room(10):
         logger.log_metrics({"loss": 1.25, "rougeL": 3.0}, 2)
         with pytest.raises(WriteError, match=r"metrics could not be written .*; the former metrics\.csv is kept"):
             logger.save()
