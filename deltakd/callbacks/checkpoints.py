@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import time
 from pathlib import Path
 from typing import Any, final
@@ -23,6 +22,7 @@ from deltakd.callbacks.validation import Validation
 from deltakd.module import DistillationModule
 from deltakd.sharding import is_sharded
 from deltakd.strategies import META
+from deltakd.writing import remove, replacing, telling
 
 LAST = "last.ckpt"
 PREVIOUS = "previous.ckpt"
@@ -69,11 +69,17 @@ class Checkpoints(Checkpoint):
         self.best_metrics: dict[str, float] = {}
         self.best_step: int | None = None
         self._saved_at = time.monotonic()
+        #: Optimiser steps done in ``last.ckpt``, as far as there is one.
+        self._saved_step = 0
 
     @property
     def last_path(self) -> Path:
         """The checkpoint to resume from."""
         return self.directory / LAST
+
+    @property
+    def _partial(self) -> Path:
+        return self.directory / f"{LAST}.partial"
 
     @property
     def best_path(self) -> Path:
@@ -92,6 +98,10 @@ class Checkpoints(Checkpoint):
         """Restore what :meth:`state_dict` gave."""
         self.best_metrics = state_dict["best_metrics"]
         self.best_step = state_dict["best_step"]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """What the run goes on from is saved."""
+        self._saved_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Save at the end of an optimiser step where one of the reasons holds."""
@@ -116,23 +126,38 @@ class Checkpoints(Checkpoint):
             self.save_last(trainer)
 
     def save_last(self, trainer: L.Trainer) -> None:
-        """Write ``last.ckpt`` now, and before it what the loggers hold: a resumed run logs only what comes after."""
-        for logger in trainer.loggers:
-            logger.save()
-        partial = self.directory / f"{LAST}.partial"
+        """Write ``last.ckpt`` now, and before it what the loggers hold: a resumed run logs only what comes after.
+
+        Raises:
+            WriteError: the disk did not take it; the checkpoints are those that were there.
+        """
+        partial = self._partial
         if trainer.is_global_zero:
-            _remove(partial)
+            remove(partial)
         trainer.strategy.barrier()
-        trainer.save_checkpoint(partial)
-        trainer.strategy.barrier()
+        step = trainer.global_step
+        kept = f"the checkpoint of step {self._saved_step}" if self._saved_step else ""
+        with telling(f"the checkpoint of step {step}", self.directory, kept):
+            for logger in trainer.loggers:
+                logger.save()
+            trainer.save_checkpoint(partial)
+            trainer.strategy.barrier()
+            if trainer.is_global_zero:
+                _seal(partial)
         if trainer.is_global_zero:
-            _seal(partial)
             if self.last_path.exists():
-                _remove(self.directory / PREVIOUS)
+                remove(self.directory / PREVIOUS)
                 os.replace(self.last_path, self.directory / PREVIOUS)
             os.replace(partial, self.last_path)
         trainer.strategy.barrier()
-        self._saved_at = time.monotonic()
+        self._saved_at, self._saved_step = time.monotonic(), step
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Give back the room that half a checkpoint takes.
+
+        Any rank may be the one that failed. Lifeline comes before: by now no other rank writes any more.
+        """
+        remove(self._partial)
 
     def _keep_best(self, trainer: L.Trainer) -> None:
         assert self.validation is not None
@@ -148,16 +173,11 @@ class Checkpoints(Checkpoint):
         state = trainer.lightning_module.whole_state()
         if trainer.is_global_zero:
             self.directory.mkdir(parents=True, exist_ok=True)
-            partial = f"{self.best_path}.partial"
-            torch.save({"state_dict": state, "global_step": trainer.global_step}, partial)
-            os.replace(partial, self.best_path)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+            with (
+                replacing(self.best_path, f"the best student, that of step {trainer.global_step},") as partial,
+                partial.open("wb") as file,
+            ):
+                torch.save({"state_dict": state, "global_step": trainer.global_step}, file)
 
 
 def _seal(path: Path) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from deltakd.writing import telling
+
 
 def write_generations(path: str | Path, records: Sequence[dict[str, Any]]) -> None:
     """Write the records whole or not at all: a reader never sees half a file.
@@ -15,13 +17,16 @@ def write_generations(path: str | Path, records: Sequence[dict[str, Any]]) -> No
     Args:
         path: the file; its folder is made, and an older file is replaced.
         records: what ``evaluate_set`` or ``answer_set`` returned, or any others.
+
+    Raises:
+        WriteError: the disk did not take them.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder, since os.replace is atomic only within a file system.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+        with telling("answers", path), temporary.open("w", encoding="utf-8", newline="\n") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
             file.flush()
             os.fsync(file.fileno())

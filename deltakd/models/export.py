@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from deltakd.models.language_model import LanguageModel
 from deltakd.models.lora import merged
+from deltakd.writing import replacing
 
 
 def save_student(model: LanguageModel, tokenizer: PreTrainedTokenizerBase, directory: Path, card: str) -> None:
@@ -21,9 +20,10 @@ def save_student(model: LanguageModel, tokenizer: PreTrainedTokenizerBase, direc
         tokenizer: its tokenizer.
         directory: replaced if it exists.
         card: Markdown text of the model card.
+
+    Raises:
+        WriteError: the disk did not take it.
     """
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     causal_lm: Any = model.hf
     if hasattr(causal_lm, "merge_and_unload"):
         causal_lm = merged(causal_lm)
@@ -32,8 +32,7 @@ def save_student(model: LanguageModel, tokenizer: PreTrainedTokenizerBase, direc
         # A list holds further ends of a turn, which chat models need.
         causal_lm.generation_config.eos_token_id = tokenizer.eos_token_id
     causal_lm.generation_config.bos_token_id = tokenizer.bos_token_id
-    causal_lm.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    (partial / "README.md").write_text(card, encoding="utf-8")
-    shutil.rmtree(directory, ignore_errors=True)
-    os.replace(partial, directory)
+    with replacing(directory, "the student") as partial:
+        causal_lm.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(card, encoding="utf-8")

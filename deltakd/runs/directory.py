@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import yaml
 
 from deltakd.callbacks.checkpoints import LAST, PREVIOUS
 from deltakd.runs.errors import ConfigError
+from deltakd.writing import replacing
 
 #: Keys that may change between a run and its resumption: they do not change what is trained.
 MAY_DIFFER = (
@@ -142,10 +142,13 @@ class RunDirectory:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    """Write a text file atomically.
+
+    Raises:
+        WriteError: the disk did not take it.
+    """
+    with replacing(path, path.name) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def _differences(a: Any, b: Any, prefix: str = "") -> list[str]:

@@ -13,6 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from deltakd.callbacks import Stopped
 from deltakd.module import NonFiniteLossError
+from deltakd.writing import WriteError, disk_reason
 
 T = TypeVar("T")
 
@@ -56,4 +57,11 @@ def guarded(action: Callable[[], T], how_to_resume: str) -> T:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Exception as error:
+        reason = disk_reason(error)
+        if reason is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        said = str(error) if isinstance(error, WriteError) else f"the disk failed ({reason})"
+        print(f"error: {said}. Make room, then: {how_to_resume or 'the same command'}", file=sys.stderr)
         sys.exit(2)

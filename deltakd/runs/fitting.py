@@ -15,7 +15,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 
-from deltakd.callbacks import Checkpoints, ProgressBar, StopOnSignal, TrainingLog, Validation
+from deltakd.callbacks import Checkpoints, Lifeline, ProgressBar, StopOnSignal, TrainingLog, Validation
 from deltakd.callbacks.checkpoints import read_checkpoint
 from deltakd.callbacks.validation import Generate
 from deltakd.data.datamodule import DistillationData
@@ -31,7 +31,7 @@ from deltakd.runs.ranks import is_main_process
 from deltakd.runs.tracking import wandb_of
 from deltakd.runs.validation_answers import write_validation_answers
 from deltakd.sharding import is_sharded
-from deltakd.strategies import cluster_plugin, make_strategy, shards_parameters
+from deltakd.strategies import make_plugins, make_strategy, shards_parameters
 
 log = logging.getLogger(__name__)
 
@@ -99,8 +99,14 @@ def read_state(directory: RunDirectory) -> SavedState | None:
     return None
 
 
-def fit(parts: Parts, loggers: list[Logger], state: SavedState | None) -> Fitted:
+def fit(parts: Parts, loggers: list[Logger], state: SavedState | None, lifeline: Lifeline) -> Fitted:
     """Train; what a former start of the same run has done is not done again.
+
+    Args:
+        parts: of the run.
+        loggers: of the main process.
+        state: what to go on from.
+        lifeline: is tied to the ranks.
 
     Raises:
         NonFiniteLossError: the loss diverged.
@@ -119,7 +125,8 @@ def fit(parts: Parts, loggers: list[Logger], state: SavedState | None) -> Fitted
         settings["checkpoint_every_n_minutes"],
     )
     training_log = TrainingLog(settings["log_every_n_steps"])
-    callbacks = [training_log, *([validation] if validation else []), checkpoints, StopOnSignal(checkpoints)]
+    watching = [checkpoints, StopOnSignal(checkpoints)]
+    callbacks = [lifeline, training_log, *([validation] if validation else []), *watching]
     trainer = _make_trainer(parts, callbacks, loggers)
     # How many steps there are depends on the number of ranks, which only the trainer knows.
     data.trainer = trainer
@@ -252,7 +259,7 @@ def _make_trainer(parts: Parts, callbacks: list[L.Callback], loggers: list[Logge
         num_nodes=settings["num_nodes"],
         precision=settings["precision"],
         strategy=make_strategy(config["strategy"]),
-        plugins=cluster_plugin(),
+        plugins=make_plugins(config["strategy"]),
         # Training is one stream of micro-batches whose length is known (data/sampler.py): one epoch to Lightning.
         max_epochs=1,
         accumulate_grad_batches=settings["accumulate_grad_batches"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import socket
 import uuid
 import warnings
@@ -17,6 +18,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from deltakd.runs.record import ROOT
 from deltakd.runs.redaction import redacted
 from deltakd.runs.tracking import RunWandbLogger
+from deltakd.writing import WriteError, replacing
 
 #: Seconds to wait for the W&B server before going on offline.
 REACH_SECONDS = 3.0
@@ -34,9 +36,11 @@ class RunCSVLogger(CSVLogger):
     """
 
     def __init__(self, directory: Path, resume_step: int) -> None:
-        kept = _read_metrics(directory / "metrics.csv", resume_step)
+        path, former = directory / "metrics.csv", directory / "metrics.csv.former"
+        if path.is_file():
+            os.replace(path, former)
+        kept = _read_metrics(former, resume_step)
         super().__init__(save_dir=directory, name="", version="", flush_logs_every_n_steps=20)
-        (directory / "metrics.csv").unlink(missing_ok=True)
         with warnings.catch_warnings():
             # The directory holds checkpoints and config; the metrics are taken over right here.
             warnings.filterwarnings("ignore", message="Experiment logs directory")
@@ -44,8 +48,38 @@ class RunCSVLogger(CSVLogger):
         for row in kept:
             step = int(row.pop("step"))
             writer.log_metrics({k: float(v) for k, v in row.items() if v != ""}, step)
-        if kept:
-            self.save()
+        self.save()
+        former.unlink(missing_ok=True)
+
+    def save(self) -> None:
+        """Write out the rows so far; the file is whole at any time, and stays as it was where the disk is full.
+
+        Raises:
+            WriteError: the disk did not take them.
+        """
+        writer = self.experiment
+        if not writer.metrics:
+            return
+        path, keys = Path(writer.metrics_file_path), list(writer.metrics_keys)
+        with replacing(path, "metrics") as partial:
+            if path.is_file():
+                shutil.copyfile(path, partial)
+            writer.metrics_file_path = str(partial)
+            try:
+                super().save()
+            except BaseException:
+                writer.metrics_keys = keys
+                raise
+            finally:
+                writer.metrics_file_path = str(path)
+
+    def finalize(self, status: str) -> None:
+        """Write out the rest; of a run that has failed only what the disk still takes."""
+        try:
+            super().finalize(status)
+        except WriteError:
+            if status == "success":
+                raise
 
 
 def _read_metrics(path: Path, last_step: int) -> list[dict[str, str]]:

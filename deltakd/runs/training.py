@@ -12,6 +12,7 @@ import torch
 from omegaconf import DictConfig
 from transformers import AutoModelForCausalLM
 
+from deltakd.callbacks import Lifeline
 from deltakd.models import save_student
 from deltakd.runs.assembly import Parts, load_parts
 from deltakd.runs.directory import RunDirectory, write_text
@@ -48,13 +49,18 @@ def run_training(cfg: DictConfig, run_dir: Path) -> float:
     """
     plan = make_plan(cfg)
     directory = RunDirectory(run_dir)
-    main = is_main_process()
     with main_process_first(f"claim of {run_dir}"):
-        if main:
+        if is_main_process():
             directory.claim(plan.config, resume=bool(plan.config["resume"]) or is_restarted())
     if directory.finished:
         log.info("%s is finished already; nothing to do.", run_dir)
         return _objective_value(plan, directory.read_summary())
+    with Lifeline(f"the same command with resume=true run_dir={cfg.run_dir or run_dir}") as lifeline:
+        return _run(plan, directory, lifeline)
+
+
+def _run(plan: Plan, directory: RunDirectory, lifeline: Lifeline) -> float:
+    main = is_main_process()
     started = time.perf_counter()
     parts = load_parts(plan, directory)
     state = read_state(directory)
@@ -65,7 +71,7 @@ def run_training(cfg: DictConfig, run_dir: Path) -> float:
     try:
         if tracker is not None:
             tracker.log_origin(origin_of(parts))
-        fitted = fit(parts, loggers, state)
+        fitted = fit(parts, loggers, state, lifeline)
         metrics = fitted.metrics
         if not main and place()[1] == 1:
             # Training was done before, and no ranks were joined for it: the main process does the rest alone.

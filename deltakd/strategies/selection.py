@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 from typing import Any, final
 
 import lightning as L
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 
 from deltakd.references import PERSISTENCE_THRESHOLD
@@ -60,6 +62,13 @@ def make_strategy(config: dict[str, Any]) -> str | Strategy:
     return str(config["name"])
 
 
+def make_plugins(config: dict[str, Any]) -> list[Any]:
+    """What Lightning's strategies are given beside their options: how files are written, and how SLURM is read."""
+    files = [WholeFiles()] if config["name"] in ("auto", "ddp") else []
+    slurm = cluster_plugin()
+    return files if slurm is None else [*files, slurm]
+
+
 def cluster_plugin() -> SLURMEnvironment | None:
     """Lightning's plugin for processes that SLURM started; None where it chooses well by itself.
 
@@ -68,6 +77,20 @@ def cluster_plugin() -> SLURMEnvironment | None:
     if TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
         return None
     return SLURMEnvironment(auto_requeue=False)
+
+
+@final
+class WholeFiles(TorchCheckpointIO):
+    """Checkpoints of one file, written where they belong.
+
+    Lightning's own go through the system's temporary directory, and stay there where the disk is full.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write it; through Python's own file, which says why the disk does not take it."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb") as file:
+            torch.save(checkpoint, file)
 
 
 @final
