@@ -112,7 +112,8 @@ def _held(setting: Setting) -> Held:
     return setting.layout.held(setting.student, setting.accumulate, setting.precision, on_gpu)
 
 
-def _update_device(setting: Setting) -> str:
+def _shard_device(setting: Setting) -> str:
+    """Where the student's weights, gradients and optimiser state stay."""
     return "cpu" if setting.layout.offload else setting.device
 
 
@@ -120,8 +121,9 @@ def _standing(setting: Setting) -> list[Need]:
     """What is there all the time."""
     held, device, home = _held(setting), setting.device, setting.home
     needs = [
-        Need("weights of the student", device, held.weights),
-        Need("optimiser (AdamW)", _update_device(setting), held.optimiser),
+        Need("weights of the student", _shard_device(setting), held.weights),
+        Need("buffers for collectives", device, held.standing),
+        Need("optimiser (AdamW)", _shard_device(setting), held.optimiser),
     ]
     for role, reference in setting.references.items():
         resident, _ = setting.layout.held_of_reference(reference)
@@ -149,7 +151,7 @@ def _while_references_run(setting: Setting) -> list[Need]:
         return []
     layers = max(setting.layout.running(s) for s in setting.references.values())
     return [
-        Need("gradients", _update_device(setting), _held(setting).kept),
+        Need("gradients", _shard_device(setting), _held(setting).kept),
         *_given(setting),
         Need("gathered layers of a reference", setting.device, layers),
         Need("activations of the references", setting.device, _reference_activations(setting)),
@@ -159,7 +161,7 @@ def _while_references_run(setting: Setting) -> list[Need]:
 def _after_forward(setting: Setting) -> list[Need]:
     held = _held(setting)
     return [
-        Need("gradients", _update_device(setting), held.kept),
+        Need("gradients", _shard_device(setting), held.kept),
         Need("gathered weights", setting.device, held.gathered),
         Need("half-precision copies", setting.device, held.half),
         *_given(setting),
@@ -171,7 +173,7 @@ def _after_forward(setting: Setting) -> list[Need]:
 def _before_backward(setting: Setting) -> list[Need]:
     held = _held(setting)
     return [
-        Need("gradients", _update_device(setting), held.kept if setting.accumulate > 1 else 0),
+        Need("gradients", _shard_device(setting), held.early),
         Need("gathered weights", setting.device, held.gathered),
         Need("half-precision copies", setting.device, held.half),
         Need("buffers for collectives", setting.device, held.buffers),
@@ -182,7 +184,7 @@ def _before_backward(setting: Setting) -> list[Need]:
 
 
 def _in_update(setting: Setting) -> list[Need]:
-    held, device = _held(setting), _update_device(setting)
+    held, device = _held(setting), _shard_device(setting)
     return [Need("gradients", device, held.made), Need("update of the weights", device, held.update)]
 
 
@@ -273,7 +275,7 @@ def traffic(setting: Setting) -> list[Amount]:
 
 
 #: Traffic that is not between ranks.
-HOST, HIDDEN, DISK = "gradients and weights, to and from RAM", "hidden states of references", "references from disk"
+HOST, HIDDEN, DISK = "weights and gradients, from and to RAM", "hidden states of references", "references from disk"
 
 
 def between_ranks(parts: Sequence[Amount]) -> float:

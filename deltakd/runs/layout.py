@@ -28,21 +28,25 @@ class Held(NamedTuple):
         weights: resident.
         gathered: weights of other ranks that are here at the end of the forward pass.
         kept: gradients that are there in the forward pass, from the step or the micro-batch before.
+        early: gradients that are there when the backward pass begins.
         made: gradients at the end of the backward pass.
-        buffers: for collectives, in the backward pass.
+        standing: buffers for collectives, all the time.
+        buffers: further ones in the backward pass.
         optimiser: master copy and moments.
         update: made for the optimiser's step and gone after it.
         half: half-precision copies that autocast makes.
     """
 
     weights: int
-    gathered: int
-    kept: int
-    made: int
-    buffers: int
     optimiser: int
-    update: int
-    half: int
+    made: int
+    kept: int = 0
+    early: int = 0
+    gathered: int = 0
+    standing: int = 0
+    buffers: int = 0
+    update: int = 0
+    half: int = 0
 
 
 class Sent(NamedTuple):
@@ -73,7 +77,7 @@ class Layout:
         ranks: N.
         stage: of ZeRO; 0 elsewhere.
         threshold: parameters of fewer numbers stay whole in ZeRO 3.
-        offload: whether ZeRO 3 keeps gradients and optimiser state in the machine's memory and updates there.
+        offload: whether ZeRO 3 keeps its share of weights, gradients and optimiser state in the RAM and updates it there.
         shards_references: whether the references are sharded over the ranks, too.
     """
 
@@ -137,40 +141,46 @@ class Layout:
         """
         weights, trained = student.weight_bytes, student.trained_bytes
         half = 2 * student.linear_elements if self.casts(precision) else 0
-        temporary = trained if fused_update else 0
+        again = accumulate > 1
         if self.engine in ("one", "ddp"):
-            copies = 2 if self.engine == "ddp" and self.ranks > 1 else 1
-            gradients = copies * trained
-            return Held(weights, 0, gradients, gradients, 0, 2 * trained, temporary, half)
+            buckets = trained if self.engine == "ddp" and self.ranks > 1 else 0
+            made = trained + buckets
+            early = made if again else buckets
+            temporary = trained if fused_update else 0
+            return Held(weights, 2 * trained, made, kept=made, early=early, update=temporary, half=half)
         if self.engine == "fsdp":
             shard = trained // self.ranks
             outside = weights - student.blocks_bytes
-            gathered = min(weights, outside + 2 * student.block_bytes) if self.ranks > 1 else 0
-            buffers = min(trained, max(student.block_bytes, outside)) if self.ranks > 1 else 0
+            alone = self.ranks == 1
             return Held(
-                weights // self.ranks, gathered, shard, shard, buffers, 2 * shard, temporary // self.ranks, half
+                weights // self.ranks,
+                2 * shard,
+                shard,
+                kept=shard,
+                early=shard if again else 0,
+                gathered=0 if alone else min(weights, outside + 2 * student.block_bytes),
+                buffers=0 if alone else min(trained, max(student.block_bytes, outside)),
+                update=shard if fused_update else 0,
+                half=half,
             )
-        return self._held_by_zero(student, accumulate, fused_update)
+        return self._held_by_zero(student, again, fused_update)
 
-    def _held_by_zero(self, student: Skeleton, accumulate: int, fused_update: bool) -> Held:
+    def _held_by_zero(self, student: Skeleton, again: bool, fused_update: bool) -> Held:
         weights, gradients = student.weight_bytes, student.trained_bytes
-        whole = SINGLE * student.trained
-        shard = whole // self.ranks
+        shard = SINGLE * student.trained // self.ranks
         itemsize = max(1, gradients // max(1, student.trained))
         bucket = REDUCE_BUCKET * itemsize
-        temporary = shard if fused_update else 0
+        update = shard * (2 if fused_update else 1)
         if self.stage < 3:
             made = gradients if self.stage == 1 else gradients // self.ranks
-            kept = made if accumulate > 1 else 0
-            return Held(weights, 0, kept, made, 2 * bucket, 3 * shard, shard + temporary, 0)
+            kept = made if again else 0
+            return Held(weights, 3 * shard, made, kept=kept, early=kept, buffers=2 * bucket, update=update)
         small = student.small_bytes(self.threshold)
-        resident = (weights - small) // self.ranks + small
+        made = gradients // self.ranks
         gathered = min(weights - small, self._reused(student) + student.block_bytes + PREFETCH * itemsize)
-        master = shard if itemsize < SINGLE or self.offload else 0
-        sharded_gradients = gradients // self.ranks
-        return Held(
-            resident, gathered, sharded_gradients, sharded_gradients, bucket, 2 * shard + master, shard + temporary, 0
-        )
+        moments = 2 * shard + (shard if itemsize < SINGLE or self.offload else 0)
+        resident = (weights - small) // self.ranks + small
+        return Held(resident, moments, made, kept=made, early=made, gathered=gathered, standing=bucket, update=update)
 
     def _reused(self, student: Skeleton) -> int:
         """Bytes of the last layers, which ZeRO 3 keeps for the backward pass: they are used again soon enough."""
@@ -183,7 +193,8 @@ class Layout:
         DDP all-reduces gradients once a step. ZeRO 1 and 2 all-reduce them, too (DeepSpeed does so with the slices of
         several ranks, where the paper has a reduce-scatter), stage 2 for every micro-batch, and all-gather the updated
         parameters. ZeRO 3 and FSDP2 all-gather parameters for the forward and again for the backward pass, and
-        reduce-scatter gradients, for every micro-batch; what stays gathered in between is gathered once.
+        reduce-scatter gradients, for every micro-batch; what ZeRO 3 keeps in between is gathered once. Offloaded, the
+        shares go from the RAM to each gather, and those of gradients come back.
         """
         weights, gradients = student.weight_bytes, student.trained_bytes
         part = (self.ranks - 1) / self.ranks
@@ -200,7 +211,7 @@ class Layout:
             return Sent(all_reduce=2 * part * times * gradients, all_gather=part * gradients)
         sharded = weights - student.small_bytes(self.threshold)
         gathers = 2 * sharded - min(sharded, self._reused(student))
-        host = (accumulate + 1) * gradients / self.ranks if self.offload else 0.0
+        host = accumulate * (gathers + gradients) / self.ranks if self.offload else 0.0
         return Sent(
             reduce_scatter=part * accumulate * gradients,
             all_gather=part * accumulate * gathers,
