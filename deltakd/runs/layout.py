@@ -77,7 +77,7 @@ class Layout:
         ranks: N.
         stage: of ZeRO; 0 elsewhere.
         threshold: parameters of fewer numbers stay whole in ZeRO 3.
-        offload: whether ZeRO 3 keeps its share of weights, gradients and optimiser state in the RAM and updates it there.
+        offload: whether ZeRO 3 keeps its shares of weights, gradients and optimiser state in the RAM.
         shards_references: whether the references are sharded over the ranks, too.
     """
 

@@ -81,6 +81,17 @@ def estimate(plan: Plan) -> list[Need]:
     return memory(setting_of(plan, *_devices(plan)))
 
 
+def planned_setting(plan: Plan) -> Setting:
+    """The same for GPUs that need not be there: those of ``trainer.devices``, unless ``trainer.accelerator`` is a CPU.
+
+    Raises:
+        ValueError: a model's configuration can't be had.
+    """
+    device = "cpu" if plan.config["trainer"]["accelerator"] == "cpu" else "cuda"
+    placement = str(plan.config["reference"].get("placement", "auto"))
+    return setting_of(plan, device, device if placement == "auto" or plan.cache is not None else placement)
+
+
 def setting_of(plan: Plan, device: str, home: str) -> Setting:
     """What the costs of the plan's steps depend on.
 
