@@ -85,8 +85,11 @@ def planned_setting(plan: Plan) -> Setting:
     """The same for GPUs that need not be there: those of ``trainer.devices``, unless ``trainer.accelerator`` is a CPU.
 
     Raises:
-        ValueError: a model's configuration can't be had.
+        ValueError: a model's configuration can't be had, or there is no GPU.
     """
+    for key in ("devices", "num_nodes"):
+        if plan.config["trainer"][key] in (0, []):
+            raise ValueError(f"trainer.{key} is {plan.config['trainer'][key]}; give at least 1")
     device = "cpu" if plan.config["trainer"]["accelerator"] == "cpu" else "cuda"
     placement = str(plan.config["reference"].get("placement", "auto"))
     return setting_of(plan, device, device if placement == "auto" or plan.cache is not None else placement)
