@@ -62,11 +62,6 @@ class Sent(NamedTuple):
     all_gather: float = 0.0
     host: float = 0.0
 
-    @property
-    def between_ranks(self) -> float:
-        """All of it but what stays on a machine's own bus."""
-        return self.all_reduce + self.reduce_scatter + self.all_gather
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -108,11 +103,6 @@ class Layout:
         """As it is called in a table."""
         names = {"one": "one process", "ddp": "DDP", "fsdp": "FSDP2"}
         return names.get(self.engine) or f"ZeRO {self.stage}{' offload' if self.offload else ''}"
-
-    @property
-    def shards_parameters(self) -> bool:
-        """Whether no rank holds the student whole."""
-        return self.engine == "fsdp" or self.stage == 3
 
     def casts(self, precision: str) -> bool:
         """Whether autocast makes half-precision copies; DeepSpeed converts the weights instead and keeps a master."""
@@ -201,22 +191,14 @@ class Layout:
         if self.engine in ("one", "ddp"):
             return Sent(all_reduce=2 * part * gradients)
         if self.engine == "fsdp":
-            gathers = 2 * weights
-            return Sent(
-                reduce_scatter=part * accumulate * gradients,
-                all_gather=part * accumulate * gathers,
-            )
+            return Sent(reduce_scatter=part * accumulate * gradients, all_gather=part * accumulate * 2 * weights)
         if self.stage < 3:
             times = accumulate if self.stage == 2 else 1
             return Sent(all_reduce=2 * part * times * gradients, all_gather=part * gradients)
         sharded = weights - student.small_bytes(self.threshold)
         gathers = 2 * sharded - min(sharded, self._reused(student))
         host = accumulate * (gathers + gradients) / self.ranks if self.offload else 0.0
-        return Sent(
-            reduce_scatter=part * accumulate * gradients,
-            all_gather=part * accumulate * gathers,
-            host=host,
-        )
+        return Sent(reduce_scatter=part * accumulate * gradients, all_gather=part * accumulate * gathers, host=host)
 
     def held_of_reference(self, reference: Skeleton) -> tuple[int, int]:
         """(resident, gathered) bytes of a frozen model on one rank.
