@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from deltakd.losses import Distillation, delta_target
+from deltakd.losses import Distillation, ForwardKL, delta_target
 from deltakd.models import LanguageModel, ModelSpec
 from deltakd.module import DistillationModule
 from deltakd.optim import AdamW
@@ -55,7 +55,7 @@ def test_operations_are_those_that_pytorch_counts(tmp_path: Path, checkpointed: 
     student = model(4, 32)
     if checkpointed:
         student.causal_lm.gradient_checkpointing_enable()
-    loss = Distillation(delta_target(1.0))
+    loss = Distillation(delta_target(1.0), ForwardKL())
     module = DistillationModule(student, LiveReferences(references), loss, AdamW(), total_steps=1, seed=0)
     ids = torch.randint(2, 90, (4, 40), generator=torch.Generator().manual_seed(0))
     labels = ids.clone()
