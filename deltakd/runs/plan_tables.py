@@ -130,7 +130,7 @@ def _memory_table(cases: Sequence[Case], gpu_memory: float) -> Table:
             *(f"{size:,.1f}" if size else "" for size in groups),
             f"{total:,.1f}",
             fits(total, gpu_memory),
-            f"{ram:,.0f}" if ram else "",
+            ("<1" if ram < 1 else f"{ram:,.0f}") if ram else "",
         )
     return table
 
