@@ -5,125 +5,26 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from deltakd.kernels.chunked import chunk_size_for
-from deltakd.models import ModelSpec, add_lora, load_skeleton, load_tokenizer
+from deltakd.data import DataConfig
+from deltakd.models import add_lora, load_skeleton, load_tokenizer
 from deltakd.models.loading import DTYPES
-from deltakd.models.quantization import weight_bits
 from deltakd.references import CacheStore
+from deltakd.runs.costs import MIB, Need, Setting, memory
+from deltakd.runs.layout import Layout
 from deltakd.runs.plan import Plan
-from deltakd.types import STUDENT, LinearForwardKL
+from deltakd.runs.sizes import Skeleton
+from deltakd.types import STUDENT, STUDENT_RAW, LinearForwardKL, Loss
 
 log = logging.getLogger(__name__)
-
-MIB = 2**20
-#: Activations that gelu_new and its like, which are made of several operations, keep of each inner unit.
-_COMPOSITE = ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "quick_gelu")
-
-
-class Need(NamedTuple):
-    """What one thing takes on one device.
-
-    Args:
-        what: its name in the table.
-        device: where it is.
-        bytes: its size.
-    """
-
-    what: str
-    device: str
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Skeleton:
-    """A model's sizes.
-
-    Args:
-        model: the model on ``meta``, with its adapter where it has one.
-        spec: where it comes from.
-        dtype: what its parameters are converted to, or None.
-    """
-
-    model: PreTrainedModel | Any
-    spec: ModelSpec
-    dtype: torch.dtype | None = None
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of all parameters, tied ones once; quantised layers at their few bits a weight."""
-        bits = weight_bits(self.spec.quantization or getattr(self.config, "quantization_config", None))
-        packed = {id(weight) for weight in self._linear_weights()} if bits is not None else set()
-        return sum(
-            p.numel() * (bits or 0) // 8 if id(p) in packed else p.numel() * self._itemsize(p)
-            for p in self.model.parameters()
-        )
-
-    @property
-    def trained_bytes(self) -> int:
-        """Bytes of the parameters that are trained."""
-        return sum(p.numel() * self._itemsize(p) for p in self.model.parameters() if p.requires_grad)
-
-    @property
-    def linear_elements(self) -> int:
-        """Weights of linear layers, the head among them: what autocast makes half-precision copies of."""
-        return sum(w.numel() for w in self._linear_weights()) + self.head.numel()
-
-    @property
-    def config(self) -> Any:
-        """The model's configuration."""
-        return self.model.config
-
-    @property
-    def head(self) -> torch.Tensor:
-        """[V, D] the output embedding."""
-        return self.model.get_output_embeddings().weight
-
-    @property
-    def head_itemsize(self) -> int:
-        """Bytes of a number of the head."""
-        return self._itemsize(self.head)
-
-    def _itemsize(self, tensor: torch.Tensor) -> int:
-        return tensor.itemsize if self.dtype is None else self.dtype.itemsize
-
-    def _linear_weights(self) -> list[torch.Tensor]:
-        """Frozen or trained weights of the linear layers but the head and adapters."""
-        layers = [(name, m) for name, m in self.model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D)]
-        return [m.weight for name, m in layers if m.weight is not self.head and "lora_" not in name]
-
-    def layer_elements(self, positions: int, row: int, attention_matrix: bool) -> int:
-        """Numbers that one layer keeps for its backward pass, after Korthikanti et al. (arXiv 2205.05198).
-
-        10 h a position for norms, projections and dropout; and of each inner unit of the MLP 2 (input and output of
-        the activation), 4 where it is gated, 5 where the activation is made of several operations. Where the attention
-        matrix is made, 3 numbers (softmax, dropout and their product) of it for each head.
-
-        Args:
-            positions: B · T.
-            row: T.
-            attention_matrix: whether attention is not one fused operation.
-        """
-        config = self.config
-        hidden = config.hidden_size
-        inner = next(
-            (int(v) for k in ("intermediate_size", "ffn_dim", "n_inner") if (v := getattr(config, k, None))), 4 * hidden
-        )
-        activation = getattr(config, "activation_function", None) or getattr(config, "hidden_act", None)
-        gated = any(name.endswith(("gate_proj", "gate_up_proj")) for name, _ in self.model.named_modules())
-        per_unit = 4 if gated else 5 if activation in _COMPOSITE else 2
-        matrix = 3 * config.num_attention_heads * row if attention_matrix else 0
-        return positions * (10 * hidden + per_unit * inner + matrix)
 
 
 def show_memory(plan: Plan, console: Console | None = None) -> None:
@@ -134,7 +35,7 @@ def show_memory(plan: Plan, console: Console | None = None) -> None:
     """
     needs = estimate(plan)
     devices = list(dict.fromkeys(need.device for need in needs))
-    processes = _processes(plan)
+    together = processes(plan)
     table = Table("a process needs, in MiB", title=f"{plan.config['name']}: memory (estimate)", title_justify="left")
     for device in devices:
         table.add_column(device, justify="right")
@@ -149,7 +50,7 @@ def show_memory(plan: Plan, console: Console | None = None) -> None:
     (console or Console()).print(table)
     for device in devices:
         # Processes share the RAM, but each has a GPU of its own.
-        wanted = total[device] * (processes if device == "cpu" else 1)
+        wanted = total[device] * (together if device == "cpu" else 1)
         has = there[device]
         if has is not None and wanted > has:
             log.warning(
@@ -158,7 +59,7 @@ def show_memory(plan: Plan, console: Console | None = None) -> None:
                 "model/lora=default, kernels.memory_budget or reference=cached need less.",
                 device,
                 _mib(wanted),
-                f" by {processes} processes" if wanted != total[device] else "",
+                f" by {together} processes" if wanted != total[device] else "",
                 _mib(has),
             )
 
@@ -168,49 +69,91 @@ def _mib(size: int) -> str:
 
 
 def estimate(plan: Plan) -> list[Need]:
-    """What a training step of the plan has in memory at its peak, at the end of the student's forward pass.
+    """What each process of the plan has in memory at the peak of a training step (``costs.memory`` says how).
 
-    Weights, gradients and AdamW's moments are exact (two moments of each trained parameter, in its dtype); the
-    gradients of the step before are still there. Activations are an **estimate**, by the formula of
-    ``Skeleton.layer_elements`` for a micro-batch without any room to spare; with gradient checkpointing each layer
-    keeps its input alone, and one layer at a time all. The loss takes ``kernels.memory_budget``, the gradient of the
-    head in float32, and float32 copies of half-precision heads (kernels/chunked.py). Not counted: the libraries'
-    own memory (a CUDA context, the interpreter), the generation of answers, what ZeRO or FSDP would spare, and memory
-    that is free but not given back. Measured on a CPU (GPT-2, 6 layers of 256), the sum is 0.78 to 1.05 times what the
-    tensors take at the peak; glibc keeps so much freed memory that the process grows by up to 1.3 times that.
+    Strategies that shard, and ``reference.sharding``, are counted as they are; measured on CPUs, the sum is within 25 %
+    of what the tensors take (tests/runs/test_costs.py). glibc keeps so much freed memory that a process on a CPU grows
+    by up to 1.3 times that.
 
     Raises:
         ValueError: a model's configuration can't be had.
     """
-    device, home = _devices(plan)
-    precision = str(plan.config["trainer"]["precision"])
-    skeletons = {role: _skeleton(plan, role, precision) for role in plan.specs}
+    return memory(setting_of(plan, *_devices(plan)))
+
+
+def planned_setting(plan: Plan) -> Setting:
+    """The same for GPUs that need not be there: those of ``trainer.devices``, unless ``trainer.accelerator`` is a CPU.
+
+    Raises:
+        ValueError: a model's configuration can't be had, or there is no GPU.
+    """
+    for key in ("devices", "num_nodes"):
+        if plan.config["trainer"][key] in (0, []):
+            raise ValueError(f"trainer.{key} is {plan.config['trainer'][key]}; give at least 1")
+    device = "cpu" if plan.config["trainer"]["accelerator"] == "cpu" else "cuda"
+    placement = str(plan.config["reference"].get("placement", "auto"))
+    return setting_of(plan, device, device if placement == "auto" or plan.cache is not None else placement)
+
+
+def setting_of(plan: Plan, device: str, home: str) -> Setting:
+    """What the costs of the plan's steps depend on.
+
+    Args:
+        plan: the plan.
+        device: the student's device.
+        home: the references'.
+
+    Raises:
+        ValueError: a model's configuration can't be had.
+    """
+    config = plan.config
+    layout = Layout.of(config["strategy"], config["reference"], processes(plan) * int(config["trainer"]["num_nodes"]))
+    skeletons = {role: _skeleton(plan, role, layout) for role in plan.specs}
     student = skeletons.pop(STUDENT)
-    copies = 2 if _processes(plan) > 1 else 1  # Data-parallel training has a second copy, in buckets.
-    needs = [
-        Need("weights of the student", device, student.weight_bytes),
-        Need("gradients", device, copies * student.trained_bytes),
-        Need("optimiser (AdamW)", device, 2 * student.trained_bytes),
-    ]
-    if _is_mixed(precision):
-        needs.append(Need("half-precision copies", device, 2 * student.linear_elements))
-    needs += [Need(f"reference {role}", home, s.weight_bytes) for role, s in skeletons.items()]
-    cached = sum(numbers * itemsize for numbers, itemsize in _cached_heads(plan))
-    needs.append(Need("heads of the cached references", device, cached))
-    if home != device:
-        remote = sum(s.head.numel() * s.head_itemsize for s in skeletons.values())
-        needs.append(Need("heads of the references", device, remote))
-        needs.append(Need("activations of the references", home, _reference_activations(plan, skeletons)))
-    hidden = sum(plan.data.positions * s.config.hidden_size * s.head_itemsize for s in skeletons.values())
-    needs += [
-        Need("hidden states of the references", device, hidden),
-        Need("activations of the student", device, _activations(plan, student, device, precision)),
-        Need("loss", device, _loss(plan, student, skeletons)),
-    ]
-    return [need for need in needs if need.bytes]
+    heads, token_bytes = _cached(plan)
+    return make_setting(
+        config,
+        plan.loss,
+        plan.data,
+        layout,
+        student,
+        skeletons,
+        device=device,
+        home=home,
+        adapted=plan.lora is not None and plan.cache is None and STUDENT_RAW in plan.loss.requires,
+        cached_heads=heads,
+        cached_bytes=token_bytes,
+    )
 
 
-def _skeleton(plan: Plan, role: str, precision: str) -> Skeleton:
+def make_setting(
+    config: Mapping[str, Any],
+    loss: Loss,
+    data: DataConfig,
+    layout: Layout,
+    student: Skeleton,
+    references: Mapping[str, Skeleton],
+    **others: Any,
+) -> Setting:
+    """What the costs of a step depend on, from the groups of a config; ``others`` are further fields of it."""
+    fused = isinstance(getattr(loss, "linear_forward_kl", None), LinearForwardKL)
+    return Setting(
+        student,
+        references,
+        layout,
+        positions=data.positions,
+        row=data.max_length,
+        valid=data.positions,
+        accumulate=int(config["trainer"]["accumulate_grad_batches"]),
+        precision=str(config["trainer"]["precision"]),
+        checkpointed=bool(config["model"]["gradient_checkpointing"]),
+        budget=float(config["kernels"]["memory_budget"]),
+        form="fused" if fused else "autograd",
+        **others,
+    )
+
+
+def _skeleton(plan: Plan, role: str, layout: Layout) -> Skeleton:
     """The model of a role as it will be in training."""
     settings, spec = plan.config["model"], plan.specs[role]
     if role == STUDENT and spec.quantization is not None:
@@ -228,7 +171,7 @@ def _skeleton(plan: Plan, role: str, precision: str) -> Skeleton:
     if plan.lora is not None:
         with torch.device("meta"):
             model = add_lora(model, plan.lora)
-    whole = {"bf16-true": "bfloat16", "16-true": "float16", "64-true": "float64"}.get(precision)
+    whole = layout.whole_dtype(str(plan.config["trainer"]["precision"]))
     return Skeleton(model, spec, DTYPES[whole] if whole else None)
 
 
@@ -242,68 +185,24 @@ def _vocabulary(plan: Plan) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def _activations(plan: Plan, student: Skeleton, device: str, precision: str) -> int:
-    """Bytes that the student keeps for its backward pass."""
-    row, positions = plan.data.max_length, plan.data.positions
-    layer = student.layer_elements(positions, row, _makes_attention_matrix(student.config, device, training=True))
-    layers, hidden = student.config.num_hidden_layers, student.config.hidden_size
-    checkpointed = plan.config["model"]["gradient_checkpointing"]
-    elements = layer + layers * positions * hidden if checkpointed else layers * layer
-    itemsize = student.head_itemsize
-    # Under autocast norms and the residual stream stay in float32: measured, three quarters of it all is left.
-    return int((elements + 2 * positions * hidden) * itemsize * (0.75 if _is_mixed(precision) and itemsize > 2 else 1))
-
-
-def _reference_activations(plan: Plan, references: Mapping[str, Skeleton]) -> int:
-    """Bytes of the hungriest layer of the references, which run one after the other and keep nothing."""
-    row, positions = plan.data.max_length, plan.data.positions
-    return max(
-        s.layer_elements(positions, row, _makes_attention_matrix(s.config, "", training=False)) * s.head_itemsize
-        for s in references.values()
-    )
-
-
-def _makes_attention_matrix(config: Any, device: str, training: bool) -> bool:
-    """Whether [heads, T, T] exists: in eager attention, with soft-capping, and with dropout on a CPU."""
-    dropout = getattr(config, "attn_pdrop", None) or getattr(config, "attention_dropout", None) or 0.0
-    eager = config._attn_implementation == "eager" or bool(getattr(config, "attn_logit_softcapping", None))
-    return eager or (training and device == "cpu" and dropout > 0)
-
-
-def _loss(plan: Plan, student: Skeleton, references: Mapping[str, Skeleton]) -> int:
-    """Bytes of a chunk, of the head's gradient, and of float32 copies of heads."""
-    budget = float(plan.config["kernels"]["memory_budget"])
-    vocabulary = len(student.head)
-    form = "fused" if isinstance(getattr(plan.loss, "linear_forward_kl", None), LinearForwardKL) else "autograd"
-    chunk = chunk_size_for(budget, vocabulary, max(4, student.head_itemsize), form)
-    used = int(budget * MIB * min(1.0, plan.data.positions / chunk))
-    trained = student.head.requires_grad
-    gradient = student.head.numel() * max(4, student.head_itemsize) if trained else 0
-    heads = [(s.head.numel(), s.head_itemsize) for s in (student, *references.values())] + _cached_heads(plan)
-    return used + gradient + sum(4 * numbers for numbers, itemsize in heads if itemsize < 4)
-
-
-def _cached_heads(plan: Plan) -> list[tuple[int, int]]:
-    """(numbers, bytes of a number) of each head in the cache that the references are read from; [] with ``topk``."""
+def _cached(plan: Plan) -> tuple[list[tuple[int, int]], int]:
+    """Of the cache that the references are read from: (numbers, bytes of a number) of each head, bytes of a token."""
     if plan.cache is None or plan.cache.path is None:
-        return []
-    entry = CacheStore.open(Path(plan.cache.path)).manifest.heads
-    if entry is None:
-        return []
+        return [], 0
+    manifest = CacheStore.open(Path(plan.cache.path)).manifest
+    token_bytes = int(manifest.content["bytes_per_token"])
+    if manifest.heads is None:
+        return [], token_bytes
     found = []
-    with safe_open(Path(plan.cache.path) / entry.file, "pt") as heads:
+    with safe_open(Path(plan.cache.path) / manifest.heads.file, "pt") as heads:
         for name in heads.keys():  # noqa: SIM118 - no mapping
             if name.partition(".")[0] in plan.loss.requires:
                 part = heads.get_slice(name)
                 found.append((math.prod(part.get_shape()), 2 if part.get_dtype() in ("BF16", "F16") else 4))
-    return found
+    return found, token_bytes
 
 
-def _is_mixed(precision: str) -> bool:
-    return precision.endswith("-mixed")
-
-
-def _processes(plan: Plan) -> int:
+def processes(plan: Plan) -> int:
     """Processes of this machine, as far as the config says."""
     devices = plan.config["trainer"]["devices"]
     if isinstance(devices, list):

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 from deltakd.models import ModelSpec
 from deltakd.runs import memory
 from deltakd.runs.configuration import compose_config
-from deltakd.runs.memory import Skeleton, estimate, show_memory
+from deltakd.runs.memory import estimate, show_memory
 from deltakd.runs.plan import Plan, make_plan
+from deltakd.runs.sizes import Skeleton
 from tests.tiny import World, save_model
 
 
@@ -80,8 +81,9 @@ def test_activations_are_about_what_autograd_keeps(tmp_path: Path, family: str, 
         out = model.train().base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
         measured = sum(kept.values())
     assert out.last_hidden_state.requires_grad
-    matrix = memory._makes_attention_matrix(model.config, "cpu", training=True)
-    estimated = 4 * 2 * Skeleton(model, ModelSpec()).layer_elements(ids.numel(), ids.shape[1], matrix)
+    skeleton = Skeleton(model, ModelSpec())
+    matrix = skeleton.makes_attention_matrix("cpu", training=True)
+    estimated = 4 * 2 * skeleton.layer_elements(ids.numel(), ids.shape[1], matrix)
     assert estimated == pytest.approx(measured, rel=0.3)
 
 

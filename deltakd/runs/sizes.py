@@ -1,0 +1,169 @@
+"""A model's sizes without its weights: bytes, numbers kept for the backward pass, floating-point operations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from deltakd.models import ModelSpec, transformer_blocks
+from deltakd.models.quantization import weight_bits
+
+#: Activations that gelu_new and its like, which are made of several operations, keep of each inner unit.
+_COMPOSITE = ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "quick_gelu")
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model's sizes.
+
+    Args:
+        model: the model on ``meta``, with its adapter where it has one.
+        spec: where it comes from.
+        dtype: what its parameters are converted to, or None.
+    """
+
+    model: PreTrainedModel | Any
+    spec: ModelSpec
+    dtype: torch.dtype | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Numbers of all parameters, tied ones once."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def trained(self) -> int:
+        """Numbers that are trained."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all parameters, tied ones once; quantised layers at their few bits a weight."""
+        bits = weight_bits(self.spec.quantization or getattr(self.config, "quantization_config", None))
+        packed = {id(weight) for weight in self._linear_weights()} if bits is not None else set()
+        return sum(
+            p.numel() * (bits or 0) // 8 if id(p) in packed else p.numel() * self._itemsize(p)
+            for p in self.model.parameters()
+        )
+
+    @property
+    def trained_bytes(self) -> int:
+        """Bytes of the parameters that are trained."""
+        return sum(p.numel() * self._itemsize(p) for p in self.model.parameters() if p.requires_grad)
+
+    @property
+    def blocks_bytes(self) -> int:
+        """Bytes of the parameters in transformer blocks; the rest is embeddings, the last norm and the head."""
+        return sum(p.numel() * self._itemsize(p) for block in self._blocks for p in block.parameters())
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of the largest block."""
+        return max((sum(p.numel() * self._itemsize(p) for p in b.parameters()) for b in self._blocks), default=0)
+
+    def small_bytes(self, below: int) -> int:
+        """Bytes of the parameters of fewer numbers than ``below``."""
+        return sum(p.numel() * self._itemsize(p) for p in self.model.parameters() if p.numel() < below)
+
+    @property
+    def linear_elements(self) -> int:
+        """Weights of linear layers, the head among them: what autocast makes half-precision copies of."""
+        return sum(w.numel() for w in self._linear_weights()) + self.head.numel()
+
+    @property
+    def config(self) -> Any:
+        """The model's configuration."""
+        return self.model.config
+
+    @property
+    def head(self) -> torch.Tensor:
+        """[V, D] the output embedding."""
+        return self.model.get_output_embeddings().weight
+
+    @property
+    def head_itemsize(self) -> int:
+        """Bytes of a number of the head."""
+        return self._itemsize(self.head)
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of the head."""
+        return self.head.numel() * self.head_itemsize
+
+    def forward_flops(self, positions: int, row: int) -> int:
+        """Floating-point operations of the body's forward pass, the head left out.
+
+        2 for each weight of a linear layer at each position (a multiplication and an addition), and 4 T for each
+        number of a query: its products with T keys, and the weighted sum of T values. Every pair of positions counts,
+        as in the usual figures of utilisation (Korthikanti et al., arXiv 2205.05198, appendix A); a kernel that leaves
+        the masked half out does half of the 4 T.
+
+        Args:
+            positions: B · T.
+            row: T.
+        """
+        return positions * 2 * sum(w.numel() for w in self._multiplied()) + self._attention_flops(positions, row)
+
+    def backward_flops(self, positions: int, row: int) -> int:
+        """Of the body's backward pass: as often the forward pass as a product has operands that want a gradient.
+
+        That is twice where all is trained; frozen weights want none, and their inputs do.
+        """
+        linear = sum(w.numel() * (1 + w.requires_grad) for w in self._multiplied())
+        return positions * 2 * linear + 2 * self._attention_flops(positions, row)
+
+    def layer_elements(self, positions: int, row: int, attention_matrix: bool) -> int:
+        """Numbers that one layer keeps for its backward pass, after Korthikanti et al. (arXiv 2205.05198).
+
+        10 h a position for norms, projections and dropout; and of each inner unit of the MLP 2 (input and output of
+        the activation), 4 where it is gated, 5 where the activation is made of several operations. Where the attention
+        matrix is made, 3 numbers (softmax, dropout and their product) of it for each head.
+
+        Args:
+            positions: B · T.
+            row: T.
+            attention_matrix: whether attention is not one fused operation.
+        """
+        config = self.config
+        hidden = config.hidden_size
+        inner = next(
+            (int(v) for k in ("intermediate_size", "ffn_dim", "n_inner") if (v := getattr(config, k, None))), 4 * hidden
+        )
+        activation = getattr(config, "activation_function", None) or getattr(config, "hidden_act", None)
+        gated = any(name.endswith(("gate_proj", "gate_up_proj")) for name, _ in self.model.named_modules())
+        per_unit = 4 if gated else 5 if activation in _COMPOSITE else 2
+        matrix = 3 * config.num_attention_heads * row if attention_matrix else 0
+        return positions * (10 * hidden + per_unit * inner + matrix)
+
+    def makes_attention_matrix(self, device: str, training: bool) -> bool:
+        """Whether [heads, T, T] exists: in eager attention, with soft-capping, and with dropout on a CPU."""
+        config = self.config
+        dropout = getattr(config, "attn_pdrop", None) or getattr(config, "attention_dropout", None) or 0.0
+        eager = config._attn_implementation == "eager" or bool(getattr(config, "attn_logit_softcapping", None))
+        return eager or (training and device == "cpu" and dropout > 0)
+
+    @property
+    def _blocks(self) -> list[torch.nn.Module]:
+        return transformer_blocks(self.model)
+
+    def _attention_flops(self, positions: int, row: int) -> int:
+        config = self.config
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return positions * 4 * row * config.num_attention_heads * int(width) * config.num_hidden_layers
+
+    def _itemsize(self, tensor: torch.Tensor) -> int:
+        return tensor.itemsize if self.dtype is None else self.dtype.itemsize
+
+    def _linear_weights(self) -> list[torch.Tensor]:
+        """Frozen or trained weights of the linear layers but the head and adapters."""
+        layers = [(name, m) for name, m in self.model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D)]
+        return [m.weight for name, m in layers if m.weight is not self.head and "lora_" not in name]
+
+    def _multiplied(self) -> list[torch.Tensor]:
+        """Weights of all linear layers but the head, adapters among them."""
+        layers = [m for m in self.model.modules() if isinstance(m, torch.nn.Linear | Conv1D)]
+        return [m.weight for m in layers if m.weight is not self.head]
