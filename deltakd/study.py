@@ -248,7 +248,7 @@ def comparison(study: Study) -> Table:
     several = any(len(found) > 1 for found in summaries.values())
     table = Table(
         title=study.name,
-        caption="scores of answers in per cent; ± is one standard error over "
+        caption="scores in per cent; ± is one standard error over "
         + ("seeds, or over prompts" if several else "prompts"),
     )
     table.add_column("model")

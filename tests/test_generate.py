@@ -64,7 +64,7 @@ def overrides(world: World, run_dir: Path, *extra: str) -> list[str]:
         f"data.exclude=[{world.root / 'test.jsonl'}]",
         f"data.train_subset='{world.root / 'split.json'}#train'",
         "evaluation.decoding.max_new_tokens=12",
-        "evaluation.seeds=[33,8]",
+        "evaluation.seeds=[1,8]",
         *extra,
     )
     return [o for o in world.overrides(run_dir, "kd", *chosen) if not o.startswith("model.teacher_raw")]
