@@ -28,8 +28,8 @@ from tests.tiny import World, save_model
 #: Name -> overrides of a strategy; nothing stays whole in ZeRO 3 here, however small it is.
 STRATEGIES = {
     "ddp": [],
-    "deepspeed_zero1": [],
-    "deepspeed_zero2": [],
+    "deepspeed_zero1": ["strategy.persistence_threshold=0"],
+    "deepspeed_zero2": ["strategy.persistence_threshold=0"],
     "deepspeed_zero3": ["strategy.persistence_threshold=0"],
     "deepspeed_zero3_offload": ["strategy.persistence_threshold=0"],
     "fsdp": [],
