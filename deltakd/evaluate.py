@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import time
 from collections.abc import Sequence
 from datetime import datetime
@@ -26,6 +27,7 @@ from deltakd.runs.errors import ConfigError, guarded
 from deltakd.runs.evaluation import evaluate_sets, shown
 from deltakd.runs.evaluation_config import make_evaluation, set_problems
 from deltakd.runs.evaluation_sets import read_checked_sets
+from deltakd.runs.launchers import alone_problems, read_launch
 from deltakd.runs.measures import Subject, measure
 from deltakd.runs.record import count_parameters, environment, model_fingerprint, peak_memory_mib
 
@@ -63,7 +65,7 @@ def run_evaluation(arguments: Sequence[str]) -> dict[str, Any]:
     cfg, model_path = _configure(arguments)
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     config["evaluation"]["sets"] = config["evaluation"]["sets"] or config["data"].get("sets") or {}
-    problems: list[str] = []
+    problems = alone_problems(read_launch(os.environ))
     evaluation = make_evaluation(config["evaluation"], problems)
     data: DataConfig = instantiate(config["data"], _convert_="all")
     problems += set_problems(evaluation, data)

@@ -17,7 +17,7 @@ from deltakd.kernels import MEMORY_BUDGET, Buckets, chunked_loss
 from deltakd.models import LanguageModel, transformer_blocks
 from deltakd.optim import AdamW
 from deltakd.references import References
-from deltakd.sharding import Shell, gradient_norm, is_sharded, whole_parameters
+from deltakd.sharding import Shell, gathered, gradient_norm, is_sharded, whole_parameters
 from deltakd.strategies import ZeroStrategy, loss_factor, optimizer_class
 from deltakd.types import STUDENT, Batch, Head, Loss, Progress, schedules_of
 
@@ -77,7 +77,8 @@ class DistillationModule(L.LightningModule):
         self.total_steps = total_steps
         self.seed = seed
         self.memory_budget = memory_budget
-        self.strict_loading = not student.quantized
+        # DeepSpeed's checkpoints hold what is trained alone; frozen weights come from their source.
+        self.strict_loading = all(p.requires_grad for p in student.parameters())
         self.shell = Shell(student) if will_be_sharded else None
         #: ``train/...`` of the last whole optimiser step, over all ranks.
         self.step_metrics: dict[str, float] = {}
@@ -150,7 +151,8 @@ class DistillationModule(L.LightningModule):
         torch.manual_seed(_mix(self.seed, batch_idx, self.global_rank))
         total, parts = self.loss_of(batch)
         share = total / batch.step_tokens
-        if not torch.isfinite(share):
+        # Of many ranks one alone may not leave the others: they all raise together at the end of the step.
+        if self.trainer.world_size == 1 and not torch.isfinite(share):
             raise _non_finite("loss", share.item(), batch.step, batch.row_ids.tolist())
         shares = {name: value / batch.step_tokens for name, value in parts.items()}
         self._sums.add(share, shares, batch.row_ids.tolist())
@@ -166,13 +168,17 @@ class DistillationModule(L.LightningModule):
             return  # DeepSpeed is asked for a step after every micro-batch, and knows by itself which ones count
         norm = gradient_norm(self.student)
         self._row_ids = self._sums.row_ids
-        if norm is not None:
-            self._check_norm(norm)
         # Each rank holds its share over the same denominator: the sum over ranks is the loss of the step.
         sums = {"loss": torch.as_tensor(self._sums.loss)} | self._sums.parts
         self._sums = _StepSums()
         if self.trainer.world_size > 1:
+            own = float(sums["loss"])
             sums = {name: self.trainer.strategy.reduce(value, reduce_op="sum") for name, value in sums.items()}
+            if not math.isfinite(float(sums["loss"])):
+                rows = gathered([] if math.isfinite(own) else self._row_ids)
+                raise _non_finite("loss", float(sums["loss"]), self.global_step, [row for part in rows for row in part])
+        if norm is not None:
+            self._check_norm(norm)
         self.step_metrics = {f"train/{name}": float(value) for name, value in sums.items()} | {
             "train/grad_norm": math.nan if norm is None else norm,
             "train/lr": optimizer.param_groups[0]["lr"],
@@ -201,8 +207,11 @@ class DistillationModule(L.LightningModule):
         return (self._batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
 
     def _check_norm(self, norm: float) -> None:
-        # In 16-mixed the scaler skips such steps by itself and lowers its scale.
-        if not math.isfinite(norm) and getattr(self.trainer.precision_plugin, "scaler", None) is None:
+        # In 16-mixed the scaler, which DeepSpeed has in its engine, skips such steps by itself and lowers its scale.
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None or (
+            isinstance(self.trainer.strategy, ZeroStrategy) and str(self.trainer.precision).startswith("16")
+        )
+        if not math.isfinite(norm) and not scaled:
             raise _non_finite("gradient's norm", norm, self.global_step, self._row_ids)
 
     def configure_optimizers(self) -> Any:

@@ -58,7 +58,8 @@ def plan(given: argparse.Namespace, console: Console) -> None:
     _check(given, bool(sizes))
     rates = Rates(given.tflops, given.interconnect, given.steps, given.tokens)
     if not sizes:
-        checked = make_plan(compose_config("train", given.overrides))
+        # Asked in a job of another size it is no run of that job.
+        checked = make_plan(compose_config("train", [*given.overrides, "trainer.dry_run=true"]))
         if rates.steps is None and rates.tokens is None and checked.config["trainer"]["max_steps"]:
             rates = Rates(rates.tflops, rates.interconnect, int(checked.config["trainer"]["max_steps"]))
         show_setting(str(checked.config["name"]), planned_setting(checked), rates, console)

@@ -103,6 +103,8 @@ class Shell:
         """The whole model on this rank, in eval mode; a joint act of all ranks, empty again afterwards."""
         for name, value in whole_parameters(sharded):
             self._parameters[name].data = value
+        for buffer in self._model.buffers():
+            buffer.data = buffer.data.to(value.device)
         try:
             yield self._model.eval()
         finally:

@@ -36,9 +36,11 @@ def _run_dir(cfg: DictConfig) -> Path:
     Where torchrun or SLURM starts all ranks, none may name a directory by its own clock.
     """
     launch = external_launch()
-    if launch is None and not is_main_process() and RUN_DIR_VARIABLE in os.environ:
-        return Path(os.environ[RUN_DIR_VARIABLE])
     job = HydraConfig.get()
+    if launch is None and not is_main_process() and RUN_DIR_VARIABLE in os.environ:
+        # It goes through all jobs of a multirun, and was told the directory of the one that started it.
+        told = Path(os.environ[RUN_DIR_VARIABLE])
+        return told.with_name(str(job.job.num)) if job.mode == RunMode.MULTIRUN else told
     if job.mode == RunMode.MULTIRUN:
         if cfg.run_dir:
             return Path(cfg.run_dir) / str(job.job.num)
@@ -65,10 +67,13 @@ def _train(cfg: DictConfig) -> float | None:
     job = HydraConfig.get()
     if job.mode == RunMode.MULTIRUN:
         root = Path(cfg.run_dir or job.sweep.dir)
-        value = run_job(Job(job.job.num, root, job.overrides.task, run_dir), lambda: run_training(cfg, run_dir))
+        how_to_resume = f"the same command with resume=true run_dir={root}"
+        value = run_job(
+            Job(job.job.num, root, job.overrides.task, run_dir), lambda: run_training(cfg, run_dir, how_to_resume)
+        )
     else:
         how_to_resume = f"the same command with resume=true run_dir={run_dir}"
-        value = guarded(lambda: run_training(cfg, run_dir), how_to_resume)
+        value = guarded(lambda: run_training(cfg, run_dir, how_to_resume), how_to_resume)
     if is_main_process() and RunDirectory(run_dir).finished:
         objective = RunDirectory(run_dir).read_summary()["meta"]["objective"]
         print(f"{objective} = {value:.6g}  ({run_dir})")

@@ -25,7 +25,7 @@ def on_ranks(count: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         AssertionError: a rank failed (with its traceback), or did not end.
     """
     context = multiprocessing.get_context("fork")
-    port = _free_port()
+    port = free_port()
     pipes, children = [], []
     for rank in range(count):
         ours, theirs = context.Pipe(duplex=False)
@@ -80,7 +80,8 @@ def _child(
     os._exit(0)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

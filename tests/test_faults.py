@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from deltakd.callbacks.checkpoints import LAST, read_checkpoint
-from tests.test_scale import metrics, run, start, two
-from tests.tiny import World
+from tests.test_scale import chosen, metrics
+from tests.tiny import World, save_model
 
 pytestmark = pytest.mark.slow
 
@@ -25,7 +27,20 @@ LIMIT = 60
 
 
 def options(strategy: str) -> list[str]:
-    return [*(["data.batch_size=8"] if strategy == "auto" else two(strategy, 4)), *SAVING]
+    many = [] if strategy == "auto" else [*chosen(strategy), "trainer.devices=2"]
+    return [*many, f"data.batch_size={4 if many else 8}", *SAVING]
+
+
+def start(world: World, directory: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """``python -m deltakd.train`` as a user starts it; dropout is off, since each rank draws its own."""
+    student = world.root / "plain"
+    if not student.is_dir():
+        save_model(student, seed=1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    common = [f"model.student.path={student}", "optim.lr=0.001", "optim.eps=1e-4", "trainer.accelerator=cpu"]
+    command = [sys.executable, "-m", "deltakd.train", *world.overrides(directory, "kd", *common, *overrides)]
+    # The callbacks of tests.faults are found beside the package.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    return subprocess.run(command, env=environment, cwd=world.root, capture_output=True, text=True, timeout=400)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +50,10 @@ def uninterrupted(world: World, tmp_path_factory: pytest.TempPathFactory) -> Cal
 
     def get(strategy: str) -> Path:
         if strategy not in done:
-            done[strategy] = run(world, tmp_path_factory.mktemp("whole") / strategy, "kd", *options(strategy))
+            directory = tmp_path_factory.mktemp("whole") / strategy
+            ended = start(world, directory, *options(strategy))
+            assert ended.returncode == 0, ended.stderr[-3000:]
+            done[strategy] = directory
         return done[strategy]
 
     return get
@@ -53,7 +71,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def hurt(world: World, directory: Path, strategy: str, callback: str) -> subprocess.CompletedProcess[str]:
-    return start(world, directory, "kd", *options(strategy), f"+callbacks.fault={{_target_: tests.faults.{callback}}}")
+    return start(world, directory, *options(strategy), f"+callbacks.fault={{_target_: tests.faults.{callback}}}")
 
 
 def check_goes_on(world: World, directory: Path, strategy: str, whole: Path) -> None:
@@ -61,7 +79,7 @@ def check_goes_on(world: World, directory: Path, strategy: str, whole: Path) -> 
     config = directory / "config.yaml"
     # The fault is part of the config, and is not to come again.
     config.write_text(re.sub(r"callbacks:\n  fault:\n(    .*\n)+", "callbacks: {}\n", config.read_text()))
-    done = start(world, directory, "kd", *options(strategy), "resume=true")
+    done = start(world, directory, *options(strategy), "resume=true")
     assert done.returncode == 0, done.stderr[-3000:]
     for name in ("train/loss", "val/loss"):
         torch.testing.assert_close(metrics(directory, name), metrics(whole, name), rtol=1e-6, atol=0)

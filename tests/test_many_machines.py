@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ from deltakd.runs.plan import make_plan
 from deltakd.runs.ranks import agreed, main_process_first
 from deltakd.strategies import cluster_plugin
 from tests import slurm_stand_ins
+from tests.processes import free_port
 from tests.tiny import World, save_model
 
 TORCHRUN = {
@@ -145,13 +145,9 @@ def in_ranks(action: Callable[[int, Path], None], ranks: int, folder: Path) -> l
         process.start()
     for process in processes:
         process.join(60)
+        process.kill()
+        process.join()
     return [process.exitcode for process in processes]
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def make_a_file(rank: int, folder: Path) -> None:

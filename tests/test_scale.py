@@ -80,6 +80,20 @@ def summary(directory: Path) -> dict[str, Any]:
     return json.loads((directory / "summary.json").read_text())
 
 
+def unfinish(directory: Path) -> None:
+    """As if the run had stopped before it was exported."""
+    (directory / "summary.json").unlink()
+    shutil.rmtree(directory / "student")
+
+
+def drop_last(directory: Path, step: int) -> None:
+    """As if the run had stopped at the checkpoint before the last one, that of ``step``."""
+    last, previous = (directory / "checkpoints" / name for name in (LAST, "previous.ckpt"))
+    assert read_checkpoint(previous)["global_step"] == step
+    shutil.rmtree(last) if last.is_dir() else last.unlink()
+    unfinish(directory)
+
+
 def assert_same_run(found: Path, expected: Path) -> None:
     """The same losses to 1e-5, the same gradients and students to 1e-4."""
     for name, tolerance in (("train/loss", 1e-5), ("val/loss", 1e-5), ("train/grad_norm", 1e-4)):
@@ -154,6 +168,24 @@ def test_an_adapter_switched_off_is_the_raw_student(strategy: str, world: World,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("after", [2, 1])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "deepspeed_zero2", "deepspeed_zero3"])
+def test_an_adapter_goes_on(strategy: str, after: int, world: World, tmp_path: Path) -> None:
+    """Its checkpoint holds what is trained; the frozen weights come from their source again."""
+    options = [
+        *chosen(strategy),
+        "model/lora=default",
+        "trainer.checkpoint_every_n_steps=2",
+        "trainer.val_every_n_steps=6",
+    ]
+    stopped = run(world, tmp_path / "run", "kd", 2, *options)
+    losses = metrics(stopped, "train/loss")
+    drop_last(stopped, 4)
+    run(world, stopped, "kd", after, *options, "resume=true")
+    torch.testing.assert_close(metrics(stopped, "train/loss"), losses, rtol=1e-5, atol=0)
+
+
+@pytest.mark.slow
 @ALL
 def test_answers_are_those_of_one_process(strategy: str, world: World, tmp_path: Path) -> None:
     """Validation and test sets are split over the ranks, which stop at other lengths; each row counts once."""
@@ -172,12 +204,6 @@ def test_answers_are_those_of_one_process(strategy: str, world: World, tmp_path:
     assert texts[0] == texts[1]
     assert metrics(many, "val/rougeL") == metrics(alone, "val/rougeL")
     assert summary(many)["mine/rougeL"] == summary(alone)["mine/rougeL"]
-
-
-def unfinish(directory: Path) -> None:
-    """As if the run had stopped before it was exported."""
-    (directory / "summary.json").unlink()
-    shutil.rmtree(directory / "student")
 
 
 @pytest.mark.slow
@@ -212,10 +238,7 @@ def test_another_number_of_processes(strategy: str, before: int, after: int, wor
     options += ["trainer.val_every_n_steps=8"]
     whole = run(world, tmp_path / "whole", "delta_kd", before, *options)
     stopped = run(world, tmp_path / "stopped", "delta_kd", before, *options)
-    last, previous = (stopped / "checkpoints" / name for name in (LAST, "previous.ckpt"))
-    assert read_checkpoint(previous)["global_step"] == 6
-    shutil.rmtree(last) if last.is_dir() else last.unlink()
-    unfinish(stopped)
+    drop_last(stopped, 6)
     with pytest.raises(AssertionError, match="8 rows in an optimiser step over all processes, and this start has 16"):
         run(world, stopped, "delta_kd", after, *options, "resume=true", f"data.batch_size={16 // after}")
     run(world, stopped, "delta_kd", after, *options, "resume=true")

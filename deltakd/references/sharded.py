@@ -56,7 +56,7 @@ def sharded(model: LanguageModel, engine: Engine, device: torch.device, persiste
         What takes a batch and gives its head, whose output embedding is whole for as long as the head is held.
     """
     whole = _WholeHead(model)
-    return _by_fsdp(whole, device) if engine == "fsdp" else _by_zero(whole, persistence_threshold)
+    return _by_fsdp(whole, device) if engine == "fsdp" else _by_zero(whole, device, persistence_threshold)
 
 
 def _by_fsdp(whole: _WholeHead, device: torch.device) -> nn.Module:
@@ -67,7 +67,7 @@ def _by_fsdp(whole: _WholeHead, device: torch.device) -> nn.Module:
     return fully_shard(whole, mesh=mesh, reshard_after_forward=True)
 
 
-def _by_zero(whole: _WholeHead, persistence_threshold: int) -> nn.Module:
+def _by_zero(whole: _WholeHead, device: torch.device, persistence_threshold: int) -> nn.Module:
     import deepspeed
 
     dtype = next(whole.parameters()).dtype
@@ -79,6 +79,8 @@ def _by_zero(whole: _WholeHead, persistence_threshold: int) -> nn.Module:
     }
     # First, since a model that is not partitioned yet is moved to the device as a whole.
     deepspeed.zero.Init(module=whole, config_dict_or_path=config, dtype=dtype)
+    for buffer in whole.buffers():
+        buffer.data = buffer.data.to(device)
     engine, *_ = deepspeed.initialize(model=whole, config=config, model_parameters=[], dist_init_required=False)
     engine.eval()
     return engine

@@ -175,6 +175,8 @@ def make_cases(
     given = {override.split("=", 1)[0] for override in overrides}
     base = [override for override in BASE if override.split("=", 1)[0] not in given]
     cfg = compose_config("train", [*base, *overrides])
+    if cfg.model.lora:
+        raise ValueError("model/lora is counted only in a training whose models are at hand; leave --student out")
     # Paths and data are nobody's business here: they may be missing.
     config = {name: OmegaConf.to_container(cfg[name], resolve=True) for name in ("model", "trainer", "kernels")}
     loss, data = instantiate(cfg.loss, _convert_="all"), instantiate(cfg.data, _convert_="all")

@@ -286,7 +286,8 @@ def between_ranks(parts: Sequence[Amount]) -> float:
 def seconds(setting: Setting, tflops: float, interconnect: float | None) -> float:
     """Seconds of an optimiser step: the arithmetic at the given rate and, after it, the collectives.
 
-    Nothing overlaps here, as it does in part in truth: with an interconnect it is an upper bound, at this rate.
+    Nothing overlaps here, as it does in part in truth: with an interconnect it is an upper bound at this rate, but for
+    what offloading and a cache move between GPU, RAM and disk, which is left out.
 
     Args:
         setting: the step.

@@ -27,6 +27,7 @@ MAY_DIFFER = (
     "trainer.checkpoint_every_n_minutes",
     "reference.verify",
     "reference.remake",
+    "reference.sharding",
     "evaluation.measures",
     "evaluation.allow_overlap",
 )

@@ -105,7 +105,7 @@ def launch_problems(launch: Launch | None, devices: Any, num_nodes: int) -> list
     if launch.problem:
         return [launch.problem]
     per_node = launch.world_size // launch.nodes
-    wanted = _count(devices)
+    wanted = count_devices(devices)
     if num_nodes == launch.nodes and wanted in (None, per_node):
         return []
     options = {
@@ -139,7 +139,7 @@ def launcher_problems(choices: Sequence[str]) -> list[str]:
     ]
 
 
-def _count(devices: Any) -> int | None:
+def count_devices(devices: Any) -> int | None:
     """How many devices of a machine that is; None: as many as there are."""
     if isinstance(devices, str) and "," in devices:
         return len([part for part in devices.split(",") if part.strip()])

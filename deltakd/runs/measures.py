@@ -113,7 +113,8 @@ def measure(subject: Subject, validation: EncodedSet | None) -> Measured:
     if evaluation.measures.rows == 0:
         return found
     references = None
-    if any(is_sharded(model) for model in subject.loaded.values()):
+    shards = subject.config["reference"].get("sharding") == "shard" and place()[1] > 1
+    if shards or any(is_sharded(model) for model in subject.loaded.values()):
         log.info(
             "The references are sharded, and no rank can run one by itself: the student is measured alone. "
             "deltakd.evaluate run=... measures it beside them, on a device that holds them."

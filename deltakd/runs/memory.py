@@ -19,6 +19,7 @@ from deltakd.models import add_lora, load_skeleton, load_tokenizer
 from deltakd.models.loading import DTYPES
 from deltakd.references import CacheStore
 from deltakd.runs.costs import MIB, Need, Setting, memory
+from deltakd.runs.launchers import count_devices
 from deltakd.runs.layout import Layout
 from deltakd.runs.plan import Plan
 from deltakd.runs.sizes import Skeleton
@@ -204,12 +205,7 @@ def _cached(plan: Plan) -> tuple[list[tuple[int, int]], int]:
 
 def processes(plan: Plan) -> int:
     """Processes of this machine, as far as the config says."""
-    devices = plan.config["trainer"]["devices"]
-    if isinstance(devices, list):
-        return len(devices)
-    if isinstance(devices, int) and devices > 0:
-        return devices
-    return max(1, torch.cuda.device_count())
+    return count_devices(plan.config["trainer"]["devices"]) or max(1, torch.cuda.device_count())
 
 
 def _devices(plan: Plan) -> tuple[str, str]:

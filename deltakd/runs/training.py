@@ -31,12 +31,13 @@ from deltakd.types import STUDENT
 log = logging.getLogger(__name__)
 
 
-def run_training(cfg: DictConfig, run_dir: Path) -> float:
+def run_training(cfg: DictConfig, run_dir: Path, how_to_resume: str = "") -> float:
     """Train, export, evaluate and record; a finished run is only read.
 
     Args:
         cfg: composed config (``conf/train.yaml``).
         run_dir: the run directory.
+        how_to_resume: what a user does to go on, where that is not the same command with this directory.
 
     Returns:
         The value of the objective at the best checkpoint.
@@ -55,7 +56,7 @@ def run_training(cfg: DictConfig, run_dir: Path) -> float:
     if directory.finished:
         log.info("%s is finished already; nothing to do.", run_dir)
         return _objective_value(plan, directory.read_summary())
-    with Lifeline(f"the same command with resume=true run_dir={cfg.run_dir or run_dir}") as lifeline:
+    with Lifeline(how_to_resume or f"the same command with resume=true run_dir={run_dir}") as lifeline:
         return _run(plan, directory, lifeline)
 
 

@@ -15,8 +15,6 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from deltakd.strategies.zero_checkpoints import for_any_ranks, ranks_of
 
-log = logging.getLogger(__name__)
-
 #: The file of a sharded checkpoint that holds all but weights and optimiser state (FSDP2's name for it).
 META = "meta.pt"
 

@@ -31,20 +31,17 @@ def for_any_ranks(checkpoint: Path, strategy: DeepSpeedStrategy) -> Iterator[Pat
         OSError: there is no room for it: as much as the checkpoint takes itself.
     """
     universal = checkpoint.with_name(f"{checkpoint.name}.universal")
-    if strategy.is_global_zero:
-        log.info(
-            "%s was written by %d processes and is converted for %d.",
-            checkpoint,
-            ranks_of(checkpoint),
-            strategy.world_size,
-        )
-        shutil.rmtree(universal, ignore_errors=True)
-        _convert(checkpoint / TAG, universal / TAG)
-    strategy.barrier()
+    # No barrier where one rank fails: the others are elsewhere.
     try:
-        yield universal
-    finally:
+        if strategy.is_global_zero:
+            ranks = ranks_of(checkpoint)
+            log.info("%s was written by %d processes and is converted for %d.", checkpoint, ranks, strategy.world_size)
+            shutil.rmtree(universal, ignore_errors=True)
+            _convert(checkpoint / TAG, universal / TAG)
         strategy.barrier()
+        yield universal
+        strategy.barrier()
+    finally:
         if strategy.is_global_zero:
             shutil.rmtree(universal, ignore_errors=True)
 
