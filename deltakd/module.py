@@ -11,7 +11,7 @@ from typing import Any, final
 import lightning as L
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import fully_shard
 
 from deltakd.kernels import MEMORY_BUDGET, Buckets, chunked_loss
 from deltakd.models import LanguageModel, transformer_blocks
@@ -95,7 +95,6 @@ class DistillationModule(L.LightningModule):
         for block in transformer_blocks(self.student):
             fully_shard(block, mesh=mesh)
         fully_shard(self.student, mesh=mesh)
-        register_fsdp_forward_method(self.student, "with_head")
 
     @contextmanager
     def whole_student(self) -> Iterator[LanguageModel]:

@@ -71,12 +71,23 @@ class LanguageModel(nn.Module):
     def with_head(self, batch: Batch, use: Callable[[Head], T]) -> T:
         """What ``use`` makes of the head of the batch's N valid tokens.
 
-        The head is used inside the call, since sharded parameters are whole there and nowhere else.
+        The head is used inside the module's call, since sharded parameters are whole there and nowhere else. What comes
+        out are tensors: by them DeepSpeed knows when the backward pass comes back to this module, and gathers again.
         """
-        return use(self(batch))
+        return self(batch, use)
 
-    def forward(self, batch: Batch) -> Head:
-        """The head of the batch's N valid tokens: prompt and padding are never multiplied."""
+    def forward(self, batch: Batch, use: Callable[[Head], Any] | None = None) -> Any:
+        """The head of the batch's N valid tokens: prompt and padding are never multiplied.
+
+        Args:
+            batch: rows.
+            use: what is made of the head, and given in its place.
+        """
+        head = self.head(batch)
+        return head if use is None else use(head)
+
+    def head(self, batch: Batch) -> Head:
+        """The head of the batch's N valid tokens, for callers that are modules themselves."""
         hidden_BTD = self.hidden_states(batch.input_ids, batch.attention_mask)
         return self.head_of(batch.at_valid(hidden_BTD))
 

@@ -8,7 +8,6 @@ from typing import Any, final
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from deltakd.models import LanguageModel, ModelSpec
 from deltakd.references.sharded import PERSISTENCE_THRESHOLD, Engine, sharded
@@ -69,7 +68,7 @@ class LiveReferences:
         self._engine = engine
         self._persistence_threshold = persistence_threshold
         #: What is run: the models, or what gathers their parts.
-        self._runners: dict[str, nn.Module] = dict(models)
+        self._runners: dict[str, Callable[[Batch], Head]] = dict(models)
         self._adapted_student = adapted_student
         self._placement = placement
         self._device = torch.device("cpu")
@@ -133,7 +132,7 @@ class LiveReferences:
             heads[STUDENT_RAW] = replace(head, weight=head.weight.detach())
         return heads
 
-    def _run(self, runner: nn.Module, batch: Batch) -> Head:
+    def _run(self, runner: Callable[[Batch], Head], batch: Batch) -> Head:
         # The student's autocast must not reach the references: each runs in its own dtype.
         with torch.autocast(self._home.type, enabled=False):
             return runner(batch)

@@ -5,12 +5,12 @@ Its parameters are gathered layer by layer while it runs, and let go again. All 
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any, Literal, final
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -28,6 +28,8 @@ PERSISTENCE_THRESHOLD = 100_000
 class _WholeHead(nn.Module):
     """Runs a model and keeps its output embedding, which is gathered inside ``forward`` alone.
 
+    It gives tensors and no ``Head``: DeepSpeed warns of modules in whose outputs it finds none.
+
     Args:
         model: the frozen model.
     """
@@ -36,15 +38,18 @@ class _WholeHead(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: Batch) -> Head:
-        head: Head = self.model(batch)
-        return replace(head, weight=head.weight.clone(), bias=None if head.bias is None else head.bias.clone())
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        head = self.model.head(batch)
+        return head.hidden, head.weight.clone(), None if head.bias is None else head.bias.clone()
 
 
-def sharded(model: LanguageModel, engine: Engine, device: torch.device, persistence_threshold: int) -> nn.Module:
+def sharded(
+    model: LanguageModel, engine: Engine, device: torch.device, persistence_threshold: int
+) -> Callable[[Batch], Head]:
     """Shard a frozen model over all ranks; a joint act of them.
 
-    The model's parameters become those of this rank's part, one block at a time, so that the device never holds all.
+    The model's parameters become those of this rank's part, one block at a time, so that the device never holds all. A
+    model that was loaded in the dtype it is stored in is a mapped file until then, which the ranks of a machine share.
 
     Args:
         model: whole, on the CPU or on ``device``; sharded in place.
@@ -55,8 +60,15 @@ def sharded(model: LanguageModel, engine: Engine, device: torch.device, persiste
     Returns:
         What takes a batch and gives its head, whose output embedding is whole for as long as the head is held.
     """
+    transform = model.head_of(next(model.parameters()).new_zeros(0))
     whole = _WholeHead(model)
-    return _by_fsdp(whole, device) if engine == "fsdp" else _by_zero(whole, device, persistence_threshold)
+    run = _by_fsdp(whole, device) if engine == "fsdp" else _by_zero(whole, device, persistence_threshold)
+
+    def head_of(batch: Batch) -> Head:
+        hidden, weight, bias = run(batch)
+        return Head(hidden, weight, bias, transform.softcap, transform.scale)
+
+    return head_of
 
 
 def _by_fsdp(whole: _WholeHead, device: torch.device) -> nn.Module:
