@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 USAGE = """Compare finished runs: one page that opens without a network, and tables and figures for a paper.
 
   python -m deltakd.report outputs/quickstart                 a study, or any folder that holds runs
-  python -m deltakd.report experiments/quickstart             the same, in the order of its study.yaml
+  python -m deltakd.report experiments/quickstart             the same: the stages of its table and their models
   python -m deltakd.report outputs/multirun/DATE 'outputs/kd_*' --baseline kd --output outputs/report_kd
 
 Runs that differ in their seed alone are one method. Shift preservation is measured where a run's own directory does not

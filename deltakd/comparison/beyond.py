@@ -63,7 +63,24 @@ class BeyondTable:
     @property
     def title(self) -> str:
         """What the set is called in a heading."""
-        return "held-out rows (val)" if self.name == "val" else self.name
+        return set_title(self.name)
+
+
+def set_title(name: str) -> str:
+    """What a set is called in a heading."""
+    return "held-out rows (val)" if name == "val" else name
+
+
+def measured_values(method: Method, name: str, measure: str) -> list[float]:
+    """A measure on a set, of each finished run that has it."""
+    values = [(run.summary or {}).get(f"{name}/{measure}") for run in method.finished]
+    return [float(value) for value in values if isinstance(value, int | float) and math.isfinite(value)]
+
+
+def mean_and_stderr(values: Sequence[float]) -> tuple[float, float | None]:
+    """Of one value or more over training seeds; of a single one there is no error."""
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
+    return float(np.mean(values)), error
 
 
 def beyond_tables(methods: Sequence[Method]) -> list[BeyondTable]:
@@ -100,6 +117,5 @@ def _cell(measure: str, values: Sequence[float]) -> tuple[str, str]:
     if not values:
         return "–", ""
     digits = MEASURES[measure][1]
-    mean = f"{np.mean(values):,.{digits}f}".replace("-", "−")
-    error = f"{np.std(values, ddof=1) / math.sqrt(len(values)):,.{digits}f}" if len(values) > 1 else ""
-    return mean, error
+    mean, error = mean_and_stderr(values)
+    return f"{mean:,.{digits}f}".replace("-", "−"), "" if error is None else f"{error:,.{digits}f}"

@@ -1,4 +1,4 @@
-"""The figures of a report: learning curves, differences, the delta weight, and how the shift was preserved."""
+"""The figures of a report: learning curves, differences, and how the shift was preserved."""
 
 from __future__ import annotations
 
@@ -146,60 +146,6 @@ def _draw_differences(scores: Mapping[str, Score], colors: Mapping[str, str], ax
     axes.grid(visible=False, axis="y")
     axes.spines["left"].set_visible(False)
     axes.set_xlabel("percentage points")
-
-
-def delta_weights(tables: Sequence[Comparison], styles: Styles) -> Plate:
-    """Scores against the delta weight, where a loss was run at several; methods without one as levels."""
-    panels = []
-    legend: dict[str, Style] = {}
-    for number, table in enumerate(tables, 1):
-        for name in table.sets:
-            families: dict[str, list[tuple[float, Score]]] = {}
-            levels: dict[str, Score] = {}
-            first: dict[str, Style] = {}
-            for row in table.rows:
-                if name not in row.scores or row.method.role:
-                    continue
-                weight = row.method.delta_weight
-                family = row.label if weight is None else re.sub(r" ?delta_weight=\S+", "", row.label)
-                family = row.method.loss if weight is not None and family == row.label else family
-                first.setdefault(family, styles[row.method.label])
-                if weight is not None:
-                    families.setdefault(family, []).append((weight, row.scores[name]))
-                else:
-                    levels[row.label] = row.scores[name]
-            swept = {
-                family: sorted(points, key=lambda point: point[0])
-                for family, points in families.items()
-                if len({weight for weight, _ in points}) > 1
-            }
-            if swept:
-                legend |= {label: first[label] for label in (*swept, *levels)}
-                panels.append(
-                    Panel(
-                        f"delta_weight_{table.metric}_{re.sub(r'[^A-Za-z0-9]+', '_', name)}_{number}",
-                        f"{name}: {table.title}",
-                        partial(_draw_weights, swept, levels, first),
-                    )
-                )
-    return Plate(panels, legend, "Bars are standard errors. Dotted: methods that have no delta weight.")
-
-
-def _draw_weights(
-    swept: Mapping[str, Sequence[tuple[float, Score]]], levels: Mapping[str, Score], styles: Styles, axes: Axes
-) -> None:
-    for family, points in swept.items():
-        weights = [weight for weight, _ in points]
-        means = [score.spread.mean for _, score in points]
-        errors = [score.spread.stderr or 0.0 for _, score in points]
-        # Methods that share a loss and a weight differ in something else: a line through them would be no curve.
-        line = "-" if len(set(weights)) == len(weights) else "none"
-        axes.errorbar(
-            weights, means, errors, color=styles[family].color, marker="o", markersize=4, linestyle=line, label=family
-        )
-    for label, score in levels.items():
-        axes.axhline(score.spread.mean, color=styles[label].color, linestyle=(0, (1, 1.5)), linewidth=1.2, label=label)
-    axes.set_xlabel("delta_weight")
 
 
 def preservation(measured: Mapping[str, Sequence[Preservation]], styles: Styles) -> Plate:

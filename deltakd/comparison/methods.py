@@ -51,6 +51,9 @@ class Method:
         role: ``teacher``, ``raw teacher`` or ``raw student`` where other runs given learnt from it, else None.
         loss: the loss's name in ``conf/loss``.
         delta_weight: the weight that its loss uses; None where it uses none, or one that moves.
+        family: what it shares with methods that differ from it in the delta weight alone.
+        at_zero: of a Delta-KD what it shares with the plain distillation that it is at weight 0, and the same of a
+            plain distillation; None of all others.
     """
 
     label: str
@@ -58,6 +61,8 @@ class Method:
     role: str | None = None
     loss: str = ""
     delta_weight: float | None = None
+    family: str = ""
+    at_zero: str | None = None
 
     @property
     def shown_role(self) -> str | None:
@@ -132,7 +137,10 @@ def make_methods(runs: Sequence[Run], known: KnownLosses, notes: list[str]) -> l
     roles = [_role(group, runs) for group in members]
     labels = _unique([_label(i, members, losses, roles) for i in range(len(members))])
     weights = [_delta_weight(group[0], known.get(loss, {})) for group, loss in zip(members, losses, strict=True)]
-    methods = [Method(*parts) for parts in zip(labels, members, roles, losses, weights, strict=True)]
+    families = [_family(group[0], known.get(loss, {})) for group, loss in zip(members, losses, strict=True)]
+    at_zero = [_at_zero(group[0]) for group in members]
+    parts = zip(labels, members, roles, losses, weights, families, at_zero, strict=True)
+    methods = [Method(*of) for of in parts]
     return [m for m in methods if m.role] + [m for m in methods if not m.role]
 
 
@@ -187,6 +195,22 @@ def _delta_weight(run: Run, loss: Mapping[str, Any]) -> float | None:
     weight = run.config.get("delta_weight")
     uses = any(value == "${delta_weight}" for value in loss.values())
     return float(weight) if uses and isinstance(weight, int | float) else None
+
+
+def _family(run: Run, loss: Mapping[str, Any]) -> str:
+    """All settings but the delta weight."""
+    weights = {f"loss.{key}" for key, value in loss.items() if value == "${delta_weight}"}
+    return repr(sorted((key, repr(value)) for key, value in _settings(run).items() if key not in weights))
+
+
+def _at_zero(run: Run) -> str | None:
+    """All settings but what the target is made of, where it is the teacher with or without the paper's shift."""
+    settings = _settings(run)
+    if str(settings.get("loss.target._target_")).rpartition(".")[2] not in ("teacher_target", "delta_target"):
+        return None
+    # Plain distillation reads no raw teacher, so that its config need not name one.
+    kept = {k: v for k, v in settings.items() if not _is_below(k, ("loss.target", "model.teacher_raw"))}
+    return repr(sorted((key, repr(value)) for key, value in kept.items()))
 
 
 def _label(index: int, members: Sequence[list[Run]], losses: Sequence[str], roles: Sequence[str | None]) -> str:

@@ -20,11 +20,12 @@ from deltakd.comparison.formats import beyond_markdown, latex, markdown, shown_d
 from deltakd.comparison.methods import Method
 from deltakd.comparison.preservation import Preservation
 from deltakd.comparison.tables import Comparison, notes_once
+from deltakd.comparison.weights import delta_weights
 
 _TEMPLATES = Path(__file__).parent / "templates"
 #: Sections of figures alone: id, heading, plate.
 _FIGURE_SECTIONS = (
-    ("weights", "Score against the delta weight", "weights"),
+    ("weights", "Against the delta weight", "weights"),
     ("curves", "Learning curves", "curves"),
     ("parts", "Parts of the loss", "parts"),
 )
@@ -63,7 +64,7 @@ class Page:
         trained = [method for method in students if any(run.curves for run in method.runs)]
         return {
             "differences": figures.differences(self.comparisons, self.styles),
-            "weights": figures.delta_weights(self.comparisons, self.styles),
+            "weights": delta_weights(self.comparisons, self.methods, self.styles),
             "curves": figures.learning_curves(trained, self.styles),
             "parts": figures.loss_parts(trained, self.styles),
             "preservation": figures.preservation(self.measured, self.styles) if self.measured else Plate([]),

@@ -6,7 +6,7 @@ import glob
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
@@ -103,7 +103,7 @@ class Found:
 
     Args:
         runs: in the order given, of a study in the order of its table.
-        skipped: what could not be read, one sentence each.
+        skipped: what could not be read, and stages that a study does not report, one sentence each.
     """
 
     runs: list[Run] = field(default_factory=list)
@@ -124,7 +124,7 @@ def find_runs(paths: Sequence[str]) -> Found:
     chosen: dict[Path, tuple[Path, str | None]] = {}
     problems: list[str] = []
     for given in paths:
-        here = [path for match in _matches(given) for path in _run_directories(match)]
+        here = [path for match in _matches(given) for path in _run_directories(match, found.skipped)]
         if not here:
             problems.append(_nothing(given))
         for path, label in here:
@@ -164,20 +164,20 @@ def _nothing(given: str) -> str:
         return f"{given} does not exist; wanted: {wanted}."
     study = Path(given) / "study.yaml"
     if study.is_file():
-        return f"{given}: no stage of its study has run yet; run `python -m deltakd.study {given}` first."
+        return f"{given}: no stage that its study reports has run yet; run `python -m deltakd.study {given}` first."
     return f"{given} holds no run; wanted: {wanted}."
 
 
-def _run_directories(path: Path) -> list[tuple[Path, str | None]]:
-    """Run directories in and under ``path``, each with its study's label."""
+def _run_directories(path: Path, skipped: list[str]) -> list[tuple[Path, str | None]]:
+    """Run directories in and under ``path``, each with its study's label; stages left out go to ``skipped``."""
     if (path / "study.yaml").is_file():
-        return _stages(path / "study.yaml")
+        return _stages(path / "study.yaml", skipped)[0]
     if (path / "config.yaml").is_file():
         return [(path, None)]
     study = Path("experiments") / path.name / "study.yaml"
     if study.is_file() and path.resolve() == (Path("outputs") / path.name).resolve():
-        listed = _stages(study)
-        known = {p.resolve() for p, _ in listed}
+        listed, left_out = _stages(study, skipped)
+        known = {p.resolve() for p in [*(p for p, _ in listed), *left_out]}
         return listed + [(p, None) for p in _walk(path) if p.resolve() not in known]
     return [(p, None) for p in _walk(path)]
 
@@ -190,8 +190,11 @@ def _walk(path: Path) -> Iterator[Path]:
         children[:] = sorted((c for c in children if c not in _NOT_RUNS and not c.startswith(".")), key=_natural)
 
 
-def _stages(file: Path) -> list[tuple[Path, str | None]]:
-    """The stages of a study that have begun, those of its table first and under their labels there.
+def _stages(file: Path, skipped: list[str]) -> tuple[list[tuple[Path, str | None]], list[Path]]:
+    """The runs of a study, those of its table first and under their labels there, and the runs that are left out.
+
+    A table says what is reported: runs of other stages, such as a screening, would be taken for repetitions of the
+    finals, since neither name nor seed make a method. Models that reported runs learnt from are shown all the same.
 
     Raises:
         ValueError: the file is no study.
@@ -203,15 +206,48 @@ def _stages(file: Path) -> list[tuple[Path, str | None]]:
     except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{file} is no study ({type(error).__name__}: {error}); give its run directories.") from None
     folder = Path("outputs") / (content.get("name") or file.resolve().parent.name)
-    ordered = [*rows, *(stage for stage in stages if stage not in rows)]
     found: list[tuple[Path, str | None]] = []
-    for stage in ordered:
-        label = rows.get(stage)
+    for stage, label in rows.items():
         for path in _walk(folder / stage):
             # Below a stage lie the runs of its sweeps.
             name = path.relative_to(folder).as_posix()
-            found.append((path, label if label is None else job_label(label, name)))
-    return found
+            found.append((path, job_label(label, name)))
+    others = [(stage, path) for stage in stages if stage not in rows for path in _walk(folder / stage)]
+    models = _models_of(path for path, _ in found) if rows else set()
+    left_out = [(stage, path) for stage, path in others if rows and os.path.realpath(path / "student") not in models]
+    found += [(path, None) for stage, path in others if (stage, path) not in left_out]
+    names = dict.fromkeys(stage for stage, path in left_out if _trains(path))
+    if names:
+        skipped.append(
+            f"{folder}: not in the table of its study.yaml, so not in this report: {', '.join(names)} (give their "
+            "directories for one of their own)."
+        )
+    return found, [path for _, path in left_out]
+
+
+def _models_of(runs: Iterable[Path]) -> set[str]:
+    """Directories of all models that the runs' configs name."""
+    nodes = [node for run in runs for node in ((_config(run) or {}).get("model") or {}).values()]
+    paths = [node["path"] for node in nodes if isinstance(node, Mapping) and node.get("path")]
+    return {os.path.realpath(str(path)) for path in paths}
+
+
+def _config(run: Path) -> dict[str, Any] | None:
+    """The config of a run; None where it can't be read, which is said when the run itself is read."""
+    try:
+        content = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _trains(path: Path) -> bool:
+    """Whether a directory is that of a training, not of a teacher's answers."""
+    return _is_run(_config(path) or {})
+
+
+def _is_run(config: Mapping[str, Any]) -> bool:
+    return "answering_teacher" not in config and "seed" in config
 
 
 def job_label(label: str, name: str) -> str:
@@ -237,7 +273,7 @@ def _read_run(path: Path, label: str | None, skipped: list[str]) -> Run | None:
     except (OSError, ValueError, yaml.YAMLError) as error:
         skipped.append(f"{path}/config.yaml can't be read ({_first_line(error)}): this run is left out.")
         return None
-    if "answering_teacher" in config or "seed" not in config:
+    if not _is_run(config):
         return None
     summary = None
     if (path / "summary.json").is_file():

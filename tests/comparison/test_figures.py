@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from xml.etree import ElementTree
@@ -16,8 +17,9 @@ from deltakd.comparison.methods import make_methods
 from deltakd.comparison.preservation import Estimate, Group
 from deltakd.comparison.runs import find_runs
 from deltakd.comparison.tables import make_comparisons
+from deltakd.comparison.weights import delta_weights
 from deltakd.runs.configuration import CONF_DIR
-from tests.comparison.fake import write_run
+from tests.comparison.fake import Config, write_run
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def panels_of(world: Path) -> dict[str, Panel]:
         figures.learning_curves(methods, style),
         figures.loss_parts(methods, style),
         figures.differences(tables, style),
-        figures.delta_weights(tables, style),
+        delta_weights(tables, methods, style),
     ]
     return {panel.name: panel for plate in plates for panel in plate.panels}
 
@@ -66,6 +68,32 @@ def test_every_run_has_a_line_and_the_delta_weight_its_scores(world: Path) -> No
     (points,) = axes.containers
     assert list(points[0].get_xdata()) == [0.5, 1.0]
     assert points[0].get_ydata()[1] - points[0].get_ydata()[0] == pytest.approx(0.5, abs=0.5)
+
+
+def test_a_line_of_weights_holds_both_of_its_ends_whatever_their_stages_are_called(tmp_path: Path) -> None:
+    def stage(name: str, loss: str, weight: float, level: float, lr: float = 0.001) -> None:
+        def change(config: Config) -> None:
+            config["name"] = f"study/{name}"
+            config["optim"]["lr"] = lr
+
+        run = write_run(tmp_path / name, loss, weight=weight, level=level, change=change)
+        summary = json.loads((run / "summary.json").read_text())
+        (run / "summary.json").write_text(json.dumps(summary | {"val/kl_teacher": level / 100}))
+
+    stage("final_kd", "kd", 1.0, 20.0)
+    stage("final_kd_fast", "kd", 1.0, 40.0, lr=0.1)
+    stage("final_delta_kd", "delta_kd", 1.0, 24.0)
+    stage("alpha/delta_weight=0.25", "delta_kd", 0.25, 21.0)
+    stage("alpha/delta_weight=0.5", "delta_kd", 0.5, 22.0)
+    panels = {name: panel for name, panel in panels_of(tmp_path).items() if name.startswith("delta_weight")}
+    assert list(panels) == ["delta_weight_rougeL_test_1", "delta_weight_kl_teacher_val"]
+    axes = Figure().add_subplot()
+    panels["delta_weight_kl_teacher_val"].draw(axes)
+    (line,) = axes.containers
+    assert line.get_label() == "delta_kd"
+    # At 0 the kd with the same learning rate.
+    assert list(line[0].get_xdata()) == [0.0, 0.25, 0.5, 1.0]
+    assert list(line[0].get_ydata()) == pytest.approx([0.2, 0.21, 0.22, 0.24])
 
 
 def test_svg_is_well_formed_and_leaves_colours_and_ids_to_the_page(world: Path, tmp_path: Path) -> None:

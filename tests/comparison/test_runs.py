@@ -30,18 +30,33 @@ def test_runs_of_a_folder_in_natural_order_without_what_is_no_run(tmp_path: Path
     assert len(run.answers["test"][10]) == 30
 
 
-def test_a_study_is_read_from_its_file_in_the_order_of_its_table(
+def test_of_a_study_its_table_is_reported_with_the_models_that_its_rows_learnt_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for stage in ("a", "b", "c"):
-        write_run(Path("outputs") / "mine" / stage)
-    study = {"name": "mine", "stages": dict.fromkeys("abcd"), "table": {"rows": {"the second": "b", "the first": "a"}}}
-    Path("experiments/mine").mkdir(parents=True)
-    Path("experiments/mine/study.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
-    for given in ("experiments/mine", "outputs/mine"):
-        runs = find_runs([str(tmp_path / "outputs/mine/b"), given]).runs
-        assert [(run.path.name, run.label) for run in runs] == [("b", "the second"), ("a", "the first"), ("c", None)]
+    folder = Path("outputs") / "mine"
+    for stage in ("raw", "screening/seed=0", "a", "b"):
+        teacher = {"model": {"teacher": {"path": "outputs/mine/raw/student"}}}
+        write_run(folder / stage, change=lambda config, it=teacher: config.update(it))
+    write_run(folder / "by_hand")
+    study = {"name": "mine", "stages": dict.fromkeys(["raw", "screening", "a", "b", "not_run"])}
+    file = Path("experiments/mine/study.yaml")
+    file.parent.mkdir(parents=True)
+
+    def found(given: str, table: dict[str, object]) -> tuple[list[tuple[str, str | None]], list[str]]:
+        file.write_text(yaml.safe_dump(study | {"table": table}, sort_keys=False))
+        result = find_runs([str(tmp_path / folder / "b"), given])
+        return [(run.path.name, run.label) for run in result.runs], result.skipped
+
+    rows = {"rows": {"the second": "b", "the first": "a"}}
+    shown: list[tuple[str, str | None]] = [("b", "the second"), ("a", "the first"), ("raw", None)]
+    left_out = "outputs/mine: not in the table of its study.yaml, so not in this report: screening"
+    for given, more in (("experiments/mine", []), ("outputs/mine", [("by_hand", None)])):
+        runs, skipped = found(given, rows)
+        assert runs == shown + more
+        assert [sentence.partition(" (give")[0] for sentence in skipped] == [left_out]
+    runs, skipped = found("experiments/mine", {})
+    assert (sorted(name for name, _ in runs), skipped) == (["a", "b", "raw", "seed=0"], [])
 
 
 def test_an_unfinished_run_is_read_so_far(tmp_path: Path) -> None:
