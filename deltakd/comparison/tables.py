@@ -193,7 +193,8 @@ def _comparison(metric: str, members: Sequence[Member], protocol: list[str], bas
     base = _baseline(rows, baseline)
     sets = _sets([method for method, _ in members], metric)
     for name in sets:
-        answered = [row for row in rows if row.method.evaluated(name)]
+        # In a mixed table another row's answers to the set may be scored by something else.
+        answered = [row for row in rows if any(run.has(name, metric) for run in row.method.evaluated(name))]
         compared = _comparable(answered, base, name)
         differences = _differences(compared, base, name, metric)
         best = None if any(row.mark for row in compared) else _best(compared, name, metric)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,20 @@ def test_other_protocols_have_tables_of_their_own_unless_mixed(
     assert not any(row.scores["test"].best for row in mixed.rows)
     # Other prompts can't be paired.
     assert (mixed.rows[2].scores["test"].difference is None) == ("rows" in settings)
+
+
+def test_a_set_under_two_scorers_is_in_both_tables_of_a_mixed_report(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", "sft")
+    file = write_run(tmp_path / "b", "kd") / "generations" / "test_seed10.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    for record in records:
+        del record["rougeL"], record["exact_match"]
+        record |= {"final_number": 50.0, "final_number_lenient": 0.0}
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    tables = tables_of(tmp_path, mixed=True)
+    shown = {table.metric: {row.label: list(row.scores) for row in table.rows} for table in tables}
+    assert shown["rougeL"] == {"sft [1]": ["test"], "kd [2]": []}
+    assert shown["final_number"] == {"sft [1]": [], "kd [2]": ["test"]}
 
 
 def test_the_baseline_can_be_chosen_by_name(tmp_path: Path) -> None:
