@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -46,7 +47,7 @@ outputs/<study>/<stage>/<key=value,...>. A run that fails costs no other run of 
 
 
 def run_study(study: Study, console: Console, stages: Collection[str] = ()) -> None:
-    """Run what is not finished, then print the comparison.
+    """Run what is not finished, then print the comparison and what all of the study took so far.
 
     Args:
         study: what to run.
@@ -76,6 +77,7 @@ def run_study(study: Study, console: Console, stages: Collection[str] = ()) -> N
                 )
     if _rows(study):
         console.print(comparison(study))
+    _say_hours(study, console)
 
 
 def _run_stage(
@@ -100,7 +102,7 @@ def _run_stage(
         try:
             # A finished run is only read: its files are there, but they must be those of this config.
             outcome = COMMANDS[job.stage.command](configs[job.name], job.directory)
-        except (ValueError, NonFiniteLossError, MisconfigurationException) as error:
+        except (ValueError, NonFiniteLossError, MisconfigurationException, torch.OutOfMemoryError) as error:
             if len(jobs) == 1:
                 raise
             reason = " ".join(str(error).split())
@@ -154,6 +156,18 @@ def _say_estimate(jobs: Sequence[Job], measured: Mapping[str, Sequence[float]], 
         how = "measured" if measured[stage] else "expected"
         time_each = "unknown" if each is None else f"{each * len(own):.0f} minutes ({each:.1f} each, {how})"
         lines.append(f"  {stage}: {len(own)} runs, {time_each}")
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
+def _say_hours(study: Study, console: Console) -> None:
+    """What all finished runs of the study took, whichever start of it ran them, by stage and in all."""
+    measured = _measured([job for jobs in study.jobs.values() for job in jobs])
+    hours = {stage: sum(seconds) / 3600 for stage, seconds in measured.items() if seconds}
+    if not hours:
+        return
+    lines = ["Hours of finished runs (of one that was interrupted, since its last start alone):"]
+    lines += [f"  {stage}: {each:.2f} (runs: {len(measured[stage])})" for stage, each in hours.items()]
+    lines.append(f"  in all: {sum(hours.values()):.2f}")
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 

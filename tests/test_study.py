@@ -62,6 +62,8 @@ def test_a_later_stage_starts_from_an_earlier_one_and_finished_stages_are_skippe
     assert "2 of 2 runs to do; about 3 minutes." in first
     assert "the teacher" in first
     assert "±" in first
+    took = [json.loads(file.read_text())["meta"]["seconds"] for file in folder.glob("outputs/tiny/*/summary.json")]
+    assert f"in all: {sum(took) / 3600:.2f}\n" in first
     summary = folder / "outputs" / "tiny" / "student" / "summary.json"
     shown = json.loads(summary.read_text())
     assert f"{shown['mine/rougeL']:.2f} ± {shown['mine/rougeL_stderr']:.2f}" in first

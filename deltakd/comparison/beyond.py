@@ -54,11 +54,13 @@ class BeyondTable:
         name: of the set; ``val`` is the runs' own held-out data.
         columns: headings of the measures that some method has.
         rows: references first; methods without any of them are absent.
+        note: on how much the methods were measured, where it was not the same for all; else empty.
     """
 
     name: str
     columns: list[str]
     rows: list[BeyondRow]
+    note: str = ""
 
     @property
     def title(self) -> str:
@@ -110,7 +112,23 @@ def _table(name: str, methods: Sequence[Method], figures: Mapping[str, Sequence[
         values = {m: [run[f"{name}/{m}"] for run in figures[method.label] if f"{name}/{m}" in run] for m in keys}
         if any(values.values()):
             rows.append(BeyondRow(method, [_cell(m, values[m]) for m in keys]))
-    return BeyondTable(name, [MEASURES[m][0] for m in keys], rows)
+    return BeyondTable(name, [MEASURES[m][0] for m in keys], rows, _unequal([row.method for row in rows], name))
+
+
+def _unequal(methods: Sequence[Method], name: str) -> str:
+    """Which methods were measured, teacher-forced, on how much of the set; empty where all were on the same."""
+    measured: dict[tuple[int, int], dict[str, None]] = {}
+    for method in methods:
+        for run in method.finished:
+            counts = (run.meta.get("measured") or {}).get(name)
+            if counts:
+                measured.setdefault((counts["rows"], counts["tokens"]), {})[method.label] = None
+    if len(measured) < 2:
+        return ""
+    said = [f"{', '.join(labels)} on {rows:,} rows, {tokens:,} tokens" for (rows, tokens), labels in measured.items()]
+    return (
+        f"Not all were measured on the same reference answers, so that figures are not comparable: {'; '.join(said)}."
+    )
 
 
 def _cell(measure: str, values: Sequence[float]) -> tuple[str, str]:

@@ -73,6 +73,8 @@ def beyond_markdown(tables: Sequence[BeyondTable]) -> str:
         for row in table.rows:
             cells = [value + (f" ± {error}" if error else "") for value, error in row.cells]
             lines.append(_md_line([_md_escape(row.label), *cells, shown_seeds(row.method)]))
+        if table.note:
+            lines += ["", f"* {_md_escape(table.note)}"]
     return "\n".join([*lines, "", *(f"* {note}" for note in NOTES)]) + "\n"
 
 

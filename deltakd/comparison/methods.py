@@ -94,6 +94,16 @@ class Method:
         """``[S, R]`` in per cent: training seed and prompt, averaged over sampling seeds; rows by ``row_ids``."""
         return np.array([_row_means(run, name, metric) for run in self.evaluated(name)], dtype=np.float64)
 
+    def sampling_std(self, name: str, metric: str) -> float | None:
+        """Standard deviation of the sampling seeds' means in per cent, over runs its mean; None: there is none."""
+        means = [
+            [np.mean([record[metric] for record in records]) for records in run.answers[name].values()]
+            for run in self.evaluated(name)
+        ]
+        if min(map(len, means), default=0) < 2:
+            return None
+        return float(np.mean([np.std(of, ddof=1) for of in means]))
+
     def row_ids(self, name: str) -> list[int]:
         """The prompts of the set ``name`` that all of its runs answered, in ascending order."""
         return row_ids(self.evaluated(name)[0], name)

@@ -37,7 +37,7 @@ _COSTS = (
     ("tokens/s", "tokens_per_second", 0),
     ("peak memory (MiB)", "peak_memory_mib", 0),
     ("training (s)", "training_seconds", 1),
-    ("whole run (s)", "seconds", 1),
+    ("last start (s)", "seconds", 1),
     ("steps", "steps", 0),
     ("tokens", "valid_tokens", 0),
 )

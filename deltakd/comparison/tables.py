@@ -23,11 +23,13 @@ class Score:
         spread: mean and standard error, over training seeds or, of one seed, over prompts.
         difference: to the baseline; None for the baseline itself, for references, and where prompts are not the same.
         best: whether it beats every other method with an interval that excludes 0.
+        sampling_std: standard deviation of the sampling seeds' means, the mean over training seeds; None of one seed.
     """
 
     spread: Spread
     difference: Difference | None = None
     best: bool = False
+    sampling_std: float | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,8 @@ class Comparison:
         elif over:
             single = "; where there is one seed, over prompts." if PROMPTS in over else "."
             notes.append(f"± is one standard error over training seeds, after averaging over sampling seeds{single}")
+        if any(score.sampling_std for row in self.rows for score in row.scores.values()):
+            notes.append(self._about_sampling())
         differences = [score.difference for score in scores if score.difference]
         if differences:
             resampled = " or ".join(sorted({difference.over for difference in differences}))
@@ -106,6 +110,15 @@ class Comparison:
         if any(row.method.role for row in self.rows):
             notes.append("Models that others learnt from stand above the line and are not compared.")
         return notes
+
+    def _about_sampling(self) -> str:
+        """Greedy answers are the same under all seeds, and not spoken of."""
+        spreads = {
+            row.label: [f"{name} {score.sampling_std:.2f}" for name, score in row.scores.items() if score.sampling_std]
+            for row in self.rows
+        }
+        said = "; ".join(f"{label}: {', '.join(of)}" for label, of in spreads.items() if of)
+        return f"Standard deviation of the sampling seeds' means, averaged over training seeds: {said}."
 
     def _about_bold(self, any_best: bool) -> str:
         if self.mixed:
@@ -193,13 +206,17 @@ def _comparison(metric: str, members: Sequence[Member], protocol: list[str], bas
     base = _baseline(rows, baseline)
     sets = _sets([method for method, _ in members], metric)
     for name in sets:
-        answered = [row for row in rows if row.method.evaluated(name)]
+        # In a mixed table another row's answers to the set may be scored by something else.
+        answered = [row for row in rows if any(run.has(name, metric) for run in row.method.evaluated(name))]
         compared = _comparable(answered, base, name)
         differences = _differences(compared, base, name, metric)
         best = None if any(row.mark for row in compared) else _best(compared, name, metric)
         for row in answered:
             row.scores[name] = Score(
-                spread(row.method.scores(name, metric)), differences.get(row.label), best=row.label == best
+                spread(row.method.scores(name, metric)),
+                differences.get(row.label),
+                best=row.label == best,
+                sampling_std=row.method.sampling_std(name, metric),
             )
     return Comparison(metric, sets, rows, base.label if base and len(rows) > 1 else None, protocol)
 

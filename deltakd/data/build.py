@@ -11,7 +11,7 @@ import numpy as np
 
 from deltakd.data.encoded_set import EncodedSet
 from deltakd.data.encoding import encode_rows
-from deltakd.data.overlap import generic_instructions, normal_form, overlapping
+from deltakd.data.overlap import generic_instructions, normal_form, overlapping, task_texts
 from deltakd.data.readers import read_rows, read_texts
 from deltakd.data.rows import Row
 from deltakd.data.templates import Template, make_template
@@ -207,8 +207,8 @@ def without_tasks_of(rows: Sequence[Row], banned: Sequence[Row]) -> list[Row]:
 
 
 def _task(row: Row, generic: Collection[str]) -> tuple[str, str]:
-    instruction = normal_form(row.question)
-    return instruction, normal_form(row.input) if instruction in generic else ""
+    instruction, given = map(normal_form, task_texts(row))
+    return instruction, given if instruction in generic else ""
 
 
 def _hold_out(rows: Sequence[Row], size: int, seed: int) -> list[Row]:

@@ -54,8 +54,9 @@ def find_overlaps(asked: Sequence[Row], others: Iterable[Row]) -> list[Overlap]:
 
     * their instructions have the same words, or have the same numbers and shingles of a similarity of NEAR or more
       (problems of one form differ in their numbers; instructions of fewer than SHINGLE words have to be the same), and
-    * their inputs have the same words, or such shingles, or one of them is empty: a question asked with a passage and
-      without one. A generic instruction (with more than GENERIC_INPUTS inputs in either set) needs its input.
+    * their inputs have the same words, or likewise the same numbers and shingles of such a similarity, or one of them
+      is empty: a question asked with a passage and without one. A generic instruction (with more than GENERIC_INPUTS
+      inputs in either set) needs its input.
 
     Args:
         asked: an evaluation set, of which an index is made.
@@ -86,7 +87,8 @@ def generic_instructions(rows: Iterable[Row]) -> set[str]:
     """The instructions, in normal form, that stand with more than GENERIC_INPUTS different inputs."""
     inputs: defaultdict[str, set[str]] = defaultdict(set)
     for row in rows:
-        inputs[normal_form(row.question)].add(normal_form(row.input))
+        instruction, given = task_texts(row)
+        inputs[normal_form(instruction)].add(normal_form(given))
     return {instruction for instruction, texts in inputs.items() if len(texts) > GENERIC_INPUTS}
 
 
@@ -96,8 +98,8 @@ class _Index:
     def __init__(self, rows: Sequence[Row], generic: Iterable[str]) -> None:
         self._rows = rows
         self._generic = {_words(text) for text in generic}
-        self._asked = [_words(_texts(row)[0]) for row in rows]
-        self._about = [_words(_texts(row)[1]) for row in rows]
+        self._asked = [_words(task_texts(row)[0]) for row in rows]
+        self._about = [_words(task_texts(row)[1]) for row in rows]
         self._sizes = [len(_shingles(words)) for words in self._asked]
         self._by_words: defaultdict[Words, list[int]] = defaultdict(list)
         self._by_shingle: defaultdict[Words, list[int]] = defaultdict(list)
@@ -108,7 +110,7 @@ class _Index:
 
     def matches(self, row: Row) -> Iterable[tuple[int, Overlap]]:
         """Position of each row of the index whose task ``row`` repeats, with how much alike they are."""
-        instruction, given = _texts(row)
+        instruction, given = task_texts(row)
         words = _words(instruction)
         similar = self._similar(words)
         if not similar:
@@ -135,11 +137,13 @@ class _Index:
             return True
         if not about or not other:
             return asked not in self._generic and self._asked[at] not in self._generic
+        if _numbers(about) != _numbers(other):
+            return False
         a, b = _shingles(about), _shingles(other)
         return len(a & b) >= NEAR * len(a | b) > 0
 
 
-def _texts(row: Row) -> tuple[str, str]:
+def task_texts(row: Row) -> tuple[str, str]:
     """Instruction and input; of a whole prompt in Alpaca's frame what stands in it."""
     framed = None if row.prompt is None else _FRAME.search(row.prompt)
     return (framed[1], framed[2] or "") if framed else (row.question, row.input)

@@ -22,7 +22,8 @@ from deltakd.evaluation.token_choice import TokenChoice, row_stream
 #: New prompts are run once this part of the batch is free: less would cost more passes, more leave more of it idle.
 REFILL = 1 / 8
 
-#: With no prompts left, the rows that have ended are taken out once they are this part of the batch.
+#: The rows that have ended are taken out once they are this part of the batch and no prompt can take their places: none
+#: is left, or the answers to the next one need more room.
 COMPACT = 1 / 4
 
 

@@ -13,8 +13,8 @@ from deltakd.types import ROLES, STUDENT, STUDENT_RAW, TEACHER, TEACHER_RAW, Hea
 
 #: A shift whose standard deviation is below so many roundings of the logits is no shift.
 _ROUNDINGS = 8.0
-#: Rows of logits whose intermediate results stay in a core's cache.
-_BLOCK_ROWS = 16
+#: Rows of logits whose intermediate results, in float64, stay in a core's cache.
+BLOCK_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,8 @@ def shift_correlation(logits: Mapping[str, Tensor], rounding: float) -> Tensor:
     Returns:
         float64; NaN where one of the shifts has no variance beyond rounding.
     """
-    blocks = range(0, max(1, len(logits[STUDENT])), _BLOCK_ROWS)
-    parts = [{role: z_NV[at : at + _BLOCK_ROWS] for role, z_NV in logits.items()} for at in blocks]
+    blocks = range(0, max(1, len(logits[STUDENT])), BLOCK_ROWS)
+    parts = [{role: z_NV[at : at + BLOCK_ROWS] for role, z_NV in logits.items()} for at in blocks]
     return torch.cat([_correlation(part, rounding) for part in parts])
 
 

@@ -31,6 +31,7 @@ class EvaluationSet:
         references: for each prompt one good answer or more.
         scorer: what scores the answers, one of ``SCORERS``.
         asked: how the prompts were made (template, length limit), for the record only.
+        cut: how many prompts were longer than the length limit, for the record only.
 
     Raises:
         ValueError: if the lengths differ or a row id occurs twice.
@@ -43,6 +44,7 @@ class EvaluationSet:
     references: list[tuple[str, ...]]
     scorer: str = "rouge"
     asked: Mapping[str, Any] = field(default_factory=dict)
+    cut: int = 0
 
     def __post_init__(self) -> None:
         lengths = {key: len(getattr(self, key)) for key in ("row_ids", "prompts", "prompt_ids", "references")}

@@ -9,13 +9,11 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from deltakd.evaluation.preservation import forward_kl, shift_correlation
+from deltakd.evaluation.preservation import BLOCK_ROWS, forward_kl, shift_correlation
 from deltakd.types import ROLES, STUDENT, TEACHER, Head
 
 #: Equal-width bins of confidence, as in the paper of the expected calibration error.
 CALIBRATION_BINS = 15
-#: Rows of logits at a time: in float64 they should stay in a core's cache.
-_BLOCK_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -61,8 +59,8 @@ def token_measures(heads: Mapping[str, Head], labels: Tensor, chunk_size: int = 
     for start in range(0, max(1, len(labels)), chunk_size):
         chunk = {role: head.rows(start, start + chunk_size).logits() for role, head in upcast.items()}
         labels_N = labels[start : start + chunk_size]
-        for at in range(0, max(1, len(labels_N)), _BLOCK_ROWS):
-            rows = slice(at, at + _BLOCK_ROWS)
+        for at in range(0, max(1, len(labels_N)), BLOCK_ROWS):
+            rows = slice(at, at + BLOCK_ROWS)
             blocks.append(_block({role: z_NV[rows] for role, z_NV in chunk.items()}, labels_N[rows]))
     there = [field.name for field in fields(TokenMeasures) if getattr(blocks[0], field.name) is not None]
     return TokenMeasures(**{name: torch.cat([getattr(block, name) for block in blocks]) for name in there})

@@ -58,6 +58,7 @@ def make_set(
         references=[row.references for row in rows],
         scorer=scorer,
         asked={"template": data.template, "max_prompt_length": data.max_prompt_length},
+        cut=cut,
     )
 
 

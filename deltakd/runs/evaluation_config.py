@@ -46,7 +46,7 @@ class Evaluation:
         generate: whether anything is generated.
         sets: name -> where it is and how it is scored.
         limit: first so many rows of each set.
-        seeds: sampling seeds (greedy decoding uses the first alone).
+        seeds: sampling seeds; greedy decoding runs once, and each seed has a file of the same answers.
         batch_size: answers decoded together, over all seeds, at most.
         val_limit: validation rows answered during training.
         decoding: how tokens are chosen.
@@ -204,6 +204,10 @@ def deviations(config: Mapping[str, Any]) -> list[str]:
     pairs += [
         (f"decoding.{key}", value, wanted["decoding"].get(key)) for key, value in dict(config["decoding"]).items()
     ]
+    scorers = {
+        name: entry.get("scorer") for name, entry in (config["sets"] or {}).items() if isinstance(entry, Mapping)
+    }
+    pairs += [(f"sets.{name}.scorer", own, wanted["scorer"]) for name, own in scorers.items() if own is not None]
     return [f"{key} is {_shown(given)} instead of {_shown(fixed)}" for key, given, fixed in pairs if given != fixed]
 
 

@@ -84,6 +84,7 @@ def read_checked_sets(
             "scorer": one.scorer,
             "limit": evaluation.limit_of(name),
             "rows": len(rows),
+            "prompts_cut": one.cut,
             "prompts_short_of_room": len(short),
             "overlap": None if overlaps is None else _overlap_record(overlaps),
         }
@@ -110,6 +111,7 @@ def _record(
         "template_text": repr(asked.make_template(tokenizer)),
         "max_prompt_length": asked.max_prompt_length,
         "padding": "left",
+        "strip_answers": asked.strip_answers,
         "seeds": list(evaluation.seeds),
         "decoding": asdict(evaluation.decoding),
         "scorers": {name: SCORERS[name].description for name in scorers},

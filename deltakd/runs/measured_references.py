@@ -103,25 +103,28 @@ class MeasuredReferences:
             encoded: the set.
             rows: positions in it, the same on all ranks.
         """
-        parts: list[References] = []
         cached = self._cached_roles(encoded, rows)
-        if self._cached is not None and cached:
-            parts.append(self._cached)
-        live = self._live({role for role in WANTED if role not in cached}, int(encoded.lengths[rows].max()))
-        if live:
-            references = LiveReferences(live, placement=self._placement)
-            references.to(self._device)
-            parts.append(references)
-        # A joint decision: a rank alone may have failed to read a file.
-        roles = frozenset.intersection(*gathered(frozenset([*cached, *live])))
+        live = self._fitting(
+            self._live({role for role in WANTED if role not in cached}, int(encoded.lengths[rows].max()))
+        )
+        own = {role: model.vocabulary for role, model in live.items()}
+        if self._cached is not None:
+            own |= dict.fromkeys(cached, self._cached.vocabulary)
+        # A joint decision: a rank alone may have failed to read a file, or have run out of memory.
+        of_ranks = gathered(own)
+        roles = frozenset.intersection(*(frozenset(of) for of in of_ranks))
+        vocabulary = min([self._vocabulary, *(of[role] for of in of_ranks for role in roles)])
         lacking = [role for role in WANTED if role not in roles]
         if lacking:
             log.info("%s is measured without %s.", name, ", ".join(lacking))
-        vocabularies = [model.vocabulary for model in live.values()]
-        if cached and self._cached is not None:
-            vocabularies.append(self._cached.vocabulary)
-        kinds = [kind for kind, there in (("cached", cached), ("live", live)) if there]
-        return HeadSource(parts, roles, min([self._vocabulary, *vocabularies]), " and ".join(kinds) or "none")
+        parts: dict[str, References] = {}
+        if self._cached is not None and roles & cached:
+            parts["cached"] = self._cached
+        if roles & live.keys():
+            references = LiveReferences({role: live[role] for role in live if role in roles}, placement=self._placement)
+            references.to(self._device)
+            parts["live"] = references
+        return HeadSource([*parts.values()], roles, vocabulary, " and ".join(parts) or "none")
 
     def _cached_roles(self, encoded: EncodedSet, rows: NDArray[np.int64]) -> frozenset[str]:
         if self._cached is None:
@@ -167,6 +170,27 @@ class MeasuredReferences:
                 log.warning("The %s has positions for %d tokens, but a row has %d.", role, positions, longest)
                 continue
             found[role] = model
+        return found
+
+    def _fitting(self, models: Mapping[str, LanguageModel]) -> dict[str, LanguageModel]:
+        """The models that the device has room for beside the student, brought there; the others are given up."""
+        found = {}
+        for role, model in models.items():
+            try:
+                LiveReferences({role: model}, placement=self._placement).to(self._device)
+            except torch.OutOfMemoryError as error:
+                log.warning(
+                    "There is no room for the %s beside the student, so nothing is measured with it "
+                    "(evaluation.measures.references=none loads no model): %s",
+                    role,
+                    error,
+                )
+                if not model.quantized:
+                    model.to("cpu")
+                self._loaded.pop(role)
+                self._given_up.add(role)
+            else:
+                found[role] = model
         return found
 
     def _model(self, role: str) -> LanguageModel | None:

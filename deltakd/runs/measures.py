@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from deltakd.data import DataConfig, EncodedSet, collate, encode_rows, read_rows, with_answer
-from deltakd.evaluation.model_step import position_limit
+from deltakd.evaluation.model_step import evaluating, position_limit
 from deltakd.evaluation.token_measures import (
     CALIBRATION_BINS,
     TokenMeasures,
@@ -173,7 +172,7 @@ def _sums(
     pad = pad_id(subject.tokenizer, source.vocabulary)
     total = _no_tokens(source)
     shown = bool(subject.config["trainer"]["enable_progress_bar"])
-    with progress_bar(f"measures of {name}", len(mine), shown) as advance, _eval_mode(subject.model):
+    with progress_bar(f"measures of {name}", len(mine), shown) as advance, evaluating(subject.model):
         for start in range(0, len(mine), subject.data.full_rows):
             chosen = mine[start : start + subject.data.full_rows].tolist()
             batch = collate([encoded[row] for row in chosen], pad, step=0, step_tokens=0).to(_device(subject))
@@ -185,20 +184,12 @@ def _sums(
     return {key: torch.stack([of[key] for of in of_ranks]).sum(0) for key in total}
 
 
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    yield
-    model.train(was_training)
-
-
 def _no_tokens(source: HeadSource) -> dict[str, Tensor]:
     """A zero for each sum that the source allows; the same keys on every rank."""
-    head_shapes = torch.zeros(0, dtype=torch.float64)
-    teacher = head_shapes if "teacher" in source.roles else None
-    shift = head_shapes if len(source.roles) == 3 else None
-    return _add_up(TokenMeasures(head_shapes, head_shapes, head_shapes, teacher, teacher, shift))
+    none_N = torch.zeros(0, dtype=torch.float64)
+    teacher = none_N if "teacher" in source.roles else None
+    shift = none_N if len(source.roles) == 3 else None
+    return _add_up(TokenMeasures(none_N, none_N, none_N, teacher, teacher, shift))
 
 
 def _add_up(measured: TokenMeasures) -> dict[str, Tensor]:

@@ -56,6 +56,19 @@ def test_measures_are_tabled_for_each_set(tmp_path: Path) -> None:
     assert page.count("1,234.50") == 1
 
 
+def test_unequal_amounts_are_said(tmp_path: Path) -> None:
+    for name, loss, rows in (("a", "sft", 8), ("b", "kd", 8), ("c", "delta_kd", 1024)):
+        file = write_run(tmp_path / name, loss) / "summary.json"
+        summary = json.loads(file.read_text()) | {"val/perplexity": 9.0, "train/perplexity": 9.0}
+        summary["meta"]["measured"] = {"val": {"rows": rows, "tokens": 90}, "train": {"rows": 8, "tokens": 90}}
+        file.write_text(json.dumps(summary))
+    methods = make_methods(find_runs([str(tmp_path)]).runs, read_losses(CONF_DIR / "loss"), [])
+    notes = {table.name: table.note for table in beyond_tables(methods)}
+    assert notes["train"] == ""
+    assert "sft, kd on 8 rows, 90 tokens; delta_kd on 1,024 rows, 90 tokens." in notes["val"]
+    assert "1,024 rows, 90 tokens." in beyond_markdown(beyond_tables(methods))
+
+
 @pytest.mark.parametrize("finished", [True, False])
 def test_no_measures_no_section(tmp_path: Path, finished: bool) -> None:
     run = write_run(tmp_path / "a", "sft", finished=finished)

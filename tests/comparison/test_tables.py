@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,34 @@ def test_other_protocols_have_tables_of_their_own_unless_mixed(
     assert not any(row.scores["test"].best for row in mixed.rows)
     # Other prompts can't be paired.
     assert (mixed.rows[2].scores["test"].difference is None) == ("rows" in settings)
+
+
+def test_a_set_under_two_scorers_is_in_both_tables_of_a_mixed_report(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", "sft")
+    file = write_run(tmp_path / "b", "kd") / "generations" / "test_seed10.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    for record in records:
+        del record["rougeL"], record["exact_match"]
+        record |= {"final_number": 50.0, "final_number_lenient": 0.0}
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    tables = tables_of(tmp_path, mixed=True)
+    shown = {table.metric: {row.label: list(row.scores) for row in table.rows} for table in tables}
+    assert shown["rougeL"] == {"sft [1]": ["test"], "kd [2]": []}
+    assert shown["final_number"] == {"sft [1]": [], "kd [2]": ["test"]}
+
+
+def test_the_spread_over_sampling_seeds_is_said(tmp_path: Path) -> None:
+    for seed, shift in ((1, 2.0), (2, 4.0)):
+        run = write_run(
+            tmp_path / f"sft{seed}", "sft", seed, change=lambda config: config["evaluation"].update(seeds=[10, 20])
+        )
+        first = run / "generations" / "test_seed10.jsonl"
+        records = [json.loads(line) for line in first.read_text().splitlines()]
+        others = [record | {"rougeL": record["rougeL"] + shift} for record in records]
+        (run / "generations" / "test_seed20.jsonl").write_text("".join(json.dumps(r) + "\n" for r in others))
+    # Two values that are d apart have the standard deviation d / √2; the mean of d is 3.
+    (table,) = tables_of(tmp_path)
+    assert f"averaged over training seeds: sft: test {3 / np.sqrt(2):.2f}." in " ".join(table.notes)
 
 
 def test_the_baseline_can_be_chosen_by_name(tmp_path: Path) -> None:

@@ -34,6 +34,8 @@ def test_what_only_looks_alike_is_no_duplicate() -> None:
     assert pairs([Row(0, "Summarise this.", passage)], [Row(1, "Summarise this.", "Another text entirely")]) == []
     assert pairs([Row(0, "Who?", passage)], [Row(1, "Where does the river rise?", passage)]) == []
     assert pairs([Row(0, LONG + " by 3 May")], [Row(1, LONG + " by 4 May")]) == []
+    assert pairs([Row(0, LONG, passage + " by 3")], [Row(1, LONG, passage + " by 4")]) == []
+    assert pairs([Row(0, LONG, passage + " by 3")], [Row(1, LONG, passage + " by 3!")]) == [(0, 1, True)]
     assert pairs([Row(0, "Name four rivers")], [Row(1, "Name five rivers")]) == []
 
 
@@ -48,6 +50,15 @@ def test_a_question_without_its_passage_is_the_same_unless_it_is_generic() -> No
 def test_whole_prompts_are_compared_by_what_stands_in_their_frame() -> None:
     frame = "Below is an instruction.\n\n### Instruction:\nWhat is Linux?\n\n### Input:\nA kernel\n\n### Response:\n"
     assert pairs([Row(0, prompt=frame)], [Row(1, "What is Linux?", "a kernel")]) == [(0, 1, True)]
+
+
+def test_generic_instructions_are_known_in_a_frame_too() -> None:
+    start = "Below is an instruction.\n\n### Instruction:\nFinish this story."
+    framed = [
+        Row(10 + n, prompt=f"{start}\n\n### Input:\nstory {n}\n\n### Response:\n") for n in range(GENERIC_INPUTS + 1)
+    ]
+    assert pairs([Row(0, "Finish this story.", "Once upon a time")], [Row(1, "Finish this story.")]) == [(0, 1, False)]
+    assert pairs([Row(0, "Finish this story.")], framed) == []
 
 
 def test_minillms_split_of_dolly_and_the_whole_of_dolly(shared_dir: Path) -> None:

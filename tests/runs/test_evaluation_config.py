@@ -49,6 +49,14 @@ def test_what_differs_from_the_protocol_is_told() -> None:
         "seeds is [10] instead of [10, 20, 30, 40, 50]",
         "decoding.temperature is 0.7 instead of 1.0",
     ]
+    sets = (
+        "sets.a.source=a",
+        "sets.b.source=b",
+        "sets.b.scorer=final_number",
+        "sets.c.source=c",
+        "sets.c.scorer=rouge",
+    )
+    assert deviations(group("minillm", *sets)) == ["sets.b.scorer is final_number instead of rouge"]
     assert deviations(group()) == []
 
 

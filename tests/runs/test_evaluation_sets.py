@@ -72,7 +72,12 @@ def test_numbers_are_scored_chosen_by_and_recorded(train: Train, world: World, t
     assert not {"numbers/rougeL", "words/final_number"} & summary.keys()
     record = summary["meta"]["evaluation"]
     assert record["protocol"] == "gsm8k"
-    assert record["deviations"] == ["decoding.max_new_tokens is 6 instead of 256"]
+    assert record["deviations"] == [
+        "decoding.max_new_tokens is 6 instead of 256",
+        "sets.words.scorer is rouge instead of final_number",
+    ]
+    assert record["strip_answers"] == "<<[^<>]*>>"
+    assert record["sets"]["numbers"]["prompts_cut"] == 0
     assert (record["max_prompt_length"], record["seeds"], record["decoding"]["do_sample"]) == (90, [10], False)
     assert "{instruction}" in record["template_text"]
     assert record["sets"]["words"]["scorer"] == "rouge"

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltakd.cache import make_cache
 from deltakd.evaluate import run_evaluation
+from deltakd.models import LanguageModel
 from deltakd.runs.directory import RunDirectory
 from deltakd.runs.errors import ConfigError
 from tests.tiny import World, save_model, write_rows
@@ -146,6 +147,26 @@ def test_what_can_not_be_had_is_left_out_and_said(
         ConfigError, match=r"(?s)measures.rows is -1; give a number.*references is 'all'; allowed: auto"
     ):
         train("sft", "evaluation.measures.rows=-1", "evaluation.measures.references=all", name="bad")
+
+
+def test_a_reference_that_does_not_fit_costs_no_run(
+    train: Train, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    there = torch.nn.Module.to
+
+    def to(model: torch.nn.Module, *arguments: object, **options: object) -> torch.nn.Module:
+        # The device is the CPU here, and the first that comes is the teacher.
+        if isinstance(model, LanguageModel) and arguments == (torch.device("cpu"),) and not refused:
+            refused.append(model)
+            raise torch.OutOfMemoryError("out of memory")
+        return there(model, *arguments, **options)
+
+    refused: list[torch.nn.Module] = []
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    run = train("sft", ON)
+    assert set(figures(run, "val")) == {"perplexity", "ece", "tokens"}
+    assert "There is no room for the teacher beside the student" in caplog.text
+    assert run.read_summary()["meta"]["measured"]["val"]["references"] == "live"
 
 
 def test_a_student_that_did_not_move_has_no_correlation(train: Train, world: World) -> None:
