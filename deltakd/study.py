@@ -47,7 +47,7 @@ outputs/<study>/<stage>/<key=value,...>. A run that fails costs no other run of 
 
 
 def run_study(study: Study, console: Console, stages: Collection[str] = ()) -> None:
-    """Run what is not finished, then print the comparison and what all of the study took so far.
+    """Run what is not finished, then print what all of the study took so far and the comparison.
 
     Args:
         study: what to run.
@@ -75,9 +75,9 @@ def run_study(study: Study, console: Console, stages: Collection[str] = ()) -> N
                         "others are kept; the same command tries these again, --stages goes on with other stages"
                     ]
                 )
+    _say_hours(study, console)
     if _rows(study):
         console.print(comparison(study))
-    _say_hours(study, console)
 
 
 def _run_stage(
