@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import warnings
@@ -47,20 +48,31 @@ def warm() -> None:
             import deepspeed  # noqa: F401
 
 
-def train(overrides: list[str], directory: Path) -> None:
+def train(overrides: list[str], directory: Path) -> list[str]:
+    """What the log says."""
     warnings.simplefilter("ignore")
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("deltakd").addHandler(handler)
     run_training(compose_config("train", overrides), directory)
+    return said
 
 
 def run(world: World, directory: Path, loss: str, ranks: int, *overrides: str) -> Path:
-    """A training on so many CPU processes; dropout is off, since each rank draws its own."""
+    """A training on so many CPU processes; its directory."""
+    log_of(world, directory, loss, ranks, *overrides)
+    return directory
+
+
+def log_of(world: World, directory: Path, loss: str, ranks: int, *overrides: str) -> list[str]:
+    """The same; what rank 0 has logged. Dropout is off, since each rank draws its own."""
     student = world.root / "plain"
     if not student.is_dir():
         save_model(student, seed=1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     common = [f"model.student.path={student}", "optim.lr=0.001", "optim.eps=1e-4", "trainer.accelerator=cpu"]
     common += [f"trainer.devices={ranks}", f"data.batch_size={8 // ranks}"]
-    on_ranks(ranks, train, world.overrides(directory, loss, *common, *overrides), directory)
-    return directory
+    return on_ranks(ranks, train, world.overrides(directory, loss, *common, *overrides), directory)[0]
 
 
 def chosen(strategy: str) -> list[str]:
@@ -209,7 +221,7 @@ def test_answers_are_those_of_one_process(strategy: str, world: World, tmp_path:
 @pytest.mark.slow
 @ALL
 def test_a_checkpoint_cut_in_half_is_told_and_the_one_before_it_used(
-    strategy: str, world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    strategy: str, world: World, tmp_path: Path
 ) -> None:
     options = [*chosen(strategy), "trainer.checkpoint_every_n_steps=2", "trainer.val_every_n_steps=6"]
     whole = run(world, tmp_path / "run", "delta_kd", 2, *options)
@@ -221,8 +233,8 @@ def test_a_checkpoint_cut_in_half_is_told_and_the_one_before_it_used(
     damaged = max(files, key=lambda p: p.stat().st_size)
     os.truncate(damaged, damaged.stat().st_size // 2)
     unfinish(whole)
-    run(world, whole, "delta_kd", 2, *options, "resume=true")
-    assert "The run goes on from the one before it, step 4" in "".join(capfd.readouterr())
+    said = log_of(world, whole, "delta_kd", 2, *options, "resume=true")
+    assert any("The run goes on from the one before it, step 4" in message for message in said), said
     torch.testing.assert_close(metrics(whole, "train/loss"), losses, rtol=1e-6, atol=0)
     resumed = load_file(whole / "student" / "model.safetensors")
     for key in student:

@@ -33,12 +33,18 @@ class RoomyLayer(DynamicLayer):
         end = self._end + key_states.shape[2]
         if end > self._buffers[0].shape[2]:
             extra = key_states.shape[2] + ROOM
-            self._buffers = tuple(pad(states, (0, 0, 0, extra)) for states in (self.keys, self.values))
+            self._buffers = tuple(pad(states, (0, 0, 0, extra)) for states in self._shown)
             end -= self._start
             self._show(0, end - key_states.shape[2])
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[:, :, self._end : end] = states
         self._show(self._start, end)
+        return self._shown
+
+    @property
+    def _shown(self) -> tuple[Tensor, Tensor]:
+        assert self.keys is not None
+        assert self.values is not None
         return self.keys, self.values
 
     def narrow(self, columns: int) -> None:

@@ -71,7 +71,7 @@ def sharded(
     return head_of
 
 
-def _by_fsdp(whole: _WholeHead, device: torch.device) -> nn.Module:
+def _by_fsdp(whole: _WholeHead, device: torch.device) -> Any:
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in transformer_blocks(whole):
         fully_shard(block, mesh=mesh)
@@ -79,7 +79,7 @@ def _by_fsdp(whole: _WholeHead, device: torch.device) -> nn.Module:
     return fully_shard(whole, mesh=mesh, reshard_after_forward=True)
 
 
-def _by_zero(whole: _WholeHead, device: torch.device, persistence_threshold: int) -> nn.Module:
+def _by_zero(whole: _WholeHead, device: torch.device, persistence_threshold: int) -> Any:
     import deepspeed
 
     dtype = next(whole.parameters()).dtype
