@@ -74,6 +74,7 @@ def test_every_method_is_measured_alike(train: Train, world: World, loss: str) -
     assert not [key for key in summary if key.startswith("mine/")]
 
 
+@pytest.mark.slow
 def test_evaluation_sets_of_a_training_and_of_evaluate(train: Train, world: World, tmp_path: Path) -> None:
     sets = f"evaluation.sets={{mine: {world.root / 'test.jsonl'}}}"
     run = train("kd", "evaluation.measures.rows=4", "evaluation=default", "evaluation.val_limit=2", sets)
@@ -126,6 +127,7 @@ def test_what_a_cache_lacks_is_loaded(
     assert figures(run, "val") == pytest.approx(figures(train(loss, ON, name="live"), "val"), rel=0.05)
 
 
+@pytest.mark.slow
 def test_what_can_not_be_had_is_left_out_and_said(
     train: Train, world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
