@@ -84,7 +84,7 @@ def test_the_page_shows_everything_and_needs_nothing_else(tmp_path: Path) -> Non
         assert said in page.text
     assert {path.name for path in file.parent.iterdir()} == {"report.html", "report.md", "table.tex", "figures"}
     assert "step 12 of 40" in (file.parent / "report.md").read_text(encoding="utf-8")
-    assert len(list((file.parent / "figures").glob("*.pdf"))) == 4 + 1 + 6
+    assert len(list((file.parent / "figures").glob("*.pdf"))) == 4 + 1 + 6 + 1
 
 
 def test_what_models_write_stays_text(tmp_path: Path) -> None:
