@@ -7,9 +7,9 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from deltakd.runs.caching import in_units, run_caching
-from deltakd.runs.configuration import compose_config
-from deltakd.runs.errors import guarded
+from deltakd.config.compose import compose_config
+from deltakd.io.errors import guarded
+from deltakd.references.build import in_units, run_caching
 
 log = logging.getLogger(__name__)
 

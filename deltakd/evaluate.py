@@ -18,18 +18,18 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from deltakd.config.compose import compose_config
 from deltakd.data import DataConfig, EncodedSet, InstructionData, Row
-from deltakd.hub import hub_reachable
+from deltakd.distributed.launchers import alone_problems, read_launch
+from deltakd.evaluation.answers import evaluate_sets, shown
+from deltakd.evaluation.measures import Subject, measure
+from deltakd.evaluation.sets import read_checked_sets
+from deltakd.evaluation.settings import make_evaluation, set_problems
+from deltakd.io.errors import ConfigError, guarded
+from deltakd.io.hub import hub_reachable
+from deltakd.io.run_directory import RunDirectory
 from deltakd.models import LanguageModel, ModelSpec, load_config, load_tokenizer
-from deltakd.runs.configuration import compose_config
-from deltakd.runs.directory import RunDirectory
-from deltakd.runs.errors import ConfigError, guarded
-from deltakd.runs.evaluation import evaluate_sets, shown
-from deltakd.runs.evaluation_config import make_evaluation, set_problems
-from deltakd.runs.evaluation_sets import read_checked_sets
-from deltakd.runs.launchers import alone_problems, read_launch
-from deltakd.runs.measures import Subject, measure
-from deltakd.runs.record import count_parameters, environment, model_fingerprint, peak_memory_mib
+from deltakd.tracking.environment import count_parameters, environment, model_fingerprint, peak_memory_mib
 
 log = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from deltakd.runs.directory import RunDirectory
-from deltakd.runs.errors import ConfigError, guarded
-from deltakd.runs.exporting import run_export
+from deltakd.io.errors import ConfigError, guarded
+from deltakd.io.run_directory import RunDirectory
+from deltakd.results.publishing import run_export
 
 USAGE = """Write a finished run's student to a directory, or upload it, with a model card that says how it was made.
 

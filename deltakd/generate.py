@@ -10,9 +10,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from deltakd.runs.answers import TRAIN_FILE, VAL_FILE, run_answers
-from deltakd.runs.configuration import compose_config
-from deltakd.runs.errors import guarded
+from deltakd.config.compose import compose_config
+from deltakd.evaluation.teacher_answers import TRAIN_FILE, VAL_FILE, run_answers
+from deltakd.io.errors import guarded
 
 log = logging.getLogger(__name__)
 

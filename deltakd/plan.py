@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 
 from rich.console import Console
 
-from deltakd.runs.cluster_plan import PAPER, default_ways, make_cases, read_architecture, read_ways
-from deltakd.runs.configuration import compose_config
-from deltakd.runs.errors import ConfigError, guarded
-from deltakd.runs.memory import planned_setting
-from deltakd.runs.plan import make_plan
-from deltakd.runs.plan_tables import Rates, show_cases, show_setting
+from deltakd.config.check import make_plan
+from deltakd.config.compose import compose_config
+from deltakd.estimates.clusters import PAPER, default_ways, make_cases, read_architecture, read_ways
+from deltakd.estimates.memory import planned_setting
+from deltakd.estimates.plan_tables import Rates, show_cases, show_setting
+from deltakd.io.errors import ConfigError, guarded
 
 USAGE = """Estimate memory, floating-point operations and bytes moved in an optimiser step, without any weights.
 

@@ -9,18 +9,18 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from deltakd.comparison.formats import markdown
-from deltakd.comparison.losses import read_losses
-from deltakd.comparison.methods import Method, make_methods
-from deltakd.comparison.page import make_page, write_report
-from deltakd.comparison.preservation import Preservation
-from deltakd.comparison.runs import find_runs
-from deltakd.comparison.tables import make_comparisons
-from deltakd.runs.configuration import CONF_DIR
-from deltakd.runs.directory import RunDirectory
-from deltakd.runs.errors import guarded
-from deltakd.runs.preservation import measure_preservation
-from deltakd.runs.redaction import redacted
+from deltakd.config.compose import CONF_DIR
+from deltakd.evaluation.preservation import measure_preservation
+from deltakd.io.errors import guarded
+from deltakd.io.run_directory import RunDirectory
+from deltakd.results.formats import markdown
+from deltakd.results.loss_names import read_losses
+from deltakd.results.methods import Method, make_methods
+from deltakd.results.page import make_page, write_report
+from deltakd.results.reading import find_runs
+from deltakd.results.tables import make_comparisons
+from deltakd.results.token_view import Preservation
+from deltakd.tracking.redaction import redacted
 
 log = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from deltakd.runs.errors import guarded
-from deltakd.runs.searching import Search, run_search
-from deltakd.runs.sweep_files import Sweep, read_sweep
+from deltakd.io.errors import guarded
+from deltakd.studies.sweep_files import Sweep, read_sweep
+from deltakd.studies.trials import Search, run_search
 
 USAGE = """Run a sweep file on this machine, one trial after the other, chosen by Optuna.
 

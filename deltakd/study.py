@@ -19,19 +19,19 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from deltakd.comparison.beyond import MEASURES
-from deltakd.comparison.runs import job_label
+from deltakd.config.compose import compose_config
+from deltakd.distributed.ranks import is_main_process
 from deltakd.evaluation import METRIC_TITLES
-from deltakd.module import NonFiniteLossError
-from deltakd.runs.answers import run_answers
-from deltakd.runs.caching import in_units, run_caching
-from deltakd.runs.configuration import compose_config
-from deltakd.runs.directory import RunDirectory
-from deltakd.runs.errors import ConfigError, guarded
-from deltakd.runs.ranks import is_main_process
-from deltakd.runs.stage_display import Stages, stages_on
-from deltakd.runs.study_file import Job, Study, read_study, stages_read
-from deltakd.runs.training import run_training
+from deltakd.evaluation.teacher_answers import run_answers
+from deltakd.io.errors import ConfigError, guarded
+from deltakd.io.run_directory import RunDirectory
+from deltakd.references.build import in_units, run_caching
+from deltakd.results.beyond import MEASURES
+from deltakd.results.reading import job_label
+from deltakd.studies.display import Stages, stages_on
+from deltakd.studies.study_file import Job, Study, read_study, stages_read
+from deltakd.training.module import NonFiniteLossError
+from deltakd.training.run import run_training
 from deltakd.types import TEACHER, is_reference_role
 
 log = logging.getLogger(__name__)

@@ -13,14 +13,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from deltakd.runs.configuration import CONF_DIR, check_overrides
-from deltakd.runs.directory import RunDirectory
-from deltakd.runs.errors import guarded
-from deltakd.runs.memory import show_memory
-from deltakd.runs.multirun import Job, run_job
-from deltakd.runs.plan import make_plan
-from deltakd.runs.ranks import agreed, external_launch, is_main_process, launch_id
-from deltakd.runs.training import run_training
+from deltakd.config.check import make_plan
+from deltakd.config.compose import CONF_DIR, check_overrides
+from deltakd.distributed.ranks import agreed, external_launch, is_main_process, launch_id
+from deltakd.estimates.memory import show_memory
+from deltakd.io.errors import guarded
+from deltakd.io.run_directory import RunDirectory
+from deltakd.studies.multirun import Job, run_job
+from deltakd.training.run import run_training
 
 #: Tells the other ranks' processes where the run goes.
 RUN_DIR_VARIABLE = "DELTAKD_RUN_DIR"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from deltakd.runs.configuration import compose_config
-from deltakd.runs.directory import RunDirectory
-from deltakd.runs.training import run_training
+from deltakd.config.compose import compose_config
+from deltakd.io.run_directory import RunDirectory
+from deltakd.training.run import run_training
 from tests.tiny import World, make_world
 
 

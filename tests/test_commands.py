@@ -16,10 +16,10 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from deltakd.config.compose import CONF_DIR, compose_config
 from deltakd.evaluate import run_evaluation
-from deltakd.evaluation import read_generations
-from deltakd.runs.configuration import CONF_DIR, compose_config
-from deltakd.runs.errors import ConfigError
+from deltakd.io.errors import ConfigError
+from deltakd.io.json_lines import read_generations
 from tests.tiny import World, make_rows, make_tokenizer, save_model, write_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -156,7 +156,7 @@ def test_every_experiment_composes_and_opens_with_its_command(name: str) -> None
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("experiments/*/study.yaml")), ids=lambda p: p.parent.name)
 def test_every_stage_of_every_study_composes(path: Path) -> None:
-    from deltakd.runs.study_file import read_study
+    from deltakd.studies.study_file import read_study
     from deltakd.study import compose_jobs
 
     study = read_study(path.parent)

@@ -19,12 +19,12 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from deltakd.config.compose import compose_config
 from deltakd.export import export, main
-from deltakd.runs.configuration import compose_config
-from deltakd.runs.directory import RunDirectory
-from deltakd.runs.errors import ConfigError
-from deltakd.runs.record import model_fingerprint
-from deltakd.runs.training import run_training
+from deltakd.io.errors import ConfigError
+from deltakd.io.run_directory import RunDirectory
+from deltakd.tracking.environment import model_fingerprint
+from deltakd.training.run import run_training
 from tests.tiny import World
 
 

@@ -14,17 +14,17 @@ from typing import Any
 import pytest
 import yaml
 
+from deltakd.config.check import make_plan
+from deltakd.config.compose import CONF_DIR, compose_config
 from deltakd.data import InstructionData, Row, encode_prompt, encode_row, make_template, read_rows
-from deltakd.evaluation import read_generations
+from deltakd.evaluation import teacher_answers
 from deltakd.generate import main, next_command, run_generation
+from deltakd.io.errors import ConfigError
+from deltakd.io.json_lines import read_generations
+from deltakd.io.run_directory import RunDirectory
 from deltakd.models import load_tokenizer, train_tokenizer
-from deltakd.runs import answers
-from deltakd.runs.configuration import CONF_DIR, compose_config
-from deltakd.runs.directory import RunDirectory
-from deltakd.runs.errors import ConfigError
-from deltakd.runs.plan import make_plan
-from deltakd.runs.record import hub_snapshot
-from deltakd.runs.training import run_training
+from deltakd.tracking.environment import hub_snapshot
+from deltakd.training.run import run_training
 from tests.tiny import World, make_rows, save_model, write_rows
 
 
@@ -145,7 +145,7 @@ def test_an_interrupted_one_goes_on_and_ends_byte_for_byte_the_same(
 ) -> None:
     arguments = overrides(talkative, tmp_path / "run", "evaluation.batch_size=3")
     asked: list[int] = []
-    answer_set: Callable[..., Any] = answers.answer_set
+    answer_set: Callable[..., Any] = teacher_answers.answer_set
 
     def until(stop: int) -> None:
         def limited(*given: Any, **options: Any) -> Any:
@@ -154,9 +154,9 @@ def test_an_interrupted_one_goes_on_and_ends_byte_for_byte_the_same(
             asked.append(len(given[2]))
             return answer_set(*given, **options)
 
-        monkeypatch.setattr(answers, "answer_set", limited)
+        monkeypatch.setattr(teacher_answers, "answer_set", limited)
 
-    monkeypatch.setattr(answers, "SHARD_PROMPTS", 10)
+    monkeypatch.setattr(teacher_answers, "SHARD_PROMPTS", 10)
     until(2)
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
@@ -283,8 +283,8 @@ def test_the_experiment_reads_what_its_second_command_writes() -> None:
     (command,) = (line[2:].split() for line in head.splitlines() if line.startswith("# python -m deltakd.generate"))
     asked = compose_config("train", command[3:])
     trained = compose_config("train", ["experiment=seqkd_gpt2"])
-    assert trained.data.train == f"{asked.run_dir}/{answers.TRAIN_FILE}"
-    assert trained.data.val == f"{asked.run_dir}/{answers.VAL_FILE}"
+    assert trained.data.train == f"{asked.run_dir}/{teacher_answers.TRAIN_FILE}"
+    assert trained.data.val == f"{asked.run_dir}/{teacher_answers.VAL_FILE}"
     assert asked.data.val_size > 0
     assert trained.loss._target_.endswith("SupervisedFineTuning")
     assert trained.model.student.path == asked.model.student.path

@@ -1,22 +1,29 @@
 """Data: sources, templates, tokens, and the order in which a run sees them.
 
-Lightning's data module is in ``deltakd.data.datamodule``; it is not imported here, so that reading
+Lightning's data module is in ``deltakd.data.batches.data_module``; it is not imported here, so that reading
 data needs no Lightning.
 """
 
-from deltakd.data.build import LoadedSets, SplitRows, load_instruction_sets, load_text_sets, split_rows
-from deltakd.data.config import DataConfig, InstructionData, TextData
-from deltakd.data.encoded_set import Encoded, EncodedSet
-from deltakd.data.encoding import encode_prompt, encode_prompts, encode_row, encode_rows
-from deltakd.data.loader import EvalLoader, StepLoader, collate
-from deltakd.data.overlap import Overlap, find_overlaps
-from deltakd.data.readers import read_rows, read_texts
-from deltakd.data.rows import Row, parse_row, row_record, with_answer
-from deltakd.data.sampler import MicroBatch, Sampler, StepSampler
-from deltakd.data.templates import AlpacaTemplate, ChatTemplate, PlainTemplate, Segment, Template, make_template
-from deltakd.data.text import pack_texts
-from deltakd.data.token_budget import TokenBudgetSampler
-from deltakd.data.token_cache import tokenizer_fingerprint
+from deltakd.data.batches.budget import TokenBudgetSampler
+from deltakd.data.batches.loader import EvalLoader, StepLoader, collate
+from deltakd.data.batches.sampler import MicroBatch, Sampler, StepSampler
+from deltakd.data.encoding.encode import encode_prompt, encode_prompts, encode_row, encode_rows
+from deltakd.data.encoding.encoded_set import Encoded, EncodedSet
+from deltakd.data.encoding.packing import pack_texts
+from deltakd.data.encoding.templates import (
+    AlpacaTemplate,
+    ChatTemplate,
+    PlainTemplate,
+    Segment,
+    Template,
+    make_template,
+)
+from deltakd.data.encoding.token_cache import tokenizer_fingerprint
+from deltakd.data.load import LoadedSets, SplitRows, load_instruction_sets, load_text_sets, split_rows
+from deltakd.data.settings import DataConfig, InstructionData, TextData
+from deltakd.data.sources.overlap import Overlap, find_overlaps
+from deltakd.data.sources.readers import read_rows, read_texts
+from deltakd.data.sources.rows import Row, parse_row, row_record, with_answer
 
 __all__ = [
     "AlpacaTemplate",

@@ -11,10 +11,10 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from deltakd.evaluation.decoding import Decoding
-from deltakd.evaluation.generation import answer_budget, generate
-from deltakd.evaluation.model_step import position_limit
 from deltakd.evaluation.scoring import METRICS, score
+from deltakd.generation.decoding import Decoding
+from deltakd.generation.generator import answer_budget, generate
+from deltakd.generation.model_step import position_limit
 
 Record = dict[str, Any]
 

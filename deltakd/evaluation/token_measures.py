@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from deltakd.evaluation.preservation import BLOCK_ROWS, forward_kl, shift_correlation
+from deltakd.evaluation.shift import BLOCK_ROWS, forward_kl, shift_correlation
 from deltakd.types import ROLES, STUDENT, TEACHER, Head
 
 #: Equal-width bins of confidence, as in the paper of the expected calibration error.

@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from deltakd.io.files import replacing
 from deltakd.models.language_model import LanguageModel
 from deltakd.models.lora import merged
-from deltakd.writing import replacing
 
 
 def save_student(model: LanguageModel, tokenizer: PreTrainedTokenizerBase, directory: Path, card: str) -> None:

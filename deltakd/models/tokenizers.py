@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from deltakd.hub import hub_reachable
+from deltakd.io.hub import hub_reachable
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from deltakd.kernels import Buckets
-from deltakd.references.rows import RowIndex, keys_of_batch
+from deltakd.references.index import RowIndex, keys_of_batch
 from deltakd.references.store import SUPPORT, CacheStore, StoreError, as_tensor
 from deltakd.types import Batch, Head
 

@@ -71,7 +71,7 @@ class Manifest:
     """What a cache holds and what that depends on.
 
     Args:
-        content: everything that decides what the files hold (see ``deltakd.runs.cache_content``).
+        content: everything that decides what the files hold (see ``deltakd.references.content``).
         heads: the file of the output embeddings; None in a top-K store, which needs none.
         shards: in the order of their names.
         sample: what ``sample_errors`` found where a top-K store was begun.

@@ -31,12 +31,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from deltakd.cache import make_cache
-from deltakd.module import DistillationModule
-from deltakd.runs.assembly import load_parts
-from deltakd.runs.configuration import compose_config
-from deltakd.runs.directory import RunDirectory
-from deltakd.runs.fitting import make_data, make_module
-from deltakd.runs.plan import make_plan
+from deltakd.config.check import make_plan
+from deltakd.config.compose import compose_config
+from deltakd.io.run_directory import RunDirectory
+from deltakd.training.assembly import load_parts
+from deltakd.training.fit import make_data, make_module
+from deltakd.training.module import DistillationModule
 from deltakd.types import STUDENT, Batch
 
 STORES = {"hidden": ["reference.store=hidden"], "topk": ["reference.store=topk", "reference.k=64"]}

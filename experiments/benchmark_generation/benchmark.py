@@ -29,8 +29,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from transformers.utils import logging as transformers_logging
 
 from deltakd.data import InstructionData, read_rows
-from deltakd.evaluation import Decoding, end_tokens, generate
-from deltakd.runs.evaluation import make_set, pad_id
+from deltakd.evaluation import end_tokens
+from deltakd.evaluation.answers import make_set, pad_id
+from deltakd.generation import Decoding, generate
 
 PROMPTS = "../shared/data/dolly/minillm_dolly_test.jsonl.gz"
 BATCH, POSITIONS = 64, 256

@@ -34,8 +34,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from deltakd.config.compose import compose_config
 from deltakd.kernels import chunked_loss
-from deltakd.runs.configuration import compose_config
 from deltakd.types import STUDENT, Head, Loss
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import lightning as L
 
 from deltakd.cache import make_cache
-from deltakd.runs.configuration import compose_config
-from deltakd.runs.training import run_training
+from deltakd.config.compose import compose_config
+from deltakd.training.run import run_training
 from deltakd.types import Batch
 
 #: Optimiser steps before the clock starts: threads, allocators and caches warm up.

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 from deltakd.data import AlpacaTemplate, read_rows
-from deltakd.runs.record import peak_memory_mib
+from deltakd.tracking.environment import peak_memory_mib
 
 WARM_UP = 3
 

@@ -30,9 +30,9 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from worlds import World, heavy_tail, unseen_token
 
+from deltakd.config.compose import compose_config
 from deltakd.kernels import chunked_loss
 from deltakd.losses import Distillation, ForwardKL, delta_target, teacher_target
-from deltakd.runs.configuration import compose_config
 from deltakd.types import STUDENT, Head, HeadLogits, Loss
 
 WORLDS = {"unseen_token": unseen_token, "heavy_tail": heavy_tail}

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from deltakd.data.build import LoadedSets, load_instruction_sets, load_text_sets, without_tasks_of
-from deltakd.data.overlap import GENERIC_INPUTS
-from deltakd.data.rows import Row
+from deltakd.data.load import LoadedSets, load_instruction_sets, load_text_sets, without_tasks_of
+from deltakd.data.sources.overlap import GENERIC_INPUTS
+from deltakd.data.sources.rows import Row
 
 Write = Callable[[str, Any], str]
 TEMPLATE = {"with_input": "{instruction}|{input}>", "without_input": "{instruction}>", "tail": ">"}
@@ -61,7 +61,7 @@ def test_given_validation_and_limit(load: Callable[..., LoadedSets], write: Writ
 def test_what_happened_is_logged_in_a_sentence(
     load: Callable[..., LoadedSets], caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.INFO, logger="deltakd.data.build"):
+    with caplog.at_level(logging.INFO, logger="deltakd.data.load"):
         sets = load(max_length=13, max_prompt_length=4)
     (record,) = caplog.records
     assert "20 examples with 180 valid tokens" in record.getMessage()

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from deltakd.data.datamodule import DistillationData
-from deltakd.data.encoded_set import Encoded, EncodedSet, flatten
-from deltakd.data.loader import EvalLoader, StepLoader, collate
+from deltakd.data.batches.data_module import DistillationData
+from deltakd.data.batches.loader import EvalLoader, StepLoader, collate
+from deltakd.data.encoding.encoded_set import Encoded, EncodedSet, flatten
 from deltakd.types import IGNORE_INDEX, Batch
 
 EOS = 2

@@ -9,8 +9,8 @@ import datasets
 import huggingface_hub
 import pytest
 
-from deltakd.data.readers import read_rows, read_texts
-from deltakd.data.sources import missing_sources
+from deltakd.data.sources.readers import read_rows, read_texts
+from deltakd.data.sources.records import missing_sources
 
 Write = Callable[[str, Any], str]
 

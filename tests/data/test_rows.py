@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from deltakd.data.rows import Row, parse_row, row_record, with_answer
+from deltakd.data.sources.rows import Row, parse_row, row_record, with_answer
 
 USER = {"role": "user", "content": "hi"}
 ANSWER = {"role": "assistant", "content": "yo"}

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deltakd.data.sampler import WINDOW_STEPS, StepSampler
+from deltakd.data.batches.sampler import WINDOW_STEPS, StepSampler
 
 LENGTHS = np.random.default_rng(0).lognormal(4, 0.8, 1003).astype(int) + 2
 

@@ -5,12 +5,11 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from deltakd.data.readers import read_rows
-from deltakd.data.rows import Row
-from deltakd.data.sources import Problems, iter_records, parse_source
-from deltakd.data.templates import AlpacaTemplate, ChatTemplate, PlainTemplate, Segment, make_template
-
-from .conftest import CHAT, Factory
+from deltakd.data.encoding.templates import AlpacaTemplate, ChatTemplate, PlainTemplate, Segment, make_template
+from deltakd.data.sources.readers import read_rows
+from deltakd.data.sources.records import Problems, iter_records, parse_source
+from deltakd.data.sources.rows import Row
+from tests.data.conftest import CHAT, Factory
 
 PLAIN = PlainTemplate("{instruction}|{input}>", "{instruction}>", ">")
 

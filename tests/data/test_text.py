@@ -5,10 +5,9 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from deltakd.data import text
-from deltakd.data.text import pack_texts
-
-from .conftest import Factory
+from deltakd.data.encoding import packing
+from deltakd.data.encoding.packing import pack_texts
+from tests.data.conftest import Factory
 
 
 def test_blocks_hold_the_documents_joined_by_eos(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -24,14 +23,14 @@ def test_a_last_block_of_one_token_is_left_out(tokenizer: PreTrainedTokenizerFas
 
 
 def test_long_documents_keep_their_text(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text, "PIECE_BLOCKS", 1)
+    monkeypatch.setattr(packing, "PIECE_BLOCKS", 1)
     document = "some words\nand lines " * 50 + "x" * 100
     packed = pack_texts([document], tokenizer, 8)
     assert tokenizer.decode(packed.input_ids.tolist()).removesuffix("</s>") == document[: len(packed.input_ids)]
 
 
 def test_budget_is_shared_by_all_documents(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text, "PIECE_BLOCKS", 1)
+    monkeypatch.setattr(packing, "PIECE_BLOCKS", 1)
     texts = [letter * 3000 for letter in "abcd"]
     packed = pack_texts(texts, tokenizer, 8, max_tokens=2000)
     assert len(packed.input_ids) == packed.counts["tokens"] == 2000
@@ -42,7 +41,7 @@ def test_budget_is_shared_by_all_documents(tokenizer: PreTrainedTokenizerFast, m
 
 def test_cache(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = pack_texts(["abcd", "efg"], tokenizer, 5, tmp_path)
-    monkeypatch.setattr(text, "plain_tokens", None)
+    monkeypatch.setattr(packing, "plain_tokens", None)
     again = pack_texts(["abcd", "efg"], tokenizer, 5, tmp_path)
     assert list(first) == list(again)
     assert first.fingerprint == again.fingerprint

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltakd.data import InstructionData
-from deltakd.data.sampler import WINDOW_STEPS
-from deltakd.data.token_budget import TokenBudgetSampler, pack
-from deltakd.runs.directory import RunDirectory
+from deltakd.data.batches.budget import TokenBudgetSampler, pack
+from deltakd.data.batches.sampler import WINDOW_STEPS
+from deltakd.io.run_directory import RunDirectory
 
 LENGTHS = np.random.default_rng(0).lognormal(4, 0.8, 3003).astype(int).clip(2, 500)
 
@@ -145,6 +145,6 @@ def test_exactly_one_size_of_a_batch() -> None:
 def test_a_row_beyond_the_budget_is_found_before_a_model_is_loaded(
     train: Callable[..., RunDirectory], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deltakd.runs.assembly.make_models", lambda *_: pytest.fail("models were loaded"))
+    monkeypatch.setattr("deltakd.training.assembly.make_models", lambda *_: pytest.fail("models were loaded"))
     with pytest.raises(ValueError, match=r"data.max_tokens_per_batch is 20, but training row \d+ has \d+ tokens"):
         train("sft", "data.batch_size=null", "data.max_tokens_per_batch=20")

@@ -1,146 +1,159 @@
-"""Shift preservation against an independent NumPy computation, and identities."""
+"""Shift preservation of whole runs on tiny models."""
 
 from __future__ import annotations
 
-import math
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from torch import Tensor
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from deltakd.evaluation.preservation import shift_preservation, top_candidates
-from deltakd.types import ROLES, Head
+from deltakd.data import Encoded
+from deltakd.evaluation.answer_tokens import Pieces
+from deltakd.evaluation.preservation import FILE, measure_preservation
+from deltakd.io.run_directory import RunDirectory
+from deltakd.results.token_view import END, PUNCTUATION, WORD_START
+from deltakd.types import IGNORE_INDEX, ROLES, STUDENT, TEACHER
+from tests.tiny import World, save_model, write_rows
 
-N, V = 11, 17
-
-
-def identity_head(logits_NV: Tensor, bias: Tensor | None = None) -> Head:
-    """A head whose logits are given."""
-    return Head(logits_NV, torch.eye(logits_NV.shape[1], dtype=logits_NV.dtype), bias)
-
-
-@pytest.fixture
-def logits() -> dict[str, Tensor]:
-    draw = torch.Generator().manual_seed(0)
-    return {role: 3 * torch.randn(N, V, generator=draw) for role in ROLES}
+Train = Callable[..., RunDirectory]
 
 
-@pytest.fixture
-def labels() -> Tensor:
-    return torch.randint(V, (N,), generator=torch.Generator().manual_seed(1))
+def repoint(run: RunDirectory, **paths: str | None) -> None:
+    """Let the run's config name other models."""
+    config = yaml.safe_load(run.config.read_text())
+    for role, path in paths.items():
+        config["model"][role]["path"] = path
+    run.config.write_text(yaml.safe_dump(config))
 
 
-def oracle(logits: dict[str, Tensor], labels: Tensor) -> dict[str, np.ndarray]:
-    """By loops in float64, and the correlation as E[xy] − E[x]E[y] over a table of pairs."""
-    found: dict[str, list[float]] = {name: [] for name in ("correlation", "kl_teacher", "kl_raw", "top1_agreement")}
-    found |= {"nll": [], "student_shift": [], "teacher_shift": []}
-    for n in range(len(labels)):
-        p = {role: np.exp(z[n].double().numpy()) for role, z in logits.items()}
-        p = {role: values / values.sum() for role, values in p.items()}
-        weight = p["teacher"]
-        kept = [v for v in range(V) if all(values[v] > 0 for values in p.values())]
-        x = [math.log(p["student"][v] / p["student_raw"][v]) for v in kept]
-        y = [math.log(p["teacher"][v] / p["teacher_raw"][v]) for v in kept]
-        w = weight[kept] / weight[kept].sum()
-        ex, ey = np.dot(w, x), np.dot(w, y)
-        cov = np.dot(w, np.multiply(x, y)) - ex * ey
-        var = (np.dot(w, np.square(x)) - ex**2) * (np.dot(w, np.square(y)) - ey**2)
-        found["correlation"].append(cov / math.sqrt(var))
-        said = [v for v in range(V) if weight[v] > 0]
-        for name, role in (("kl_teacher", "student"), ("kl_raw", "student_raw")):
-            found[name].append(sum(weight[v] * (math.log(weight[v]) - math.log(p[role][v])) for v in said))
-        found["top1_agreement"].append(float(np.argmax(weight) == np.argmax(p["student"])))
-        label = int(labels[n])
-        found["nll"].append(-math.log(p["student"][label]))
-        found["student_shift"].append(math.log(p["student"][label] / p["student_raw"][label]))
-        found["teacher_shift"].append(math.log(p["teacher"][label] / p["teacher_raw"][label]))
-    return {name: np.array(values) for name, values in found.items()}
+def test_figures_of_a_run_that_learnt_its_shift(train: Train, world: World) -> None:
+    """The raw student moved by the teacher's shift is what delta_kd aims at, so the correlation has to grow."""
+    run = train("delta_kd", "trainer.max_steps=40", "loss.ce_weight=0", "optim.lr=0.02")
+    figures = measure_preservation(run, limit=100, views=2)
+    assert figures.missing == []
+    assert figures.overall is not None
+    overall = figures.overall
+    # All eight validation rows, each token of them once.
+    tokenizer = AutoTokenizer.from_pretrained(run.student)
+    answers = [json.loads(line)["response"] for line in (world.root / "val.jsonl").read_text().splitlines()]
+    expected_tokens = sum(len(tokenizer(text)["input_ids"]) + 1 for text in answers)
+    assert (overall.rows, overall.tokens) == (8, expected_tokens)
+    assert sum(group.tokens for group in figures.by_position.values()) == expected_tokens
+    assert sum(group.tokens for group in figures.by_class.values()) == expected_tokens
+    assert figures.by_class[END].tokens == figures.by_position["0"].tokens == 8
+    # Lightning's validation computed the same mean with other code, from the weights before the export.
+    summary = run.read_summary()
+    assert overall.measures["nll"].mean == pytest.approx(summary["val/ce"], rel=1e-5)
+    correlation = overall.measures["correlation"].mean
+    assert correlation is not None
+    # Of a student that went elsewhere it is about 0.
+    assert correlation > 0.3
+    # The view shows the first rows, whole.
+    assert [row.row_id for row in figures.token_view] == [0, 1]
+    for row, answer in zip(figures.token_view, answers, strict=False):
+        assert "".join(token.text for token in row.tokens[:-1]) == answer
+        assert row.prompt.endswith(f"{answer}>")
+        for token in row.tokens:
+            assert set(token.candidates) == set(ROLES)
+            for pairs in token.candidates.values():
+                probabilities = [p for _, p in pairs]
+                assert len(pairs) == 5
+                assert 0 < sum(probabilities) <= 1
+                assert probabilities == sorted(probabilities, reverse=True)
 
 
-@pytest.mark.parametrize("chunk_size", [1, 4, 100])
-def test_against_numpy(logits: dict[str, Tensor], labels: Tensor, chunk_size: int) -> None:
-    measured = shift_preservation({role: identity_head(z) for role, z in logits.items()}, labels, chunk_size)
-    expected = oracle(logits, labels)
-    for name, values in expected.items():
-        np.testing.assert_allclose(getattr(measured, name).numpy(), values, rtol=1e-6, atol=1e-9, err_msg=name)
-    assert 0 < expected["top1_agreement"].sum() < N
-
-
-def test_a_token_that_all_rule_out_plays_no_part(logits: dict[str, Tensor], labels: Tensor) -> None:
-    bias = torch.zeros(V)
-    bias[5] = -math.inf
-    labels = labels.masked_fill(labels == 5, 6)
-    measured = shift_preservation({role: identity_head(z, bias) for role, z in logits.items()}, labels)
-    without = {role: z.index_fill(1, torch.tensor([5]), -math.inf) for role, z in logits.items()}
-    for name, values in oracle(without, labels).items():
-        np.testing.assert_allclose(getattr(measured, name).numpy(), values, rtol=1e-6, atol=1e-9, err_msg=name)
-
-
-def test_a_token_that_the_student_alone_rules_out(logits: dict[str, Tensor], labels: Tensor) -> None:
-    """The KL to the teacher, who may say it, is infinite; the correlation is that of the other tokens."""
-    bias = torch.zeros(V)
-    bias[5] = -math.inf
-    heads = {role: identity_head(z, bias if role == "student" else None) for role, z in logits.items()}
-    measured = shift_preservation(heads, labels)
-    assert torch.isinf(measured.kl_teacher).all()
-    assert torch.isfinite(measured.kl_raw).all()
-    # Among the others all probabilities grow by one factor, which no correlation sees.
-    everywhere = shift_preservation({role: identity_head(z, bias) for role, z in logits.items()}, labels)
-    torch.testing.assert_close(measured.correlation, everywhere.correlation)
-
-
-@pytest.mark.parametrize(("factor", "expected"), [(0.3, 1.0), (2.0, 1.0), (-1.0, -1.0)])
-def test_a_student_that_moved_along_the_teachers_shift(
-    logits: dict[str, Tensor], labels: Tensor, factor: float, expected: float
+def test_a_student_that_did_not_move_and_what_is_measured_again(
+    train: Train, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    logits["student"] = logits["student_raw"] + factor * (logits["teacher"] - logits["teacher_raw"])
-    measured = shift_preservation({role: identity_head(z) for role, z in logits.items()}, labels)
-    torch.testing.assert_close(measured.correlation, torch.full((N,), expected, dtype=torch.float64))
+    run = train("sft", "trainer.max_steps=1")
+    shutil.rmtree(run.student)
+    shutil.copytree(world.root / "student_raw", run.student)
+    still = measure_preservation(run, limit=3, views=0)
+    assert still.overall is not None
+    assert still.overall.undefined == still.overall.tokens > 0
+    assert still.overall.measures["correlation"].mean is None
+    assert still.overall.measures["kl_teacher"].mean == pytest.approx(still.overall.measures["kl_raw"].mean)
+    assert (still.overall.rows, still.token_view) == (3, [])
+
+    def loads(*arguments: object, **options: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("deltakd.evaluation.preservation.load_model", loads)
+        assert measure_preservation(run, limit=3, views=0) == still
+        # A teacher that was cleared away since then can't have changed.
+        repoint(run, teacher=str(tmp_path / "gone"))
+        assert measure_preservation(run, limit=3, views=0) == still
+        repoint(run, teacher=str(world.root / "teacher"))
+        for options in ({"limit": 2, "views": 0}, {"limit": 3, "views": 1}):
+            with pytest.raises(AssertionError, match="was loaded"):
+                measure_preservation(run, **options)
+    repoint(run, teacher=str(save_model(tmp_path / "other_teacher", seed=9, width=24)))
+    other = measure_preservation(run, limit=3, views=0)
+    assert other.measured_on[TEACHER] != still.measured_on[TEACHER]
+    assert other.overall != still.overall
+    save_model(run.student, seed=8)
+    moved = measure_preservation(run, limit=3, views=0)
+    assert moved.measured_on[STUDENT] != other.measured_on[STUDENT]
+    assert moved.overall is not None
+    assert moved.overall.undefined == 0
+    (run.path / FILE).write_text("{")
+    with caplog.at_level(logging.WARNING):
+        assert measure_preservation(run, limit=3, views=0) == moved
+    assert f"{FILE} can't be read" in caplog.text
 
 
-def test_no_shift_has_no_correlation(logits: dict[str, Tensor], labels: Tensor) -> None:
-    heads = {role: identity_head(z) for role, z in logits.items()}
-    still = shift_preservation(heads | {"student": heads["student_raw"]}, labels)
-    assert torch.isnan(still.correlation).all()
-    torch.testing.assert_close(still.kl_teacher, still.kl_raw)
-    assert not still.student_shift.any()
-    # All logits raised alike, from far away: what is left is rounding.
-    raised = {**heads, "teacher_raw": identity_head(logits["teacher"] + 1000.0)}
-    assert torch.isnan(shift_preservation(raised, labels).correlation).all()
-    # A true shift of a tenth of a thousandth of a nat is seen.
-    noise = 1e-4 * torch.randn(N, V, generator=torch.Generator().manual_seed(3))
-    moved = heads | {"student": identity_head(logits["student_raw"] + noise)}
-    assert torch.isfinite(shift_preservation(moved, labels).correlation).all()
+def test_what_is_missing_is_said(train: Train, world: World, tmp_path: Path) -> None:
+    validation = write_rows(tmp_path / "val.jsonl", [{"instruction": "Repeat 1", "context": "cat", "response": "cat"}])
+    run = train("sft", "trainer.max_steps=1", f"data.val={validation}")
+    gone = tmp_path / "gone" / "student"
+    repoint(run, teacher=None, teacher_raw=str(gone))
+    validation.unlink()
+    missing = measure_preservation(run).missing
+    assert [sentence.split(":")[0] for sentence in missing] == ["teacher", "teacher_raw", "held-out rows"]
+    assert str(gone) in missing[1]
+    assert "val.jsonl" in missing[2]
+    assert not (run.path / FILE).exists()
+    write_rows(validation, [{"instruction": "Repeat 1", "context": "cat", "response": "cat"}])
+    shorter = save_model(tmp_path / "short", seed=4, n_positions=4)
+    repoint(run, teacher=str(world.root / "teacher"), teacher_raw=str(shorter))
+    (sentence,) = measure_preservation(run).missing
+    assert sentence.startswith("teacher_raw: ")
+    assert "positions for 4 tokens" in sentence
+    shutil.rmtree(run.student)
+    assert "no finished run" in measure_preservation(run).missing[0]
+    with pytest.raises(ValueError, match="limit is 0"):
+        measure_preservation(run, limit=0)
 
 
-def test_half_precision_heads_are_upcast(logits: dict[str, Tensor], labels: Tensor) -> None:
-    half = {role: z.bfloat16() for role, z in logits.items()}
-    measured = shift_preservation({role: identity_head(z) for role, z in half.items()}, labels)
-    expected = oracle(half, labels)
-    np.testing.assert_allclose(measured.correlation.numpy(), expected["correlation"], rtol=1e-6)
+def test_positions_begin_anew_with_every_answer(world: World) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(world.root / "teacher")
+    ids = tokenizer("a red cat")["input_ids"]
+    row = Encoded([ids[0], *ids, ids[0], *ids], [IGNORE_INDEX, *ids, IGNORE_INDEX, *ids], 0)
+    tokens = list(Pieces(tokenizer).answer(row))
+    assert [token.position for token in tokens] == [*range(len(ids)), *range(len(ids))]
+    assert [row.input_ids[token.index] for token in tokens] == [token.id for token in tokens] == [*ids, *ids]
+    assert "".join(token.text for token in tokens) == "a red cat" * 2
 
 
-def test_no_tokens(logits: dict[str, Tensor]) -> None:
-    heads = {role: identity_head(z[:0]) for role, z in logits.items()}
-    assert shift_preservation(heads, torch.empty(0, dtype=torch.int64)).correlation.shape == (0,)
-
-
-def test_what_does_not_fit_is_refused(logits: dict[str, Tensor], labels: Tensor) -> None:
-    heads = {role: identity_head(z) for role, z in logits.items()}
-    with pytest.raises(ValueError, match="missing: teacher_raw"):
-        shift_preservation({role: head for role, head in heads.items() if role != "teacher_raw"}, labels)
-    with pytest.raises(ValueError, match="same tokens"):
-        shift_preservation(heads | {"teacher": heads["teacher"].rows(0, 3)}, labels)
-    with pytest.raises(ValueError, match="same tokens"):
-        shift_preservation(heads | {"student": identity_head(logits["student"][:, :-1])}, labels)
-    with pytest.raises(ValueError, match="chunk_size is 0"):
-        shift_preservation(heads, labels, 0)
-
-
-def test_top_candidates(logits: dict[str, Tensor]) -> None:
-    ids_NK, probabilities_NK = top_candidates(identity_head(logits["teacher"]), 5, chunk_size=4)
-    p_NV = logits["teacher"].double().softmax(-1)
-    assert ids_NK.tolist() == p_NV.argsort(-1, descending=True)[:, :5].tolist()
-    torch.testing.assert_close(probabilities_NK, p_NV.gather(-1, ids_NK))
-    assert top_candidates(identity_head(logits["teacher"]), 100)[0].shape == (N, V)
+def test_a_token_keeps_its_space_where_decoding_strips_it() -> None:
+    """SentencePiece's way: a space at the start of a text belongs to no word."""
+    vocabulary = {token: i for i, token in enumerate(["</s>", "▁a", "▁red", "▁cat", "."])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="</s>"))
+    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    core.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
+    assert tokenizer.decode([3]) == "cat"
+    pieces = Pieces(tokenizer)
+    assert [pieces[i] for i in (3, 4, 0)] == [" cat", ".", "</s>"]
+    assert [token.kind for token in pieces.answer(Encoded([4, 3, 4, 0], [4, 3, 4, 0], 0))] == [
+        WORD_START,
+        PUNCTUATION,
+        END,
+    ]

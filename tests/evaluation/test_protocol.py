@@ -7,20 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deltakd.evaluation import (
-    Decoding,
-    EvaluationSet,
-    answer_set,
-    end_tokens,
-    evaluate_set,
-    matches,
-    read_generations,
-    score,
-    summarise,
-    write_generations,
-)
-
-from .tiny import EOS, PAD, POSITIONS, VOCAB, make_model, make_tokenizer
+from deltakd.evaluation import EvaluationSet, answer_set, end_tokens, evaluate_set, matches, score, summarise
+from deltakd.generation import Decoding
+from deltakd.io.json_lines import read_generations, write_generations
+from tests.generation.tiny_models import EOS, PAD, POSITIONS, VOCAB, make_model, make_tokenizer
 
 TOKENIZER = make_tokenizer()
 DECODING = Decoding(max_new_tokens=8)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltakd.evaluation.preservation import shift_preservation
+from deltakd.evaluation.shift import shift_preservation
 from deltakd.evaluation.token_measures import (
     CALIBRATION_BINS,
     calibration_bins,

@@ -9,7 +9,7 @@ import hydra
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from deltakd.runs.configuration import CONF_DIR
+from deltakd.config.compose import CONF_DIR
 from deltakd.types import Loss
 
 NAMES = sorted(path.stem for path in (CONF_DIR / "loss").glob("*.yaml"))

@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from deltakd.io.errors import ConfigError
+from deltakd.io.run_directory import RunDirectory
 from deltakd.models import LanguageModel, LoraSpec, ModelSpec, add_lora, load_model, loading
 from deltakd.models.lora import merged
 from deltakd.models.quantization import quantization_problems, student_problems, weight_bits
-from deltakd.runs.directory import RunDirectory
-from deltakd.runs.errors import ConfigError
 from tests.tiny import World, save_model
 
 EIGHT = {"quant_method": "bitsandbytes", "load_in_8bit": True}

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from deltakd.data import Encoded, EncodedSet, collate
-from deltakd.data.encoded_set import flatten
+from deltakd.data.encoding.encoded_set import flatten
 from deltakd.references import CachedReferences, CacheStore, StoreError
-from deltakd.references.rows import RowIndex, keys_of_batch, keys_of_set
+from deltakd.references.index import RowIndex, keys_of_batch, keys_of_set
 from deltakd.references.store import OFFSETS, ROW_KEYS, map_arrays, write_whole
 from deltakd.types import IGNORE_INDEX, Head
 

@@ -1,0 +1,125 @@
+"""Composing configs with Hydra, and naming the nearest key where an override has a typo."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from deltakd.distributed.launchers import launcher_problems
+from deltakd.io.errors import ConfigError
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+#: conf/ of the installed wheel, or of the checkout.
+CONF_DIR = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
+
+
+def compose_config(name: str, overrides: Sequence[str], checked: bool = False) -> DictConfig:
+    """Compose ``conf/<name>.yaml`` with overrides.
+
+    Args:
+        name: of the base config.
+        overrides: Hydra overrides.
+        checked: whether ``check_overrides`` has seen these keys already: it takes longer than composing.
+
+    Raises:
+        ConfigError: an override has an unknown key or choice; the nearest one is named.
+    """
+    if not checked:
+        check_overrides(name, overrides)
+    return _compose(name, overrides)
+
+
+def _compose(name: str, overrides: Sequence[str]) -> DictConfig:
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            return compose(name, list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError([_one_line(error)]) from None
+
+
+def check_overrides(name: str, overrides: Sequence[str]) -> None:
+    """Check the keys of all overrides at once, sweeps too.
+
+    Raises:
+        ConfigError: every unknown key with the nearest one that exists.
+    """
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise ConfigError([_one_line(error)]) from None
+    groups = [o for o in parsed if _is_group(o.key_or_group)]
+    problems = [p for override in groups for p in _choice_problems(override)]
+    problems += launcher_problems([str(o.value()) for o in parsed if o.key_or_group == "hydra/launcher"])
+    if problems:
+        raise ConfigError(problems)
+    cfg = _compose(name, [str(o.input_line) for o in groups if not o.is_sweep_override()])
+    keys = set(_keys(cfg))
+    known = sorted({*keys, *_group_names()})
+    for override in parsed:
+        key = override.key_or_group
+        fixed = not (_is_group(key) or key.startswith("hydra") or override.is_add() or override.is_force_add())
+        if fixed and key not in keys:
+            parent = key.rpartition(".")[0]
+            if parent in keys and not OmegaConf.select(cfg, parent):
+                problems.append(f"{parent} is empty: give it whole as {parent}={{...}}, or add the key as +{key}=...")
+                continue
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+            hint = f"; the nearest one is {near[0]!r}" if near else ""
+            problems.append(f"there is no config key {key!r}{hint}")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _choice_problems(override: Override) -> list[str]:
+    """Unknown choices of a config group, with the ones that exist."""
+    if override.is_sweep_override() or override.is_delete():
+        return []
+    value: Any = override.value()
+    directory = CONF_DIR / override.key_or_group
+    allowed = sorted(p.stem for p in directory.glob("*.yaml"))
+    if isinstance(value, dict):
+        return []
+    problems = []
+    for choice in map(str, value if isinstance(value, list) else [value]):
+        if not (directory / f"{choice}.yaml").is_file():
+            near = difflib.get_close_matches(choice, allowed, n=1, cutoff=0.4)
+            hint = f"the nearest is {near[0]!r}; " if near else ""
+            problems.append(
+                f"{override.key_or_group}={choice} does not exist; {hint}allowed: {', '.join(allowed) or 'nothing yet'}"
+            )
+    return problems
+
+
+def _group_names() -> list[str]:
+    return [str(p.relative_to(CONF_DIR)) for p in CONF_DIR.rglob("*") if p.is_dir()]
+
+
+def _is_group(key: str) -> bool:
+    # Choices of Hydra's own groups are also in its plugins: Hydra checks them.
+    return (CONF_DIR / key).is_dir() if "." not in key and not key.startswith("hydra/") else False
+
+
+def _keys(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
+    for key in cfg:
+        name = prefix + str(key)
+        yield name
+        if not OmegaConf.is_interpolation(cfg, str(key)) and isinstance(cfg._get_node(str(key)), DictConfig):
+            node = cfg._get_node(str(key))
+            assert isinstance(node, DictConfig)
+            if not node._is_none():
+                yield from _keys(node, f"{name}.")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

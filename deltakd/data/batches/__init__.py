@@ -1,0 +1,1 @@
+"""Which rows each optimiser step sees, as batches of tensors."""

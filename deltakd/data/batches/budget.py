@@ -1,0 +1,247 @@
+"""Micro-batches of as many rows of similar length as fit into a budget of tokens."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable
+from typing import NamedTuple, final
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from deltakd.data.batches.sampler import WINDOW_STEPS, MicroBatch, ceil, check_rows, check_split, limits
+from deltakd.data.batches.stream import RowStream
+
+
+def check_budget(lengths: NDArray[np.int64], max_tokens: int, name: str = "training") -> None:
+    """Refuse a budget into which not every row fits.
+
+    Args:
+        lengths: [n] tokens of each row.
+        max_tokens: the budget, in positions of a micro-batch.
+        name: of the set, for the message.
+
+    Raises:
+        ValueError: naming the budget, the longest row and its length.
+    """
+    longest = int(lengths.max(initial=0))
+    if longest > max_tokens:
+        raise ValueError(
+            f"data.max_tokens_per_batch is {max_tokens}, but {name} row {int(lengths.argmax())} has {longest} tokens; "
+            f"give {longest} or more, or shorten rows with data.max_length={max_tokens}"
+        )
+
+
+def pack(lengths: NDArray[np.int64], max_tokens: int) -> list[NDArray[np.int64]]:
+    """Rows as few micro-batches as can be, so that rows × longest row is at most the budget in each.
+
+    The longest row is together with as many of the next longest as fit beside it, and so on: any other packing can be
+    exchanged for this one without needing fewer micro-batches, so no more rows ever need fewer.
+
+    Args:
+        lengths: [n] tokens of each row, none above ``max_tokens``.
+        max_tokens: the budget, in positions.
+
+    Returns:
+        [B] int64 indices into ``lengths`` of each micro-batch, longest rows first; of equal length in the order given.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    return np.split(order, _starts(lengths[order], max_tokens)[1:]) if len(order) else []
+
+
+def _starts(sorted_lengths: NDArray[np.int64], max_tokens: int) -> list[int]:
+    """Where the micro-batches begin among rows from long to short."""
+    starts, start, count = [], 0, len(sorted_lengths)
+    while start < count:
+        starts.append(start)
+        start += max_tokens // int(sorted_lengths[start])
+    return starts
+
+
+class _Window(NamedTuple):
+    """A stretch of the stream that is sorted by length and cut into whole optimiser steps."""
+
+    start: int
+    rows: int
+    first_step: int
+    steps: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.rows
+
+    @property
+    def end_step(self) -> int:
+        return self.first_step + self.steps
+
+
+@final
+class TokenBudgetSampler:
+    """Fills every micro-batch with rows of similar length up to a budget of positions, padding included.
+
+    Training is the same continuous stream of rows as StepSampler's. It is cut into windows: a window is the longest
+    stretch that packs into exactly WINDOW_STEPS * M micro-batches, M = accumulate * world_size; the last window of an
+    epoch has only as many steps as the rest of the epoch needs, and fills them with the next epoch's first rows.
+    Within a window, M micro-batches of neighbouring lengths make a step, and the order of the steps is shuffled. So
+    every row comes once an epoch, all steps are full, and their rows depend on M, not on how M is split.
+
+    Where a window begins depends on the windows before it. They are found again from the start of the run when they
+    are needed, which takes some seconds for a million rows; nothing has to be saved.
+
+    Args:
+        lengths: [n] tokens of each row.
+        valid_tokens: [n] trained tokens of each row.
+        max_tokens: the most positions of a rank's micro-batch: rows times longest row.
+        accumulate: micro-batches of an optimiser step.
+        world_size: number of ranks.
+        rank: this rank, from 0.
+        seed: of the permutations.
+        epochs: passes over the data; None: as many as ``max_steps`` needs. A fraction is one of that epoch's steps.
+        max_steps: most optimiser steps; None or -1: no limit.
+
+    Raises:
+        ValueError: a number below 1, no rows, a row that is longer than the budget, or neither epochs nor max_steps.
+    """
+
+    def __init__(
+        self,
+        lengths: ArrayLike,
+        valid_tokens: ArrayLike,
+        *,
+        max_tokens: int,
+        accumulate: int,
+        world_size: int,
+        rank: int,
+        seed: int,
+        epochs: float | None,
+        max_steps: int | None,
+    ) -> None:
+        self._lengths = np.asarray(lengths, dtype=np.int64)
+        self._valid = np.asarray(valid_tokens, dtype=np.int64)
+        check_split(accumulate, world_size, rank, max_tokens=max_tokens)
+        check_rows(self._lengths, self._valid)
+        check_budget(self._lengths, max_tokens)
+        self.max_tokens = max_tokens
+        self.accumulate = accumulate
+        self.world_size = world_size
+        self.rank = rank
+        self._rows = len(self._lengths)
+        self._most_rows = max_tokens // max(1, int(self._lengths.min()))
+        self._stream = RowStream(self._rows, seed)
+        self._windows: list[_Window] = []
+        self._made: tuple[int, list[list[NDArray[np.int64]]]] | None = None
+        self._total_steps = self._count_steps(*limits(epochs, max_steps))
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the run."""
+        return self._total_steps
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Optimiser steps of the first pass over the data; later ones differ by few, since they pack differently."""
+        return float(self._steps_until(self._rows))
+
+    @property
+    def pass_ends(self) -> list[int]:
+        """The steps (counted from 1) after which every row of a pass has been trained on, in this run."""
+        ends: list[int] = []
+        epoch = 1
+        while (end := self._steps_until(epoch * self._rows)) <= self.total_steps:
+            ends.append(end)
+            epoch += 1
+        return ends
+
+    def __len__(self) -> int:
+        """Micro-batches of one rank in the whole run."""
+        return self.total_steps * self.accumulate
+
+    def epoch_of_step(self, step: int) -> int:
+        """The epoch, from 0, in which the step's window begins."""
+        return self._window_of(step).start // self._rows
+
+    def rows_of_step(self, step: int) -> NDArray[np.int64]:
+        """Positions of the step's rows in the data set, over all ranks, from long to short.
+
+        Raises:
+            IndexError: no such step in this run.
+        """
+        return np.concatenate(self._micro_batches(step))
+
+    def micro_batch(self, index: int) -> MicroBatch:
+        """This rank's micro-batch ``index`` = step * accumulate + number within the step.
+
+        Ranks get neighbours in length, so that they wait little for each other.
+        """
+        step, number = divmod(index, self.accumulate)
+        micro_batches = self._micro_batches(step)
+        tokens = sum(int(self._valid[rows].sum()) for rows in micro_batches)
+        return MicroBatch(micro_batches[number * self.world_size + self.rank], step, tokens)
+
+    @property
+    def _per_step(self) -> int:
+        return self.accumulate * self.world_size
+
+    def _micro_batches(self, step: int) -> list[NDArray[np.int64]]:
+        """The rows of all micro-batches of a step."""
+        if not 0 <= step < self.total_steps:
+            raise IndexError(f"step {step} of a run of {self.total_steps}")
+        window = self._window_of(step)
+        if self._made is None or self._made[0] != window.first_step:
+            self._made = (window.first_step, self._make(window))
+        return self._made[1][step - window.first_step]
+
+    def _make(self, window: _Window) -> list[list[NDArray[np.int64]]]:
+        rows = self._stream[window.start : window.stop]
+        packed = [rows[part] for part in pack(self._lengths[rows], self.max_tokens)]
+        assert len(packed) == window.steps * self._per_step
+        steps = [packed[first : first + self._per_step] for first in range(0, len(packed), self._per_step)]
+        return [steps[number] for number in self._stream.shuffled(window.steps, window.first_step)]
+
+    def _window_of(self, step: int) -> _Window:
+        self._find_windows(lambda last: last.end_step > step)
+        return self._windows[bisect_right(self._windows, step, key=lambda window: window.first_step) - 1]
+
+    def _steps_until(self, place: int) -> int:
+        """Steps after which all rows before a place of the stream have been trained on."""
+        self._find_windows(lambda last: last.stop >= place)
+        # The last window that begins before the place.
+        return self._windows[bisect_right(self._windows, place - 1, key=lambda window: window.start) - 1].end_step
+
+    def _count_steps(self, epochs: float | None, max_steps: int | None) -> int:
+        if epochs is None:
+            assert max_steps is not None
+            return max_steps
+        whole, fraction = divmod(epochs, 1)
+        end = (int(whole) + (fraction > 0)) * self._rows
+        self._find_windows(lambda last: last.stop >= end or (max_steps is not None and last.end_step >= max_steps))
+        if max_steps is not None and self._windows[-1].stop < end:
+            return max_steps
+        before = self._steps_until(int(whole) * self._rows) if whole else 0
+        steps = before + ceil(fraction * (self._steps_until(end) - before))
+        return steps if max_steps is None else min(steps, max_steps)
+
+    def _find_windows(self, enough: Callable[[_Window], bool]) -> None:
+        """Go on until the last window is far enough."""
+        while not (self._windows and enough(self._windows[-1])):
+            last = self._windows[-1] if self._windows else _Window(0, 0, 0, 0)
+            self._windows.append(self._next_window(last.stop, last.end_step))
+
+    def _next_window(self, start: int, first_step: int) -> _Window:
+        most = WINDOW_STEPS * self._per_step
+        rest = self._rows - start % self._rows
+        if rest <= most * self._most_rows and (needed := self._needed(start, rest)) <= most:
+            steps = -(-needed // self._per_step)
+            return _Window(start, self._fill(start, steps * self._per_step, rest), first_step, steps)
+        return _Window(start, self._fill(start, most, most, rest), first_step, WINDOW_STEPS)
+
+    def _fill(self, start: int, micro_batches: int, least: int, most: int | None = None) -> int:
+        """The most rows from ``start`` on, from ``least`` to ``most``, that pack into so many micro-batches."""
+        most = micro_batches * self._most_rows if most is None else most
+        candidates = range(least, most + 1)
+        return candidates[bisect_right(candidates, micro_batches, key=lambda rows: self._needed(start, rows)) - 1]
+
+    def _needed(self, start: int, rows: int) -> int:
+        """Micro-batches that so many rows of the stream pack into."""
+        lengths = np.sort(self._lengths[self._stream[start : start + rows]])[::-1]
+        return len(_starts(lengths, self.max_tokens))

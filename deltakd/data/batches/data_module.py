@@ -1,0 +1,112 @@
+"""The data as Lightning wants it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning
+
+from deltakd.data.batches.budget import TokenBudgetSampler
+from deltakd.data.batches.loader import EvalLoader, StepLoader
+from deltakd.data.batches.sampler import Sampler, StepSampler
+from deltakd.data.encoding.encoded_set import EncodedSet
+
+
+class DistillationData(lightning.LightningDataModule):
+    """Hands out the training stream of this rank.
+
+    The whole run is one Lightning epoch: the sampler knows about passes over the data, Lightning does not. Use it with
+    ``use_distributed_sampler=False``. Rank and world size come from the trainer, where one is attached.
+
+    Args:
+        train: tokenised training rows.
+        val: tokenised validation rows, if any.
+        pad_id: the id to pad with.
+        batch_size: rows per process and micro-batch; None: as many as fit into ``max_tokens``.
+        accumulate: micro-batches of an optimiser step.
+        seed: of the order of the data.
+        max_epochs: passes over the data, or None.
+        max_steps: most optimiser steps, or None.
+        val_batch_size: rows per process of a validation batch; None: as ``batch_size``.
+        group_by_length: whether steps are made of rows of similar length; with ``max_tokens`` they always are.
+        max_tokens: positions per process and micro-batch, padding included, where there is no ``batch_size``.
+    """
+
+    def __init__(
+        self,
+        train: EncodedSet,
+        val: EncodedSet | None,
+        pad_id: int,
+        batch_size: int | None,
+        accumulate: int,
+        seed: int,
+        max_epochs: float | None,
+        max_steps: int | None,
+        val_batch_size: int | None = None,
+        group_by_length: bool = True,
+        max_tokens: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.train = train
+        self.val = val
+        self.pad_id = pad_id
+        self.batch_size = batch_size
+        self.accumulate = accumulate
+        self.seed = seed
+        self.max_epochs = max_epochs
+        self.max_steps = max_steps
+        self.val_batch_size = val_batch_size or batch_size
+        self.group_by_length = group_by_length
+        self.max_tokens = max_tokens
+        self._samplers: dict[tuple[int, int], Sampler] = {}
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.sampler().total_steps
+
+    @property
+    def step_size(self) -> int:
+        """Rows of an optimiser step over all ranks; positions where batches are filled up to ``max_tokens``."""
+        _, world_size = self._place()
+        return (self.batch_size or self.max_tokens or 0) * self.accumulate * world_size
+
+    def sampler(self) -> Sampler:
+        """The order of the rows for this rank."""
+        place = self._place()
+        if place not in self._samplers:
+            self._samplers[place] = self._make_sampler(*place)
+        return self._samplers[place]
+
+    def _make_sampler(self, rank: int, world_size: int) -> Sampler:
+        options: dict[str, Any] = {
+            "accumulate": self.accumulate,
+            "world_size": world_size,
+            "rank": rank,
+            "seed": self.seed,
+            "epochs": self.max_epochs,
+            "max_steps": self.max_steps,
+        }
+        lengths, valid_tokens = self.train.lengths, self.train.valid_tokens
+        if self.batch_size is None:
+            assert self.max_tokens is not None, "neither batch_size nor max_tokens"
+            return TokenBudgetSampler(lengths, valid_tokens, max_tokens=self.max_tokens, **options)
+        return StepSampler(
+            lengths, valid_tokens, batch_size=self.batch_size, group_by_length=self.group_by_length, **options
+        )
+
+    def train_dataloader(self) -> StepLoader:
+        """Micro-batches of the whole run."""
+        return StepLoader(self.train, self.sampler(), self.pad_id)
+
+    def val_loader(self) -> EvalLoader | None:
+        """Validation batches of this rank. Not Lightning's ``val_dataloader``: our own callback runs the validation."""
+        if self.val is None:
+            return None
+        rank, world_size = self._place()
+        return EvalLoader(self.val, self.val_batch_size, self.pad_id, rank, world_size, self.max_tokens)
+
+    def _place(self) -> tuple[int, int]:
+        if self.trainer is None:
+            return 0, 1
+        return self.trainer.global_rank, self.trainer.world_size

@@ -1,0 +1,145 @@
+"""Batches of tensors out of tokenised rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from deltakd.data.batches.budget import check_budget, pack
+from deltakd.data.batches.sampler import Sampler
+from deltakd.data.encoding.encoded_set import Encoded, EncodedSet
+from deltakd.types import IGNORE_INDEX, Batch
+
+
+def collate(encoded: Sequence[Encoded], pad_id: int, step: int, step_tokens: int) -> Batch:
+    """Pad rows on the right to the longest of them.
+
+    Padding is told by ``attention_mask`` = 0 and labels of IGNORE_INDEX alone, never by the id, so ``pad_id`` may be
+    EOS.
+
+    Args:
+        encoded: B rows.
+        pad_id: any id of the vocabulary.
+        step, step_tokens: passed on to the batch.
+    """
+    longest = max(len(row.input_ids) for row in encoded)
+    input_ids = np.full((len(encoded), longest), pad_id, dtype=np.int64)
+    labels = np.full((len(encoded), longest), IGNORE_INDEX, dtype=np.int64)
+    mask = np.zeros((len(encoded), longest), dtype=np.int64)
+    for number, row in enumerate(encoded):
+        length = len(row.input_ids)
+        input_ids[number, :length] = row.input_ids
+        labels[number, :length] = row.labels
+        mask[number, :length] = 1
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        attention_mask=torch.from_numpy(mask),
+        labels=torch.from_numpy(labels),
+        row_ids=torch.tensor([row.row_id for row in encoded], dtype=torch.int64),
+        step=step,
+        step_tokens=step_tokens,
+    )
+
+
+class StepLoader:
+    """One rank's micro-batches of the whole run, resumable.
+
+    ``iter`` starts at the position that was loaded (0 at first), however far an earlier iterator came. ``len`` is the
+    total of the run, also after a resume. One iterator at a time: the position is that of the latest.
+
+    Args:
+        encoded: the data.
+        sampler: says which rows.
+        pad_id: as for ``collate``.
+    """
+
+    def __init__(self, encoded: EncodedSet, sampler: Sampler, pad_id: int) -> None:
+        self.encoded = encoded
+        self.sampler = sampler
+        self.pad_id = pad_id
+        self._start = 0
+        self._position = 0
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for index in range(self._start, len(self)):
+            micro = self.sampler.micro_batch(index)
+            batch = collate([self.encoded[row] for row in micro.rows], self.pad_id, micro.step, micro.step_tokens)
+            # Before the batch is handed over: whoever saves while holding it has had it.
+            self._position = index + 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """``position``: micro-batches handed over so far."""
+        return {"position": self._position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue after ``position`` micro-batches. Raises ValueError if the run is shorter."""
+        position = state["position"]
+        if not 0 <= position <= len(self):
+            raise ValueError(
+                f"the checkpoint was saved after {position} micro-batches, but this run has {len(self)}; resume with "
+                f"the data, batch sizes and number of processes that it was started with"
+            )
+        self._start = self._position = position
+
+
+class EvalLoader:
+    """All rows once, sorted by length, in batches; every rank gets as many batches.
+
+    Args:
+        encoded: the data.
+        batch_size: rows of a batch; None: as many as fit into ``max_tokens``.
+        pad_id: as for ``collate``.
+        rank, world_size: batch i goes to rank i mod world_size. Where the batches run out, a rank gets a batch whose
+            labels are all masked, so that all ranks run the model equally often (sharded models wait for each other).
+        max_tokens: the most positions of a batch, padding included, where there is no ``batch_size``.
+
+    Raises:
+        ValueError: a batch size below 1, or a row that is longer than ``max_tokens``.
+    """
+
+    def __init__(
+        self,
+        encoded: EncodedSet,
+        batch_size: int | None,
+        pad_id: int,
+        rank: int = 0,
+        world_size: int = 1,
+        max_tokens: int | None = None,
+    ) -> None:
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"val_batch_size = {batch_size}; it must be at least 1")
+        self.encoded = encoded
+        self.pad_id = pad_id
+        self.rank = rank
+        self.world_size = world_size
+        if batch_size is not None:
+            order = np.argsort(encoded.lengths, kind="stable")
+            self._batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        else:
+            assert max_tokens is not None, "neither batch_size nor max_tokens"
+            check_budget(encoded.lengths, max_tokens, "validation")
+            self._batches = pack(encoded.lengths, max_tokens)[::-1]
+
+    def __len__(self) -> int:
+        return -(-len(self._batches) // self.world_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for number in range(len(self)):
+            index = number * self.world_size + self.rank
+            if index < len(self._batches):
+                rows = self._batches[index]
+                tokens = int(self.encoded.valid_tokens[rows].sum())
+                yield collate([self.encoded[row] for row in rows], self.pad_id, number, tokens)
+            else:
+                yield self._masked(number)
+
+    def _masked(self, number: int) -> Batch:
+        row = self.encoded[int(self._batches[0][0])]
+        nothing = Encoded(row.input_ids, [IGNORE_INDEX] * len(row.labels), row.row_id)
+        return collate([nothing], self.pad_id, number, 0)

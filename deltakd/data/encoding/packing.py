@@ -1,0 +1,114 @@
+"""Plain text packed into blocks of equal length, for pre-training."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltakd.data.encoding.encoded_set import EncodedSet
+from deltakd.data.encoding.token_cache import cached_table, fingerprint, flat_column, tokenizer_fingerprint
+from deltakd.data.encoding.tokens import eos_id, plain_tokens
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+#: Documents longer than so many blocks are taken apart, so that one book cannot use up a whole token budget.
+PIECE_BLOCKS = 20
+#: English text has about four characters a token; only the size of the pieces depends on it.
+CHARACTERS_PER_TOKEN = 4
+SHUFFLE_SEED = 0
+
+
+def pack_texts(
+    texts: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    block_length: int,
+    cache_dir: str | Path | None = None,
+    max_tokens: int | None = None,
+) -> EncodedSet:
+    """Join documents by EOS and cut them into blocks in which every token is trained.
+
+    Args:
+        texts: the documents.
+        tokenizer: must have an EOS token.
+        block_length: tokens of a block; a last block of at least 2 tokens is kept too.
+        cache_dir: folder where the tokens are kept for the next run; None keeps nothing.
+        max_tokens: stop after so many tokens. The documents, long ones in pieces of about PIECE_BLOCKS blocks, are then
+            shuffled first (always alike), so that all sources have their share; each piece ends with EOS.
+
+    Returns:
+        Blocks with labels = ids and row ids 0, 1, ...; ``counts`` has ``rows`` (documents) and ``tokens``.
+
+    Raises:
+        ValueError: no EOS token, fewer than 2 tokens in all, or limits below 2.
+    """
+    if block_length < 2:
+        raise ValueError(f"block_length = {block_length}; a block needs at least 2 tokens to have one to predict")
+    if max_tokens is not None and max_tokens < 2:
+        raise ValueError(f"max_tokens = {max_tokens}; give at least 2, or null for all")
+    eos_id(tokenizer)
+    documents = list(texts)
+    digests = [hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() for text in documents]
+    key = fingerprint("text", digests, tokenizer_fingerprint(tokenizer), block_length, max_tokens)
+
+    def build() -> Dataset:
+        return _table(_tokens(documents, tokenizer, block_length, max_tokens), block_length)
+
+    input_ids, offsets = flat_column(cached_table(key, cache_dir, build), "input_ids")
+    counts = {"rows": len(documents), "tokens": len(input_ids), "cut_prompts": 0, "cut_responses": 0, "dropped": 0}
+    row_ids = np.arange(len(offsets) - 1, dtype=np.int64)
+    return EncodedSet(input_ids, input_ids, offsets, row_ids, counts, key)
+
+
+def _tokens(
+    documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, block_length: int, max_tokens: int | None
+) -> NDArray[np.int32]:
+    """All tokens in a row, [tokens] int32."""
+    end = eos_id(tokenizer)
+    size = PIECE_BLOCKS * CHARACTERS_PER_TOKEN * block_length
+    pieces = [piece for document in documents for piece in _pieces(document, size)]
+    if max_tokens is not None:
+        order = np.random.Generator(np.random.PCG64(SHUFFLE_SEED)).permutation(len(pieces))
+        pieces = [(pieces[index][0], True) for index in order]
+    parts: list[NDArray[np.int32]] = []
+    total = 0
+    for text, last in pieces:
+        ids = plain_tokens(text, tokenizer) + ([end] if last else [])
+        parts.append(np.asarray(ids, dtype=np.int32))
+        total += len(ids)
+        if max_tokens is not None and total >= max_tokens:
+            break
+    tokens = np.concatenate(parts or [np.empty(0, np.int32)])[:max_tokens]
+    if len(tokens) < 2:
+        raise ValueError(f"{len(documents)} document(s) with {len(tokens)} token(s): there is nothing to train on")
+    return tokens
+
+
+def _pieces(document: str, size: int) -> Iterator[tuple[str, bool]]:
+    """(piece, whether it is the document's last), cut at line ends, or at spaces within a very long line."""
+    start = 0
+    while len(document) - start > size:
+        stop = start + size
+        for mark in ("\n", " "):
+            found = document.rfind(mark, start + 1, stop)
+            if found > start + size // 2:
+                stop = found
+                break
+        yield document[start:stop], False
+        start = stop
+    yield document[start:], True
+
+
+def _table(tokens: NDArray[np.int32], block_length: int) -> Dataset:
+    from datasets import Dataset, Features, List, Value
+
+    blocks = [tokens[start : start + block_length] for start in range(0, len(tokens), block_length)]
+    if len(blocks[-1]) < 2:
+        blocks.pop()
+    return Dataset.from_dict({"input_ids": blocks}, features=Features({"input_ids": List(Value("int32"))}))

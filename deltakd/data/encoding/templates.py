@@ -1,0 +1,247 @@
+"""How a row is written out as text: which pieces the model reads, which it learns to write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from string import Formatter
+from typing import TYPE_CHECKING, Any, Protocol, final, runtime_checkable
+
+from deltakd.data.sources.rows import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TEMPLATE_NAMES = ("alpaca", "chat")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of text that is tokenised by itself.
+
+    Args:
+        text: the piece.
+        trained: whether the model learns to write it.
+        special_tokens: whether the tokenizer adds its own special tokens (BOS), unless the text starts with BOS.
+        closed: whether EOS follows, trained, unless the text ends with it already.
+    """
+
+    text: str
+    trained: bool
+    special_tokens: bool = False
+    closed: bool = False
+
+
+@runtime_checkable
+class Template(Protocol):
+    """Writes rows out. Its ``repr`` is part of the key of cached tokens, so it must tell all that matters."""
+
+    def render(self, row: Row) -> list[Segment]:
+        """Prompt and answer pieces in turn; a row without an answer gives its prompt only."""
+        ...
+
+    def tail(self, row: Row) -> str:
+        """The end of the prompt that must survive when a prompt is cut."""
+        ...
+
+
+@final
+@dataclass(frozen=True)
+class PlainTemplate:
+    """A prompt made by filling in a text; each answer is closed by EOS.
+
+    Args:
+        with_input: the prompt of rows that have an input, with the fields {instruction} and {input}.
+        without_input: the prompt of the others, with the field {instruction}.
+        tail_text: the end of both, which survives when a prompt is cut.
+
+    Raises:
+        ValueError: a field is missing or unknown, or a text does not end with the tail.
+    """
+
+    with_input: str
+    without_input: str
+    tail_text: str
+
+    def __post_init__(self) -> None:
+        _check_fields("with_input", self.with_input, {"instruction", "input"})
+        _check_fields("without_input", self.without_input, {"instruction"})
+        for name in ("with_input", "without_input"):
+            if not getattr(self, name).endswith(self.tail_text):
+                raise ValueError(f"template.{name} must end with template.tail = {self.tail_text!r}")
+
+    def render(self, row: Row) -> list[Segment]:
+        """Prompt and answer in turn (several times for a conversation), the first with BOS."""
+        segments: list[Segment] = []
+        for prompt, response in self._turns(row):
+            segments.append(Segment(prompt, trained=False, special_tokens=not segments))
+            if response is not None:
+                segments.append(Segment(response, trained=True, closed=True))
+        return segments
+
+    def tail(self, row: Row) -> str:
+        """The same for every row."""
+        return self.tail_text
+
+    def _turns(self, row: Row) -> Iterator[tuple[str, str | None]]:
+        if row.messages is None:
+            yield _own_prompt(row, self), (row.responses[0] if row.responses else None)
+            return
+        asked: list[str] = []
+        for message in row.messages:
+            if message["role"] != "assistant":
+                asked.append(message["content"])
+                continue
+            yield self.without_input.format(instruction="\n\n".join(asked)), message["content"]
+            asked = []
+        # A question that nobody answers is a prompt only where nothing was answered before it.
+        if asked and all(message["role"] != "assistant" for message in row.messages):
+            yield self.without_input.format(instruction="\n\n".join(asked)), None
+
+
+def _own_prompt(row: Row, template: PlainTemplate) -> str:
+    if row.prompt is not None:
+        return row.prompt
+    if row.input.strip():
+        return template.with_input.format(instruction=row.instruction, input=row.input)
+    return template.without_input.format(instruction=row.instruction)
+
+
+def _check_fields(name: str, text: str, needed: set[str]) -> None:
+    try:
+        fields = {field for _, field, _, _ in Formatter().parse(text) if field is not None}
+    except ValueError as error:
+        raise ValueError(f"template.{name} is no format text: {error}; write a literal brace twice") from error
+    if fields != needed:
+        wanted = " and ".join(f"{{{field}}}" for field in sorted(needed, reverse=True))
+        found = ", ".join(f"{{{field}}}" for field in sorted(fields)) or "none"
+        raise ValueError(f"template.{name} must have exactly the fields {wanted}; it has {found}")
+
+
+_ALPACA_ASK = "Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}"
+_ALPACA_TAIL = "\n\n### Response:\n"
+
+#: The prompt of Stanford Alpaca, as MiniLLM (arXiv 2306.08543) writes it into its evaluation sets.
+AlpacaTemplate = partial(
+    PlainTemplate,
+    with_input="Below is an instruction that describes a task, paired with an input that provides further context. "
+    + _ALPACA_ASK
+    + "\n\n### Input:\n{input}"
+    + _ALPACA_TAIL,
+    without_input="Below is an instruction that describes a task. " + _ALPACA_ASK + _ALPACA_TAIL,
+    tail_text=_ALPACA_TAIL,
+)
+
+
+@final
+class ChatTemplate:
+    """The tokenizer's own chat template; assistant turns are trained with their end-of-turn token.
+
+    Args:
+        tokenizer: a tokenizer with a chat template.
+
+    Raises:
+        ValueError: the tokenizer has none.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not tokenizer.chat_template:
+            raise ValueError(
+                f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__!r} has no chat template; use "
+                f"template=alpaca or the tokenizer of a chat model"
+            )
+        self._tokenizer = tokenizer
+
+    def __repr__(self) -> str:
+        return f"ChatTemplate({self._tokenizer.chat_template!r})"
+
+    def render(self, row: Row) -> list[Segment]:
+        """Prompt and answer pieces in turn, found by rendering ever longer beginnings of the conversation.
+
+        Raises:
+            ValueError: a longer beginning does not start with the shorter one, so pieces cannot be told apart.
+        """
+        if row.prompt is not None:
+            return _verbatim(row)
+        messages = _conversation(row)
+        answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        if not answers:
+            return [Segment(self._write(messages, prompt=True), trained=False)]
+        segments, done = [], ""
+        for number in answers:
+            prompt = self._write(messages[:number], prompt=True)
+            whole = self._write(messages[: number + 1], prompt=False)
+            if not prompt.startswith(done) or not whole.startswith(prompt):
+                raise ValueError(_not_a_prefix(row, number))
+            # White space after the end-of-turn token belongs to the next prompt: nobody waits for it when generating.
+            answer = whole[len(prompt) :].rstrip()
+            segments.append(Segment(prompt[len(done) :], trained=False))
+            segments.append(Segment(answer, trained=True, closed=number == answers[-1]))
+            done = prompt + answer
+        return segments
+
+    def tail(self, row: Row) -> str:
+        """What the template writes after the last turn before the answer; the whole prompt if that is not found."""
+        if row.prompt is not None:
+            return row.prompt
+        messages = _conversation(row)
+        while messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        prompt = self._write(messages, prompt=True)
+        content = messages[-1]["content"].strip()
+        return prompt[prompt.rindex(content) + len(content) :] if content in prompt else prompt
+
+    def _write(self, messages: list[dict[str, str]], prompt: bool) -> str:
+        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        assert isinstance(text, str)
+        return text
+
+
+def _verbatim(row: Row) -> list[Segment]:
+    segments = [Segment(row.prompt or "", trained=False, special_tokens=True)]
+    answers = [Segment(text, trained=True, closed=True) for text in row.responses[:1]]
+    return segments + answers
+
+
+def _conversation(row: Row) -> list[dict[str, str]]:
+    """The row as messages; turns after the last answer are left out, there is nothing to learn from them."""
+    if row.messages is not None:
+        messages = list(row.messages)
+        answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        return messages[: answers[-1] + 1] if answers else messages
+    question = "\n\n".join(part for part in (row.instruction, row.input) if part.strip())
+    answer = [{"role": "assistant", "content": text} for text in row.responses[:1]]
+    return [{"role": "user", "content": question}, *answer]
+
+
+def _not_a_prefix(row: Row, number: int) -> str:
+    return (
+        f"row {row.id}: the chat template rewrites earlier turns when turn {number} is added, so the tokens to train "
+        f"on cannot be found; use single-turn data or another template"
+    )
+
+
+def make_template(name: str | Mapping[str, Any] | Template, tokenizer: PreTrainedTokenizerBase) -> Template:
+    """The template that a config asks for.
+
+    Args:
+        name: ``alpaca``, ``chat``, a mapping {with_input, without_input, tail}, or a template, returned as it is.
+        tokenizer: gives the chat template.
+
+    Raises:
+        ValueError: unknown name or keys, or what the templates raise.
+    """
+    if name == "alpaca":
+        return AlpacaTemplate()
+    if name == "chat":
+        return ChatTemplate(tokenizer)
+    if isinstance(name, Mapping):
+        keys = {"with_input", "without_input", "tail"}
+        if set(name) != keys:
+            raise ValueError(f"template has the keys {sorted(name)}; it needs exactly {sorted(keys)}")
+        return PlainTemplate(str(name["with_input"]), str(name["without_input"]), str(name["tail"]))
+    if isinstance(name, Template):
+        return name
+    allowed = ", ".join(TEMPLATE_NAMES)
+    raise ValueError(f"unknown template {name!r}; allowed: {allowed}, or a mapping with_input, without_input, tail")

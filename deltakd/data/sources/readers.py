@@ -1,0 +1,247 @@
+"""Reads rows of instructions and documents of plain text from files and hub data sets.
+
+A source is a path (``.jsonl``, ``.jsonl.gz``, ``.json``; for texts also ``.txt``, ``.txt.gz``), a hub data set
+``org/name`` (its train split), or one file of it, ``org/name:file.jsonl``. ``source#field=value`` keeps the records
+whose field has that value. A subset ``split.json#train`` keeps the 0-based line numbers listed in that file
+under that key.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from deltakd.data.sources.records import (
+    Problems,
+    Record,
+    Source,
+    is_text,
+    iter_records,
+    local_path,
+    parse_source,
+    read_lines,
+)
+from deltakd.data.sources.rows import Row, parse_row
+
+DOCUMENT_END = "<|endoftext|>"
+
+
+def read_rows(
+    source: str | Sequence[str],
+    *,
+    subset: str | Mapping[str, str] | None = None,
+    need_response: bool = True,
+    strip_answers: str | None = None,
+    limit: int | None = None,
+) -> list[Row]:
+    """Read instruction rows.
+
+    Args:
+        source: one source or several, read in order.
+        subset: ``split.json#key`` for a single source, or a mapping from source (as written) to subset.
+        need_response: whether a row without an answer is an error.
+        strip_answers: a regular expression; what it matches is taken out of answers (not of conversations).
+        limit: keep the first so many rows only (for debugging; what follows is not read).
+
+    Returns:
+        Rows whose ids are the 0-based line numbers of the source, running over the concatenation of several.
+
+    Raises:
+        ValueError: a source that cannot be read, bad lines (all of one source together), or nothing left.
+    """
+    rows: list[Row] = []
+    first = 0
+    entries = _entries(source)
+    subsets = _subsets(subset, entries)
+    for entry in entries:
+        reader = _Reader(parse_source(entry), subsets.get(entry))
+        for record in reader:
+            if limit is not None and len(rows) >= limit:
+                break
+            try:
+                row = parse_row(record.value, record.where, first + record.number, need_response)
+                rows.append(_stripped(row, strip_answers, record.where) if strip_answers else row)
+            except ValueError as error:
+                reader.problems.add(str(error))
+        reader.problems.raise_any()
+        first += reader.last + 1
+    return rows
+
+
+def _stripped(row: Row, pattern: str, where: str) -> Row:
+    stripped = tuple(text for text in (re.sub(pattern, "", answer) for answer in row.responses) if text.strip())
+    if row.responses and not stripped:
+        raise ValueError(f"{where}: data.strip_answers={pattern} leaves nothing of the answer")
+    return replace(row, responses=stripped)
+
+
+def read_texts(
+    source: str | Sequence[str], *, subset: Mapping[str, str] | None = None, limit: int | None = None
+) -> list[str]:
+    """Read plain-text documents for pre-training.
+
+    A text file is cut into documents at lines that are exactly ``<|endoftext|>``; a record gives its ``text`` field,
+    or, where it is an instruction row, instruction, input and first response on lines of their own.
+
+    Args:
+        source: one source or several.
+        subset: source (as written) -> ``split.json#key``, for sources of records.
+        limit: keep the first so many documents only.
+
+    Raises:
+        ValueError: as ``read_rows``.
+    """
+    entries = _entries(source)
+    subsets = _subsets(subset, entries)
+    texts: list[str] = []
+    for entry in entries:
+        texts.extend(_texts_of(parse_source(entry), subsets.get(entry)))
+        if limit is not None and len(texts) >= limit:
+            return texts[:limit]
+    return texts
+
+
+def _entries(source: str | Sequence[str]) -> list[str]:
+    entries = [source] if isinstance(source, str) else list(source)
+    if not entries:
+        raise ValueError("no data source given; name at least one file or hub data set")
+    if len(set(entries)) != len(entries):
+        double = next(entry for entry, count in Counter(entries).items() if count > 1)
+        raise ValueError(f"source {double!r} is given twice; remove one")
+    return entries
+
+
+def _subsets(subset: str | Mapping[str, str] | None, entries: Sequence[str]) -> Mapping[str, str]:
+    if subset is None:
+        return {}
+    if isinstance(subset, str):
+        if len(entries) > 1:
+            raise ValueError(
+                f"subset {subset!r} cannot tell which of {len(entries)} sources it cuts; give a mapping from source "
+                f"to subset"
+            )
+        return {entries[0]: subset}
+    unknown = sorted(set(subset) - set(entries))
+    if unknown:
+        raise ValueError(f"subset names unknown source(s) {unknown}; sources are {list(entries)}")
+    return subset
+
+
+def read_subset(subset: str) -> set[int]:
+    """The 0-based line numbers that ``split.json#key`` lists (nulls skipped).
+
+    Raises:
+        ValueError: no such file or key, or the key does not hold a list of line numbers.
+    """
+    name, mark, key = subset.rpartition("#")
+    if not mark or not name or not key:
+        raise ValueError(f"subset {subset!r} must be file.json#key, such as split.json#train")
+    try:
+        splits = json.loads(Path(name).expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read subset file {name}: {error}") from error
+    keys = [k for k, v in splits.items() if isinstance(v, list)] if isinstance(splits, dict) else []
+    if key not in keys:
+        raise ValueError(f"subset {subset!r}: {name} has no list {key!r}; it has: {', '.join(keys) or 'none'}")
+    numbers = [number for number in splits[key] if number is not None]
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError(f"subset {subset!r}: the list must hold line numbers from 0 (or null)")
+    return set(numbers)
+
+
+class _Reader:
+    """Iterates over the records of one source that pass its filter and subset; keeps its problems."""
+
+    def __init__(self, source: Source, subset: str | None) -> None:
+        self.problems = Problems(source.entry)
+        self.last = -1
+        self._source = source
+        self._subset = subset
+        self._lines = None if subset is None else read_subset(subset)
+
+    def __iter__(self) -> Iterator[Record]:
+        kept = 0
+        seen: Counter[str] = Counter()
+        for record in iter_records(self._source, self.problems):
+            self.last = record.number
+            if self._passes(record, seen):
+                kept += 1
+                yield record
+        if not kept and not self.problems.messages:
+            raise ValueError(self._nothing(seen))
+        self._check_subset()
+
+    def _passes(self, record: Record, seen: Counter[str]) -> bool:
+        if self._lines is not None and record.number not in self._lines:
+            return False
+        if self._source.filter is None:
+            return True
+        field, wanted = self._source.filter
+        value = str(record.value.get(field, "(absent)"))
+        seen[value] += 1
+        return value == wanted
+
+    def _check_subset(self) -> None:
+        beyond = max(self._lines, default=-1) if self._lines is not None else -1
+        if beyond > self.last and not self.problems.messages:
+            raise ValueError(
+                f"subset {self._subset!r} names line {beyond}, but {self._source.entry} ends at line {self.last}: it "
+                f"was made for another file"
+            )
+
+    def _nothing(self, seen: Counter[str]) -> str:
+        entry = self._source.entry
+        if self.last < 0:
+            return f"{entry} is empty; give a data set with at least one record"
+        if not seen:
+            return f"{entry}: the subset {self._subset!r} keeps none of its {self.last + 1} lines"
+        field, wanted = self._source.filter or ("", "")
+        values = ", ".join(value for value, _ in seen.most_common(10))
+        return f"{entry}: no record has {field} = {wanted!r}; values found: {values}"
+
+
+def _texts_of(source: Source, subset: str | None) -> list[str]:
+    if is_text(source.location):
+        if subset is not None or source.filter is not None:
+            raise ValueError(
+                f"{source.entry}: a plain text file has no records to choose from; remove subset and filter"
+            )
+        return list(_documents(source.location))
+    reader = _Reader(source, subset)
+    texts = []
+    for record in reader:
+        try:
+            texts.append(_text_of(record))
+        except ValueError as error:
+            reader.problems.add(str(error))
+    reader.problems.raise_any()
+    return texts
+
+
+def _text_of(record: Record) -> str:
+    text = record.value.get("text")
+    if text is None:
+        return parse_row(record.value, record.where, record.number, need_response=True).text
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{record.where}: text must be a non-empty string, got {text!r:.60}")
+    return text
+
+
+def _documents(location: str) -> Iterator[str]:
+    found = False
+    lines: list[str] = []
+    for line in (*read_lines(local_path(location), location), DOCUMENT_END):
+        if line != DOCUMENT_END:
+            lines.append(line)
+            continue
+        document = "\n".join(lines).strip("\n")
+        if document.strip():
+            found = True
+            yield document
+        lines = []
+    if not found:
+        raise ValueError(f"{location} is empty; give a file with text")

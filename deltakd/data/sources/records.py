@@ -1,0 +1,228 @@
+"""Where records come from: local files, data sets of the Hugging Face hub, single files of those."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deltakd.io.hub import hub_reachable
+
+RECORD_SUFFIXES = (".jsonl", ".jsonl.gz", ".json")
+TEXT_SUFFIXES = (".txt", ".txt.gz")
+#: So many bad lines of a file are shown in one error.
+SHOWN_PROBLEMS = 10
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_FILE = re.compile(r"(?P<id>[\w.-]+/[\w.-]+):(?P<file>.+)")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One entry of a list of sources.
+
+    Args:
+        entry: as the user wrote it.
+        location: path, ``org/name`` or ``org/name:file``, without the filter.
+        filter: (field, value) of ``#field=value``, or None.
+    """
+
+    entry: str
+    location: str
+    filter: tuple[str, str] | None
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record with its 0-based number and its place (file:line) for error messages."""
+
+    number: int
+    where: str
+    value: dict[str, Any]
+
+
+@dataclass
+class Problems:
+    """Collects what is wrong with the lines of one source, so that all of it is reported at once."""
+
+    name: str
+    messages: list[str] = field(default_factory=list)
+
+    def add(self, message: str) -> None:
+        """Note one bad line."""
+        self.messages.append(message)
+
+    def raise_any(self) -> None:
+        """Raise a ValueError if anything was noted."""
+        if self.messages:
+            shown = "\n  ".join(self.messages[:SHOWN_PROBLEMS])
+            more = len(self.messages) - SHOWN_PROBLEMS
+            rest = f"\n  and {more} more" if more > 0 else ""
+            raise ValueError(f"{self.name}: {len(self.messages)} bad record(s):\n  {shown}{rest}")
+
+
+def parse_source(entry: str) -> Source:
+    """Split ``location#field=value``. Raises ValueError for a ``#`` that is not such a filter."""
+    location, mark, condition = entry.partition("#")
+    if not mark:
+        return Source(entry, location, None)
+    name, equals, value = condition.partition("=")
+    if not equals or not name or not location:
+        raise ValueError(
+            f"source {entry!r}: what follows # must be field=value (a subset of line numbers goes into the key "
+            f"`subset`)"
+        )
+    return Source(entry, location, (name, value))
+
+
+def is_text(location: str) -> bool:
+    """Whether the location is a plain text file."""
+    return location.endswith(TEXT_SUFFIXES)
+
+
+def missing_sources(sources: Mapping[str, str | Sequence[str] | None]) -> list[str]:
+    """What can be told without opening anything: entries that are no source, and local files that do not exist.
+
+    Args:
+        sources: config key -> source(s), None where there are none.
+
+    Returns:
+        One sentence for each problem, beginning with the key.
+    """
+    found = []
+    for key, entries in sources.items():
+        for entry in [entries] if isinstance(entries, str) else entries or ():
+            try:
+                _check_exists(parse_source(entry).location)
+            except ValueError as error:
+                found.append(f"{key}: {error}")
+    return found
+
+
+def _check_exists(location: str) -> None:
+    if not _is_hub_id(location) and (Path(location).expanduser().exists() or not _HUB_FILE.fullmatch(location)):
+        local_path(location)
+
+
+def iter_records(source: Source, problems: Problems) -> Iterator[Record]:
+    """All records of a source, unfiltered; lines that are not JSON objects are noted in ``problems``.
+
+    Raises:
+        ValueError: no such file, unknown kind of file, unreadable file, or a hub that cannot be reached.
+    """
+    if _is_hub_id(source.location):
+        return _hub_records(source.location)
+    path = local_path(source.location)
+    name = source.location
+    if name.endswith(".json"):
+        return _json_records(path, name, problems)
+    if name.endswith((".jsonl", ".jsonl.gz")):
+        return _jsonl_records(path, name, problems)
+    raise ValueError(_unknown(name))
+
+
+def local_path(location: str) -> Path:
+    """The local file of a location, fetched from the hub (or its local cache) for ``org/name:file``."""
+    path = Path(location).expanduser()
+    if path.exists():
+        if path.is_dir():
+            raise ValueError(f"{location} is a folder; name a file in it ({_known()})")
+        return path
+    hub_file = _HUB_FILE.fullmatch(location)
+    if hub_file:
+        return _hub_file(hub_file["id"], hub_file["file"])
+    if not location.endswith(RECORD_SUFFIXES + TEXT_SUFFIXES):
+        raise ValueError(_unknown(location))
+    raise ValueError(f"no such file: {location} (looked in {Path.cwd()}); give an existing path or a hub data set")
+
+
+def read_lines(path: Path, name: str) -> Iterator[str]:
+    """Lines of a text file, gzipped or not, without their ends. Raises ValueError if it cannot be read."""
+    opener = gzip.open if path.name.endswith(".gz") else open
+    try:
+        with opener(path, "rt", encoding="utf-8", newline="\n") as stream:
+            for line in stream:
+                yield line.rstrip("\r\n")
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise ValueError(f"cannot read {name}: {error}") from error
+
+
+def _known() -> str:
+    return ", ".join(RECORD_SUFFIXES + TEXT_SUFFIXES)
+
+
+def _unknown(location: str) -> str:
+    return f"unknown kind of source: {location!r}; allowed: files ({_known()}), org/name, org/name:file of the hub"
+
+
+def _is_hub_id(location: str) -> bool:
+    known = location.endswith(RECORD_SUFFIXES + TEXT_SUFFIXES)
+    return bool(_HUB_ID.fullmatch(location)) and not known and not Path(location).exists()
+
+
+def _as_record(number: int, where: str, value: Any, problems: Problems) -> Iterator[Record]:
+    if isinstance(value, dict):
+        yield Record(number, where, value)
+    else:
+        problems.add(f"{where}: expected a JSON object, got {type(value).__name__}")
+
+
+def _jsonl_records(path: Path, name: str, problems: Problems) -> Iterator[Record]:
+    for number, line in enumerate(read_lines(path, name)):
+        where = f"{name}:{number + 1}"
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            problems.add(f"{where}: not JSON: {error.msg} (column {error.colno})")
+            continue
+        yield from _as_record(number, where, value, problems)
+
+
+def _json_records(path: Path, name: str, problems: Problems) -> Iterator[Record]:
+    try:
+        values = json.loads("\n".join(read_lines(path, name)))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name}:{error.lineno}: not JSON: {error.msg} (column {error.colno})") from error
+    if not isinstance(values, list):
+        raise ValueError(f"{name}: expected a JSON list of records, got {type(values).__name__}")
+    for number, value in enumerate(values):
+        yield from _as_record(number, f"{name}[{number}]", value, problems)
+
+
+def _hub_records(name: str) -> Iterator[Record]:
+    import datasets
+
+    try:
+        only_local = datasets.DownloadConfig(local_files_only=not hub_reachable())
+        table = datasets.load_dataset(name, split="train", download_config=only_local)
+    # Whatever the hub's client raises (a dozen types, several libraries), the user needs one line and a way out.
+    except Exception as error:
+        raise ValueError(_unreachable(name, error)) from error
+    for number, value in enumerate(table):
+        yield Record(number, f"{name}[{number}]", dict(value))
+
+
+def _hub_file(name: str, file: str) -> Path:
+    import huggingface_hub
+
+    try:
+        return Path(
+            huggingface_hub.hf_hub_download(name, file, repo_type="dataset", local_files_only=not hub_reachable())
+        )
+    except Exception as error:
+        raise ValueError(_unreachable(f"{name}:{file}", error)) from error
+
+
+def _unreachable(name: str, error: Exception) -> str:
+    reason = str(error).strip().split("\n")[0][:200]
+    return (
+        f"cannot load data set {name!r} from the hub ({type(error).__name__}: {reason}); download it once and give "
+        f"the path of a local file ({_known()}) instead"
+    )

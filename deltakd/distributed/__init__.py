@@ -1,0 +1,1 @@
+"""How a run is spread over processes: launchers, ranks, sharding, strategies, and the lifeline between ranks."""

@@ -1,0 +1,170 @@
+"""Which process this is, and joint acts of all ranks, before any trainer exists.
+
+Lightning's own launcher starts the other ranks once rank 0 is ready to train. torchrun and SLURM start all of them at
+once: they would make the same files at the same time, and wait for each other in vain where one has refused to go on.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from functools import lru_cache
+from typing import Any, NoReturn, final
+
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from torch.distributed.rendezvous import rendezvous
+
+from deltakd.distributed.launchers import Launch, read_launch
+
+#: How long the last of all ranks may take to start after the first, as in torch's own process groups.
+START_TIMEOUT = timedelta(minutes=30)
+#: Seconds between two looks at what the other ranks have said.
+POLL_SECONDS = 0.1
+#: How long rank 0, which may serve the store, waits for the others to have heard why it ends.
+FAREWELL_SECONDS = 10.0
+
+_DONE, _FAILED = b"done", b"failed"
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that writes: rank 0, from what the launcher left in the environment."""
+    return int(getattr(rank_zero_only, "rank", 0)) == 0
+
+
+def external_launch() -> Launch | None:
+    """Who started all ranks of this run; None where it is one process, or Lightning starts the others."""
+    launch = read_launch(os.environ)
+    return launch if launch is not None and launch.world_size > 1 and not launch.problem else None
+
+
+def launch_id() -> str | None:
+    """A name for this job that all its ranks share, and later starts of it; None where it has none."""
+    launch = read_launch(os.environ)
+    return None if launch is None else launch.id
+
+
+def is_restarted() -> bool:
+    """Whether a launcher starts this job again by itself: requeued by SLURM, or restarted by torchrun."""
+    launch = read_launch(os.environ)
+    return launch is not None and launch.restarted
+
+
+@contextmanager
+def main_process_first(what: str) -> Iterator[None]:
+    """Rank 0 goes through the block before the others do; nobody goes on until all have.
+
+    Where Lightning starts the other ranks there is nothing to do.
+
+    Args:
+        what: a name of the block, the same on all ranks, and used once in a process.
+
+    Raises:
+        SystemExit: with status 2, where another rank did not get through.
+    """
+    launch = external_launch()
+    if launch is None:
+        yield
+        return
+    meeting = _Meeting(_store(launch), launch, what)
+    try:
+        if launch.rank > 0:
+            meeting.expect(0)
+        yield
+        meeting.say(_DONE)
+        for rank in range(launch.world_size):
+            meeting.expect(rank)
+    except BaseException:
+        meeting.say(_FAILED)
+        meeting.leave(FAREWELL_SECONDS)
+        raise
+    meeting.leave()
+
+
+def agreed(what: str, value: str) -> str:
+    """Rank 0's value, on all ranks.
+
+    Args:
+        what: a name of the value, the same on all ranks, and used once in a process.
+        value: this rank's own.
+    """
+    launch = external_launch()
+    if launch is None:
+        return value
+    meeting = _Meeting(_store(launch), launch, what)
+    if launch.rank == 0:
+        meeting.say(value.encode())
+    said = meeting.hear(0)
+    if said is None:
+        _give_up(0)
+    meeting.leave()
+    return said.decode()
+
+
+@lru_cache(maxsize=1)
+def _store(launch: Launch) -> Any:
+    """The store over which the process group will be joined later: torchrun's, or one that rank 0 serves.
+
+    As many as want to can use it at the same address in a process, Lightning among them.
+    """
+    if launch.name == "SLURM":
+        environment = SLURMEnvironment(auto_requeue=False)
+        # Asked for, they are put into the environment.
+        assert environment.main_address
+        assert environment.main_port
+    url = f"env://?rank={launch.rank}&world_size={launch.world_size}"
+    store, _, _ = next(iter(rendezvous(url, timeout=START_TIMEOUT)))
+    return store
+
+
+def _give_up(rank: int) -> NoReturn:
+    print(f"error: rank {rank} did not go on, so this rank can't either; see what it says", file=sys.stderr)
+    sys.exit(2)
+
+
+@final
+class _Meeting:
+    """What the ranks say to each other at one place of the program."""
+
+    def __init__(self, store: Any, launch: Launch, what: str) -> None:
+        self._store = store
+        self._launch = launch
+        self._what = what
+
+    def say(self, word: bytes, of: str = "word") -> None:
+        """Tell all others."""
+        # Where the process that serves the store is gone, the others hear of it by themselves.
+        with suppress(RuntimeError):
+            self._store.set(self._key(self._launch.rank, of), word)
+
+    def hear(self, rank: int, of: str = "word", seconds: float = math.inf) -> bytes | None:
+        """What a rank has said; None where it can't be heard any more. Waits so that signals get through."""
+        deadline = time.monotonic() + seconds
+        try:
+            while not self._store.check([self._key(rank, of)]):
+                if time.monotonic() > deadline:
+                    return None
+                time.sleep(POLL_SECONDS)
+            return self._store.get(self._key(rank, of))
+        except RuntimeError:
+            return None
+
+    def expect(self, rank: int) -> None:
+        """Go on only if that rank does."""
+        if self.hear(rank) != _DONE:
+            _give_up(rank)
+
+    def leave(self, seconds: float = math.inf) -> None:
+        """Nothing more to hear; rank 0, which may serve the store, stays until the others leave, or for so long."""
+        self.say(_DONE, "farewell")
+        if self._launch.rank == 0:
+            for rank in range(1, self._launch.world_size):
+                self.hear(rank, "farewell", seconds)
+
+    def _key(self, rank: int, of: str) -> str:
+        return f"deltakd/{self._what}/{of}/{rank}"

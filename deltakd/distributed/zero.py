@@ -1,0 +1,125 @@
+"""DeepSpeed's ZeRO through Lightning, on GPUs and on CPUs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.strategies import DeepSpeedStrategy
+
+from deltakd.distributed.zero_checkpoints import for_any_ranks, ranks_of
+
+#: The file of a sharded checkpoint that holds all but weights and optimiser state (FSDP2's name for it).
+META = "meta.pt"
+
+
+def prepare_deepspeed() -> None:
+    """Before DeepSpeed is imported for the first time."""
+    # Operations compiled at first use look for ninja, which is installed beside the interpreter.
+    beside = str(Path(sys.executable).parent)
+    if beside not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join([beside, os.environ.get("PATH", "")])
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        import deepspeed.ops
+
+        # Compiled for a minute at every start, and only a faster way between processes of one machine.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def make_zero(stage: int, persistence_threshold: int | None = None, offload: bool = False) -> ZeroStrategy:
+    """ZeRO of a stage.
+
+    Args:
+        stage: 1, 2 or 3.
+        persistence_threshold: stage 3 keeps parameters of fewer numbers whole on every rank.
+        offload: whether parameters and the optimiser's state wait in the RAM (stage 3).
+    """
+    prepare_deepspeed()
+    strategy = ZeroStrategy(
+        stage=stage,
+        logging_level=logging.WARNING,
+        exclude_frozen_parameters=True,
+        offload_optimizer=offload,
+        offload_parameters=offload,
+        pin_memory=offload and torch.cuda.is_available(),
+    )
+    if stage == 3:
+        assert isinstance(strategy.config, dict)
+        strategy.config["zero_optimization"]["stage3_param_persistence_threshold"] = persistence_threshold
+    return strategy
+
+
+@final
+class ZeroStrategy(DeepSpeedStrategy):
+    """DeepSpeed's ZeRO, on CPUs, too: what runs on a laptop and in the tests is what runs on GPUs.
+
+    Its checkpoints go on with any number of ranks.
+    """
+
+    @property
+    def root_device(self) -> torch.device:
+        """The device of this rank; DeepSpeed wants a number even for a CPU."""
+        if isinstance(self.accelerator, CPUAccelerator):
+            return torch.device("cpu", self.local_rank)
+        return super().root_device
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        """Whether the optimiser's state is in the RAM, where DeepSpeed's own AdamW has to step it."""
+        assert isinstance(self.config, dict)
+        return "offload_optimizer" in self.config["zero_optimization"]
+
+    def setup_environment(self) -> None:
+        """As inherited, but for the check that refuses CPUs."""
+        if isinstance(self.accelerator, CPUAccelerator):
+            super(DeepSpeedStrategy, self).setup_environment()
+        else:
+            super().setup_environment()
+
+    def setup_distributed(self) -> None:
+        """As inherited, but for the check that wants numbered GPUs."""
+        if isinstance(self.accelerator, CPUAccelerator):
+            reset_seed()
+            self.set_world_ranks()
+            self._init_deepspeed_distributed()
+        else:
+            super().setup_distributed()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """As inherited; beside it what is not weights or optimiser state, as FSDP2's checkpoints have it."""
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+        if self.is_global_zero:
+            rest = {k: v for k, v in checkpoint.items() if k not in ("state_dict", "optimizer_states")}
+            torch.save(rest, Path(filepath) / META)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """As inherited; a checkpoint of another number of ranks is converted first (DeepSpeed's universal format)."""
+        if ranks_of(Path(checkpoint_path)) == self.world_size:
+            return super().load_checkpoint(checkpoint_path, weights_only)
+        engine = self.deepspeed_engine
+        options = [
+            {k: v for k, v in group.items() if k not in ("params", "lr")} for group in engine.optimizer.param_groups
+        ]
+        engine._config.load_universal_checkpoint = True
+        with for_any_ranks(Path(checkpoint_path), self) as universal:
+            state = super().load_checkpoint(universal, weights_only)
+        engine._config.load_universal_checkpoint = False
+        # Stage 3 gives every group the options of the first (biases would decay from here on), and all of them one
+        # tensor that counts the steps (the second group would count each step twice).
+        for group, option in zip(engine.optimizer.param_groups, options, strict=True):
+            group.update(option)
+        for moments in engine.optimizer.optimizer.state.values():
+            if torch.is_tensor(moments.get("step")):
+                moments["step"] = moments["step"].clone()
+        return state
+
+    def norm_of_last_step(self) -> float:
+        """The gradient's norm in the last optimiser step, over all ranks, before clipping."""
+        return float(self.deepspeed_engine.get_global_grad_norm())

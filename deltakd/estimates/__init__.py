@@ -1,0 +1,1 @@
+"""Memory and cost of a run before it starts."""

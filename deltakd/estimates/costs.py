@@ -1,0 +1,299 @@
+"""What an optimiser step costs a rank: memory, floating-point operations, bytes moved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from deltakd.estimates.layout import Held, Layout
+from deltakd.estimates.sizes import Skeleton
+from deltakd.kernels.chunked import chunk_size_for
+
+MIB = 2**20
+
+
+class Need(NamedTuple):
+    """What one thing takes on one device.
+
+    Args:
+        what: its name in the table.
+        device: where it is.
+        bytes: its size.
+    """
+
+    what: str
+    device: str
+    bytes: int
+
+
+class Amount(NamedTuple):
+    """A part of a step and how much of something it is.
+
+    Args:
+        what: its name in the table.
+        amount: floating-point operations, or bytes.
+    """
+
+    what: str
+    amount: float
+
+
+@dataclass(frozen=True)
+class Setting:
+    """All that the costs of a step depend on.
+
+    Args:
+        student: its sizes.
+        references: role -> sizes of the models that run beside it.
+        layout: how it is spread over ranks.
+        positions: of a micro-batch of one rank, padding included.
+        row: positions of its longest row.
+        valid: its valid tokens: those that reach the heads.
+        accumulate: micro-batches of a step.
+        precision: of the trainer.
+        device: the student's.
+        home: the references'.
+        checkpointed: whether activations are made again in the backward pass.
+        budget: MiB for a chunk of logits.
+        form: ``fused`` or ``autograd``: how the loss is made (kernels/chunked.py).
+        adapted: whether the raw student is the student with its adapter off.
+        cached_heads: (numbers, bytes of a number) of the heads of references that are read from disk.
+        cached_bytes: bytes of a valid token that are read from disk.
+    """
+
+    student: Skeleton
+    references: Mapping[str, Skeleton]
+    layout: Layout
+    positions: int
+    row: int
+    valid: int
+    accumulate: int = 1
+    precision: str = "32-true"
+    device: str = "cpu"
+    home: str = "cpu"
+    checkpointed: bool = False
+    budget: float = 256.0
+    form: str = "fused"
+    adapted: bool = False
+    cached_heads: Sequence[tuple[int, int]] = field(default=())
+    cached_bytes: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Positions of a step over all ranks."""
+        return self.positions * self.accumulate * self.layout.ranks
+
+
+def memory(setting: Setting) -> list[Need]:
+    """What a rank has in memory at the peak of a step: the hungriest of four moments on the student's device.
+
+    These are: the references run (before the student, on its device); the end of the student's forward pass, with the
+    loss; the start of the backward pass, with buffers for collectives; and the optimiser's step.
+
+    Weights, gradients and optimiser state are exact, as ``Layout.held`` has them. Activations are an **estimate** by
+    ``Skeleton.layer_elements``, for a micro-batch without any room to spare; with gradient checkpointing each layer
+    keeps its input alone, and one layer at a time all. The loss takes ``kernels.memory_budget``, the gradient of the
+    head in float32, and float32 copies of half-precision heads (kernels/chunked.py). Not counted: the libraries' own
+    memory (a CUDA context, NCCL, the interpreter), validation and generation (where sharded students are whole on
+    each rank), and memory that is free but not given back.
+    """
+    standing = _standing(setting)
+    moments = [_while_references_run(setting), _after_forward(setting), _before_backward(setting), _in_update(setting)]
+
+    def on_device(needs: list[Need]) -> int:
+        return sum(need.bytes for need in needs if need.device == setting.device)
+
+    return [need for need in (*standing, *max(moments, key=on_device)) if need.bytes]
+
+
+def _held(setting: Setting) -> Held:
+    on_gpu = setting.device != "cpu" and not setting.layout.offload
+    return setting.layout.held(setting.student, setting.accumulate, setting.precision, on_gpu)
+
+
+def _shard_device(setting: Setting) -> str:
+    """Where the student's weights, gradients and optimiser state stay."""
+    return "cpu" if setting.layout.offload else setting.device
+
+
+def _standing(setting: Setting) -> list[Need]:
+    """What is there all the time."""
+    held, device, home = _held(setting), setting.device, setting.home
+    needs = [
+        Need("weights of the student", _shard_device(setting), held.weights),
+        Need("buffers for collectives", device, held.standing),
+        Need("optimiser (AdamW)", _shard_device(setting), held.optimiser),
+    ]
+    for role, reference in setting.references.items():
+        resident, _ = setting.layout.held_of_reference(reference)
+        needs.append(Need(f"reference {role}", home, resident))
+    cached = sum(numbers * itemsize for numbers, itemsize in setting.cached_heads)
+    needs.append(Need("heads of the cached references", device, cached))
+    if home != device:
+        needs.append(Need("heads of the references", device, sum(s.head_bytes for s in setting.references.values())))
+        needs.append(Need("activations of the references", home, _reference_activations(setting)))
+    return needs
+
+
+def _given(setting: Setting) -> list[Need]:
+    """What the references have given for the loss."""
+    gathered = sum(setting.layout.held_of_reference(s)[1] for s in setting.references.values())
+    hidden = sum(setting.valid * s.config.hidden_size * s.head_itemsize for s in setting.references.values())
+    return [
+        Need("gathered heads of the references", setting.device, gathered),
+        Need("hidden states of the references", setting.device, hidden),
+    ]
+
+
+def _while_references_run(setting: Setting) -> list[Need]:
+    if not setting.references or setting.home != setting.device:
+        return []
+    layers = max(setting.layout.running(s) for s in setting.references.values())
+    return [
+        Need("gradients", _shard_device(setting), _held(setting).kept),
+        *_given(setting),
+        Need("gathered layers of a reference", setting.device, layers),
+        Need("activations of the references", setting.device, _reference_activations(setting)),
+    ]
+
+
+def _after_forward(setting: Setting) -> list[Need]:
+    held = _held(setting)
+    return [
+        Need("gradients", _shard_device(setting), held.kept),
+        Need("gathered weights", setting.device, held.gathered),
+        Need("half-precision copies", setting.device, held.half),
+        *_given(setting),
+        Need("activations of the student", setting.device, activations(setting)),
+        Need("loss", setting.device, _chunk(setting) + _head_gradient(setting) + _float32_heads(setting)),
+    ]
+
+
+def _before_backward(setting: Setting) -> list[Need]:
+    held = _held(setting)
+    return [
+        Need("gradients", _shard_device(setting), held.early),
+        Need("gathered weights", setting.device, held.gathered),
+        Need("half-precision copies", setting.device, held.half),
+        Need("buffers for collectives", setting.device, held.buffers),
+        *_given(setting),
+        Need("activations of the student", setting.device, activations(setting)),
+        Need("loss", setting.device, _head_gradient(setting)),
+    ]
+
+
+def _in_update(setting: Setting) -> list[Need]:
+    held, device = _held(setting), _shard_device(setting)
+    return [Need("gradients", device, held.made), Need("update of the weights", device, held.update)]
+
+
+def activations(setting: Setting) -> int:
+    """Bytes that the student keeps for its backward pass."""
+    student, positions = setting.student, setting.positions
+    matrix = student.makes_attention_matrix(setting.device, training=True)
+    layer = student.layer_elements(positions, setting.row, matrix)
+    layers, hidden = student.config.num_hidden_layers, student.config.hidden_size
+    elements = layer + layers * positions * hidden if setting.checkpointed else layers * layer
+    itemsize = student.head_itemsize
+    # Under autocast norms and the residual stream stay in float32: measured, three quarters of it all is left.
+    share = 0.75 if setting.layout.casts(setting.precision) and itemsize > 2 else 1
+    return int((elements + 2 * positions * hidden) * itemsize * share)
+
+
+def _reference_activations(setting: Setting) -> int:
+    """Bytes of the hungriest layer of the references, which run one after the other and keep nothing."""
+    return max(
+        s.layer_elements(setting.positions, setting.row, s.makes_attention_matrix("", training=False)) * s.head_itemsize
+        for s in setting.references.values()
+    )
+
+
+def _chunk(setting: Setting) -> int:
+    chunk = chunk_size_for(
+        setting.budget, len(setting.student.head), max(4, setting.student.head_itemsize), setting.form
+    )
+    return int(setting.budget * MIB * min(1.0, setting.valid / chunk))
+
+
+def _head_gradient(setting: Setting) -> int:
+    head = setting.student.head
+    return head.numel() * max(4, setting.student.head_itemsize) if head.requires_grad else 0
+
+
+def _float32_heads(setting: Setting) -> int:
+    models = (setting.student, *setting.references.values())
+    heads = [(s.head.numel(), s.head_itemsize) for s in models] + list(setting.cached_heads)
+    return sum(4 * numbers for numbers, itemsize in heads if itemsize < 4)
+
+
+def operations(setting: Setting) -> list[Amount]:
+    """Floating-point operations of a rank in an optimiser step: all its micro-batches.
+
+    Forward 2 a weight and position, backward twice that (``Skeleton.forward_flops``); with gradient checkpointing the
+    forward pass once more. Heads: 2 V D a valid token for each model, and twice that again for the student's gradients
+    (to hidden states and to the head, where it is trained). Norms, softmax and the optimiser are left out: they are
+    bound by memory, not by arithmetic.
+    """
+    student, sizes = setting.student, (setting.positions, setting.row)
+    forward = student.forward_flops(*sizes)
+    parts = [Amount("student, forward", forward), Amount("student, backward", student.backward_flops(*sizes))]
+    if setting.checkpointed:
+        parts.append(Amount("student, forward again", forward))
+    parts += [Amount(f"reference {role}", s.forward_flops(*sizes)) for role, s in setting.references.items()]
+    if setting.adapted:
+        parts.append(Amount("reference student_raw", forward))
+    own = student.head.numel()
+    products = own * (2 + student.head.requires_grad) + (own if setting.adapted else 0)
+    products += sum(s.head.numel() for s in setting.references.values())
+    products += sum(numbers for numbers, _ in setting.cached_heads)
+    parts.append(Amount("heads", 2 * setting.valid * products))
+    return [Amount(what, setting.accumulate * amount) for what, amount in parts]
+
+
+def traffic(setting: Setting) -> list[Amount]:
+    """Bytes that a rank sends in an optimiser step, or reads from disk: all its micro-batches.
+
+    The student's and the references' collectives are those of ``Layout.sent`` and ``Layout.sent_of_reference``. The
+    weights' gathers for validation and the few bytes of metrics are left out.
+    """
+    layout, accumulate = setting.layout, setting.accumulate
+    own = layout.sent(setting.student, accumulate)
+    gathered = sum(layout.sent_of_reference(s, accumulate).all_gather for s in setting.references.values())
+    away = setting.references.values() if setting.home != setting.device else ()
+    hidden = sum(accumulate * setting.valid * s.config.hidden_size * s.head_itemsize for s in away)
+    parts = [
+        Amount("gradients, all-reduce", own.all_reduce),
+        Amount("gradients, reduce-scatter", own.reduce_scatter),
+        Amount("weights, all-gather", own.all_gather),
+        Amount("references, all-gather", gathered),
+        Amount(HOST, own.host),
+        Amount(HIDDEN, hidden),
+        Amount(DISK, float(accumulate * setting.valid * setting.cached_bytes)),
+    ]
+    return [part for part in parts if part.amount]
+
+
+#: Traffic that is not between ranks.
+HOST, HIDDEN, DISK = "weights and gradients, from and to RAM", "hidden states of references", "references from disk"
+
+
+def between_ranks(parts: Sequence[Amount]) -> float:
+    """Bytes of ``traffic`` that go from rank to rank."""
+    return sum(part.amount for part in parts if part.what not in (HOST, HIDDEN, DISK))
+
+
+def seconds(setting: Setting, tflops: float, interconnect: float | None) -> float:
+    """Seconds of an optimiser step: the arithmetic at the given rate and, after it, the collectives.
+
+    Nothing overlaps here, as it does in part in truth: with an interconnect it is an upper bound at this rate, but for
+    what offloading and a cache move between GPU, RAM and disk, which is left out.
+
+    Args:
+        setting: the step.
+        tflops: TFLOP/s (10¹² operations a second) that a GPU really reaches.
+        interconnect: GB/s (10⁹ bytes a second) that a GPU sends; None: collectives cost no time.
+    """
+    arithmetic = sum(part.amount for part in operations(setting)) / (tflops * 1e12)
+    sending = between_ranks(traffic(setting)) / (interconnect * 1e9) if interconnect else 0.0
+    return arithmetic + sending

@@ -1,0 +1,223 @@
+"""What a strategy leaves on each rank, and what it sends between them: one place for all strategies.
+
+Ψ are the trained numbers, N the ranks. All collectives are counted as rings do them: an all-reduce sends 2 (N − 1)/N of
+its bytes from each rank, a reduce-scatter and an all-gather (N − 1)/N (Rajbhandari et al., ZeRO, arXiv 1910.02054,
+section 7). What each strategy does was read in the libraries and measured (tests/estimates/test_costs.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from deltakd.estimates.sizes import Skeleton
+
+#: What Lightning tells DeepSpeed: numbers of a bucket of gradients.
+REDUCE_BUCKET = 200_000_000
+#: DeepSpeed's own: numbers that are gathered ahead, and within how many numbers a parameter is kept for its next use.
+PREFETCH, REUSE_DISTANCE = 50_000_000, 1_000_000_000
+#: Bytes of a number in float32.
+SINGLE = 4
+
+
+class Held(NamedTuple):
+    """Bytes of a model that is trained, on one rank.
+
+    Args:
+        weights: resident.
+        gathered: weights of other ranks that are here at the end of the forward pass.
+        kept: gradients that are there in the forward pass, from the step or the micro-batch before.
+        early: gradients that are there when the backward pass begins.
+        made: gradients at the end of the backward pass.
+        standing: buffers for collectives, all the time.
+        buffers: further ones in the backward pass.
+        optimiser: master copy and moments.
+        update: made for the optimiser's step and gone after it.
+        half: half-precision copies that autocast makes.
+    """
+
+    weights: int
+    optimiser: int
+    made: int
+    kept: int = 0
+    early: int = 0
+    gathered: int = 0
+    standing: int = 0
+    buffers: int = 0
+    update: int = 0
+    half: int = 0
+
+
+class Sent(NamedTuple):
+    """Bytes that each rank sends in an optimiser step.
+
+    Args:
+        all_reduce, reduce_scatter, all_gather: between ranks.
+        host: between a GPU and the memory of its machine, both ways.
+    """
+
+    all_reduce: float = 0.0
+    reduce_scatter: float = 0.0
+    all_gather: float = 0.0
+    host: float = 0.0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run is spread over ranks.
+
+    Args:
+        engine: ``one`` (a process alone), ``ddp``, ``deepspeed`` or ``fsdp``.
+        ranks: N.
+        stage: of ZeRO; 0 elsewhere.
+        threshold: parameters of fewer numbers stay whole in ZeRO 3.
+        offload: whether ZeRO 3 keeps its shares of weights, gradients and optimiser state in the RAM.
+        shards_references: whether the references are sharded over the ranks, too.
+    """
+
+    engine: str = "one"
+    ranks: int = 1
+    stage: int = 0
+    threshold: int = 0
+    offload: bool = False
+    shards_references: bool = False
+
+    @classmethod
+    def of(cls, strategy: Mapping[str, Any], reference: Mapping[str, Any], ranks: int) -> Layout:
+        """From the groups ``strategy`` and ``reference`` of a config."""
+        engine = str(strategy["name"])
+        if engine == "auto":
+            engine = "ddp" if ranks > 1 else "one"
+        return cls(
+            engine,
+            ranks,
+            int(strategy.get("stage") or 0),
+            int(strategy.get("persistence_threshold") or 0),
+            bool(strategy.get("offload", False)),
+            ranks > 1 and reference.get("sharding", "replicate") == "shard",
+        )
+
+    @property
+    def name(self) -> str:
+        """As it is called in a table."""
+        names = {"one": "one process", "ddp": "DDP", "fsdp": "FSDP2"}
+        return names.get(self.engine) or f"ZeRO {self.stage}{' offload' if self.offload else ''}"
+
+    def casts(self, precision: str) -> bool:
+        """Whether autocast makes half-precision copies; DeepSpeed converts the weights instead and keeps a master."""
+        return precision.endswith("-mixed") and self.engine != "deepspeed"
+
+    def whole_dtype(self, precision: str) -> str | None:
+        """The dtype to which all parameters of the student are converted."""
+        if self.engine == "deepspeed" and precision != "32-true":
+            return "float16" if precision.startswith("16") else "bfloat16"
+        return {"bf16-true": "bfloat16", "16-true": "float16", "64-true": "float64"}.get(precision)
+
+    def held(self, student: Skeleton, accumulate: int, precision: str, fused_update: bool) -> Held:
+        """Bytes of the student on one rank.
+
+        One process has AdamW's two moments in the dtype of each trained parameter. DDP has a second copy of the
+        gradients, in its buckets. FSDP2 shards all, holds what is in no block whole from the forward to the backward
+        pass, and two blocks at a time. ZeRO keeps moments in float32 and shards them, with a master copy in float32
+        (stages 1 and 2 in all precisions, stage 3 where the weights are not float32) that is as large as 2 + 2 + 12
+        bytes a number in half precision (arXiv 1910.02054, section 3.1).
+
+        Args:
+            student: its sizes.
+            accumulate: micro-batches of a step.
+            precision: of the trainer.
+            fused_update: whether AdamW goes through all parameters at one time, with a temporary of their size.
+        """
+        weights, trained = student.weight_bytes, student.trained_bytes
+        half = 2 * student.linear_elements if self.casts(precision) else 0
+        again = accumulate > 1
+        if self.engine in ("one", "ddp"):
+            buckets = trained if self.engine == "ddp" and self.ranks > 1 else 0
+            made = trained + buckets
+            early = made if again else buckets
+            temporary = trained if fused_update else 0
+            return Held(weights, 2 * trained, made, kept=made, early=early, update=temporary, half=half)
+        if self.engine == "fsdp":
+            shard = trained // self.ranks
+            outside = weights - student.blocks_bytes
+            alone = self.ranks == 1
+            return Held(
+                weights // self.ranks,
+                2 * shard,
+                shard,
+                kept=shard,
+                early=shard if again else 0,
+                gathered=0 if alone else min(weights, outside + 2 * student.block_bytes),
+                buffers=0 if alone else min(trained, max(student.block_bytes, outside)),
+                update=shard if fused_update else 0,
+                half=half,
+            )
+        return self._held_by_zero(student, again, fused_update)
+
+    def _held_by_zero(self, student: Skeleton, again: bool, fused_update: bool) -> Held:
+        weights, gradients = student.weight_bytes, student.trained_bytes
+        shard = SINGLE * student.trained // self.ranks
+        itemsize = max(1, gradients // max(1, student.trained))
+        bucket = REDUCE_BUCKET * itemsize
+        update = shard * (2 if fused_update else 1)
+        if self.stage < 3:
+            made = gradients if self.stage == 1 else gradients // self.ranks
+            kept = made if again else 0
+            return Held(weights, 3 * shard, made, kept=kept, early=kept, buffers=2 * bucket, update=update)
+        small = student.small_bytes(self.threshold)
+        made = gradients // self.ranks
+        gathered = min(weights - small, self._reused(student) + student.block_bytes + PREFETCH * itemsize)
+        moments = 2 * shard + (shard if itemsize < SINGLE or self.offload else 0)
+        resident = (weights - small) // self.ranks + small
+        return Held(resident, moments, made, kept=made, early=made, gathered=gathered, standing=bucket, update=update)
+
+    def _reused(self, student: Skeleton) -> int:
+        """Bytes of the last layers, which ZeRO 3 keeps for the backward pass: they are used again soon enough."""
+        share = min(1.0, REUSE_DISTANCE / 2 / student.parameters)
+        return int(share * student.weight_bytes)
+
+    def sent(self, student: Skeleton, accumulate: int) -> Sent:
+        """Bytes that one rank sends for the student in an optimiser step, over all its micro-batches.
+
+        DDP all-reduces gradients once a step. ZeRO 1 and 2 all-reduce them, too (DeepSpeed does so with the slices of
+        several ranks, where the paper has a reduce-scatter), stage 2 for every micro-batch, and all-gather the updated
+        parameters. ZeRO 3 and FSDP2 all-gather parameters for the forward and again for the backward pass, and
+        reduce-scatter gradients, for every micro-batch; what ZeRO 3 keeps in between is gathered once. Offloaded, the
+        shares go from the RAM to each gather, and those of gradients come back.
+        """
+        weights, gradients = student.weight_bytes, student.trained_bytes
+        part = (self.ranks - 1) / self.ranks
+        if self.engine in ("one", "ddp"):
+            return Sent(all_reduce=2 * part * gradients)
+        if self.engine == "fsdp":
+            return Sent(reduce_scatter=part * accumulate * gradients, all_gather=part * accumulate * 2 * weights)
+        if self.stage < 3:
+            times = accumulate if self.stage == 2 else 1
+            return Sent(all_reduce=2 * part * times * gradients, all_gather=part * gradients)
+        sharded = weights - student.small_bytes(self.threshold)
+        gathers = 2 * sharded - min(sharded, self._reused(student))
+        host = accumulate * (gathers + gradients) / self.ranks if self.offload else 0.0
+        return Sent(reduce_scatter=part * accumulate * gradients, all_gather=part * accumulate * gathers, host=host)
+
+    def held_of_reference(self, reference: Skeleton) -> tuple[int, int]:
+        """(resident, gathered) bytes of a frozen model on one rank.
+
+        Sharded, its head has to be whole in the loss, and two layers are whole while it runs.
+        """
+        if not self.shards_references:
+            return reference.weight_bytes, 0
+        return reference.weight_bytes // self.ranks, reference.head_bytes
+
+    def running(self, reference: Skeleton) -> int:
+        """Bytes of a sharded frozen model's layers that are gathered while it runs."""
+        if not self.shards_references:
+            return 0
+        outside = reference.weight_bytes - reference.blocks_bytes
+        return min(reference.weight_bytes, 2 * reference.block_bytes + outside - reference.head_bytes)
+
+    def sent_of_reference(self, reference: Skeleton, accumulate: int) -> Sent:
+        """Bytes that one rank sends for a frozen model: sharded, all of it is gathered for every micro-batch."""
+        if not self.shards_references:
+            return Sent()
+        return Sent(all_gather=(self.ranks - 1) / self.ranks * accumulate * reference.weight_bytes)

@@ -1,0 +1,190 @@
+"""The tables of ``deltakd.plan``: what a step takes, in GiB, PFLOP, GB and hours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from deltakd.estimates.clusters import Case
+from deltakd.estimates.costs import (
+    DISK,
+    HIDDEN,
+    HOST,
+    Amount,
+    Need,
+    Setting,
+    between_ranks,
+    memory,
+    operations,
+    seconds,
+    traffic,
+)  # fmt: skip
+
+GIB = 2**30
+#: Share of a GPU's memory that is left to tensors: a CUDA context, NCCL and fragmentation take the rest, about.
+USABLE = 0.9
+#: Columns of the memory table, by the beginnings of the needs' names.
+_GROUPS = {
+    "student": ("weights", "gradients", "optimiser", "half-precision", "update"),
+    "references": ("reference ", "heads of the"),
+    "gathered": ("gathered", "buffers"),
+    "activations": ("activations", "hidden states"),
+    "loss": ("loss",),
+}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What turns work into hours.
+
+    Args:
+        tflops: TFLOP/s (10¹² a second) that a GPU really reaches; None: no hours.
+        interconnect: GB/s (10⁹ bytes a second) that a GPU sends; None: sending costs no time.
+        steps: optimiser steps of the run; None: see ``tokens``.
+        tokens: positions of the run, over all GPUs; None: no hours but seconds a step.
+    """
+
+    tflops: float | None = None
+    interconnect: float | None = None
+    steps: int | None = None
+    tokens: float | None = None
+
+    @property
+    def length(self) -> str:
+        """How long the run is, in words."""
+        return f"{self.tokens:,.0f} tokens" if self.tokens else f"{self.steps:,} steps" if self.steps else ""
+
+    def step_seconds(self, setting: Setting) -> float:
+        """Seconds of a step; needs a rate."""
+        assert self.tflops is not None
+        return seconds(setting, self.tflops, self.interconnect)
+
+    def hours(self, setting: Setting) -> float | None:
+        """Of the whole run; None where its length is not known."""
+        steps = self.tokens / setting.tokens if self.tokens else self.steps
+        return None if steps is None else steps * self.step_seconds(setting) / 3600
+
+
+def show_setting(title: str, setting: Setting, rates: Rates, console: Console) -> None:
+    """One training in detail: every part of its memory, operations and traffic."""
+    layout = setting.layout
+    console.print(f"[bold]{title}[/]: {layout.name} on {layout.ranks}, {setting.tokens:,} positions a step (estimates)")
+    needs = memory(setting)
+    for device in dict.fromkeys(need.device for need in needs):
+        there = [Amount(need.what, need.bytes / GIB) for need in needs if need.device == device]
+        console.print(_parts(f"memory of a process, {device}, GiB", there))
+    console.print(_parts("a step of a process, TFLOP", [Amount(w, a / 1e12) for w, a in operations(setting)]))
+    sent = traffic(setting)
+    if sent:
+        console.print(_parts("bytes moved in a step of a process, GB", [Amount(w, a / 1e9) for w, a in sent]))
+    if rates.tflops is None:
+        console.print("Hours need a rate: --tflops, what a GPU really reaches.")
+    else:
+        hours = rates.hours(setting)
+        whole = f"; {rates.length}: {hours:,.2f} h" if hours is not None else "; the run's length: --steps or --tokens"
+        console.print(f"{_number(rates.step_seconds(setting))} s a step{whole}")
+
+
+def _parts(title: str, parts: Iterable[Amount]) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, show_header=False, pad_edge=False)
+    table.add_column(min_width=44)
+    table.add_column(justify="right", min_width=10)
+    listed = list(parts)
+    for what in dict.fromkeys(part.what for part in listed):
+        table.add_row(what, _number(sum(part.amount for part in listed if part.what == what)))
+    table.add_section()
+    table.add_row("all together", _number(sum(part.amount for part in listed)))
+    return table
+
+
+def show_cases(title: str, cases: Sequence[Case], gpu_memory: float, rates: Rates, console: Console) -> None:
+    """Many settings side by side: a table of memory, and one of work."""
+    console.print(f"[bold]{title}[/]")
+    console.print(_memory_table(cases, gpu_memory))
+    console.print(_work_table(cases, rates))
+
+
+def _memory_table(cases: Sequence[Case], gpu_memory: float) -> Table:
+    table = _table("memory of a GPU at the peak, GiB")
+    for name in ("GPUs", "strategy", "references"):
+        table.add_column(name, justify="right" if name == "GPUs" else "left")
+    for name in (*_GROUPS, "all", "fits", "RAM"):
+        table.add_column(
+            {"references": "refs.", "activations": "activ.", "gathered": "comm."}.get(name, name), justify="right"
+        )
+    for case, new in _with_breaks(cases):
+        needs = memory(case.setting)
+        on_gpu = [need for need in needs if need.device != "cpu"]
+        total, ram = _gib(on_gpu), _gib(need for need in needs if need.device == "cpu")
+        groups = [_gib(need for need in on_gpu if need.what.startswith(names)) for names in _GROUPS.values()]
+        if new:
+            table.add_section()
+        table.add_row(
+            str(case.gpus) if new else "",
+            case.setting.layout.name,
+            case.references,
+            *(f"{size:,.1f}" if size else "" for size in groups),
+            f"{total:,.1f}",
+            fits(total, gpu_memory),
+            ("<1" if ram < 1 else f"{ram:,.0f}") if ram else "",
+        )
+    return table
+
+
+def fits(total: float, gpu_memory: float) -> str:
+    """Whether so many GiB fit: ``yes``, ``tight`` (where nothing is left for the libraries) or ``no``."""
+    return "yes" if total <= USABLE * gpu_memory else "tight" if total <= gpu_memory else "no"
+
+
+def _work_table(cases: Sequence[Case], rates: Rates) -> Table:
+    table = _table("a step of a GPU")
+    for name in ("GPUs", "strategy", "references"):
+        table.add_column(name, justify="right" if name == "GPUs" else "left")
+    local = any(part.what in (HOST, HIDDEN, DISK) for case in cases for part in traffic(case.setting))
+    names = ["PFLOP", "references'", "GB sent", *(["GB RAM/disk"] if local else [])]
+    hours = rates.tflops is not None
+    for name in [*names, *(["seconds"] if hours else []), *(["hours"] if hours and rates.length else [])]:
+        table.add_column(name, justify="right")
+    for case, new in _with_breaks(cases):
+        work, sent = operations(case.setting), traffic(case.setting)
+        total, of_references = (
+            sum(part.amount for part in parts)
+            for parts in (work, [part for part in work if part.what.startswith("reference ")])
+        )
+        moved = between_ranks(sent)
+        if new:
+            table.add_section()
+        row = [
+            _number(total / 1e15),
+            f"{of_references / total:.0%}" if of_references else "",
+            _number(moved / 1e9) if moved else "",
+        ]
+        row += [_number((sum(part.amount for part in sent) - moved) / 1e9)] if local else []
+        row += [_number(rates.step_seconds(case.setting))] if hours else []
+        row += [f"{whole:,.1f}" for whole in [rates.hours(case.setting)] if whole is not None] if hours else []
+        table.add_row(str(case.gpus) if new else "", case.setting.layout.name, case.references, *row)
+    return table
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False, padding=(0, 1))
+
+
+def _with_breaks(cases: Sequence[Case]) -> list[tuple[Case, bool]]:
+    """Each case, and whether it is the first of its number of GPUs."""
+    return [(case, index == 0 or cases[index - 1].gpus != case.gpus) for index, case in enumerate(cases)]
+
+
+def _gib(needs: Iterable[Need]) -> float:
+    return sum(need.bytes for need in needs) / GIB
+
+
+def _number(value: float) -> str:
+    """Three digits that matter, and no powers of ten."""
+    if value == 0:
+        return ""
+    return f"{value:,.0f}" if value >= 100 else f"{value:,.1f}" if value >= 10 else f"{value:.3g}"

@@ -1,0 +1,229 @@
+"""The frozen models that a student is measured against: from the cache of references, or loaded once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from deltakd.data import EncodedSet, tokenizer_fingerprint
+from deltakd.distributed.sharding import gathered
+from deltakd.generation.model_step import position_limit
+from deltakd.models import LanguageModel, ModelSpec, common_vocabulary, load_config, load_model, load_tokenizer
+from deltakd.references import CachedReferences, CacheSettings, CacheStore, LiveReferences, References
+from deltakd.references.content import model_entry, model_problems
+from deltakd.references.index import keys_of_set
+from deltakd.types import STUDENT_RAW, TEACHER, TEACHER_RAW, Batch, Head
+
+log = logging.getLogger(__name__)
+
+#: What a student is measured against.
+WANTED = (TEACHER, TEACHER_RAW, STUDENT_RAW)
+
+
+@dataclass(frozen=True)
+class HeadSource:
+    """Heads of some roles for the rows of one set.
+
+    Args:
+        parts: where they come from.
+        roles: those that are given.
+        vocabulary: tokens that all of them share.
+        name: ``cached``, ``live``, both, or ``none``.
+    """
+
+    parts: list[References]
+    roles: frozenset[str]
+    vocabulary: int
+    name: str
+
+    def __call__(self, batch: Batch) -> dict[str, Head]:
+        """Role -> head of the batch's N valid tokens, cut to the vocabulary."""
+        heads: dict[str, Head] = {}
+        for part in self.parts:
+            given = part(batch)
+            assert isinstance(given, dict), "a store of log-probs of some tokens is never opened here"
+            heads |= {role: cut(head, self.vocabulary) for role, head in given.items() if role in self.roles}
+        return heads
+
+
+def cut(head: Head, vocabulary: int) -> Head:
+    """The head over the first so many tokens."""
+    bias = None if head.bias is None else head.bias[:vocabulary]
+    return replace(head, weight=head.weight[:vocabulary], bias=bias)
+
+
+@final
+class MeasuredReferences:
+    """Finds, for each set of rows, the references that can be had; what can't be had is named in the log, once.
+
+    Args:
+        config: the run's.
+        tokenizer: the student's.
+        vocabulary: its number of tokens.
+        cache: the reference group where it names a cache; None: it does not.
+        loaded: role -> frozen model that is in memory already.
+        placement: of the live references, as in ``LiveReferences``.
+        device: of the student.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        tokenizer: PreTrainedTokenizerBase,
+        vocabulary: int,
+        cache: CacheSettings | None,
+        loaded: Mapping[str, LanguageModel],
+        placement: str,
+        device: torch.device,
+    ) -> None:
+        self._config = config
+        self._tokenizer = tokenizer
+        self._vocabulary = vocabulary
+        self._placement = placement
+        self._device = device
+        self._loaded: dict[str, LanguageModel] = dict(loaded)
+        self._given_up: set[str] = set()
+        self._cached = None if cache is None else self._open(cache)
+        if self._cached is not None:
+            self._cached.to(device)
+
+    def source(self, name: str, encoded: EncodedSet, rows: NDArray[np.int64]) -> HeadSource:
+        """The heads that can be had for some rows of a set; a joint act of all ranks.
+
+        Args:
+            name: of the set, for the log.
+            encoded: the set.
+            rows: positions in it, the same on all ranks.
+        """
+        cached = self._cached_roles(encoded, rows)
+        live = self._fitting(
+            self._live({role for role in WANTED if role not in cached}, int(encoded.lengths[rows].max()))
+        )
+        own = {role: model.vocabulary for role, model in live.items()}
+        if self._cached is not None:
+            own |= dict.fromkeys(cached, self._cached.vocabulary)
+        # A joint decision: a rank alone may have failed to read a file, or have run out of memory.
+        of_ranks = gathered(own)
+        roles = frozenset.intersection(*(frozenset(of) for of in of_ranks))
+        vocabulary = min([self._vocabulary, *(of[role] for of in of_ranks for role in roles)])
+        lacking = [role for role in WANTED if role not in roles]
+        if lacking:
+            log.info("%s is measured without %s.", name, ", ".join(lacking))
+        parts: dict[str, References] = {}
+        if self._cached is not None and roles & cached:
+            parts["cached"] = self._cached
+        if roles & live.keys():
+            references = LiveReferences({role: live[role] for role in live if role in roles}, placement=self._placement)
+            references.to(self._device)
+            parts["live"] = references
+        return HeadSource([*parts.values()], roles, vocabulary, " and ".join(parts) or "none")
+
+    def _cached_roles(self, encoded: EncodedSet, rows: NDArray[np.int64]) -> frozenset[str]:
+        if self._cached is None:
+            return frozenset()
+        needed = rows[encoded.valid_tokens[rows] > 0]
+        there = self._cached.index.find(keys_of_set(encoded)[needed]) >= 0
+        return self._cached.roles if there.all() else frozenset()
+
+    def _open(self, settings: CacheSettings) -> CachedReferences | None:
+        """The roles of the cache that are the models of the config, as far as it names them.
+
+        Rows are found by their tokens, so the data of the cache need not be that of the run.
+        """
+        path = Path(str(settings.path))
+        if not settings.path or not CacheStore.is_at(path):
+            return None
+        try:
+            store = CacheStore.open(path)
+            content = store.manifest.content
+            if content["store"] != "hidden":
+                log.info("%s keeps log-probs of some tokens, which can't give exact measures: it is not read.", path)
+                return None
+            if content["tokenizer"] != tokenizer_fingerprint(self._tokenizer):
+                return None
+            held = content["models"]
+            entries = {role: model_entry(self._config, role) for role in WANTED if role in held}
+            roles = [role for role, entry in entries.items() if not model_problems(role, entry, held[role], str(path))]
+            # The checksums of a cache that the loss reads were verified before the training.
+            store.check(checksum=False)
+            return CachedReferences(store, roles) if roles else None
+        except (ValueError, OSError) as error:
+            log.warning("The cache of references can't be read to measure with it: %s", error)
+            return None
+
+    def _live(self, roles: Collection[str], longest: int) -> dict[str, LanguageModel]:
+        found = {}
+        for role in WANTED:
+            model = self._model(role) if role in roles else None
+            if model is None:
+                continue
+            positions = position_limit(model.causal_lm)
+            if positions is not None and longest > positions:
+                log.warning("The %s has positions for %d tokens, but a row has %d.", role, positions, longest)
+                continue
+            found[role] = model
+        return found
+
+    def _fitting(self, models: Mapping[str, LanguageModel]) -> dict[str, LanguageModel]:
+        """The models that the device has room for beside the student, brought there; the others are given up."""
+        found = {}
+        for role, model in models.items():
+            try:
+                LiveReferences({role: model}, placement=self._placement).to(self._device)
+            except torch.OutOfMemoryError as error:
+                log.warning(
+                    "There is no room for the %s beside the student, so nothing is measured with it "
+                    "(evaluation.measures.references=none loads no model): %s",
+                    role,
+                    error,
+                )
+                if not model.quantized:
+                    model.to("cpu")
+                self._loaded.pop(role)
+                self._given_up.add(role)
+            else:
+                found[role] = model
+        return found
+
+    def _model(self, role: str) -> LanguageModel | None:
+        """The model of a role, loaded where it is not yet; None where the config gives none or it can't be used."""
+        if role in self._loaded or role in self._given_up:
+            return self._loaded.get(role)
+        known = {field.name for field in fields(ModelSpec)}
+        spec = ModelSpec(**{key: value for key, value in model_entry(self._config, role).items() if key in known})
+        if spec.path is not None and spec.init == "pretrained":
+            try:
+                self._loaded[role] = self._load(role, spec)
+            except (ValueError, OSError, torch.OutOfMemoryError) as error:
+                log.warning("The %s can't be had to measure with it: %s", role, error)
+        if role not in self._loaded:
+            self._given_up.add(role)
+        return self._loaded.get(role)
+
+    def _load(self, role: str, spec: ModelSpec) -> LanguageModel:
+        problems = spec.problems(role)
+        if problems:
+            raise ValueError("; ".join(problems))
+        settings = self._config["model"]
+        trust = bool(settings.get("trust_remote_code", False))
+        load_config(role, spec, trust_remote_code=trust)
+        other = load_tokenizer(str(spec.tokenizer or spec.path), role, trust_remote_code=trust)
+        vocabulary = min(self._vocabulary, common_vocabulary(self._tokenizer, other, role))
+        hf = load_model(
+            role,
+            spec,
+            vocabulary=vocabulary,
+            attn_implementation=settings.get("attn_implementation"),
+            trust_remote_code=trust,
+        )
+        model = LanguageModel(hf, vocabulary).eval()
+        model.check_head()
+        return model

@@ -1,0 +1,225 @@
+"""Measures beyond ROUGE of a finished student, teacher-forced: the same for every method, whatever its loss reads."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from deltakd.data import DataConfig, EncodedSet, collate, encode_rows, read_rows, with_answer
+from deltakd.distributed.sharding import gathered, is_sharded, place
+from deltakd.evaluation.answers import pad_id, progress_bar
+from deltakd.evaluation.measure_settings import NONE
+from deltakd.evaluation.measured_references import HeadSource, MeasuredReferences, cut
+from deltakd.evaluation.settings import Evaluation
+from deltakd.evaluation.token_measures import (
+    CALIBRATION_BINS,
+    TokenMeasures,
+    calibration_bins,
+    expected_calibration_error,
+    token_measures,
+)
+from deltakd.generation.model_step import evaluating, position_limit
+from deltakd.kernels import MEMORY_BUDGET, chunk_size_for
+from deltakd.models import LanguageModel
+from deltakd.references import CacheSettings
+from deltakd.types import STUDENT
+
+log = logging.getLogger(__name__)
+
+VALIDATION = "val"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured, and with what.
+
+    Args:
+        config: the run's, resolved.
+        evaluation: its evaluation group, typed.
+        data: its data group, typed.
+        tokenizer: the student's.
+        vocabulary: number of its tokens.
+        model: the student, in eval mode, on its device.
+        references: the reference group as Hydra made it; a ``CacheSettings`` names a cache.
+        loaded: role -> frozen model that is in memory already.
+    """
+
+    config: Mapping[str, Any]
+    evaluation: Evaluation
+    data: DataConfig
+    tokenizer: PreTrainedTokenizerBase
+    vocabulary: int
+    model: nn.Module
+    references: Any = None
+    loaded: Mapping[str, LanguageModel] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What came out.
+
+    Args:
+        scores: ``<set>/<measure>``: ``perplexity``, ``ece`` and ``top1_agreement`` (per cent), ``kl_teacher`` (nats per
+            token), ``shift_correlation``; what could not be measured is absent.
+        counts: set -> ``rows`` and ``tokens`` measured, ``tokens_without_shift`` (of which there is no correlation),
+            and from where the ``references`` came.
+    """
+
+    scores: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def encode_set(name: str, evaluation: Evaluation, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> EncodedSet:
+    """The prompts of the set ``name`` with their first references, tokenised as training would.
+
+    Raises:
+        ValueError: the source can't be read, or no row is left.
+    """
+    source, limit, data = evaluation.sets[name].source, evaluation.limit_of(name), evaluation.prompts_of(data)
+    rows = [row for row in read_rows(source, strip_answers=data.strip_answers, limit=limit) if row.references]
+    answered = [with_answer(row, row.references[0]) for row in rows[: evaluation.measures.rows]]
+    return encode_rows(
+        answered,
+        data.make_template(tokenizer),
+        tokenizer,
+        max_length=data.max_length,
+        max_prompt_length=data.max_prompt_length,
+        overlong=getattr(data, "overlong", "cut"),
+        cache_dir=data.cache_dir,
+    )
+
+
+def measure(subject: Subject, validation: EncodedSet | None) -> Measured:
+    """Measure the student on validation rows and, where answers are generated, on the evaluation sets.
+
+    A run that generates nothing is one that is judged on validation data: the evaluation sets are left alone then.
+    Each rank takes every so many rows; the figures are those of all.
+
+    Args:
+        subject: the student.
+        validation: its run's tokenised validation rows, or None.
+    """
+    evaluation, found = subject.evaluation, Measured()
+    if evaluation.measures.rows == 0:
+        return found
+    references = None
+    shards = subject.config["reference"].get("sharding") == "shard" and place()[1] > 1
+    if shards or any(is_sharded(model) for model in subject.loaded.values()):
+        log.info(
+            "The references are sharded, and no rank can run one by itself: the student is measured alone. "
+            "deltakd.evaluate run=... measures it beside them, on a device that holds them."
+        )
+    elif evaluation.measures.references != NONE:
+        cache = subject.references if isinstance(subject.references, CacheSettings) else None
+        placement = str(subject.config["reference"].get("placement") or "auto")
+        references = MeasuredReferences(
+            subject.config, subject.tokenizer, subject.vocabulary, cache, subject.loaded, placement, _device(subject)
+        )
+    for name, encoded in _sets(subject, validation):
+        rows = np.arange(len(encoded))[: evaluation.measures.rows]
+        longest, positions = int(encoded.lengths[rows].max()), position_limit(subject.model)
+        if positions is not None and longest > positions:
+            log.warning("%s is not measured: a row has %d tokens, the student %d positions.", name, longest, positions)
+            continue
+        source = HeadSource([], frozenset(), subject.vocabulary, "none")
+        if references is not None:
+            source = references.source(name, encoded, rows)
+        sums = _sums(subject, source, name, encoded, rows)
+        scores = {f"{name}/{measure}": value for measure, value in _scores(sums, source).items()}
+        found.scores.update({key: value for key, value in scores.items() if math.isfinite(value)})
+        found.counts[name] = {"rows": len(rows), "tokens": int(sums["tokens"]), "references": source.name}
+        if "correlated" in sums:
+            found.counts[name]["tokens_without_shift"] = int(sums["tokens"] - sums["correlated"])
+        unfinite = [key for key, value in scores.items() if not math.isfinite(value)]
+        if unfinite:
+            log.info("%s: no finite value, so it is left out.", ", ".join(unfinite))
+    return found
+
+
+def _device(subject: Subject) -> torch.device:
+    return next(subject.model.parameters()).device
+
+
+def _sets(subject: Subject, validation: EncodedSet | None) -> Iterator[tuple[str, EncodedSet]]:
+    if validation is not None and len(validation):
+        yield VALIDATION, validation
+    for name in subject.evaluation.sets if subject.evaluation.generate else ():
+        try:
+            yield name, encode_set(name, subject.evaluation, subject.data, subject.tokenizer)
+        except ValueError as error:
+            log.warning("%s is not measured beyond its answers: %s", name, error)
+
+
+@torch.no_grad()
+def _sums(
+    subject: Subject, source: HeadSource, name: str, encoded: EncodedSet, rows: NDArray[np.int64]
+) -> dict[str, Tensor]:
+    """Sums over the tokens of all ranks, float64; a joint act."""
+    rank, world_size = place()
+    # Rows of similar length together: less padding.
+    mine = rows[np.argsort(encoded.lengths[rows], kind="stable")][rank::world_size]
+    student = LanguageModel(subject.model, subject.vocabulary)
+    chunk_size = chunk_size_for(MEMORY_BUDGET, source.vocabulary, torch.float32.itemsize, "autograd")
+    pad = pad_id(subject.tokenizer, source.vocabulary)
+    total = _no_tokens(source)
+    shown = bool(subject.config["trainer"]["enable_progress_bar"])
+    with progress_bar(f"measures of {name}", len(mine), shown) as advance, evaluating(subject.model):
+        for start in range(0, len(mine), subject.data.full_rows):
+            chosen = mine[start : start + subject.data.full_rows].tolist()
+            batch = collate([encoded[row] for row in chosen], pad, step=0, step_tokens=0).to(_device(subject))
+            heads = {STUDENT: cut(student(batch), source.vocabulary)} | source(batch)
+            for key, value in _add_up(token_measures(heads, batch.labels_N, chunk_size)).items():
+                total[key] = total[key] + value
+            advance(start + len(chosen))
+    of_ranks = gathered(total)
+    return {key: torch.stack([of[key] for of in of_ranks]).sum(0) for key in total}
+
+
+def _no_tokens(source: HeadSource) -> dict[str, Tensor]:
+    """A zero for each sum that the source allows; the same keys on every rank."""
+    none_N = torch.zeros(0, dtype=torch.float64)
+    teacher = none_N if "teacher" in source.roles else None
+    shift = none_N if len(source.roles) == 3 else None
+    return _add_up(TokenMeasures(none_N, none_N, none_N, teacher, teacher, shift))
+
+
+def _add_up(measured: TokenMeasures) -> dict[str, Tensor]:
+    sums = {
+        "tokens": torch.tensor(len(measured.nll), dtype=torch.float64),
+        "nll": measured.nll.sum(),
+        "bins": calibration_bins(measured.confidence, measured.correct),
+    }
+    if measured.kl_teacher is not None and measured.top1_agreement is not None:
+        sums |= {"kl_teacher": measured.kl_teacher.sum(), "top1_agreement": measured.top1_agreement.sum()}
+    if measured.correlation is not None:
+        defined = ~measured.correlation.isnan()
+        sums |= {"correlated": defined.double().sum(), "correlation": measured.correlation[defined].sum()}
+    return {name: value.cpu() for name, value in sums.items()}
+
+
+def _scores(sums: Mapping[str, Tensor], source: HeadSource) -> dict[str, float]:
+    tokens = float(sums["tokens"])
+    if not tokens:
+        return {}
+    mean = {name: float(sums[name]) / tokens for name in ("nll", "kl_teacher", "top1_agreement") if name in sums}
+    assert sums["bins"].shape == (3, CALIBRATION_BINS)
+    try:
+        perplexity = math.exp(mean["nll"])
+    except OverflowError:
+        perplexity = math.inf
+    scores = {"perplexity": perplexity, "ece": 100 * expected_calibration_error(sums["bins"])}
+    if "kl_teacher" in mean:
+        scores |= {"kl_teacher": mean["kl_teacher"], "top1_agreement": 100 * mean["top1_agreement"]}
+    if "correlated" in sums:
+        correlated = float(sums["correlated"])
+        scores["shift_correlation"] = float(sums["correlation"]) / correlated if correlated else math.nan
+    return scores

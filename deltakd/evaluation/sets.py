@@ -1,0 +1,176 @@
+"""The evaluation sets of a run: read, checked against training data and model, and recorded, before weights load."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from deltakd.data import DataConfig, Overlap, Row, find_overlaps, read_rows
+from deltakd.evaluation import SCORERS, EvaluationSet
+from deltakd.evaluation.answers import make_set
+from deltakd.evaluation.final_number import expected_number
+from deltakd.evaluation.settings import Evaluation, deviations
+from deltakd.io.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+#: So many ids are named in a message; the record has all.
+_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class CheckedSets:
+    """Evaluation sets that can be evaluated.
+
+    Args:
+        sets: in the order of the config.
+        record: the protocol in full, for ``summary.json``: what was asked of the model, and how answers are chosen and
+            scored.
+    """
+
+    sets: list[EvaluationSet]
+    record: dict[str, Any]
+
+
+def read_checked_sets(
+    evaluation: Evaluation,
+    config: Mapping[str, Any],
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PretrainedConfig,
+    train_rows: Sequence[Row] | None,
+) -> CheckedSets:
+    """Read every evaluation set, and refuse all that can't be evaluated, at once.
+
+    Args:
+        evaluation: what is to be evaluated.
+        config: the group it was made from.
+        data: whose template and prompt length hold where the evaluation has none.
+        tokenizer: the student's.
+        model: the student's configuration.
+        train_rows: what was or will be trained on; None: not known, or no rows.
+
+    Raises:
+        ConfigError: everything that is wrong: files and rows that can't be read, references that are missing, empty or
+            without a number to compare with, prompts that fill the model's context, rows that are trained on.
+    """
+    asked = evaluation.prompts_of(data)
+    positions: int | None = getattr(model, "max_position_embeddings", None)
+    problems: list[str] = []
+    sets, described = [], {}
+    for name, entry in evaluation.sets.items():
+        try:
+            rows = read_rows(entry.source, strip_answers=data.strip_answers, limit=evaluation.limit_of(name))
+        except ValueError as error:
+            problems.append(f"evaluation.sets.{name}: {error}")
+            continue
+        one = make_set(name, rows, asked, tokenizer, evaluation.scorer_of(name))
+        overlaps = None if train_rows is None else find_overlaps(rows, train_rows)
+        short = _short_of_room(one, positions, evaluation.decoding.max_new_tokens)
+        problems += _reference_problems(one) + _context_problems(one, positions, asked.max_prompt_length)
+        if overlaps and evaluation.allow_overlap:
+            log.warning("%s; evaluation.allow_overlap=true lets it pass.", _overlapping(name, len(rows), overlaps))
+        elif overlaps:
+            problems.append(
+                f"{_overlapping(name, len(rows), overlaps)}; keep them out of training with "
+                f"data.exclude=[{entry.source}], or evaluate all the same with evaluation.allow_overlap=true"
+            )
+        sets.append(one)
+        described[name] = asdict(entry) | {
+            "scorer": one.scorer,
+            "limit": evaluation.limit_of(name),
+            "rows": len(rows),
+            "prompts_cut": one.cut,
+            "prompts_short_of_room": len(short),
+            "overlap": None if overlaps is None else _overlap_record(overlaps),
+        }
+    if problems:
+        raise ConfigError(problems)
+    return CheckedSets(sets, _record(evaluation, config, asked, tokenizer, described))
+
+
+def _record(
+    evaluation: Evaluation,
+    config: Mapping[str, Any],
+    asked: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    sets: Mapping[str, Any],
+) -> dict[str, Any]:
+    departures = deviations(config)
+    if departures:
+        log.warning("The evaluation is not %s as published: %s.", evaluation.protocol, "; ".join(departures))
+    scorers = dict.fromkeys([evaluation.scorer, *(entry["scorer"] for entry in sets.values())])
+    return {
+        "protocol": evaluation.protocol,
+        "deviations": departures,
+        "template": asked.template,
+        "template_text": repr(asked.make_template(tokenizer)),
+        "max_prompt_length": asked.max_prompt_length,
+        "padding": "left",
+        "strip_answers": asked.strip_answers,
+        "seeds": list(evaluation.seeds),
+        "decoding": asdict(evaluation.decoding),
+        "scorers": {name: SCORERS[name].description for name in scorers},
+        "sets": dict(sets),
+    }
+
+
+def _reference_problems(one: EvaluationSet) -> list[str]:
+    """Answers without a number, where numbers are compared; other references are checked as they are read."""
+    if one.scorer != "final_number":
+        return []
+    bad = [
+        row
+        for row, texts in zip(one.row_ids, one.references, strict=True)
+        if any(expected_number(text) is None for text in texts)
+    ]
+    if not bad:
+        return []
+    return [
+        f"evaluation set {one.name}: {len(bad)} of {len(one)} rows have a reference without a number (rows "
+        f'{_listed(bad)}), and it is scored by final_number; give references that end in "#### <number>", or '
+        f"evaluation.sets.{one.name}={{source: ..., scorer: rouge}}"
+    ]
+
+
+def _context_problems(one: EvaluationSet, positions: int | None, limit: int) -> list[str]:
+    full = _short_of_room(one, positions, 1)
+    if not full:
+        return []
+    return [
+        f"evaluation set {one.name}: {len(full)} of {len(one)} prompts are as long as the model's context of "
+        f"{positions} tokens (rows {_listed(full)}), so nothing can be generated; give evaluation.max_prompt_length "
+        f"below {positions} (it is {limit}), or a model with more positions"
+    ]
+
+
+def _short_of_room(one: EvaluationSet, positions: int | None, tokens: int) -> list[int]:
+    """Rows whose prompts leave room for fewer than so many tokens."""
+    if positions is None:
+        return []
+    return [row for row, ids in zip(one.row_ids, one.prompt_ids, strict=True) if len(ids) + tokens > positions]
+
+
+def _overlapping(name: str, rows: int, overlaps: Sequence[Overlap]) -> str:
+    exact = sum(overlap.exact for overlap in overlaps)
+    pairs = [f"{overlap.row_id}={overlap.other_id}" for overlap in overlaps]
+    return (
+        f"evaluation set {name}: of {rows} rows {exact} are in the training data, and {len(overlaps) - exact} nearly "
+        f"(its row = row of data.train: {_listed(pairs)})"
+    )
+
+
+def _overlap_record(overlaps: Sequence[Overlap]) -> dict[str, list[tuple[int, int]]]:
+    """Pairs of row and training row, by kind."""
+    return {
+        kind: [(o.row_id, o.other_id) for o in overlaps if o.exact == is_exact]
+        for kind, is_exact in (("exact", True), ("near", False))
+    }
+
+
+def _listed(items: Sequence[object]) -> str:
+    return ", ".join(map(str, items[:_SHOWN])) + (", ..." if len(items) > _SHOWN else "")

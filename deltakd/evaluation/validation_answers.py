@@ -1,0 +1,26 @@
+"""The answers of each validation during training: ``validation/step_<step>.jsonl`` in the run directory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from deltakd.io.json_lines import read_generations, write_generations
+
+_FOLDER = "validation"
+
+
+def write_validation_answers(run_dir: Path, step: int, records: Sequence[dict[str, Any]]) -> None:
+    """Keep the answers after an optimiser step; a resumed run writes the same again."""
+    write_generations(run_dir / _FOLDER / f"step_{step:08d}.jsonl", records)
+
+
+def read_validation_answers(run_dir: Path) -> dict[int, list[dict[str, Any]]]:
+    """Optimiser step -> records as ``evaluate_set`` made them, in the order of the steps.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    paths = sorted((run_dir / _FOLDER).glob("step_*.jsonl"))
+    return {int(path.stem.removeprefix("step_")): read_generations(path) or [] for path in paths}

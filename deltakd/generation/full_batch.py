@@ -1,0 +1,151 @@
+"""The rows that are being decoded together: how they start, how finished ones leave, how new ones join."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from deltakd.generation import key_values
+
+
+@dataclass
+class Row:
+    """One answer on its way; ``stream`` is None for greedy decoding."""
+
+    row_id: int
+    prompt: Sequence[int]
+    budget: int
+    stream: np.random.Generator | None
+    tokens: list[int] = field(default_factory=list)
+    finished: bool = False
+
+    def take(self, token: int, eos_ids: frozenset[int]) -> None:
+        """Add a token, or finish on EOS; the last token of the budget finishes too.
+
+        Raises:
+            ValueError: the token is negative, which stands for NaN: so finding one needs no second wait for the device.
+        """
+        if token < 0:
+            raise ValueError(
+                f"The model's logits are NaN for row {self.row_id} after {len(self.tokens)} new tokens. The model has "
+                "diverged or its dtype overflows: evaluate an earlier checkpoint, or use bfloat16 or float32."
+            )
+        if token in eos_ids:
+            self.finished = True
+            return
+        self.tokens.append(token)
+        self.finished = len(self.tokens) >= self.budget
+
+
+@dataclass
+class DecodingState:
+    """The rows that are in the model's input, and what the model needs to go on.
+
+    Args:
+        rows: B rows.
+        input_ids: [B, t] the tokens that the cache does not hold yet.
+        mask: [B, T] int64 over everything so far; padding is on the left, and once a row is finished its columns get 0,
+            so that its position stands still.
+        history: [B, T] the text so far; padding is −1, −2, …, so that no n-gram of padding ever repeats.
+        positions: [B, t] of ``input_ids`` in their rows.
+        cache: the model's own cache object, None before the first step.
+    """
+
+    rows: list[Row]
+    input_ids: Tensor
+    mask: Tensor
+    history: Tensor
+    positions: Tensor
+    cache: Any = None
+
+    @classmethod
+    def of(cls, rows: list[Row], pad_id: int, device: torch.device) -> DecodingState:
+        """The start of ``rows``, padded on the left."""
+        width = max(len(row.prompt) for row in rows)
+        pads = [width - len(row.prompt) for row in rows]
+        mask = torch.tensor([[0] * n + [1] * (width - n) for n in pads], device=device)
+        input_ids = torch.tensor(
+            [[pad_id] * n + list(row.prompt) for row, n in zip(rows, pads, strict=True)], device=device
+        )
+        return cls(rows, input_ids, mask, _history(input_ids, mask), (mask.cumsum(dim=1) - 1).clamp(min=0))
+
+    @property
+    def live(self) -> int:
+        """The number of rows that go on."""
+        return sum(not row.finished for row in self.rows)
+
+    def take(self, tokens_B: Tensor, eos_ids: frozenset[int]) -> None:
+        """Add a token to each row that goes on, and make them the next input; what finished rows get is masked."""
+        for row, token in zip(self.rows, tokens_B.tolist(), strict=True):
+            if not row.finished:
+                row.take(token, eos_ids)
+        tokens_B = tokens_B.clamp(min=0)
+        live_B1 = torch.tensor([[int(not row.finished)] for row in self.rows], device=self.mask.device)
+        self.input_ids = tokens_B.unsqueeze(1)
+        self.mask = torch.cat([self.mask, live_B1], dim=1)
+        self.history = torch.cat([self.history, self.input_ids], dim=1)
+        self.positions = self.positions[:, -1:] + live_B1
+
+    def repeat(self, rows: list[Row], sources: list[int]) -> None:
+        """Put ``rows`` in place of those that are there; each goes on from one of those, several from the same one."""
+        self._select(sources, self.mask.shape[1])
+        self.rows = rows
+
+    def drop_finished(self) -> None:
+        """Take the finished rows out, and the columns that are padding in all others."""
+        self._select([i for i, row in enumerate(self.rows) if not row.finished], self._width)
+
+    def admit(self, other: DecodingState) -> None:
+        """Take the rows of ``other`` in, in the places of finished ones, and in new ones where those do not suffice."""
+        if other.live < len(other.rows):
+            other.drop_finished()
+        places = [i for i, row in enumerate(self.rows) if row.finished][: len(other.rows)]
+        lacking = len(other.rows) - len(places)
+        width = max(self._width, other.mask.shape[1])
+        if lacking or width > self.mask.shape[1]:
+            places += range(len(self.rows), len(self.rows) + lacking)
+            self._select([*range(len(self.rows)), *[0] * lacking], max(width, self.mask.shape[1]))
+        indices = torch.tensor(places, device=self.mask.device)
+        key_values.replace(self.cache, indices, other.cache, self._cached(width))
+        self.mask = self.mask[:, -width:].index_copy(0, indices, _aligned(other.mask, width))
+        self.history = self.history[:, -width:].index_copy(0, indices, _aligned(other.history, width))
+        self.history = _history(self.history, self.mask)
+        self.input_ids = self.input_ids.index_copy(0, indices, other.input_ids)
+        self.positions = self.positions.index_copy(0, indices, other.positions)
+        for place, row in zip(places, other.rows, strict=True):
+            self.rows[place] = row
+
+    @property
+    def _width(self) -> int:
+        """The columns that the rows which go on need."""
+        return max(len(row.prompt) + len(row.tokens) for row in self.rows if not row.finished)
+
+    def _cached(self, width: int) -> int:
+        """The columns of the cache where the mask has ``width``."""
+        missing: int = self.mask.shape[1] - self.cache.get_seq_length()
+        return width - missing
+
+    def _select(self, keep: list[int], width: int) -> None:
+        """Some rows in a mask of another width; padding comes and goes on the left."""
+        indices = torch.tensor(keep, device=self.mask.device)
+        key_values.select(self.cache, indices, self._cached(width))
+        self.mask, self.history = (_aligned(tensor, width)[indices] for tensor in (self.mask, self.history))
+        self.history = _history(self.history, self.mask)
+        self.input_ids, self.positions = self.input_ids[indices], self.positions[indices]
+        self.rows = [self.rows[i] for i in keep]
+
+
+def _aligned(tensor_BT: Tensor, width: int) -> Tensor:
+    missing = width - tensor_BT.shape[1]
+    return pad(tensor_BT, (missing, 0)) if missing > 0 else tensor_BT[:, -missing:]
+
+
+def _history(ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    padding_T = -1 - torch.arange(ids_BT.shape[1], device=ids_BT.device)
+    return torch.where(mask_BT.bool(), ids_BT, padding_T)

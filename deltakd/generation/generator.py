@@ -1,0 +1,232 @@
+"""Generation with a key-value cache, whose samples depend on neither batching nor order.
+
+Each row has its own noise (see ``token_choice``), so batch size, order, company and number of processes change a sample
+only where rounding of the logits flips a near-tie.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from deltakd.generation.decoding import Decoding
+from deltakd.generation.full_batch import DecodingState, Row
+from deltakd.generation.key_values import can_select
+from deltakd.generation.model_step import Step, evaluating, position_limit
+from deltakd.generation.sampling import TokenChoice, row_stream
+
+#: New prompts are run once this part of the batch is free: less would cost more passes, more leave more of it idle.
+REFILL = 1 / 8
+
+#: The rows that have ended are taken out once they are this part of the batch and no prompt can take their places: none
+#: is left, or the answers to the next one need more room.
+COMPACT = 1 / 4
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    row_ids: Sequence[int],
+    *,
+    decoding: Decoding,
+    seeds: Sequence[int],
+    batch_size: int,
+    eos_ids: frozenset[int],
+    vocab_size: int,
+    pad_id: int,
+    progress: Callable[[int], None] | None = None,
+) -> list[list[list[int]]]:
+    """Continue every prompt under every seed.
+
+    A prompt is run once, and its cache serves all seeds. Answers that have ended make room for further prompts. Where
+    a cache can't be taken apart by rows (recurrent layers), a batch runs until all of it has ended.
+
+    Args:
+        model: a decoder of transformers, or one wrapped by PEFT; its training mode is restored afterwards.
+        prompts: token ids without padding, at least one each.
+        row_ids: one number ≥ 0 for each prompt: its row in the data set, which fixes its noise.
+        decoding: how tokens are chosen.
+        seeds: S numbers ≥ 0; greedy decoding ignores them and decodes once for all.
+        batch_size: answers that are decoded together, at most; the longest prompts come first, so that a lack of memory
+            shows at once.
+        eos_ids: tokens that end an answer; none may be given.
+        vocab_size: V of the tokenizer; logits beyond it are padding and are cut off.
+        pad_id: any id that the model can embed; padding is masked.
+        progress: called as answers end, with their number so far, of S for each prompt.
+
+    Returns:
+        For each seed, in order, the new tokens of each prompt, in order: without EOS, at most ``max_new_tokens``. An
+        answer that reaches the model's last position (``max_position_embeddings``) stops there.
+
+    Raises:
+        ValueError: on decoding options, seeds, prompts or row ids that cannot be used, or logits that are NaN.
+    """
+    _check(decoding, batch_size, seeds)
+    noises = seeds if decoding.do_sample else (None,)
+    rows = _rows(prompts, row_ids, decoding, noises, position_limit(model))
+    queue = sorted(rows, key=lambda same: len(same[0].prompt), reverse=True)
+    decoder = _Decoder(Step(model, decoding.processors(), vocab_size), TokenChoice(vocab_size), eos_ids, pad_id)
+    ended = 0
+    with evaluating(model):
+        for count in decoder.run(_groups(queue, batch_size), batch_size):
+            ended += count * len(seeds) // len(noises)
+            if progress is not None:
+                progress(ended)
+    return [[list(same[i % len(noises)].tokens) for same in rows] for i in range(len(seeds))]
+
+
+@final
+class _Decoder:
+    """Decodes a queue of prompts in a batch that is kept full.
+
+    Args:
+        step: the model.
+        choose: the tokens.
+        eos_ids, pad_id: see ``generate``.
+    """
+
+    def __init__(self, step: Step, choose: TokenChoice, eos_ids: frozenset[int], pad_id: int) -> None:
+        self._step = step
+        self._choose = choose
+        self._eos_ids = eos_ids
+        self._pad_id = pad_id
+        # Whether rows of the cache can be moved: known after the first step.
+        self._movable = True
+
+    def run(self, queue: deque[list[Row]], batch_size: int) -> Iterator[int]:
+        """Decode all of it; whenever answers have ended, their number is yielded.
+
+        Args:
+            queue: groups of rows with the same prompt, none larger than ``batch_size``.
+            batch_size: the most rows at a time.
+        """
+        state: DecodingState | None = None
+        while queue or state is not None:
+            room = batch_size - (state.live if state is not None else 0)
+            if state is None or (queue and self._movable and room >= max(len(queue[0]), REFILL * batch_size)):
+                started = self._start(_first(queue, room))
+                ended = len(started.rows) - started.live
+                state = _joined(state, started)
+            else:
+                ended = self._advance(state)
+            if ended:
+                yield ended
+            if not state.live:
+                state = None
+
+    def _start(self, groups: list[list[Row]]) -> DecodingState:
+        """Run new prompts, each once where its cache can be repeated, and choose the first tokens."""
+        rows = [row for group in groups for row in group]
+        sources = [i for i, group in enumerate(groups) for _ in group]
+        state = DecodingState.of([group[0] for group in groups], self._pad_id, self._step.device)
+        logits_BV = self._step(state)
+        self._movable = can_select(state.cache)
+        if self._movable:
+            state.repeat(rows, sources)
+            logits_BV = logits_BV[sources]
+        elif len(rows) > len(groups):
+            state = DecodingState.of(rows, self._pad_id, self._step.device)
+            logits_BV = self._step(state)
+        self._take(state, logits_BV)
+        return state
+
+    def _advance(self, state: DecodingState) -> int:
+        """One more token for each row; how many ended by it."""
+        before = state.live
+        self._take(state, self._step(state))
+        if self._movable and 0 < state.live <= (1 - COMPACT) * len(state.rows):
+            state.drop_finished()
+        return before - state.live
+
+    def _take(self, state: DecodingState, logits_BV: Tensor) -> None:
+        greedy = state.rows[0].stream is None
+        streams = None if greedy else [None if row.finished else row.stream for row in state.rows]
+        tokens_B = self._choose(logits_BV, streams)
+        state.take(tokens_B, self._eos_ids)
+
+
+def _joined(state: DecodingState | None, started: DecodingState) -> DecodingState:
+    if state is None:
+        return started
+    if started.live:
+        state.admit(started)
+    return state
+
+
+def _groups(prompts: Sequence[list[Row]], batch_size: int) -> deque[list[Row]]:
+    """The rows of each prompt, in parts that fit into a batch."""
+    return deque(rows[i : i + batch_size] for rows in prompts for i in range(0, len(rows), batch_size))
+
+
+def _first(queue: deque[list[Row]], room: int) -> list[list[Row]]:
+    """Take as many groups off the queue as there is room for."""
+    groups: list[list[Row]] = []
+    while queue and len(queue[0]) <= room:
+        groups.append(queue.popleft())
+        room -= len(groups[-1])
+    return groups
+
+
+def _check(decoding: Decoding, batch_size: int, seeds: Sequence[int]) -> None:
+    problems = decoding.problems()
+    if batch_size < 1:
+        problems.append(f"batch_size is {batch_size}: it must be at least 1.")
+    if not seeds:
+        problems.append("No sampling seed was given: give at least one.")
+    problems += [f"The sampling seed is {seed}: it must be at least 0." for seed in seeds if seed < 0]
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def _rows(
+    prompts: Sequence[Sequence[int]],
+    row_ids: Sequence[int],
+    decoding: Decoding,
+    noises: Sequence[int | None],
+    limit: int | None,
+) -> list[list[Row]]:
+    if len(prompts) != len(row_ids):
+        raise ValueError(f"{len(prompts)} prompts came with {len(row_ids)} row ids: give one id for each prompt.")
+    if min(row_ids, default=0) < 0:
+        raise ValueError(f"Row id {min(row_ids)} was given: ids number the rows of a data set, from 0.")
+    return [
+        [
+            Row(
+                row_id,
+                prompt,
+                answer_budget(prompt, row_id, decoding.max_new_tokens, limit),
+                None if seed is None else row_stream(seed, row_id),
+            )
+            for seed in noises
+        ]
+        for prompt, row_id in zip(prompts, row_ids, strict=True)
+    ]
+
+
+def answer_budget(prompt: Sequence[int], row_id: int, max_new_tokens: int, limit: int | None) -> int:
+    """How many tokens an answer to ``prompt`` may have; one that has so many did not end by itself.
+
+    Args:
+        prompt: its token ids.
+        row_id: for the message.
+        max_new_tokens: of the decoding options.
+        limit: the positions of the model, None where it has no limit.
+
+    Raises:
+        ValueError: the prompt is empty, or leaves no position to generate at.
+    """
+    if not len(prompt):
+        raise ValueError(f"The prompt of row {row_id} is empty: it needs at least one token, such as BOS.")
+    if limit is None:
+        return max_new_tokens
+    if len(prompt) >= limit:
+        raise ValueError(
+            f"The prompt of row {row_id} has {len(prompt)} tokens, and the model has {limit} positions: nothing can "
+            "be generated. Lower the prompt length of the data, or use a model with more positions."
+        )
+    return min(max_new_tokens, limit - len(prompt))

@@ -1,0 +1,72 @@
+"""What generation asks of a model: one step with a cache, evaluation mode, and the number of positions."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from deltakd.generation.full_batch import DecodingState
+from deltakd.types import at_least_float32
+
+
+class Step:
+    """One forward pass over a state: the processed logits of its last position."""
+
+    def __init__(self, model: nn.Module, processors: Callable[..., Any], vocab_size: int) -> None:
+        self._model = model
+        self._processors = processors
+        self._vocab_size = vocab_size
+        self._parameters = inspect.signature(_unwrapped(model).forward).parameters
+        self.device = next(model.parameters()).device
+
+    def __call__(self, state: DecodingState) -> Tensor:
+        """[B, V] in at least float32; the state's cache moves on."""
+        extra: dict[str, Any] = {}
+        if "logits_to_keep" in self._parameters:
+            extra["logits_to_keep"] = 1
+        if "position_ids" in self._parameters:
+            extra["position_ids"] = state.positions
+        output = self._model(
+            input_ids=state.input_ids,
+            attention_mask=state.mask,
+            past_key_values=state.cache,
+            use_cache=True,
+            **extra,
+        )
+        state.cache = output.past_key_values
+        assert state.cache is not None, f"{type(self._model).__name__} made no key-value cache"
+        logits: Tensor = output.logits[:, -1]
+        if logits.shape[-1] < self._vocab_size:
+            raise ValueError(
+                f"The model has {logits.shape[-1]} logits and the tokenizer {self._vocab_size} tokens: they do not "
+                "belong together. Give the tokenizer that the model was trained with."
+            )
+        processed: Tensor = self._processors(state.history, at_least_float32(logits[:, : self._vocab_size]))
+        return processed
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every module has its own mode back (frozen parts may have been in eval)."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def position_limit(model: nn.Module) -> int | None:
+    """The positions that the model has, or None where its config names no limit."""
+    limit: int | None = getattr(_unwrapped(model).config, "max_position_embeddings", None)
+    return limit
+
+
+def _unwrapped(model: Any) -> Any:
+    # PEFT's forward takes *args and **kwargs: only the model inside it shows what it accepts.
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,0 +1,165 @@
+"""The run directory: who owns it, what it holds, and whether it is finished."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from deltakd.io.errors import ConfigError
+from deltakd.io.files import replacing
+from deltakd.training.callbacks.checkpoints import LAST, PREVIOUS
+
+#: Keys that may change between a run and its resumption: they do not change what is trained.
+MAY_DIFFER = (
+    "resume",
+    "run_dir",
+    "name",
+    "logger",
+    "trainer.enable_progress_bar",
+    "trainer.log_every_n_steps",
+    "trainer.profiler",
+    "trainer.dry_run",
+    "trainer.checkpoint_every_n_steps",
+    "trainer.checkpoint_every_n_minutes",
+    "reference.verify",
+    "reference.remake",
+    "reference.sharding",
+    "evaluation.measures",
+    "evaluation.allow_overlap",
+)
+
+
+#: Keys that may also change until the run is finished: they only say what is asked of the trained student.
+MAY_DIFFER_UNFINISHED = (
+    "evaluation.sets",
+    "evaluation.limit",
+    "evaluation.batch_size",
+    "data.sets",
+    # The number of processes, as long as an optimiser step keeps its rows (runs/fitting.py).
+    "trainer.devices",
+    "trainer.num_nodes",
+    "data.batch_size",
+    "data.max_tokens_per_batch",
+)
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths of one run.
+
+    Args:
+        path: the directory.
+    """
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved config; its presence makes the directory a run's."""
+        return self.path / "config.yaml"
+
+    @property
+    def summary(self) -> Path:
+        """The results; its presence means that the run is finished."""
+        return self.path / "summary.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """``last.ckpt``, ``previous.ckpt`` and ``best.ckpt``."""
+        return self.path / "checkpoints"
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """The state to go on from."""
+        return self.checkpoints / LAST
+
+    @property
+    def previous_checkpoint(self) -> Path:
+        """The one before it."""
+        return self.checkpoints / PREVIOUS
+
+    @property
+    def student(self) -> Path:
+        """The exported Hugging Face model."""
+        return self.path / "student"
+
+    @property
+    def generations(self) -> Path:
+        """``<set>_seed<k>.jsonl``."""
+        return self.path / "generations"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end."""
+        return self.summary.is_file()
+
+    def claim(self, config: dict[str, Any], resume: bool) -> None:
+        """Make the directory this run's: write its config, or check that it goes on with the same one.
+
+        Raises:
+            ConfigError: it holds another run, or this run with another config.
+        """
+        if self.config.is_file():
+            if not resume:
+                raise ConfigError(
+                    [
+                        f"run_dir={self.path} already holds a run; give another run_dir, "
+                        "or resume=true to go on with that one"
+                    ]
+                )
+            held = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+            free = MAY_DIFFER if self.finished else (*MAY_DIFFER, *MAY_DIFFER_UNFINISHED)
+            differing = [key for key in _differences(held, config) if not key.startswith(free)]
+            if differing:
+                shown = ", ".join(f"{k} ({_get(held, k)!r} there, {_get(config, k)!r} now)" for k in differing[:6])
+                raise ConfigError(
+                    [
+                        f"run_dir={self.path} holds a run with another config: {shown}; "
+                        "give another run_dir, or remove that one to start again"
+                    ]
+                )
+            if not self.finished:
+                self._write_config(config)
+            return
+        if self.path.is_dir() and any(p for p in self.path.iterdir() if p.suffix != ".partial"):
+            raise ConfigError([f"run_dir={self.path} is not empty and holds no run of ours; give another run_dir"])
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._write_config(config)
+
+    def _write_config(self, config: dict[str, Any]) -> None:
+        write_text(self.config, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+
+    def read_summary(self) -> dict[str, Any]:
+        """The content of ``summary.json``."""
+        return json.loads(self.summary.read_text(encoding="utf-8"))
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Write ``summary.json``, whole or not at all."""
+        write_text(self.summary, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically.
+
+    Raises:
+        WriteError: the disk did not take it.
+    """
+    with replacing(path, path.name) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def _differences(a: Any, b: Any, prefix: str = "") -> list[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = [*a, *(k for k in b if k not in a)]
+        return [d for k in keys for d in _differences(a.get(k), b.get(k), f"{prefix}{k}.")]
+    return [] if a == b else [prefix.rstrip(".")]
+
+
+def _get(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = config.get(part) if isinstance(config, dict) else None
+    return config

@@ -1,0 +1,176 @@
+"""The beginning of a cache: what a stored token looks like, and for log-probs of K tokens, which K."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from deltakd.config.check import Plan
+from deltakd.data import EncodedSet, LoadedSets, collate
+from deltakd.evaluation.answers import pad_id
+from deltakd.references import CacheStore, LiveReferences
+from deltakd.references.cached import DTYPES
+from deltakd.references.content import model_entry, model_identity
+from deltakd.references.store import SUPPORT
+from deltakd.references.topk import CANDIDATES, make_buckets, sample_errors, temperature_of
+from deltakd.training.assembly import make_model
+from deltakd.types import STUDENT, Batch, Head
+
+log = logging.getLogger(__name__)
+
+#: Valid tokens of the sample on which K is chosen and errors are measured.
+SAMPLE_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Caching:
+    """What caching needs once everything is loaded.
+
+    Args:
+        plan: the checked config.
+        tokenizer: the student's.
+        vocabulary: tokens that all models share.
+        sets: tokenised rows.
+        references: the models, on the device where they run.
+        device: that device.
+    """
+
+    plan: Plan
+    tokenizer: PreTrainedTokenizerBase
+    vocabulary: int
+    sets: LoadedSets
+    references: LiveReferences
+    device: torch.device
+
+    def batch(self, encoded: EncodedSet, rows: NDArray[np.int64]) -> Batch:
+        """Rows of a set as one batch on the device."""
+        chosen = [encoded[row] for row in rows]
+        return collate(chosen, pad_id(self.tokenizer, self.vocabulary), 0, 0).to(self.device)
+
+
+def begin_store(caching: Caching, given: Mapping[str, Any]) -> CacheStore:
+    """An empty cache for the config, on disk.
+
+    Args:
+        caching: everything loaded.
+        given: ``data_identity`` of the data.
+
+    Raises:
+        ValueError: no K meets ``reference.target_error``, or the directory holds something else.
+    """
+    plan = caching.plan
+    assert plan.cache is not None
+    is_topk = plan.cache.store == "topk"
+    row = np.argsort(caching.sets.train.lengths, kind="stable")[:1]
+    example = caching.batch(caching.sets.train, row)
+    heads = caching.references(example)
+    sample, k = _choose_k(caching) if is_topk else ([], None)
+    content = {
+        "store": "topk" if is_topk else "hidden",
+        "models": {role: _model_content(caching, role, head) for role, head in heads.items()},
+        "vocabulary": caching.vocabulary,
+        "k": k,
+        "temperature": temperature_of(plan.loss) if is_topk else None,
+        **given,
+    }
+    tensors = token_tensors(heads, example.labels_N, content)
+    content["bytes_per_token"] = sum(tensor[0].numel() * tensor.element_size() for tensor in tensors.values())
+    return CacheStore.create(Path(str(plan.cache.path)), content, sample)
+
+
+def _model_content(caching: Caching, role: str, head: Head) -> dict[str, Any]:
+    stored = caching.plan.cache.dtype if caching.plan.cache is not None else None
+    own = next(name for name, dtype in DTYPES.items() if dtype == head.hidden.dtype)
+    default = "float16" if caching.plan.cache is not None and caching.plan.cache.store == "topk" else own
+    return model_identity(model_entry(caching.plan.config, role)) | {
+        "stored_dtype": stored or default,
+        "softcap": head.softcap,
+        "scale": head.scale,
+    }
+
+
+def token_tensors(heads: Mapping[str, Head], labels: Tensor, content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What is stored of N tokens: name -> [N, ...] on the CPU.
+
+    Args:
+        heads: of the references.
+        labels: [N] int64.
+        content: of the cache.
+    """
+    dtypes = {role: DTYPES[model["stored_dtype"]] for role, model in content["models"].items()}
+    if content["store"] == "hidden":
+        return {role: heads[role].hidden.to(dtype).cpu() for role, dtype in dtypes.items()}
+    buckets = make_buckets({role: heads[role] for role in dtypes}, labels, content["k"], content["temperature"])
+    ids = torch.uint16 if content["vocabulary"] <= 2**16 else torch.int32
+    stored = {role: buckets.log_probs[role].to(dtype).cpu() for role, dtype in dtypes.items()}
+    return {SUPPORT: buckets.support.cpu().to(ids)} | stored
+
+
+def _choose_k(caching: Caching) -> tuple[list[dict[str, Any]], int]:
+    """What each K would get wrong on a sample, and the K to take.
+
+    Raises:
+        ValueError: none is good enough.
+    """
+    settings = caching.plan.cache
+    assert settings is not None
+    vocabulary = caching.vocabulary
+    given = [settings.k] if settings.k is not None else [k for k in CANDIDATES if k < vocabulary]
+    if settings.k is None and vocabulary <= CANDIDATES[-1]:
+        given.append(vocabulary)
+    student, heads, labels = _sample(caching)
+    dtype = DTYPES[settings.dtype or "float16"]
+    report = sample_errors(caching.plan.loss, student, heads, labels, [min(k, vocabulary) for k in given], dtype)
+    for entry in report:
+        log.info("On %d tokens of the training set: %s.", len(labels), _shown(entry))
+    if settings.k is not None:
+        return report, report[0]["k"]
+    good = [
+        entry["k"] for entry in report if max(entry["loss_error"], entry["gradient_error"]) <= settings.target_error
+    ]
+    if not good:
+        raise ValueError(
+            f"no K meets reference.target_error={settings.target_error:g} on {len(labels)} tokens of the training set "
+            f"(the last: {_shown(report[-1])}); give reference.k=..., a larger reference.target_error, or "
+            "reference.store=hidden, which is exact"
+        )
+    return report, good[0]
+
+
+def _shown(entry: Mapping[str, Any]) -> str:
+    kept = ", ".join(f"{role} {mass:.4f}" for role, mass in entry["kept_mass"].items())
+    return (
+        f"K = {entry['k']} keeps a mass of {kept}; the loss is off by {entry['loss_error']:.2g} of itself, its "
+        f"gradient by {entry['gradient_error']:.2g}"
+    )
+
+
+@torch.no_grad()
+def _sample(caching: Caching) -> tuple[Head, dict[str, Head], Tensor]:
+    """Heads of the student as it starts and of the references, and labels, over rows of all lengths."""
+    encoded = caching.sets.train
+    student = make_model(caching.plan, STUDENT, caching.tokenizer, caching.vocabulary).eval().to(caching.device)
+    count = min(len(encoded), max(1, SAMPLE_TOKENS * len(encoded) // max(1, int(encoded.valid_tokens.sum()))))
+    ordered = np.argsort(encoded.lengths, kind="stable")
+    rows = ordered[np.linspace(0, len(ordered) - 1, count).round().astype(np.int64)]
+    found: dict[str, list[Head]] = {}
+    labels = []
+    size = caching.plan.data.full_rows
+    for start in range(0, len(rows), size):
+        batch = caching.batch(encoded, rows[start : start + size])
+        for role, head in {STUDENT: student(batch), **caching.references(batch)}.items():
+            found.setdefault(role, []).append(head)
+        labels.append(batch.labels_N)
+    heads = {
+        role: replace(parts[0], hidden=torch.cat([part.hidden for part in parts])) for role, parts in found.items()
+    }
+    return heads.pop(STUDENT), heads, torch.cat(labels)

@@ -1,0 +1,322 @@
+"""Running the references once over a data set: the work of ``python -m deltakd.cache``."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from deltakd.config.check import Plan, make_plan
+from deltakd.data import EncodedSet, LoadedSets
+from deltakd.evaluation.answers import progress_bar
+from deltakd.io.errors import ConfigError
+from deltakd.io.run_directory import RunDirectory
+from deltakd.references import CacheStore, LiveReferences, StoreError
+from deltakd.references.begin import Caching, begin_store, token_tensors
+from deltakd.references.content import data_identity, data_problems, missing_rows, named_sets
+from deltakd.references.index import RowIndex, as_keys, keys_of_set, row_key
+from deltakd.references.store import OFFSETS, ROW_KEYS
+from deltakd.tracking.environment import environment, peak_memory_mib
+from deltakd.training.assembly import make_model, make_tokenizer, open_cache, shared_vocabulary
+from deltakd.types import STUDENT
+
+log = logging.getLogger(__name__)
+
+#: A shard ends with the batch that would exceed one of these: what an interruption costs at most.
+SHARD_ROWS = 4096
+SHARD_BYTES = 64 * 2**20
+#: Bytes of a row's key and offset.
+ROW_BYTES = 24
+
+
+def run_caching(cfg: DictConfig) -> dict[str, Any]:
+    """Run the references of the config's loss over its training and validation rows, and store what they give.
+
+    The directory ``reference.path`` gets ``manifest.json``, shards, the output embeddings (``hidden``) and, last,
+    ``summary.json``. Rows that are there already are not run again: an interrupted cache goes on, one that was made
+    with ``data.limit`` grows, and a finished one is only read, for which no model needs to be there.
+
+    Args:
+        cfg: composed config (``conf/train.yaml``) with ``reference=cached``.
+
+    Returns:
+        The content of ``summary.json``.
+
+    Raises:
+        ConfigError: everything that is wrong with the config, or what differs from the cache that is there.
+        StoreError: a damaged cache, or a disk that is full.
+        ValueError: data or models that can't be used, or no K that meets ``reference.target_error``.
+    """
+    path = OmegaConf.select(cfg, "reference.path")
+    if path and CacheStore.is_at(Path(path)) and not OmegaConf.select(cfg, "reference.remake"):
+        summary = _finished(cfg)
+        if summary is not None:
+            log.info("%s is finished already; nothing to do.", path)
+            return summary
+    plan = make_plan(cfg, makes_cache=True)
+    started = time.perf_counter()
+    caching, store = _load(plan)
+    speed = _make_missing(caching, store)
+    costs = {
+        "seconds": round(time.perf_counter() - started, 3),
+        "tokens_per_second": speed,
+        "peak_memory_mib": round(peak_memory_mib(), 1),
+    }
+    summary = _summary(store) | {"meta": environment() | costs}
+    RunDirectory(store.path).write_summary(summary)
+    return summary
+
+
+def _finished(cfg: DictConfig) -> dict[str, Any] | None:
+    """The summary of a cache that has all rows of this config; None where rows are missing.
+
+    It is read as a training would read it.
+    """
+    plan = make_plan(cfg)
+    if plan.cache is None:
+        return None
+    path = Path(str(plan.cache.path))
+    if plan.data.prepare is not None:
+        plan.data.prepare()
+    tokenizer = make_tokenizer(plan, path / "tokenizer")
+    sets = plan.data.load(tokenizer)
+    store = open_cache(plan, tokenizer, sets)
+    if any(len(rows) for rows in missing_rows(RowIndex(store), sets).values()):
+        return None
+    directory = RunDirectory(path)
+    if not directory.finished:
+        directory.write_summary(_summary(store) | {"meta": environment()})
+    return directory.read_summary()
+
+
+def _summary(store: CacheStore) -> dict[str, Any]:
+    content, shards = store.manifest.content, store.manifest.shards
+    return {
+        "store": content["store"],
+        "models": content["models"],
+        "k": content["k"],
+        "temperature": content["temperature"],
+        "rows": sum(shard.rows for shard in shards),
+        "tokens": sum(shard.tokens for shard in shards),
+        "bytes_per_token": content["bytes_per_token"],
+        "bytes": sum(file.bytes for file in store.manifest.files),
+        "sample": store.manifest.sample,
+    }
+
+
+def _load(plan: Plan) -> tuple[Caching, CacheStore]:
+    """Data and models; the cache that is there, or a new one."""
+    assert plan.cache is not None
+    path = Path(str(plan.cache.path))
+    if plan.data.prepare is not None:
+        plan.data.prepare()
+    tokenizer = make_tokenizer(plan, path / "tokenizer")
+    vocabulary = shared_vocabulary(plan, tokenizer)
+    sets = plan.data.load(tokenizer)
+    given = data_identity(plan.config["data"], tokenizer, plan.data.make_template(tokenizer), sets)
+    store = None
+    if CacheStore.is_at(path):
+        store = CacheStore.open(path)
+        problems = data_problems(store.manifest.content, given, path)
+        if problems:
+            raise ConfigError(problems)
+        if plan.cache.remake:
+            _drop_damaged(store)
+        else:
+            store.check(checksum=plan.cache.verify)
+    models = {role: make_model(plan, role, tokenizer, vocabulary) for role in plan.specs if role != STUDENT}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    references = LiveReferences(models)
+    references.to(device)
+    caching = Caching(plan, tokenizer, vocabulary, sets, references, device)
+    return caching, begin_store(caching, given) if store is None else store
+
+
+def _drop_damaged(store: CacheStore) -> None:
+    bad = store.bad_files(checksum=True)
+    for file, problem in bad.items():
+        log.info("%s %s; it is made again.", store.path / file, problem)
+    store.drop(bad)
+
+
+def _make_missing(caching: Caching, store: CacheStore) -> float | None:
+    """Run the references over all rows that the store lacks; a shard is written as soon as it is full.
+
+    Returns:
+        The speed, valid tokens/s; None where nothing was left to do.
+    """
+    content = store.manifest.content
+    heads = _head_tensors(caching) if content["store"] == "hidden" and store.manifest.heads is None else {}
+    todo = _rows_to_run(missing_rows(RowIndex(store), caching.sets), caching.sets)
+    sets = named_sets(caching.sets)
+    _announce(store, {name: sets[name].valid_tokens[rows] for name, rows in todo.items()}, heads)
+    if heads:
+        with _disk_full(store, caching.sets):
+            store.set_heads(heads)
+    total, done, tokens, seconds = sum(map(len, todo.values())), 0, 0, 0.0
+    with progress_bar("references", total, caching.plan.config["trainer"]["enable_progress_bar"]) as advance:
+        for name, rows in todo.items():
+            for batches in plan_shards(sets[name], rows, caching.plan.data.full_rows, content["bytes_per_token"]):
+                began = time.perf_counter()
+                tensors = _run_shard(caching, sets[name], batches, content, _from(advance, done))
+                with _disk_full(store, caching.sets):
+                    shard = store.add_shard(tensors)
+                seconds += time.perf_counter() - began
+                done += shard.rows
+                tokens += shard.tokens
+                log.info("%s: %d of %d rows done.", shard.file, done, total)
+    return round(tokens / seconds, 1) if seconds else None
+
+
+def _from(advance: Callable[[int], None], start: int) -> Callable[[int], None]:
+    return lambda done: advance(start + done)
+
+
+def _head_tensors(caching: Caching) -> dict[str, Tensor]:
+    """``<role>.weight`` and ``<role>.bias``, copied: a file holds no views, and tied weights once for each role."""
+    row = np.argsort(caching.sets.train.lengths, kind="stable")[:1]
+    heads = caching.references(caching.batch(caching.sets.train, row))
+    parts = {f"{role}.weight": head.weight for role, head in heads.items()}
+    parts |= {f"{role}.bias": head.bias for role, head in heads.items() if head.bias is not None}
+    return {name: tensor.detach().cpu().clone() for name, tensor in parts.items()}
+
+
+def _rows_to_run(missing: dict[str, NDArray[np.int64]], sets: LoadedSets) -> dict[str, NDArray[np.int64]]:
+    """Set -> the missing rows, those of equal content once."""
+    seen: set[bytes] = set()
+    todo = {}
+    for name, encoded in named_sets(sets).items():
+        keys = [key.tobytes() for key in keys_of_set(encoded)]
+        chosen = []
+        for row in missing[name].tolist():
+            if keys[row] not in seen:
+                seen.add(keys[row])
+                chosen.append(row)
+        todo[name] = np.array(chosen, dtype=np.int64)
+    return todo
+
+
+def plan_shards(
+    encoded: EncodedSet, rows: NDArray[np.int64], batch_size: int, bytes_per_token: int
+) -> Iterator[list[NDArray[np.int64]]]:
+    """Batches of rows of similar length, shard by shard.
+
+    A shard ends where a batch does, so that what remains after an interruption falls into the same batches.
+
+    Args:
+        encoded: the set.
+        rows: positions in it.
+        batch_size: rows of a batch.
+        bytes_per_token: of a stored token.
+    """
+    ordered = rows[np.argsort(encoded.lengths[rows], kind="stable")]
+    shard: list[NDArray[np.int64]] = []
+    held_rows, held_bytes = 0, 0
+    for start in range(0, len(ordered), batch_size):
+        batch = ordered[start : start + batch_size]
+        size = int(encoded.valid_tokens[batch].sum()) * bytes_per_token
+        if shard and (held_rows + len(batch) > SHARD_ROWS or held_bytes + size > SHARD_BYTES):
+            yield shard
+            shard, held_rows, held_bytes = [], 0, 0
+        shard.append(batch)
+        held_rows += len(batch)
+        held_bytes += size
+    if shard:
+        yield shard
+
+
+@torch.no_grad()
+def _run_shard(
+    caching: Caching,
+    encoded: EncodedSet,
+    batches: Sequence[NDArray[np.int64]],
+    content: dict[str, Any],
+    progress: Callable[[int], None],
+) -> dict[str, Tensor]:
+    """The arrays of a shard."""
+    parts: list[dict[str, Tensor]] = []
+    done = 0
+    for rows in batches:
+        batch = caching.batch(encoded, rows)
+        parts.append(token_tensors(caching.references(batch), batch.labels_N, content))
+        done += len(rows)
+        progress(done)
+    rows = np.concatenate(batches)
+    examples = [encoded[row] for row in rows]
+    keys = as_keys(row_key(np.array(e.input_ids), np.array(e.labels)) for e in examples)
+    offsets = np.concatenate([[0], np.cumsum(encoded.valid_tokens[rows])])
+    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return tensors | {ROW_KEYS: torch.from_numpy(keys.copy()), OFFSETS: torch.from_numpy(offsets)}
+
+
+def _announce(store: CacheStore, valid_tokens: dict[str, NDArray[np.int64]], heads: dict[str, Tensor]) -> None:
+    """Say how large what is still to be stored will be: tokens of rows, keys of rows, output embeddings.
+
+    Raises:
+        StoreError: the disk has less room than that.
+    """
+    each = store.manifest.content["bytes_per_token"]
+    tokens = {name: int(counts.sum()) for name, counts in valid_tokens.items()}
+    rows = sum(map(len, valid_tokens.values()))
+    embeddings = sum(tensor.nbytes for tensor in heads.values())
+    needed = sum(tokens.values()) * each + rows * ROW_BYTES + embeddings
+    free = shutil.disk_usage(store.path).free
+    log.info(
+        "%s: %d bytes per valid token x %d tokens (%s) in %d rows, and %s of output embeddings: %s; %s are free.",
+        store.path,
+        each,
+        sum(tokens.values()),
+        ", ".join(f"{name} {count}" for name, count in tokens.items()),
+        rows,
+        in_units(embeddings),
+        in_units(needed),
+        in_units(free),
+    )
+    if needed > free:
+        raise StoreError(
+            f"the cache reference.path={store.path} needs {in_units(needed)} more, and {in_units(free)} are free; make "
+            "room, give a directory on another disk, or store less (reference.store=topk, reference.dtype=bfloat16)"
+        )
+
+
+def in_units(size: float) -> str:
+    """Bytes as a number that can be read: KiB, MiB or GiB."""
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20)):
+        if size >= factor:
+            return f"{size / factor:.2f} {unit}"
+    return f"{size / 2**10:.2f} KiB"
+
+
+@contextmanager
+def _disk_full(store: CacheStore, sets: LoadedSets) -> Iterator[None]:
+    """Turn the system's word that there is no room left into what is done and what to do.
+
+    Raises:
+        StoreError: the disk, or the user's share of it, is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        done = sum(shard.rows for shard in store.manifest.shards)
+        missing = missing_rows(RowIndex(store), sets)
+        rows = sum(map(len, missing.values()))
+        tokens = sum(int(encoded.valid_tokens[missing[name]].sum()) for name, encoded in named_sets(sets).items())
+        needed = tokens * store.manifest.content["bytes_per_token"] + rows * ROW_BYTES
+        raise StoreError(
+            f"the disk of reference.path={store.path} is full ({error.strerror}): {done} rows are stored, {rows} need "
+            f"another {in_units(needed)}, {in_units(shutil.disk_usage(store.path).free)} are free. Nothing half "
+            "written is left; make room, and the same command goes on"
+        ) from None

@@ -1,0 +1,206 @@
+"""What the content of a cache depends on, and whether a run may use it; every difference is named."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from deltakd.data import EncodedSet, LoadedSets, tokenizer_fingerprint
+from deltakd.data.encoding.templates import Template
+from deltakd.data.encoding.token_cache import fingerprint
+from deltakd.references import CacheSettings, CacheStore, StoreError
+from deltakd.references.index import RowIndex, keys_of_set
+from deltakd.references.topk import temperature_of, topk_problems
+from deltakd.tracking.environment import hub_snapshot, model_fingerprint
+from deltakd.types import STUDENT, STUDENT_RAW, Loss
+
+#: Keys of ``data`` that may differ: they change neither a row's tokens nor to which set it belongs.
+FREE_DATA_KEYS = ("batch_size", "max_tokens_per_batch", "cache_dir", "prepare", "sets", "limit")
+
+
+def model_entry(config: Mapping[str, Any], role: str) -> dict[str, Any]:
+    """Where a role's model comes from; with LoRA the raw student is the student's own base."""
+    models = config["model"]
+    entry = models[STUDENT] if role == STUDENT_RAW and models["lora"] else models.get(role)
+    return dict(entry or {})
+
+
+def model_identity(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Which model it is: ``path``, how it is loaded, the ``sha256`` of its files, and its ``commit`` on the hub."""
+    path = str(entry["path"])
+    snapshot = None if Path(path).is_dir() else _snapshot(path)
+    files = Path(path) if Path(path).is_dir() else snapshot
+    return {
+        "path": path,
+        "dtype": entry["dtype"],
+        "quantization": entry.get("quantization"),
+        "sha256": None if files is None else model_fingerprint(files),
+        "commit": None if snapshot is None else snapshot.name,
+    }
+
+
+def _snapshot(path: str) -> Path | None:
+    try:
+        return hub_snapshot(path)
+    except ValueError:
+        # No directory (any more), and no name that the hub could have.
+        return None
+
+
+def data_identity(
+    data: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, template: Template, sets: LoadedSets
+) -> dict[str, Any]:
+    """What decides which rows there are, and their tokens."""
+    return {
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "template": fingerprint(repr(template)),
+        "data": {key: value for key, value in data.items() if key not in FREE_DATA_KEYS},
+        "sets": {"train": sets.train.fingerprint, "val": None if sets.val is None else sets.val.fingerprint},
+    }
+
+
+def cache_problems(config: Mapping[str, Any], loss: Loss, settings: CacheSettings, adding: bool = False) -> list[str]:
+    """Why a run may not use its cache, as far as the config tells, one sentence each.
+
+    Args:
+        config: resolved.
+        loss: its loss.
+        settings: the reference group.
+        adding: whether rows are to be added to the cache, which needs the models of all its roles.
+    """
+    if not settings.path:
+        return []
+    try:
+        content = CacheStore.open(Path(settings.path)).manifest.content
+    except StoreError as error:
+        return [str(error)]
+    problems = _store_problems(content, loss, settings)
+    held = content["models"]
+    missing = sorted(loss.requires - set(held))
+    if missing:
+        problems.append(
+            f"the loss reads {', '.join(missing)}, but the cache reference.path={settings.path} was made for "
+            f"{', '.join(held)} alone; make another one with this loss, in another directory"
+        )
+    if adding and set(held) - loss.requires:
+        problems.append(
+            f"the cache reference.path={settings.path} holds {', '.join(held)}; to add rows or to make files again "
+            "give a loss that reads them all"
+        )
+    for role in sorted(loss.requires & set(held)):
+        problems += model_problems(role, model_entry(config, role), held[role], settings.path)
+    if STUDENT_RAW in loss.requires and config["model"][STUDENT]["init"] == "random":
+        problems.append("the loss reads student_raw, but a student with init=random has no raw self; give it a path")
+    return problems
+
+
+def _store_problems(content: Mapping[str, Any], loss: Loss, settings: CacheSettings) -> list[str]:
+    """Those of the kind of store, of K and of the temperature."""
+    found = []
+    if settings.store is not None and settings.store != content["store"]:
+        found.append(differs("reference.store", settings.store, content["store"], settings.path))
+    if content["store"] != "topk":
+        return found
+    if settings.k is not None and min(settings.k, content["vocabulary"]) != content["k"]:
+        found.append(differs("reference.k", settings.k, content["k"], settings.path))
+    if temperature_of(loss) != content["temperature"]:
+        found.append(
+            differs("loss.temperature", temperature_of(loss), content["temperature"], settings.path)
+            + " (reference.store=hidden serves every temperature)"
+        )
+    return found + topk_problems(loss)
+
+
+def model_problems(role: str, entry: Mapping[str, Any], held: Mapping[str, Any], path: str) -> list[str]:
+    """A model that the config names has to be the cached one; where it is gone, its name has to be the same."""
+    if not entry.get("path"):
+        return []
+    given = model_identity(entry)
+    found = []
+    for key in ("dtype", "quantization"):
+        if given[key] != held.get(key):
+            found.append(differs(f"model.{role}.{key}", given[key], held.get(key), path))
+    known = next((key for key in ("commit", "sha256") if given[key] and held[key]), None)
+    if known is None and given["path"] != held["path"]:
+        found.append(
+            differs(f"model.{role}.path", given["path"], held["path"], path) + " (that model is not here to compare)"
+        )
+    elif known is not None and given[known] != held[known]:
+        here, there = (f"{side['path']} ({known} {side[known][:12]})" for side in (given, held))
+        found.append(differs(f"model.{role}", here, there, path))
+    return found
+
+
+def differs(key: str, here: object, there: object, path: object) -> str:
+    """One sentence: what is given, what the cache was made with, and what to do."""
+    return (
+        f"{key} is {here}, but the cache reference.path={path} was made with {there}; give the same, or make another "
+        "cache in another directory"
+    )
+
+
+def data_problems(content: Mapping[str, Any], given: Mapping[str, Any], path: object) -> list[str]:
+    """Differences of tokenizer, template and data, one sentence each.
+
+    Sets with the cached fingerprints hold the very same tokens, whatever the files are called.
+
+    Args:
+        content: of the cache.
+        given: ``data_identity`` of this run.
+        path: of the cache.
+    """
+    same_sets = {name: given["sets"][name] in (None, content["sets"][name]) for name in ("train", "val")}
+    if all(same_sets.values()) and given["tokenizer"] == content["tokenizer"]:
+        return []
+    found = []
+    for key, what in (("tokenizer", "the student's tokenizer"), ("template", "data.template")):
+        if given[key] != content[key]:
+            found.append(differs(what, f"another one ({given[key][:12]})", content[key][:12], path))
+    here, there = given["data"], content["data"]
+    ignored = {"template"} | ({"val", "val_subset"} if same_sets["val"] and not here.get("val_size") else set())
+    found += [
+        differs(f"data.{key}", here.get(key), there.get(key), path)
+        for key in [*here, *(key for key in there if key not in here)]
+        if key not in ignored and here.get(key) != there.get(key)
+    ]
+    return found
+
+
+def missing_rows(index: RowIndex, sets: LoadedSets) -> dict[str, NDArray[np.int64]]:
+    """Set -> positions of its rows that the cache lacks; those without a valid token are never needed."""
+    return {name: rows_lacking(index, encoded) for name, encoded in named_sets(sets).items()}
+
+
+def rows_lacking(index: RowIndex, encoded: EncodedSet) -> NDArray[np.int64]:
+    """[m] positions of the rows of a set that have a valid token and are not in the cache."""
+    return np.flatnonzero((index.find(keys_of_set(encoded)) < 0) & (encoded.valid_tokens > 0))
+
+
+def named_sets(sets: LoadedSets) -> dict[str, EncodedSet]:
+    """``train``, and ``val`` where there is one."""
+    return {"train": sets.train} | ({} if sets.val is None else {"val": sets.val})
+
+
+def missing_problem(missing: Mapping[str, NDArray[np.int64]], sets: LoadedSets, path: object) -> list[str]:
+    """One sentence that counts the missing rows and lists the first; empty where none is missing."""
+    shown = [
+        f"{len(rows)} of {len(encoded)} rows of data.{name} (rows {_listed(encoded.row_ids[rows])})"
+        for name, encoded in named_sets(sets).items()
+        if len(rows := missing[name])
+    ]
+    if not shown:
+        return []
+    return [
+        f"the cache reference.path={path} lacks {' and '.join(shown)}; the same overrides with deltakd.cache in place "
+        "of deltakd.train add them"
+    ]
+
+
+def _listed(row_ids: Collection[int], most: int = 8) -> str:
+    first = ", ".join(str(row) for row in list(row_ids)[:most])
+    return first if len(row_ids) <= most else f"{first}, ..."

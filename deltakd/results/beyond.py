@@ -1,0 +1,139 @@
+"""Measures beyond ROUGE: how they are called and shown, and one table of them for each set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from deltakd.evaluation.text_measures import TEXT_MEASURES, text_measures
+from deltakd.results.methods import Method
+from deltakd.results.reading import Run
+
+#: Measure in a summary -> heading and decimals.
+MEASURES = {
+    "perplexity": ("perplexity", 2),
+    "ece": ("ECE (%)", 2),
+    "kl_teacher": ("KL to teacher (nats)", 4),
+    "top1_agreement": ("top-1 agreement (%)", 2),
+    "shift_correlation": ("shift correlation", 3),
+    "distinct_1": ("distinct-1 (%)", 2),
+    "distinct_2": ("distinct-2 (%)", 2),
+    "distinct_4": ("distinct-4 (%)", 2),
+    "length_ratio": ("length ratio", 2),
+    "repetition_4": ("repetition-4 (%)", 2),
+}
+NOTES = (
+    "Perplexity, ECE (expected calibration error over 15 bins), KL, top-1 agreement and shift correlation are of the "
+    "tokens of reference answers, teacher-forced and exact over the vocabulary; distinct-n, length ratio (to the "
+    "references) and repetition are of the words of generated answers.",
+    "± is one standard error over training seeds; of one seed there is none.",
+)
+
+
+@dataclass(frozen=True)
+class BeyondRow:
+    """A method: its cells are (mean, standard error over training seeds or ""), one for each column."""
+
+    method: Method
+    cells: list[tuple[str, str]]
+
+    @property
+    def label(self) -> str:
+        """The method's label."""
+        return self.method.label
+
+
+@dataclass(frozen=True)
+class BeyondTable:
+    """The measures on one set.
+
+    Args:
+        name: of the set; ``val`` is the runs' own held-out data.
+        columns: headings of the measures that some method has.
+        rows: references first; methods without any of them are absent.
+        note: on how much the methods were measured, where it was not the same for all; else empty.
+    """
+
+    name: str
+    columns: list[str]
+    rows: list[BeyondRow]
+    note: str = ""
+
+    @property
+    def title(self) -> str:
+        """What the set is called in a heading."""
+        return set_title(self.name)
+
+
+def set_title(name: str) -> str:
+    """What a set is called in a heading."""
+    return "held-out rows (val)" if name == "val" else name
+
+
+def measured_values(method: Method, name: str, measure: str) -> list[float]:
+    """A measure on a set, of each finished run that has it."""
+    values = [(run.summary or {}).get(f"{name}/{measure}") for run in method.finished]
+    return [float(value) for value in values if isinstance(value, int | float) and math.isfinite(value)]
+
+
+def mean_and_stderr(values: Sequence[float]) -> tuple[float, float | None]:
+    """Of one value or more over training seeds; of a single one there is no error."""
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
+    return float(np.mean(values)), error
+
+
+def beyond_tables(methods: Sequence[Method]) -> list[BeyondTable]:
+    """A table for each set on which anything was measured, held-out rows first."""
+    figures = {method.label: [_measures_of(run) for run in method.finished] for method in methods}
+    names = dict.fromkeys(key.rpartition("/")[0] for of in figures.values() for run in of for key in run)
+    return [_table(name, methods, figures) for name in sorted(names, key=lambda name: name != "val")]
+
+
+def _measures_of(run: Run) -> dict[str, float]:
+    """``<set>/<measure>`` of a run; of one that did not write down the measures of its texts, from its answers."""
+    found: dict[str, float] = {}
+    for name, by_seed in run.answers.items():
+        if f"{name}/{TEXT_MEASURES[0]}" not in (run.summary or {}):
+            found |= {f"{name}/{measure}": value for measure, value in text_measures(by_seed).items()}
+    for key, value in (run.summary or {}).items():
+        name, _, measure = key.rpartition("/")
+        if name and measure in MEASURES and isinstance(value, int | float) and math.isfinite(value):
+            found[key] = float(value)
+    return found
+
+
+def _table(name: str, methods: Sequence[Method], figures: Mapping[str, Sequence[Mapping[str, float]]]) -> BeyondTable:
+    keys = [m for m in MEASURES if any(f"{name}/{m}" in run for of in figures.values() for run in of)]
+    rows = []
+    for method in methods:
+        values = {m: [run[f"{name}/{m}"] for run in figures[method.label] if f"{name}/{m}" in run] for m in keys}
+        if any(values.values()):
+            rows.append(BeyondRow(method, [_cell(m, values[m]) for m in keys]))
+    return BeyondTable(name, [MEASURES[m][0] for m in keys], rows, _unequal([row.method for row in rows], name))
+
+
+def _unequal(methods: Sequence[Method], name: str) -> str:
+    """Which methods were measured, teacher-forced, on how much of the set; empty where all were on the same."""
+    measured: dict[tuple[int, int], dict[str, None]] = {}
+    for method in methods:
+        for run in method.finished:
+            counts = (run.meta.get("measured") or {}).get(name)
+            if counts:
+                measured.setdefault((counts["rows"], counts["tokens"]), {})[method.label] = None
+    if len(measured) < 2:
+        return ""
+    said = [f"{', '.join(labels)} on {rows:,} rows, {tokens:,} tokens" for (rows, tokens), labels in measured.items()]
+    return (
+        f"Not all were measured on the same reference answers, so that figures are not comparable: {'; '.join(said)}."
+    )
+
+
+def _cell(measure: str, values: Sequence[float]) -> tuple[str, str]:
+    if not values:
+        return "–", ""
+    digits = MEASURES[measure][1]
+    mean, error = mean_and_stderr(values)
+    return f"{mean:,.{digits}f}".replace("-", "−"), "" if error is None else f"{error:,.{digits}f}"

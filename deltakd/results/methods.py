@@ -1,0 +1,290 @@
+"""Runs as methods: repetitions under several training seeds make one, models that others learnt from stand apart."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltakd.results.loss_names import KnownLosses, flat, loss_name
+from deltakd.results.reading import Run, job_label
+
+#: Keys that do not change what is trained, or that are compared elsewhere (the evaluation, by its answers).
+_NOT_THE_METHOD = (
+    "seed",
+    "run_dir",
+    "name",
+    "resume",
+    "objective",
+    "logger",
+    "callbacks",
+    "kernels",
+    "reference",
+    "evaluation",
+    "delta_weight",  # the losses that use it hold it as a setting of their own
+    "data.sets",
+    "data.cache_dir",
+    "trainer.enable_progress_bar",
+    "trainer.log_every_n_steps",
+    "trainer.checkpoint_every_n_steps",
+    "trainer.checkpoint_every_n_minutes",
+    "trainer.val_every_n_steps",
+    "trainer.profiler",
+    "trainer.dry_run",
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    """Runs that differ in nothing but their training seed.
+
+    Args:
+        label: unique among the methods of a comparison.
+        runs: by ascending seed.
+        role: ``teacher``, ``raw teacher`` or ``raw student`` where other runs given learnt from it, else None.
+        loss: the loss's name in ``conf/loss``.
+        delta_weight: the weight that its loss uses; None where it uses none, or one that moves.
+        family: what it shares with methods that differ from it in the delta weight alone.
+        at_zero: of a Delta-KD what it shares with the plain distillation that it is at weight 0, and the same of a
+            plain distillation; None of all others.
+    """
+
+    label: str
+    runs: list[Run] = field(hash=False)
+    role: str | None = None
+    loss: str = ""
+    delta_weight: float | None = None
+    family: str = ""
+    at_zero: str | None = None
+
+    @property
+    def shown_role(self) -> str | None:
+        """The role, unless the label says as much."""
+        said = set(re.findall(r"\w+", self.label.lower()))
+        return None if self.role is None or set(self.role.split()) <= said else self.role
+
+    @property
+    def finished(self) -> list[Run]:
+        """The runs that came to their end."""
+        return [run for run in self.runs if run.finished]
+
+    @property
+    def seeds(self) -> list[int]:
+        """Training seeds of the finished runs."""
+        return [run.seed for run in self.finished]
+
+    @property
+    def parameters(self) -> int | None:
+        """Of the student; None while no run is finished."""
+        counts = [(run.meta.get("parameters") or {}).get("student") for run in self.finished]
+        return next((int(count) for count in counts if count), None)
+
+    def evaluated(self, name: str) -> list[Run]:
+        """The runs whose answers to the set ``name`` are there."""
+        return [run for run in self.finished if name in run.answers]
+
+    def scores(self, name: str, metric: str) -> NDArray[np.float64]:
+        """``[S, R]`` in per cent: training seed and prompt, averaged over sampling seeds; rows by ``row_ids``."""
+        return np.array([_row_means(run, name, metric) for run in self.evaluated(name)], dtype=np.float64)
+
+    def sampling_std(self, name: str, metric: str) -> float | None:
+        """Standard deviation of the sampling seeds' means in per cent, over runs its mean; None: there is none."""
+        means = [
+            [np.mean([record[metric] for record in records]) for records in run.answers[name].values()]
+            for run in self.evaluated(name)
+        ]
+        if min(map(len, means), default=0) < 2:
+            return None
+        return float(np.mean([np.std(of, ddof=1) for of in means]))
+
+    def row_ids(self, name: str) -> list[int]:
+        """The prompts of the set ``name`` that all of its runs answered, in ascending order."""
+        return row_ids(self.evaluated(name)[0], name)
+
+
+def row_ids(run: Run, name: str) -> list[int]:
+    """Ids of the rows of a set, ascending."""
+    return sorted({record["row_id"] for record in next(iter(run.answers[name].values()))})
+
+
+def _row_means(run: Run, name: str, metric: str) -> NDArray[np.float64]:
+    by_seed = [{record["row_id"]: record[metric] for record in records} for records in run.answers[name].values()]
+    return np.array([[scores[row] for row in row_ids(run, name)] for scores in by_seed], dtype=np.float64).mean(axis=0)
+
+
+def make_methods(runs: Sequence[Run], known: KnownLosses, notes: list[str]) -> list[Method]:
+    """Group runs into methods, in the order of their first runs; references first.
+
+    Args:
+        runs: as found.
+        known: see ``read_losses``.
+        notes: what was left out is appended here: a run with the config and the seed of an earlier one.
+    """
+    groups: dict[tuple[Any, ...], list[Run]] = {}
+    for run in runs:
+        group = groups.setdefault(_identity(run), [])
+        twin = next((other for other in group if other.seed == run.seed), None)
+        if twin is None:
+            group.append(run)
+        elif run.finished and not twin.finished:
+            group[group.index(twin)] = run
+            notes.append(
+                f"{twin.path} is not finished, and {run.path} is the same run finished: the former is left out."
+            )
+        else:
+            notes.append(f"{run.path} repeats {twin.path} (same config, same seed): it is left out.")
+    members = [sorted(group, key=lambda run: run.seed) for group in groups.values()]
+    losses = [
+        "" if group[0].evaluation_only else loss_name(group[0].config.get("loss") or {}, known) for group in members
+    ]
+    roles = [_role(group, runs) for group in members]
+    labels = _unique([_label(i, members, losses, roles) for i in range(len(members))])
+    weights = [_delta_weight(group[0], known.get(loss, {})) for group, loss in zip(members, losses, strict=True)]
+    families = [_family(group[0], known.get(loss, {})) for group, loss in zip(members, losses, strict=True)]
+    at_zero = [_at_zero(group[0]) for group in members]
+    parts = zip(labels, members, roles, losses, weights, families, at_zero, strict=True)
+    methods = [Method(*of) for of in parts]
+    return [m for m in methods if m.role] + [m for m in methods if not m.role]
+
+
+def _identity(run: Run) -> tuple[Any, ...]:
+    if run.evaluation_only:
+        return ("evaluated", run.config["evaluated_model"], run.config.get("evaluated_model_sha256"))
+    return tuple(sorted((key, repr(value)) for key, value in _settings(run).items()))
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    settings = {key: value for key, value in flat(run.config).items() if not _is_below(key, _NOT_THE_METHOD)}
+    return settings | {"references": "topk" if _approximate_references(run) else "exact"}
+
+
+def _approximate_references(run: Run) -> bool:
+    """Whether it learnt from a cache of top-K log-probs; all other references are exact, and make no difference."""
+    reference = run.config.get("reference") or {}
+    summary = Path(str(reference.get("path"))) / "summary.json"
+    if reference.get("store") or not summary.is_file():
+        return bool(reference.get("store") == "topk")
+    # The config may leave it to the cache to say what it stores.
+    try:
+        return bool(json.loads(summary.read_text(encoding="utf-8")).get("store") == "topk")
+    except (ValueError, AttributeError):
+        return False
+
+
+def _is_below(key: str, parents: Sequence[str]) -> bool:
+    return any(key == parent or key.startswith(f"{parent}.") for parent in parents)
+
+
+def _role(group: Sequence[Run], runs: Sequence[Run]) -> str | None:
+    """What the group's models are to the other runs; a student that merely started from one of them is no reason."""
+    students = {os.path.realpath(run.path / "student") for run in group}
+    for role, called in (("teacher", "teacher"), ("teacher_raw", "raw teacher"), ("student", "raw student")):
+        for run in runs:
+            settings = (run.config.get("model") or {}).get(role)
+            source = settings.get("path") if isinstance(settings, Mapping) else None
+            if source is None or run in group or os.path.realpath(str(source)) not in students:
+                continue
+            if role != "student" or _data(run) != _data(group[0]):
+                return called
+    return None
+
+
+def _data(run: Run) -> Any:
+    data = run.config.get("data") or {}
+    return data.get("_target_"), data.get("train")
+
+
+def _delta_weight(run: Run, loss: Mapping[str, Any]) -> float | None:
+    weight = run.config.get("delta_weight")
+    uses = any(value == "${delta_weight}" for value in loss.values())
+    return float(weight) if uses and isinstance(weight, int | float) else None
+
+
+def _family(run: Run, loss: Mapping[str, Any]) -> str:
+    """All settings but the delta weight."""
+    weights = {f"loss.{key}" for key, value in loss.items() if value == "${delta_weight}"}
+    return repr(sorted((key, repr(value)) for key, value in _settings(run).items() if key not in weights))
+
+
+def _at_zero(run: Run) -> str | None:
+    """All settings but what the target is made of, where it is the teacher with or without the paper's shift."""
+    settings = _settings(run)
+    if str(settings.get("loss.target._target_")).rpartition(".")[2] not in ("teacher_target", "delta_target"):
+        return None
+    # Plain distillation reads no raw teacher, so that its config need not name one.
+    kept = {k: v for k, v in settings.items() if not _is_below(k, ("loss.target", "model.teacher_raw"))}
+    return repr(sorted((key, repr(value)) for key, value in kept.items()))
+
+
+def _label(index: int, members: Sequence[list[Run]], losses: Sequence[str], roles: Sequence[str | None]) -> str:
+    group = members[index]
+    named = _stage_name(group)
+    if named:
+        return named
+    if group[0].evaluation_only:
+        model = Path(str(group[0].config["evaluated_model"]))
+        return f"{model.parent.name if model.name == 'student' else model.name} (evaluated)"
+    siblings = [
+        other for other, loss, role in zip(members, losses, roles, strict=True) if loss == losses[index] and not role
+    ]
+    return losses[index] + _what_differs(group[0], [other[0] for other in siblings])
+
+
+def _stage_name(group: Sequence[Run]) -> str | None:
+    """What the study calls it; of several seeds the names' common beginning."""
+    names = [run.label or _stage(run) or "" for run in group]
+    if len(set(names)) == 1:
+        return names[0] or None
+    common = names[0]
+    while not all(name.startswith(common) for name in names):
+        common = common[:-1]
+    return re.sub(r"[ _-]*(seed|s)?[ _-]*$", "", common) or None
+
+
+def _stage(run: Run) -> str | None:
+    """A study names its runs ``<study>/<stage>``, or ``<study>/<stage>/<what varies>``."""
+    _, _, name = str(run.config.get("name") or "").partition("/")
+    stage = name.partition("/")[0]
+    return job_label(stage, name) if name and Path(name).name == run.path.name and not run.evaluation_only else None
+
+
+def _what_differs(run: Run, siblings: Sequence[Run]) -> str:
+    """`` key=value`` for every setting in which runs of the same loss differ."""
+    settings = [_settings(other) for other in siblings]
+    keys = sorted({key for each in settings for key in each})
+    differing = [key for key in keys if len({repr(each.get(key)) for each in settings}) > 1]
+    own = _settings(run)
+    weight = run.config.get("delta_weight")
+    shown: dict[str, Any] = {}
+    for key in differing:
+        value = own.get(key)
+        is_weight = key.startswith("loss.") and all(
+            each.get(key) == other.config.get("delta_weight") for each, other in zip(settings, siblings, strict=True)
+        )
+        shown["delta_weight" if is_weight else key.removeprefix("loss.")] = weight if is_weight else value
+    return "".join(f" {key}={_short(value)}" for key, value in shown.items())
+
+
+def _short(value: Any) -> str:
+    """A path's last two parts; other values as they are written on a command line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    is_path = isinstance(value, str) and value.count("/") > 1
+    return "/".join(Path(str(value)).parts[-2:]) if is_path else str(value)
+
+
+def _unique(labels: Sequence[str]) -> list[str]:
+    """The labels, numbered where several are the same."""
+    counts: dict[str, int] = {}
+    unique = []
+    for label in labels:
+        counts[label] = counts.get(label, 0) + 1
+        unique.append(label if counts[label] == 1 else f"{label} ({counts[label]})")
+    return unique

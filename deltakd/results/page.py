@@ -1,0 +1,221 @@
+"""The report: everything that is shown, put together, and written as one page that opens without a network."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from deltakd.results import figures, sections
+from deltakd.results.beyond import NOTES, beyond_tables
+from deltakd.results.delta_weights import delta_weights
+from deltakd.results.drawing import SERIES, Plate, Style, styles
+from deltakd.results.formats import beyond_markdown, latex, markdown, shown_difference
+from deltakd.results.methods import Method
+from deltakd.results.tables import Comparison, notes_once
+from deltakd.results.token_view import Preservation
+
+_TEMPLATES = Path(__file__).parent / "templates"
+#: Sections of figures alone: id, heading, plate.
+_FIGURE_SECTIONS = (
+    ("weights", "Against the delta weight", "weights"),
+    ("curves", "Learning curves", "curves"),
+    ("parts", "Parts of the loss", "parts"),
+)
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a report shows.
+
+    Args:
+        title: its heading.
+        lead: one sentence under it.
+        warnings: what was left out or is not finished, one sentence each.
+        methods: references first.
+        comparisons: the tables of scores.
+        measured: method's label -> shift preservation of its runs, those alone where nothing was missing.
+        missing: why shift preservation could not be measured, one sentence each.
+        command: what wrote the report.
+        styles: method's label -> how it is drawn.
+    """
+
+    title: str
+    lead: str
+    warnings: list[str]
+    methods: list[Method]
+    comparisons: list[Comparison]
+    measured: Mapping[str, Sequence[Preservation]]
+    missing: list[str]
+    command: str
+    styles: Mapping[str, Style]
+
+    @property
+    def plates(self) -> dict[str, Plate]:
+        """All figures."""
+        students = [method for method in self.methods if not method.role] or self.methods
+        trained = [method for method in students if any(run.curves for run in method.runs)]
+        return {
+            "differences": figures.differences(self.comparisons, self.styles),
+            "weights": delta_weights(self.comparisons, self.methods, self.styles),
+            "curves": figures.learning_curves(trained, self.styles),
+            "parts": figures.loss_parts(trained, self.styles),
+            "preservation": figures.preservation(self.measured, self.styles) if self.measured else Plate([]),
+        }
+
+
+def make_page(
+    title: str,
+    methods: Sequence[Method],
+    comparisons: Sequence[Comparison],
+    preservation: Mapping[str, Sequence[Preservation]],
+    notes: Sequence[str],
+    command: str,
+) -> Page:
+    """Put a report together.
+
+    Args:
+        title: its heading.
+        methods: references first.
+        comparisons: see ``make_comparisons``.
+        preservation: method's label -> what was measured, or what was missing, of each of its runs.
+        notes: what was left out, one sentence each.
+        command: what wrote the report.
+    """
+    runs = [run for method in methods for run in method.runs]
+    unfinished = [
+        f"{run.path}: {sections.state_of(run)}; its curves are shown so far." for run in runs if not run.finished
+    ]
+    measured = {label: [p for p in of if p.overall is not None] for label, of in preservation.items()}
+    lacking = {label: dict.fromkeys(text for p in of for text in p.missing) for label, of in preservation.items()}
+    students = [method for method in methods if not method.role]
+    finished = sum(run.finished for run in runs)
+    return Page(
+        title=title,
+        lead=f"{_count(finished, 'finished run')} of {_count(len(students), 'method')}"
+        + (
+            f" and {_count(len(methods) - len(students), 'model')} that they learnt from"
+            if len(methods) > len(students)
+            else ""
+        )
+        + ".",
+        warnings=[*notes, *unfinished],
+        methods=list(methods),
+        comparisons=list(comparisons),
+        measured={label: of for label, of in measured.items() if of},
+        missing=[f"{label}: {text}" for label, texts in lacking.items() for text in texts],
+        command=command,
+        # Methods take the first colours; their references, which are drawn nowhere, have none.
+        styles=styles([method.label for method in students or methods]),
+    )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")
+
+
+def render(page: Page, tidy: Callable[[str], str] = str) -> str:
+    """The page as HTML.
+
+    Everything that is not of this package is escaped, what models wrote above all; the one script is admitted by its
+    hash, so that no other runs.
+
+    Args:
+        page: what it shows.
+        tidy: applied to paths, commands and messages; it takes out what is private.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=False
+    )
+    environment.filters |= {"tidy": tidy, "trusted": Markup, "difference": shown_difference}
+    script = (_TEMPLATES / "script.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    plates = page.plates
+    content = {
+        "page": _View(page, plates),
+        "styles": page.styles,
+        "style": Markup(environment.get_template("style.css").render(series=SERIES)),
+        "script": Markup(script),
+        "script_hash": digest,
+    }
+    return environment.get_template("report.html").render(content)
+
+
+class _View:
+    """What the template reads of a page."""
+
+    def __init__(self, page: Page, plates: Mapping[str, Plate]) -> None:
+        self._page = page
+        self.plates = plates
+        self.figure_sections = [entry for entry in _FIGURE_SECTIONS if plates[entry[2]].panels]
+        self.tables = notes_once(page.comparisons)
+        self.beyond = beyond_tables(page.methods)
+        self.beyond_notes = NOTES
+        self.preserved = sections.preserved_rows(page.measured)
+        self.token_view = sections.token_view(page.measured)
+        self.examples = sections.examples(page.methods)
+        self.costs = sections.cost_rows(page.methods)
+        self.cost_columns = sections.COST_COLUMNS
+        self.runs = sections.run_rows(page.methods)
+        self.study_commands = sections.study_commands(page.methods)
+        self.run_commands = sections.run_commands(page.methods)
+        self.versions = sections.versions(page.methods)
+        self.written = f"{datetime.now():%Y-%m-%d %H:%M}"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._page, name)
+
+    @property
+    def sections(self) -> list[tuple[str, str]]:
+        """Id and short heading of every section that is there."""
+        shown = [
+            ("results", "Results", True),
+            ("beyond", "Beyond ROUGE", bool(self.beyond)),
+            *((id_, heading, True) for id_, heading, _ in self.figure_sections),
+            ("preservation", "Shift preservation", bool(self.preserved or self._page.missing)),
+            ("tokens", "Token view", self.token_view is not None),
+            ("answers", "Answers", bool(self.examples)),
+            ("cost", "Cost", True),
+            ("runs", "Runs", True),
+        ]
+        return [(id_, heading) for id_, heading, there in shown if there]
+
+
+def write_report(page: Page, folder: Path, tidy: Callable[[str], str] = str) -> list[Path]:
+    """Write ``report.html``, ``report.md``, ``table.tex`` and ``figures/*.pdf``.
+
+    Args:
+        page: what is shown.
+        folder: made where it is absent; files of an earlier report are replaced.
+        tidy: see ``render``.
+
+    Returns:
+        The files, the page first.
+    """
+    drawings = folder / "figures"
+    drawings.mkdir(parents=True, exist_ok=True)
+    for old in drawings.glob("*.pdf"):
+        old.unlink()
+    texts = {
+        "report.html": render(page, tidy),
+        "report.md": f"# {page.title}\n\n{markdown(page.comparisons)}"
+        + beyond_markdown(beyond_tables(page.methods))
+        + _notes(page, tidy),
+        "table.tex": latex(page.comparisons),
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    panels = [panel for plate in page.plates.values() for panel in plate.panels]
+    return [folder / name for name in texts] + [panel.write_pdf(drawings) for panel in panels]
+
+
+def _notes(page: Page, tidy: Callable[[str], str]) -> str:
+    lines = [tidy(warning) for warning in page.warnings]
+    return "\nLeft out or unfinished:\n\n" + "".join(f"* {line}\n" for line in lines) if lines else ""

@@ -1,0 +1,236 @@
+"""What the parts of a report show beside its tables of scores: costs, runs, answers, and the token view."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deltakd.evaluation import METRIC_TITLES, main_metric
+from deltakd.results.figures import mean_and_error
+from deltakd.results.methods import Method, row_ids
+from deltakd.results.reading import Run
+from deltakd.results.token_view import Preservation, ViewedRow
+
+#: Prompts of each set that are shown with all answers.
+EXAMPLES = 3
+#: Characters of a prompt in a title.
+_TITLE = 90
+
+
+@dataclass(frozen=True)
+class CostRow:
+    """What a method's runs cost, on average; ``cells`` are texts, one for each of COST_COLUMNS."""
+
+    label: str
+    runs: int
+    cells: list[str]
+
+
+#: Of the cost table: heading, key in the summary's ``meta``, decimals.
+_COSTS = (
+    ("tokens/s", "tokens_per_second", 0),
+    ("peak memory (MiB)", "peak_memory_mib", 0),
+    ("training (s)", "training_seconds", 1),
+    ("last start (s)", "seconds", 1),
+    ("steps", "steps", 0),
+    ("tokens", "valid_tokens", 0),
+)
+COST_COLUMNS = [heading for heading, _, _ in _COSTS]
+
+
+def cost_rows(methods: Sequence[Method]) -> list[CostRow]:
+    """The cost of every method of which a run was trained to its end."""
+    rows = []
+    for method in methods:
+        metas = [run.meta for run in method.finished if not run.evaluation_only]
+        if metas:
+            rows.append(CostRow(method.label, len(metas), [_mean_of(metas, key, digits) for _, key, digits in _COSTS]))
+    return rows
+
+
+def _mean_of(metas: Sequence[Mapping[str, Any]], key: str, digits: int) -> str:
+    values = [float(meta[key]) for meta in metas if isinstance(meta.get(key), int | float)]
+    return f"{np.mean(values):,.{digits}f}" if values else "–"
+
+
+@dataclass(frozen=True)
+class PreservedRow:
+    """Shift preservation of a method over all tokens: (mean, standard error or "") for each measure."""
+
+    label: str
+    cells: list[tuple[str, str]]
+    tokens: int
+    rows: int
+
+
+def preserved_rows(measured: Mapping[str, Sequence[Preservation]]) -> list[PreservedRow]:
+    """One row for each method."""
+    return [_preserved_row(label, runs) for label, runs in measured.items()]
+
+
+def _preserved_row(label: str, runs: Sequence[Preservation]) -> PreservedRow:
+    overall = [{"all": run.overall} for run in runs if run.overall is not None]
+    cells = []
+    for measure in ("correlation", "kl_teacher", "kl_raw", "top1_agreement"):
+        scale, digits = (100, 1) if measure == "top1_agreement" else (1, 3)
+        mean, error = mean_and_error(overall, "all", measure)
+        text = "–" if math.isnan(mean) else f"{mean * scale:.{digits}f}".replace("-", "−")
+        cells.append((text, "" if math.isnan(error) else f"{error * scale:.{digits}f}"))
+    return PreservedRow(label, cells, sum(g["all"].tokens for g in overall), max(g["all"].rows for g in overall))
+
+
+def token_view(measured: Mapping[str, Sequence[Preservation]]) -> dict[str, Any] | None:
+    """What the page's script shows: of each method the rows of its first run, and where the colours end (nats)."""
+    views = {label: next((run.token_view for run in runs if run.token_view), []) for label, runs in measured.items()}
+    views = {label: rows for label, rows in views.items() if rows}
+    if not views:
+        return None
+    tokens = [token for rows in views.values() for row in rows for token in row.tokens]
+    shifts = [abs(s) for token in tokens for s in (token.teacher_shift, token.student_shift) if s is not None]
+    # The largest shifts are rare tokens'; with the scale at their end all others would look alike.
+    scale = max(1, math.ceil(float(np.percentile(shifts, 95)))) if shifts else 1
+    shown = [{"label": label, "rows": [_viewed(row) for row in rows]} for label, rows in views.items()]
+    return {"scale": scale, "views": shown}
+
+
+def _viewed(row: ViewedRow) -> dict[str, Any]:
+    tokens = [
+        {
+            "text": token.text,
+            "teacher": _rounded(token.teacher_shift),
+            "student": _rounded(token.student_shift),
+            "correlation": _rounded(token.correlation),
+            "candidates": {role: [[text, round(p, 4)] for text, p in of] for role, of in token.candidates.items()},
+        }
+        for token in row.tokens
+    ]
+    return {"row_id": row.row_id, "title": title_of(row.prompt), "prompt": row.prompt, "tokens": tokens}
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a method's model said, and its score in per cent, by name (ROUGE-L, where it is scored so)."""
+
+    label: str
+    text: str
+    score_name: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt with its references and every method's answer."""
+
+    row_id: int
+    title: str
+    prompt: str
+    references: list[str]
+    answers: list[Answer]
+
+
+def examples(methods: Sequence[Method]) -> dict[str, list[Example]]:
+    """Set -> a few prompts, evenly spaced, with the answers of each method's first run and sampling seed."""
+    names = dict.fromkeys(name for method in methods for run in method.finished for name in run.answers)
+    return {name: _examples_of(name, [m for m in methods if m.evaluated(name)]) for name in names}
+
+
+def _examples_of(name: str, methods: Sequence[Method]) -> list[Example]:
+    answers = {method.label: _by_row(method.evaluated(name)[0], name) for method in methods}
+    rows = row_ids(methods[0].evaluated(name)[0], name)
+    chosen = np.unique(np.linspace(0, len(rows) - 1, min(EXAMPLES, len(rows))).round().astype(int))
+    found = []
+    for row in (rows[at] for at in chosen):
+        record = answers[methods[0].label][row]
+        given = [_answer(label, by[row]) for label, by in answers.items() if row in by]
+        found.append(Example(row, title_of(record["prompt"]), record["prompt"], list(record["reference"]), given))
+    return found
+
+
+def _answer(label: str, record: Mapping[str, Any]) -> Answer:
+    metric = main_metric(record)
+    return Answer(label, record["output"], METRIC_TITLES[metric], record[metric])
+
+
+def _by_row(run: Run, name: str) -> dict[int, dict[str, Any]]:
+    _, records = min(run.answers[name].items())
+    return {record["row_id"]: record for record in records}
+
+
+def title_of(prompt: str) -> str:
+    """A line that tells prompts apart: the longest of its last paragraphs that is no heading of the template."""
+    lines = [line.strip() for line in prompt.splitlines() if line.strip() and not line.startswith("###")]
+    # Templates open with the same sentence for all rows.
+    line = next(iter(lines[1:]), lines[0] if lines else "(empty prompt)")
+    return line if len(line) <= _TITLE else line[: _TITLE - 1].rstrip() + "…"
+
+
+@dataclass(frozen=True)
+class RunRow:
+    """Where and from what a run was made."""
+
+    path: str
+    method: str
+    seed: int
+    state: str
+    commit: str
+    machine: str
+
+
+def run_rows(methods: Sequence[Method]) -> list[RunRow]:
+    """All runs, by method."""
+    return [_run_row(method, run) for method in methods for run in method.runs]
+
+
+def _run_row(method: Method, run: Run) -> RunRow:
+    commit = str(run.meta.get("git_commit") or "–")
+    shown = commit[:10] + ("-dirty" if commit.endswith("-dirty") else "")
+    machine = ", ".join(str(run.meta[key]) for key in ("machine", "device") if run.meta.get(key)) or "–"
+    return RunRow(str(run.path), method.label, run.seed, state_of(run), shown, machine)
+
+
+def state_of(run: Run) -> str:
+    """``finished 2026-11-22 07:20``, or how far it came."""
+    when = f"{run.last_written:%Y-%m-%d %H:%M}"
+    if run.finished:
+        return f"finished {when}"
+    total = f" of {run.total_steps}" if run.total_steps else ""
+    return f"unfinished: step {run.step}{total}, last written {when}"
+
+
+def study_commands(methods: Sequence[Method]) -> list[str]:
+    """How to make whole studies again, where their folders are there."""
+    runs = [run for method in methods for run in method.runs]
+    studies = dict.fromkeys(str(run.config.get("name") or "").partition("/")[0] for run in runs)
+    folders = [Path("experiments") / study for study in studies if study]
+    return [f"python -m deltakd.study {folder}" for folder in folders if (folder / "study.yaml").is_file()]
+
+
+def run_commands(methods: Sequence[Method]) -> list[str]:
+    """How to train each run again, beside itself."""
+    trained = [run for method in methods for run in method.runs if not run.evaluation_only]
+    return [
+        f"python -m deltakd.train --config-dir {shlex.quote(str(run.path))} --config-name config "
+        f"run_dir={shlex.quote(f'{run.path}_again')}"
+        for run in trained
+    ]
+
+
+def versions(methods: Sequence[Method]) -> list[tuple[str, list[str]]]:
+    """Methods whose finished runs used the same packages, and these with their versions."""
+    groups: dict[tuple[str, ...], dict[str, None]] = {}
+    for method in methods:
+        for run in method.finished:
+            packages = run.meta.get("packages") or {}
+            key = tuple(f"{name} {version}" for name, version in packages.items() if version)
+            groups.setdefault(key, {})[method.label] = None
+    return [(", ".join(labels), list(packages)) for packages, labels in groups.items()]

@@ -1,0 +1,221 @@
+"""Loggers that write into the run directory."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import socket
+import uuid
+import warnings
+from pathlib import Path
+from typing import Any, cast, final
+from urllib.parse import urlparse
+
+from hydra.utils import instantiate
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+
+from deltakd.io.files import WriteError, replacing
+from deltakd.tracking.environment import ROOT
+from deltakd.tracking.redaction import redacted
+from deltakd.tracking.wandb_run import RunWandbLogger
+
+#: Seconds to wait for the W&B server before going on offline.
+REACH_SECONDS = 3.0
+
+
+@final
+class RunCSVLogger(CSVLogger):
+    """``metrics.csv`` in the run directory, which a resumed run goes on with.
+
+    Lightning's own logger deletes what an earlier process wrote.
+
+    Args:
+        directory: the run directory.
+        resume_step: rows up to this optimiser step are kept; later ones belong to work that was lost.
+    """
+
+    def __init__(self, directory: Path, resume_step: int) -> None:
+        path, former = directory / "metrics.csv", directory / "metrics.csv.former"
+        if path.is_file():
+            os.replace(path, former)
+        kept = _read_metrics(former, resume_step)
+        super().__init__(save_dir=directory, name="", version="", flush_logs_every_n_steps=20)
+        with warnings.catch_warnings():
+            # The directory holds checkpoints and config; the metrics are taken over right here.
+            warnings.filterwarnings("ignore", message="Experiment logs directory")
+            writer = self.experiment
+        for row in kept:
+            step = int(row.pop("step"))
+            writer.log_metrics({k: float(v) for k, v in row.items() if v != ""}, step)
+        self.save()
+        former.unlink(missing_ok=True)
+
+    def save(self) -> None:
+        """Write out the rows so far; the file is whole at any time, and stays as it was where the disk is full.
+
+        Raises:
+            WriteError: the disk did not take them.
+        """
+        writer = self.experiment
+        if not writer.metrics:
+            return
+        path, keys = Path(writer.metrics_file_path), list(writer.metrics_keys)
+        with replacing(path, "metrics") as partial:
+            if path.is_file():
+                shutil.copyfile(path, partial)
+            writer.metrics_file_path = str(partial)
+            try:
+                super().save()
+            except BaseException:
+                writer.metrics_keys = keys
+                raise
+            finally:
+                writer.metrics_file_path = str(path)
+
+    def finalize(self, status: str) -> None:
+        """Write out the rest; of a run that has failed only what the disk still takes."""
+        try:
+            super().finalize(status)
+        except WriteError:
+            if status == "success":
+                raise
+
+
+def _read_metrics(path: Path, last_step: int) -> list[dict[str, str]]:
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("step")]
+    return [row for row in rows if int(row["step"]) <= last_step]
+
+
+def make_loggers(config: dict[str, Any], directory: Path, resume_step: int) -> list[Logger]:
+    """The loggers that the config names.
+
+    Args:
+        config: resolved config.
+        directory: the run directory.
+        resume_step: the optimiser step that the run goes on from; the logs up to it are kept.
+    """
+    return [
+        instantiate(node)(directory=directory, name=config["name"], config=config, resume_step=resume_step)
+        for node in (config["logger"] or {}).values()
+    ]
+
+
+def finish_loggers(loggers: list[Logger], failed: bool = False) -> None:
+    """Write everything out; a W&B run left open would swallow the next run of this process.
+
+    Args:
+        loggers: all of the run.
+        failed: whether the run did not come to its end, which W&B shows.
+    """
+    for logger in loggers:
+        logger.finalize("failed" if failed else "success")
+        if isinstance(logger, RunWandbLogger):
+            logger.experiment.finish(exit_code=int(failed))
+
+
+def csv_logger(*, directory: Path, name: str, config: dict[str, Any], resume_step: int) -> Logger:
+    """``metrics.csv``."""
+    return RunCSVLogger(directory, resume_step)
+
+
+def tensorboard_logger(*, directory: Path, name: str, config: dict[str, Any], resume_step: int) -> Logger:
+    """``tensorboard/``."""
+    logger = TensorBoardLogger(
+        save_dir=directory,
+        name="tensorboard",
+        version="",
+        # A resumed run writes the steps after its checkpoint again.
+        purge_step=resume_step + 1 if resume_step else None,
+    )
+    logger.log_hyperparams(config)
+    return logger
+
+
+def wandb_logger(
+    *,
+    directory: Path,
+    name: str,
+    config: dict[str, Any],
+    resume_step: int,
+    project: str,
+    mode: str = "auto",
+    group: str | None = None,
+    log_model: bool = False,
+) -> Logger:
+    """Weights & Biases: online only where that can work without asking anybody anything.
+
+    Args:
+        directory: the run directory; offline runs lie in its ``wandb/``.
+        name: of the run.
+        config: recorded; without home directories and secrets, as all that W&B gets.
+        resume_step: unused here; W&B keeps its own history.
+        project: W&B's project.
+        mode: auto, online, offline or disabled. auto is WANDB_MODE if set; else online where a key is at hand and
+            the server answers within REACH_SECONDS; else offline.
+        group: W&B's group, such as the study.
+        log_model: whether the exported student's weights are uploaded; its fingerprint and lineage always are.
+
+    Raises:
+        ValueError: unknown mode.
+    """
+    import wandb  # not at the top: it costs over a second, and runs without it should not pay
+
+    allowed = ("auto", "online", "offline", "disabled")
+    if mode not in allowed:
+        raise ValueError(f"logger.wandb.mode is {mode!r}; allowed: {', '.join(allowed)}")
+    if mode == "auto":
+        mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() and _server_answers() else "offline")
+    # One W&B run however often it is resumed; in a sweep it is the one that the agent was given.
+    id_file = directory / "wandb_id"
+    agents = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
+    if agents or not id_file.is_file():
+        id_file.write_text(agents or uuid.uuid4().hex[:8])
+    run = wandb.init(
+        name=name,
+        project=project,
+        group=group,
+        id=id_file.read_text(),
+        resume="allow",
+        dir=directory,
+        config=redacted(config),
+        settings=wandb.Settings(
+            mode=cast(Any, mode),
+            silent=True,
+            console="off",
+            # The metadata that W&B collects by itself hold host, user, command line and the interpreter's path.
+            x_disable_meta=True,
+            host="",
+            git_root=str(ROOT),
+            disable_code=True,
+            disable_job_creation=True,
+        ),
+    )
+    return RunWandbLogger(run, directory, log_model)
+
+
+def _logged_in() -> bool:
+    import netrc
+
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators(_server()[0]) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _server() -> tuple[str, int]:
+    url = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    return url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
+
+
+def _server_answers() -> bool:
+    try:
+        with socket.create_connection(_server(), timeout=REACH_SECONDS):
+            return True
+    except OSError:
+        return False

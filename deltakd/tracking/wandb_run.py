@@ -1,0 +1,186 @@
+"""What Weights & Biases gets of a run beyond numbers: where it comes from, its answers, its student."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, final
+
+from lightning.pytorch.loggers import Logger, WandbLogger
+
+from deltakd.evaluation import METRIC_TITLES, main_metric
+from deltakd.evaluation.validation_answers import read_validation_answers
+from deltakd.io.json_lines import read_generations
+from deltakd.references.content import data_identity, model_entry, model_identity
+from deltakd.tracking.environment import environment, git_changes, model_fingerprint
+from deltakd.tracking.redaction import redacted
+from deltakd.training.assembly import Parts
+from deltakd.types import STUDENT
+
+#: Rows of a table of answers, and validation steps side by side in it; W&B keeps every version of a table.
+TABLE_ROWS = 32
+TABLE_STEPS = 12
+#: Files of a student that hold no weights.
+_SMALL_SUFFIXES = (".json", ".md", ".jinja", ".txt", ".model")
+
+
+@final
+class RunWandbLogger(WandbLogger):
+    """Lightning's logger, and what is no number.
+
+    Nothing that it records holds a home directory or a secret. Files of artifacts wait for their upload in the run
+    directory, not in the user's home.
+
+    Args:
+        run: the W&B run.
+        directory: the run directory.
+        log_model: whether the exported student's weights are uploaded, too.
+    """
+
+    def __init__(self, run: Any, directory: Path, log_model: bool) -> None:
+        super().__init__(experiment=run)
+        self.directory = directory
+        self.with_weights = log_model
+        self._origin: dict[str, Any] = {}
+
+    def log_origin(self, origin: Mapping[str, Any]) -> None:
+        """Environment, changes of the checkout, and the data and models that the run starts from, for the lineage.
+
+        Args:
+            origin: what :func:`origin_of` gave.
+        """
+        run = self.experiment
+        self._origin = dict(origin)
+        run.config.update(redacted({"environment": environment(), "origin": self._origin}), allow_val_change=True)
+        changes = git_changes()
+        if changes:
+            path = Path(run.dir) / "diff.patch"
+            path.write_text(redacted(changes), encoding="utf-8")
+            run.save(str(path), base_path=run.dir, policy="now")
+        data = {key: value for key, value in origin["data"].items() if key != "data"}
+        self._use("data", "dataset", {**data, "source": origin["data"]["data"]})
+        for role, identity in origin["models"].items():
+            version = identity["sha256"] or identity["commit"]
+            self._use(f"model-{version[:12]}" if version else f"model-{role}", "fingerprint", _known(identity))
+
+    def log_validation_answers(self, step: int) -> None:
+        """The table ``val/answers``: prompts, references, and the answers at the validation steps side by side."""
+        by_step = {k: records for k, records in read_validation_answers(self.directory).items() if k <= step}
+        chosen = _spread(sorted(by_step), TABLE_STEPS)
+        columns = {f"step {k}": [r["output"] for r in by_step[k][:TABLE_ROWS]] for k in chosen}
+        self._table("val/answers", by_step[step], columns, step)
+
+    def log_results(self, student: Path, scores: Mapping[str, float], step: int) -> None:
+        """The final answers, and the exported student as an artifact of type ``model`` that says how it was made.
+
+        Args:
+            student: its directory.
+            scores: of validation and evaluation.
+            step: the last optimiser step.
+        """
+        self._log_evaluation_answers(step)
+        self._log_student(student, scores)
+
+    def _log_evaluation_answers(self, step: int) -> None:
+        """A table ``<set>/answers`` for each evaluation set, the sampling seeds side by side."""
+        sets: dict[str, dict[str, list[dict[str, Any]]]] = {}
+        for path in sorted((self.directory / "generations").glob("*_seed*.jsonl")):
+            name, _, seed = path.stem.rpartition("_seed")
+            sets.setdefault(name, {})[seed] = read_generations(path) or []
+        for name, by_seed in sets.items():
+            columns: dict[str, list[Any]] = {}
+            for seed, records in by_seed.items():
+                columns[f"output, seed {seed}"] = [record["output"] for record in records[:TABLE_ROWS]]
+                metric = main_metric(records[0])
+                columns[f"{METRIC_TITLES[metric]}, seed {seed}"] = [record[metric] for record in records[:TABLE_ROWS]]
+            self._table(f"{name}/answers", next(iter(by_seed.values())), columns, step)
+
+    def _log_student(self, student: Path, scores: Mapping[str, float]) -> None:
+        sha256 = model_fingerprint(student)
+        assert sha256 is not None
+        metadata = redacted({"sha256": sha256, "weights": self.with_weights, "origin": self._origin, **scores})
+        artifact = self._artifact(f"student-{self.experiment.id}", "model", metadata)
+        for path in sorted(student.iterdir()):
+            if self.with_weights or path.suffix in _SMALL_SUFFIXES:
+                with self._staging():
+                    artifact.add_file(str(path))
+        self._send(artifact)
+        # The same name and content as where a later run starts from this student: W&B then joins the two runs.
+        self._send(self._fingerprint(f"model-{sha256[:12]}", "fingerprint", {"sha256": sha256, "commit": None}))
+
+    def _table(self, key: str, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, list[Any]], step: int) -> None:
+        import wandb
+
+        asked = [[r["row_id"], r["prompt"], "\n---\n".join(r["reference"])] for r in rows[:TABLE_ROWS]]
+        data = [[*row, *values] for row, *values in zip(asked, *columns.values(), strict=True)]
+        table = wandb.Table(columns=["row", "prompt", "reference", *columns], data=redacted(data))
+        with self._staging():
+            self.experiment.log({key: table, "trainer/global_step": step})
+
+    def _use(self, name: str, kind: str, content: Mapping[str, Any]) -> None:
+        # Not run.use_artifact: it refuses to work offline, and online it waits for the server.
+        self._send(self._fingerprint(name, kind, content), use_after_commit=True)
+
+    def _fingerprint(self, name: str, kind: str, content: Mapping[str, Any]) -> Any:
+        """An artifact of one small file; equal content is one version, whichever run sends it."""
+        artifact = self._artifact(name, kind, redacted(dict(content)))
+        with self._staging(), artifact.new_file("fingerprint.json") as file:
+            file.write(json.dumps(redacted(dict(content)), indent=2, sort_keys=True))
+        return artifact
+
+    def _artifact(self, name: str, kind: str, metadata: dict[str, Any]) -> Any:
+        import wandb
+
+        return wandb.Artifact(re.sub(r"[^\w.-]", "-", name), type=kind, metadata=metadata)
+
+    def _send(self, artifact: Any, use_after_commit: bool = False) -> None:
+        with self._staging():
+            self.experiment._log_artifact(artifact, use_after_commit=use_after_commit)
+
+    @contextmanager
+    def _staging(self) -> Iterator[None]:
+        """Let W&B keep what waits for its upload in the run directory."""
+        if "WANDB_DATA_DIR" in os.environ:
+            yield
+            return
+        os.environ["WANDB_DATA_DIR"] = str(self.directory / "wandb")
+        try:
+            yield
+        finally:
+            del os.environ["WANDB_DATA_DIR"]
+
+
+def origin_of(parts: Parts) -> dict[str, Any]:
+    """What the run's result depends on: ``data`` (fingerprints, sources, counts) and ``models`` (role -> identity).
+
+    Models that only a cache of references has seen are among them.
+    """
+    config = parts.plan.config
+    entries = {role: model_entry(config, role) for role in sorted({STUDENT, *parts.plan.loss.requires})}
+    template = parts.plan.data.make_template(parts.tokenizer)
+    return {
+        "data": data_identity(config["data"], parts.tokenizer, template, parts.sets) | {"counts": parts.sets.counts},
+        "models": {role: model_identity(entry) for role, entry in entries.items() if entry.get("path")},
+    }
+
+
+def wandb_of(loggers: Sequence[Logger]) -> RunWandbLogger | None:
+    """The one among them that takes more than numbers; none where W&B is disabled."""
+    found = (logger for logger in loggers if isinstance(logger, RunWandbLogger))
+    return next((logger for logger in found if not logger.experiment.disabled), None)
+
+
+def _known(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells one model from another, whatever its place and its use."""
+    return {"sha256": identity["sha256"], "commit": identity["commit"]}
+
+
+def _spread(steps: Sequence[int], count: int) -> list[int]:
+    """At most so many of the steps, evenly spread, the first and the last among them."""
+    if len(steps) <= count:
+        return list(steps)
+    return [steps[round(i * (len(steps) - 1) / (count - 1))] for i in range(count)]

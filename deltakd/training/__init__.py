@@ -1,0 +1,1 @@
+"""The training run: the step, the LightningModule, callbacks, and the fit."""

@@ -1,0 +1,207 @@
+"""Checkpoints: the last state, to go on from, and the best student, to keep.
+
+``last.ckpt`` is a file, or a directory where the strategy shards (each rank writes its part). It is written beside and
+renamed once it is whole; the one before stays as ``previous.ckpt``, in case the disk damages the newer one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any, final
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+
+from deltakd.distributed.sharding import is_sharded
+from deltakd.distributed.zero import META
+from deltakd.io.files import remove, replacing, telling
+from deltakd.training.callbacks.steps import at_step_end
+from deltakd.training.callbacks.validation import Validation
+from deltakd.training.module import DistillationModule
+
+LAST = "last.ckpt"
+PREVIOUS = "previous.ckpt"
+#: In a sharded checkpoint: file -> bytes.
+SIZES = "sizes.json"
+BEST = "best.ckpt"
+
+
+@final
+class Checkpoints(Checkpoint):
+    """Saves ``last.ckpt`` (everything needed to resume) and ``best.ckpt`` (the student with the best objective).
+
+    Both are written at the end of an optimiser step, after the validation of that step where there is one, so that
+    a resumed run never has to repeat or skip a validation.
+
+    Args:
+        directory: where the files go.
+        validation: whose metrics decide what is best; None: only ``last.ckpt``.
+        objective: name of the metric, such as ``val/rougeL``.
+        mode: ``max`` or ``min``.
+        every_n_steps: optimiser steps between two saves of ``last.ckpt``; None: by time alone.
+        every_n_minutes: minutes between two saves of ``last.ckpt``.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        validation: Validation | None,
+        objective: str,
+        mode: str,
+        every_n_steps: int | None = None,
+        every_n_minutes: float = 10.0,
+    ) -> None:
+        self.directory = directory
+        self.validation = validation
+        self.objective = objective
+        self.mode = mode
+        self.every_n_steps = every_n_steps
+        self.every_n_minutes = every_n_minutes
+        #: Optimiser steps of the run; the last one is saved, too.
+        self.total_steps: int | None = None
+        #: Rows (or positions) of an optimiser step over all ranks.
+        self.step_size: int | None = None
+        self.best_metrics: dict[str, float] = {}
+        self.best_step: int | None = None
+        self._saved_at = time.monotonic()
+        #: Optimiser steps done in ``last.ckpt``, as far as there is one.
+        self._saved_step = 0
+
+    @property
+    def last_path(self) -> Path:
+        """The checkpoint to resume from."""
+        return self.directory / LAST
+
+    @property
+    def _partial(self) -> Path:
+        return self.directory / f"{LAST}.partial"
+
+    @property
+    def best_path(self) -> Path:
+        """The weights of the best student; absent where nothing was validated."""
+        return self.directory / BEST
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best step and its metrics."""
+        return {
+            "best_metrics": self.best_metrics,
+            "best_step": self.best_step,
+            "step_size": self.step_size,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave."""
+        self.best_metrics = state_dict["best_metrics"]
+        self.best_step = state_dict["best_step"]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """What the run goes on from is saved."""
+        self._saved_step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        """Save at the end of an optimiser step where one of the reasons holds."""
+        step = trainer.global_step
+        if not at_step_end(trainer):
+            return
+        validated = self.validation is not None and self.validation.last_step == step
+        if validated:
+            self._keep_best(trainer)
+        elif self.validation is None and step == self.total_steps and is_sharded(pl_module):
+            # Once training is over no rank can put the student together any more.
+            self._save_student(trainer)
+        by_steps = self.every_n_steps is not None and step % self.every_n_steps == 0
+        by_time = time.monotonic() - self._saved_at >= 60 * self.every_n_minutes
+        # Saving is a joint act of all ranks, and their clocks differ.
+        if (
+            validated
+            or by_steps
+            or step == self.total_steps
+            or trainer.strategy.reduce_boolean_decision(by_time, all=False)
+        ):
+            self.save_last(trainer)
+
+    def save_last(self, trainer: L.Trainer) -> None:
+        """Write ``last.ckpt`` now, and before it what the loggers hold: a resumed run logs only what comes after.
+
+        Raises:
+            WriteError: the disk did not take it; the checkpoints are those that were there.
+        """
+        partial = self._partial
+        if trainer.is_global_zero:
+            remove(partial)
+        trainer.strategy.barrier()
+        step = trainer.global_step
+        kept = f"the checkpoint of step {self._saved_step}" if self._saved_step else ""
+        with telling(f"the checkpoint of step {step}", self.directory, kept):
+            for logger in trainer.loggers:
+                logger.save()
+            trainer.save_checkpoint(partial)
+            trainer.strategy.barrier()
+            if trainer.is_global_zero:
+                _seal(partial)
+        if trainer.is_global_zero:
+            if self.last_path.exists():
+                remove(self.directory / PREVIOUS)
+                os.replace(self.last_path, self.directory / PREVIOUS)
+            os.replace(partial, self.last_path)
+        trainer.strategy.barrier()
+        self._saved_at, self._saved_step = time.monotonic(), step
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Give back the room that half a checkpoint takes.
+
+        Any rank may be the one that failed. Lifeline comes before: by now no other rank writes any more.
+        """
+        remove(self._partial)
+
+    def _keep_best(self, trainer: L.Trainer) -> None:
+        assert self.validation is not None
+        metrics = self.validation.last_metrics
+        score, best = metrics[self.objective], self.best_metrics.get(self.objective)
+        better = best is None or (score > best if self.mode == "max" else score < best)
+        if better and math.isfinite(score):
+            self.best_metrics, self.best_step = dict(metrics), trainer.global_step
+            self._save_student(trainer)
+
+    def _save_student(self, trainer: L.Trainer) -> None:
+        assert isinstance(trainer.lightning_module, DistillationModule)
+        state = trainer.lightning_module.whole_state()
+        if trainer.is_global_zero:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with (
+                replacing(self.best_path, f"the best student, that of step {trainer.global_step},") as partial,
+                partial.open("wb") as file,
+            ):
+                torch.save({"state_dict": state, "global_step": trainer.global_step}, file)
+
+
+def _seal(path: Path) -> None:
+    """Write down how large the files of a sharded checkpoint are, so that a missing or short one is seen."""
+    if path.is_dir():
+        sizes = {str(f.relative_to(path)): f.stat().st_size for f in sorted(path.rglob("*")) if f.is_file()}
+        (path / SIZES).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Load a checkpoint's content on the CPU, tensors and plain values only; of a sharded one all but the shards.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        if path.is_dir():
+            sizes: dict[str, int] = json.loads((path / SIZES).read_text(encoding="utf-8"))
+            for name, size in sizes.items():
+                found = (path / name).stat().st_size
+                if found != size:
+                    raise ValueError(f"{name} has {found} bytes instead of {size}")
+            path = path / META
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} can't be read ({first[:150]}); remove it to start again") from None

@@ -1,0 +1,74 @@
+"""SIGTERM, SIGUSR1 and Ctrl-C: finish the optimiser step, save, leave."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import Any, final
+
+import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
+
+from deltakd.distributed.sharding import gathered
+from deltakd.training.callbacks.checkpoints import Checkpoints
+from deltakd.training.callbacks.steps import at_step_end
+
+#: SLURM sends the last two some time before it ends a job: SIGUSR1 by #SBATCH --signal, SIGUSR2 as submitit asks for.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class Stopped(Exception):  # noqa: N818 - not an error: the run was asked to stop, and did
+    """The run was stopped by a signal after its state was saved.
+
+    Args:
+        signum: the signal.
+        step: optimiser steps done.
+    """
+
+    def __init__(self, signum: int, step: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name} after {step} optimiser steps; the state is saved")
+        self.signum = signum
+        self.step = step
+
+
+@final
+class StopOnSignal(Checkpoint):
+    """Turns SIGNALS into a saved checkpoint and :class:`Stopped`, at the end of the optimiser step.
+
+    A second SIGINT acts at once. It is a ``Checkpoint`` because Lightning runs those after all other callbacks, in
+    the order given: it has to come after :class:`Checkpoints`.
+
+    Args:
+        checkpoints: what saves.
+    """
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self.checkpoints = checkpoints
+        self._received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take over the signals: after Lightning's own handlers, which would not wait for the step's end."""
+        for signum in SIGNALS:
+            self._previous[signum] = signal.signal(signum, self._receive)
+
+    def _receive(self, signum: int, frame: FrameType | None) -> None:
+        if self._received is not None and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._received = signum
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        """Save and stop if a signal came, once the optimiser step is whole."""
+        if not at_step_end(trainer):
+            return
+        # Saving is a joint act of all ranks, and not each of them may have got the signal.
+        if trainer.strategy.reduce_boolean_decision(self._received is not None, all=False):
+            self.checkpoints.save_last(trainer)
+            # All ranks end with the same status, for the launcher to make sense of.
+            raise Stopped(max(signum for signum in gathered(self._received) if signum), trainer.global_step)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Give the signals back."""
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+        self._previous = {}
