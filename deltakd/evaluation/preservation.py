@@ -25,7 +25,8 @@ from deltakd.evaluation.answer_tokens import AnswerToken, Pieces
 from deltakd.evaluation.answers import pad_id, progress_bar
 from deltakd.evaluation.shift import TokenPreservation, shift_preservation, top_candidates
 from deltakd.generation.model_step import position_limit
-from deltakd.io.run_directory import RunDirectory, write_text
+from deltakd.io.files import write_text
+from deltakd.io.run_directory import RunDirectory
 from deltakd.kernels import MEMORY_BUDGET, chunk_size_for
 from deltakd.models import LanguageModel, ModelSpec, common_vocabulary, load_config, load_model, load_tokenizer
 from deltakd.references import LiveReferences

@@ -18,7 +18,7 @@ from deltakd.config.check import Plan, make_plan
 from deltakd.data import InstructionData, Row, SplitRows, row_record, tokenizer_fingerprint, with_answer
 from deltakd.evaluation import EvaluationSet, answer_set, matches
 from deltakd.evaluation.answers import make_set, pad_id, progress_bar
-from deltakd.io.json_lines import read_generations, write_generations
+from deltakd.io.files import read_json_lines, write_json_lines
 from deltakd.io.run_directory import RunDirectory
 from deltakd.models import LanguageModel
 from deltakd.tracking.environment import count_parameters, environment, hub_snapshot, model_fingerprint, peak_memory_mib
@@ -87,8 +87,8 @@ def run_answers(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     kept, summary = _keep(parts.rows.train, records)
     held_out = parts.rows.val if plan.config["data"]["val"] is None else []
     if held_out:
-        write_generations(directory.path / VAL_FILE, [row_record(row) for row in held_out])
-    write_generations(directory.path / TRAIN_FILE, kept)
+        write_json_lines(directory.path / VAL_FILE, [row_record(row) for row in held_out], "answers")
+    write_json_lines(directory.path / TRAIN_FILE, kept, "answers")
     _report(summary, directory, plan.evaluation.decoding.max_new_tokens)
     # Of this start alone: what a former one cost is not known.
     costs = {
@@ -129,11 +129,11 @@ def _answer_all(parts: Answering, folder: Path) -> tuple[list[dict[str, Any]], f
         for start in range(0, len(rows), SHARD_PROMPTS):
             shard = make_set("train", rows[start : start + SHARD_PROMPTS], plan.data, parts.tokenizer)
             path = folder / f"part_{start // SHARD_PROMPTS:05d}.jsonl"
-            answers = read_generations(path)
+            answers = read_json_lines(path)
             if answers is None or not matches(answers, shard, plan.evaluation.decoding, plan.evaluation.seeds[0]):
                 began = time.perf_counter()
                 answers = _answer(parts, shard, partial(_advance, advance, start))
-                write_generations(path, answers)
+                write_json_lines(path, answers, "answers")
                 seconds += time.perf_counter() - began
                 tokens += sum(record["output_tokens"] for record in answers)
             records += answers

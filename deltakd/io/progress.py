@@ -10,7 +10,7 @@ from typing import Any, Protocol, final
 
 import lightning as L
 
-from deltakd.io.run_directory import write_text
+from deltakd.io.files import write_text
 from deltakd.training.callbacks.steps import at_step_end
 from deltakd.training.module import DistillationModule
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from deltakd.io.errors import ConfigError
-from deltakd.io.files import replacing
+from deltakd.io.files import PARTIAL, write_json, write_text
 from deltakd.training.callbacks.checkpoints import LAST, PREVIOUS
 
 #: Keys that may change between a run and its resumption: they do not change what is trained.
@@ -125,7 +125,7 @@ class RunDirectory:
             if not self.finished:
                 self._write_config(config)
             return
-        if self.path.is_dir() and any(p for p in self.path.iterdir() if p.suffix != ".partial"):
+        if self.path.is_dir() and any(p for p in self.path.iterdir() if p.suffix != PARTIAL):
             raise ConfigError([f"run_dir={self.path} is not empty and holds no run of ours; give another run_dir"])
         self.path.mkdir(parents=True, exist_ok=True)
         self._write_config(config)
@@ -139,17 +139,7 @@ class RunDirectory:
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write ``summary.json``, whole or not at all."""
-        write_text(self.summary, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically.
-
-    Raises:
-        WriteError: the disk did not take it.
-    """
-    with replacing(path, path.name) as partial:
-        partial.write_text(text, encoding="utf-8")
+        write_json(self.summary, summary)
 
 
 def _differences(a: Any, b: Any, prefix: str = "") -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from deltakd.io.files import write_text
 from deltakd.results import figures, sections
 from deltakd.results.beyond import NOTES, beyond_tables
 from deltakd.results.delta_weights import delta_weights
@@ -211,7 +212,7 @@ def write_report(page: Page, folder: Path, tidy: Callable[[str], str] = str) -> 
         "table.tex": latex(page.comparisons),
     }
     for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        write_text(folder / name, text)
     panels = [panel for plate in page.plates.values() for panel in plate.panels]
     return [folder / name for name in texts] + [panel.write_pdf(drawings) for panel in panels]
 

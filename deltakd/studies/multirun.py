@@ -20,7 +20,8 @@ from omegaconf import DictConfig
 from deltakd.distributed.ranks import is_main_process
 from deltakd.evaluation.settings import SCORES
 from deltakd.io.errors import guarded
-from deltakd.io.run_directory import RunDirectory, write_text
+from deltakd.io.files import write_json
+from deltakd.io.run_directory import RunDirectory
 from deltakd.studies.outcomes import (
     FAILED,
     FINISHED,
@@ -59,11 +60,10 @@ class Job:
 
     def write(self, state: str, seconds: float | None = None) -> None:
         """Record the job's state."""
-        self.record.parent.mkdir(parents=True, exist_ok=True)
         settings = dict(override.split("=", 1) for override in self.overrides if "=" in override)
         directory = os.path.relpath(self.run_dir, self.root)
         content = {"settings": settings, "state": state, "seconds": seconds, "directory": directory}
-        write_text(self.record, json.dumps(content, indent=2) + "\n")
+        write_json(self.record, content)
 
 
 def run_job(job: Job, action: Callable[[], float]) -> float:

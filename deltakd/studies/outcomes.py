@@ -13,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from deltakd.io.files import replacing
+
 FINISHED, ENDED_EARLY, FAILED, UNFINISHED = "finished", "ended early", "failed", "unfinished"
 
 #: Keys whose values are repetitions of one setting.
@@ -109,7 +111,7 @@ def find_best(outcomes: Sequence[Outcome], maximize: bool) -> Best | None:
 def write_table(outcomes: Sequence[Outcome], path: Path) -> None:
     """One row a run: number, state, settings, objective, value, seconds, directory."""
     keys = _keys(outcomes)
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["number", "state", *keys, "objective", "value", "seconds", "directory"])
         for o in outcomes:
@@ -144,7 +146,8 @@ def write_plot(outcomes: Sequence[Outcome], maximize: bool, title: str, path: Pa
         axis.set_visible(False)
     figure.suptitle(title, fontsize=11)
     figure.supylabel(shown[0].objective, fontsize=10)
-    figure.savefig(path, dpi=150)
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=150)
     return True
 
 

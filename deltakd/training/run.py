@@ -17,7 +17,8 @@ from deltakd.distributed.ranks import is_main_process, is_restarted, main_proces
 from deltakd.distributed.sharding import gathered, place, resident_bytes
 from deltakd.evaluation.answers import evaluate_sets, shown
 from deltakd.evaluation.measures import Measured, Subject, measure
-from deltakd.io.run_directory import RunDirectory, write_text
+from deltakd.io.files import write_text
+from deltakd.io.run_directory import RunDirectory
 from deltakd.models import save_student
 from deltakd.tracking.environment import count_parameters, environment, peak_memory_mib
 from deltakd.tracking.loggers import finish_loggers, make_loggers
