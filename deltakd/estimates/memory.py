@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from deltakd.config.check import Plan
 from deltakd.data import DataConfig
+from deltakd.distributed.devices import choose_device
 from deltakd.distributed.launchers import count_devices
 from deltakd.estimates.costs import MIB, Need, Setting, memory
 from deltakd.estimates.layout import Layout
@@ -210,12 +211,10 @@ def processes(plan: Plan) -> int:
 
 def _devices(plan: Plan) -> tuple[str, str]:
     """(the student's device, the references'), of the first process."""
-    accelerator = str(plan.config["trainer"]["accelerator"])
-    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        student = "cuda:0"
-    elif accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
-        student = "mps"
-    else:
+    try:
+        student = str(choose_device(str(plan.config["trainer"]["accelerator"])))
+    except ValueError:
+        # The training will say that there is no such device; what it needs is the same.
         student = "cpu"
     placement = str(plan.config["reference"].get("placement", "auto"))
     home = student if placement == "auto" or plan.cache is not None else placement

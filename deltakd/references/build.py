@@ -18,6 +18,7 @@ from torch import Tensor
 
 from deltakd.config.check import Plan, make_plan
 from deltakd.data import EncodedSet, LoadedSets
+from deltakd.distributed.devices import choose_device
 from deltakd.evaluation.answers import progress_bar
 from deltakd.io.errors import ConfigError
 from deltakd.io.files import WriteError
@@ -136,7 +137,7 @@ def _load(plan: Plan) -> tuple[Caching, CacheStore]:
         else:
             store.check(checksum=plan.cache.verify)
     models = {role: make_model(plan, role, tokenizer, vocabulary) for role in plan.specs if role != STUDENT}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(str(plan.config["trainer"]["accelerator"]))
     references = LiveReferences(models)
     references.to(device)
     caching = Caching(plan, tokenizer, vocabulary, sets, references, device)

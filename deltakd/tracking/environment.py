@@ -17,6 +17,8 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
 
+from deltakd.distributed.devices import choose_device
+
 #: Of the checkout.
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,8 +44,13 @@ def environment() -> dict[str, Any]:
         "git_commit": git_commit(),
         "packages": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": _device_name(),
     }
+
+
+def _device_name() -> str:
+    device = choose_device()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def git_commit() -> str | None:
