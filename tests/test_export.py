@@ -19,11 +19,12 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from deltakd.config.build import make_settings
 from deltakd.config.compose import compose_config
 from deltakd.export import export, main
 from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
-from deltakd.tracking.environment import model_fingerprint
+from deltakd.models.identity import model_fingerprint
 from deltakd.training.run import run_training
 from tests.tiny import World
 
@@ -43,7 +44,7 @@ def trained(world: World, tmp_path_factory: pytest.TempPathFactory) -> RunDirect
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(world.root))
-        run_training(compose_config("train", overrides), run.path)
+        run_training(make_settings(compose_config("train", overrides)), run.path)
     return run
 
 

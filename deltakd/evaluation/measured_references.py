@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 import numpy as np
 import torch
@@ -16,11 +16,13 @@ from transformers import PreTrainedTokenizerBase
 from deltakd.data import EncodedSet, tokenizer_fingerprint
 from deltakd.distributed.sharding import gathered
 from deltakd.generation.model_step import position_limit
-from deltakd.models import LanguageModel, ModelSpec, common_vocabulary, load_config, load_model, load_tokenizer
+from deltakd.models import LanguageModel, ModelSettings, load_config, spec_problems
+from deltakd.models.identity import spec_of
+from deltakd.models.roles import open_reference
 from deltakd.references import CachedReferences, CacheSettings, CacheStore, LiveReferences, References
-from deltakd.references.content import model_entry, model_problems
+from deltakd.references.content import model_problems
 from deltakd.references.index import keys_of_set
-from deltakd.types import STUDENT_RAW, TEACHER, TEACHER_RAW, Batch, Head
+from deltakd.types import STUDENT, STUDENT_RAW, TEACHER, TEACHER_RAW, Batch, Head
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +67,7 @@ class MeasuredReferences:
     """Finds, for each set of rows, the references that can be had; what can't be had is named in the log, once.
 
     Args:
-        config: the run's.
+        models: the models that the run names.
         tokenizer: the student's.
         vocabulary: its number of tokens.
         cache: the reference group where it names a cache; None: it does not.
@@ -76,7 +78,7 @@ class MeasuredReferences:
 
     def __init__(
         self,
-        config: Mapping[str, Any],
+        models: ModelSettings,
         tokenizer: PreTrainedTokenizerBase,
         vocabulary: int,
         cache: CacheSettings | None,
@@ -84,19 +86,43 @@ class MeasuredReferences:
         placement: str,
         device: torch.device,
     ) -> None:
-        self._config = config
+        self._models = models
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
         self._placement = placement
         self._device = device
         self._loaded: dict[str, LanguageModel] = dict(loaded)
         self._given_up: set[str] = set()
+        #: Role -> why it was left out, the last time that it was.
+        self.reasons: dict[str, str] = {}
         self._cached = None if cache is None else self._open(cache)
         if self._cached is not None:
             self._cached.to(device)
 
+    def missing(self) -> dict[str, str]:
+        """Return role -> why it can't be had, as far as can be told before anything is loaded."""
+        there = frozenset(self._loaded) | (frozenset() if self._cached is None else self._cached.roles)
+        reasons = {role: self._reason(role) for role in WANTED if role not in there}
+        return {role: reason for role, reason in reasons.items() if reason}
+
+    def _reason(self, role: str) -> str:
+        """Why the model of a role can't be loaded, by its config alone; empty: it may well be."""
+        spec = spec_of(self._models, role)
+        if spec is None or spec.path is None or spec.init == "random":
+            if role == STUDENT_RAW and self._models.specs[STUDENT].init == "random":
+                return "model.student.init=random has no trained self; the run began from scratch"
+            return f"model.{role}.path is missing; give a hub id or a local directory: model.{role}.path=..."
+        problems = spec_problems(role, spec)
+        if problems:
+            return "; ".join(problems)
+        try:
+            load_config(role, spec, trust_remote_code=self._models.trust_remote_code)
+        except ValueError as error:
+            return str(error)
+        return ""
+
     def source(self, name: str, encoded: EncodedSet, rows: NDArray[np.int64]) -> HeadSource:
-        """The heads that can be had for some rows of a set; a joint act of all ranks.
+        """Return the heads that are available for some rows of a set. Collective: call on every rank.
 
         Args:
             name: of the set, for the log.
@@ -150,8 +176,8 @@ class MeasuredReferences:
             if content["tokenizer"] != tokenizer_fingerprint(self._tokenizer):
                 return None
             held = content["models"]
-            entries = {role: model_entry(self._config, role) for role in WANTED if role in held}
-            roles = [role for role, entry in entries.items() if not model_problems(role, entry, held[role], str(path))]
+            specs = {role: spec_of(self._models, role) for role in WANTED if role in held}
+            roles = [role for role, spec in specs.items() if not model_problems(role, spec, held[role], str(path))]
             # The checksums of a cache that the loss reads were verified before the training.
             store.check(checksum=False)
             return CachedReferences(store, roles) if roles else None
@@ -167,6 +193,7 @@ class MeasuredReferences:
                 continue
             positions = position_limit(model.causal_lm)
             if positions is not None and longest > positions:
+                self.reasons[role] = f"it has positions for {positions} tokens, but a row has {longest}"
                 log.warning("The %s has positions for %d tokens, but a row has %d.", role, positions, longest)
                 continue
             found[role] = model
@@ -185,6 +212,7 @@ class MeasuredReferences:
                     role,
                     error,
                 )
+                self.reasons[role] = f"there is no room for it beside the student ({error})"
                 if not model.quantized:
                     model.to("cpu")
                 self._loaded.pop(role)
@@ -197,33 +225,13 @@ class MeasuredReferences:
         """The model of a role, loaded where it is not yet; None where the config gives none or it can't be used."""
         if role in self._loaded or role in self._given_up:
             return self._loaded.get(role)
-        known = {field.name for field in fields(ModelSpec)}
-        spec = ModelSpec(**{key: value for key, value in model_entry(self._config, role).items() if key in known})
-        if spec.path is not None and spec.init == "pretrained":
+        spec = spec_of(self._models, role)
+        if spec is not None and spec.path is not None and spec.init == "pretrained":
             try:
-                self._loaded[role] = self._load(role, spec)
+                self._loaded[role] = open_reference(role, spec, self._models, self._tokenizer, self._vocabulary)
             except (ValueError, OSError, torch.OutOfMemoryError) as error:
+                self.reasons[role] = str(error)
                 log.warning("The %s can't be had to measure with it: %s", role, error)
         if role not in self._loaded:
             self._given_up.add(role)
         return self._loaded.get(role)
-
-    def _load(self, role: str, spec: ModelSpec) -> LanguageModel:
-        problems = spec.problems(role)
-        if problems:
-            raise ValueError("; ".join(problems))
-        settings = self._config["model"]
-        trust = bool(settings.get("trust_remote_code", False))
-        load_config(role, spec, trust_remote_code=trust)
-        other = load_tokenizer(str(spec.tokenizer or spec.path), role, trust_remote_code=trust)
-        vocabulary = min(self._vocabulary, common_vocabulary(self._tokenizer, other, role))
-        hf = load_model(
-            role,
-            spec,
-            vocabulary=vocabulary,
-            attn_implementation=settings.get("attn_implementation"),
-            trust_remote_code=trust,
-        )
-        model = LanguageModel(hf, vocabulary).eval()
-        model.check_head()
-        return model

@@ -16,10 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from deltakd.data import DataConfig, EncodedSet, encode_rows, read_rows, with_answer
 from deltakd.distributed.sharding import gathered, is_sharded, place
-from deltakd.evaluation.answers import progress_bar
-from deltakd.evaluation.measure_settings import NONE
 from deltakd.evaluation.measured_references import HeadSource, MeasuredReferences
-from deltakd.evaluation.settings import Evaluation
+from deltakd.evaluation.settings import EvaluationSettings
 from deltakd.evaluation.teacher_forced import device_of, first_rows, measured_batches
 from deltakd.evaluation.token_measures import (
     CALIBRATION_BINS,
@@ -28,8 +26,9 @@ from deltakd.evaluation.token_measures import (
     expected_calibration_error,
 )
 from deltakd.generation.model_step import position_limit
-from deltakd.models import LanguageModel
-from deltakd.references import CacheSettings
+from deltakd.io.progress import progress_bar
+from deltakd.models import LanguageModel, ModelSettings
+from deltakd.references import CacheSettings, LiveSettings
 
 log = logging.getLogger(__name__)
 
@@ -41,24 +40,26 @@ class Subject:
     """What is measured, and with what.
 
     Args:
-        config: the run's, resolved.
-        evaluation: its evaluation group, typed.
-        data: its data group, typed.
+        models: the models that the run names.
+        evaluation: the group ``evaluation``.
+        data: the group ``data``.
         tokenizer: the student's.
         vocabulary: number of its tokens.
         model: the student, in eval mode, on its device.
-        references: the reference group as Hydra made it; a ``CacheSettings`` names a cache.
+        references: the group ``reference``; a ``CacheSettings`` names a cache.
         loaded: role -> frozen model that is in memory already.
+        show_progress: show a progress bar.
     """
 
-    config: Mapping[str, Any]
-    evaluation: Evaluation
+    models: ModelSettings
+    evaluation: EvaluationSettings
     data: DataConfig
     tokenizer: PreTrainedTokenizerBase
     vocabulary: int
     model: nn.Module
-    references: Any = None
+    references: LiveSettings | CacheSettings = field(default_factory=LiveSettings)
     loaded: Mapping[str, LanguageModel] = field(default_factory=dict)
+    show_progress: bool = True
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,9 @@ class Measured:
     counts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def encode_set(name: str, evaluation: Evaluation, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> EncodedSet:
+def encode_set(
+    name: str, evaluation: EvaluationSettings, data: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> EncodedSet:
     """The prompts of the set ``name`` with their first references, tokenised as training would.
 
     Raises:
@@ -110,22 +113,22 @@ def measure(subject: Subject, validation: EncodedSet | None) -> Measured:
     if evaluation.measures.rows == 0:
         return found
     references = None
-    shards = subject.config["reference"].get("sharding") == "shard" and place()[1] > 1
+    live = subject.references if isinstance(subject.references, LiveSettings) else LiveSettings()
+    shards = live.sharding == "shard" and place()[1] > 1
     if shards or any(is_sharded(model) for model in subject.loaded.values()):
         log.info(
             "The references are sharded, and no rank can run one by itself: the student is measured alone. "
             "deltakd.evaluate run=... measures it beside them, on a device that holds them."
         )
-    elif evaluation.measures.references != NONE:
+    elif evaluation.measures.references != "none":
         cache = subject.references if isinstance(subject.references, CacheSettings) else None
-        placement = str(subject.config["reference"].get("placement") or "auto")
         references = MeasuredReferences(
-            subject.config,
+            subject.models,
             subject.tokenizer,
             subject.vocabulary,
             cache,
             subject.loaded,
-            placement,
+            live.placement,
             device_of(subject.model),
         )
     for name, encoded in _sets(subject, validation):
@@ -163,20 +166,13 @@ def _sums(
     subject: Subject, source: HeadSource, name: str, encoded: EncodedSet, rows: NDArray[np.int64]
 ) -> dict[str, Tensor]:
     """Sums over the tokens of all ranks, float64; collective: call on every rank."""
-    rank, world_size = place()
-    total = _no_tokens(source)
-    done = 0
-    shown = bool(subject.config["trainer"]["enable_progress_bar"])
-    with progress_bar(f"measures of {name}", len(rows[rank::world_size]), shown) as advance:
-        for batch in measured_batches(
-            subject.model,
-            source,
-            subject.tokenizer,
-            encoded,
-            rows,
-            batch_size=subject.data.full_rows,
-            share=(rank, world_size),
-        ):
+    share = place()
+    total, done = _no_tokens(source), 0
+    batches = measured_batches(
+        subject.model, source, subject.tokenizer, encoded, rows, batch_size=subject.data.full_rows, share=share
+    )
+    with progress_bar(f"measures of {name}", len(rows[share[0] :: share[1]]), subject.show_progress) as advance:
+        for batch in batches:
             for key, value in _add_up(batch.measures).items():
                 total[key] = total[key] + value
             done += len(batch.rows)

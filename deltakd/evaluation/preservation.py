@@ -69,21 +69,19 @@ class RecordedRun:
         directory: where it is.
         name: of the run.
         models: the models that its config names.
-        data: where its rows came from; None: the config's data group can't be used.
+        data: where its rows came from.
         measures: how its summary measured it.
         references: the group ``reference``; a ``CacheSettings`` names a cache.
         device: where to measure.
-        problems: what is wrong with the data group, one sentence each.
     """
 
     directory: RunDirectory
     name: str
     models: ModelSettings
-    data: DataConfig | None
+    data: DataConfig
     measures: MeasureSettings
     references: LiveSettings | CacheSettings
     device: torch.device
-    problems: tuple[str, ...] = ()
 
 
 def measure_preservation(run: RecordedRun, limit: int | None = None, views: int = 4) -> Preservation:
@@ -189,8 +187,6 @@ class _Subject:
     def missing_data(self) -> list[str]:
         """What can be told of missing rows without reading any, one sentence each."""
         data = self.run.data
-        if data is None:
-            return [f"{_ROWS}: {problem}" for problem in self.run.problems]
         if not data.validates:
             return [f"{_ROWS}: the run has no validation data (neither data.val nor data.val_size)"]
         gone = [] if data.prepare is not None else missing_sources(data.sources())
@@ -203,7 +199,6 @@ class _Subject:
             ValueError: there are none, or they can't be read.
         """
         data = self.run.data
-        assert data is not None
         if data.prepare is not None:
             data.prepare()
         encoded = data.load(self.tokenizer).val
@@ -254,7 +249,6 @@ def _measure(subject: _Subject, held_out: EncodedSet) -> Preservation:
 def _figures(
     subject: _Subject, model: torch.nn.Module, source: HeadSource, held_out: EncodedSet, rows: NDArray[np.int64]
 ) -> Preservation:
-    assert subject.run.data is not None
     pieces = Pieces(subject.tokenizer)
     values: defaultdict[str, list[NDArray[np.float64]]] = defaultdict(list)
     row_numbers: list[int] = []

@@ -12,12 +12,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from deltakd.data import EncodedSet, collate
-from deltakd.evaluation.answers import pad_id
 from deltakd.evaluation.measured_references import HeadSource
 from deltakd.evaluation.token_measures import TokenMeasures, token_measures
 from deltakd.generation.model_step import evaluating
 from deltakd.kernels import MEMORY_BUDGET, chunk_size_for
 from deltakd.models import LanguageModel
+from deltakd.models.tokenizers import pad_id
 from deltakd.types import STUDENT, Head
 
 

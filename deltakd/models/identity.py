@@ -31,10 +31,10 @@ def model_identity(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-def model_version(spec: ModelSpec) -> str | None:
-    """Return what tells this model from another in the same place: hub commit, or sha256; None: it is not here."""
-    identity = model_identity(spec)
-    return identity["commit"] or identity["sha256"]
+def model_version(path: str) -> str | None:
+    """Return the fingerprint of a local directory, or the commit of the hub's model; None: it is not here."""
+    snapshot = None if Path(path).is_dir() else hub_snapshot(path)
+    return model_fingerprint(path) if snapshot is None else snapshot.name
 
 
 def model_fingerprint(path: str | Path) -> str | None:

@@ -52,9 +52,7 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def shared_vocabulary(
-    models: ModelSettings, specs: Mapping[str, ModelSpec], tokenizer: PreTrainedTokenizerBase
-) -> int:
+def shared_vocabulary(models: ModelSettings, specs: Mapping[str, ModelSpec], tokenizer: PreTrainedTokenizerBase) -> int:
     """Prove that all references speak the student's tokenizer; return the number of tokens they share.
 
     Args:

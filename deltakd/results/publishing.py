@@ -18,7 +18,7 @@ from deltakd.io.errors import ConfigError
 from deltakd.io.files import replacing
 from deltakd.io.run_directory import RunDirectory
 from deltakd.results.listing import read_entry
-from deltakd.tracking.model_card import CONFIG_FILE, model_card
+from deltakd.tracking.model_card import CONFIG_FILE
 from deltakd.tracking.redaction import redacted
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,6 @@ def write_export(run: RunDirectory, output: Path) -> None:
     config = yaml.safe_load(run.config.read_text(encoding="utf-8"))
     with replacing(output, "the export") as partial:
         shutil.copytree(run.student, partial)
-        (partial / "README.md").write_text(model_card(config, run.read_summary()), encoding="utf-8")
         content = _FOR_HYDRA | redacted(config) | {"resume": False}
         text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
         (partial / CONFIG_FILE).write_text(text, encoding="utf-8")
