@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from deltakd.cache import make_cache
 from deltakd.data import Encoded
 from deltakd.evaluation.answer_tokens import Pieces
 from deltakd.evaluation.preservation import FILE
@@ -67,6 +69,46 @@ def test_figures_of_a_run_that_learnt_its_shift(train: Train, world: World) -> N
                 assert len(pairs) == 5
                 assert 0 < sum(probabilities) <= 1
                 assert probabilities == sorted(probabilities, reverse=True)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        (),
+        pytest.param(("reference=cached", "reference.path={tmp}/cache"), marks=pytest.mark.slow),
+        pytest.param(("model/lora=default",), marks=pytest.mark.slow),
+    ],
+    ids=["live", "cached", "lora"],
+)
+def test_the_report_shows_the_numbers_of_the_summary(
+    train: Train, world: World, tmp_path: Path, extra: tuple[str, ...]
+) -> None:
+    """On the same rows by the same arithmetic; only the order in which float64 means are summed up differs."""
+    extra = tuple(override.format(tmp=tmp_path) for override in extra)
+    if "reference=cached" in extra:
+        make_cache(world.overrides(tmp_path / "unused", "delta_kd", *extra))
+    run = train("delta_kd", "evaluation.measures.rows=5", *extra)
+    summary, overall = run.read_summary(), preservation_of(run).overall
+    assert overall is not None
+    counts = summary["meta"]["measured"]["val"]
+    assert (overall.rows, overall.tokens) == (counts["rows"], counts["tokens"])
+    assert overall.undefined == counts["tokens_without_shift"]
+    shown = {name: estimate.mean or 0.0 for name, estimate in overall.measures.items()}
+    in_summary = {
+        "val/perplexity": math.exp(shown["nll"]),
+        "val/kl_teacher": shown["kl_teacher"],
+        "val/top1_agreement": 100 * shown["top1_agreement"],
+        "val/shift_correlation": shown["correlation"],
+    }
+    assert in_summary == pytest.approx({name: summary[name] for name in in_summary}, rel=1e-12)
+    # Asked for another number of rows, it gives that one.
+    assert (preservation_of(run, rows=2).overall or overall).rows == 2
+
+
+def test_a_run_that_measures_nothing_is_measured_where_rows_are_given(train: Train) -> None:
+    run = train("sft", "trainer.max_steps=1")
+    assert "has evaluation.measures.rows=0; --preservation ROWS measures it" in preservation_of(run).missing[0]
+    assert preservation_of(run, rows=1).overall is not None
 
 
 def test_a_student_that_did_not_move_and_what_is_measured_again(
