@@ -9,27 +9,25 @@ import time
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from deltakd.cli import guarded
 from deltakd.config.compose import compose_config
-from deltakd.data import DataConfig, EncodedSet, InstructionData, Row
 from deltakd.distributed.launchers import alone_problems, read_launch
-from deltakd.evaluation.answers import evaluate_sets, shown
-from deltakd.evaluation.measures import Subject, measure
-from deltakd.evaluation.sets import read_checked_sets
-from deltakd.evaluation.settings import make_evaluation, set_problems
-from deltakd.io.errors import ConfigError, guarded
+from deltakd.io.errors import ConfigError
 from deltakd.io.hub import hub_reachable
 from deltakd.io.run_directory import RunDirectory
-from deltakd.models import LanguageModel, ModelSpec, load_config, load_tokenizer
-from deltakd.tracking.environment import count_parameters, environment, model_fingerprint, peak_memory_mib
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from deltakd.data import DataConfig, EncodedSet, Row
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +61,14 @@ def run_evaluation(arguments: Sequence[str]) -> dict[str, Any]:
         ValueError: a model or a file that can't be read.
     """
     cfg, model_path = _configure(arguments)
+    # They import torch and all models, which --help and a mistyped key need not wait for.
+    from deltakd.evaluation.answers import evaluate_sets, shown
+    from deltakd.evaluation.measures import Subject, measure
+    from deltakd.evaluation.sets import read_checked_sets
+    from deltakd.evaluation.settings import make_evaluation, set_problems
+    from deltakd.models import LanguageModel, ModelSpec, load_config, load_tokenizer
+    from deltakd.tracking.environment import count_parameters, environment, model_fingerprint, peak_memory_mib
+
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     config["evaluation"]["sets"] = config["evaluation"]["sets"] or config["data"].get("sets") or {}
     problems = alone_problems(read_launch(os.environ))
@@ -150,6 +156,8 @@ def _validation(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Encoded
 
 def _train_rows(data: DataConfig) -> list[Row] | None:
     """What the run was trained on, as far as it can still be read; None where that is not known."""
+    from deltakd.data import InstructionData
+
     if not isinstance(data, InstructionData) or not data.train:
         return None
     try:
@@ -160,6 +168,9 @@ def _train_rows(data: DataConfig) -> list[Row] | None:
 
 
 def _load(path: str, settings: dict[str, Any]) -> torch.nn.Module:
+    import torch
+    from transformers import AutoModelForCausalLM
+
     try:
         model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
             path,

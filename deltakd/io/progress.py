@@ -6,13 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, Protocol, final
-
-import lightning as L
+from typing import Protocol
 
 from deltakd.io.run_directory import write_text
-from deltakd.training.callbacks.steps import at_step_end
-from deltakd.training.module import DistillationModule
 
 _TOTAL_STEPS = "total_steps"
 
@@ -47,25 +43,6 @@ def shown_on(display: Display) -> Iterator[None]:
 def current_display() -> Display | None:
     """Where to report; None: draw a bar."""
     return _display.get()
-
-
-@final
-class DisplayedTraining(L.Callback):
-    """Reports optimiser steps, with loss and speed, to a display.
-
-    Args:
-        display: where to.
-    """
-
-    def __init__(self, display: Display) -> None:
-        self.display = display
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        """Report at the end of an optimiser step."""
-        if at_step_end(trainer):
-            assert isinstance(pl_module, DistillationModule)
-            note = f"loss {pl_module.step_metrics['train/loss']:.4f}"
-            self.display.progress("training", trainer.global_step, pl_module.total_steps, note)
 
 
 def write_total_steps(run_dir: Path, steps: int) -> None:

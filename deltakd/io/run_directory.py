@@ -11,7 +11,10 @@ import yaml
 
 from deltakd.io.errors import ConfigError
 from deltakd.io.files import replacing
-from deltakd.training.callbacks.checkpoints import LAST, PREVIOUS
+
+#: Names of the two newest checkpoints of a run.
+LAST = "last.ckpt"
+PREVIOUS = "previous.ckpt"
 
 #: Keys that may change between a run and its resumption: they do not change what is trained.
 MAY_DIFFER = (

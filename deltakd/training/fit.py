@@ -23,12 +23,20 @@ from deltakd.distributed.strategies import make_plugins, make_strategy, shards_p
 from deltakd.evaluation import summarise
 from deltakd.evaluation.answers import answer, make_set, pad_id
 from deltakd.evaluation.validation_answers import write_validation_answers
-from deltakd.io.progress import DisplayedTraining, current_display, write_total_steps
+from deltakd.io.progress import current_display, write_total_steps
 from deltakd.io.run_directory import RunDirectory
 from deltakd.models import LanguageModel
 from deltakd.tracking.wandb_run import wandb_of
 from deltakd.training.assembly import Parts
-from deltakd.training.callbacks import Checkpoints, Lifeline, ProgressBar, StopOnSignal, TrainingLog, Validation
+from deltakd.training.callbacks import (
+    Checkpoints,
+    DisplayedTraining,
+    Lifeline,
+    ProgressBar,
+    StopOnSignal,
+    TrainingLog,
+    Validation,
+)
 from deltakd.training.callbacks.checkpoints import read_checkpoint
 from deltakd.training.callbacks.validation import Generate
 from deltakd.training.module import DistillationModule
