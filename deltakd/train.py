@@ -84,8 +84,10 @@ def _train(cfg: DictConfig) -> float | None:
 
 def main() -> None:
     """Check the overrides' keys, then hand over to Hydra."""
-    overrides = get_args_parser().parse_args(sys.argv[1:]).overrides
-    guarded(lambda: check_overrides("train", overrides), "")
+    given = get_args_parser().parse_args(sys.argv[1:])
+    # In place of overrides, completion has words of its own.
+    if not given.shell_completion:
+        guarded(lambda: check_overrides("train", given.overrides), "")
     _train()
 
 
