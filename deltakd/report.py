@@ -8,21 +8,17 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from deltakd.config.build import stored_settings
+from deltakd.cli import guarded
 from deltakd.config.compose import CONF_DIR
-from deltakd.distributed.devices import choose_device
-from deltakd.evaluation.preservation import RecordedRun, measure_preservation
-from deltakd.io.errors import ConfigError, guarded
+from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
-from deltakd.results.formats import markdown
-from deltakd.results.loss_names import read_losses
-from deltakd.results.methods import Method, make_methods
-from deltakd.results.page import make_page, write_report
-from deltakd.results.reading import find_runs
-from deltakd.results.tables import make_comparisons
-from deltakd.results.token_view import Preservation
 from deltakd.tracking.redaction import redacted
+
+if TYPE_CHECKING:
+    from deltakd.results.methods import Method
+    from deltakd.results.token_view import Preservation
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +75,14 @@ def write(arguments: argparse.Namespace, command: str) -> list[Path]:
     Raises:
         ValueError: no run is found, or the baseline is no method.
     """
+    # They import torch, pandas and matplotlib, which --help need not wait for.
+    from deltakd.results.formats import markdown
+    from deltakd.results.loss_names import read_losses
+    from deltakd.results.methods import make_methods
+    from deltakd.results.page import make_page, write_report
+    from deltakd.results.reading import find_runs
+    from deltakd.results.tables import make_comparisons
+
     found = find_runs(arguments.paths)
     notes = list(found.skipped)
     methods = make_methods(found.runs, read_losses(CONF_DIR / "loss"), notes)
@@ -110,6 +114,10 @@ def _preservation(methods: Sequence[Method], rows: int | None) -> Mapping[str, l
 
 def preservation_of(directory: RunDirectory, rows: int | None = None, views: int = 4) -> Preservation:
     """Measure the shift preservation of a finished run, or say what is missing; see ``measure_preservation``."""
+    from deltakd.config.build import stored_settings
+    from deltakd.distributed.devices import choose_device
+    from deltakd.evaluation.preservation import Preservation, RecordedRun, measure_preservation
+
     try:
         settings = stored_settings(directory.config)
     except ConfigError as error:

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from deltakd.io.errors import guarded
+from deltakd.cli import guarded
 from deltakd.io.files import (
     WriteError,
     disk_reason,
