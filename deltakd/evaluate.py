@@ -63,9 +63,9 @@ def run_evaluation(arguments: Sequence[str]) -> dict[str, Any]:
     from deltakd.evaluation.measures import Subject, measure
     from deltakd.evaluation.sets import read_checked_sets
     from deltakd.models import ModelSpec, load_config, load_tokenizer
-    from deltakd.models.identity import model_fingerprint
+    from deltakd.models.identity import count_parameters, model_fingerprint
     from deltakd.models.roles import open_exported, vocabulary_of
-    from deltakd.tracking.environment import count_parameters, environment, peak_memory_mib
+    from deltakd.tracking.environment import environment, peak_memory_mib
     from deltakd.training.settings import RESUME_POLICY
 
     settings = make_evaluation_settings(cfg)

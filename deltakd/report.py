@@ -17,8 +17,8 @@ from deltakd.io.run_directory import RunDirectory
 from deltakd.tracking.redaction import redacted
 
 if TYPE_CHECKING:
+    from deltakd.evaluation.token_groups import Preservation
     from deltakd.results.methods import Method
-    from deltakd.results.token_view import Preservation
 
 log = logging.getLogger(__name__)
 

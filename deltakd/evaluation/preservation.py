@@ -25,16 +25,7 @@ from deltakd.evaluation.answer_tokens import AnswerToken, Pieces
 from deltakd.evaluation.measured_references import WANTED, HeadSource, MeasuredReferences
 from deltakd.evaluation.settings import MeasureSettings
 from deltakd.evaluation.teacher_forced import MeasuredBatch, first_rows, measured_batches
-from deltakd.evaluation.token_measures import top_candidates
-from deltakd.generation.model_step import position_limit
-from deltakd.io.files import write_text
-from deltakd.io.progress import progress_bar
-from deltakd.io.run_directory import RunDirectory
-from deltakd.models import ModelSettings, load_tokenizer
-from deltakd.models.identity import model_fingerprint, model_identity, spec_of
-from deltakd.models.roles import open_exported, vocabulary_of
-from deltakd.references import CacheSettings, LiveSettings
-from deltakd.results.token_view import (
+from deltakd.evaluation.token_groups import (
     CLASSES,
     MEASURES,
     POSITIONS,
@@ -45,6 +36,15 @@ from deltakd.results.token_view import (
     summarise,
     summarise_tokens,
 )
+from deltakd.evaluation.token_measures import top_candidates
+from deltakd.generation.model_step import position_limit
+from deltakd.io.files import write_text
+from deltakd.io.progress import progress_bar
+from deltakd.io.run_directory import RunDirectory
+from deltakd.models import ModelSettings, load_tokenizer
+from deltakd.models.identity import model_fingerprint, model_identity, spec_of
+from deltakd.models.roles import open_exported, vocabulary_of
+from deltakd.references import CacheSettings, LiveSettings
 from deltakd.types import ROLES, STUDENT, Head
 
 __all__ = ["FILE", "Preservation", "RecordedRun", "measure_preservation"]

@@ -19,9 +19,8 @@ from deltakd.evaluation.settings import EvaluationSettings
 from deltakd.io.files import read_json_lines, write_json_lines
 from deltakd.io.progress import progress_bar
 from deltakd.models import LanguageModel, ModelSpec
-from deltakd.models.identity import model_identity
+from deltakd.models.identity import count_parameters, model_identity
 from deltakd.models.tokenizers import pad_id
-from deltakd.tracking.environment import count_parameters
 from deltakd.types import TEACHER
 
 log = logging.getLogger(__name__)

@@ -1,12 +1,16 @@
-"""Which model a role has: its place, the checksum of its files, and its commit on the hub."""
+"""Which model a role has: its place, the checksum of its files, its commit on the hub, and its size."""
 
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import try_to_load_from_cache
+from torch import nn
 
 from deltakd.models.settings import ModelSettings, ModelSpec
 from deltakd.types import STUDENT, STUDENT_RAW
@@ -60,3 +64,16 @@ def hub_snapshot(name: str) -> Path | None:
     except ValueError:
         return None
     return Path(config).parent if isinstance(config, str) else None
+
+
+def count_parameters(models: Mapping[str, nn.Module]) -> dict[str, int]:
+    """Return role -> number of parameters (tied ones once)."""
+    return {role: sum(_count(p) for p in model.parameters()) for role, model in models.items()}
+
+
+def _count(parameter: torch.Tensor) -> int:
+    # Weights of 4 bits are packed by two; what they were is kept beside them.
+    packed = getattr(parameter, "quant_state", None)
+    # ZeRO 3 leaves an empty tensor, and its number of elements beside it.
+    whole = int(getattr(parameter, "ds_numel", parameter.numel()))
+    return math.prod(packed.shape) if packed is not None else whole

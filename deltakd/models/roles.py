@@ -169,4 +169,5 @@ def open_exported(path: str | Path, models: ModelSettings, vocabulary: int, devi
         raise ValueError(f"model={path}: no model can be loaded from there ({first}); give a model directory") from None
     model.to(device)
     LanguageModel(model, vocabulary).check_head()
-    return model
+    # The wrapper was made in training mode, which its check restores.
+    return model.eval()

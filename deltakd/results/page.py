@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from deltakd.evaluation.token_groups import Preservation
 from deltakd.io.files import write_text
 from deltakd.results import figures, sections
 from deltakd.results.beyond import NOTES, beyond_tables
@@ -21,7 +22,6 @@ from deltakd.results.drawing import SERIES, Plate, Style, styles
 from deltakd.results.formats import beyond_markdown, latex, markdown, shown_difference
 from deltakd.results.methods import Method
 from deltakd.results.tables import Comparison, notes_once
-from deltakd.results.token_view import Preservation
 
 _TEMPLATES = Path(__file__).parent / "templates"
 #: Sections of figures alone: id, heading, plate.

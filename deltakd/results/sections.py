@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from deltakd.evaluation import METRIC_TITLES, main_metric
+from deltakd.evaluation.token_groups import Preservation, ViewedRow
 from deltakd.results.beyond import MEASURES
 from deltakd.results.figures import mean_and_error
 from deltakd.results.methods import Method, row_ids
 from deltakd.results.reading import Run
-from deltakd.results.token_view import Preservation, ViewedRow
 
 #: Prompts of each set that are shown with all answers.
 EXAMPLES = 3

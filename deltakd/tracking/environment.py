@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
-import math
 import platform
 import resource
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from deltakd.distributed.devices import choose_device
 
@@ -93,16 +90,3 @@ def peak_memory_mib() -> float:
         return torch.cuda.max_memory_allocated() / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-
-
-def count_parameters(models: Mapping[str, nn.Module]) -> dict[str, int]:
-    """Role -> number of parameters (tied ones once)."""
-    return {role: sum(_count(p) for p in model.parameters()) for role, model in models.items()}
-
-
-def _count(parameter: torch.Tensor) -> int:
-    # Weights of 4 bits are packed by two; what they were is kept beside them.
-    packed = getattr(parameter, "quant_state", None)
-    # ZeRO 3 leaves an empty tensor, and its number of elements beside it.
-    whole = int(getattr(parameter, "ds_numel", parameter.numel()))
-    return math.prod(packed.shape) if packed is not None else whole

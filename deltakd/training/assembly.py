@@ -1,4 +1,4 @@
-"""What a run is made of: tokenizer, data, evaluation sets, models and references, loaded."""
+"""What a run is made of: data, tokenizer, vocabulary, cache, evaluation sets and models, opened in this order."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Parts:
 
 
 def load_parts(settings: RunSettings, directory: RunDirectory) -> Parts:
-    """Make or read the data, then load tokenizer and models.
+    """Make or read the data, then open tokenizer and models.
 
     Raises:
         ValueError: data or models that can't be used, or that don't belong together.
@@ -85,7 +85,7 @@ def load_parts(settings: RunSettings, directory: RunDirectory) -> Parts:
         evaluation = _read_evaluation(settings, tokenizer, vocabulary, sets) if settings.evaluation.generate else None
     # They were needed for that alone.
     sets = sets._replace(train_rows=[])
-    models = make_models(settings, tokenizer, vocabulary, cached)
+    models = open_models(settings, tokenizer, vocabulary, cached)
     return Parts(settings, directory, tokenizer, vocabulary, sets, evaluation, models)
 
 
@@ -103,7 +103,7 @@ def _read_evaluation(
 
 
 def open_cache(settings: RunSettings, tokenizer: PreTrainedTokenizerBase, sets: LoadedSets) -> CacheStore:
-    """The cache of a plan, proved to be of this data; rows may be missing.
+    """Open the cache of a run, and prove that it is of this data; rows may be missing.
 
     Raises:
         ConfigError: every difference by name.
@@ -134,7 +134,7 @@ def open_role(settings: RunSettings, role: str, tokenizer: PreTrainedTokenizerBa
     """Open the model of one role, on the CPU.
 
     Raises:
-        ValueError: it can't be had or does not fit.
+        ValueError: it is not available or does not fit.
     """
     return open_model(
         role,
@@ -147,10 +147,10 @@ def open_role(settings: RunSettings, role: str, tokenizer: PreTrainedTokenizerBa
     )
 
 
-def make_models(
+def open_models(
     settings: RunSettings, tokenizer: PreTrainedTokenizerBase, vocabulary: int, cached: References | None = None
 ) -> Models:
-    """Load every model of the plan, check its head against its own logits, and freeze the references.
+    """Open every model of the run, make the student trainable as asked, and freeze the references.
 
     Args:
         settings: of the run.
@@ -159,28 +159,38 @@ def make_models(
         cached: the references where they were run before.
 
     Raises:
-        ValueError: a model can't be had or does not fit.
+        ValueError: a model is not available or does not fit.
+    """
+    loaded = {role: open_role(settings, role, tokenizer, vocabulary) for role in settings.specs}
+    student = loaded[STUDENT] = _trainable(loaded[STUDENT], settings)
+    references = cached
+    if settings.loss.requires and cached is None:
+        assert isinstance(settings.reference, LiveSettings), "a cache that is to be read was not opened"
+        frozen = {role: model for role, model in loaded.items() if role != STUDENT}
+        has_adapter = settings.model.lora is not None
+        adapted = student if has_adapter and STUDENT_RAW in settings.loss.requires else None
+        references = settings.reference.make(frozen, adapted, settings.strategy)
+    return Models(student, references, loaded)
+
+
+def _trainable(student: LanguageModel, settings: RunSettings) -> LanguageModel:
+    """The student with its adapter, gradient checkpointing and compilation, as far as asked for.
+
+    Raises:
+        ValueError: its weights are quantised, and there is no adapter to train.
     """
     lora = settings.model.lora
-    loaded = {role: open_role(settings, role, tokenizer, vocabulary) for role in settings.specs}
-    student = loaded[STUDENT]
     if student.quantized and lora is None:
         raise ValueError(
             f"model.student.path={settings.specs[STUDENT].path} is a quantised checkpoint, whose weights can't be "
             "trained; add model/lora=default"
         )
     if lora is not None:
-        student = loaded[STUDENT] = LanguageModel(add_lora(student.causal_lm, lora), vocabulary)
+        student = LanguageModel(add_lora(student.causal_lm, lora), student.vocabulary)
     if settings.model.gradient_checkpointing:
         student.causal_lm.gradient_checkpointing_enable()
         # With LoRA nothing before the first adapter needs a gradient, and a checkpointed block would cut the graph.
         student.causal_lm.enable_input_require_grads()
     if settings.trainer.compile:
         student.causal_lm.base_model.compile()
-    references = cached
-    if settings.loss.requires and cached is None:
-        assert isinstance(settings.reference, LiveSettings), "a cache that is to be read was not opened"
-        frozen = {role: model for role, model in loaded.items() if role != STUDENT}
-        adapted = student if lora is not None and STUDENT_RAW in settings.loss.requires else None
-        references = settings.reference.make(frozen, adapted, settings.strategy)
-    return Models(student, references, loaded)
+    return student

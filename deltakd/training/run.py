@@ -18,8 +18,9 @@ from deltakd.evaluation.measures import Measured, Subject, measure
 from deltakd.io.files import write_text
 from deltakd.io.run_directory import RunDirectory
 from deltakd.models import save_student
+from deltakd.models.identity import count_parameters
 from deltakd.models.roles import open_exported
-from deltakd.tracking.environment import count_parameters, environment, peak_memory_mib
+from deltakd.tracking.environment import environment, peak_memory_mib
 from deltakd.tracking.loggers import finish_loggers, make_loggers
 from deltakd.tracking.model_card import CardFacts, model_card
 from deltakd.tracking.wandb_run import origin_of, wandb_of

@@ -18,9 +18,9 @@ from deltakd.cache import make_cache
 from deltakd.data import Encoded
 from deltakd.evaluation.answer_tokens import Pieces
 from deltakd.evaluation.preservation import FILE
+from deltakd.evaluation.token_groups import END, PUNCTUATION, WORD_START
 from deltakd.io.run_directory import RunDirectory
 from deltakd.report import preservation_of
-from deltakd.results.token_view import END, PUNCTUATION, WORD_START
 from deltakd.types import IGNORE_INDEX, ROLES, STUDENT, TEACHER
 from tests.tiny import World, save_model, write_rows
 
