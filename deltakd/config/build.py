@@ -26,6 +26,7 @@ from deltakd.config.compose import CONF_DIR
 from deltakd.config.protocols import deviations, make_evaluation
 from deltakd.config.typed import built, mismatch, typed
 from deltakd.data import InstructionData, TextData
+from deltakd.distributed.devices import training_problems
 from deltakd.distributed.launchers import alone_problems, launch_problems, read_launch
 from deltakd.distributed.settings import StrategySettings
 from deltakd.io.errors import ConfigError
@@ -211,6 +212,8 @@ class _Draft:
 
     def check_devices(self) -> None:
         """The devices that the config names have to be there."""
+        if self.trainer is not None:
+            self.problems += training_problems(self.trainer.accelerator)
         placement = getattr(self.reference, "placement", "auto")
         if placement != "auto":
             self.problems += device_problems("reference.placement", placement)

@@ -39,6 +39,20 @@ def choose_device(
     return torch.device(kind, (named[rank % len(named)] if named else rank) % count)
 
 
+def training_problems(accelerator: str) -> list[str]:
+    """Return why Lightning can't train on ``trainer.accelerator`` here, one sentence each."""
+    if accelerator == "xpu":
+        return [
+            "trainer.accelerator is xpu, but Lightning 2.6 can't train on XPUs; give auto, cpu, gpu, "
+            "cuda or mps (deltakd.evaluate, cache and generate do run on an XPU)"
+        ]
+    try:
+        choose_device(accelerator)
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
 def local_rank(environ: Mapping[str, str] = os.environ) -> int:
     """Return the number of this process on its machine, as Lightning, torchrun or SLURM set it."""
     return int(environ.get("LOCAL_RANK") or environ.get("SLURM_LOCALID") or 0)

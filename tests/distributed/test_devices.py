@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 
-from deltakd.distributed.devices import choose_device
+from deltakd.distributed.devices import choose_device, training_problems
 
 
 @pytest.fixture
@@ -61,6 +61,10 @@ def test_what_is_not_there_is_said(machine: Any) -> None:
     for accelerator in ("gpu", "cuda", "mps", "xpu"):
         with pytest.raises(ValueError, match=rf"accelerator is {accelerator}, but .* it has cpu: give one of these"):
             choose_device(accelerator)
+    assert training_problems("auto") == training_problems("cpu") == []
+    assert "it has cpu: give one of these" in training_problems("mps")[0]
+    machine(xpu=1)
+    assert "Lightning 2.6 can't train on XPUs" in training_problems("xpu")[0]
     with pytest.raises(ValueError, match="is 'tpu'; allowed: auto, cpu, gpu, cuda, mps, xpu"):
         choose_device("tpu")
 
