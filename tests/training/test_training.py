@@ -289,9 +289,15 @@ def test_a_checkpoint_of_another_architecture(train: Train, world: World, tmp_pa
         (["evaluation=default", "evaluation.sets={mine: nowhere.jsonl}"], r"evaluation.sets.mine: no such file"),
         (["evaluation=default", "evaluation.sets={val: x.jsonl}"], r"can't be called val, train or meta"),
         (["evaluation.sets=x.jsonl"], r"evaluation.sets is 'x.jsonl'; give names and files"),
-        (["evaluation.seeds=10"], r"evaluation.seeds is 10; give a list of numbers"),
-        (["trainer.max_steps=abc"], r"trainer.max_steps is 'abc'; it must be a number"),
-        (["trainer.profiler=cprofile"], r"trainer.profiler is 'cprofile'; allowed: null, simple"),
+        (
+            ["evaluation.seeds=10"],
+            r"evaluation.seeds is 10; it must be a list \(each a whole number from 0\) of at least 1",
+        ),
+        (["trainer.max_steps=abc"], r"trainer.max_steps is 'abc'; it must be a whole number from 1 or null"),
+        (
+            ["trainer.profiler=cprofile"],
+            r"trainer.profiler is 'cprofile'; it must be simple, advanced, pytorch or null",
+        ),
         (["model.tokenizer.train_on=a.txt"], r"given for a pretrained student"),
         (["model.teacher.init=random"], r"a reference has to have learnt something"),
         (["evaluation.sets.mine=x"], r"evaluation.sets is empty: give it whole as evaluation.sets=\{...\}"),
