@@ -29,7 +29,7 @@ from deltakd.references import CacheSettings, CacheStore, References, live_probl
 from deltakd.references.content import cache_problems
 from deltakd.references.topk import topk_problems
 from deltakd.training.optim import AdamW
-from deltakd.types import ROLES, STUDENT, STUDENT_RAW, Loss, LossOutput, is_reference_role, schedules_of
+from deltakd.types import ROLES, STUDENT, STUDENT_RAW, Loss, LossOutput, is_reference_role, require_kind
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class Plan:
             return "train/loss"
         if wanted in SCORES and not self.generates_on_validation:
             # The values of a loss that changes with training can't be compared between steps.
-            return "val/ce" if schedules_of(self.loss) else "val/loss"
+            return "val/ce" if self.loss.schedules else "val/loss"
         return f"val/{SCORERS[self.evaluation.scorer].main}" if wanted == DEFAULT_OBJECTIVE else wanted
 
     @property
@@ -115,7 +115,7 @@ def make_plan(
     except OmegaConfBaseException as error:
         raise ConfigError([" ".join(str(error).split())]) from None
     config["evaluation"]["sets"] = config["evaluation"]["sets"] or config["data"].get("sets") or {}
-    loss = _build(config["loss"], "loss", problems)
+    loss = _build_loss(config["loss"], problems)
     optim = _build(config["optim"], "optim", problems)
     data = _build(config["data"], "data", problems)
     references = _build(config["reference"], "reference", problems)
@@ -181,6 +181,19 @@ def _build(node: Any, name: str, problems: list[str]) -> Any:
         where = f"{name}.{node_key[1]}" if node_key else name
         problems.append(f"{where}: {' '.join(str(cause).split())}")
         return None
+
+
+def _build_loss(node: Any, problems: list[str]) -> Any:
+    """Instantiate the loss; None, and a problem, if it is no ``Loss``."""
+    loss = _build(node, "loss", problems)
+    if loss is None:
+        return None
+    try:
+        require_kind(loss, Loss, "loss")
+    except ValueError as error:
+        problems.append(str(error))
+        return None
+    return loss
 
 
 def _specs(
@@ -311,7 +324,7 @@ def _try_loss(loss: Loss | None, problems: list[str]) -> list[str]:
 
 
 def _objective_problems(objective: str, loss: Loss | None, parts: list[str]) -> list[str]:
-    moving = [] if loss is None else sorted(schedules_of(loss))
+    moving = [] if loss is None else sorted(loss.schedules)
     if moving and objective.startswith("val/") and objective not in (*SCORES, "val/ce"):
         return [
             f"objective is {objective}, but {', '.join(moving)} changes with training, so its values can't be compared "

@@ -23,7 +23,7 @@ from deltakd.estimates.sizes import Skeleton
 from deltakd.models import add_lora, load_skeleton, load_tokenizer
 from deltakd.models.loading import DTYPES
 from deltakd.references import CacheStore
-from deltakd.types import STUDENT, STUDENT_RAW, LinearForwardKL, Loss
+from deltakd.types import STUDENT, STUDENT_RAW, Loss
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ def make_setting(
     **others: Any,
 ) -> Setting:
     """What the costs of a step depend on, from the groups of a config; ``others`` are further fields of it."""
-    fused = isinstance(getattr(loss, "linear_forward_kl", None), LinearForwardKL)
+    fused = loss.fused_form is not None
     return Setting(
         student,
         references,

@@ -21,7 +21,7 @@ from deltakd.references import CacheStore, LiveReferences
 from deltakd.references.cached import DTYPES
 from deltakd.references.content import model_entry, model_identity
 from deltakd.references.store import SUPPORT
-from deltakd.references.topk import CANDIDATES, make_buckets, sample_errors, temperature_of
+from deltakd.references.topk import CANDIDATES, make_buckets, sample_errors
 from deltakd.training.assembly import make_model
 from deltakd.types import STUDENT, Batch, Head
 
@@ -79,7 +79,7 @@ def begin_store(caching: Caching, given: Mapping[str, Any]) -> CacheStore:
         "models": {role: _model_content(caching, role, head) for role, head in heads.items()},
         "vocabulary": caching.vocabulary,
         "k": k,
-        "temperature": temperature_of(plan.loss) if is_topk else None,
+        "temperature": plan.loss.temperature if is_topk else None,
         **given,
     }
     tensors = token_tensors(heads, example.labels_N, content)
