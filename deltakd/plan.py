@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from rich.console import Console
 
-from deltakd.config.check import make_plan
+from deltakd.config.build import make_settings
 from deltakd.config.compose import compose_config
 from deltakd.estimates.clusters import PAPER, default_ways, make_cases, read_architecture, read_ways
 from deltakd.estimates.memory import planned_setting
@@ -59,10 +59,10 @@ def plan(given: argparse.Namespace, console: Console) -> None:
     rates = Rates(given.tflops, given.interconnect, given.steps, given.tokens)
     if not sizes:
         # Asked in a job of another size it is no run of that job.
-        checked = make_plan(compose_config("train", [*given.overrides, "trainer.dry_run=true"]))
-        if rates.steps is None and rates.tokens is None and checked.config["trainer"]["max_steps"]:
-            rates = Rates(rates.tflops, rates.interconnect, int(checked.config["trainer"]["max_steps"]))
-        show_setting(str(checked.config["name"]), planned_setting(checked), rates, console)
+        checked = make_settings(compose_config("train", [*given.overrides, "trainer.dry_run=true"]))
+        if rates.steps is None and rates.tokens is None and checked.trainer.max_steps:
+            rates = Rates(rates.tflops, rates.interconnect, int(checked.trainer.max_steps))
+        show_setting(checked.name, planned_setting(checked), rates, console)
         return
     students, teacher, gpus = PAPER if given.paper else ((given.student,), given.teacher, given.gpus)
     ways = read_ways(given.strategies) if given.strategies else default_ways()

@@ -19,13 +19,15 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
+from deltakd.cache import run_caching
+from deltakd.config.build import make_answering_settings, make_settings
 from deltakd.config.compose import compose_config
 from deltakd.distributed.ranks import is_main_process
 from deltakd.evaluation import METRIC_TITLES
-from deltakd.evaluation.teacher_answers import run_answers
+from deltakd.generate import run_answers
 from deltakd.io.errors import ConfigError, guarded
 from deltakd.io.run_directory import RunDirectory
-from deltakd.references.build import in_units, run_caching
+from deltakd.references.build import in_units
 from deltakd.results.beyond import MEASURES
 from deltakd.results.reading import job_label
 from deltakd.studies.display import Stages, stages_on
@@ -214,12 +216,12 @@ def _stages_read(job: Job, cfg: DictConfig, study: str) -> set[str]:
 
 
 def _train(cfg: DictConfig, directory: RunDirectory) -> str:
-    value = run_training(cfg, directory.path)
+    value = run_training(make_settings(cfg), directory.path)
     return f"{directory.read_summary()['meta']['objective']} = {value:.4g}"
 
 
 def _generate(cfg: DictConfig, directory: RunDirectory) -> str:
-    summary = run_answers(cfg, directory.path)
+    summary = run_answers(make_answering_settings(cfg), directory.path)
     return f"{summary['answered']} of {summary['prompts']} prompts answered"
 
 

@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from deltakd.config.check import make_plan
+from deltakd.config.build import make_settings
 from deltakd.config.compose import CONF_DIR, check_overrides
 from deltakd.distributed.ranks import agreed, external_launch, is_main_process, launch_id
 from deltakd.estimates.memory import show_memory
@@ -60,7 +60,7 @@ def _run_dir(cfg: DictConfig) -> Path:
 def _train(cfg: DictConfig) -> float | None:
     if cfg.trainer.dry_run:
         if is_main_process():
-            guarded(lambda: show_memory(make_plan(cfg)), "")
+            guarded(lambda: show_memory(make_settings(cfg)), "")
         return None
     run_dir = _run_dir(cfg)
     os.environ[RUN_DIR_VARIABLE] = str(run_dir)
@@ -69,11 +69,12 @@ def _train(cfg: DictConfig) -> float | None:
         root = Path(cfg.run_dir or job.sweep.dir)
         how_to_resume = f"the same command with resume=true run_dir={root}"
         value = run_job(
-            Job(job.job.num, root, job.overrides.task, run_dir), lambda: run_training(cfg, run_dir, how_to_resume)
+            Job(job.job.num, root, job.overrides.task, run_dir),
+            lambda: run_training(make_settings(cfg), run_dir, how_to_resume),
         )
     else:
         how_to_resume = f"the same command with resume=true run_dir={run_dir}"
-        value = guarded(lambda: run_training(cfg, run_dir, how_to_resume), how_to_resume)
+        value = guarded(lambda: run_training(make_settings(cfg), run_dir, how_to_resume), how_to_resume)
     if is_main_process() and RunDirectory(run_dir).finished:
         objective = RunDirectory(run_dir).read_summary()["meta"]["objective"]
         print(f"{objective} = {value:.6g}  ({run_dir})")

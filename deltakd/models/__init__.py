@@ -2,13 +2,15 @@
 
 from deltakd.models.export import save_student
 from deltakd.models.language_model import LanguageModel, transformer_blocks
-from deltakd.models.loading import ModelSpec, load_config, load_model, load_skeleton
+from deltakd.models.loading import load_config, load_model, load_skeleton, spec_problems
 from deltakd.models.lora import LoraSpec, add_lora
+from deltakd.models.settings import ModelSettings, ModelSpec
 from deltakd.models.tokenizers import common_vocabulary, load_tokenizer, train_tokenizer
 
 __all__ = [
     "LanguageModel",
     "LoraSpec",
+    "ModelSettings",
     "ModelSpec",
     "add_lora",
     "common_vocabulary",
@@ -17,6 +19,7 @@ __all__ = [
     "load_skeleton",
     "load_tokenizer",
     "save_student",
+    "spec_problems",
     "train_tokenizer",
     "transformer_blocks",
 ]
