@@ -8,26 +8,24 @@ import time
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from deltakd.config.build import make_evaluation_settings
+from deltakd.cli import guarded
 from deltakd.config.compose import compose_config
-from deltakd.data import DataConfig, EncodedSet, InstructionData, Row
-from deltakd.evaluation.answers import evaluate_sets, shown
-from deltakd.evaluation.measures import Subject, measure
-from deltakd.evaluation.sets import read_checked_sets
-from deltakd.io.errors import ConfigError, guarded
+from deltakd.io.errors import ConfigError
 from deltakd.io.hub import hub_reachable
 from deltakd.io.run_directory import RunDirectory
-from deltakd.models import LanguageModel, ModelSettings, ModelSpec, load_config, load_tokenizer
-from deltakd.tracking.environment import count_parameters, environment, model_fingerprint, peak_memory_mib
-from deltakd.training.settings import RESUME_POLICY
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from deltakd.data import DataConfig, EncodedSet, Row
+    from deltakd.models import ModelSettings
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +59,15 @@ def run_evaluation(arguments: Sequence[str]) -> dict[str, Any]:
         ValueError: a model or a file that can't be read.
     """
     cfg, model_path = _configure(arguments)
+    # These import torch and all models, which --help and a mistyped key need not wait for.
+    from deltakd.config.build import make_evaluation_settings
+    from deltakd.evaluation.answers import evaluate_sets, shown
+    from deltakd.evaluation.measures import Subject, measure
+    from deltakd.evaluation.sets import read_checked_sets
+    from deltakd.models import LanguageModel, ModelSpec, load_config, load_tokenizer
+    from deltakd.tracking.environment import count_parameters, environment, model_fingerprint, peak_memory_mib
+    from deltakd.training.settings import RESUME_POLICY
+
     settings = make_evaluation_settings(cfg)
     evaluation, data, trust = settings.evaluation, settings.data, settings.model.trust_remote_code
     started = time.perf_counter()
@@ -138,6 +145,8 @@ def _validation(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Encoded
 
 def _train_rows(data: DataConfig) -> list[Row] | None:
     """What the run was trained on, as far as it can still be read; None where that is not known."""
+    from deltakd.data import InstructionData
+
     if not isinstance(data, InstructionData) or not data.train:
         return None
     try:
@@ -148,6 +157,9 @@ def _train_rows(data: DataConfig) -> list[Row] | None:
 
 
 def _load(path: str, settings: ModelSettings) -> torch.nn.Module:
+    import torch
+    from transformers import AutoModelForCausalLM
+
     try:
         model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
             path,

@@ -1,9 +1,9 @@
 """Language models as (body, head), their loading, their tokenizers, adapters and export."""
 
-from deltakd.models.export import save_student
 from deltakd.models.language_model import LanguageModel, transformer_blocks
 from deltakd.models.loading import load_config, load_model, load_skeleton, spec_problems
 from deltakd.models.lora import LoraSpec, add_lora
+from deltakd.models.saving import save_student
 from deltakd.models.settings import ModelSettings, ModelSpec
 from deltakd.models.tokenizers import common_vocabulary, load_tokenizer, train_tokenizer
 

@@ -21,7 +21,8 @@ from rich.console import Console
 
 from deltakd.config.build import make_settings
 from deltakd.config.compose import compose_config
-from deltakd.io.errors import ConfigError
+from deltakd.io.errors import ConfigError, NonFiniteLossError
+from deltakd.studies.outcome_plots import write_plot
 from deltakd.studies.outcomes import (
     ENDED_EARLY,
     FAILED,
@@ -31,12 +32,10 @@ from deltakd.studies.outcomes import (
     find_best,
     in_short,
     incomparable,
-    write_plot,
     write_table,
 )
 from deltakd.studies.pruning import reporting_to
 from deltakd.studies.sweep_files import Choices, Parameter, Scalar, Sweep, merge_overrides, override
-from deltakd.training.module import NonFiniteLossError
 from deltakd.training.run import run_training
 from deltakd.training.settings import RESUME_POLICY
 

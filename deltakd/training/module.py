@@ -16,15 +16,12 @@ from torch.distributed.fsdp import fully_shard
 from deltakd.distributed.sharding import Shell, gathered, gradient_norm, is_sharded, whole_parameters
 from deltakd.distributed.strategies import loss_factor, optimizer_class
 from deltakd.distributed.zero import ZeroStrategy
+from deltakd.io.errors import NonFiniteLossError
 from deltakd.kernels import MEMORY_BUDGET, Buckets, chunked_loss
 from deltakd.models import LanguageModel, transformer_blocks
 from deltakd.references import References
 from deltakd.training.optim import AdamW
 from deltakd.types import STUDENT, Batch, Head, Loss, Progress
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite; the weights are still those of the step before."""
 
 
 @dataclass

@@ -26,7 +26,8 @@ from deltakd.distributed.launchers import Launch, alone_problems, launch_problem
 from deltakd.distributed.ranks import agreed, main_process_first
 from deltakd.distributed.strategies import cluster_plugin
 from deltakd.io.errors import ConfigError
-from deltakd.training.callbacks.checkpoints import LAST, read_checkpoint
+from deltakd.io.run_directory import LAST
+from deltakd.training.callbacks.checkpoints import read_checkpoint
 from tests.distributed import slurm_stand_ins
 from tests.distributed.processes import free_port
 from tests.tiny import World, save_model

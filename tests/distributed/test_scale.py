@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from deltakd.config.build import make_settings
 from deltakd.config.compose import compose_config
 from deltakd.distributed.zero import prepare_deepspeed
-from deltakd.training.callbacks.checkpoints import LAST, read_checkpoint
+from deltakd.io.run_directory import LAST
+from deltakd.training.callbacks.checkpoints import read_checkpoint
 from deltakd.training.run import run_training
 from tests.distributed.processes import on_ranks
 from tests.tiny import World, save_model

@@ -28,7 +28,8 @@ from deltakd.io.run_directory import RunDirectory
 from deltakd.models import train_tokenizer
 from deltakd.references import StoreError, build
 from deltakd.references.store import CacheStore
-from deltakd.study import read_study, run_study
+from deltakd.studies.stages import run_study
+from deltakd.studies.study_file import read_study
 from deltakd.training.run import run_training
 from tests.tiny import World, make_rows, save_model, write_rows
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from deltakd.config.build import make_settings
 from deltakd.config.compose import compose_config
+from deltakd.io.errors import Stopped
 from deltakd.io.run_directory import RunDirectory
-from deltakd.training.callbacks import Stopped
 from deltakd.training.callbacks.checkpoints import read_checkpoint
 from deltakd.training.module import DistillationModule
 from deltakd.training.run import run_training

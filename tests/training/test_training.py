@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltakd.config.build import make_settings
 from deltakd.config.compose import compose_config
-from deltakd.io.errors import ConfigError
+from deltakd.io.errors import ConfigError, NonFiniteLossError
 from deltakd.io.json_lines import read_generations
 from deltakd.io.run_directory import RunDirectory
-from deltakd.training.module import DistillationModule, NonFiniteLossError
+from deltakd.training.module import DistillationModule
 from deltakd.training.run import run_training
 from deltakd.types import Batch
 from tests.tiny import World, make_rows, make_tokenizer, save_model, write_rows
