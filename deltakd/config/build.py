@@ -23,6 +23,7 @@ from deltakd.config.check import (
     try_loss,
 )
 from deltakd.config.compose import CONF_DIR
+from deltakd.config.loss_names import loss_name, read_losses
 from deltakd.config.protocols import deviations, make_evaluation
 from deltakd.config.typed import built, mismatch, typed
 from deltakd.data import InstructionData, TextData
@@ -34,7 +35,6 @@ from deltakd.models.settings import TokenizerSettings
 from deltakd.references import CacheSettings
 from deltakd.references.content import cache_problems
 from deltakd.references.settings import device_problems
-from deltakd.results.loss_names import loss_name, read_losses
 from deltakd.training.optim import AdamW
 from deltakd.training.settings import KernelSettings, RunSettings, StepSettings, TrainerSettings
 from deltakd.types import TEACHER, Loss, require_kind

@@ -22,11 +22,11 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from deltakd.config.compose import CONF_DIR
+from deltakd.config.loss_names import KnownLosses, delta_weight_keys, flat, loss_name, read_losses
 from deltakd.evaluation import MAIN_METRICS, METRICS
 from deltakd.io.errors import ConfigError
 from deltakd.io.progress import read_total_steps
 from deltakd.io.run_directory import RunDirectory
-from deltakd.results.loss_names import KnownLosses, delta_weight_keys, flat, loss_name, read_losses
 
 FINISHED = "finished"
 #: Where programs keep their own files; no run lies below a run.

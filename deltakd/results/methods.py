@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deltakd.results.loss_names import KnownLosses, delta_weight_keys, flat, loss_name
+from deltakd.config.loss_names import KnownLosses, delta_weight_keys, flat, loss_name
 from deltakd.results.reading import Run, job_label
 
 #: Keys that do not change what is trained, or that are compared elsewhere (the evaluation, by its answers).

@@ -15,10 +15,10 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils._validators import validate_repo_id
 
+from deltakd.config.loss_names import KnownLosses
 from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
 from deltakd.results.listing import read_entry
-from deltakd.results.loss_names import KnownLosses
 from deltakd.tracking.model_card import CONFIG_FILE
 from deltakd.tracking.redaction import redacted
 

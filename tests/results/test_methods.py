@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from deltakd.config.compose import CONF_DIR, compose_config
-from deltakd.results.loss_names import delta_weight_keys, flat, loss_name, read_losses
+from deltakd.config.loss_names import delta_weight_keys, flat, loss_name, read_losses
 from deltakd.results.methods import Method, make_methods
 from deltakd.results.reading import find_runs
 from tests.losses.by_name import NAMES
