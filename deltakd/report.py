@@ -78,8 +78,8 @@ def write(arguments: argparse.Namespace, command: str) -> list[Path]:
         ValueError: no run is found, or the baseline is no method.
     """
     # They import torch, pandas and matplotlib, which --help need not wait for.
+    from deltakd.config.loss_names import read_losses
     from deltakd.results.formats import markdown
-    from deltakd.results.loss_names import read_losses
     from deltakd.results.methods import make_methods
     from deltakd.results.page import make_page, write_report
     from deltakd.results.reading import find_runs

@@ -26,6 +26,7 @@ from deltakd.config.check import (
 )
 from deltakd.config.compose import CONF_DIR
 from deltakd.config.instantiate import built
+from deltakd.config.loss_names import loss_name, read_losses
 from deltakd.config.protocols import deviations, make_evaluation
 from deltakd.data import InstructionData, TextData
 from deltakd.distributed.launchers import alone_problems, launch_problems, read_launch
@@ -37,10 +38,9 @@ from deltakd.models.settings import TokenizerSettings
 from deltakd.references import CacheSettings
 from deltakd.references.content import cache_problems
 from deltakd.references.settings import device_problems
-from deltakd.results.loss_names import loss_name, read_losses
 from deltakd.training.optim import AdamW
 from deltakd.training.settings import KernelSettings, RunSettings, StepSettings, TrainerSettings
-from deltakd.types import TEACHER
+from deltakd.types import TEACHER, Loss, require_kind
 
 #: Keys of ``model`` that are no role.
 _NO_ROLES = ("tokenizer", "lora", "attn_implementation", "gradient_checkpointing", "trust_remote_code")
@@ -181,6 +181,17 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
     return config
 
 
+def _built_loss(node: Any, problems: list[str]) -> Any:
+    loss = built(node, "loss", problems)
+    try:
+        if loss is not None:
+            require_kind(loss, Loss, "loss")
+    except ValueError as error:
+        problems.append(str(error))
+        return None
+    return loss
+
+
 class _Draft:
     """Settings in the making: each group built if it can be, and the problems so far."""
 
@@ -189,7 +200,7 @@ class _Draft:
         self.problems: list[str] = []
         for key, hint in _OWN_KEYS.items():
             self.problems += mismatch(hint, config[key], key)
-        self.loss: Any = built(config["loss"], "loss", self.problems)
+        self.loss: Any = _built_loss(config["loss"], self.problems)
         self.optim: Any = built(config["optim"], "optim", self.problems)
         self.data: Any = built(config["data"], "data", self.problems)
         self.reference: Any = built(config["reference"], "reference", self.problems)

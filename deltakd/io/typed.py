@@ -155,6 +155,8 @@ def _shown(value: Any) -> str:
 
 
 def _remedy(hint: Any, value: Any, key: str) -> str:
+    if inspect.isabstract(hint):  # a plug-in, and a config group of its own
+        return f"; choose one with {key.replace('.', '/')}=NAME"
     words = _words(hint)
     if isinstance(value, int | float) and not isinstance(value, bool) and "text" in words:
         return f"""; to give these digits as text: "{key}='{value}'\""""

@@ -15,6 +15,7 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils._validators import validate_repo_id
 
+from deltakd.config.loss_names import KnownLosses
 from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
 from deltakd.results.listing import read_entry
@@ -48,7 +49,7 @@ def export_problems(run: RunDirectory, output: Path | None, repository: str | No
 def _run_problems(run: RunDirectory) -> list[str]:
     if not run.config.is_file():
         return [f"run={run.path} is no run directory (it has no config.yaml); `python -m deltakd.runs` lists them"]
-    entry = read_entry(run.path, {})
+    entry = read_entry(run.path, KnownLosses())
     if entry.corrupt:
         return [f"run={run.path} can't be exported: {entry.corrupt}"]
     if "evaluated_model" in entry.config or "answering_teacher" in entry.config:

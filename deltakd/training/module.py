@@ -21,7 +21,7 @@ from deltakd.kernels import MEMORY_BUDGET, Buckets, chunked_loss
 from deltakd.models import LanguageModel, transformer_blocks
 from deltakd.references import References
 from deltakd.training.optim import AdamW
-from deltakd.types import STUDENT, Batch, Head, Loss, Progress, schedules_of
+from deltakd.types import STUDENT, Batch, Head, Loss, Progress
 
 
 @dataclass
@@ -182,7 +182,7 @@ class DistillationModule(L.LightningModule):
         }
         # Here and not after the optimiser's step: checkpoints are written there, and must hold the moved schedules.
         progress = Progress(self.global_step + 1, self.total_steps)
-        for name, schedule in schedules_of(self.loss).items():
+        for name, schedule in self.loss.schedules.items():
             self.step_metrics[f"train/{name}"] = schedule.value
             schedule.on_step(progress, self.step_metrics["train/loss"])
 
@@ -221,12 +221,12 @@ class DistillationModule(L.LightningModule):
         """Keep the last step's metrics (its loss is the result of a run without validation data) and the schedules."""
         checkpoint["state_dict"] = self._kept(checkpoint["state_dict"])
         checkpoint["step_metrics"] = self.step_metrics
-        checkpoint["schedules"] = {name: s.state_dict() for name, s in schedules_of(self.loss).items()}
+        checkpoint["schedules"] = {name: s.state_dict() for name, s in self.loss.schedules.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take them back."""
         self.step_metrics = checkpoint["step_metrics"]
-        for name, schedule in schedules_of(self.loss).items():
+        for name, schedule in self.loss.schedules.items():
             schedule.load_state_dict(checkpoint["schedules"][name])
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
