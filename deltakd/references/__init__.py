@@ -3,11 +3,9 @@
 from deltakd.references.base import References
 from deltakd.references.cached import CachedReferences, CacheSettings
 from deltakd.references.live import LiveReferences, live_problems
-from deltakd.references.sharded import PERSISTENCE_THRESHOLD
 from deltakd.references.store import CacheStore, StoreError
 
 __all__ = [
-    "PERSISTENCE_THRESHOLD",
     "CacheSettings",
     "CacheStore",
     "CachedReferences",
