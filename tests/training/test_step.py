@@ -123,4 +123,5 @@ def test_any_trainer_of_lightning_trains_the_module(tmp_path: Path) -> None:
         optimizer.step()
     assert module.step_metrics["train/loss"] == pytest.approx(loss.item(), rel=1e-5)
     for ours, theirs in zip(student.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+        # Four steps move a weight by 0.04; the keys' biases, whose gradient is zero but for rounding, by 1e-5.
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=5e-5)
