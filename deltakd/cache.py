@@ -7,9 +7,8 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from deltakd.cli import guarded
 from deltakd.config.compose import compose_config
-from deltakd.io.errors import guarded
-from deltakd.references.build import in_units, run_caching
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +42,10 @@ def make_cache(overrides: Sequence[str]) -> dict[str, Any]:
     """
     given = any(override.startswith("reference=") for override in overrides)
     cfg = compose_config("train", overrides if given else ["reference=cached", *overrides])
+    # It imports torch and all models, which --help and a mistyped key need not wait for.
+    from deltakd.references.build import in_units
+    from deltakd.studies.stages import run_caching
+
     summary = run_caching(cfg)
     log.info(
         "%s: %d rows, %d tokens, %s (%d bytes per token). A training reads it with reference=cached reference.path=%s.",

@@ -8,9 +8,9 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from deltakd.io.errors import ConfigError, guarded
+from deltakd.cli import guarded
+from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
-from deltakd.results.publishing import run_export
 
 USAGE = """Write a finished run's student to a directory, or upload it, with a model card that says how it was made.
 
@@ -38,6 +38,9 @@ def export(arguments: Sequence[str]) -> None:
     given, problems = _read(arguments)
     if problems:
         raise ConfigError(problems)
+    # It imports the hub's client and torch, which --help and a mistyped key need not wait for.
+    from deltakd.results.publishing import run_export
+
     output = Path(given["output"]) if "output" in given else None
     private = given.get("private", "false").lower() == "true"
     run_export(RunDirectory(Path(given["run"])), output, given.get("push_to_hub"), private)

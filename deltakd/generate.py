@@ -10,9 +10,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from deltakd.cli import guarded
 from deltakd.config.compose import compose_config
-from deltakd.evaluation.teacher_answers import TRAIN_FILE, VAL_FILE, run_answers
-from deltakd.io.errors import guarded
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +59,12 @@ def run_generation(overrides: Sequence[str]) -> dict[str, Any]:
         overrides: Hydra overrides, ``run_dir`` among them.
     """
     cfg = compose_config("train", overrides)
+    # It imports torch and all models, which --help and a mistyped key need not wait for.
+    from deltakd.config.build import make_answering_settings
+    from deltakd.training.answering import run_answers
+
     run_dir = Path(str(cfg.run_dir))
-    summary = run_answers(cfg, run_dir)
+    summary = run_answers(make_answering_settings(cfg), run_dir)
     log.info("Next, SFT on the answers: %s", shlex.join(next_command(overrides, run_dir, bool(summary["held_out"]))))
     return summary
 
@@ -74,6 +77,8 @@ def next_command(overrides: Sequence[str], run_dir: Path, held_out: bool) -> lis
         run_dir: where the answers are.
         held_out: whether there is a ``val.jsonl``.
     """
+    from deltakd.evaluation.teacher_answers import TRAIN_FILE, VAL_FILE
+
     # What was chosen from the data is chosen: nothing is to be excluded or picked by line number a second time.
     sft = {"loss": "sft", "data.train": run_dir / TRAIN_FILE, "data.train_subset": "null", "data.exclude": "[]"}
     if held_out:

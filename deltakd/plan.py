@@ -9,12 +9,9 @@ from collections.abc import Callable, Sequence
 
 from rich.console import Console
 
-from deltakd.config.check import make_plan
+from deltakd.cli import guarded
 from deltakd.config.compose import compose_config
-from deltakd.estimates.clusters import PAPER, default_ways, make_cases, read_architecture, read_ways
-from deltakd.estimates.memory import planned_setting
-from deltakd.estimates.plan_tables import Rates, show_cases, show_setting
-from deltakd.io.errors import ConfigError, guarded
+from deltakd.io.errors import ConfigError
 
 USAGE = """Estimate memory, floating-point operations and bytes moved in an optimiser step, without any weights.
 
@@ -56,13 +53,20 @@ def plan(given: argparse.Namespace, console: Console) -> None:
     """
     sizes = given.paper or given.student or given.teacher
     _check(given, bool(sizes))
+    # A dry run: asked in a job of another size it is no run of that job.
+    cfg = None if sizes else compose_config("train", [*given.overrides, "trainer.dry_run=true"])
+    # They import torch and all models, which --help and a mistyped key need not wait for.
+    from deltakd.config.build import make_settings
+    from deltakd.estimates.clusters import PAPER, default_ways, make_cases, read_architecture, read_ways
+    from deltakd.estimates.memory import planned_setting
+    from deltakd.estimates.plan_tables import Rates, show_cases, show_setting
+
     rates = Rates(given.tflops, given.interconnect, given.steps, given.tokens)
-    if not sizes:
-        # Asked in a job of another size it is no run of that job.
-        checked = make_plan(compose_config("train", [*given.overrides, "trainer.dry_run=true"]))
-        if rates.steps is None and rates.tokens is None and checked.config["trainer"]["max_steps"]:
-            rates = Rates(rates.tflops, rates.interconnect, int(checked.config["trainer"]["max_steps"]))
-        show_setting(str(checked.config["name"]), planned_setting(checked), rates, console)
+    if cfg is not None:
+        settings = make_settings(cfg)
+        if rates.steps is None and rates.tokens is None and settings.trainer.max_steps:
+            rates = Rates(rates.tflops, rates.interconnect, settings.trainer.max_steps)
+        show_setting(settings.name, planned_setting(settings), rates, console)
         return
     students, teacher, gpus = PAPER if given.paper else ((given.student,), given.teacher, given.gpus)
     ways = read_ways(given.strategies) if given.strategies else default_ways()

@@ -8,19 +8,16 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from deltakd.cli import guarded
 from deltakd.config.compose import CONF_DIR
-from deltakd.evaluation.preservation import measure_preservation
-from deltakd.io.errors import guarded
 from deltakd.io.run_directory import RunDirectory
-from deltakd.results.formats import markdown
-from deltakd.results.loss_names import read_losses
-from deltakd.results.methods import Method, make_methods
-from deltakd.results.page import make_page, write_report
-from deltakd.results.reading import find_runs
-from deltakd.results.tables import make_comparisons
-from deltakd.results.token_view import Preservation
 from deltakd.tracking.redaction import redacted
+
+if TYPE_CHECKING:
+    from deltakd.results.methods import Method
+    from deltakd.results.token_view import Preservation
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +77,14 @@ def write(arguments: argparse.Namespace, command: str) -> list[Path]:
     Raises:
         ValueError: no run is found, or the baseline is no method.
     """
+    # They import torch, pandas and matplotlib, which --help need not wait for.
+    from deltakd.results.formats import markdown
+    from deltakd.results.loss_names import read_losses
+    from deltakd.results.methods import make_methods
+    from deltakd.results.page import make_page, write_report
+    from deltakd.results.reading import find_runs
+    from deltakd.results.tables import make_comparisons
+
     found = find_runs(arguments.paths)
     notes = list(found.skipped)
     methods = make_methods(found.runs, read_losses(CONF_DIR / "loss"), notes)
@@ -101,6 +106,8 @@ def write(arguments: argparse.Namespace, command: str) -> list[Path]:
 
 def _preservation(methods: Sequence[Method], rows: int) -> Mapping[str, list[Preservation]]:
     """Of every trained method; models that others learnt from are left out."""
+    from deltakd.evaluation.preservation import measure_preservation
+
     chosen = [method for method in methods if not method.role]
     return {
         method.label: measured

@@ -10,17 +10,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from deltakd.io.errors import ConfigError, guarded
-from deltakd.results.listing import (
-    best_of,
-    default_columns,
-    differences,
-    find_entries,
-    make_table,
-    ordered,
-    select,
-    unknown_keys,
-)
+from deltakd.cli import guarded
+from deltakd.io.errors import ConfigError
 
 USAGE = """List run directories with their state, settings and scores.
 
@@ -63,6 +54,17 @@ def show_runs(options: argparse.Namespace) -> None:
     Raises:
         ConfigError: unknown folders, keys or conditions.
     """
+    # It imports torch, which --help need not wait for.
+    from deltakd.results.listing import (
+        best_of,
+        default_columns,
+        find_entries,
+        make_table,
+        ordered,
+        select,
+        unknown_keys,
+    )
+
     found = find_entries(options.folders)
     if not found:
         raise ConfigError([f"no run directory (one with a config.yaml) under {', '.join(map(str, options.folders))}"])
@@ -98,6 +100,8 @@ def show_differences(a: Path, b: Path) -> None:
     Raises:
         ConfigError: what can't be read.
     """
+    from deltakd.results.listing import differences
+
     for key, *values in differences(a, b):
         print(f"{key}: {' -> '.join(json.dumps(value, ensure_ascii=False, default=str) for value in values)}")
 

@@ -11,9 +11,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from deltakd.io.errors import guarded
+from deltakd.cli import guarded
 from deltakd.studies.sweep_files import Sweep, read_sweep
-from deltakd.studies.trials import Search, run_search
 
 USAGE = """Run a sweep file on this machine, one trial after the other, chosen by Optuna.
 
@@ -40,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if given.check:
         print(describe(sweep))
         return
+    # It imports Optuna, Lightning and all models, which --help and --check need not wait for.
+    from deltakd.studies.trials import Search, run_search
+
     search = Search(sweep, given.storage or Path("outputs/search") / given.file.stem / "study.db", given.trials)
     words = shlex.join(sys.argv[1:] if argv is None else argv)
     console = Console()

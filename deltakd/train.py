@@ -13,14 +13,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from deltakd.config.check import make_plan
+from deltakd.cli import guarded
 from deltakd.config.compose import CONF_DIR, check_overrides
 from deltakd.distributed.ranks import agreed, external_launch, is_main_process, launch_id
-from deltakd.estimates.memory import show_memory
-from deltakd.io.errors import guarded
 from deltakd.io.run_directory import RunDirectory
 from deltakd.studies.multirun import Job, run_job
-from deltakd.training.run import run_training
 
 #: Tells the other ranks' processes where the run goes.
 RUN_DIR_VARIABLE = "DELTAKD_RUN_DIR"
@@ -58,22 +55,28 @@ def _run_dir(cfg: DictConfig) -> Path:
 
 @hydra.main(str(CONF_DIR), "train", version_base="1.3")
 def _train(cfg: DictConfig) -> float | None:
+    # These import Lightning and all models, which --help and a mistyped key need not wait for.
     if cfg.trainer.dry_run:
+        from deltakd.config.build import make_settings
+        from deltakd.estimates.memory import show_memory
+
         if is_main_process():
-            guarded(lambda: show_memory(make_plan(cfg)), "")
+            guarded(lambda: show_memory(make_settings(cfg)), "")
         return None
+    from deltakd.config.build import make_settings
+    from deltakd.training.run import run_training
+
     run_dir = _run_dir(cfg)
     os.environ[RUN_DIR_VARIABLE] = str(run_dir)
     job = HydraConfig.get()
-    if job.mode == RunMode.MULTIRUN:
-        root = Path(cfg.run_dir or job.sweep.dir)
-        how_to_resume = f"the same command with resume=true run_dir={root}"
-        value = run_job(
-            Job(job.job.num, root, job.overrides.task, run_dir), lambda: run_training(cfg, run_dir, how_to_resume)
-        )
-    else:
-        how_to_resume = f"the same command with resume=true run_dir={run_dir}"
-        value = guarded(lambda: run_training(cfg, run_dir, how_to_resume), how_to_resume)
+    multirun = job.mode == RunMode.MULTIRUN
+    root = Path(cfg.run_dir or job.sweep.dir) if multirun else run_dir
+    how_to_resume = f"the same command with resume=true run_dir={root}"
+
+    def action() -> float:
+        return guarded(lambda: run_training(make_settings(cfg), run_dir, how_to_resume), how_to_resume)
+
+    value = run_job(Job(job.job.num, root, job.overrides.task, run_dir), action) if multirun else action()
     if is_main_process() and RunDirectory(run_dir).finished:
         objective = RunDirectory(run_dir).read_summary()["meta"]["objective"]
         print(f"{objective} = {value:.6g}  ({run_dir})")
@@ -82,8 +85,10 @@ def _train(cfg: DictConfig) -> float | None:
 
 def main() -> None:
     """Check the overrides' keys, then hand over to Hydra."""
-    overrides = get_args_parser().parse_args(sys.argv[1:]).overrides
-    guarded(lambda: check_overrides("train", overrides), "")
+    given = get_args_parser().parse_args(sys.argv[1:])
+    # In place of overrides, completion has words of its own.
+    if not given.shell_completion:
+        guarded(lambda: check_overrides("train", given.overrides), "")
     _train()
 
 

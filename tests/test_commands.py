@@ -156,8 +156,8 @@ def test_every_experiment_composes_and_opens_with_its_command(name: str) -> None
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("experiments/*/study.yaml")), ids=lambda p: p.parent.name)
 def test_every_stage_of_every_study_composes(path: Path) -> None:
+    from deltakd.studies.job_configs import compose_jobs
     from deltakd.studies.study_file import read_study
-    from deltakd.study import compose_jobs
 
     study = read_study(path.parent)
     jobs = [own[-1] for own in study.jobs.values()]

@@ -1,4 +1,4 @@
-"""Which process this is, and joint acts of all ranks, before any trainer exists.
+"""Which process this is, and what all ranks do together before any trainer exists.
 
 Lightning's own launcher starts the other ranks once rank 0 is ready to train. torchrun and SLURM start all of them at
 once: they would make the same files at the same time, and wait for each other in vain where one has refused to go on.
@@ -16,10 +16,6 @@ from datetime import timedelta
 from functools import lru_cache
 from typing import Any, NoReturn, final
 
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.fabric.utilities.rank_zero import rank_zero_only
-from torch.distributed.rendezvous import rendezvous
-
 from deltakd.distributed.launchers import Launch, read_launch
 
 #: How long the last of all ranks may take to start after the first, as in torch's own process groups.
@@ -31,10 +27,17 @@ FAREWELL_SECONDS = 10.0
 
 _DONE, _FAILED = b"done", b"failed"
 
+#: Where launchers leave the rank, in Lightning's order.
+_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+
 
 def is_main_process() -> bool:
-    """Whether this process is the one that writes: rank 0, from what the launcher left in the environment."""
-    return int(getattr(rank_zero_only, "rank", 0)) == 0
+    """Return True in the process that writes: rank 0, from what the launcher left in the environment."""
+    # Lightning takes seconds to import. Where it is there, it may have been told the rank since.
+    lightning = sys.modules.get("lightning.fabric.utilities.rank_zero")
+    if lightning is not None:
+        return int(getattr(lightning.rank_zero_only, "rank", 0)) == 0
+    return int(next((os.environ[name] for name in _RANK_VARIABLES if name in os.environ), 0)) == 0
 
 
 def external_launch() -> Launch | None:
@@ -112,7 +115,12 @@ def _store(launch: Launch) -> Any:
 
     As many as want to can use it at the same address in a process, Lightning among them.
     """
+    # Where one process is all there is, neither library is needed yet.
+    from torch.distributed.rendezvous import rendezvous
+
     if launch.name == "SLURM":
+        from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+
         environment = SLURMEnvironment(auto_requeue=False)
         # Asked for, they are put into the environment.
         assert environment.main_address

@@ -18,9 +18,6 @@ from deltakd.models import LanguageModel, transformer_blocks
 
 T = TypeVar("T")
 
-#: ZeRO 3 keeps parameters of fewer numbers whole on every rank (DeepSpeed's default).
-PERSISTENCE_THRESHOLD = 100_000
-
 
 def gathered(value: T) -> list[T]:
     """Return the value of every rank, in rank order. Collective: call on every rank.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any, final
 
@@ -16,40 +15,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 
 from deltakd.distributed.launchers import count_devices
 from deltakd.distributed.ranks import external_launch
-from deltakd.distributed.sharding import PERSISTENCE_THRESHOLD
+from deltakd.distributed.settings import StrategySettings
 from deltakd.distributed.zero import ZeroStrategy, make_zero
-
-NAMES = ("auto", "ddp", "deepspeed", "fsdp")
-
-
-def strategy_problems(config: dict[str, Any]) -> list[str]:
-    """Return what is wrong with ``strategy``, one sentence each."""
-    found = []
-    if config["name"] not in NAMES:
-        found.append(f"strategy.name is {config['name']!r}; allowed: {', '.join(NAMES)}")
-    if config["name"] == "deepspeed":
-        if config["stage"] not in (1, 2, 3):
-            found.append(f"strategy.stage is {config['stage']!r}; ZeRO has the stages 1, 2 and 3")
-        if importlib.util.find_spec("deepspeed") is None:
-            found.append(
-                "strategy=deepspeed_* needs DeepSpeed, which is not installed: pip install 'deltakd[deepspeed]'"
-            )
-    return found
-
-
-def shards_parameters(config: dict[str, Any]) -> bool:
-    """True if no rank will hold the student whole."""
-    return config["name"] == "fsdp" or (config["name"] == "deepspeed" and config["stage"] == 3)
-
-
-def reference_engine(config: dict[str, Any]) -> dict[str, Any]:
-    """Return what shards the references if that is asked for: what shards the student, or FSDP2 if nothing does.
-
-    Returns:
-        ``engine`` and ``persistence_threshold`` of ``LiveReferences``.
-    """
-    engine = "deepspeed" if config["name"] == "deepspeed" else "fsdp"
-    return {"engine": engine, "persistence_threshold": config.get("persistence_threshold", PERSISTENCE_THRESHOLD)}
 
 
 def count_ranks(accelerator: str, devices: Any, num_nodes: int) -> int:
@@ -87,22 +54,19 @@ def check_ranks(trainer: L.Trainer, expected: int) -> None:
         )
 
 
-def make_strategy(config: dict[str, Any]) -> str | Strategy:
-    """Make the strategy that ``conf/strategy`` names.
-
-    Args:
-        config: ``name`` (auto, ddp, deepspeed, fsdp); for deepspeed what ``make_zero`` takes.
-    """
-    if config["name"] == "deepspeed":
-        return make_zero(**{key: value for key, value in config.items() if key != "name"})
-    if config["name"] == "fsdp":
+def make_strategy(settings: StrategySettings) -> str | Strategy:
+    """Make Lightning's strategy, or name one that Lightning makes."""
+    if settings.name == "deepspeed":
+        assert settings.stage is not None, "ZeRO without a stage"
+        return make_zero(settings.stage, settings.persistence_threshold, settings.offload)
+    if settings.name == "fsdp":
         return ShardedDataParallel(data_parallel_size="auto", tensor_parallel_size=1)
-    return str(config["name"])
+    return settings.name
 
 
-def make_plugins(config: dict[str, Any]) -> list[Any]:
-    """Make what Lightning's strategies take besides their options: how files are written, and how SLURM is read."""
-    files = [WholeFiles()] if config["name"] in ("auto", "ddp") else []
+def make_plugins(settings: StrategySettings) -> list[Any]:
+    """Make what Lightning's strategies take besides their options: how files are written, how SLURM is read."""
+    files = [WholeFiles()] if settings.name in ("auto", "ddp") else []
     slurm = cluster_plugin()
     return files if slurm is None else [*files, slurm]
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, Protocol, final
+from typing import Protocol
 
-import lightning as L
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from deltakd.io.run_directory import write_text
-from deltakd.training.callbacks.steps import at_step_end
-from deltakd.training.module import DistillationModule
 
 _TOTAL_STEPS = "total_steps"
 
@@ -49,23 +48,27 @@ def current_display() -> Display | None:
     return _display.get()
 
 
-@final
-class DisplayedTraining(L.Callback):
-    """Reports optimiser steps, with loss and speed, to a display.
+@contextmanager
+def progress_bar(description: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
+    """A progress bar on a terminal; what it gives is called with the number of rows done so far.
 
-    Args:
-        display: where to.
+    Where a display is shared by several runs, the progress goes there.
     """
-
-    def __init__(self, display: Display) -> None:
-        self.display = display
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        """Report at the end of an optimiser step."""
-        if at_step_end(trainer):
-            assert isinstance(pl_module, DistillationModule)
-            note = f"loss {pl_module.step_metrics['train/loss']:.4f}"
-            self.display.progress("training", trainer.global_step, pl_module.total_steps, note)
+    display = current_display()
+    if display is not None:
+        yield lambda done: display.progress(description, done, total)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    console = Console()
+    with Progress(*columns, console=console, disable=not (shown and console.is_terminal), transient=True) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda done: progress.update(task, completed=done)
 
 
 def write_total_steps(run_dir: Path, steps: int) -> None:

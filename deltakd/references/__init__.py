@@ -1,8 +1,9 @@
 """References: the frozen companions of the student, as sources of heads."""
 
 from deltakd.references.base import References
-from deltakd.references.cached import CachedReferences, CacheSettings
-from deltakd.references.live import LiveReferences, live_problems
+from deltakd.references.cached import CachedReferences
+from deltakd.references.live import LiveReferences
+from deltakd.references.settings import CacheSettings, LiveSettings
 from deltakd.references.store import CacheStore, StoreError
 
 __all__ = [
@@ -10,7 +11,7 @@ __all__ = [
     "CacheStore",
     "CachedReferences",
     "LiveReferences",
+    "LiveSettings",
     "References",
     "StoreError",
-    "live_problems",
 ]

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from deltakd.io.errors import Stopped
 from deltakd.io.progress import shown_on
-from deltakd.training.callbacks import Stopped
 
 _STYLES = {"running": "bold", "waiting": "dim", "stopped": "yellow", "failed": "red"}
 

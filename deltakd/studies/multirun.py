@@ -18,8 +18,6 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from deltakd.distributed.ranks import is_main_process
-from deltakd.evaluation.settings import SCORES
-from deltakd.io.errors import guarded
 from deltakd.io.run_directory import RunDirectory, write_text
 from deltakd.studies.outcomes import (
     FAILED,
@@ -29,7 +27,6 @@ from deltakd.studies.outcomes import (
     find_best,
     in_short,
     incomparable,
-    write_plot,
     write_table,
 )
 
@@ -73,7 +70,7 @@ def run_job(job: Job, action: Callable[[], float]) -> float:
 
     Args:
         job: the job.
-        action: the training; returns the objective.
+        action: the training run; returns the objective, and ends with SystemExit where it is the user's turn.
 
     Returns:
         The objective; NaN where the job failed.
@@ -82,8 +79,7 @@ def run_job(job: Job, action: Callable[[], float]) -> float:
         job.write(UNFINISHED)
     started, value, state = time.perf_counter(), float("nan"), FAILED
     try:
-        value = guarded(action, f"the same command with resume=true run_dir={job.root}")
-        state = FINISHED
+        value, state = action(), FINISHED
     except SystemExit as end:
         # 2 is a mistake in this job's settings, or a loss that diverged; anything else is a signal, meant for all jobs.
         if end.code != 2:
@@ -155,6 +151,10 @@ def read_outcomes(root: Path) -> list[Outcome]:
 
 def conclude(outcomes: Sequence[Outcome], root: Path) -> list[str]:
     """Write table and plot; the lines that say what was best."""
+    # Every training run imports this module, and few come here.
+    from deltakd.evaluation.settings import SCORES
+    from deltakd.studies.outcome_plots import write_plot
+
     table, plot = root / "multirun.csv", root / "multirun.png"
     write_table(outcomes, table)
     written = f"written: {table}"

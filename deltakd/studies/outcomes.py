@@ -1,4 +1,4 @@
-"""What the runs of a search or a multirun came to: the best of them, a table, a plot."""
+"""What the runs of a search or a multirun came to: the best of them, and a table."""
 
 from __future__ import annotations
 
@@ -9,17 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 FINISHED, ENDED_EARLY, FAILED, UNFINISHED = "finished", "ended early", "failed", "unfinished"
 
 #: Keys whose values are repetitions of one setting.
 _REPETITION = "seed"
-#: Panels of the plot in a row.
-_COLUMNS = 3
-_BEST, _OTHER, _POOR = "#d55e00", "#0072b2", "#999999"
 
 
 @dataclass(frozen=True)
@@ -79,7 +72,7 @@ def in_short(settings: dict[str, str]) -> str:
 
 
 def _short(text: str) -> str:
-    number = _number(text)
+    number = as_number(text)
     return text if number is None or len(text) <= 6 else f"{number:.4g}"
 
 
@@ -108,7 +101,7 @@ def find_best(outcomes: Sequence[Outcome], maximize: bool) -> Best | None:
 
 def write_table(outcomes: Sequence[Outcome], path: Path) -> None:
     """One row a run: number, state, settings, objective, value, seconds, directory."""
-    keys = _keys(outcomes)
+    keys = keys_of(outcomes)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["number", "state", *keys, "objective", "value", "seconds", "directory"])
@@ -117,69 +110,6 @@ def write_table(outcomes: Sequence[Outcome], path: Path) -> None:
             value = "" if o.value is None else repr(o.value)
             seconds = "" if o.seconds is None else f"{o.seconds:.1f}"
             writer.writerow([o.number, o.state, *settings, o.objective, value, seconds, o.directory])
-
-
-def write_plot(outcomes: Sequence[Outcome], maximize: bool, title: str, path: Path) -> bool:
-    """The objective against each setting, one panel each; finished runs filled, those ended early hollow.
-
-    Returns:
-        Whether there was anything to plot.
-    """
-    shown = [o for o in outcomes if o.value is not None and math.isfinite(o.value)]
-    keys = _keys(shown)
-    if not shown or not keys:
-        return False
-    columns = min(len(keys), _COLUMNS)
-    rows = math.ceil(len(keys) / columns)
-    # Long names of choices stand upright, and need room.
-    height = 3.2 + 0.06 * max((len(v) for o in shown for v in o.settings.values() if _number(v) is None), default=0)
-    figure = Figure(figsize=(max(4.5, 3.8 * columns), height * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False, sharey=True).flat
-    finished = [o for o in shown if o.state == FINISHED]
-    best = max(finished, key=lambda o: (o.value or 0.0) if maximize else -(o.value or 0.0)) if finished else None
-    for axis, key in zip(axes, keys, strict=False):
-        _draw(axis, key, [o for o in shown if key in o.settings], best)
-    for axis in list(axes)[len(keys) :]:
-        axis.set_visible(False)
-    figure.suptitle(title, fontsize=11)
-    figure.supylabel(shown[0].objective, fontsize=10)
-    figure.savefig(path, dpi=150)
-    return True
-
-
-def _draw(axis: Axes, key: str, outcomes: Sequence[Outcome], best: Outcome | None) -> None:
-    values = [o.settings[key] for o in outcomes]
-    numbers = [_number(value) for value in values]
-    if all(number is not None for number in numbers):
-        places = [float(number or 0.0) for number in numbers]
-        if min(places) > 0 and max(places) / min(places) > 30:
-            axis.set_xscale("log")
-    else:
-        names = list(dict.fromkeys(values))
-        places = [float(names.index(value)) for value in values]
-        long = max(map(len, names)) > 8 or len(names) > 6
-        axis.set_xticks(range(len(names)), names, rotation=90 if long else 0)
-        axis.margins(x=0.15)
-    for place, outcome in zip(places, outcomes, strict=True):
-        colour = _BEST if outcome is best else _OTHER if outcome.state == FINISHED else _POOR
-        face = colour if outcome.state == FINISHED else "none"
-        axis.scatter([place], [outcome.value or 0.0], s=36, facecolors=face, edgecolors=colour, zorder=3)
-    axis.set_xlabel(key, fontsize=9)
-    axis.tick_params(labelsize=8)
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
-def _keys(outcomes: Sequence[Outcome]) -> list[str]:
-    return list(dict.fromkeys(key for o in outcomes for key in o.settings))
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
 
 
 def incomparable(objective: str, keys: Sequence[str]) -> str | None:
@@ -196,3 +126,16 @@ def incomparable(objective: str, keys: Sequence[str]) -> str | None:
         f"{objective} is another quantity under each {', '.join(guilty)}, so the runs can't be compared by it; "
         "give objective=val/ce, or a score of answers such as val/rougeL"
     )
+
+
+def keys_of(outcomes: Sequence[Outcome]) -> list[str]:
+    """Return the keys of all settings, each once."""
+    return list(dict.fromkeys(key for o in outcomes for key in o.settings))
+
+
+def as_number(text: str) -> float | None:
+    """Return a setting's value as a number; None where it is a name."""
+    try:
+        return float(text)
+    except ValueError:
+        return None

@@ -11,12 +11,13 @@ from lightning.pytorch.loggers import Logger
 
 from deltakd.data.batches.data_module import DistillationData
 from deltakd.distributed.ranks import is_main_process
-from deltakd.distributed.strategies import check_ranks, count_ranks, shards_parameters
+from deltakd.distributed.strategies import check_ranks, count_ranks
 from deltakd.evaluation import summarise
-from deltakd.evaluation.answers import answer, make_set, pad_id
+from deltakd.evaluation.answers import answer, make_set
 from deltakd.evaluation.validation_answers import write_validation_answers
 from deltakd.io.progress import write_total_steps
 from deltakd.models import LanguageModel
+from deltakd.models.tokenizers import pad_id
 from deltakd.tracking.wandb_run import wandb_of
 from deltakd.training.assembly import Parts
 from deltakd.training.callbacks import Checkpoints, Lifeline, StopOnSignal, TrainingLog, Validation
@@ -64,12 +65,12 @@ def fit(parts: Parts, loggers: list[Logger], state: SavedState | None, lifeline:
         Stopped: a signal came; the state is saved.
         ValueError: the checkpoint is of another architecture, or of optimiser steps of another size.
     """
-    settings = parts.plan.config["trainer"]
-    ranks = count_ranks(settings["accelerator"], settings["devices"], settings["num_nodes"])
+    settings = parts.settings.trainer
+    ranks = count_ranks(settings.accelerator, settings.devices, settings.num_nodes)
     data = make_data(parts, ranks)
     validation = _make_validation(parts, data, loggers)
     checkpoints = _make_checkpoints(parts, data, validation)
-    training_log = TrainingLog(settings["log_every_n_steps"])
+    training_log = TrainingLog(settings.log_every_n_steps)
     watching = [checkpoints, StopOnSignal(checkpoints)]
     callbacks = [lifeline, training_log, *([validation] if validation else []), *watching]
     trainer = make_trainer(parts, callbacks, loggers)
@@ -94,46 +95,46 @@ def make_data(parts: Parts, ranks: int) -> DistillationData:
         parts: of the run.
         ranks: processes that share an optimiser step.
     """
-    settings = parts.plan.config["trainer"]
+    settings = parts.settings.trainer
     return DistillationData(
         parts.sets.train,
         parts.sets.val,
         pad_id=pad_id(parts.tokenizer, parts.vocabulary),
-        batch_size=parts.plan.data.batch_size,
-        accumulate=settings["accumulate_grad_batches"],
-        seed=parts.plan.config["seed"],
-        max_epochs=settings["max_epochs"],
-        max_steps=settings["max_steps"],
-        max_tokens=parts.plan.data.max_tokens_per_batch,
+        batch_size=parts.settings.data.batch_size,
+        accumulate=settings.accumulate_grad_batches,
+        seed=parts.settings.seed,
+        max_epochs=settings.max_epochs,
+        max_steps=settings.max_steps,
+        max_tokens=parts.settings.data.max_tokens_per_batch,
         world_size=ranks,
     )
 
 
 def make_module(parts: Parts, total_steps: int) -> DistillationModule:
     """Make of student, references and loss of a run what Lightning trains."""
-    plan = parts.plan
+    settings = parts.settings
     return DistillationModule(
         parts.models.student,
         parts.models.references,
-        plan.loss,
-        plan.optim,
+        settings.loss,
+        settings.optim,
         total_steps,
-        seed=plan.config["seed"],
-        memory_budget=plan.config["kernels"]["memory_budget"],
-        will_be_sharded=shards_parameters(plan.config["strategy"]),
+        seed=settings.seed,
+        memory_budget=settings.kernels.memory_budget,
+        will_be_sharded=settings.strategy.shards_parameters,
     )
 
 
 def _make_checkpoints(parts: Parts, data: DistillationData, validation: Validation | None) -> Checkpoints:
-    settings = parts.plan.config["trainer"]
+    settings = parts.settings.trainer
     return Checkpoints(
         parts.directory.checkpoints,
         validation,
-        parts.plan.objective,
-        parts.plan.objective_mode,
+        parts.settings.metric,
+        parts.settings.metric_mode,
         data.step_size,
-        settings["checkpoint_every_n_steps"],
-        settings["checkpoint_every_n_minutes"],
+        settings.checkpoint_every_n_steps,
+        settings.checkpoint_every_n_minutes,
     )
 
 
@@ -141,9 +142,9 @@ def _make_validation(parts: Parts, data: DistillationData, loggers: list[Logger]
     if data.val is None:
         log.info("No validation data: the last student is exported, not the best.")
         return None
-    settings = parts.plan.config["trainer"]
-    steps = _validation_steps(data, settings["val_every_n_steps"])
-    generate = _make_generate(parts, loggers) if parts.plan.generates_on_validation else None
+    settings = parts.settings.trainer
+    steps = _validation_steps(data, settings.val_every_n_steps)
+    generate = _make_generate(parts, loggers) if parts.settings.generates_on_validation else None
     return Validation(data.val_loader, steps, generate)
 
 
@@ -158,9 +159,9 @@ def _validation_steps(data: DistillationData, every: int | None) -> frozenset[in
 
 def _make_generate(parts: Parts, loggers: list[Logger]) -> Generate:
     """Make what answers the first validation rows under the first sampling seed, scores the answers and keeps them."""
-    evaluation = parts.plan.evaluation
+    evaluation = parts.settings.evaluation
     rows = parts.sets.val_rows[: evaluation.val_limit]
-    val_set = make_set("val", rows, evaluation.prompts_of(parts.plan.data), parts.tokenizer, evaluation.scorer)
+    val_set = make_set("val", rows, evaluation.prompts_of(parts.settings.data), parts.tokenizer, evaluation.val_scorer)
     seed = evaluation.seeds[0]
     tracker = wandb_of(loggers)
 
@@ -190,7 +191,7 @@ def _train(trainer: L.Trainer, module: DistillationModule, data: DistillationDat
 def _announce(parts: Parts, data: DistillationData, state: SavedState | None) -> None:
     log.info(
         "%s: %d optimiser steps over %d rows with %d valid tokens a pass%s.",
-        parts.plan.config["name"],
+        parts.settings.name,
         data.total_steps,
         len(parts.sets.train),
         int(parts.sets.train.valid_tokens.sum()),

@@ -21,16 +21,13 @@ from deltakd.distributed.sharding import (
 )
 from deltakd.distributed.strategies import loss_factor, optimizer_class
 from deltakd.distributed.zero import ZeroStrategy
+from deltakd.io.errors import NonFiniteLossError
 from deltakd.kernels import MEMORY_BUDGET
 from deltakd.models import LanguageModel
 from deltakd.references import References
 from deltakd.training.optim import AdamW
 from deltakd.training.step import DistillationStep
 from deltakd.types import Batch, Loss, Progress, schedules_of
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite; the weights are still those of the step before."""
 
 
 @final

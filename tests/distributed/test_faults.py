@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from deltakd.training.callbacks.checkpoints import LAST, read_checkpoint
+from deltakd.io.run_directory import LAST
+from deltakd.training.callbacks.checkpoints import read_checkpoint
 from tests.distributed.test_scale import chosen, metrics
 from tests.tiny import World, save_model
 

@@ -19,9 +19,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from deltakd.config.build import make_settings
 from deltakd.config.compose import compose_config
 from deltakd.distributed.zero import prepare_deepspeed
-from deltakd.training.callbacks.checkpoints import LAST, read_checkpoint
+from deltakd.io.run_directory import LAST
+from deltakd.training.callbacks.checkpoints import read_checkpoint
 from deltakd.training.run import run_training
 from tests.distributed.processes import on_ranks
 from tests.tiny import World, save_model
@@ -55,7 +57,7 @@ def train(overrides: list[str], directory: Path) -> list[str]:
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("deltakd").addHandler(handler)
-    run_training(compose_config("train", overrides), directory)
+    run_training(make_settings(compose_config("train", overrides)), directory)
     return said
 
 

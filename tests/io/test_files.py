@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from deltakd.io.errors import guarded
+from deltakd.cli import guarded
 from deltakd.io.files import WriteError, disk_reason, replacing
 from deltakd.io.json_lines import write_generations
 from deltakd.io.run_directory import write_text

@@ -21,13 +21,15 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from deltakd.cache import main, make_cache
+from deltakd.config.build import make_settings
 from deltakd.config.compose import compose_config
 from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
 from deltakd.models import train_tokenizer
 from deltakd.references import StoreError, build
 from deltakd.references.store import CacheStore
-from deltakd.study import read_study, run_study
+from deltakd.studies.stages import run_study
+from deltakd.studies.study_file import read_study
 from deltakd.training.run import run_training
 from tests.tiny import World, make_rows, save_model, write_rows
 
@@ -72,7 +74,7 @@ def live_of(cached: Cached) -> list[str]:
 
 def run(overrides: list[str]) -> RunDirectory:
     cfg = compose_config("train", overrides)
-    run_training(cfg, Path(cfg.run_dir))
+    run_training(make_settings(cfg), Path(cfg.run_dir))
     return RunDirectory(Path(cfg.run_dir))
 
 

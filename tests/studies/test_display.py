@@ -8,9 +8,9 @@ import pytest
 from rich.console import Console
 
 from deltakd.evaluation.answers import progress_bar
+from deltakd.io.errors import Stopped
 from deltakd.io.progress import current_display
 from deltakd.studies.display import StageTable, stages_on
-from deltakd.training.callbacks import Stopped
 
 
 def drawn(table: StageTable) -> dict[str, list[str]]:

@@ -20,16 +20,16 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from deltakd.cli import guarded
 from deltakd.config.compose import compose_config
-from deltakd.io.errors import ConfigError
+from deltakd.io.errors import ConfigError, NonFiniteLossError, Stopped
 from deltakd.studies import sweep_files
 from deltakd.studies import trials as search_trials
 from deltakd.studies.multirun import Job, MultirunSummary, read_outcomes, run_job
-from deltakd.studies.outcomes import FAILED, FINISHED, Outcome, find_best, incomparable, write_plot
+from deltakd.studies.outcome_plots import write_plot
+from deltakd.studies.outcomes import FAILED, FINISHED, Outcome, find_best, incomparable
 from deltakd.studies.sweep_files import read_sweep
 from deltakd.studies.trials import Search, run_search
-from deltakd.training.callbacks import Stopped
-from deltakd.training.module import NonFiniteLossError
 from tests.tiny import World
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -247,7 +247,7 @@ def test_a_failing_job_costs_its_own_result_alone(tmp_path: Path, capsys: pytest
             return value
 
         overrides = ["loss=delta_kd", f"delta_weight={weight}"]
-        return run_job(Job(number, directory.parent, overrides, directory), action)
+        return run_job(Job(number, directory.parent, overrides, directory), lambda: guarded(action, ""))
 
     assert train(0, "0", 20.0) == 20.0
     assert train(1, "0.5", NonFiniteLossError("the loss is nan")) != train(1, "0.5", ValueError("bad")) != 0

@@ -17,8 +17,8 @@ from deltakd.io.errors import ConfigError
 from deltakd.results.loss_names import read_losses
 from deltakd.results.methods import make_methods
 from deltakd.results.reading import find_runs
+from deltakd.studies.stages import run_study
 from deltakd.studies.study_file import read_study
-from deltakd.study import run_study
 from tests.tiny import World
 
 STAGES = ("teacher", "student")

@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from deltakd.config.build import make_settings
 from deltakd.config.compose import compose_config
-from deltakd.io.errors import ConfigError
+from deltakd.io.errors import ConfigError, NonFiniteLossError
 from deltakd.io.json_lines import read_generations
 from deltakd.io.run_directory import RunDirectory
-from deltakd.training.module import DistillationModule, NonFiniteLossError
+from deltakd.training.module import DistillationModule
 from deltakd.training.run import run_training
 from deltakd.training.step import DistillationStep
 from deltakd.types import Batch
@@ -232,7 +233,7 @@ def test_all_config_errors_come_at_once(world: World, tmp_path: Path) -> None:
         "objective=test/rougeL",
     )
     with pytest.raises(ConfigError) as caught:
-        run_training(compose_config("train", overrides), tmp_path / "x")
+        run_training(make_settings(compose_config("train", overrides)), tmp_path / "x")
     text = str(caught.value)
     for part in (
         "loss.temperature is -1",
@@ -251,7 +252,7 @@ def test_all_config_errors_come_at_once(world: World, tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"(?s)model.teacher.path=/no/such/dir: no such directory.*model.teacher_raw.path is missing"
     ):
-        run_training(compose_config("train", overrides), tmp_path / "x")
+        run_training(make_settings(compose_config("train", overrides)), tmp_path / "x")
 
 
 @pytest.mark.parametrize(

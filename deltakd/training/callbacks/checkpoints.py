@@ -21,12 +21,11 @@ from lightning.pytorch.callbacks import Checkpoint
 from deltakd.distributed.sharding import is_sharded
 from deltakd.distributed.zero import META
 from deltakd.io.files import remove, replacing, telling
+from deltakd.io.run_directory import LAST, PREVIOUS
 from deltakd.training.callbacks.steps import at_step_end
 from deltakd.training.callbacks.validation import Validation
 from deltakd.training.module import DistillationModule
 
-LAST = "last.ckpt"
-PREVIOUS = "previous.ckpt"
 #: In a sharded checkpoint: file -> bytes.
 SIZES = "sizes.json"
 BEST = "best.ckpt"

@@ -10,25 +10,12 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
 from deltakd.distributed.sharding import gathered
+from deltakd.io.errors import Stopped
 from deltakd.training.callbacks.checkpoints import Checkpoints
 from deltakd.training.callbacks.steps import at_step_end
 
 #: SLURM sends the last two some time before it ends a job: SIGUSR1 by #SBATCH --signal, SIGUSR2 as submitit asks for.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-
-
-class Stopped(Exception):  # noqa: N818 - not an error: the run was asked to stop, and did
-    """The run was stopped by a signal after its state was saved.
-
-    Args:
-        signum: the signal.
-        step: optimiser steps done.
-    """
-
-    def __init__(self, signum: int, step: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name} after {step} optimiser steps; the state is saved")
-        self.signum = signum
-        self.step = step
 
 
 @final

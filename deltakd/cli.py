@@ -1,0 +1,153 @@
+"""The console script ``deltakd <command> ...``, and how every command ends: the errors of users in one line."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import runpy
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+from deltakd.io.errors import NonFiniteLossError, Stopped
+from deltakd.io.files import WriteError, disk_reason
+
+T = TypeVar("T")
+
+#: Command -> what it does, in a line. Each is also ``python -m deltakd.<command>``.
+COMMANDS = {
+    "train": "train one model, or with --multirun one for every combination of settings",
+    "evaluate": "score a student's answers on any set of files",
+    "generate": "let a teacher answer the training prompts: the data of sequence-level KD",
+    "cache": "run the references once, so that training runs read them from disk",
+    "study": "run the stages of an experiments/<name>/study.yaml in order",
+    "search": "search hyperparameters by a sweep file, without a server",
+    "report": "compare finished runs: one page, tables, figures",
+    "export": "write a finished run's student to a directory, or upload it",
+    "plan": "estimate memory, compute and traffic before anything is rented",
+    "runs": "list run directories, or compare the configs of two",
+}
+
+#: Commands whose arguments are Hydra overrides of conf/train.yaml.
+_OVERRIDES = ("train", "evaluate", "generate", "cache", "search", "plan")
+
+_COMPLETION = ("-sc", "--shell-completion")
+
+
+def main() -> None:
+    """Run the command that the first argument names, with the arguments after it."""
+    command, arguments = (sys.argv[1:2] or [""])[0], sys.argv[2:]
+    if command in ("-h", "--help"):
+        print(usage())
+    elif command in _COMPLETION:
+        _complete(arguments)
+    elif command not in COMMANDS:
+        print(f"error: {unknown(command)}" if command else usage(), file=sys.stderr)
+        sys.exit(2)
+    elif arguments[:1] in ([flag] for flag in _COMPLETION):
+        _complete(arguments[1:])
+    else:
+        _run(command, arguments)
+
+
+def usage() -> str:
+    """Return the list of commands, one line each."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {does}" for name, does in COMMANDS.items()]
+    return "\n".join(
+        ["usage: deltakd <command> ...", "", *lines, "", "`deltakd <command> --help` says what a command takes."]
+    )
+
+
+def unknown(command: str) -> str:
+    """Return a sentence that names the nearest command."""
+    near = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0.4)
+    hint = f"the nearest is {near[0]!r}; " if near else ""
+    return f"there is no command {command!r}; {hint}allowed: {', '.join(COMMANDS)}"
+
+
+def _run(command: str, arguments: list[str]) -> None:
+    """Run the command as ``python -m`` does.
+
+    Its module must be ``__main__``: from there Hydra takes its task, and Lightning, joblib and submitit the command
+    that further processes run.
+    """
+    sys.argv[1:] = arguments
+    runpy.run_module(f"deltakd.{command}", run_name="__main__", alter_sys=True)
+
+
+def _complete(asked: list[str]) -> None:
+    """Complete by Hydra's means, which know overrides; the command before them is ours.
+
+    Args:
+        asked: ``install=bash``, ``query=bash``, ...
+    """
+    line = os.environ.get("COMP_LINE", "")
+    words = [*line.split(), *([""] if line.endswith(" ") else [])]
+    if any(argument.startswith("query=") for argument in asked):
+        if len(words) < 3:
+            print(" ".join(COMMANDS))
+            return
+        if words[1] not in _OVERRIDES:
+            return
+        os.environ["COMP_LINE"] = " ".join([words[0], *words[2:]])
+    # Hydra takes the program's name from argv, which therefore stays this script's.
+    sys.argv[1:] = [_COMPLETION[0], *asked]
+    runpy.run_module("deltakd.train", run_name="__main__")
+
+
+def quiet_libraries() -> None:
+    """Keep libraries' advertisements, device listings and bars of milliseconds off the console; warnings stay.
+
+    Lightning sets its level when it is imported: call this after that.
+    """
+    for name in ("lightning.pytorch", "lightning.fabric", "httpx", "filelock"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    # transformers asks the hub's client when it is imported, and never again.
+    disable_progress_bars()
+    if "transformers" in sys.modules:
+        sys.modules["transformers"].utils.logging.disable_progress_bar()
+
+
+def guarded(action: Callable[[], T], how_to_resume: str) -> T:
+    """Run a command's work; users' errors end the process with one line and exit status 2.
+
+    A run that was stopped by a signal has saved its state; it ends with 128 + the signal's number, as shells expect,
+    so that schedulers and ``&&`` do not take it for finished. HYDRA_FULL_ERROR=1 shows tracebacks.
+    """
+    quiet_libraries()
+    try:
+        return action()
+    except Stopped as stop:
+        print(f"{stop}. To go on: {how_to_resume}", file=sys.stderr)
+        sys.exit(128 + stop.signum)
+    except KeyboardInterrupt:
+        print(f"interrupted. To go on from the last checkpoint: {how_to_resume}", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        said = _in_one_line(error, how_to_resume)
+        if said is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        print(f"error: {said}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _in_one_line(error: Exception, how_to_resume: str) -> str | None:
+    """Return what to tell the user; None for an error that is ours."""
+    if is_users(error):
+        return str(error)
+    reason = disk_reason(error)
+    if reason is None:
+        return None
+    said = str(error) if isinstance(error, WriteError) else f"the disk failed ({reason})"
+    return f"{said}. Make room, then: {how_to_resume or 'the same command'}"
+
+
+def is_users(error: Exception) -> bool:
+    """Return True if the error's own words say what the user can mend."""
+    lightning = sys.modules.get("lightning.fabric.utilities.exceptions")
+    misuse = (lightning.MisconfigurationException,) if lightning else ()
+    return isinstance(error, (ValueError, NonFiniteLossError, *misuse))

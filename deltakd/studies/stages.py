@@ -1,0 +1,143 @@
+"""Running the stages of a study, one after the other."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from deltakd.config.build import make_answering_settings, make_caching_settings, make_settings
+from deltakd.io.errors import ConfigError, NonFiniteLossError
+from deltakd.io.run_directory import RunDirectory
+from deltakd.references import CacheStore
+from deltakd.references.build import in_units
+from deltakd.studies.comparison import comparison, finished_rows
+from deltakd.studies.display import Stages, stages_on
+from deltakd.studies.job_configs import check_predecessors, compose_jobs
+from deltakd.studies.study_file import Job, Study
+from deltakd.studies.timing import expected_minutes, measured_seconds, say_estimate, say_hours, seconds_of
+from deltakd.training.answering import run_answers
+from deltakd.training.caching import fill_cache, finished_cache
+from deltakd.training.run import run_training
+
+log = logging.getLogger(__name__)
+
+
+def run_study(study: Study, console: Console, stages: Collection[str] = ()) -> None:
+    """Run what is not finished, then print what all of the study took so far and the comparison.
+
+    Args:
+        study: what to run.
+        console: where estimate, progress and comparison go.
+        stages: those to run; empty: all.
+
+    Raises:
+        ConfigError: a config is wrong, or a stage that is not to be run is not finished, though one that is reads it:
+            all configs are composed before the first run starts. Also at the end of a stage of which runs failed.
+        Stopped: a signal came; the state of the run is saved.
+    """
+    jobs = study.chosen(stages)
+    configs = compose_jobs(study, jobs)
+    check_predecessors(study, jobs, configs)
+    measured = measured_seconds(jobs)
+    say_estimate(jobs, measured, console)
+    with stages_on(console, study.name, expected_minutes(jobs, measured)) as shown:
+        for stage in dict.fromkeys(job.stage.name for job in jobs):
+            own = [job for job in jobs if job.stage.name == stage]
+            problems = _run_stage(own, configs, measured[stage], shown)
+            if problems:
+                raise ConfigError(
+                    [
+                        f"{len(problems)} of the {len(own)} runs of stage {stage} failed ({'; '.join(problems)}). The "
+                        "others are kept; the same command tries these again, --stages goes on with other stages"
+                    ]
+                )
+    say_hours(study, console)
+    if finished_rows(study):
+        console.print(comparison(study))
+
+
+def _run_stage(
+    jobs: Sequence[Job], configs: Mapping[str, DictConfig], seconds: list[float], shown: Stages
+) -> list[str]:
+    """Run the jobs of a stage that are not finished.
+
+    Args:
+        jobs: all of one stage.
+        configs: by name of the run.
+        seconds: what runs of this stage took so far; grows.
+        shown: the display.
+
+    Returns:
+        Of a stage of several runs those that failed, each with the reason.
+    """
+    problems = []
+    for job in jobs:
+        finished, started = job.directory.finished, time.perf_counter()
+        if not finished:
+            shown.start(job.name)
+        try:
+            # A finished run is only read: its files are there, but they must be those of this config.
+            outcome = _RUN[job.stage.command](configs[job.name], job.directory)
+        except (ValueError, NonFiniteLossError, MisconfigurationException, torch.OutOfMemoryError) as error:
+            if len(jobs) == 1:
+                raise
+            reason = " ".join(str(error).split())
+            problems.append(f"{Path(job.name).name}: {reason}")
+            shown.fail(job.name, reason, time.perf_counter() - started)
+            continue
+        took = seconds_of(job.directory) if finished else time.perf_counter() - started
+        shown.finish(job.name, outcome, took, before=finished)
+        if not finished:
+            seconds.append(took)
+            shown.expect(expected_minutes([j for j in jobs if not j.directory.finished], {job.stage.name: seconds}))
+    return problems
+
+
+def _train(cfg: DictConfig, directory: RunDirectory) -> str:
+    value = run_training(make_settings(cfg), directory.path)
+    return f"{directory.read_summary()['meta']['objective']} = {value:.4g}"
+
+
+def _generate(cfg: DictConfig, directory: RunDirectory) -> str:
+    summary = run_answers(make_answering_settings(cfg), directory.path)
+    return f"{summary['answered']} of {summary['prompts']} prompts answered"
+
+
+def run_caching(cfg: DictConfig) -> dict[str, Any]:
+    """Make or complete the cache that ``reference.path`` names; one that has all rows is only read.
+
+    Args:
+        cfg: composed config (``conf/train.yaml``) with ``reference=cached``.
+
+    Returns:
+        The content of its ``summary.json``.
+
+    Raises:
+        ConfigError: everything that is wrong with the config, or what differs from the cache that is there.
+        ValueError: as ``fill_cache``.
+    """
+    path = OmegaConf.select(cfg, "reference.path")
+    if path and CacheStore.is_at(Path(path)) and not OmegaConf.select(cfg, "reference.remake"):
+        settings = make_settings(cfg)
+        summary = finished_cache(settings) if settings.cache is not None else None
+        if summary is not None:
+            log.info("%s is finished already; nothing to do.", path)
+            return summary
+    return fill_cache(make_caching_settings(cfg))
+
+
+def _cache(cfg: DictConfig, directory: RunDirectory) -> str:
+    summary = run_caching(cfg)
+    return f"{summary['rows']} rows, {summary['tokens']} tokens, {in_units(summary['bytes'])}"
+
+
+#: What a stage may run (study_file.COMMANDS); each returns its outcome in a few words.
+_RUN = {"train": _train, "generate": _generate, "cache": _cache}
