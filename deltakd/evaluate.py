@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import time
 from collections.abc import Sequence
 from datetime import datetime
@@ -13,12 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from deltakd.cli import guarded
 from deltakd.config.compose import compose_config
-from deltakd.distributed.launchers import alone_problems, read_launch
 from deltakd.io.errors import ConfigError
 from deltakd.io.hub import hub_reachable
 from deltakd.io.run_directory import RunDirectory
@@ -28,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from deltakd.data import DataConfig, EncodedSet, Row
+    from deltakd.models import ModelSettings
 
 log = logging.getLogger(__name__)
 
@@ -62,42 +60,33 @@ def run_evaluation(arguments: Sequence[str]) -> dict[str, Any]:
     """
     cfg, model_path = _configure(arguments)
     # They import torch and all models, which --help and a mistyped key need not wait for.
+    from deltakd.config.build import make_evaluation_settings
     from deltakd.evaluation.answers import evaluate_sets, shown
     from deltakd.evaluation.measures import Subject, measure
     from deltakd.evaluation.sets import read_checked_sets
-    from deltakd.evaluation.settings import make_evaluation, set_problems
     from deltakd.models import LanguageModel, ModelSpec, load_config, load_tokenizer
     from deltakd.tracking.environment import count_parameters, environment, model_fingerprint, peak_memory_mib
+    from deltakd.training.settings import RESUME_POLICY
 
-    config: Any = OmegaConf.to_container(cfg, resolve=True)
-    config["evaluation"]["sets"] = config["evaluation"]["sets"] or config["data"].get("sets") or {}
-    problems = alone_problems(read_launch(os.environ))
-    evaluation = make_evaluation(config["evaluation"], problems)
-    data: DataConfig = instantiate(config["data"], _convert_="all")
-    problems += set_problems(evaluation, data)
-    if not evaluation.sets:
-        problems.append("nothing to evaluate; give 'evaluation.sets={name: file.jsonl}'")
-    if problems:
-        raise ConfigError(problems)
+    settings = make_evaluation_settings(cfg)
+    evaluation, data, trust = settings.evaluation, settings.data, settings.model.trust_remote_code
     started = time.perf_counter()
-    settings = config["model"]
-    tokenizer = load_tokenizer(model_path, "model", trust_remote_code=settings["trust_remote_code"])
+    tokenizer = load_tokenizer(model_path, "model", trust_remote_code=trust)
     vocabulary = max(tokenizer.get_vocab().values()) + 1
-    student = load_config("student", ModelSpec(path=model_path), trust_remote_code=settings["trust_remote_code"])
-    checked = read_checked_sets(evaluation, config["evaluation"], data, tokenizer, student, _train_rows(data))
-    directory = RunDirectory(Path(config["run_dir"] or f"outputs/evaluate/{datetime.now():%Y-%m-%d_%H-%M-%S}"))
+    student = load_config("student", ModelSpec(path=model_path), trust_remote_code=trust)
+    checked = read_checked_sets(evaluation, settings.deviations, data, tokenizer, student, _train_rows(data))
+    directory = RunDirectory(Path(settings.run_dir or f"outputs/evaluate/{datetime.now():%Y-%m-%d_%H-%M-%S}"))
     evaluated = {"evaluated_model": model_path, "evaluated_model_sha256": model_fingerprint(model_path)}
-    directory.claim(evaluated | config, resume=directory.config.is_file())
-    model = _load(model_path, settings)
+    directory.claim(evaluated | dict(settings.record), resume=directory.config.is_file(), policy=RESUME_POLICY)
+    model = _load(model_path, settings.model)
     LanguageModel(model, vocabulary).check_head()
-    references = instantiate(config["reference"], _convert_="all")
-    subject = Subject(config, evaluation, data, tokenizer, vocabulary, model, references)
+    subject = Subject(settings.model, evaluation, data, tokenizer, vocabulary, model, settings.reference)
     measured = measure(subject, _validation(data, tokenizer) if evaluation.measures.rows != 0 else None)
     metrics = evaluate_sets(model, tokenizer, checked.sets, evaluation, vocabulary, directory.generations)
     metrics |= measured.scores
     meta = environment() | {
         "model": model_path,
-        "seed": config["seed"],
+        "seed": settings.seed,
         "parameters": count_parameters({"student": model}),
         "seconds": round(time.perf_counter() - started, 3),
         "peak_memory_mib": round(peak_memory_mib(), 1),
@@ -167,15 +156,15 @@ def _train_rows(data: DataConfig) -> list[Row] | None:
         return None
 
 
-def _load(path: str, settings: dict[str, Any]) -> torch.nn.Module:
+def _load(path: str, settings: ModelSettings) -> torch.nn.Module:
     import torch
     from transformers import AutoModelForCausalLM
 
     try:
         model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
             path,
-            attn_implementation=settings["attn_implementation"],
-            trust_remote_code=settings["trust_remote_code"],
+            attn_implementation=settings.attn_implementation,
+            trust_remote_code=settings.trust_remote_code,
             local_files_only=not hub_reachable(),
         )
     except (OSError, ValueError) as error:

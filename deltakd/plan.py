@@ -56,17 +56,17 @@ def plan(given: argparse.Namespace, console: Console) -> None:
     # A dry run: asked in a job of another size it is no run of that job.
     cfg = None if sizes else compose_config("train", [*given.overrides, "trainer.dry_run=true"])
     # They import torch and all models, which --help and a mistyped key need not wait for.
-    from deltakd.config.check import make_plan
+    from deltakd.config.build import make_settings
     from deltakd.estimates.clusters import PAPER, default_ways, make_cases, read_architecture, read_ways
     from deltakd.estimates.memory import planned_setting
     from deltakd.estimates.plan_tables import Rates, show_cases, show_setting
 
     rates = Rates(given.tflops, given.interconnect, given.steps, given.tokens)
     if cfg is not None:
-        checked = make_plan(cfg)
-        if rates.steps is None and rates.tokens is None and checked.config["trainer"]["max_steps"]:
-            rates = Rates(rates.tflops, rates.interconnect, int(checked.config["trainer"]["max_steps"]))
-        show_setting(str(checked.config["name"]), planned_setting(checked), rates, console)
+        checked = make_settings(cfg)
+        if rates.steps is None and rates.tokens is None and checked.trainer.max_steps:
+            rates = Rates(rates.tflops, rates.interconnect, int(checked.trainer.max_steps))
+        show_setting(checked.name, planned_setting(checked), rates, console)
         return
     students, teacher, gpus = PAPER if given.paper else ((given.student,), given.teacher, given.gpus)
     ways = read_ways(given.strategies) if given.strategies else default_ways()

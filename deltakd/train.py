@@ -57,12 +57,13 @@ def _run_dir(cfg: DictConfig) -> Path:
 def _train(cfg: DictConfig) -> float | None:
     # These import Lightning and all models, which --help and a mistyped key need not wait for.
     if cfg.trainer.dry_run:
-        from deltakd.config.check import make_plan
+        from deltakd.config.build import make_settings
         from deltakd.estimates.memory import show_memory
 
         if is_main_process():
-            guarded(lambda: show_memory(make_plan(cfg)), "")
+            guarded(lambda: show_memory(make_settings(cfg)), "")
         return None
+    from deltakd.config.build import make_settings
     from deltakd.training.run import run_training
 
     run_dir = _run_dir(cfg)
@@ -73,7 +74,7 @@ def _train(cfg: DictConfig) -> float | None:
     how_to_resume = f"the same command with resume=true run_dir={root}"
 
     def action() -> float:
-        return guarded(lambda: run_training(cfg, run_dir, how_to_resume), how_to_resume)
+        return guarded(lambda: run_training(make_settings(cfg), run_dir, how_to_resume), how_to_resume)
 
     value = run_job(Job(job.job.num, root, job.overrides.task, run_dir), action) if multirun else action()
     if is_main_process() and RunDirectory(run_dir).finished:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from deltakd.config.build import make_settings
 from deltakd.config.compose import compose_config
 from deltakd.io.run_directory import RunDirectory
 from deltakd.training.run import run_training
@@ -35,7 +36,7 @@ def train(world: World, tmp_path: Path) -> Callable[..., RunDirectory]:
     def run(loss: str = "delta_kd", *overrides: str, name: str = "run", drop: tuple[str, ...] = ()) -> RunDirectory:
         directory = tmp_path / name
         chosen = [o for o in world.overrides(directory, loss, *overrides) if not o.startswith(drop or ("\0",))]
-        run_training(compose_config("train", chosen), directory)
+        run_training(make_settings(compose_config("train", chosen)), directory)
         return RunDirectory(directory)
 
     return run

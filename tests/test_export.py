@@ -19,6 +19,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from deltakd.config.build import make_settings
 from deltakd.config.compose import compose_config
 from deltakd.export import export, main
 from deltakd.io.errors import ConfigError
@@ -43,7 +44,7 @@ def trained(world: World, tmp_path_factory: pytest.TempPathFactory) -> RunDirect
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(world.root))
-        run_training(compose_config("train", overrides), run.path)
+        run_training(make_settings(compose_config("train", overrides)), run.path)
     return run
 
 

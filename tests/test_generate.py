@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from deltakd.config.check import make_plan
+from deltakd.config.build import make_settings
 from deltakd.config.compose import CONF_DIR, compose_config
 from deltakd.data import InstructionData, Row, encode_prompt, encode_row, make_template, read_rows
 from deltakd.evaluation import teacher_answers
@@ -89,7 +89,7 @@ def prompt_of(row: Row, data: InstructionData, tokenizer: Any) -> list[int]:
 def test_prompts_are_those_of_the_training_set_and_answers_the_teachers(
     talkative: World, answered: RunDirectory
 ) -> None:
-    plan = make_plan(compose_config("train", overrides(talkative, answered.path)))
+    plan = make_settings(compose_config("train", overrides(talkative, answered.path)))
     tokenizer = load_tokenizer(str(talkative.root / "student_raw"), "model")
     sets = plan.data.load(tokenizer)
     original = {row.id: row for row in read_rows(str(talkative.root / "train.jsonl"))}
@@ -261,7 +261,7 @@ def test_a_teacher_of_another_tokenizer_and_one_that_was_replaced(talkative: Wor
 def test_rows_that_training_would_drop_are_not_asked(talkative: World) -> None:
     tokenizer = load_tokenizer(str(talkative.root / "student_raw"), "model")
     cfg = compose_config("train", overrides(talkative, Path("unused"), "data.overlong=drop"))
-    data = make_plan(cfg).data
+    data = make_settings(cfg).data
     assert isinstance(data, InstructionData)
     asked = [row.id for row in data.read(tokenizer).train]
     assert 5 not in asked

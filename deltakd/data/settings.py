@@ -1,13 +1,14 @@
-"""The data group of the config as typed objects: what ``conf/data/*.yaml`` makes."""
+"""The group ``data`` of the config: what ``conf/data/*.yaml`` makes."""
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, final
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, Literal, final
 
+from annotated_types import Ge
 from transformers import PreTrainedTokenizerBase
 
 from deltakd.data.batches.budget import check_budget
@@ -15,8 +16,10 @@ from deltakd.data.encoding.encode import encode_rows
 from deltakd.data.encoding.templates import Template, make_template
 from deltakd.data.load import LoadedSets, SplitRows, load_instruction_sets, load_text_sets, split_rows
 from deltakd.data.sources.records import missing_sources
+from deltakd.io.keys import Cache, Resume, keys_with
 
 Sources = str | Sequence[str]
+Positive = Annotated[int, Ge(1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,18 +41,26 @@ class DataConfig(ABC):
         strip_answers: a regular expression; what it matches is taken out of answers, those of evaluation sets too.
     """
 
-    train: Sources
+    train: Sources | None
     val: Sources | None = None
-    sets: Mapping[str, Any] = field(default_factory=dict)
+    sets: Annotated[Mapping[str, Any], Resume.UNFINISHED, Cache.FREE] = field(default_factory=dict)
     template: str | Mapping[str, str] = "alpaca"
-    max_length: int = 512
-    max_prompt_length: int = 256
-    limit: int | None = None
-    batch_size: int | None = 8
-    max_tokens_per_batch: int | None = None
-    cache_dir: str | None = None
-    prepare: Callable[[], Any] | None = None
+    max_length: Positive = 512
+    max_prompt_length: Positive = 256
+    limit: Annotated[Positive | None, Cache.FREE] = None
+    batch_size: Annotated[Positive | None, Resume.UNFINISHED, Cache.FREE] = 8
+    max_tokens_per_batch: Annotated[Positive | None, Resume.UNFINISHED, Cache.FREE] = None
+    cache_dir: Annotated[str | None, Cache.FREE] = None
+    prepare: Annotated[Callable[[], Any] | None, Cache.FREE] = None
     strip_answers: str | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What of these settings decides which rows there are, and their tokens; a cache of references keeps it."""
+        free = set(keys_with(type(self), Cache.FREE))
+        return {"kind": type(self).__name__} | {
+            one.name: getattr(self, one.name) for one in fields(self) if one.name not in free
+        }
 
     @property
     def full_rows(self) -> int:
@@ -115,7 +126,7 @@ class DataConfig(ABC):
                 f"data.batch_size and data.max_tokens_per_batch {how}; give one of them: data.batch_size=8, or "
                 "data.batch_size=null data.max_tokens_per_batch=4096"
             ]
-        return [f"data.{name} is {value}; it must be at least 1" for name, value in given.items() if value < 1]
+        return []
 
     @abstractmethod
     def own_problems(self) -> list[str]:
@@ -142,10 +153,10 @@ class InstructionData(DataConfig):
 
     train_subset: str | None = None
     val_subset: str | None = None
-    val_size: int = 0
-    split_seed: int = 0
+    val_size: Annotated[int, Ge(0)] = 0
+    split_seed: Annotated[int, Ge(0)] = 0
     exclude: Sequence[str] = ()
-    overlong: str = "cut"
+    overlong: Literal["cut", "drop"] = "cut"
 
     @property
     def validates(self) -> bool:
@@ -160,8 +171,6 @@ class InstructionData(DataConfig):
                 f"data.max_prompt_length is {self.max_prompt_length} and data.max_length {self.max_length}; "
                 "the prompt must leave room for a response"
             )
-        if self.overlong not in ("cut", "drop"):
-            found.append(f"data.overlong is {self.overlong!r}; allowed: cut, drop")
         return found
 
     def sources(self) -> dict[str, Sources | None]:
@@ -226,8 +235,8 @@ class TextData(DataConfig):
     """
 
     train_subset: Mapping[str, str] | None = None
-    max_tokens: int | None = None
-    val_max_tokens: int | None = None
+    max_tokens: Positive | None = None
+    val_max_tokens: Positive | None = None
 
     def own_problems(self) -> list[str]:
         """The length of a block."""
@@ -235,6 +244,7 @@ class TextData(DataConfig):
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> LoadedSets:
         """Read, tokenise and pack."""
+        assert self.train is not None, "checked by problems()"
         return load_text_sets(
             train=self.train,
             train_subset=self.train_subset,

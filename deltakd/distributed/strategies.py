@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any, final
 
@@ -13,58 +12,23 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 
+from deltakd.distributed.settings import StrategySettings
 from deltakd.distributed.zero import ZeroStrategy, make_zero
-from deltakd.references import PERSISTENCE_THRESHOLD
-
-NAMES = ("auto", "ddp", "deepspeed", "fsdp")
 
 
-def strategy_problems(config: dict[str, Any]) -> list[str]:
-    """What is wrong with ``strategy``, one sentence each."""
-    found = []
-    if config["name"] not in NAMES:
-        found.append(f"strategy.name is {config['name']!r}; allowed: {', '.join(NAMES)}")
-    if config["name"] == "deepspeed":
-        if config["stage"] not in (1, 2, 3):
-            found.append(f"strategy.stage is {config['stage']!r}; ZeRO has the stages 1, 2 and 3")
-        if importlib.util.find_spec("deepspeed") is None:
-            found.append(
-                "strategy=deepspeed_* needs DeepSpeed, which is not installed: pip install 'deltakd[deepspeed]'"
-            )
-    return found
-
-
-def shards_parameters(config: dict[str, Any]) -> bool:
-    """Whether no rank will hold the student whole."""
-    return config["name"] == "fsdp" or (config["name"] == "deepspeed" and config["stage"] == 3)
-
-
-def reference_engine(config: dict[str, Any]) -> dict[str, Any]:
-    """What shards the references where that is asked for: what shards the student, or FSDP2 where nothing does.
-
-    Returns:
-        ``engine`` and ``persistence_threshold`` of ``LiveReferences``.
-    """
-    engine = "deepspeed" if config["name"] == "deepspeed" else "fsdp"
-    return {"engine": engine, "persistence_threshold": config.get("persistence_threshold", PERSISTENCE_THRESHOLD)}
-
-
-def make_strategy(config: dict[str, Any]) -> str | Strategy:
-    """The strategy that ``conf/strategy`` names.
-
-    Args:
-        config: ``name`` (auto, ddp, deepspeed, fsdp); for deepspeed what ``make_zero`` takes.
-    """
-    if config["name"] == "deepspeed":
-        return make_zero(**{key: value for key, value in config.items() if key != "name"})
-    if config["name"] == "fsdp":
+def make_strategy(settings: StrategySettings) -> str | Strategy:
+    """Make Lightning's strategy, or name one that Lightning makes."""
+    if settings.name == "deepspeed":
+        assert settings.stage is not None, "ZeRO without a stage"
+        return make_zero(settings.stage, settings.persistence_threshold, settings.offload)
+    if settings.name == "fsdp":
         return ShardedDataParallel(data_parallel_size="auto", tensor_parallel_size=1)
-    return str(config["name"])
+    return settings.name
 
 
-def make_plugins(config: dict[str, Any]) -> list[Any]:
-    """What Lightning's strategies are given beside their options: how files are written, and how SLURM is read."""
-    files = [WholeFiles()] if config["name"] in ("auto", "ddp") else []
+def make_plugins(settings: StrategySettings) -> list[Any]:
+    """Make what Lightning's strategies are given beside their options: how files are written, how SLURM is read."""
+    files = [WholeFiles()] if settings.name in ("auto", "ddp") else []
     slurm = cluster_plugin()
     return files if slurm is None else [*files, slurm]
 

@@ -13,6 +13,7 @@ from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
+from deltakd.distributed.settings import PERSISTENCE_THRESHOLD
 from deltakd.distributed.zero_checkpoints import for_any_ranks, ranks_of
 
 #: The file of a sharded checkpoint that holds all but weights and optimiser state (FSDP2's name for it).
@@ -33,7 +34,7 @@ def prepare_deepspeed() -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def make_zero(stage: int, persistence_threshold: int | None = None, offload: bool = False) -> ZeroStrategy:
+def make_zero(stage: int, persistence_threshold: int = PERSISTENCE_THRESHOLD, offload: bool = False) -> ZeroStrategy:
     """ZeRO of a stage.
 
     Args:

@@ -8,10 +8,10 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from deltakd.config.build import make_step_settings, read_strategy
 from deltakd.config.compose import CONF_DIR, compose_config
 from deltakd.estimates.costs import Setting
 from deltakd.estimates.layout import Layout
@@ -177,23 +177,18 @@ def make_cases(
     cfg = compose_config("train", [*base, *overrides])
     if cfg.model.lora:
         raise ValueError("model/lora is counted only in a training whose models are at hand; leave --student out")
-    # Paths and data are nobody's business here: they may be missing.
-    config = {name: OmegaConf.to_container(cfg[name], resolve=True) for name in ("model", "trainer", "kernels")}
-    loss, data = instantiate(cfg.loss, _convert_="all"), instantiate(cfg.data, _convert_="all")
-    precision = str(cfg.trainer.precision)
-    shapes = {role: student if role == STUDENT_RAW else teacher for role in sorted(loss.requires)}
-    live = {role: _skeleton(shape, str(cfg.model[role].dtype)) for role, shape in shapes.items()}
+    step = make_step_settings(cfg)
+    precision = str(step.trainer.precision)
+    shapes = {role: student if role == STUDENT_RAW else teacher for role in sorted(step.loss.requires)}
+    live = {role: _skeleton(shape, step.model.specs[role].dtype) for role, shape in shapes.items()}
     cases = []
     for count in gpus:
         for way in ways:
-            strategy: Any = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "strategy" / f"{way.strategy}.yaml"))
-            layout = Layout.of(strategy, {"sharding": way.references}, count)
-            own = _skeleton(student, layout.whole_dtype(precision) or str(cfg.model[STUDENT].dtype), trained=True)
+            layout = Layout.of(read_strategy(way.strategy), count, way.references == "shard")
+            own = _skeleton(student, layout.whole_dtype(precision) or step.model.specs[STUDENT].dtype, trained=True)
             cached = way.references == "cached"
             setting = make_setting(
-                config,
-                loss,
-                data,
+                step,
                 layout,
                 own,
                 {} if cached else live,

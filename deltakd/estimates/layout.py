@@ -7,10 +7,10 @@ section 7). What each strategy does was read in the libraries and measured (test
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from deltakd.distributed.settings import StrategySettings
 from deltakd.estimates.sizes import Skeleton
 
 #: What Lightning tells DeepSpeed: numbers of a bucket of gradients.
@@ -84,18 +84,16 @@ class Layout:
     shards_references: bool = False
 
     @classmethod
-    def of(cls, strategy: Mapping[str, Any], reference: Mapping[str, Any], ranks: int) -> Layout:
-        """From the groups ``strategy`` and ``reference`` of a config."""
-        engine = str(strategy["name"])
-        if engine == "auto":
-            engine = "ddp" if ranks > 1 else "one"
+    def of(cls, strategy: StrategySettings, ranks: int, shards_references: bool) -> Layout:
+        """Return the layout of a strategy over so many ranks."""
+        alone = "ddp" if ranks > 1 else "one"
         return cls(
-            engine,
+            alone if strategy.name == "auto" else strategy.name,
             ranks,
-            int(strategy.get("stage") or 0),
-            int(strategy.get("persistence_threshold") or 0),
-            bool(strategy.get("offload", False)),
-            ranks > 1 and reference.get("sharding", "replicate") == "shard",
+            strategy.stage or 0,
+            strategy.persistence_threshold,
+            strategy.offload,
+            ranks > 1 and shards_references,
         )
 
     @property

@@ -14,30 +14,29 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
 
-from deltakd.config.check import Plan
-from deltakd.data import DataConfig
 from deltakd.distributed.launchers import count_devices
 from deltakd.estimates.costs import MIB, Need, Setting, memory
 from deltakd.estimates.layout import Layout
 from deltakd.estimates.sizes import Skeleton
 from deltakd.models import add_lora, load_skeleton, load_tokenizer
 from deltakd.models.loading import DTYPES
-from deltakd.references import CacheStore
-from deltakd.types import STUDENT, STUDENT_RAW, LinearForwardKL, Loss
+from deltakd.references import CacheStore, LiveSettings
+from deltakd.training.settings import RunSettings, StepSettings
+from deltakd.types import STUDENT, STUDENT_RAW, LinearForwardKL
 
 log = logging.getLogger(__name__)
 
 
-def show_memory(plan: Plan, console: Console | None = None) -> None:
+def show_memory(settings: RunSettings, console: Console | None = None) -> None:
     """Print the table of :func:`estimate`, and warn where more is needed than there is.
 
     Raises:
         ValueError: a model's configuration can't be had.
     """
-    needs = estimate(plan)
+    needs = estimate(settings)
     devices = list(dict.fromkeys(need.device for need in needs))
-    together = processes(plan)
-    table = Table("a process needs, in MiB", title=f"{plan.config['name']}: memory (estimate)", title_justify="left")
+    together = processes(settings)
+    table = Table("a process needs, in MiB", title=f"{settings.name}: memory (estimate)", title_justify="left")
     for device in devices:
         table.add_column(device, justify="right")
     for what in dict.fromkeys(need.what for need in needs):
@@ -69,7 +68,7 @@ def _mib(size: int) -> str:
     return f"{size / MIB:,.0f}"
 
 
-def estimate(plan: Plan) -> list[Need]:
+def estimate(settings: RunSettings) -> list[Need]:
     """What each process of the plan has in memory at the peak of a training step (``costs.memory`` says how).
 
     Strategies that shard, and ``reference.sharding``, are counted as they are; measured on CPUs, the sum is within 25 %
@@ -79,147 +78,148 @@ def estimate(plan: Plan) -> list[Need]:
     Raises:
         ValueError: a model's configuration can't be had.
     """
-    return memory(setting_of(plan, *_devices(plan)))
+    return memory(setting_of(settings, *_devices(settings)))
 
 
-def planned_setting(plan: Plan) -> Setting:
+def planned_setting(settings: RunSettings) -> Setting:
     """The same for GPUs that need not be there: those of ``trainer.devices``, unless ``trainer.accelerator`` is a CPU.
 
     Raises:
         ValueError: a model's configuration can't be had, or there is no GPU.
     """
     for key in ("devices", "num_nodes"):
-        if plan.config["trainer"][key] in (0, []):
-            raise ValueError(f"trainer.{key} is {plan.config['trainer'][key]}; give at least 1")
-    device = "cpu" if plan.config["trainer"]["accelerator"] == "cpu" else "cuda"
-    placement = str(plan.config["reference"].get("placement", "auto"))
-    return setting_of(plan, device, device if placement == "auto" or plan.cache is not None else placement)
+        if getattr(settings.trainer, key) in (0, []):
+            raise ValueError(f"trainer.{key} is {getattr(settings.trainer, key)}; give at least 1")
+    device = "cpu" if settings.trainer.accelerator == "cpu" else "cuda"
+    placement = placement_of(settings)
+    return setting_of(settings, device, device if placement == "auto" else placement)
 
 
-def setting_of(plan: Plan, device: str, home: str) -> Setting:
+def setting_of(settings: RunSettings, device: str, home: str) -> Setting:
     """What the costs of the plan's steps depend on.
 
     Args:
-        plan: the plan.
+        settings: of the run.
         device: the student's device.
         home: the references'.
 
     Raises:
         ValueError: a model's configuration can't be had.
     """
-    config = plan.config
-    layout = Layout.of(config["strategy"], config["reference"], processes(plan) * int(config["trainer"]["num_nodes"]))
-    skeletons = {role: _skeleton(plan, role, layout) for role in plan.specs}
+    shards = isinstance(settings.reference, LiveSettings) and settings.reference.sharding == "shard"
+    layout = Layout.of(settings.strategy, processes(settings) * settings.trainer.num_nodes, shards)
+    skeletons = {role: _skeleton(settings, role, layout) for role in settings.specs}
     student = skeletons.pop(STUDENT)
-    heads, token_bytes = _cached(plan)
+    heads, token_bytes = _cached(settings)
     return make_setting(
-        config,
-        plan.loss,
-        plan.data,
+        StepSettings(settings.loss, settings.data, settings.model, settings.trainer, settings.kernels),
         layout,
         student,
         skeletons,
         device=device,
         home=home,
-        adapted=plan.lora is not None and plan.cache is None and STUDENT_RAW in plan.loss.requires,
+        adapted=settings.model.lora is not None and settings.cache is None and STUDENT_RAW in settings.loss.requires,
         cached_heads=heads,
         cached_bytes=token_bytes,
     )
 
 
 def make_setting(
-    config: Mapping[str, Any],
-    loss: Loss,
-    data: DataConfig,
+    settings: StepSettings,
     layout: Layout,
     student: Skeleton,
     references: Mapping[str, Skeleton],
     **others: Any,
 ) -> Setting:
-    """What the costs of a step depend on, from the groups of a config; ``others`` are further fields of it."""
-    fused = isinstance(getattr(loss, "linear_forward_kl", None), LinearForwardKL)
+    """Return what the costs of a step depend on; ``others`` are further fields of it."""
+    fused = isinstance(getattr(settings.loss, "linear_forward_kl", None), LinearForwardKL)
     return Setting(
         student,
         references,
         layout,
-        positions=data.positions,
-        row=data.max_length,
-        valid=data.positions,
-        accumulate=int(config["trainer"]["accumulate_grad_batches"]),
-        precision=str(config["trainer"]["precision"]),
-        checkpointed=bool(config["model"]["gradient_checkpointing"]),
-        budget=float(config["kernels"]["memory_budget"]),
+        positions=settings.data.positions,
+        row=settings.data.max_length,
+        valid=settings.data.positions,
+        accumulate=settings.trainer.accumulate_grad_batches,
+        precision=str(settings.trainer.precision),
+        checkpointed=settings.model.gradient_checkpointing,
+        budget=float(settings.kernels.memory_budget),
         form="fused" if fused else "autograd",
         **others,
     )
 
 
-def _skeleton(plan: Plan, role: str, layout: Layout) -> Skeleton:
+def _skeleton(settings: RunSettings, role: str, layout: Layout) -> Skeleton:
     """The model of a role as it will be in training."""
-    settings, spec = plan.config["model"], plan.specs[role]
+    spec = settings.specs[role]
     if role == STUDENT and spec.quantization is not None:
         # What is not quantised is made float32 for training (models/lora.py).
         spec = replace(spec, dtype="float32")
     model: Any = load_skeleton(
         role,
         spec,
-        vocabulary=_vocabulary(plan) if spec.init == "random" else 0,
-        attn_implementation=settings["attn_implementation"],
-        trust_remote_code=settings["trust_remote_code"],
+        vocabulary=_vocabulary(settings) if spec.init == "random" else 0,
+        attn_implementation=settings.model.attn_implementation,
+        trust_remote_code=settings.model.trust_remote_code,
     )
     if role != STUDENT:
         return Skeleton(model.requires_grad_(False), spec)
-    if plan.lora is not None:
+    if settings.model.lora is not None:
         with torch.device("meta"):
-            model = add_lora(model, plan.lora)
-    whole = layout.whole_dtype(str(plan.config["trainer"]["precision"]))
+            model = add_lora(model, settings.model.lora)
+    whole = layout.whole_dtype(str(settings.trainer.precision))
     return Skeleton(model, spec, DTYPES[whole] if whole else None)
 
 
-def _vocabulary(plan: Plan) -> int:
+def _vocabulary(settings: RunSettings) -> int:
     """Tokens of a model from scratch; about, where its tokenizer has still to be trained."""
-    spec, settings = plan.specs[STUDENT], plan.config["model"]
+    spec = settings.specs[STUDENT]
     if not spec.tokenizer:
-        return int(settings["tokenizer"]["vocabulary"])
-    trust = bool(settings["trust_remote_code"])
+        return settings.model.tokenizer.vocabulary
+    trust = settings.model.trust_remote_code
     tokenizer = load_tokenizer(spec.tokenizer, "model.student.tokenizer", trust_remote_code=trust)
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def _cached(plan: Plan) -> tuple[list[tuple[int, int]], int]:
+def _cached(settings: RunSettings) -> tuple[list[tuple[int, int]], int]:
     """Of the cache that the references are read from: (numbers, bytes of a number) of each head, bytes of a token."""
-    if plan.cache is None or plan.cache.path is None:
+    if settings.cache is None or settings.cache.path is None:
         return [], 0
-    manifest = CacheStore.open(Path(plan.cache.path)).manifest
+    manifest = CacheStore.open(Path(settings.cache.path)).manifest
     token_bytes = int(manifest.content["bytes_per_token"])
     if manifest.heads is None:
         return [], token_bytes
     found = []
-    with safe_open(Path(plan.cache.path) / manifest.heads.file, "pt") as heads:
+    with safe_open(Path(settings.cache.path) / manifest.heads.file, "pt") as heads:
         for name in heads.keys():  # noqa: SIM118 - no mapping
-            if name.partition(".")[0] in plan.loss.requires:
+            if name.partition(".")[0] in settings.loss.requires:
                 part = heads.get_slice(name)
                 found.append((math.prod(part.get_shape()), 2 if part.get_dtype() in ("BF16", "F16") else 4))
     return found, token_bytes
 
 
-def processes(plan: Plan) -> int:
+def processes(settings: RunSettings) -> int:
     """Processes of this machine, as far as the config says."""
-    return count_devices(plan.config["trainer"]["devices"]) or max(1, torch.cuda.device_count())
+    return count_devices(settings.trainer.devices) or max(1, torch.cuda.device_count())
 
 
-def _devices(plan: Plan) -> tuple[str, str]:
+def _devices(settings: RunSettings) -> tuple[str, str]:
     """(the student's device, the references'), of the first process."""
-    accelerator = str(plan.config["trainer"]["accelerator"])
+    accelerator = settings.trainer.accelerator
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         student = "cuda:0"
     elif accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
         student = "mps"
     else:
         student = "cpu"
-    placement = str(plan.config["reference"].get("placement", "auto"))
-    home = student if placement == "auto" or plan.cache is not None else placement
+    placement = placement_of(settings)
+    home = student if placement == "auto" else placement
     return student, "cuda:0" if home == "cuda" else home
+
+
+def placement_of(settings: RunSettings) -> str:
+    """Return where the references run: ``auto`` is the student's device, as for those that are read from a cache."""
+    return settings.reference.placement if isinstance(settings.reference, LiveSettings) else "auto"
 
 
 def available(device: str) -> int | None:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -18,10 +15,11 @@ from deltakd.data import DataConfig, Row, encode_prompts
 from deltakd.distributed.ranks import is_main_process
 from deltakd.distributed.sharding import gathered, place
 from deltakd.evaluation import METRIC_TITLES, EvaluationSet, evaluate_set, matches, scored, summarise
-from deltakd.evaluation.settings import Evaluation
+from deltakd.evaluation.settings import EvaluationSettings
 from deltakd.evaluation.text_measures import text_measures
 from deltakd.io.json_lines import read_generations, write_generations
-from deltakd.io.progress import current_display
+from deltakd.io.progress import progress_bar
+from deltakd.models.tokenizers import pad_id
 
 log = logging.getLogger(__name__)
 
@@ -54,17 +52,11 @@ def make_set(
     )
 
 
-def pad_id(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> int:
-    """Any id that all models know will do under an attention mask: the tokenizer's own, if they do, else 0."""
-    own = tokenizer.pad_token_id
-    return own if own is not None and own < vocabulary else 0
-
-
 def answer(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     eval_set: EvaluationSet,
-    evaluation: Evaluation,
+    evaluation: EvaluationSettings,
     seeds: Sequence[int],
     vocabulary: int,
     show_progress: bool,
@@ -97,34 +89,11 @@ def _in_order(records: list[dict[str, Any]], eval_set: EvaluationSet) -> list[di
     return [by_row[row_id] for row_id in eval_set.row_ids]
 
 
-@contextmanager
-def progress_bar(description: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A progress bar on a terminal; what it gives is called with the number of rows done so far.
-
-    Where a display is shared by several runs, the progress goes there.
-    """
-    display = current_display()
-    if display is not None:
-        yield lambda done: display.progress(description, done, total)
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    console = Console()
-    with Progress(*columns, console=console, disable=not (shown and console.is_terminal), transient=True) as progress:
-        task = progress.add_task(description, total=total)
-        yield lambda done: progress.update(task, completed=done)
-
-
 def evaluate_sets(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     sets: Sequence[EvaluationSet],
-    evaluation: Evaluation,
+    evaluation: EvaluationSettings,
     vocabulary: int,
     directory: Path,
     show_progress: bool = True,
@@ -164,7 +133,9 @@ def evaluate_sets(
     return metrics
 
 
-def _stored(eval_set: EvaluationSet, evaluation: Evaluation, directory: Path) -> dict[int, list[dict[str, Any]]]:
+def _stored(
+    eval_set: EvaluationSet, evaluation: EvaluationSettings, directory: Path
+) -> dict[int, list[dict[str, Any]]]:
     """The records of the seeds that are done, the same on all ranks: what the main process has read.
 
     Answers that were scored otherwise are scored anew.

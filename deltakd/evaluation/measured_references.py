@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 import numpy as np
 import torch
@@ -16,9 +16,18 @@ from transformers import PreTrainedTokenizerBase
 from deltakd.data import EncodedSet, tokenizer_fingerprint
 from deltakd.distributed.sharding import gathered
 from deltakd.generation.model_step import position_limit
-from deltakd.models import LanguageModel, ModelSpec, common_vocabulary, load_config, load_model, load_tokenizer
+from deltakd.models import (
+    LanguageModel,
+    ModelSettings,
+    ModelSpec,
+    common_vocabulary,
+    load_config,
+    load_model,
+    load_tokenizer,
+    spec_problems,
+)
 from deltakd.references import CachedReferences, CacheSettings, CacheStore, LiveReferences, References
-from deltakd.references.content import model_entry, model_problems
+from deltakd.references.content import model_problems, spec_of
 from deltakd.references.index import keys_of_set
 from deltakd.types import STUDENT_RAW, TEACHER, TEACHER_RAW, Batch, Head
 
@@ -65,7 +74,7 @@ class MeasuredReferences:
     """Finds, for each set of rows, the references that can be had; what can't be had is named in the log, once.
 
     Args:
-        config: the run's.
+        models: the models that the run names.
         tokenizer: the student's.
         vocabulary: its number of tokens.
         cache: the reference group where it names a cache; None: it does not.
@@ -76,7 +85,7 @@ class MeasuredReferences:
 
     def __init__(
         self,
-        config: Mapping[str, Any],
+        models: ModelSettings,
         tokenizer: PreTrainedTokenizerBase,
         vocabulary: int,
         cache: CacheSettings | None,
@@ -84,7 +93,7 @@ class MeasuredReferences:
         placement: str,
         device: torch.device,
     ) -> None:
-        self._config = config
+        self._models = models
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
         self._placement = placement
@@ -150,8 +159,8 @@ class MeasuredReferences:
             if content["tokenizer"] != tokenizer_fingerprint(self._tokenizer):
                 return None
             held = content["models"]
-            entries = {role: model_entry(self._config, role) for role in WANTED if role in held}
-            roles = [role for role, entry in entries.items() if not model_problems(role, entry, held[role], str(path))]
+            specs = {role: spec_of(self._models, role) for role in WANTED if role in held}
+            roles = [role for role, spec in specs.items() if not model_problems(role, spec, held[role], str(path))]
             # The checksums of a cache that the loss reads were verified before the training.
             store.check(checksum=False)
             return CachedReferences(store, roles) if roles else None
@@ -197,9 +206,8 @@ class MeasuredReferences:
         """The model of a role, loaded where it is not yet; None where the config gives none or it can't be used."""
         if role in self._loaded or role in self._given_up:
             return self._loaded.get(role)
-        known = {field.name for field in fields(ModelSpec)}
-        spec = ModelSpec(**{key: value for key, value in model_entry(self._config, role).items() if key in known})
-        if spec.path is not None and spec.init == "pretrained":
+        spec = spec_of(self._models, role)
+        if spec is not None and spec.path is not None and spec.init == "pretrained":
             try:
                 self._loaded[role] = self._load(role, spec)
             except (ValueError, OSError, torch.OutOfMemoryError) as error:
@@ -209,11 +217,10 @@ class MeasuredReferences:
         return self._loaded.get(role)
 
     def _load(self, role: str, spec: ModelSpec) -> LanguageModel:
-        problems = spec.problems(role)
+        problems = spec_problems(role, spec)
         if problems:
             raise ValueError("; ".join(problems))
-        settings = self._config["model"]
-        trust = bool(settings.get("trust_remote_code", False))
+        trust = self._models.trust_remote_code
         load_config(role, spec, trust_remote_code=trust)
         other = load_tokenizer(str(spec.tokenizer or spec.path), role, trust_remote_code=trust)
         vocabulary = min(self._vocabulary, common_vocabulary(self._tokenizer, other, role))
@@ -221,7 +228,7 @@ class MeasuredReferences:
             role,
             spec,
             vocabulary=vocabulary,
-            attn_implementation=settings.get("attn_implementation"),
+            attn_implementation=self._models.attn_implementation,
             trust_remote_code=trust,
         )
         model = LanguageModel(hf, vocabulary).eval()

@@ -16,10 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from deltakd.data import DataConfig, EncodedSet, collate, encode_rows, read_rows, with_answer
 from deltakd.distributed.sharding import gathered, is_sharded, place
-from deltakd.evaluation.answers import pad_id, progress_bar
-from deltakd.evaluation.measure_settings import NONE
 from deltakd.evaluation.measured_references import HeadSource, MeasuredReferences, cut
-from deltakd.evaluation.settings import Evaluation
+from deltakd.evaluation.settings import EvaluationSettings
 from deltakd.evaluation.token_measures import (
     CALIBRATION_BINS,
     TokenMeasures,
@@ -28,9 +26,11 @@ from deltakd.evaluation.token_measures import (
     token_measures,
 )
 from deltakd.generation.model_step import evaluating, position_limit
+from deltakd.io.progress import progress_bar
 from deltakd.kernels import MEMORY_BUDGET, chunk_size_for
-from deltakd.models import LanguageModel
-from deltakd.references import CacheSettings
+from deltakd.models import LanguageModel, ModelSettings
+from deltakd.models.tokenizers import pad_id
+from deltakd.references import CacheSettings, LiveSettings
 from deltakd.types import STUDENT
 
 log = logging.getLogger(__name__)
@@ -43,24 +43,26 @@ class Subject:
     """What is measured, and with what.
 
     Args:
-        config: the run's, resolved.
-        evaluation: its evaluation group, typed.
-        data: its data group, typed.
+        models: the models that the run names.
+        evaluation: the group ``evaluation``.
+        data: the group ``data``.
         tokenizer: the student's.
         vocabulary: number of its tokens.
         model: the student, in eval mode, on its device.
-        references: the reference group as Hydra made it; a ``CacheSettings`` names a cache.
+        references: the group ``reference``; a ``CacheSettings`` names a cache.
         loaded: role -> frozen model that is in memory already.
+        show_progress: show a progress bar.
     """
 
-    config: Mapping[str, Any]
-    evaluation: Evaluation
+    models: ModelSettings
+    evaluation: EvaluationSettings
     data: DataConfig
     tokenizer: PreTrainedTokenizerBase
     vocabulary: int
     model: nn.Module
-    references: Any = None
+    references: LiveSettings | CacheSettings = field(default_factory=LiveSettings)
     loaded: Mapping[str, LanguageModel] = field(default_factory=dict)
+    show_progress: bool = True
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,9 @@ class Measured:
     counts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def encode_set(name: str, evaluation: Evaluation, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> EncodedSet:
+def encode_set(
+    name: str, evaluation: EvaluationSettings, data: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> EncodedSet:
     """The prompts of the set ``name`` with their first references, tokenised as training would.
 
     Raises:
@@ -112,17 +116,23 @@ def measure(subject: Subject, validation: EncodedSet | None) -> Measured:
     if evaluation.measures.rows == 0:
         return found
     references = None
-    shards = subject.config["reference"].get("sharding") == "shard" and place()[1] > 1
+    live = subject.references if isinstance(subject.references, LiveSettings) else LiveSettings()
+    shards = live.sharding == "shard" and place()[1] > 1
     if shards or any(is_sharded(model) for model in subject.loaded.values()):
         log.info(
             "The references are sharded, and no rank can run one by itself: the student is measured alone. "
             "deltakd.evaluate run=... measures it beside them, on a device that holds them."
         )
-    elif evaluation.measures.references != NONE:
+    elif evaluation.measures.references != "none":
         cache = subject.references if isinstance(subject.references, CacheSettings) else None
-        placement = str(subject.config["reference"].get("placement") or "auto")
         references = MeasuredReferences(
-            subject.config, subject.tokenizer, subject.vocabulary, cache, subject.loaded, placement, _device(subject)
+            subject.models,
+            subject.tokenizer,
+            subject.vocabulary,
+            cache,
+            subject.loaded,
+            live.placement,
+            _device(subject),
         )
     for name, encoded in _sets(subject, validation):
         rows = np.arange(len(encoded))[: evaluation.measures.rows]
@@ -171,8 +181,7 @@ def _sums(
     chunk_size = chunk_size_for(MEMORY_BUDGET, source.vocabulary, torch.float32.itemsize, "autograd")
     pad = pad_id(subject.tokenizer, source.vocabulary)
     total = _no_tokens(source)
-    shown = bool(subject.config["trainer"]["enable_progress_bar"])
-    with progress_bar(f"measures of {name}", len(mine), shown) as advance, evaluating(subject.model):
+    with progress_bar(f"measures of {name}", len(mine), subject.show_progress) as advance, evaluating(subject.model):
         for start in range(0, len(mine), subject.data.full_rows):
             chosen = mine[start : start + subject.data.full_rows].tolist()
             batch = collate([encoded[row] for row in chosen], pad, step=0, step_tokens=0).to(_device(subject))

@@ -22,12 +22,21 @@ from transformers import PreTrainedTokenizerBase
 from deltakd.data import DataConfig, Encoded, EncodedSet, collate
 from deltakd.data.sources.records import missing_sources
 from deltakd.evaluation.answer_tokens import AnswerToken, Pieces
-from deltakd.evaluation.answers import pad_id, progress_bar
 from deltakd.evaluation.shift import TokenPreservation, shift_preservation, top_candidates
 from deltakd.generation.model_step import position_limit
+from deltakd.io.progress import progress_bar
 from deltakd.io.run_directory import RunDirectory, write_text
 from deltakd.kernels import MEMORY_BUDGET, chunk_size_for
-from deltakd.models import LanguageModel, ModelSpec, common_vocabulary, load_config, load_model, load_tokenizer
+from deltakd.models import (
+    LanguageModel,
+    ModelSpec,
+    common_vocabulary,
+    load_config,
+    load_model,
+    load_tokenizer,
+    spec_problems,
+)
+from deltakd.models.tokenizers import pad_id
 from deltakd.references import LiveReferences
 from deltakd.references.content import model_identity
 from deltakd.results.token_view import (
@@ -158,7 +167,7 @@ class _Subject:
             if spec.init == "random":
                 found.append(f"{role}: model.{key}.init=random has no trained self; the run began from scratch")
                 continue
-            problems = spec.problems(key)
+            problems = spec_problems(key, spec)
             if not problems:
                 try:
                     load_config(key, spec, trust_remote_code=self.trust)
@@ -256,7 +265,7 @@ def _version(spec: ModelSpec) -> dict[str, Any] | None:
     """Which model it is, wherever it lies; None where it is not there."""
     if spec.path is None:
         return None
-    identity = model_identity({"path": spec.path, "dtype": spec.dtype, "quantization": spec.quantization})
+    identity = model_identity(spec)
     known = {key: identity[key] for key in ("sha256", "commit", "dtype", "quantization")}
     return known if known["sha256"] else None
 

@@ -13,7 +13,7 @@ from deltakd.data import DataConfig, Overlap, Row, find_overlaps, read_rows
 from deltakd.evaluation import SCORERS, EvaluationSet
 from deltakd.evaluation.answers import make_set
 from deltakd.evaluation.final_number import expected_number
-from deltakd.evaluation.settings import Evaluation, deviations
+from deltakd.evaluation.settings import EvaluationSettings
 from deltakd.io.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -37,8 +37,8 @@ class CheckedSets:
 
 
 def read_checked_sets(
-    evaluation: Evaluation,
-    config: Mapping[str, Any],
+    evaluation: EvaluationSettings,
+    deviations: Sequence[str],
     data: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     model: PretrainedConfig,
@@ -48,7 +48,7 @@ def read_checked_sets(
 
     Args:
         evaluation: what is to be evaluated.
-        config: the group it was made from.
+        deviations: in what it differs from the protocol that it names.
         data: whose template and prompt length hold where the evaluation has none.
         tokenizer: the student's.
         model: the student's configuration.
@@ -90,23 +90,22 @@ def read_checked_sets(
         }
     if problems:
         raise ConfigError(problems)
-    return CheckedSets(sets, _record(evaluation, config, asked, tokenizer, described))
+    return CheckedSets(sets, _record(evaluation, deviations, asked, tokenizer, described))
 
 
 def _record(
-    evaluation: Evaluation,
-    config: Mapping[str, Any],
+    evaluation: EvaluationSettings,
+    deviations: Sequence[str],
     asked: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     sets: Mapping[str, Any],
 ) -> dict[str, Any]:
-    departures = deviations(config)
-    if departures:
-        log.warning("The evaluation is not %s as published: %s.", evaluation.protocol, "; ".join(departures))
-    scorers = dict.fromkeys([evaluation.scorer, *(entry["scorer"] for entry in sets.values())])
+    if deviations:
+        log.warning("The evaluation is not %s as published: %s.", evaluation.protocol, "; ".join(deviations))
+    scorers = dict.fromkeys([evaluation.val_scorer, *(entry["scorer"] for entry in sets.values())])
     return {
         "protocol": evaluation.protocol,
-        "deviations": departures,
+        "deviations": list(deviations),
         "template": asked.template,
         "template_text": repr(asked.make_template(tokenizer)),
         "max_prompt_length": asked.max_prompt_length,

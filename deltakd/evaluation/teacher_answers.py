@@ -10,19 +10,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
-from deltakd.config.check import Plan, make_plan
 from deltakd.data import InstructionData, Row, SplitRows, row_record, tokenizer_fingerprint, with_answer
 from deltakd.evaluation import EvaluationSet, answer_set, matches
-from deltakd.evaluation.answers import make_set, pad_id, progress_bar
+from deltakd.evaluation.answers import make_set
+from deltakd.evaluation.settings import EvaluationSettings
 from deltakd.io.json_lines import read_generations, write_generations
-from deltakd.io.run_directory import RunDirectory
+from deltakd.io.progress import progress_bar
 from deltakd.models import LanguageModel
-from deltakd.tracking.environment import count_parameters, environment, hub_snapshot, model_fingerprint, peak_memory_mib
-from deltakd.training.assembly import make_model, make_tokenizer, shared_vocabulary
+from deltakd.models.tokenizers import pad_id
+from deltakd.tracking.environment import count_parameters, hub_snapshot, model_fingerprint
 from deltakd.types import TEACHER
 
 log = logging.getLogger(__name__)
@@ -39,98 +37,68 @@ class Answering:
     """What answering needs once everything is loaded.
 
     Args:
-        plan: the checked config.
+        path: of the teacher, for the log and the record.
+        data: whose template and prompt length hold.
+        evaluation: how answers are decoded.
         rows: whose prompts are answered, and the validation rows.
         tokenizer: the student's, which the teacher has been proved to share.
         vocabulary: number of tokens that both share.
         teacher: on the device where it answers.
+        show_progress: show a progress bar.
     """
 
-    plan: Plan
+    path: str
+    data: InstructionData
+    evaluation: EvaluationSettings
     rows: SplitRows
     tokenizer: PreTrainedTokenizerBase
     vocabulary: int
     teacher: LanguageModel
+    show_progress: bool = True
 
 
-def run_answers(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
-    """Let the teacher answer every prompt that a training with this config would train on.
-
-    The prompts are those of ``data`` (its exclusions, subset and limit applied, held-out validation rows left out),
-    tokenised as in training. They are decoded by ``evaluation.decoding`` under the first of ``evaluation.seeds``. Of
-    a conversation the prompt of the last answer is answered; earlier answers stay.
-
-    Into ``run_dir`` go ``answers/`` (every answer; what is there already is not made again), ``train.jsonl`` (the
-    rows with their new answers, those left out that are empty or did not end by EOS), ``val.jsonl`` (the rows held out
-    by ``data.val_size``, as they were) and, last, ``summary.json``. A finished directory is only read.
-
-    Args:
-        cfg: composed config (``conf/train.yaml``).
-        run_dir: the directory.
-
-    Returns:
-        The content of ``summary.json``.
-
-    Raises:
-        ConfigError: everything that is wrong with the config, before any weight is loaded.
-        ValueError: data or models that can't be used, or no answer is left.
-    """
-    plan = make_plan(cfg, roles={TEACHER}, needs_prompts=True)
-    directory = RunDirectory(run_dir)
-    directory.claim({"answering_teacher": _version(plan)} | plan.config, resume=directory.config.is_file())
-    if directory.finished:
-        log.info("%s is finished already; nothing to do.", run_dir)
-        return directory.read_summary()
-    started = time.perf_counter()
-    parts = _load(plan, directory)
-    records, speed = _answer_all(parts, directory.path / "answers")
-    kept, summary = _keep(parts.rows.train, records)
-    held_out = parts.rows.val if plan.config["data"]["val"] is None else []
-    if held_out:
-        write_generations(directory.path / VAL_FILE, [row_record(row) for row in held_out])
-    write_generations(directory.path / TRAIN_FILE, kept)
-    _report(summary, directory, plan.evaluation.decoding.max_new_tokens)
-    # Of this start alone: what a former one cost is not known.
-    costs = {
-        "seconds": round(time.perf_counter() - started, 3),
-        "tokens_per_second": speed,
-        "peak_memory_mib": round(peak_memory_mib(), 1),
-    }
-    summary |= {"held_out": len(held_out), "meta": _meta(parts) | costs}
-    directory.write_summary(summary)
-    return summary
-
-
-def _version(plan: Plan) -> str | None:
-    """Of the teacher: a local directory's fingerprint, or the commit of the hub's model."""
-    path = str(plan.specs[TEACHER].path)
+def version_of(path: str) -> str | None:
+    """Return a local directory's fingerprint, or the commit of the hub's model."""
     snapshot = None if Path(path).is_dir() else hub_snapshot(path)
     return model_fingerprint(path) if snapshot is None else snapshot.name
 
 
-def _load(plan: Plan, directory: RunDirectory) -> Answering:
-    assert isinstance(plan.data, InstructionData)
-    if plan.data.prepare is not None:
-        plan.data.prepare()
-    tokenizer = make_tokenizer(plan, directory.path / "tokenizer")
-    vocabulary = shared_vocabulary(plan, tokenizer)
-    rows = plan.data.read(tokenizer)
-    teacher = make_model(plan, TEACHER, tokenizer, vocabulary).to("cuda" if torch.cuda.is_available() else "cpu")
-    return Answering(plan, rows, tokenizer, vocabulary, teacher)
+def answer_prompts(parts: Answering, directory: Path, holds_out: bool) -> tuple[dict[str, Any], float | None]:
+    """Answer every training prompt, and write the rows with their new answers.
+
+    Args:
+        parts: everything loaded.
+        directory: gets ``answers/`` (what is there already is not made again), ``train.jsonl`` and ``val.jsonl``.
+        holds_out: the validation rows were held out of the training rows, and are kept as they were.
+
+    Returns:
+        The counts, and the speed (tokens/s, None where nothing was left to do).
+
+    Raises:
+        ValueError: no answer is left.
+    """
+    records, speed = _answer_all(parts, directory / "answers")
+    kept, counts = _keep(parts.rows.train, records)
+    held_out = parts.rows.val if holds_out else []
+    if held_out:
+        write_generations(directory / VAL_FILE, [row_record(row) for row in held_out])
+    write_generations(directory / TRAIN_FILE, kept)
+    _report(counts, directory, parts.evaluation.decoding.max_new_tokens)
+    return counts | {"held_out": len(held_out)}, speed
 
 
 def _answer_all(parts: Answering, folder: Path) -> tuple[list[dict[str, Any]], float | None]:
     """The records of all rows, in order, and the speed (tokens/s, None where nothing was left to do)."""
-    rows, plan = parts.rows.train, parts.plan
-    log.info("%s answers %d prompts.", plan.specs[TEACHER].path, len(rows))
+    rows, evaluation = parts.rows.train, parts.evaluation
+    log.info("%s answers %d prompts.", parts.path, len(rows))
     records: list[dict[str, Any]] = []
     tokens, seconds = 0, 0.0
-    with progress_bar("answers", len(rows), plan.config["trainer"]["enable_progress_bar"]) as advance:
+    with progress_bar("answers", len(rows), parts.show_progress) as advance:
         for start in range(0, len(rows), SHARD_PROMPTS):
-            shard = make_set("train", rows[start : start + SHARD_PROMPTS], plan.data, parts.tokenizer)
+            shard = make_set("train", rows[start : start + SHARD_PROMPTS], parts.data, parts.tokenizer)
             path = folder / f"part_{start // SHARD_PROMPTS:05d}.jsonl"
             answers = read_generations(path)
-            if answers is None or not matches(answers, shard, plan.evaluation.decoding, plan.evaluation.seeds[0]):
+            if answers is None or not matches(answers, shard, evaluation.decoding, evaluation.seeds[0]):
                 began = time.perf_counter()
                 answers = _answer(parts, shard, partial(_advance, advance, start))
                 write_generations(path, answers)
@@ -142,7 +110,7 @@ def _answer_all(parts: Answering, folder: Path) -> tuple[list[dict[str, Any]], f
 
 
 def _answer(parts: Answering, shard: EvaluationSet, progress: Callable[[int], None]) -> list[dict[str, Any]]:
-    evaluation = parts.plan.evaluation
+    evaluation = parts.evaluation
     seed = evaluation.seeds[0]
     by_seed = answer_set(
         parts.teacher.hf,
@@ -189,10 +157,10 @@ def _keep(rows: Sequence[Row], records: Sequence[dict[str, Any]]) -> tuple[list[
     }
 
 
-def _report(summary: dict[str, Any], directory: RunDirectory, max_new_tokens: int) -> None:
+def _report(summary: dict[str, Any], directory: Path, max_new_tokens: int) -> None:
     log.info(
         "%s: %d of %d prompts with their answers, of %.1f tokens on average.",
-        directory.path / TRAIN_FILE,
+        directory / TRAIN_FILE,
         summary["answered"],
         summary["prompts"],
         summary["answer_tokens"],
@@ -208,11 +176,11 @@ def _report(summary: dict[str, Any], directory: RunDirectory, max_new_tokens: in
         )
 
 
-def _meta(parts: Answering) -> dict[str, Any]:
-    """Who answered, how, and where."""
-    path, evaluation = str(parts.plan.specs[TEACHER].path), parts.plan.evaluation
+def answering_record(parts: Answering) -> dict[str, Any]:
+    """Return who answered, and how, for ``summary.json``."""
+    path, evaluation = parts.path, parts.evaluation
     files = path if Path(path).is_dir() else hub_snapshot(path)
-    return environment() | {
+    return {
         "teacher": path,
         "teacher_sha256": None if files is None else model_fingerprint(files),
         "parameters": count_parameters({TEACHER: parts.teacher}),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated
 
+from annotated_types import Ge, Gt, Le
 from transformers import (
     LogitsProcessorList,
     NoRepeatNGramLogitsProcessor,
@@ -13,8 +13,6 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-
-KEY = "evaluation.decoding"
 
 
 @dataclass(frozen=True)
@@ -31,30 +29,19 @@ class Decoding:
     """
 
     do_sample: bool = True
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    no_repeat_ngram_size: int = 0
-    max_new_tokens: int = 256
+    temperature: Annotated[float, Gt(0)] = 1.0
+    top_k: Annotated[int, Ge(0)] = 0
+    top_p: Annotated[float, Gt(0), Le(1)] = 1.0
+    no_repeat_ngram_size: Annotated[int, Ge(0)] = 0
+    max_new_tokens: Annotated[int, Ge(1)] = 256
 
     def problems(self) -> list[str]:
-        """Everything that is wrong with the options, each message opening with its config key."""
-        checks = (
-            ("do_sample", isinstance(self.do_sample, bool), "true or false"),
-            ("temperature", _is_number(self.temperature) and self.temperature > 0,
-             "a finite number above 0; for the most probable token set do_sample: false"),
-            ("top_k", _is_count(self.top_k), "an integer of at least 0, where 0 keeps every token"),
-            ("top_p", _is_number(self.top_p) and 0 < self.top_p <= 1,
-             "a number above 0 and at most 1, where 1 keeps every token"),
-            ("no_repeat_ngram_size", _is_count(self.no_repeat_ngram_size) and self.no_repeat_ngram_size != 1,
-             "0 (off) or an integer of at least 2; 1 would ban every token of the prompt"),
-            ("max_new_tokens", _is_count(self.max_new_tokens) and self.max_new_tokens > 0,
-             "an integer of at least 1"),
-        )  # fmt: skip
+        """Return what is wrong with options of the right type, one sentence each."""
+        if self.no_repeat_ngram_size != 1:
+            return []
         return [
-            f"{KEY}.{name} is {getattr(self, name)!r}: it must be {allowed}."
-            for name, good, allowed in checks
-            if not good
+            "evaluation.decoding.no_repeat_ngram_size is 1; it must be 0 (off) or from 2: 1 would ban every token of "
+            "the prompt"
         ]
 
     def processors(self) -> LogitsProcessorList:
@@ -75,11 +62,3 @@ class Decoding:
         if self.top_p < 1.0:
             processors.append(TopPLogitsWarper(float(self.top_p)))
         return processors
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

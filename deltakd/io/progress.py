@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from deltakd.io.run_directory import write_text
 
@@ -43,6 +46,29 @@ def shown_on(display: Display) -> Iterator[None]:
 def current_display() -> Display | None:
     """Where to report; None: draw a bar."""
     return _display.get()
+
+
+@contextmanager
+def progress_bar(description: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
+    """A progress bar on a terminal; what it gives is called with the number of rows done so far.
+
+    Where a display is shared by several runs, the progress goes there.
+    """
+    display = current_display()
+    if display is not None:
+        yield lambda done: display.progress(description, done, total)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    console = Console()
+    with Progress(*columns, console=console, disable=not (shown and console.is_terminal), transient=True) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda done: progress.update(task, completed=done)
 
 
 def write_total_steps(run_dir: Path, steps: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,42 +13,26 @@ import yaml
 from deltakd.io.errors import ConfigError
 from deltakd.io.files import replacing
 
-#: Names of the two newest checkpoints of a run.
-LAST = "last.ckpt"
-PREVIOUS = "previous.ckpt"
-
-#: Keys that may change between a run and its resumption: they do not change what is trained.
-MAY_DIFFER = (
-    "resume",
-    "run_dir",
-    "name",
-    "logger",
-    "trainer.enable_progress_bar",
-    "trainer.log_every_n_steps",
-    "trainer.profiler",
-    "trainer.dry_run",
-    "trainer.checkpoint_every_n_steps",
-    "trainer.checkpoint_every_n_minutes",
-    "reference.verify",
-    "reference.remake",
-    "reference.sharding",
-    "evaluation.measures",
-    "evaluation.allow_overlap",
-)
+#: Files of ``checkpoints/``.
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
 
-#: Keys that may also change until the run is finished: they only say what is asked of the trained student.
-MAY_DIFFER_UNFINISHED = (
-    "evaluation.sets",
-    "evaluation.limit",
-    "evaluation.batch_size",
-    "data.sets",
-    # The number of processes, as long as an optimiser step keeps its rows (runs/fitting.py).
-    "trainer.devices",
-    "trainer.num_nodes",
-    "data.batch_size",
-    "data.max_tokens_per_batch",
-)
+@dataclass(frozen=True)
+class ResumePolicy:
+    """Which keys of a run's config may differ when the run is resumed; a key stands for all keys below it.
+
+    Args:
+        always: they do not change what is trained.
+        until_finished: they only say what is asked of the trained student, or how the work is spread.
+    """
+
+    always: Collection[str] = ()
+    until_finished: Collection[str] = ()
+
+    def allows(self, key: str, finished: bool) -> bool:
+        """True if ``key`` may differ."""
+        free = self.always if finished else (*self.always, *self.until_finished)
+        return any(key == name or key.startswith(f"{name}.") for name in free)
 
 
 @dataclass(frozen=True)
@@ -100,8 +85,13 @@ class RunDirectory:
         """Whether the run came to its end."""
         return self.summary.is_file()
 
-    def claim(self, config: dict[str, Any], resume: bool) -> None:
+    def claim(self, config: Mapping[str, Any], resume: bool, policy: ResumePolicy | None = None) -> None:
         """Make the directory this run's: write its config, or check that it goes on with the same one.
+
+        Args:
+            config: resolved, as plain dicts and lists.
+            resume: go on where a run in this directory stopped.
+            policy: which keys may differ then; None: none may.
 
         Raises:
             ConfigError: it holds another run, or this run with another config.
@@ -115,8 +105,8 @@ class RunDirectory:
                     ]
                 )
             held = yaml.safe_load(self.config.read_text(encoding="utf-8"))
-            free = MAY_DIFFER if self.finished else (*MAY_DIFFER, *MAY_DIFFER_UNFINISHED)
-            differing = [key for key in _differences(held, config) if not key.startswith(free)]
+            allows = (policy or ResumePolicy()).allows
+            differing = [key for key in _differences(held, config) if not allows(key, self.finished)]
             if differing:
                 shown = ", ".join(f"{k} ({_get(held, k)!r} there, {_get(config, k)!r} now)" for k in differing[:6])
                 raise ConfigError(
@@ -133,8 +123,8 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         self._write_config(config)
 
-    def _write_config(self, config: dict[str, Any]) -> None:
-        write_text(self.config, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    def _write_config(self, config: Mapping[str, Any]) -> None:
+        write_text(self.config, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
 
     def read_summary(self) -> dict[str, Any]:
         """The content of ``summary.json``."""
@@ -156,7 +146,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _differences(a: Any, b: Any, prefix: str = "") -> list[str]:
-    if isinstance(a, dict) and isinstance(b, dict):
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
         keys = [*a, *(k for k in b if k not in a)]
         return [d for k in keys for d in _differences(a.get(k), b.get(k), f"{prefix}{k}.")]
     return [] if a == b else [prefix.rstrip(".")]

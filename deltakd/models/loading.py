@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,48 +11,25 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from deltakd.io.hub import hub_reachable
 from deltakd.models.quantization import quantization_config, quantization_problems
+from deltakd.models.settings import ModelSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
-@dataclass(frozen=True)
-class ModelSpec:
-    """Where one role's model comes from (``model.<role>`` of the config).
-
-    Args:
-        path: hub id or local directory; None only with ``init="random"``.
-        dtype: float32, bfloat16, float16 or float64: the dtype of the weights.
-        init: ``pretrained``, or ``random``: built from ``architecture`` with weights drawn from the seed.
-        architecture: for ``random``: ``model_type`` and what that type's transformers configuration takes.
-        tokenizer: where the role's tokenizer is, if not at ``path``.
-        quantization: transformers' quantisation config as a mapping with ``quant_method``; None: as the checkpoint is.
-    """
-
-    path: str | None = None
-    dtype: str = "float32"
-    init: str = "pretrained"
-    architecture: Mapping[str, Any] | None = None
-    tokenizer: str | None = None
-    quantization: Mapping[str, Any] | None = None
-
-    def problems(self, role: str) -> list[str]:
-        """What is wrong with this entry of the config, one sentence each; nothing is fetched."""
-        key = f"model.{role}"
-        found = []
-        if self.dtype not in DTYPES:
-            found.append(f"{key}.dtype is {self.dtype!r}; allowed: {', '.join(DTYPES)}")
-        if self.init not in ("pretrained", "random"):
-            found.append(f"{key}.init is {self.init!r}; allowed: pretrained, random")
-        elif self.init == "random" and not (self.architecture or {}).get("model_type"):
-            found.append(f"{key}.init=random needs {key}.architecture with a model_type (gpt2, llama, ...)")
-        elif self.init == "pretrained" and not self.path:
-            found.append(f"{key}.path is missing; give a hub id or a local directory: {key}.path=...")
-        elif self.init == "pretrained" and self.path:
-            found += _path_problems(key, self.path)
-        if self.quantization is not None and self.init == "random":
-            found.append(f"{key}.quantization is given for a model from scratch; remove it, or give {key}.path")
-        return found + quantization_problems(f"{key}.quantization", self.quantization)
+def spec_problems(role: str, spec: ModelSpec) -> list[str]:
+    """Return what is wrong with ``model.<role>``, one sentence each; nothing is fetched."""
+    key = f"model.{role}"
+    found = []
+    if spec.init == "random" and not (spec.architecture or {}).get("model_type"):
+        found.append(f"{key}.init=random needs {key}.architecture with a model_type (gpt2, llama, ...)")
+    elif spec.init == "pretrained" and not spec.path:
+        found.append(f"{key}.path is missing; give a hub id or a local directory: {key}.path=...")
+    elif spec.init == "pretrained" and spec.path:
+        found += _path_problems(key, spec.path)
+    if spec.quantization is not None and spec.init == "random":
+        found.append(f"{key}.quantization is given for a model from scratch; remove it, or give {key}.path")
+    return found + quantization_problems(f"{key}.quantization", spec.quantization)
 
 
 def _path_problems(key: str, path: str) -> list[str]:

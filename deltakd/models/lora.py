@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Ge, Lt
 from peft import (
     LoraConfig,
     PeftModel,
@@ -31,19 +32,10 @@ class LoraSpec:
         target_modules: peft's names of the layers to adapt; ``all-linear`` is every linear layer but the head.
     """
 
-    r: int = 16
+    r: Annotated[int, Ge(1)] = 16
     alpha: float = 32.0
-    dropout: float = 0.0
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     target_modules: str | Sequence[str] = "all-linear"
-
-    def problems(self) -> list[str]:
-        """What is wrong with ``model.lora``, one sentence each."""
-        found = []
-        if self.r < 1:
-            found.append(f"model.lora.r is {self.r}; it must be at least 1")
-        if not 0 <= self.dropout < 1:
-            found.append(f"model.lora.dropout is {self.dropout}; it must be in [0, 1)")
-        return found
 
 
 def add_lora(model: PreTrainedModel, spec: LoraSpec) -> PeftModel:

@@ -108,3 +108,9 @@ def _tokens_by_id(tokenizer: PreTrainedTokenizerBase) -> list[str | None]:
 
 def _probe_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(tokenizer(PROBE, add_special_tokens=False)["input_ids"])
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> int:
+    """Any id that all models know will do under an attention mask: the tokenizer's own, if they do, else 0."""
+    own = tokenizer.pad_token_id
+    return own if own is not None and own < vocabulary else 0

@@ -1,18 +1,17 @@
 """References: the frozen companions of the student, as sources of heads."""
 
 from deltakd.references.base import References
-from deltakd.references.cached import CachedReferences, CacheSettings
-from deltakd.references.live import LiveReferences, live_problems
-from deltakd.references.sharded import PERSISTENCE_THRESHOLD
+from deltakd.references.cached import CachedReferences
+from deltakd.references.live import LiveReferences
+from deltakd.references.settings import CacheSettings, LiveSettings
 from deltakd.references.store import CacheStore, StoreError
 
 __all__ = [
-    "PERSISTENCE_THRESHOLD",
     "CacheSettings",
     "CacheStore",
     "CachedReferences",
     "LiveReferences",
+    "LiveSettings",
     "References",
     "StoreError",
-    "live_problems",
 ]

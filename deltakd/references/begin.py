@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from deltakd.config.check import Plan
-from deltakd.data import EncodedSet, LoadedSets, collate
-from deltakd.evaluation.answers import pad_id
-from deltakd.references import CacheStore, LiveReferences
+from deltakd.data import DataConfig, EncodedSet, LoadedSets, collate
+from deltakd.models import LanguageModel, ModelSettings
+from deltakd.models.tokenizers import pad_id
+from deltakd.references import CacheSettings, CacheStore, LiveReferences
 from deltakd.references.cached import DTYPES
-from deltakd.references.content import model_entry, model_identity
+from deltakd.references.content import model_identity, spec_of
 from deltakd.references.store import SUPPORT
 from deltakd.references.topk import CANDIDATES, make_buckets, sample_errors, temperature_of
-from deltakd.training.assembly import make_model
-from deltakd.types import STUDENT, Batch, Head
+from deltakd.types import STUDENT, Batch, Head, Loss
 
 log = logging.getLogger(__name__)
 
@@ -36,20 +35,30 @@ class Caching:
     """What caching needs once everything is loaded.
 
     Args:
-        plan: the checked config.
+        settings: the group ``reference``.
+        models: the group ``model``.
+        data: the group ``data``.
+        loss: the loss that will be trained.
         tokenizer: the student's.
         vocabulary: tokens that all models share.
         sets: tokenised rows.
         references: the models, on the device where they run.
         device: that device.
+        open_student: load the student as it starts; errors of ``topk`` are measured on it.
+        show_progress: show a progress bar.
     """
 
-    plan: Plan
+    settings: CacheSettings
+    models: ModelSettings
+    data: DataConfig
+    loss: Loss
     tokenizer: PreTrainedTokenizerBase
     vocabulary: int
     sets: LoadedSets
     references: LiveReferences
     device: torch.device
+    open_student: Callable[[], LanguageModel]
+    show_progress: bool = True
 
     def batch(self, encoded: EncodedSet, rows: NDArray[np.int64]) -> Batch:
         """Rows of a set as one batch on the device."""
@@ -67,9 +76,7 @@ def begin_store(caching: Caching, given: Mapping[str, Any]) -> CacheStore:
     Raises:
         ValueError: no K meets ``reference.target_error``, or the directory holds something else.
     """
-    plan = caching.plan
-    assert plan.cache is not None
-    is_topk = plan.cache.store == "topk"
+    is_topk = caching.settings.store == "topk"
     row = np.argsort(caching.sets.train.lengths, kind="stable")[:1]
     example = caching.batch(caching.sets.train, row)
     heads = caching.references(example)
@@ -79,20 +86,21 @@ def begin_store(caching: Caching, given: Mapping[str, Any]) -> CacheStore:
         "models": {role: _model_content(caching, role, head) for role, head in heads.items()},
         "vocabulary": caching.vocabulary,
         "k": k,
-        "temperature": temperature_of(plan.loss) if is_topk else None,
+        "temperature": temperature_of(caching.loss) if is_topk else None,
         **given,
     }
     tensors = token_tensors(heads, example.labels_N, content)
     content["bytes_per_token"] = sum(tensor[0].numel() * tensor.element_size() for tensor in tensors.values())
-    return CacheStore.create(Path(str(plan.cache.path)), content, sample)
+    return CacheStore.create(Path(str(caching.settings.path)), content, sample)
 
 
 def _model_content(caching: Caching, role: str, head: Head) -> dict[str, Any]:
-    stored = caching.plan.cache.dtype if caching.plan.cache is not None else None
+    spec = spec_of(caching.models, role)
+    assert spec is not None, f"{role} was loaded from nowhere"
     own = next(name for name, dtype in DTYPES.items() if dtype == head.hidden.dtype)
-    default = "float16" if caching.plan.cache is not None and caching.plan.cache.store == "topk" else own
-    return model_identity(model_entry(caching.plan.config, role)) | {
-        "stored_dtype": stored or default,
+    default = "float16" if caching.settings.store == "topk" else own
+    return model_identity(spec) | {
+        "stored_dtype": caching.settings.dtype or default,
         "softcap": head.softcap,
         "scale": head.scale,
     }
@@ -121,15 +129,14 @@ def _choose_k(caching: Caching) -> tuple[list[dict[str, Any]], int]:
     Raises:
         ValueError: none is good enough.
     """
-    settings = caching.plan.cache
-    assert settings is not None
+    settings = caching.settings
     vocabulary = caching.vocabulary
     given = [settings.k] if settings.k is not None else [k for k in CANDIDATES if k < vocabulary]
     if settings.k is None and vocabulary <= CANDIDATES[-1]:
         given.append(vocabulary)
     student, heads, labels = _sample(caching)
     dtype = DTYPES[settings.dtype or "float16"]
-    report = sample_errors(caching.plan.loss, student, heads, labels, [min(k, vocabulary) for k in given], dtype)
+    report = sample_errors(caching.loss, student, heads, labels, [min(k, vocabulary) for k in given], dtype)
     for entry in report:
         log.info("On %d tokens of the training set: %s.", len(labels), _shown(entry))
     if settings.k is not None:
@@ -158,13 +165,13 @@ def _shown(entry: Mapping[str, Any]) -> str:
 def _sample(caching: Caching) -> tuple[Head, dict[str, Head], Tensor]:
     """Heads of the student as it starts and of the references, and labels, over rows of all lengths."""
     encoded = caching.sets.train
-    student = make_model(caching.plan, STUDENT, caching.tokenizer, caching.vocabulary).eval().to(caching.device)
+    student = caching.open_student().eval().to(caching.device)
     count = min(len(encoded), max(1, SAMPLE_TOKENS * len(encoded) // max(1, int(encoded.valid_tokens.sum()))))
     ordered = np.argsort(encoded.lengths, kind="stable")
     rows = ordered[np.linspace(0, len(ordered) - 1, count).round().astype(np.int64)]
     found: dict[str, list[Head]] = {}
     labels = []
-    size = caching.plan.data.full_rows
+    size = caching.data.full_rows
     for start in range(0, len(rows), size):
         batch = caching.batch(encoded, rows[start : start + size])
         for role, head in {STUDENT: student(batch), **caching.references(batch)}.items():

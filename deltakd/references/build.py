@@ -1,4 +1,4 @@
-"""Running the references once over a data set: the work of ``python -m deltakd.cache``."""
+"""Running the references once over a data set, for the rows that a cache lacks."""
 
 from __future__ import annotations
 
@@ -8,28 +8,20 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from deltakd.config.check import Plan, make_plan
 from deltakd.data import EncodedSet, LoadedSets
-from deltakd.evaluation.answers import progress_bar
-from deltakd.io.errors import ConfigError
-from deltakd.io.run_directory import RunDirectory
-from deltakd.references import CacheStore, LiveReferences, StoreError
-from deltakd.references.begin import Caching, begin_store, token_tensors
-from deltakd.references.content import data_identity, data_problems, missing_rows, named_sets
+from deltakd.io.progress import progress_bar
+from deltakd.references import CacheStore, StoreError
+from deltakd.references.begin import Caching, token_tensors
+from deltakd.references.content import missing_rows, named_sets
 from deltakd.references.index import RowIndex, as_keys, keys_of_set, row_key
 from deltakd.references.store import OFFSETS, ROW_KEYS
-from deltakd.tracking.environment import environment, peak_memory_mib
-from deltakd.training.assembly import make_model, make_tokenizer, open_cache, shared_vocabulary
-from deltakd.types import STUDENT
 
 log = logging.getLogger(__name__)
 
@@ -40,67 +32,8 @@ SHARD_BYTES = 64 * 2**20
 ROW_BYTES = 24
 
 
-def run_caching(cfg: DictConfig) -> dict[str, Any]:
-    """Run the references of the config's loss over its training and validation rows, and store what they give.
-
-    The directory ``reference.path`` gets ``manifest.json``, shards, the output embeddings (``hidden``) and, last,
-    ``summary.json``. Rows that are there already are not run again: an interrupted cache goes on, one that was made
-    with ``data.limit`` grows, and a finished one is only read, for which no model needs to be there.
-
-    Args:
-        cfg: composed config (``conf/train.yaml``) with ``reference=cached``.
-
-    Returns:
-        The content of ``summary.json``.
-
-    Raises:
-        ConfigError: everything that is wrong with the config, or what differs from the cache that is there.
-        StoreError: a damaged cache, or a disk that is full.
-        ValueError: data or models that can't be used, or no K that meets ``reference.target_error``.
-    """
-    path = OmegaConf.select(cfg, "reference.path")
-    if path and CacheStore.is_at(Path(path)) and not OmegaConf.select(cfg, "reference.remake"):
-        summary = _finished(cfg)
-        if summary is not None:
-            log.info("%s is finished already; nothing to do.", path)
-            return summary
-    plan = make_plan(cfg, makes_cache=True)
-    started = time.perf_counter()
-    caching, store = _load(plan)
-    speed = _make_missing(caching, store)
-    costs = {
-        "seconds": round(time.perf_counter() - started, 3),
-        "tokens_per_second": speed,
-        "peak_memory_mib": round(peak_memory_mib(), 1),
-    }
-    summary = _summary(store) | {"meta": environment() | costs}
-    RunDirectory(store.path).write_summary(summary)
-    return summary
-
-
-def _finished(cfg: DictConfig) -> dict[str, Any] | None:
-    """The summary of a cache that has all rows of this config; None where rows are missing.
-
-    It is read as a training would read it.
-    """
-    plan = make_plan(cfg)
-    if plan.cache is None:
-        return None
-    path = Path(str(plan.cache.path))
-    if plan.data.prepare is not None:
-        plan.data.prepare()
-    tokenizer = make_tokenizer(plan, path / "tokenizer")
-    sets = plan.data.load(tokenizer)
-    store = open_cache(plan, tokenizer, sets)
-    if any(len(rows) for rows in missing_rows(RowIndex(store), sets).values()):
-        return None
-    directory = RunDirectory(path)
-    if not directory.finished:
-        directory.write_summary(_summary(store) | {"meta": environment()})
-    return directory.read_summary()
-
-
-def _summary(store: CacheStore) -> dict[str, Any]:
+def summary_of(store: CacheStore) -> dict[str, Any]:
+    """Return what a cache holds, for its ``summary.json``."""
     content, shards = store.manifest.content, store.manifest.shards
     return {
         "store": content["store"],
@@ -115,42 +48,15 @@ def _summary(store: CacheStore) -> dict[str, Any]:
     }
 
 
-def _load(plan: Plan) -> tuple[Caching, CacheStore]:
-    """Data and models; the cache that is there, or a new one."""
-    assert plan.cache is not None
-    path = Path(str(plan.cache.path))
-    if plan.data.prepare is not None:
-        plan.data.prepare()
-    tokenizer = make_tokenizer(plan, path / "tokenizer")
-    vocabulary = shared_vocabulary(plan, tokenizer)
-    sets = plan.data.load(tokenizer)
-    given = data_identity(plan.config["data"], tokenizer, plan.data.make_template(tokenizer), sets)
-    store = None
-    if CacheStore.is_at(path):
-        store = CacheStore.open(path)
-        problems = data_problems(store.manifest.content, given, path)
-        if problems:
-            raise ConfigError(problems)
-        if plan.cache.remake:
-            _drop_damaged(store)
-        else:
-            store.check(checksum=plan.cache.verify)
-    models = {role: make_model(plan, role, tokenizer, vocabulary) for role in plan.specs if role != STUDENT}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    references = LiveReferences(models)
-    references.to(device)
-    caching = Caching(plan, tokenizer, vocabulary, sets, references, device)
-    return caching, begin_store(caching, given) if store is None else store
-
-
-def _drop_damaged(store: CacheStore) -> None:
+def drop_damaged(store: CacheStore) -> None:
+    """Remove damaged files from the cache, so that they are made again."""
     bad = store.bad_files(checksum=True)
     for file, problem in bad.items():
         log.info("%s %s; it is made again.", store.path / file, problem)
     store.drop(bad)
 
 
-def _make_missing(caching: Caching, store: CacheStore) -> float | None:
+def make_missing(caching: Caching, store: CacheStore) -> float | None:
     """Run the references over all rows that the store lacks; a shard is written as soon as it is full.
 
     Returns:
@@ -165,9 +71,9 @@ def _make_missing(caching: Caching, store: CacheStore) -> float | None:
         with _disk_full(store, caching.sets):
             store.set_heads(heads)
     total, done, tokens, seconds = sum(map(len, todo.values())), 0, 0, 0.0
-    with progress_bar("references", total, caching.plan.config["trainer"]["enable_progress_bar"]) as advance:
+    with progress_bar("references", total, caching.show_progress) as advance:
         for name, rows in todo.items():
-            for batches in plan_shards(sets[name], rows, caching.plan.data.full_rows, content["bytes_per_token"]):
+            for batches in plan_shards(sets[name], rows, caching.data.full_rows, content["bytes_per_token"]):
                 began = time.perf_counter()
                 tensors = _run_shard(caching, sets[name], batches, content, _from(advance, done))
                 with _disk_full(store, caching.sets):

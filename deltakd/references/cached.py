@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from typing import Any, final
 
 import numpy as np
@@ -15,50 +14,7 @@ from deltakd.references.index import RowIndex, keys_of_batch
 from deltakd.references.store import SUPPORT, CacheStore, StoreError, as_tensor
 from deltakd.types import Batch, Head
 
-STORES = ("hidden", "topk")
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@final
-@dataclass(frozen=True)
-class CacheSettings:
-    """What ``conf/reference/cached.yaml`` says.
-
-    Args:
-        path: the directory of the cache.
-        store: ``hidden``: last hidden states, exact, for every loss; or ``topk``: log-probs of K tokens and the rest,
-            small, approximate, for one τ. None: whichever is there; ``hidden`` where a cache is made.
-        k: tokens of a support of ``topk``; None chooses by ``target_error``.
-        target_error: the relative error of loss and gradient that the chosen K has at most on a sample.
-        dtype: of what is stored; None: the models' own for ``hidden``, float16 for ``topk``.
-        verify: whether all checksums are verified when the cache is opened; sizes always are.
-        remake: make damaged files again (where a cache is made).
-    """
-
-    path: str | None = None
-    store: str | None = None
-    k: int | None = None
-    target_error: float = 0.01
-    dtype: str | None = None
-    verify: bool = True
-    remake: bool = False
-
-    def problems(self) -> list[str]:
-        """What is wrong with ``reference``, one sentence each."""
-        found = []
-        if not self.path:
-            found.append(
-                "reference.path is missing; give the directory of the cache: reference.path=outputs/cache_of_x"
-            )
-        if self.store not in (None, *STORES):
-            found.append(f"reference.store is {self.store!r}; allowed: {', '.join(STORES)}, null")
-        if self.k is not None and (isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 2):
-            found.append(f"reference.k is {self.k!r}; it must be a whole number from 2, or null to choose one")
-        if not 0 < self.target_error < 1:
-            found.append(f"reference.target_error is {self.target_error}; it must be above 0 and below 1")
-        if self.dtype is not None and self.dtype not in DTYPES:
-            found.append(f"reference.dtype is {self.dtype!r}; allowed: {', '.join(DTYPES)}, null")
-        return found
 
 
 @final

@@ -10,35 +10,30 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from deltakd.data import EncodedSet, LoadedSets, tokenizer_fingerprint
-from deltakd.data.encoding.templates import Template
+from deltakd.data import DataConfig, EncodedSet, LoadedSets, tokenizer_fingerprint
 from deltakd.data.encoding.token_cache import fingerprint
+from deltakd.models import ModelSettings, ModelSpec
 from deltakd.references import CacheSettings, CacheStore, StoreError
 from deltakd.references.index import RowIndex, keys_of_set
 from deltakd.references.topk import temperature_of, topk_problems
 from deltakd.tracking.environment import hub_snapshot, model_fingerprint
 from deltakd.types import STUDENT, STUDENT_RAW, Loss
 
-#: Keys of ``data`` that may differ: they change neither a row's tokens nor to which set it belongs.
-FREE_DATA_KEYS = ("batch_size", "max_tokens_per_batch", "cache_dir", "prepare", "sets", "limit")
+
+def spec_of(models: ModelSettings, role: str) -> ModelSpec | None:
+    """Return where a role's model comes from; with LoRA the raw student is the student's own base."""
+    return models.specs.get(STUDENT if role == STUDENT_RAW and models.lora is not None else role)
 
 
-def model_entry(config: Mapping[str, Any], role: str) -> dict[str, Any]:
-    """Where a role's model comes from; with LoRA the raw student is the student's own base."""
-    models = config["model"]
-    entry = models[STUDENT] if role == STUDENT_RAW and models["lora"] else models.get(role)
-    return dict(entry or {})
-
-
-def model_identity(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Which model it is: ``path``, how it is loaded, the ``sha256`` of its files, and its ``commit`` on the hub."""
-    path = str(entry["path"])
+def model_identity(spec: ModelSpec) -> dict[str, Any]:
+    """Return which model it is: ``path``, how it is loaded, the ``sha256`` of its files, its ``commit`` on the hub."""
+    path = str(spec.path)
     snapshot = None if Path(path).is_dir() else _snapshot(path)
     files = Path(path) if Path(path).is_dir() else snapshot
     return {
         "path": path,
-        "dtype": entry["dtype"],
-        "quantization": entry.get("quantization"),
+        "dtype": spec.dtype,
+        "quantization": spec.quantization,
         "sha256": None if files is None else model_fingerprint(files),
         "commit": None if snapshot is None else snapshot.name,
     }
@@ -52,24 +47,22 @@ def _snapshot(path: str) -> Path | None:
         return None
 
 
-def data_identity(
-    data: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, template: Template, sets: LoadedSets
-) -> dict[str, Any]:
-    """What decides which rows there are, and their tokens."""
+def data_identity(data: DataConfig, tokenizer: PreTrainedTokenizerBase, sets: LoadedSets) -> dict[str, Any]:
+    """Return what decides which rows there are, and their tokens."""
     return {
         "tokenizer": tokenizer_fingerprint(tokenizer),
-        "template": fingerprint(repr(template)),
-        "data": {key: value for key, value in data.items() if key not in FREE_DATA_KEYS},
+        "template": fingerprint(repr(data.make_template(tokenizer))),
+        "data": data.identity,
         "sets": {"train": sets.train.fingerprint, "val": None if sets.val is None else sets.val.fingerprint},
     }
 
 
-def cache_problems(config: Mapping[str, Any], loss: Loss, settings: CacheSettings, adding: bool = False) -> list[str]:
+def cache_problems(models: ModelSettings, loss: Loss, settings: CacheSettings, adding: bool = False) -> list[str]:
     """Why a run may not use its cache, as far as the config tells, one sentence each.
 
     Args:
-        config: resolved.
-        loss: its loss.
+        models: the group ``model``.
+        loss: of the run.
         settings: the reference group.
         adding: whether rows are to be added to the cache, which needs the models of all its roles.
     """
@@ -93,8 +86,8 @@ def cache_problems(config: Mapping[str, Any], loss: Loss, settings: CacheSetting
             "give a loss that reads them all"
         )
     for role in sorted(loss.requires & set(held)):
-        problems += model_problems(role, model_entry(config, role), held[role], settings.path)
-    if STUDENT_RAW in loss.requires and config["model"][STUDENT]["init"] == "random":
+        problems += model_problems(role, spec_of(models, role), held[role], settings.path)
+    if STUDENT_RAW in loss.requires and models.specs[STUDENT].init == "random":
         problems.append("the loss reads student_raw, but a student with init=random has no raw self; give it a path")
     return problems
 
@@ -116,11 +109,11 @@ def _store_problems(content: Mapping[str, Any], loss: Loss, settings: CacheSetti
     return found + topk_problems(loss)
 
 
-def model_problems(role: str, entry: Mapping[str, Any], held: Mapping[str, Any], path: str) -> list[str]:
+def model_problems(role: str, spec: ModelSpec | None, held: Mapping[str, Any], path: str) -> list[str]:
     """A model that the config names has to be the cached one; where it is gone, its name has to be the same."""
-    if not entry.get("path"):
+    if spec is None or not spec.path:
         return []
-    given = model_identity(entry)
+    given = model_identity(spec)
     found = []
     for key in ("dtype", "quantization"):
         if given[key] != held.get(key):

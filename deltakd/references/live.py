@@ -4,41 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, final
+from typing import final
 
 import torch
 import torch.distributed as dist
 
-from deltakd.models import LanguageModel, ModelSpec
-from deltakd.references.sharded import PERSISTENCE_THRESHOLD, Engine, sharded
-from deltakd.types import STUDENT, STUDENT_RAW, Batch, Head
-
-SHARDINGS = ("replicate", "shard")
-
-
-def live_problems(settings: Mapping[str, Any], specs: Mapping[str, ModelSpec]) -> list[str]:
-    """What is wrong with ``reference`` where the references run live, one sentence each.
-
-    Args:
-        settings: the group ``reference``.
-        specs: role -> where its model comes from.
-    """
-    sharding = settings["sharding"]
-    if sharding not in SHARDINGS:
-        return [f"reference.sharding is {sharding!r}; allowed: {', '.join(SHARDINGS)}"]
-    found = []
-    if sharding == "shard":
-        if settings["placement"] != "auto":
-            found.append(
-                f"reference.sharding=shard divides the references over the ranks' devices, and reference.placement is "
-                f"{settings['placement']!r}; leave placement at auto, or sharding at replicate"
-            )
-        found += [
-            f"model.{role}.quantization is given, but quantised weights can't be sharded; reference.sharding=replicate"
-            for role, spec in specs.items()
-            if role != STUDENT and spec.quantization is not None
-        ]
-    return found
+from deltakd.distributed.settings import PERSISTENCE_THRESHOLD
+from deltakd.models import LanguageModel
+from deltakd.references.sharded import Engine, sharded
+from deltakd.types import STUDENT_RAW, Batch, Head
 
 
 @final

@@ -20,9 +20,6 @@ from deltakd.types import Batch, Head
 #: What shards the references: what shards the student, or could.
 Engine = Literal["fsdp", "deepspeed"]
 
-#: ZeRO 3 keeps parameters of fewer numbers whole on every rank (DeepSpeed's default).
-PERSISTENCE_THRESHOLD = 100_000
-
 
 @final
 class _WholeHead(nn.Module):

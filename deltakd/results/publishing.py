@@ -18,7 +18,7 @@ from huggingface_hub.utils._validators import validate_repo_id
 from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
 from deltakd.results.listing import read_entry
-from deltakd.tracking.model_card import CONFIG_FILE, model_card
+from deltakd.tracking.model_card import CONFIG_FILE
 from deltakd.tracking.redaction import redacted
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,6 @@ def write_export(run: RunDirectory, output: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as folder:
         partial = Path(folder) / "model"
         shutil.copytree(run.student, partial)
-        (partial / "README.md").write_text(model_card(config, run.read_summary()), encoding="utf-8")
         content = _FOR_HYDRA | redacted(config) | {"resume": False}
         text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
         (partial / CONFIG_FILE).write_text(text, encoding="utf-8")

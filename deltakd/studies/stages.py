@@ -11,10 +11,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from rich.console import Console
 
-from deltakd.evaluation.teacher_answers import run_answers
+from deltakd.config.build import make_answering_settings, make_settings
 from deltakd.io.errors import ConfigError, NonFiniteLossError
 from deltakd.io.run_directory import RunDirectory
-from deltakd.references.build import in_units, run_caching
+from deltakd.references.build import in_units
+from deltakd.studies.answering import run_answers
+from deltakd.studies.caching import run_caching
 from deltakd.studies.comparison import comparison, finished_rows
 from deltakd.studies.display import Stages, stages_on
 from deltakd.studies.job_configs import check_predecessors, compose_jobs
@@ -95,12 +97,12 @@ def _run_stage(
 
 
 def _train(cfg: DictConfig, directory: RunDirectory) -> str:
-    value = run_training(cfg, directory.path)
+    value = run_training(make_settings(cfg), directory.path)
     return f"{directory.read_summary()['meta']['objective']} = {value:.4g}"
 
 
 def _generate(cfg: DictConfig, directory: RunDirectory) -> str:
-    summary = run_answers(cfg, directory.path)
+    summary = run_answers(make_answering_settings(cfg), directory.path)
     return f"{summary['answered']} of {summary['prompts']} prompts answered"
 
 

@@ -19,10 +19,9 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState
 from rich.console import Console
 
-from deltakd.config.check import make_plan
+from deltakd.config.build import make_settings
 from deltakd.config.compose import compose_config
 from deltakd.io.errors import ConfigError, NonFiniteLossError
-from deltakd.io.run_directory import MAY_DIFFER
 from deltakd.studies.outcome_plots import write_plot
 from deltakd.studies.outcomes import (
     ENDED_EARLY,
@@ -38,6 +37,7 @@ from deltakd.studies.outcomes import (
 from deltakd.studies.pruning import reporting_to
 from deltakd.studies.sweep_files import Choices, Parameter, Scalar, Sweep, merge_overrides, override
 from deltakd.training.run import run_training
+from deltakd.training.settings import RESUME_POLICY
 
 #: Trials where neither the command line nor the file says how many.
 DEFAULT_TRIALS = 20
@@ -52,6 +52,11 @@ _STATES = {TrialState.COMPLETE: FINISHED, TrialState.PRUNED: ENDED_EARLY, TrialS
 
 #: Trains one trial: composed config, run directory -> value of the objective.
 Train = Callable[[DictConfig, Path], float]
+
+
+def train_config(cfg: DictConfig, run_dir: Path) -> float:
+    """Train a composed config; return the value of its metric."""
+    return run_training(make_settings(cfg), run_dir)
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class Search:
     sweep: Sweep
     storage: Path
     trials: int | None = None
-    train: Train = field(default=run_training)
+    train: Train = field(default=train_config)
 
     @property
     def name(self) -> str:
@@ -137,23 +142,23 @@ def _check(search: Search) -> None:
     """Compose and plan a first trial: what is wrong with a config is said before anything starts."""
     params = {k: p.values[-1] if isinstance(p, Choices) else p.high for k, p in search.sweep.parameters.items()}
     cfg = compose_config("train", search.overrides(params, 0))
-    plan = make_plan(cfg)
+    settings = make_settings(cfg)
     problems = []
-    if plan.objective != search.sweep.metric:
+    if settings.metric != search.sweep.metric:
         problems.append(
-            f"metric.name is {search.sweep.metric}, but this config's runs are judged by {plan.objective}: it "
+            f"metric.name is {search.sweep.metric}, but this config's runs are judged by {settings.metric}: it "
             "generates no answers, or validates on nothing; change the metric, evaluation.generate, data.val or "
             "data.val_size"
         )
-    elif plan.objective_mode != search.sweep.goal[:3]:
+    elif settings.metric_mode != search.sweep.goal[:3]:
         problems.append(
-            f"metric.goal is {search.sweep.goal}, but of {plan.objective} more is "
-            f"{'better' if plan.objective_mode == 'max' else 'worse'}; change metric.goal"
+            f"metric.goal is {search.sweep.goal}, but of {settings.metric} more is "
+            f"{'better' if settings.metric_mode == 'max' else 'worse'}; change metric.goal"
         )
-    if str(cfg.trainer.devices) not in ("1", "auto") or cfg.trainer.num_nodes != 1:
+    if settings.trainer.devices not in (1, "1", "auto") or settings.trainer.num_nodes != 1:
         problems.append(
-            f"trainer.devices is {cfg.trainer.devices}: a search trains in its own process, on one device; for more "
-            "use deltakd.train --multirun, or W&B's agents"
+            f"trainer.devices is {settings.trainer.devices}: a search trains in its own process, on one device; for "
+            "more use deltakd.train --multirun, or W&B's agents"
         )
     if problems:
         raise ConfigError([f"{search.sweep.path}: {problem}" for problem in problems])
@@ -211,7 +216,7 @@ def _identity(search: Search) -> dict[str, Any]:
     """What makes it this search; as JSON, since the storage keeps that."""
     sweep = search.sweep
     overrides = dict(text.lstrip("+").split("=", 1) for text in sweep.overrides)
-    kept = {key: value for key, value in overrides.items() if not key.startswith(MAY_DIFFER)}
+    kept = {key: value for key, value in overrides.items() if not RESUME_POLICY.allows(key, finished=True)}
     parameters = {f"parameters.{key}": str(parameter) for key, parameter in sweep.parameters.items()}
     method = {"method": sweep.method, "metric": f"{sweep.goal} {sweep.metric}", "early_terminate": str(sweep.hyperband)}
     return json.loads(json.dumps(kept | parameters | method))

@@ -8,11 +8,11 @@ import shutil
 import socket
 import uuid
 import warnings
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast, final
 from urllib.parse import urlparse
 
-from hydra.utils import instantiate
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from deltakd.io.files import WriteError, replacing
@@ -90,18 +90,23 @@ def _read_metrics(path: Path, last_step: int) -> list[dict[str, str]]:
     return [row for row in rows if int(row["step"]) <= last_step]
 
 
-def make_loggers(config: dict[str, Any], directory: Path, resume_step: int) -> list[Logger]:
-    """The loggers that the config names.
+#: Makes a logger of a run: (directory=, name=, config=, resume_step=) -> Logger.
+MakeLogger = Callable[..., Logger]
+
+
+def make_loggers(
+    makers: Iterable[MakeLogger], name: str, record: Mapping[str, Any], directory: Path, resume_step: int
+) -> list[Logger]:
+    """Make the loggers of a run.
 
     Args:
-        config: resolved config.
+        makers: what the group ``logger`` names.
+        name: of the run.
+        record: its resolved config, to be logged.
         directory: the run directory.
         resume_step: the optimiser step that the run goes on from; the logs up to it are kept.
     """
-    return [
-        instantiate(node)(directory=directory, name=config["name"], config=config, resume_step=resume_step)
-        for node in (config["logger"] or {}).values()
-    ]
+    return [make(directory=directory, name=name, config=dict(record), resume_step=resume_step) for make in makers]
 
 
 def finish_loggers(loggers: list[Logger], failed: bool = False) -> None:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import yaml
 
-from deltakd.config.compose import CONF_DIR
-from deltakd.results.loss_names import loss_name, read_losses
+from deltakd.data import DataConfig
+from deltakd.evaluation.settings import EvaluationSettings
+from deltakd.models import ModelSettings
+from deltakd.references.content import spec_of
 from deltakd.tracking.redaction import redacted
 from deltakd.types import STUDENT
 
 #: The run's config beside an exported model, for whoever wants to train it again.
 CONFIG_FILE = "training_config.yaml"
-#: Parts of the config in which a reader looks for hyperparameters.
-_SECTIONS = ("loss", "optim", "trainer")
 _LIMITATIONS = (
     "The model copies what its teacher and its training data say, with their errors and biases, and was evaluated on "
     "the sets above alone. Scores of text overlap say little about truth, safety or usefulness: evaluate it for your "
@@ -23,21 +24,41 @@ _LIMITATIONS = (
 )
 
 
-def model_card(config: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
-    """Markdown for a student.
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card says of a run beside its results.
 
     Args:
-        config: resolved config of the run.
-        summary: ``summary.json`` of the run; what it does not know (yet) is left out.
-
-    Returns:
-        The text, without home directories and secrets.
+        name: of the run.
+        loss: the name of its loss.
+        seed: of training.
+        models: where the models come from.
+        data: what was trained on.
+        evaluation: how answers were asked for and scored.
+        hyperparameters: shown as YAML.
     """
-    config, summary = redacted(dict(config)), redacted(dict(summary))
+
+    name: str
+    loss: str
+    seed: int
+    models: ModelSettings
+    data: DataConfig
+    evaluation: EvaluationSettings
+    hyperparameters: Mapping[str, Any]
+
+
+def model_card(facts: CardFacts, summary: Mapping[str, Any]) -> str:
+    """Return the Markdown of a student's card, without home directories and secrets.
+
+    Args:
+        facts: of the run.
+        summary: ``summary.json`` of the run; what it does not know (yet) is left out.
+    """
+    summary = redacted(dict(summary))
     meta = summary.get("meta", {})
-    sections = [_head(config, meta), _made_from(config, meta), _scores(config, summary), _settings(config)]
-    sections += [_again(config, meta), f"## Limitations\n\n{_LIMITATIONS}", _LICENCE]
-    return "\n\n".join(section for section in sections if section) + "\n"
+    sections = [_head(facts, meta), _made_from(facts, meta), _scores(facts.evaluation, summary), _settings(facts)]
+    sections += [_again(meta), f"## Limitations\n\n{_LIMITATIONS}", _LICENCE]
+    return "\n\n".join(redacted(section) for section in sections if section) + "\n"
 
 
 _LICENCE = (
@@ -46,56 +67,49 @@ _LICENCE = (
 )
 
 
-def _head(config: Mapping[str, Any], meta: Mapping[str, Any]) -> str:
-    loss = loss_name(config["loss"], read_losses(CONF_DIR / "loss"))
+def _head(facts: CardFacts, meta: Mapping[str, Any]) -> str:
     tags = "\n".join(["---", "library_name: transformers", "pipeline_tag: text-generation"])
     parameters = meta.get("parameters", {}).get(STUDENT)
     size = "" if parameters is None else f" of {parameters:,} parameters"
     return (
-        f"{tags}\ntags: [deltakd, distillation]\n---\n\n# {config['name']}\n\n"
-        f"A language model{size}, trained with [deltakd](https://arxiv.org/abs/2509.14526) (loss `{loss}`).\n\n"
+        f"{tags}\ntags: [deltakd, distillation]\n---\n\n# {facts.name}\n\n"
+        f"A language model{size}, trained with [deltakd](https://arxiv.org/abs/2509.14526) (loss `{facts.loss}`).\n\n"
         "Open it with `transformers.AutoModelForCausalLM.from_pretrained`; no other code is needed."
     )
 
 
-def _made_from(config: Mapping[str, Any], meta: Mapping[str, Any]) -> str:
-    data = config["data"]
+def _made_from(run: CardFacts, meta: Mapping[str, Any]) -> str:
     roles = [STUDENT, *meta.get("references", [r for r in meta.get("parameters", {}) if r != STUDENT])]
-    models = config["model"]
-    rows = {f"starting point ({STUDENT})" if role == STUDENT else role: _source(models, role) for role in roles}
+    rows = {f"starting point ({STUDENT})" if role == STUDENT else role: _source(run.models, role) for role in roles}
     facts: dict[str, Any] = {
-        "training data": _code(data["train"]),
+        "training data": _code(run.data.train),
         "rows": meta.get("data", {}).get("train/rows"),
         "sha256 of the tokenised rows": _code(meta.get("data_sha256")),
-        "template": _code(data.get("template")),
+        "template": _code(run.data.template),
         "valid tokens trained on": meta.get("valid_tokens"),
         "optimiser steps": meta.get("steps"),
         "best step": meta.get("best_step"),
         "chosen by": _code(meta.get("objective")),
-        "seed": config["seed"],
+        "seed": run.seed,
     }
     return _table("How it was made", ("", ""), [(k, v) for k, v in (rows | facts).items() if v is not None])
 
 
-def _source(models: Mapping[str, Any], role: str) -> str:
-    entry = models.get(role) or {}
-    if role != STUDENT and not entry.get("path"):
-        # With LoRA the raw student is the adapter switched off.
-        entry = models.get(STUDENT) or {}
-    return str(entry.get("path") or "from scratch")
+def _source(models: ModelSettings, role: str) -> str:
+    spec = spec_of(models, role)
+    return "from scratch" if spec is None or spec.path is None else spec.path
 
 
-def _scores(config: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+def _scores(evaluation: EvaluationSettings, summary: Mapping[str, Any]) -> str:
     spreads = ("_stderr", "_seed_std")
     names = [k for k, v in summary.items() if isinstance(v, int | float) and not k.endswith(spreads)]
     rows = [(f"`{k}`", f"{summary[k]:.4f}", _stderr(summary, k)) for k in names]
-    evaluation = config["evaluation"]
-    protocol = ", ".join(f"{key}={value}" for key, value in evaluation.get("decoding", {}).items())
-    limit = evaluation.get("limit")
+    protocol = ", ".join(f"{key}={value}" for key, value in asdict(evaluation.decoding).items())
+    limit = evaluation.limit
     note = (
         "Scores of answers, `ece`, `top1_agreement`, `distinct_n` and `repetition_4` are in per cent, losses and "
         f"`kl_teacher` in nats per token. Decoding: {protocol}; sampling seeds "
-        f"{evaluation.get('seeds')}; {'all rows' if limit is None else f'the first {limit} rows'} of each set; "
+        f"{list(evaluation.seeds)}; {'all rows' if limit is None else f'the first {limit} rows'} of each set; "
         "± is one standard error over prompts."
     )
     return _table("Scores", ("metric", "value", "±"), rows) + f"\n\n{note}" if rows else ""
@@ -106,16 +120,12 @@ def _stderr(summary: Mapping[str, Any], name: str) -> str:
     return "" if error is None else f"{error:.4f}"
 
 
-def _settings(config: Mapping[str, Any]) -> str:
-    chosen = {"delta_weight": config["delta_weight"]} | {key: config[key] for key in _SECTIONS if key in config}
-    if config["model"].get("lora"):
-        chosen["lora"] = config["model"]["lora"]
-    chosen["data"] = {k: config["data"].get(k) for k in ("max_length", "max_prompt_length", "overlong", "batch_size")}
-    text = yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True)
+def _settings(facts: CardFacts) -> str:
+    text = yaml.safe_dump(dict(facts.hyperparameters), sort_keys=False, allow_unicode=True)
     return f"## Hyperparameters\n\n```yaml\n{text}```"
 
 
-def _again(config: Mapping[str, Any], meta: Mapping[str, Any]) -> str:
+def _again(meta: Mapping[str, Any]) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in meta.get("packages", {}).items() if version)
     where = f"Commit `{meta.get('git_commit')}`; {packages}; {meta.get('machine')}, {meta.get('device')}.\n\n"
     command = f"python -m deltakd.train --config-dir . --config-name {CONFIG_FILE.removesuffix('.yaml')}"

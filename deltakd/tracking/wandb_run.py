@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, final
 
 from lightning.pytorch.loggers import Logger, WandbLogger
+from transformers import PreTrainedTokenizerBase
 
+from deltakd.data import DataConfig, LoadedSets
 from deltakd.evaluation import METRIC_TITLES, main_metric
 from deltakd.evaluation.validation_answers import read_validation_answers
 from deltakd.io.json_lines import read_generations
-from deltakd.references.content import data_identity, model_entry, model_identity
+from deltakd.models import ModelSettings
+from deltakd.references.content import data_identity, model_identity, spec_of
 from deltakd.tracking.environment import environment, git_changes, model_fingerprint
 from deltakd.tracking.redaction import redacted
-from deltakd.training.assembly import Parts
 from deltakd.types import STUDENT
 
 #: Rows of a table of answers, and validation steps side by side in it; W&B keeps every version of a table.
@@ -154,17 +156,21 @@ class RunWandbLogger(WandbLogger):
             del os.environ["WANDB_DATA_DIR"]
 
 
-def origin_of(parts: Parts) -> dict[str, Any]:
-    """What the run's result depends on: ``data`` (fingerprints, sources, counts) and ``models`` (role -> identity).
+def origin_of(
+    models: ModelSettings,
+    data: DataConfig,
+    requires: Collection[str],
+    tokenizer: PreTrainedTokenizerBase,
+    sets: LoadedSets,
+) -> dict[str, Any]:
+    """Return what a run's result depends on: ``data`` (fingerprints, counts), ``models`` (identity by role).
 
     Models that only a cache of references has seen are among them.
     """
-    config = parts.plan.config
-    entries = {role: model_entry(config, role) for role in sorted({STUDENT, *parts.plan.loss.requires})}
-    template = parts.plan.data.make_template(parts.tokenizer)
+    specs = {role: spec_of(models, role) for role in sorted({STUDENT, *requires})}
     return {
-        "data": data_identity(config["data"], parts.tokenizer, template, parts.sets) | {"counts": parts.sets.counts},
-        "models": {role: model_identity(entry) for role, entry in entries.items() if entry.get("path")},
+        "data": data_identity(data, tokenizer, sets) | {"counts": sets.counts},
+        "models": {role: model_identity(spec) for role, spec in specs.items() if spec is not None and spec.path},
     }
 
 

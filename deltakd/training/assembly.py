@@ -1,4 +1,4 @@
-"""Tokenizer, models and references of a plan."""
+"""What a run is made of: tokenizer, data, evaluation sets, models and references, loaded."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from pathlib import Path
 import lightning as L
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from deltakd.config.check import Plan
 from deltakd.data import InstructionData, LoadedSets, read_texts
 from deltakd.distributed.ranks import is_main_process, main_process_first
-from deltakd.distributed.strategies import reference_engine
 from deltakd.evaluation.sets import CheckedSets, read_checked_sets
 from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
@@ -26,8 +24,9 @@ from deltakd.models import (
     load_tokenizer,
     train_tokenizer,
 )
-from deltakd.references import CachedReferences, CacheStore, References
+from deltakd.references import CachedReferences, CacheStore, LiveSettings, References
 from deltakd.references.content import data_identity, data_problems, missing_problem, missing_rows
+from deltakd.training.settings import RunSettings
 from deltakd.types import STUDENT, STUDENT_RAW
 
 log = logging.getLogger(__name__)
@@ -53,7 +52,7 @@ class Parts:
     """What a run is made of once everything is loaded.
 
     Args:
-        plan: the checked config.
+        settings: of the run.
         directory: where everything goes.
         tokenizer: the student's.
         vocabulary: number of tokens that all models share.
@@ -63,7 +62,7 @@ class Parts:
         models: student and references.
     """
 
-    plan: Plan
+    settings: RunSettings
     directory: RunDirectory
     tokenizer: PreTrainedTokenizerBase
     vocabulary: int
@@ -72,88 +71,89 @@ class Parts:
     models: Models
 
 
-def load_parts(plan: Plan, directory: RunDirectory) -> Parts:
+def load_parts(settings: RunSettings, directory: RunDirectory) -> Parts:
     """Make or read the data, then load tokenizer and models.
 
     Raises:
         ValueError: data or models that can't be used, or that don't belong together.
     """
     # Everything random is drawn from seeds given where it is drawn; this one is for libraries we do not know of.
-    L.seed_everything(plan.config["seed"], verbose=False)
+    L.seed_everything(settings.seed, verbose=False)
     with main_process_first(f"data of {directory.path}"):
-        if plan.data.prepare is not None:
-            plan.data.prepare()
-        tokenizer = make_tokenizer(plan, directory.path / "tokenizer")
-        vocabulary = shared_vocabulary(plan, tokenizer)
-        sets = plan.data.load(tokenizer)
-        plan.data.check_lengths(sets)
+        if settings.data.prepare is not None:
+            settings.data.prepare()
+        tokenizer = make_tokenizer(settings, directory.path / "tokenizer")
+        vocabulary = shared_vocabulary(settings, tokenizer)
+        sets = settings.data.load(tokenizer)
+        settings.data.check_lengths(sets)
         cached = None
-        if plan.cache is not None:
-            cached = _cached_references(plan, tokenizer, sets)
+        if settings.cache is not None:
+            cached = _cached_references(settings, tokenizer, sets)
             vocabulary = cached.vocabulary
-        evaluation = _read_evaluation(plan, tokenizer, vocabulary, sets) if plan.evaluation.generate else None
+        evaluation = _read_evaluation(settings, tokenizer, vocabulary, sets) if settings.evaluation.generate else None
     # They were needed for that alone.
     sets = sets._replace(train_rows=[])
-    models = make_models(plan, tokenizer, vocabulary, cached)
-    return Parts(plan, directory, tokenizer, vocabulary, sets, evaluation, models)
+    models = make_models(settings, tokenizer, vocabulary, cached)
+    return Parts(settings, directory, tokenizer, vocabulary, sets, evaluation, models)
 
 
-def _read_evaluation(plan: Plan, tokenizer: PreTrainedTokenizerBase, vocabulary: int, sets: LoadedSets) -> CheckedSets:
+def _read_evaluation(
+    settings: RunSettings, tokenizer: PreTrainedTokenizerBase, vocabulary: int, sets: LoadedSets
+) -> CheckedSets:
     student = load_config(
         STUDENT,
-        plan.specs[STUDENT],
+        settings.specs[STUDENT],
         vocabulary=vocabulary,
-        trust_remote_code=plan.config["model"]["trust_remote_code"],
+        trust_remote_code=settings.model.trust_remote_code,
     )
-    train_rows = sets.train_rows if isinstance(plan.data, InstructionData) else None
-    return read_checked_sets(plan.evaluation, plan.config["evaluation"], plan.data, tokenizer, student, train_rows)
+    train_rows = sets.train_rows if isinstance(settings.data, InstructionData) else None
+    return read_checked_sets(settings.evaluation, settings.deviations, settings.data, tokenizer, student, train_rows)
 
 
-def open_cache(plan: Plan, tokenizer: PreTrainedTokenizerBase, sets: LoadedSets) -> CacheStore:
+def open_cache(settings: RunSettings, tokenizer: PreTrainedTokenizerBase, sets: LoadedSets) -> CacheStore:
     """The cache of a plan, proved to be of this data; rows may be missing.
 
     Raises:
         ConfigError: every difference by name.
         StoreError: a file is not as it was written.
     """
-    assert plan.cache is not None
-    assert plan.cache.path is not None
-    store = CacheStore.open(Path(plan.cache.path))
-    given = data_identity(plan.config["data"], tokenizer, plan.data.make_template(tokenizer), sets)
+    assert settings.cache is not None
+    assert settings.cache.path is not None
+    store = CacheStore.open(Path(settings.cache.path))
+    given = data_identity(settings.data, tokenizer, sets)
     problems = data_problems(store.manifest.content, given, store.path)
     if problems:
         raise ConfigError(problems)
     # One process reads all of it once; the sizes are cheap.
-    store.check(checksum=plan.cache.verify and is_main_process())
+    store.check(checksum=settings.cache.verify and is_main_process())
     return store
 
 
-def _cached_references(plan: Plan, tokenizer: PreTrainedTokenizerBase, sets: LoadedSets) -> CachedReferences:
-    store = open_cache(plan, tokenizer, sets)
-    references = CachedReferences(store, plan.loss.requires)
+def _cached_references(settings: RunSettings, tokenizer: PreTrainedTokenizerBase, sets: LoadedSets) -> CachedReferences:
+    store = open_cache(settings, tokenizer, sets)
+    references = CachedReferences(store, settings.loss.requires)
     missing = missing_problem(missing_rows(references.index, sets), sets, store.path)
     if missing:
         raise ConfigError(missing)
     return references
 
 
-def make_tokenizer(plan: Plan, directory: Path) -> PreTrainedTokenizerBase:
+def make_tokenizer(settings: RunSettings, directory: Path) -> PreTrainedTokenizerBase:
     """The student's tokenizer: loaded, or trained on text and kept in ``directory`` for the next start.
 
     Raises:
         ValueError: there is none, or it has no EOS.
     """
-    settings = plan.config["model"]["tokenizer"]
-    spec = plan.specs[STUDENT]
-    if settings["train_on"] and not spec.tokenizer:
+    wanted, spec = settings.model.tokenizer, settings.specs[STUDENT]
+    if wanted.train_on and not spec.tokenizer:
         if not directory.is_dir():
-            texts = read_texts(settings["train_on"], subset=settings["train_subset"])
-            trained = train_tokenizer(texts, settings["vocabulary"], settings["add_prefix_space"])
+            texts = read_texts(wanted.train_on, subset=wanted.train_subset)
+            trained = train_tokenizer(texts, wanted.vocabulary, wanted.add_prefix_space)
             partial = directory.with_name(directory.name + ".partial")
             trained.save_pretrained(partial)
             os.replace(partial, directory)
         return load_tokenizer(str(directory), "model.tokenizer")
-    trust = plan.config["model"]["trust_remote_code"]
+    trust = settings.model.trust_remote_code
     source, key = (spec.tokenizer, "model.student.tokenizer") if spec.tokenizer else (spec.path, "model.student.path")
     tokenizer = load_tokenizer(str(source), key, trust_remote_code=trust)
     if tokenizer.eos_token_id is None:
@@ -163,7 +163,7 @@ def make_tokenizer(plan: Plan, directory: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def shared_vocabulary(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> int:
+def shared_vocabulary(settings: RunSettings, tokenizer: PreTrainedTokenizerBase) -> int:
     """Prove that all references speak the student's tokenizer; the number of tokens they share.
 
     Raises:
@@ -171,11 +171,11 @@ def shared_vocabulary(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> int:
     """
     # Not len(tokenizer): ids may have gaps.
     vocabulary = max(tokenizer.get_vocab().values()) + 1
-    own = plan.specs[STUDENT].tokenizer or (
-        None if plan.config["model"]["tokenizer"]["train_on"] else plan.specs[STUDENT].path
+    own = settings.specs[STUDENT].tokenizer or (
+        None if settings.model.tokenizer.train_on else settings.specs[STUDENT].path
     )
-    trust = plan.config["model"]["trust_remote_code"]
-    for role, spec in plan.specs.items():
+    trust = settings.model.trust_remote_code
+    for role, spec in settings.specs.items():
         source = spec.tokenizer or spec.path
         if role == STUDENT or source == own:
             continue
@@ -193,35 +193,34 @@ def _check_positions(role: str, model: PreTrainedModel, max_length: int) -> None
         )
 
 
-def make_model(plan: Plan, role: str, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> LanguageModel:
+def make_model(settings: RunSettings, role: str, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> LanguageModel:
     """Load the model of one role, and check its head against its own logits.
 
     Raises:
         ValueError: it can't be had or does not fit.
     """
-    settings = plan.config["model"]
     hf = load_model(
         role,
-        plan.specs[role],
+        settings.specs[role],
         vocabulary=vocabulary,
         eos_token_id=tokenizer.eos_token_id,
-        seed=plan.config["seed"],
-        attn_implementation=settings["attn_implementation"],
-        trust_remote_code=settings["trust_remote_code"],
+        seed=settings.seed,
+        attn_implementation=settings.model.attn_implementation,
+        trust_remote_code=settings.model.trust_remote_code,
     )
-    _check_positions(role, hf, plan.data.max_length)
+    _check_positions(role, hf, settings.data.max_length)
     model = LanguageModel(hf, vocabulary)
     model.check_head()
     return model
 
 
 def make_models(
-    plan: Plan, tokenizer: PreTrainedTokenizerBase, vocabulary: int, cached: References | None = None
+    settings: RunSettings, tokenizer: PreTrainedTokenizerBase, vocabulary: int, cached: References | None = None
 ) -> Models:
     """Load every model of the plan, check its head against its own logits, and freeze the references.
 
     Args:
-        plan: the plan.
+        settings: of the run.
         tokenizer: the student's.
         vocabulary: number of tokens that all models share.
         cached: the references where they were run before.
@@ -229,25 +228,26 @@ def make_models(
     Raises:
         ValueError: a model can't be had or does not fit.
     """
-    settings = plan.config["model"]
-    loaded = {role: make_model(plan, role, tokenizer, vocabulary) for role in plan.specs}
+    lora = settings.model.lora
+    loaded = {role: make_model(settings, role, tokenizer, vocabulary) for role in settings.specs}
     student = loaded[STUDENT]
-    if student.quantized and plan.lora is None:
+    if student.quantized and lora is None:
         raise ValueError(
-            f"model.student.path={plan.specs[STUDENT].path} is a quantised checkpoint, whose weights can't be trained; "
-            "add model/lora=default"
+            f"model.student.path={settings.specs[STUDENT].path} is a quantised checkpoint, whose weights can't be "
+            "trained; add model/lora=default"
         )
-    if plan.lora is not None:
-        student = loaded[STUDENT] = LanguageModel(add_lora(student.causal_lm, plan.lora), vocabulary)
-    if settings["gradient_checkpointing"]:
+    if lora is not None:
+        student = loaded[STUDENT] = LanguageModel(add_lora(student.causal_lm, lora), vocabulary)
+    if settings.model.gradient_checkpointing:
         student.causal_lm.gradient_checkpointing_enable()
         # With LoRA nothing before the first adapter needs a gradient, and a checkpointed block would cut the graph.
         student.causal_lm.enable_input_require_grads()
-    if plan.config["trainer"]["compile"]:
+    if settings.trainer.compile:
         student.causal_lm.base_model.compile()
     references = cached
-    if plan.loss.requires and cached is None:
+    if settings.loss.requires and cached is None:
+        assert isinstance(settings.reference, LiveSettings), "a cache that is to be read was not opened"
         frozen = {role: model for role, model in loaded.items() if role != STUDENT}
-        adapted = student if plan.lora is not None and STUDENT_RAW in plan.loss.requires else None
-        references = plan.make_references(frozen, adapted_student=adapted, **reference_engine(plan.config["strategy"]))
+        adapted = student if lora is not None and STUDENT_RAW in settings.loss.requires else None
+        references = settings.reference.make(frozen, adapted, settings.strategy)
     return Models(student, references, loaded)

@@ -11,33 +11,26 @@ from typing import Any
 
 import lightning as L
 import torch
-from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 
-from deltakd.config.check import Plan
+from deltakd.data import InstructionData, TextData
 from deltakd.data.batches.data_module import DistillationData
 from deltakd.distributed.ranks import is_main_process
 from deltakd.distributed.sharding import is_sharded
-from deltakd.distributed.strategies import make_plugins, make_strategy, shards_parameters
+from deltakd.distributed.strategies import make_plugins, make_strategy
 from deltakd.evaluation import summarise
-from deltakd.evaluation.answers import answer, make_set, pad_id
+from deltakd.evaluation.answers import answer, make_set
 from deltakd.evaluation.validation_answers import write_validation_answers
 from deltakd.io.progress import current_display, write_total_steps
 from deltakd.io.run_directory import RunDirectory
 from deltakd.models import LanguageModel
+from deltakd.models.tokenizers import pad_id
 from deltakd.tracking.wandb_run import wandb_of
 from deltakd.training.assembly import Parts
-from deltakd.training.callbacks import (
-    Checkpoints,
-    DisplayedTraining,
-    Lifeline,
-    ProgressBar,
-    StopOnSignal,
-    TrainingLog,
-    Validation,
-)
+from deltakd.training.callbacks import Checkpoints, Lifeline, ProgressBar, StopOnSignal, TrainingLog, Validation
 from deltakd.training.callbacks.checkpoints import read_checkpoint
+from deltakd.training.callbacks.displayed_training import DisplayedTraining
 from deltakd.training.callbacks.validation import Generate
 from deltakd.training.module import DistillationModule
 
@@ -121,18 +114,18 @@ def fit(parts: Parts, loggers: list[Logger], state: SavedState | None, lifeline:
         Stopped: a signal came; the state is saved.
         ValueError: the checkpoint is of another architecture.
     """
-    settings = parts.plan.config["trainer"]
+    settings = parts.settings.trainer
     data = make_data(parts)
     validation = _make_validation(parts, data, loggers)
     checkpoints = Checkpoints(
         parts.directory.checkpoints,
         validation,
-        parts.plan.objective,
-        parts.plan.objective_mode,
-        settings["checkpoint_every_n_steps"],
-        settings["checkpoint_every_n_minutes"],
+        parts.settings.metric,
+        parts.settings.metric_mode,
+        settings.checkpoint_every_n_steps,
+        settings.checkpoint_every_n_minutes,
     )
-    training_log = TrainingLog(settings["log_every_n_steps"])
+    training_log = TrainingLog(settings.log_every_n_steps)
     watching = [checkpoints, StopOnSignal(checkpoints)]
     callbacks = [lifeline, training_log, *([validation] if validation else []), *watching]
     trainer = _make_trainer(parts, callbacks, loggers)
@@ -142,10 +135,10 @@ def fit(parts: Parts, loggers: list[Logger], state: SavedState | None, lifeline:
     if is_main_process():
         write_total_steps(parts.directory.path, data.total_steps)
     if validation is not None:
-        validation.steps = _validation_steps(data, settings["val_every_n_steps"])
+        validation.steps = _validation_steps(data, settings.val_every_n_steps)
     checkpoints.step_size = data.step_size
     if state:
-        _check_ranks(state.content["callbacks"][checkpoints.state_key], checkpoints, parts.plan)
+        _check_ranks(state.content["callbacks"][checkpoints.state_key], checkpoints, parts.settings.data)
     module = make_module(parts, data.total_steps)
     if state and state.step >= data.total_steps:
         _restore(module, (checkpoints, training_log), state.content)
@@ -161,10 +154,10 @@ def fit(parts: Parts, loggers: list[Logger], state: SavedState | None, lifeline:
     return Fitted(_final_student(module, checkpoints), module, checkpoints, training_log)
 
 
-def _check_ranks(saved: Mapping[str, Any], checkpoints: Checkpoints, plan: Plan) -> None:
+def _check_ranks(saved: Mapping[str, Any], checkpoints: Checkpoints, data: InstructionData | TextData) -> None:
     """Whether a checkpoint can go on with these ranks; ``saved`` is the state of ``checkpoints`` in it."""
     if saved["step_size"] != checkpoints.step_size:
-        key, unit = ("batch_size", "rows") if plan.data.batch_size else ("max_tokens_per_batch", "positions")
+        key, unit = ("batch_size", "rows") if data.batch_size else ("max_tokens_per_batch", "positions")
         raise ValueError(
             f"the checkpoint was made with {saved['step_size']} {unit} in an "
             f"optimiser step over all processes, and this start has {checkpoints.step_size}: with another number of "
@@ -185,32 +178,32 @@ def _final_student(module: DistillationModule, checkpoints: Checkpoints) -> Lang
 
 def make_data(parts: Parts) -> DistillationData:
     """The batches of a run, in their order."""
-    settings = parts.plan.config["trainer"]
+    settings = parts.settings.trainer
     return DistillationData(
         parts.sets.train,
         parts.sets.val,
         pad_id=pad_id(parts.tokenizer, parts.vocabulary),
-        batch_size=parts.plan.data.batch_size,
-        accumulate=settings["accumulate_grad_batches"],
-        seed=parts.plan.config["seed"],
-        max_epochs=settings["max_epochs"],
-        max_steps=settings["max_steps"],
-        max_tokens=parts.plan.data.max_tokens_per_batch,
+        batch_size=parts.settings.data.batch_size,
+        accumulate=settings.accumulate_grad_batches,
+        seed=parts.settings.seed,
+        max_epochs=settings.max_epochs,
+        max_steps=settings.max_steps,
+        max_tokens=parts.settings.data.max_tokens_per_batch,
     )
 
 
 def make_module(parts: Parts, total_steps: int) -> DistillationModule:
     """Student, references and loss of a run as Lightning wants them."""
-    plan = parts.plan
+    settings = parts.settings
     return DistillationModule(
         parts.models.student,
         parts.models.references,
-        plan.loss,
-        plan.optim,
+        settings.loss,
+        settings.optim,
         total_steps,
-        seed=plan.config["seed"],
-        memory_budget=plan.config["kernels"]["memory_budget"],
-        will_be_sharded=shards_parameters(plan.config["strategy"]),
+        seed=settings.seed,
+        memory_budget=settings.kernels.memory_budget,
+        will_be_sharded=settings.strategy.shards_parameters,
     )
 
 
@@ -218,15 +211,15 @@ def _make_validation(parts: Parts, data: DistillationData, loggers: list[Logger]
     if data.val is None:
         log.info("No validation data: the last student is exported, not the best.")
         return None
-    generate = _make_generate(parts, loggers) if parts.plan.generates_on_validation else None
+    generate = _make_generate(parts, loggers) if parts.settings.generates_on_validation else None
     return Validation(data.val_loader, frozenset(), generate)
 
 
 def _make_generate(parts: Parts, loggers: list[Logger]) -> Generate:
     """Answers to the first validation rows under the first sampling seed, scored, and kept."""
-    evaluation = parts.plan.evaluation
+    evaluation = parts.settings.evaluation
     rows = parts.sets.val_rows[: evaluation.val_limit]
-    val_set = make_set("val", rows, evaluation.prompts_of(parts.plan.data), parts.tokenizer, evaluation.scorer)
+    val_set = make_set("val", rows, evaluation.prompts_of(parts.settings.data), parts.tokenizer, evaluation.val_scorer)
     seed = evaluation.seeds[0]
     tracker = wandb_of(loggers)
 
@@ -253,34 +246,32 @@ def _validation_steps(data: DistillationData, every: int | None) -> frozenset[in
 
 
 def _make_trainer(parts: Parts, callbacks: list[L.Callback], loggers: list[Logger]) -> L.Trainer:
-    config = parts.plan.config
-    settings = config["trainer"]
+    run, settings = parts.settings, parts.settings.trainer
     display = current_display()
     if display is not None:
         callbacks = [*callbacks, DisplayedTraining(display)]
-    elif settings["enable_progress_bar"]:
-        callbacks = [*callbacks, ProgressBar(config["name"].rsplit("/", 1)[-1])]
-    extra = [instantiate(node) for node in (config["callbacks"] or {}).values()]
+    elif settings.enable_progress_bar:
+        callbacks = [*callbacks, ProgressBar(run.name.rsplit("/", 1)[-1])]
     return L.Trainer(
-        accelerator=settings["accelerator"],
-        devices=settings["devices"],
-        num_nodes=settings["num_nodes"],
-        precision=settings["precision"],
-        strategy=make_strategy(config["strategy"]),
-        plugins=make_plugins(config["strategy"]),
+        accelerator=settings.accelerator,
+        devices=settings.devices,
+        num_nodes=settings.num_nodes,
+        precision=settings.precision,
+        strategy=make_strategy(run.strategy),
+        plugins=make_plugins(run.strategy),
         # Training is one stream of micro-batches whose length is known (data/sampler.py): one epoch to Lightning.
         max_epochs=1,
-        accumulate_grad_batches=settings["accumulate_grad_batches"],
-        gradient_clip_val=settings["gradient_clip_val"],
+        accumulate_grad_batches=settings.accumulate_grad_batches,
+        gradient_clip_val=settings.gradient_clip_val,
         limit_val_batches=0,
         num_sanity_val_steps=0,
         logger=loggers or False,
-        callbacks=[*extra, *callbacks],
+        callbacks=[*run.callbacks.values(), *callbacks],
         use_distributed_sampler=False,
         enable_model_summary=False,
-        enable_progress_bar=settings["enable_progress_bar"] and display is None,
-        profiler=_make_profiler(settings["profiler"], parts.directory.path),
-        detect_anomaly=settings["detect_anomaly"],
+        enable_progress_bar=settings.enable_progress_bar and display is None,
+        profiler=_make_profiler(settings.profiler, parts.directory.path),
+        detect_anomaly=settings.detect_anomaly,
         default_root_dir=parts.directory.path,
     )
 
@@ -294,7 +285,7 @@ def _make_profiler(name: str | None, directory: Path) -> Profiler | None:
 def _announce(parts: Parts, data: DistillationData, state: SavedState | None) -> None:
     log.info(
         "%s: %d optimiser steps over %d rows with %d valid tokens a pass%s.",
-        parts.plan.config["name"],
+        parts.settings.name,
         data.total_steps,
         len(parts.sets.train),
         int(parts.sets.train.valid_tokens.sum()),

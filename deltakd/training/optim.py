@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge, Gt, Len, Lt
 from torch import nn
 from transformers import get_scheduler
 
@@ -24,23 +26,17 @@ class AdamW:
         warmup_steps: optimiser steps from 0 to ``lr``; a number below 1 is a share of all steps.
     """
 
-    lr: float = 5e-4
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
+    lr: Annotated[float, Gt(0)] = 5e-4
+    weight_decay: Annotated[float, Ge(0)] = 0.01
+    betas: Annotated[Sequence[Annotated[float, Ge(0), Lt(1)]], Len(2, 2)] = (0.9, 0.999)
+    eps: Annotated[float, Gt(0)] = 1e-8
     schedule: str = "cosine"
-    schedule_options: dict[str, Any] = field(default_factory=dict)
-    warmup_steps: float = 0
+    schedule_options: Mapping[str, Any] = field(default_factory=dict)
+    warmup_steps: Annotated[float, Ge(0)] = 0
 
     def problems(self) -> list[str]:
         """What is wrong with ``optim``, one sentence each."""
         found = []
-        if not self.lr > 0:
-            found.append(f"optim.lr is {self.lr}; it must be above 0")
-        if self.weight_decay < 0:
-            found.append(f"optim.weight_decay is {self.weight_decay}; it must be at least 0")
-        if self.warmup_steps < 0:
-            found.append(f"optim.warmup_steps is {self.warmup_steps}; it must be at least 0")
         try:
             probe = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
             get_scheduler(self.schedule, probe, 1, 10, dict(self.schedule_options))

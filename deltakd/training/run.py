@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from lightning.pytorch.loggers import Logger
 from transformers import AutoModelForCausalLM
 
-from deltakd.config.check import Plan, make_plan
 from deltakd.distributed.ranks import is_main_process, is_restarted, main_process_first
 from deltakd.distributed.sharding import gathered, place, resident_bytes
 from deltakd.evaluation.answers import evaluate_sets, shown
@@ -21,21 +20,22 @@ from deltakd.io.run_directory import RunDirectory, write_text
 from deltakd.models import save_student
 from deltakd.tracking.environment import count_parameters, environment, peak_memory_mib
 from deltakd.tracking.loggers import finish_loggers, make_loggers
-from deltakd.tracking.model_card import model_card
+from deltakd.tracking.model_card import CardFacts, model_card
 from deltakd.tracking.wandb_run import origin_of, wandb_of
 from deltakd.training.assembly import Parts, load_parts
 from deltakd.training.callbacks import Lifeline
 from deltakd.training.fit import Fitted, fit, read_state
+from deltakd.training.settings import RESUME_POLICY, RunSettings
 from deltakd.types import STUDENT
 
 log = logging.getLogger(__name__)
 
 
-def run_training(cfg: DictConfig, run_dir: Path, how_to_resume: str = "") -> float:
+def run_training(settings: RunSettings, run_dir: Path, how_to_resume: str = "") -> float:
     """Train, export, evaluate and record; a finished run is only read.
 
     Args:
-        cfg: composed config (``conf/train.yaml``).
+        settings: of the run.
         run_dir: the run directory.
         how_to_resume: what a user does to go on, where that is not the same command with this directory.
 
@@ -43,62 +43,80 @@ def run_training(cfg: DictConfig, run_dir: Path, how_to_resume: str = "") -> flo
         The value of the objective at the best checkpoint.
 
     Raises:
-        ConfigError: everything that is wrong with the config, before any weight is loaded.
+        ConfigError: the directory holds another run.
         ValueError: data or models that can't be used.
         NonFiniteLossError: the loss diverged.
         Stopped: SIGTERM or Ctrl-C came; the state is saved.
     """
-    plan = make_plan(cfg)
     directory = RunDirectory(run_dir)
     with main_process_first(f"claim of {run_dir}"):
         if is_main_process():
-            directory.claim(plan.config, resume=bool(plan.config["resume"]) or is_restarted())
+            directory.claim(settings.record, resume=settings.resume or is_restarted(), policy=RESUME_POLICY)
     if directory.finished:
         log.info("%s is finished already; nothing to do.", run_dir)
-        return _objective_value(plan, directory.read_summary())
+        return _objective_value(settings, directory.read_summary())
     with Lifeline(how_to_resume or f"the same command with resume=true run_dir={run_dir}") as lifeline:
-        return _run(plan, directory, lifeline)
+        return _run(settings, directory, lifeline)
 
 
-def _run(plan: Plan, directory: RunDirectory, lifeline: Lifeline) -> float:
+def _run(settings: RunSettings, directory: RunDirectory, lifeline: Lifeline) -> float:
     main = is_main_process()
     started = time.perf_counter()
-    parts = load_parts(plan, directory)
+    card = _card_facts(settings)
+    parts = load_parts(settings, directory)
     state = read_state(directory)
     resume_step = state.step if state else 0
-    loggers = make_loggers(plan.config, directory.path, resume_step) if main else []
+    loggers = _make_loggers(settings, directory, resume_step) if main else []
     tracker = wandb_of(loggers)
     failed = True
     try:
         if tracker is not None:
-            tracker.log_origin(origin_of(parts))
+            tracker.log_origin(
+                origin_of(settings.model, settings.data, settings.loss.requires, parts.tokenizer, parts.sets)
+            )
         fitted = fit(parts, loggers, state, lifeline)
         metrics = fitted.metrics
         if not main and place()[1] == 1:
             # Training was done before, and no ranks were joined for it: the main process does the rest alone.
-            return _objective_value(plan, metrics)
+            return _objective_value(settings, metrics)
         summary: dict[str, Any] = {**metrics, "meta": _meta(parts, fitted, started)}
         if main:
-            save_student(fitted.student, parts.tokenizer, directory.student, model_card(plan.config, summary))
+            save_student(fitted.student, parts.tokenizer, directory.student, model_card(card, summary))
         gathered("exported")
         scores, measured = _evaluate_student(parts)
         if not main:
-            return _objective_value(plan, metrics)
+            return _objective_value(settings, metrics)
         for logger in loggers:
             logger.log_metrics(scores, step=fitted.module.total_steps)
         summary = {**metrics, **scores, "meta": _meta(parts, fitted, started) | {"measured": measured.counts}}
-        write_text(directory.student / "README.md", model_card(plan.config, summary))
+        write_text(directory.student / "README.md", model_card(card, summary))
         if tracker is not None:
             tracker.log_results(directory.student, metrics | scores, fitted.module.total_steps)
         failed = False
     finally:
         finish_loggers(loggers, failed)
     directory.write_summary(summary)
-    return _objective_value(plan, summary)
+    return _objective_value(settings, summary)
 
 
-def _objective_value(plan: Plan, summary: Mapping[str, Any]) -> float:
-    return float(summary[plan.objective])
+def _make_loggers(settings: RunSettings, directory: RunDirectory, resume_step: int) -> list[Logger]:
+    return make_loggers(settings.logger.values(), settings.name, settings.record, directory.path, resume_step)
+
+
+def _card_facts(settings: RunSettings) -> CardFacts:
+    return CardFacts(
+        settings.name,
+        settings.loss_name,
+        settings.seed,
+        settings.model,
+        settings.data,
+        settings.evaluation,
+        settings.hyperparameters,
+    )
+
+
+def _objective_value(settings: RunSettings, summary: Mapping[str, Any]) -> float:
+    return float(summary[settings.metric])
 
 
 def _evaluate_student(parts: Parts) -> tuple[dict[str, float], Measured]:
@@ -107,28 +125,28 @@ def _evaluate_student(parts: Parts) -> tuple[dict[str, float], Measured]:
     Returns:
         All scores, and the measures among them.
     """
-    plan = parts.plan
+    settings = parts.settings
     sets = [] if parts.evaluation is None else parts.evaluation.sets
-    if not sets and plan.evaluation.measures.rows == 0:
+    if not sets and settings.evaluation.measures.rows == 0:
         return {}, Measured()
-    settings = plan.config["model"]
     model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
         parts.directory.student,
-        attn_implementation=settings["attn_implementation"],
-        trust_remote_code=settings["trust_remote_code"],
+        attn_implementation=settings.model.attn_implementation,
+        trust_remote_code=settings.model.trust_remote_code,
     )
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     # First: it takes seconds, and what is wrong shows before the answers, which take longer, are generated.
     measured = measure(
         Subject(
-            plan.config,
-            plan.evaluation,
-            plan.data,
+            settings.model,
+            settings.evaluation,
+            settings.data,
             parts.tokenizer,
             parts.vocabulary,
             model,
-            plan.make_references,
+            settings.reference,
             {role: loaded for role, loaded in parts.models.loaded.items() if role != STUDENT},
+            show_progress=settings.trainer.enable_progress_bar,
         ),
         parts.sets.val,
     )
@@ -136,13 +154,13 @@ def _evaluate_student(parts: Parts) -> tuple[dict[str, float], Measured]:
         model,
         parts.tokenizer,
         sets,
-        plan.evaluation,
+        settings.evaluation,
         parts.vocabulary,
         parts.directory.generations,
-        show_progress=plan.config["trainer"]["enable_progress_bar"],
+        show_progress=settings.trainer.enable_progress_bar,
     )
     if metrics:
-        log.info("%s: %s", plan.config["name"], shown(metrics))
+        log.info("%s: %s", settings.name, shown(metrics))
     return metrics | measured.scores, measured
 
 
@@ -154,12 +172,12 @@ def _meta(parts: Parts, fitted: Fitted, started: float) -> dict[str, Any]:
     """
     training = fitted.training_log
     return environment() | {
-        "seed": parts.plan.config["seed"],
-        "objective": parts.plan.objective,
+        "seed": parts.settings.seed,
+        "objective": parts.settings.metric,
         "best_step": fitted.checkpoints.best_step,
         "steps": fitted.module.total_steps,
         # Cached references are not loaded, but the student learnt from them.
-        "references": sorted(parts.plan.loss.requires),
+        "references": sorted(parts.settings.loss.requires),
         "parameters": count_parameters(parts.models.loaded),
         "resident_mib": {role: round(resident_bytes(m) / 2**20, 3) for role, m in sorted(parts.models.loaded.items())},
         "data_sha256": parts.sets.train.fingerprint,

@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from deltakd.cache import make_cache
-from deltakd.config.check import make_plan
+from deltakd.config.build import make_settings
 from deltakd.config.compose import compose_config
 from deltakd.io.run_directory import RunDirectory
 from deltakd.training.assembly import load_parts
@@ -89,7 +89,7 @@ def make(store: str, folder: Path, overrides: Sequence[str]) -> Path:
 
 def load(overrides: Sequence[str], folder: Path, batches: int) -> tuple[DistillationModule, list[Batch]]:
     """A module and its first batches."""
-    parts = load_parts(make_plan(compose_config("train", list(overrides))), RunDirectory(folder / "none"))
+    parts = load_parts(make_settings(compose_config("train", list(overrides))), RunDirectory(folder / "none"))
     data = make_data(parts)
     return make_module(parts, data.total_steps), list(islice(iter(data.train_dataloader()), batches))
 

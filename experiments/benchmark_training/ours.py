@@ -15,6 +15,7 @@ from typing import Any
 import lightning as L
 
 from deltakd.cache import make_cache
+from deltakd.config.build import make_settings
 from deltakd.config.compose import compose_config
 from deltakd.training.run import run_training
 from deltakd.types import Batch
@@ -73,7 +74,7 @@ def main(folder: Path, steps: int, precision: str, loss: str, store: str | None 
         shutil.rmtree(cache, ignore_errors=True)
         make_cache(overrides)
         return
-    run_training(compose_config("train", overrides), run_dir)
+    run_training(make_settings(compose_config("train", overrides)), run_dir)
     meta = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))["meta"]
     rate = Clock.tokens / (Clock.finished - Clock.started)
     print(json.dumps({"tokens_per_second": rate, "peak_mib": meta["peak_memory_mib"], "tokens": Clock.tokens}))

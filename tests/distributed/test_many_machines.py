@@ -20,7 +20,7 @@ from hydra.types import HydraContext
 from hydra.utils import instantiate
 from safetensors.torch import load_file
 
-from deltakd.config.check import make_plan
+from deltakd.config.build import make_settings
 from deltakd.config.compose import CONF_DIR, check_overrides, compose_config
 from deltakd.distributed.launchers import Launch, alone_problems, launch_problems, read_launch
 from deltakd.distributed.ranks import agreed, main_process_first
@@ -120,7 +120,7 @@ def test_a_wrong_launch_is_told_with_all_other_problems(
 ) -> None:
     environment(slurm(0))
     with pytest.raises(ConfigError, match=r"(?s)2 problems:.*max_steps is 0.*SLURM started 2 process\(es\) on 1 mach"):
-        make_plan(compose_config("train", world.overrides(tmp_path, "sft", "trainer.max_steps=0")))
+        make_settings(compose_config("train", world.overrides(tmp_path, "sft", "trainer.max_steps=0")))
 
 
 def test_lightning_leaves_the_queue_to_us(environment: Callable[[Mapping[str, str]], None]) -> None:

@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from deltakd.config.build import make_settings
 from deltakd.config.compose import compose_config
 from deltakd.distributed.zero import prepare_deepspeed
 from deltakd.io.run_directory import LAST
@@ -56,7 +57,7 @@ def train(overrides: list[str], directory: Path) -> list[str]:
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("deltakd").addHandler(handler)
-    run_training(compose_config("train", overrides), directory)
+    run_training(make_settings(compose_config("train", overrides)), directory)
     return said
 
 

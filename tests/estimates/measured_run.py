@@ -19,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from deltakd.config.build import make_settings
 from deltakd.config.compose import compose_config
 from deltakd.training import fit
 from deltakd.training.run import run_training
@@ -95,7 +96,7 @@ def main(out: Path, overrides: list[str]) -> None:
     fit._make_trainer = lambda parts, callbacks, loggers: make_trainer(parts, [*callbacks, measure], loggers)
     cfg = compose_config("train", overrides)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        run_training(cfg, Path(cfg.run_dir))
+        run_training(make_settings(cfg), Path(cfg.run_dir))
     found = peak_in_step(record) | {
         "collectives": dict(measure.collectives.bytes),
         "flops": measure.flops.get_total_flops(),

@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from deltakd.config.check import Plan, make_plan
+from deltakd.config.build import make_settings
 from deltakd.config.compose import compose_config
 from deltakd.estimates.clusters import ARCHITECTURES, _skeleton
 from deltakd.estimates.costs import Setting, memory, operations, traffic
@@ -24,6 +24,7 @@ from deltakd.models import LanguageModel, ModelSpec
 from deltakd.references import LiveReferences
 from deltakd.training.module import DistillationModule
 from deltakd.training.optim import AdamW
+from deltakd.training.settings import RunSettings
 from deltakd.types import Batch
 from tests.tiny import WORDS, World, save_model, write_rows
 
@@ -76,7 +77,7 @@ def test_operations_are_those_that_pytorch_counts(tmp_path: Path, checkpointed: 
 
 def test_adapters_spare_gradients_of_weights_and_the_second_student(world: World, tmp_path: Path) -> None:
     def parts(*extra: str) -> dict[str, float]:
-        plan = make_plan(compose_config("train", world.overrides(tmp_path / "run", "delta_kd", *extra)))
+        plan = make_settings(compose_config("train", world.overrides(tmp_path / "run", "delta_kd", *extra)))
         return {part.what: part.amount for part in operations(setting_of(plan, "cpu", "cpu"))}
 
     plain, adapted = parts(), parts("model/lora=default", "model.lora.r=1")
@@ -153,7 +154,7 @@ def test_a_real_step_takes_and_sends_what_is_estimated(strategy: str, larger_wor
         env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=larger_world.root, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    plan: Plan = make_plan(compose_config("train", overrides))
+    plan: RunSettings = make_settings(compose_config("train", overrides))
     estimated = sum(need.bytes for need in estimate(plan))
     expected = sum(part.amount for part in traffic(setting_of(plan, "cpu", "cpu")))
     # DeepSpeed's buckets have one size whatever the model's: here they would hide all else.

@@ -12,20 +12,21 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from deltakd.config.check import Plan, make_plan
+from deltakd.config.build import make_settings
 from deltakd.config.compose import compose_config
 from deltakd.estimates import memory
 from deltakd.estimates.memory import estimate, show_memory
 from deltakd.estimates.sizes import Skeleton
 from deltakd.models import ModelSpec
+from deltakd.training.settings import RunSettings
 from tests.tiny import World, save_model
 
 
-def plan_of(world: World, tmp_path: Path, loss: str, *extra: str) -> Plan:
-    return make_plan(compose_config("train", world.overrides(tmp_path / "run", loss, *extra)))
+def plan_of(world: World, tmp_path: Path, loss: str, *extra: str) -> RunSettings:
+    return make_settings(compose_config("train", world.overrides(tmp_path / "run", loss, *extra)))
 
 
-def sizes(plan: Plan) -> dict[str, int]:
+def sizes(plan: RunSettings) -> dict[str, int]:
     return {need.what: need.bytes for need in estimate(plan)}
 
 

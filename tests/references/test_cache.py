@@ -21,6 +21,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from deltakd.cache import main, make_cache
+from deltakd.config.build import make_settings
 from deltakd.config.compose import compose_config
 from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
@@ -73,7 +74,7 @@ def live_of(cached: Cached) -> list[str]:
 
 def run(overrides: list[str]) -> RunDirectory:
     cfg = compose_config("train", overrides)
-    run_training(cfg, Path(cfg.run_dir))
+    run_training(make_settings(cfg), Path(cfg.run_dir))
     return RunDirectory(Path(cfg.run_dir))
 
 

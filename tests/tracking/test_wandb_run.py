@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from wandb.proto import wandb_internal_pb2 as pb
 
+from deltakd.config.build import make_settings
 from deltakd.config.compose import compose_config
 from deltakd.io.run_directory import RunDirectory
 from deltakd.tracking import environment, wandb_run
@@ -84,7 +85,7 @@ def _tracked(world: World, home: Path) -> tuple[RunDirectory, list[Any]]:
         "trainer.max_steps=4",
         "trainer.val_every_n_steps=2",
     )
-    run_training(compose_config("train", overrides), run.path)
+    run_training(make_settings(compose_config("train", overrides)), run.path)
     return run, read_run(run)
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from deltakd.config.build import make_settings
 from deltakd.config.compose import compose_config
 from deltakd.io.errors import Stopped
 from deltakd.io.run_directory import RunDirectory
@@ -63,7 +64,7 @@ def uninterrupted(world: World, tmp_path_factory: pytest.TempPathFactory) -> Run
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     directory = tmp_path_factory.mktemp("uninterrupted") / "run"
-    run_training(compose_config("train", overrides(world, directory)), directory)
+    run_training(make_settings(compose_config("train", overrides(world, directory))), directory)
     torch.set_num_threads(threads)
     return RunDirectory(directory)
 
@@ -90,7 +91,7 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(
         assert f"resume=true run_dir={directory}" in errors
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    run_training(compose_config("train", [*overrides(world, directory), "resume=true"]), directory)
+    run_training(make_settings(compose_config("train", [*overrides(world, directory), "resume=true"])), directory)
     torch.set_num_threads(threads)
     ours = load_file(RunDirectory(directory).student / "model.safetensors")
     theirs = load_file(uninterrupted.student / "model.safetensors")
@@ -115,7 +116,9 @@ def test_a_token_budget_resumes_in_the_middle_of_a_pass(
     budget = ("data.batch_size=null", "data.max_tokens_per_batch=256", "evaluation=none", "trainer.max_steps=24")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    run_training(compose_config("train", overrides(world, tmp_path / "whole", *budget)), tmp_path / "whole")
+    run_training(
+        make_settings(compose_config("train", overrides(world, tmp_path / "whole", *budget))), tmp_path / "whole"
+    )
     chosen = overrides(world, tmp_path / "stopped", *budget)
     original = DistillationModule.training_step
 
@@ -126,9 +129,9 @@ def test_a_token_budget_resumes_in_the_middle_of_a_pass(
 
     monkeypatch.setattr(DistillationModule, "training_step", stop_in_step_11)
     with pytest.raises(Stopped, match="after 12 optimiser steps"):
-        run_training(compose_config("train", chosen), tmp_path / "stopped")
+        run_training(make_settings(compose_config("train", chosen)), tmp_path / "stopped")
     monkeypatch.undo()
-    run_training(compose_config("train", [*chosen, "resume=true"]), tmp_path / "stopped")
+    run_training(make_settings(compose_config("train", [*chosen, "resume=true"])), tmp_path / "stopped")
     torch.set_num_threads(threads)
     whole, stopped = (read_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt") for name in ("whole", "stopped"))
     assert whole["global_step"] == stopped["global_step"] == 24

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from deltakd.config.build import make_settings
 from deltakd.config.compose import compose_config
 from deltakd.io.errors import ConfigError, NonFiniteLossError
 from deltakd.io.json_lines import read_generations
@@ -231,7 +232,7 @@ def test_all_config_errors_come_at_once(world: World, tmp_path: Path) -> None:
         "objective=test/rougeL",
     )
     with pytest.raises(ConfigError) as caught:
-        run_training(compose_config("train", overrides), tmp_path / "x")
+        run_training(make_settings(compose_config("train", overrides)), tmp_path / "x")
     text = str(caught.value)
     for part in (
         "loss.temperature is -1",
@@ -250,7 +251,7 @@ def test_all_config_errors_come_at_once(world: World, tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"(?s)model.teacher.path=/no/such/dir: no such directory.*model.teacher_raw.path is missing"
     ):
-        run_training(compose_config("train", overrides), tmp_path / "x")
+        run_training(make_settings(compose_config("train", overrides)), tmp_path / "x")
 
 
 @pytest.mark.parametrize(

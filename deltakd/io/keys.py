@@ -1,0 +1,68 @@
+"""What a config key promises beside its type, said where the key is defined.
+
+A settings dataclass marks its fields by ``Annotated``::
+
+    limit: Annotated[int | None, Ge(1), Resume.UNFINISHED, Cache.FREE] = None
+
+and ``keys_with`` collects the keys with a mark, so that no list of key names stands elsewhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Iterator
+from enum import Enum
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+
+
+class Resume(Enum):
+    """When a key may differ between a run and its resumption. A key without this mark never may."""
+
+    #: Always: it does not change what is trained or measured.
+    FREE = "free"
+    #: Until the run is finished: it says what is asked of the trained student, or how the work is spread.
+    UNFINISHED = "unfinished"
+
+
+class Cache(Enum):
+    """How a key of ``data`` relates to a cache of references. A key without this mark decides what the cache holds."""
+
+    #: It changes neither a row's tokens nor the set that the row belongs to.
+    FREE = "free"
+
+
+class Protocol(Enum):
+    """How a key of ``evaluation`` relates to a published protocol."""
+
+    #: The protocol fixes it; another value is recorded as a deviation.
+    FIXED = "fixed"
+
+
+def keys_with(kind: Any, mark: Enum, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted keys of all fields of ``kind`` that carry ``mark``, those of nested dataclasses included.
+
+    Args:
+        kind: a dataclass, or a union of which the dataclasses count.
+        mark: such as ``Resume.FREE``. A marked field stands for everything below it.
+        prefix: put before each key.
+    """
+    for dataclass in _dataclasses(kind):
+        for name, hint in get_type_hints(dataclass, include_extras=True).items():
+            if mark in marks(hint):
+                yield prefix + name
+            else:
+                yield from keys_with(hint, mark, f"{prefix}{name}.")
+
+
+def marks(hint: Any) -> tuple[Any, ...]:
+    """Return what ``Annotated`` adds to a type."""
+    return tuple(get_args(hint)[1:]) if get_origin(hint) is Annotated else ()
+
+
+def _dataclasses(hint: Any) -> list[Any]:
+    if get_origin(hint) is Annotated:
+        return _dataclasses(get_args(hint)[0])
+    if get_origin(hint) in (Union, types.UnionType):
+        return [kind for part in get_args(hint) for kind in _dataclasses(part)]
+    return [hint] if dataclasses.is_dataclass(hint) else []

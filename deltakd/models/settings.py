@@ -1,0 +1,72 @@
+"""The group ``model`` of the config: which models play the roles, and how they are opened."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge
+
+from deltakd.models.lora import LoraSpec
+
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Where one role's model comes from (``model.<role>``).
+
+    Args:
+        path: hub id or local directory; None only with ``init="random"``.
+        dtype: of the weights.
+        init: ``pretrained``, or ``random``: built from ``architecture`` with weights drawn from the seed.
+        architecture: for ``random``: ``model_type`` and what that type's transformers configuration takes.
+        tokenizer: where the role's tokenizer is, if not at ``path``.
+        quantization: transformers' quantisation config as a mapping with ``quant_method``; None: as the checkpoint is.
+    """
+
+    path: str | None = None
+    dtype: Dtype = "float32"
+    init: Literal["pretrained", "random"] = "pretrained"
+    architecture: Mapping[str, Any] | None = None
+    tokenizer: str | None = None
+    quantization: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerSettings:
+    """A tokenizer trained for the run, for students from scratch (``model.tokenizer``).
+
+    Args:
+        train_on: text files or instruction files; None: the student's own tokenizer is loaded.
+        train_subset: source -> ``split.json#key``, for sources of records.
+        vocabulary: tokens, at most.
+        add_prefix_space: a word at the start of a text is then the token that it is inside a text.
+    """
+
+    train_on: str | Sequence[str] | None = None
+    train_subset: Mapping[str, str] | None = None
+    vocabulary: Annotated[int, Ge(1)] = 8000
+    add_prefix_space: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The models of a run.
+
+    Args:
+        specs: role -> where its model comes from, for every role that the config names.
+        tokenizer: the tokenizer to train, if any.
+        lora: the student's adapter, or None.
+        attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``; None: transformers' choice.
+        gradient_checkpointing: recompute the student's activations in the backward pass.
+        trust_remote_code: run Python code that comes with a checkpoint.
+    """
+
+    specs: Mapping[str, ModelSpec] = field(default_factory=dict)
+    tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)
+    lora: LoraSpec | None = None
+    attn_implementation: str | None = None
+    gradient_checkpointing: bool = False
+    trust_remote_code: bool = False

@@ -1,0 +1,118 @@
+"""The group ``reference`` of the config: where the references' hidden states come from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from annotated_types import Ge, Gt, Lt
+
+from deltakd.distributed.settings import StrategySettings
+from deltakd.io.keys import Resume
+from deltakd.models import LanguageModel
+from deltakd.models.settings import Dtype, ModelSpec
+from deltakd.references.base import References
+from deltakd.references.live import LiveReferences
+from deltakd.types import STUDENT
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveSettings:
+    """The references run beside the student on every batch (``conf/reference/live.yaml``).
+
+    Args:
+        placement: ``auto``: the student's device; else the name of a device where they stay, such as ``cuda:1``.
+        sharding: ``replicate``: each process holds all of them; ``shard``: a part, gathered layer by layer.
+    """
+
+    placement: str = "auto"
+    sharding: Annotated[Literal["replicate", "shard"], Resume.FREE] = "replicate"
+
+    def make(
+        self, models: Mapping[str, LanguageModel], adapted_student: LanguageModel | None, strategy: StrategySettings
+    ) -> References:
+        """Make the source of references.
+
+        Args:
+            models: role -> frozen model.
+            adapted_student: a LoRA student that serves as ``student_raw`` with its adapter off, or None.
+            strategy: sharded references are sharded by what shards the student, or FSDP2 where nothing does.
+        """
+        return LiveReferences(
+            models,
+            adapted_student,
+            placement=self.placement,
+            sharding=self.sharding,
+            engine="deepspeed" if strategy.name == "deepspeed" else "fsdp",
+            persistence_threshold=strategy.persistence_threshold,
+        )
+
+    def problems(self, specs: Mapping[str, ModelSpec]) -> list[str]:
+        """Return what is wrong with ``reference``, one sentence each.
+
+        Args:
+            specs: role -> where its model comes from, of the models to load.
+        """
+        found = []
+        if self.sharding == "shard":
+            if self.placement != "auto":
+                found.append(
+                    "reference.sharding=shard divides the references over the ranks' devices, and "
+                    f"reference.placement is {self.placement!r}; leave placement at auto, or sharding at replicate"
+                )
+            found += [
+                f"model.{role}.quantization is given, but quantised weights can't be sharded; "
+                "reference.sharding=replicate"
+                for role, spec in specs.items()
+                if role != STUDENT and spec.quantization is not None
+            ]
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheSettings:
+    """The references were run once and are read from a cache (``conf/reference/cached.yaml``).
+
+    Args:
+        path: the directory of the cache.
+        store: ``hidden``: last hidden states, exact, for every loss; or ``topk``: log-probs of K tokens and the rest,
+            small, approximate, for one τ. None: whichever is there; ``hidden`` where a cache is made.
+        k: tokens of a support of ``topk``; None chooses by ``target_error``.
+        target_error: the relative error of loss and gradient that the chosen K has at most on a sample.
+        dtype: of what is stored; None: the models' own for ``hidden``, float16 for ``topk``.
+        verify: verify all checksums when the cache is opened; sizes are always verified.
+        remake: make damaged files again (where a cache is made).
+    """
+
+    path: str | None = None
+    store: Literal["hidden", "topk"] | None = None
+    k: Annotated[int, Ge(2)] | None = None
+    target_error: Annotated[float, Gt(0), Lt(1)] = 0.01
+    dtype: Dtype | None = None
+    verify: Annotated[bool, Resume.FREE] = True
+    remake: Annotated[bool, Resume.FREE] = False
+
+    def problems(self, specs: Mapping[str, ModelSpec]) -> list[str]:
+        """Return what is wrong with ``reference``, one sentence each."""
+        if self.path:
+            return []
+        return ["reference.path is missing; give the directory of the cache: reference.path=outputs/cache_of_x"]
+
+
+def device_problems(key: str, name: str) -> list[str]:
+    """Return why a device that the config names is not available, if so."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        return [f"{key} is {name!r}, which names no device; give auto, cpu, cuda:1, ..."]
+    if device.type in ("cpu", "meta"):
+        return []
+    there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if there is None or there.type != device.type:
+        return [f"{key} is {name!r}, but this machine has no {device.type} device; give auto or cpu"]
+    count = torch.accelerator.device_count()
+    if device.index is not None and device.index >= count:
+        return [f"{key} is {name!r}, but this machine has {count} {device.type} devices, counted from 0"]
+    return []

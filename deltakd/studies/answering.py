@@ -1,0 +1,76 @@
+"""A teacher's answers: the work of ``deltakd.generate``, and of a study's stages that generate (arXiv 1606.07947)."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deltakd.data import InstructionData
+from deltakd.evaluation.teacher_answers import Answering, answer_prompts, answering_record, version_of
+from deltakd.io.run_directory import RunDirectory
+from deltakd.tracking.environment import environment, peak_memory_mib
+from deltakd.training.assembly import make_model, make_tokenizer, shared_vocabulary
+from deltakd.training.settings import RESUME_POLICY, RunSettings
+from deltakd.types import TEACHER
+
+log = logging.getLogger(__name__)
+
+
+def run_answers(settings: RunSettings, run_dir: Path) -> dict[str, Any]:
+    """Let the teacher answer every prompt that a training run with these settings would train on.
+
+    The prompts are those of ``data`` (its exclusions, subset and limit applied, held-out validation rows left out),
+    tokenised as in training. They are decoded by ``evaluation.decoding`` under the first of ``evaluation.seeds``. Of
+    a conversation the prompt of the last answer is answered; earlier answers stay.
+
+    Into ``run_dir`` go ``answers/`` (every answer; what is there already is not made again), ``train.jsonl`` (the
+    rows with their new answers, those left out that are empty or did not end by EOS), ``val.jsonl`` (the rows held out
+    by ``data.val_size``, as they were) and, last, ``summary.json``. A finished directory is only read.
+
+    Args:
+        settings: of the answering.
+        run_dir: the directory.
+
+    Returns:
+        The content of ``summary.json``.
+
+    Raises:
+        ConfigError: the directory holds something else.
+        ValueError: data or models that can't be used, or no answer is left.
+    """
+    directory = RunDirectory(run_dir)
+    teacher = str(settings.specs[TEACHER].path)
+    answering = {"answering_teacher": version_of(teacher)} | dict(settings.record)
+    directory.claim(answering, resume=directory.config.is_file(), policy=RESUME_POLICY)
+    if directory.finished:
+        log.info("%s is finished already; nothing to do.", run_dir)
+        return directory.read_summary()
+    started = time.perf_counter()
+    parts = _load(settings, teacher, directory)
+    counts, speed = answer_prompts(parts, directory.path, holds_out=settings.data.val is None)
+    # Of this start alone: what a former one cost is not known.
+    costs = {
+        "seconds": round(time.perf_counter() - started, 3),
+        "tokens_per_second": speed,
+        "peak_memory_mib": round(peak_memory_mib(), 1),
+    }
+    summary = counts | {"meta": environment() | answering_record(parts) | costs}
+    directory.write_summary(summary)
+    return summary
+
+
+def _load(settings: RunSettings, path: str, directory: RunDirectory) -> Answering:
+    data = settings.data
+    assert isinstance(data, InstructionData)
+    if data.prepare is not None:
+        data.prepare()
+    tokenizer = make_tokenizer(settings, directory.path / "tokenizer")
+    vocabulary = shared_vocabulary(settings, tokenizer)
+    rows = data.read(tokenizer)
+    teacher = make_model(settings, TEACHER, tokenizer, vocabulary).to("cuda" if torch.cuda.is_available() else "cpu")
+    shown = settings.trainer.enable_progress_bar
+    return Answering(path, data, settings.evaluation, rows, tokenizer, vocabulary, teacher, shown)

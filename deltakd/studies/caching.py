@@ -1,0 +1,127 @@
+"""Running the references once over a data set: the work of ``deltakd.cache``, and of a study's stages that cache."""
+
+from __future__ import annotations
+
+import logging
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from deltakd.config.build import make_caching_settings, make_settings
+from deltakd.io.errors import ConfigError
+from deltakd.io.run_directory import RunDirectory
+from deltakd.references import CacheStore, LiveReferences
+from deltakd.references.begin import Caching, begin_store
+from deltakd.references.build import drop_damaged, make_missing, summary_of
+from deltakd.references.content import data_identity, data_problems, missing_rows
+from deltakd.references.index import RowIndex
+from deltakd.tracking.environment import environment, peak_memory_mib
+from deltakd.training.assembly import make_model, make_tokenizer, open_cache, shared_vocabulary
+from deltakd.training.settings import RunSettings
+from deltakd.types import STUDENT
+
+log = logging.getLogger(__name__)
+
+
+def run_caching(cfg: DictConfig) -> dict[str, Any]:
+    """Run the references of the config's loss over its training and validation rows, and store what they give.
+
+    The directory ``reference.path`` gets ``manifest.json``, shards, the output embeddings (``hidden``) and, last,
+    ``summary.json``. Rows that are there already are not run again: an interrupted cache goes on, one that was made
+    with ``data.limit`` grows, and a finished one is only read, for which no model needs to be there.
+
+    Args:
+        cfg: composed config (``conf/train.yaml``) with ``reference=cached``.
+
+    Returns:
+        The content of ``summary.json``.
+
+    Raises:
+        ConfigError: everything that is wrong with the config, or what differs from the cache that is there.
+        StoreError: a damaged cache, or a disk that is full.
+        ValueError: data or models that can't be used, or no K that meets ``reference.target_error``.
+    """
+    path = OmegaConf.select(cfg, "reference.path")
+    if path and CacheStore.is_at(Path(path)) and not OmegaConf.select(cfg, "reference.remake"):
+        summary = _finished(cfg)
+        if summary is not None:
+            log.info("%s is finished already; nothing to do.", path)
+            return summary
+    settings = make_caching_settings(cfg)
+    started = time.perf_counter()
+    caching, store = _load(settings)
+    speed = make_missing(caching, store)
+    costs = {
+        "seconds": round(time.perf_counter() - started, 3),
+        "tokens_per_second": speed,
+        "peak_memory_mib": round(peak_memory_mib(), 1),
+    }
+    summary = summary_of(store) | {"meta": environment() | costs}
+    RunDirectory(store.path).write_summary(summary)
+    return summary
+
+
+def _finished(cfg: DictConfig) -> dict[str, Any] | None:
+    """The summary of a cache that has all rows of this config; None where rows are missing.
+
+    It is read as a training would read it.
+    """
+    settings = make_settings(cfg)
+    if settings.cache is None:
+        return None
+    path = Path(str(settings.cache.path))
+    if settings.data.prepare is not None:
+        settings.data.prepare()
+    tokenizer = make_tokenizer(settings, path / "tokenizer")
+    sets = settings.data.load(tokenizer)
+    store = open_cache(settings, tokenizer, sets)
+    if any(len(rows) for rows in missing_rows(RowIndex(store), sets).values()):
+        return None
+    directory = RunDirectory(path)
+    if not directory.finished:
+        directory.write_summary(summary_of(store) | {"meta": environment()})
+    return directory.read_summary()
+
+
+def _load(settings: RunSettings) -> tuple[Caching, CacheStore]:
+    """Data and models; the cache that is there, or a new one."""
+    assert settings.cache is not None
+    path = Path(str(settings.cache.path))
+    if settings.data.prepare is not None:
+        settings.data.prepare()
+    tokenizer = make_tokenizer(settings, path / "tokenizer")
+    vocabulary = shared_vocabulary(settings, tokenizer)
+    sets = settings.data.load(tokenizer)
+    given = data_identity(settings.data, tokenizer, sets)
+    store = None
+    if CacheStore.is_at(path):
+        store = CacheStore.open(path)
+        problems = data_problems(store.manifest.content, given, path)
+        if problems:
+            raise ConfigError(problems)
+        if settings.cache.remake:
+            drop_damaged(store)
+        else:
+            store.check(checksum=settings.cache.verify)
+    models = {role: make_model(settings, role, tokenizer, vocabulary) for role in settings.specs if role != STUDENT}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    references = LiveReferences(models)
+    references.to(device)
+    caching = Caching(
+        settings.cache,
+        settings.model,
+        settings.data,
+        settings.loss,
+        tokenizer,
+        vocabulary,
+        sets,
+        references,
+        device,
+        open_student=partial(make_model, settings, STUDENT, tokenizer, vocabulary),
+        show_progress=settings.trainer.enable_progress_bar,
+    )
+    return caching, begin_store(caching, given) if store is None else store
