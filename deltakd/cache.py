@@ -42,9 +42,9 @@ def make_cache(overrides: Sequence[str]) -> dict[str, Any]:
     """
     given = any(override.startswith("reference=") for override in overrides)
     cfg = compose_config("train", overrides if given else ["reference=cached", *overrides])
-    # They import torch and all models, which --help and a mistyped key need not wait for.
+    # It imports torch and all models, which --help and a mistyped key need not wait for.
     from deltakd.references.build import in_units
-    from deltakd.studies.caching import run_caching
+    from deltakd.studies.stages import run_caching
 
     summary = run_caching(cfg)
     log.info(

@@ -59,7 +59,7 @@ def run_evaluation(arguments: Sequence[str]) -> dict[str, Any]:
         ValueError: a model or a file that can't be read.
     """
     cfg, model_path = _configure(arguments)
-    # They import torch and all models, which --help and a mistyped key need not wait for.
+    # These import torch and all models, which --help and a mistyped key need not wait for.
     from deltakd.config.build import make_evaluation_settings
     from deltakd.evaluation.answers import evaluate_sets, shown
     from deltakd.evaluation.measures import Subject, measure

@@ -59,13 +59,12 @@ def run_generation(overrides: Sequence[str]) -> dict[str, Any]:
         overrides: Hydra overrides, ``run_dir`` among them.
     """
     cfg = compose_config("train", overrides)
-    # They import torch and all models, which --help and a mistyped key need not wait for.
+    # It imports torch and all models, which --help and a mistyped key need not wait for.
     from deltakd.config.build import make_answering_settings
-    from deltakd.studies.answering import run_answers
+    from deltakd.training.answering import run_answers
 
-    settings = make_answering_settings(cfg)
-    run_dir = Path(str(settings.run_dir))
-    summary = run_answers(settings, run_dir)
+    run_dir = Path(str(cfg.run_dir))
+    summary = run_answers(make_answering_settings(cfg), run_dir)
     log.info("Next, SFT on the answers: %s", shlex.join(next_command(overrides, run_dir, bool(summary["held_out"]))))
     return summary
 

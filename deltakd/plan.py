@@ -63,10 +63,10 @@ def plan(given: argparse.Namespace, console: Console) -> None:
 
     rates = Rates(given.tflops, given.interconnect, given.steps, given.tokens)
     if cfg is not None:
-        checked = make_settings(cfg)
-        if rates.steps is None and rates.tokens is None and checked.trainer.max_steps:
-            rates = Rates(rates.tflops, rates.interconnect, int(checked.trainer.max_steps))
-        show_setting(checked.name, planned_setting(checked), rates, console)
+        settings = make_settings(cfg)
+        if rates.steps is None and rates.tokens is None and settings.trainer.max_steps:
+            rates = Rates(rates.tflops, rates.interconnect, settings.trainer.max_steps)
+        show_setting(settings.name, planned_setting(settings), rates, console)
         return
     students, teacher, gpus = PAPER if given.paper else ((given.student,), given.teacher, given.gpus)
     ways = read_ways(given.strategies) if given.strategies else default_ways()

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from deltakd.config.build import make_answering_settings, make_settings
+from deltakd.config.build import make_answering_settings, make_caching_settings, make_settings
 from deltakd.io.errors import ConfigError, NonFiniteLossError
 from deltakd.io.run_directory import RunDirectory
+from deltakd.references import CacheStore
 from deltakd.references.build import in_units
-from deltakd.studies.answering import run_answers
-from deltakd.studies.caching import run_caching
 from deltakd.studies.comparison import comparison, finished_rows
 from deltakd.studies.display import Stages, stages_on
 from deltakd.studies.job_configs import check_predecessors, compose_jobs
 from deltakd.studies.study_file import Job, Study
 from deltakd.studies.timing import expected_minutes, measured_seconds, say_estimate, say_hours, seconds_of
+from deltakd.training.answering import run_answers
+from deltakd.training.caching import fill_cache, finished_cache
 from deltakd.training.run import run_training
+
+log = logging.getLogger(__name__)
 
 
 def run_study(study: Study, console: Console, stages: Collection[str] = ()) -> None:
@@ -104,6 +109,29 @@ def _train(cfg: DictConfig, directory: RunDirectory) -> str:
 def _generate(cfg: DictConfig, directory: RunDirectory) -> str:
     summary = run_answers(make_answering_settings(cfg), directory.path)
     return f"{summary['answered']} of {summary['prompts']} prompts answered"
+
+
+def run_caching(cfg: DictConfig) -> dict[str, Any]:
+    """Make or complete the cache that ``reference.path`` names; one that has all rows is only read.
+
+    Args:
+        cfg: composed config (``conf/train.yaml``) with ``reference=cached``.
+
+    Returns:
+        The content of its ``summary.json``.
+
+    Raises:
+        ConfigError: everything that is wrong with the config, or what differs from the cache that is there.
+        ValueError: as ``fill_cache``.
+    """
+    path = OmegaConf.select(cfg, "reference.path")
+    if path and CacheStore.is_at(Path(path)) and not OmegaConf.select(cfg, "reference.remake"):
+        settings = make_settings(cfg)
+        summary = finished_cache(settings) if settings.cache is not None else None
+        if summary is not None:
+            log.info("%s is finished already; nothing to do.", path)
+            return summary
+    return fill_cache(make_caching_settings(cfg))
 
 
 def _cache(cfg: DictConfig, directory: RunDirectory) -> str:

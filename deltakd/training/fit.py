@@ -28,9 +28,16 @@ from deltakd.models import LanguageModel
 from deltakd.models.tokenizers import pad_id
 from deltakd.tracking.wandb_run import wandb_of
 from deltakd.training.assembly import Parts
-from deltakd.training.callbacks import Checkpoints, Lifeline, ProgressBar, StopOnSignal, TrainingLog, Validation
+from deltakd.training.callbacks import (
+    Checkpoints,
+    DisplayedTraining,
+    Lifeline,
+    ProgressBar,
+    StopOnSignal,
+    TrainingLog,
+    Validation,
+)
 from deltakd.training.callbacks.checkpoints import read_checkpoint
-from deltakd.training.callbacks.displayed_training import DisplayedTraining
 from deltakd.training.callbacks.validation import Generate
 from deltakd.training.module import DistillationModule
 

@@ -1,4 +1,4 @@
-"""A teacher's answers: the work of ``deltakd.generate``, and of a study's stages that generate (arXiv 1606.07947)."""
+"""A run in which the teacher answers the training prompts."""
 
 from __future__ import annotations
 

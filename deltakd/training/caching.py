@@ -1,4 +1,4 @@
-"""Running the references once over a data set: the work of ``deltakd.cache``, and of a study's stages that cache."""
+"""A run that fills a cache of references."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 
-from deltakd.config.build import make_caching_settings, make_settings
 from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
 from deltakd.references import CacheStore, LiveReferences
@@ -27,31 +25,24 @@ from deltakd.types import STUDENT
 log = logging.getLogger(__name__)
 
 
-def run_caching(cfg: DictConfig) -> dict[str, Any]:
-    """Run the references of the config's loss over its training and validation rows, and store what they give.
+def fill_cache(settings: RunSettings) -> dict[str, Any]:
+    """Run the references of a loss over its training and validation rows, and store what they give.
 
     The directory ``reference.path`` gets ``manifest.json``, shards, the output embeddings (``hidden``) and, last,
-    ``summary.json``. Rows that are there already are not run again: an interrupted cache goes on, one that was made
-    with ``data.limit`` grows, and a finished one is only read, for which no model needs to be there.
+    ``summary.json``. Rows that are there already are not run again: an interrupted cache goes on, and one that was made
+    with ``data.limit`` grows.
 
     Args:
-        cfg: composed config (``conf/train.yaml``) with ``reference=cached``.
+        settings: as ``make_caching_settings`` makes them.
 
     Returns:
         The content of ``summary.json``.
 
     Raises:
-        ConfigError: everything that is wrong with the config, or what differs from the cache that is there.
+        ConfigError: what differs from the cache that is there.
         StoreError: a damaged cache, or a disk that is full.
         ValueError: data or models that can't be used, or no K that meets ``reference.target_error``.
     """
-    path = OmegaConf.select(cfg, "reference.path")
-    if path and CacheStore.is_at(Path(path)) and not OmegaConf.select(cfg, "reference.remake"):
-        summary = _finished(cfg)
-        if summary is not None:
-            log.info("%s is finished already; nothing to do.", path)
-            return summary
-    settings = make_caching_settings(cfg)
     started = time.perf_counter()
     caching, store = _load(settings)
     speed = make_missing(caching, store)
@@ -65,12 +56,11 @@ def run_caching(cfg: DictConfig) -> dict[str, Any]:
     return summary
 
 
-def _finished(cfg: DictConfig) -> dict[str, Any] | None:
-    """The summary of a cache that has all rows of this config; None where rows are missing.
+def finished_cache(settings: RunSettings) -> dict[str, Any] | None:
+    """Return the summary of a cache that has all rows of a run; None where rows are missing.
 
-    It is read as a training would read it.
+    No model needs to be there: the cache is read as a training run reads it.
     """
-    settings = make_settings(cfg)
     if settings.cache is None:
         return None
     path = Path(str(settings.cache.path))
