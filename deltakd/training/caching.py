@@ -14,9 +14,9 @@ from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
 from deltakd.references import CacheStore, LiveReferences
 from deltakd.references.begin import Caching, begin_store
-from deltakd.references.build import drop_damaged, make_missing, summary_of
 from deltakd.references.content import data_identity, data_problems, missing_rows
 from deltakd.references.index import RowIndex
+from deltakd.references.missing import drop_damaged, make_missing, summary_of
 from deltakd.tracking.environment import environment, peak_memory_mib
 from deltakd.training.assembly import make_model, make_tokenizer, open_cache, shared_vocabulary
 from deltakd.training.settings import RunSettings

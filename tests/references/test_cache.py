@@ -26,7 +26,7 @@ from deltakd.config.compose import compose_config
 from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
 from deltakd.models import train_tokenizer
-from deltakd.references import StoreError, build
+from deltakd.references import StoreError, missing
 from deltakd.references.store import CacheStore
 from deltakd.studies.stages import run_study
 from deltakd.studies.study_file import read_study
@@ -262,7 +262,7 @@ def content_of(path: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "SHARD_ROWS", 9)
+    monkeypatch.setattr(missing, "SHARD_ROWS", 9)
 
 
 def arguments(cached: Cached, path: Path, *extra: str) -> list[str]:
@@ -278,7 +278,7 @@ def whole(
     kind = list(TOPK) if request.param == "topk" else []
     path = tmp_path_factory.mktemp("whole") / "cache"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "SHARD_ROWS", 9)
+        patch.setattr(missing, "SHARD_ROWS", 9)
         make_cache(arguments(cached, path, *kind))
     assert len(list(path.glob("shard_*"))) == 5
     return path, kind
