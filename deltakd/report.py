@@ -105,7 +105,7 @@ def write(arguments: argparse.Namespace, command: str) -> list[Path]:
 
 
 def _preservation(methods: Sequence[Method], rows: int) -> Mapping[str, list[Preservation]]:
-    """Of every trained method; models that others learnt from are left out."""
+    """Measure every trained method; the models that they learnt from are left out."""
     from deltakd.evaluation.preservation import measure_preservation
 
     chosen = [method for method in methods if not method.role]

@@ -6,6 +6,7 @@ pydantic decides, in strict mode: ``no`` is not ``False``, ``1e2`` is no whole n
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import types
 from collections.abc import Mapping, Sequence
 from functools import cache

@@ -35,7 +35,7 @@ _FOR_HYDRA: dict[str, Any] = {
 
 
 def export_problems(run: RunDirectory, output: Path | None, repository: str | None) -> list[str]:
-    """Why this can't be exported, one sentence each."""
+    """Return why this cannot be exported, one sentence each."""
     problems = _run_problems(run)
     if output is None and repository is None:
         problems.append("give output=<directory>, push_to_hub=<owner>/<name>, or both")
@@ -103,13 +103,13 @@ def push(folder: Path, repository: str, private: bool) -> str:
     Args:
         folder: what :func:`write_export` wrote.
         repository: ``owner/name``.
-        private: whether a repository that is made now is private; one that exists stays as it is.
+        private: True for a private repository, if it is made now; one that exists stays as it is.
 
     Returns:
         The address.
 
     Raises:
-        ConfigError: the hub can't be reached, or does not allow it.
+        ConfigError: the hub cannot be reached, or does not allow it.
     """
     later = f"`hf upload {repository} <output>` uploads later what output=<directory> wrote"
     api = HfApi()
