@@ -114,7 +114,8 @@ class LanguageModel(nn.Module):
         was_training = self.training
         self.eval()
         device = self._output_embedding.weight.device
-        ids_BT = torch.arange(1, 7, device=device).remainder(self.vocabulary)[None]
+        length = min(6, getattr(self.causal_lm.config, "max_position_embeddings", None) or 6)
+        ids_BT = torch.arange(1, 1 + length, device=device).remainder(self.vocabulary)[None]
         mask_BT = torch.ones_like(ids_BT)
         own_NV = self.causal_lm(input_ids=ids_BT, attention_mask=mask_BT).logits[0, :, : self.vocabulary].float()
         ours_NV = self.head_of(self.hidden_states(ids_BT, mask_BT)[0]).logits().float()

@@ -144,6 +144,6 @@ def test_exactly_one_size_of_a_batch() -> None:
 def test_a_row_beyond_the_budget_is_found_before_a_model_is_loaded(
     train: Callable[..., RunDirectory], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deltakd.training.assembly.make_models", lambda *_: pytest.fail("models were loaded"))
+    monkeypatch.setattr("deltakd.training.assembly.open_models", lambda *_: pytest.fail("models were loaded"))
     with pytest.raises(ValueError, match=r"data.max_tokens_per_batch is 20, but training row \d+ has \d+ tokens"):
         train("sft", "data.batch_size=null", "data.max_tokens_per_batch=20")

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from deltakd.config.build import make_settings
 from deltakd.config.compose import compose_config
 from deltakd.io.errors import ConfigError, NonFiniteLossError
-from deltakd.io.json_lines import read_generations
+from deltakd.io.files import read_json_lines
 from deltakd.io.run_directory import RunDirectory
 from deltakd.training.module import DistillationModule
 from deltakd.training.run import run_training
@@ -66,7 +66,7 @@ def test_a_run_leaves_what_it_promises(train: Train, world: World, loss: str) ->
     for key in ("git_commit", "packages", "device", "valid_tokens", "seconds", "tokens_per_second", "peak_memory_mib"):
         assert key in meta
     for seed in (10, 20):
-        records = read_generations(run.generations / f"mine_seed{seed}.jsonl")
+        records = read_json_lines(run.generations / f"mine_seed{seed}.jsonl")
         assert records is not None
         assert len(records) == 6
         assert records[0]["decoding"]["seed"] == seed
