@@ -99,7 +99,7 @@ def run_evaluation(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def _configure(arguments: Sequence[str]) -> tuple[DictConfig, str]:
-    """The config and the model's path: base, then the run's own settings, then the command line."""
+    """Return the config (the base, then the run's own settings, then the command line) and the model's path."""
     sources = dict(a.split("=", 1) for a in arguments if a.startswith(("run=", "model=")))
     overrides = [a for a in arguments if not a.startswith(("run=", "model="))]
     if len(sources) != 1:
@@ -130,7 +130,7 @@ def _configure(arguments: Sequence[str]) -> tuple[DictConfig, str]:
 
 
 def _validation(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> EncodedSet | None:
-    """The validation rows of the data group, where it names any; rows that can't be read any more cost no answers."""
+    """Return the validation rows of the data group, if it names any; rows that are gone do not stop the answers."""
     if not (data.train and data.validates):
         return None
     try:
@@ -143,7 +143,7 @@ def _validation(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Encoded
 
 
 def _train_rows(data: DataConfig) -> list[Row] | None:
-    """What the run was trained on, as far as it can still be read; None where that is not known."""
+    """Return the rows that the run was trained on; None if they cannot be read any more."""
     from deltakd.data import InstructionData
 
     if not isinstance(data, InstructionData) or not data.train:

@@ -76,8 +76,8 @@ def write(arguments: argparse.Namespace, command: str) -> list[Path]:
         ValueError: no run is found, or the baseline is no method.
     """
     # They import torch, pandas and matplotlib, which --help need not wait for.
+    from deltakd.config.loss_names import read_losses
     from deltakd.results.formats import markdown
-    from deltakd.results.loss_names import read_losses
     from deltakd.results.methods import make_methods
     from deltakd.results.page import make_page, write_report
     from deltakd.results.reading import find_runs
@@ -103,7 +103,7 @@ def write(arguments: argparse.Namespace, command: str) -> list[Path]:
 
 
 def _preservation(methods: Sequence[Method], rows: int | None) -> Mapping[str, list[Preservation]]:
-    """Of every trained method; models that others learnt from are left out."""
+    """Measure every trained method; the models that they learnt from are left out."""
     chosen = [method for method in methods if not method.role]
     return {
         method.label: measured

@@ -185,7 +185,7 @@ def test_sft_on_the_answers_by_the_command_that_was_logged(
     command = next_command(arguments, answered.path, held_out=True)
     assert shlex.split(caplog.messages[-1].partition(": ")[2]) == command
     assert command[:3] == ["python", "-m", "deltakd.train"]
-    run_training(compose_config("train", [*command[3:], "trainer.max_steps=2"]), tmp_path / "sft")
+    run_training(make_settings(compose_config("train", [*command[3:], "trainer.max_steps=2"])), tmp_path / "sft")
     config = yaml.safe_load((tmp_path / "sft" / "config.yaml").read_text())
     assert config["loss"]["_target_"].endswith("SupervisedFineTuning")
     assert config["evaluation"]["decoding"]["max_new_tokens"] == 256
@@ -228,7 +228,7 @@ def test_all_mistakes_are_reported_at_once_before_anything_is_loaded(talkative: 
     for problem in (
         "model.teacher.path is missing",
         "evaluation.decoding.temperature is 0",
-        "evaluation.seeds is empty",
+        "evaluation.seeds is []; it must be a list (each a whole number from 0) of at least 1",
         "data is plain text, which has no prompts to answer",
     ):
         assert any(problem in p for p in caught.value.problems), problem

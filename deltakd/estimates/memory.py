@@ -23,7 +23,7 @@ from deltakd.models import add_lora, load_skeleton, load_tokenizer
 from deltakd.models.loading import DTYPES
 from deltakd.references import CacheStore, LiveSettings
 from deltakd.training.settings import RunSettings, StepSettings
-from deltakd.types import STUDENT, STUDENT_RAW, LinearForwardKL
+from deltakd.types import STUDENT, STUDENT_RAW
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ def make_setting(
     **others: Any,
 ) -> Setting:
     """Return what the costs of a step depend on; ``others`` are further fields of it."""
-    fused = isinstance(getattr(settings.loss, "linear_forward_kl", None), LinearForwardKL)
+    fused = settings.loss.fused_form is not None
     return Setting(
         student,
         references,

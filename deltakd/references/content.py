@@ -16,7 +16,7 @@ from deltakd.models import ModelSettings, ModelSpec
 from deltakd.models.identity import model_identity, spec_of
 from deltakd.references import CacheSettings, CacheStore, StoreError
 from deltakd.references.index import RowIndex, keys_of_set
-from deltakd.references.topk import temperature_of, topk_problems
+from deltakd.references.topk import topk_problems
 from deltakd.types import STUDENT, STUDENT_RAW, Loss
 
 
@@ -74,9 +74,9 @@ def _store_problems(content: Mapping[str, Any], loss: Loss, settings: CacheSetti
         return found
     if settings.k is not None and min(settings.k, content["vocabulary"]) != content["k"]:
         found.append(differs("reference.k", settings.k, content["k"], settings.path))
-    if temperature_of(loss) != content["temperature"]:
+    if loss.temperature != content["temperature"]:
         found.append(
-            differs("loss.temperature", temperature_of(loss), content["temperature"], settings.path)
+            differs("loss.temperature", loss.temperature, content["temperature"], settings.path)
             + " (reference.store=hidden serves every temperature)"
         )
     return found + topk_problems(loss)

@@ -14,6 +14,7 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils._validators import validate_repo_id
 
+from deltakd.config.loss_names import KnownLosses
 from deltakd.io.errors import ConfigError
 from deltakd.io.files import replacing
 from deltakd.io.run_directory import RunDirectory
@@ -34,7 +35,7 @@ _FOR_HYDRA: dict[str, Any] = {
 
 
 def export_problems(run: RunDirectory, output: Path | None, repository: str | None) -> list[str]:
-    """Why this can't be exported, one sentence each."""
+    """Return why this cannot be exported, one sentence each."""
     problems = _run_problems(run)
     if output is None and repository is None:
         problems.append("give output=<directory>, push_to_hub=<owner>/<name>, or both")
@@ -48,7 +49,7 @@ def export_problems(run: RunDirectory, output: Path | None, repository: str | No
 def _run_problems(run: RunDirectory) -> list[str]:
     if not run.config.is_file():
         return [f"run={run.path} is no run directory (it has no config.yaml); `python -m deltakd.runs` lists them"]
-    entry = read_entry(run.path, {})
+    entry = read_entry(run.path, KnownLosses())
     if entry.corrupt:
         return [f"run={run.path} can't be exported: {entry.corrupt}"]
     if "evaluated_model" in entry.config or "answering_teacher" in entry.config:
@@ -99,13 +100,13 @@ def push(folder: Path, repository: str, private: bool) -> str:
     Args:
         folder: what :func:`write_export` wrote.
         repository: ``owner/name``.
-        private: whether a repository that is made now is private; one that exists stays as it is.
+        private: True for a private repository, if it is made now; one that exists stays as it is.
 
     Returns:
         The address.
 
     Raises:
-        ConfigError: the hub can't be reached, or does not allow it.
+        ConfigError: the hub cannot be reached, or does not allow it.
     """
     later = f"`hf upload {repository} <output>` uploads later what output=<directory> wrote"
     api = HfApi()

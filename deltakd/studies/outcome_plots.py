@@ -19,10 +19,10 @@ _BEST, _OTHER, _POOR = "#d55e00", "#0072b2", "#999999"
 
 
 def write_plot(outcomes: Sequence[Outcome], maximize: bool, title: str, path: Path) -> bool:
-    """The objective against each setting, one panel each; finished runs filled, those ended early hollow.
+    """Plot the objective against each setting, one panel each; runs that ended early are hollow.
 
     Returns:
-        Whether there was anything to plot.
+        True if there was anything to plot.
     """
     shown = [o for o in outcomes if o.value is not None and math.isfinite(o.value)]
     keys = keys_of(shown)

@@ -1,4 +1,4 @@
-"""What the runs of a search or a multirun came to: the best of them, and a table."""
+"""Results of the runs of a search or a multirun: the best of them, and a table."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _REPETITION = "seed"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one run came to.
+    """The result of one run.
 
     Args:
         number: of the trial or job.
@@ -79,7 +79,7 @@ def _short(text: str) -> str:
 
 
 def find_best(outcomes: Sequence[Outcome], maximize: bool) -> Best | None:
-    """The best finished setting; runs that differ in their seed alone are one setting, and their mean counts.
+    """Return the best finished setting; runs that differ only in their seed are one setting, and their mean counts.
 
     Settings are compared only where their runs are as many as those of the most repeated one: else one lucky seed
     would win against a mean.
@@ -115,7 +115,7 @@ def write_table(outcomes: Sequence[Outcome], path: Path) -> None:
 
 
 def incomparable(objective: str, keys: Sequence[str]) -> str | None:
-    """Why values of the objective can't be compared, where that is so: each loss has a ``val/loss`` of its own.
+    """Return why values of the objective cannot be compared, or None: each loss has a ``val/loss`` of its own.
 
     Args:
         objective: name of the metric.

@@ -14,8 +14,8 @@ from deltakd.io.run_directory import RunDirectory
 from deltakd.models.roles import open_tokenizer, shared_vocabulary
 from deltakd.references import CacheStore, LiveReferences
 from deltakd.references.begin import Caching, begin_store
-from deltakd.references.build import drop_damaged, make_missing, summary_of
 from deltakd.references.content import data_identity, data_problems, missing_rows
+from deltakd.references.fill import drop_damaged, make_missing, summary_of
 from deltakd.references.index import RowIndex
 from deltakd.tracking.environment import environment, peak_memory_mib
 from deltakd.training.assembly import open_cache, open_role

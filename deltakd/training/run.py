@@ -26,7 +26,8 @@ from deltakd.tracking.model_card import CardFacts, model_card
 from deltakd.tracking.wandb_run import origin_of, wandb_of
 from deltakd.training.assembly import Parts, load_parts
 from deltakd.training.callbacks import Lifeline
-from deltakd.training.fit import Fitted, fit, read_state
+from deltakd.training.fit import Fitted, fit
+from deltakd.training.resume import read_state
 from deltakd.training.settings import RESUME_POLICY, RunSettings
 from deltakd.types import STUDENT
 

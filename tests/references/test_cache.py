@@ -27,7 +27,7 @@ from deltakd.io import files
 from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
 from deltakd.models import train_tokenizer
-from deltakd.references import StoreError, build
+from deltakd.references import StoreError, fill
 from deltakd.references.store import CacheStore
 from deltakd.studies.stages import run_study
 from deltakd.studies.study_file import read_study
@@ -265,7 +265,7 @@ def content_of(path: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "SHARD_ROWS", 9)
+    monkeypatch.setattr(fill, "SHARD_ROWS", 9)
 
 
 def arguments(cached: Cached, path: Path, *extra: str) -> list[str]:
@@ -281,7 +281,7 @@ def whole(
     kind = list(TOPK) if request.param == "topk" else []
     path = tmp_path_factory.mktemp("whole") / "cache"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "SHARD_ROWS", 9)
+        patch.setattr(fill, "SHARD_ROWS", 9)
         make_cache(arguments(cached, path, *kind))
     assert len(list(path.glob("shard_*"))) == 5
     return path, kind

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from deltakd.config.compose import CONF_DIR
+from deltakd.config.loss_names import read_losses
 from deltakd.evaluation.token_groups import Estimate, Group, Preservation, ViewedRow, ViewedToken
-from deltakd.results.loss_names import read_losses
 from deltakd.results.methods import make_methods
 from deltakd.results.page import Page, make_page, render, write_report
 from deltakd.results.reading import find_runs
