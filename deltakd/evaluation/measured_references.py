@@ -57,14 +57,14 @@ class HeadSource:
 
 
 def cut(head: Head, vocabulary: int) -> Head:
-    """The head over the first so many tokens."""
+    """Return the head over the first N tokens of the vocabulary."""
     bias = None if head.bias is None else head.bias[:vocabulary]
     return replace(head, weight=head.weight[:vocabulary], bias=bias)
 
 
 @final
 class MeasuredReferences:
-    """Finds, for each set of rows, the references that can be had; what can't be had is named in the log, once.
+    """Finds, for each set of rows, the references that are available; the log names the others, once.
 
     Args:
         models: the models that the run names.
@@ -100,7 +100,7 @@ class MeasuredReferences:
             self._cached.to(device)
 
     def missing(self) -> dict[str, str]:
-        """Return role -> why it can't be had, as far as can be told before anything is loaded."""
+        """Return role -> why it is not available, as far as the config tells before anything is loaded."""
         there = frozenset(self._loaded) | (frozenset() if self._cached is None else self._cached.roles)
         reasons = {role: self._reason(role) for role in WANTED if role not in there}
         return {role: reason for role, reason in reasons.items() if reason}

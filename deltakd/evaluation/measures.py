@@ -103,7 +103,7 @@ def measure(subject: Subject, validation: EncodedSet | None) -> Measured:
     """Measure the student on validation rows and, where answers are generated, on the evaluation sets.
 
     A run that generates nothing is one that is judged on validation data: the evaluation sets are left alone then.
-    Each rank takes every so many rows; the figures are those of all.
+    Each rank measures its share of the rows; the figures are those of all ranks. Collective: call on every rank.
 
     Args:
         subject: the student.

@@ -67,7 +67,7 @@ def measured_batches(
         encoded: the set.
         rows: positions in it.
         batch_size: rows of a batch.
-        share: (rank, world size): every so many rows of all are this rank's.
+        share: (rank, world size): this rank takes one row in ``world size``, by length.
         with_shifts: see ``token_measures``.
     """
     rank, world_size = share

@@ -100,7 +100,7 @@ def open_model(
         max_length: tokens of the longest row (``data.max_length``); None: it is not known yet.
 
     Raises:
-        ValueError: it can't be had, has too few positions or tokens, or transforms its logits in an unknown way.
+        ValueError: it is not available, has too few positions or tokens, or transforms its logits in an unknown way.
     """
     hf = load_model(
         role,
@@ -135,7 +135,7 @@ def open_reference(
         vocabulary: tokens of the student; its own head has those that it shares.
 
     Raises:
-        ValueError: it can't be had or does not fit.
+        ValueError: it is not available or does not fit.
     """
     problems = spec_problems(role, spec)
     if problems:
@@ -155,7 +155,7 @@ def open_exported(path: str | Path, models: ModelSettings, vocabulary: int, devi
         device: where it goes.
 
     Raises:
-        ValueError: no model can be loaded from there, or its logits are none that a head can say.
+        ValueError: no model can be loaded from there, or it transforms its logits in an unknown way.
     """
     try:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(

@@ -146,7 +146,7 @@ def test_what_can_not_be_had_is_left_out_and_said(
     train("sft", ON, *sets, name="long")
     assert "long is not measured beyond its answers: all 1 rows are longer than the limits" in caplog.text
     with pytest.raises(
-        ConfigError, match=r"(?s)measures.rows is -1; give a number.*references is 'all'; allowed: auto"
+        ConfigError, match=r"(?s)measures.rows is -1; it must be a whole .*references is 'all'; it must be auto"
     ):
         train("sft", "evaluation.measures.rows=-1", "evaluation.measures.references=all", name="bad")
 
