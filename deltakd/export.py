@@ -47,7 +47,7 @@ def export(arguments: Sequence[str]) -> None:
 
 
 def _read(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """The arguments by key, and what is wrong with them."""
+    """Return the arguments by key, and what is wrong with them."""
     problems, given = [], {}
     for argument in arguments:
         key, sign, value = argument.partition("=")

@@ -70,12 +70,12 @@ def run_generation(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def next_command(overrides: Sequence[str], run_dir: Path, held_out: bool) -> list[str]:
-    """The command that trains the student on the answers, with the same validation rows.
+    """Return the command that trains the student on the answers, with the same validation rows.
 
     Args:
-        overrides: of the answering.
-        run_dir: where the answers are.
-        held_out: whether there is a ``val.jsonl``.
+        overrides: those of this command.
+        run_dir: the directory that holds the answers.
+        held_out: True if there is a ``val.jsonl``.
     """
     from deltakd.evaluation.teacher_answers import TRAIN_FILE, VAL_FILE
 

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def describe(sweep: Sweep) -> str:
-    """What a checked file asks for, in a line."""
+    """Return in a line what a checked file asks for."""
     names = ", ".join(sweep.parameters)
     size = f", {sum(1 for _ in sweep.grid())} runs" if sweep.method == "grid" else ""
     return f"{sweep.path}: fine ({sweep.method} over {names}{size}; {sweep.goal} {sweep.metric})"

@@ -27,7 +27,7 @@ SWEEP_VARIABLE, RUN_ID_VARIABLE = "WANDB_SWEEP_ID", "WANDB_RUN_ID"
 
 
 def _run_dir(cfg: DictConfig) -> Path:
-    """Where the run goes; jobs of a multirun and runs of a W&B sweep each get a directory of their own.
+    """Return the run directory; each job of a multirun and each run of a W&B sweep has its own.
 
     The processes that Lightning starts for further ranks run this same command; they are told by the environment.
     Where torchrun or SLURM starts all ranks, none may name a directory by its own clock.

@@ -49,6 +49,11 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
+def in_float64(tensor: Tensor) -> Tensor:
+    """Return the tensor in float64 on its device, or on the CPU where the device has no float64 (MPS)."""
+    return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
+
+
 @dataclass(frozen=True)
 class Head:
     """Logits that have not been multiplied out yet.

@@ -1,4 +1,4 @@
-"""torchrun and SLURM start all ranks of a run by themselves: what they say of it in the environment of each process."""
+"""torchrun and SLURM start all ranks of a run: what they say about it in the environment of each process."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Launch:
         rank: of this process, over all machines.
         world_size: processes over all machines.
         nodes: machines (torchrun: agents).
-        id: the same for all ranks, and for a later start of the same job; None where there is none.
-        restarted: whether the launcher started the same job before.
-        problem: why the ranks can't be joined as they were started; empty: they can.
+        id: the same for all ranks, and for a later start of the same job; None if there is none.
+        restarted: True if the launcher started the same job before.
+        problem: why the ranks cannot be joined as they were started; empty: they can.
     """
 
     name: str
@@ -43,13 +43,13 @@ class Launch:
 
 
 def read_launch(environ: Mapping[str, str]) -> Launch | None:
-    """What torchrun or, failing that, SLURM says of this process; Lightning looks for them in the same order.
+    """Read what torchrun or, failing that, SLURM says about this process; Lightning looks in the same order.
 
     Args:
         environ: the environment.
 
     Returns:
-        None where neither has started it.
+        None if neither has started it.
     """
     if "TORCHELASTIC_RUN_ID" in environ:
         run = environ["TORCHELASTIC_RUN_ID"]
@@ -93,7 +93,7 @@ def _slurm_problem(environ: Mapping[str, str]) -> str:
 
 
 def launch_problems(launch: Launch | None, devices: Any, num_nodes: int) -> list[str]:
-    """Where ``trainer.devices`` and ``trainer.num_nodes`` are not what was started, one sentence each.
+    """Return how ``trainer.devices`` and ``trainer.num_nodes`` differ from what was started, one sentence each.
 
     Args:
         launch: as ``read_launch`` gives it.
@@ -120,7 +120,7 @@ def launch_problems(launch: Launch | None, devices: Any, num_nodes: int) -> list
 
 
 def alone_problems(launch: Launch | None) -> list[str]:
-    """Why a command that is one process can't run as many."""
+    """Return why a command that is one process cannot run as many."""
     if launch is None or launch.world_size == 1:
         return []
     return [
@@ -130,7 +130,7 @@ def alone_problems(launch: Launch | None) -> list[str]:
 
 
 def launcher_problems(choices: Sequence[str]) -> list[str]:
-    """The choices of ``hydra/launcher`` whose package is not installed, one sentence each."""
+    """Return the choices of ``hydra/launcher`` whose package is not installed, one sentence each."""
     return [
         f"hydra/launcher={choice} needs the package {_LAUNCHERS[choice].replace('_', '-')}, which is not installed: "
         "pip install 'deltakd[launchers]'"
@@ -140,7 +140,7 @@ def launcher_problems(choices: Sequence[str]) -> list[str]:
 
 
 def count_devices(devices: Any) -> int | None:
-    """How many devices of a machine that is; None: as many as there are."""
+    """Return how many devices of a machine that is; None: all there are."""
     if isinstance(devices, str) and "," in devices:
         return len([part for part in devices.split(",") if part.strip()])
     if isinstance(devices, list | tuple):

@@ -184,7 +184,7 @@ class Hub(threading.Thread):
                 return
 
     def _judge(self) -> None:
-        """Whether failures are those of all, or of some that the others have to hear of."""
+        """Decide whether all ranks have failed, or some have and the others must hear of it."""
         if self._deadline is None:
             return
         if all(rank in self._failed for rank in self._lines):

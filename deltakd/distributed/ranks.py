@@ -1,7 +1,7 @@
 """Which process this is, and what all ranks do together before any trainer exists.
 
 Lightning's own launcher starts the other ranks once rank 0 is ready to train. torchrun and SLURM start all of them at
-once: they would make the same files at the same time, and wait for each other in vain where one has refused to go on.
+once: they would make the same files at the same time, and wait in vain for one that has given up.
 """
 
 from __future__ import annotations
@@ -41,34 +41,34 @@ def is_main_process() -> bool:
 
 
 def external_launch() -> Launch | None:
-    """Who started all ranks of this run; None where it is one process, or Lightning starts the others."""
+    """Return who started all ranks of this run; None if it is one process, or Lightning starts the others."""
     launch = read_launch(os.environ)
     return launch if launch is not None and launch.world_size > 1 and not launch.problem else None
 
 
 def launch_id() -> str | None:
-    """A name for this job that all its ranks share, and later starts of it; None where it has none."""
+    """Return a name that all ranks of this job share, and later starts of it; None if it has none."""
     launch = read_launch(os.environ)
     return None if launch is None else launch.id
 
 
 def is_restarted() -> bool:
-    """Whether a launcher starts this job again by itself: requeued by SLURM, or restarted by torchrun."""
+    """True if a launcher has started this job again: requeued by SLURM, or restarted by torchrun."""
     launch = read_launch(os.environ)
     return launch is not None and launch.restarted
 
 
 @contextmanager
 def main_process_first(what: str) -> Iterator[None]:
-    """Rank 0 goes through the block before the others do; nobody goes on until all have.
+    """Let rank 0 go through the block first, then the others; nobody goes on until all have. Collective.
 
-    Where Lightning starts the other ranks there is nothing to do.
+    If Lightning starts the other ranks, there is nothing to do.
 
     Args:
         what: a name of the block, the same on all ranks, and used once in a process.
 
     Raises:
-        SystemExit: with status 2, where another rank did not get through.
+        SystemExit: with status 2, if another rank did not get through.
     """
     launch = external_launch()
     if launch is None:
@@ -90,7 +90,7 @@ def main_process_first(what: str) -> Iterator[None]:
 
 
 def agreed(what: str, value: str) -> str:
-    """Rank 0's value, on all ranks.
+    """Return rank 0's value on all ranks. Collective: call on every rank.
 
     Args:
         what: a name of the value, the same on all ranks, and used once in a process.
@@ -111,9 +111,9 @@ def agreed(what: str, value: str) -> str:
 
 @lru_cache(maxsize=1)
 def _store(launch: Launch) -> Any:
-    """The store over which the process group will be joined later: torchrun's, or one that rank 0 serves.
+    """Return the store over which the process group will be joined later: torchrun's, or one that rank 0 serves.
 
-    As many as want to can use it at the same address in a process, Lightning among them.
+    Several users in a process can share it at the same address, Lightning among them.
     """
     # Where one process is all there is, neither library is needed yet.
     from torch.distributed.rendezvous import rendezvous
@@ -137,7 +137,7 @@ def _give_up(rank: int) -> NoReturn:
 
 @final
 class _Meeting:
-    """What the ranks say to each other at one place of the program."""
+    """What the ranks tell each other at one place of the program."""
 
     def __init__(self, store: Any, launch: Launch, what: str) -> None:
         self._store = store
@@ -151,7 +151,7 @@ class _Meeting:
             self._store.set(self._key(self._launch.rank, of), word)
 
     def hear(self, rank: int, of: str = "word", seconds: float = math.inf) -> bytes | None:
-        """What a rank has said; None where it can't be heard any more. Waits so that signals get through."""
+        """Return what a rank has said; None if it is gone. Waits in a way that lets signals through."""
         deadline = time.monotonic() + seconds
         try:
             while not self._store.check([self._key(rank, of)]):
@@ -168,7 +168,7 @@ class _Meeting:
             _give_up(rank)
 
     def leave(self, seconds: float = math.inf) -> None:
-        """Nothing more to hear; rank 0, which may serve the store, stays until the others leave, or for so long."""
+        """Leave; rank 0, which may serve the store, waits until the others leave, at most ``seconds``."""
         self.say(_DONE, "farewell")
         if self._launch.rank == 0:
             for rank in range(1, self._launch.world_size):

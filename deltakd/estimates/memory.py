@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
 
+from deltakd.distributed.devices import choose_device
 from deltakd.distributed.launchers import count_devices
 from deltakd.estimates.costs import MIB, Need, Setting, memory
 from deltakd.estimates.layout import Layout
@@ -205,12 +206,10 @@ def processes(settings: RunSettings) -> int:
 
 def _devices(settings: RunSettings) -> tuple[str, str]:
     """(the student's device, the references'), of the first process."""
-    accelerator = settings.trainer.accelerator
-    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        student = "cuda:0"
-    elif accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
-        student = "mps"
-    else:
+    try:
+        student = str(choose_device(settings.trainer.accelerator))
+    except ValueError:
+        # The training will say that there is no such device; what it needs is the same.
         student = "cpu"
     placement = placement_of(settings)
     home = student if placement == "auto" else placement

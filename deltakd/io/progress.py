@@ -1,4 +1,4 @@
-"""How far a run is: on disk for lists of runs, and on a display that several runs share."""
+"""Progress of a run: on disk for lists of runs, and on a display that several runs share."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from deltakd.io.run_directory import write_text
+from deltakd.io.files import write_text
 
 _TOTAL_STEPS = "total_steps"
 
 
 class Display(Protocol):
-    """What shows the progress of the work going on, in place of a bar of its own."""
+    """Shows the progress of the current work, in place of a bar of its own."""
 
     def progress(self, what: str, done: int, total: int, note: str = "") -> None:
         """Show it.
@@ -44,7 +44,7 @@ def shown_on(display: Display) -> Iterator[None]:
 
 
 def current_display() -> Display | None:
-    """Where to report; None: draw a bar."""
+    """Return where to report; None: draw a bar."""
     return _display.get()
 
 
@@ -77,6 +77,6 @@ def write_total_steps(run_dir: Path, steps: int) -> None:
 
 
 def read_total_steps(run_dir: Path) -> int | None:
-    """What :func:`write_total_steps` kept; None where there is nothing."""
+    """Return what :func:`write_total_steps` kept; None if there is nothing."""
     file = run_dir / _TOTAL_STEPS
     return int(file.read_text(encoding="utf-8")) if file.is_file() else None

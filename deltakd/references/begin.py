@@ -16,10 +16,10 @@ from transformers import PreTrainedTokenizerBase
 
 from deltakd.data import DataConfig, EncodedSet, LoadedSets, collate
 from deltakd.models import LanguageModel, ModelSettings
+from deltakd.models.identity import model_identity, spec_of
 from deltakd.models.tokenizers import pad_id
 from deltakd.references import CacheSettings, CacheStore, LiveReferences
 from deltakd.references.cached import DTYPES
-from deltakd.references.content import model_identity, spec_of
 from deltakd.references.store import SUPPORT
 from deltakd.references.topk import CANDIDATES, make_buckets, sample_errors
 from deltakd.types import STUDENT, Batch, Head, Loss

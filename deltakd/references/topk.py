@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deltakd.kernels import Buckets, chunk_size_for, chunked_loss, row_blocks
-from deltakd.types import STUDENT, STUDENT_RAW, TEACHER, TEACHER_RAW, Head, Loss, at_least_float32
+from deltakd.types import STUDENT, STUDENT_RAW, TEACHER, TEACHER_RAW, Head, Loss, at_least_float32, in_float64
 
 #: The values of K to try if the config gives none.
 CANDIDATES = (8, 16, 32, 64, 128, 256, 512, 1024)
@@ -94,7 +94,7 @@ def sample_errors(
         stored = buckets.first(k).cast(dtype)
         value, gradients = _loss_and_gradients(loss, student, labels, {}, stored)
         errors = [_relative(g, e) for g, e in zip(gradients, exact_gradients, strict=True)]
-        kept = {role: log_p[:, : stored.k].double().exp().sum(-1).mean() for role, log_p in stored.log_probs.items()}
+        kept = {role: in_float64(log_p[:, : stored.k]).exp().sum(-1).mean() for role, log_p in stored.log_probs.items()}
         report.append(
             {
                 "k": stored.k,
@@ -118,5 +118,5 @@ def _loss_and_gradients(
 
 def _relative(value: Tensor, exact: Tensor) -> float:
     """‖value − exact‖ / ‖exact‖."""
-    size = float(exact.double().norm())
-    return float((value - exact).double().norm()) / size if size else float(bool(value.any()))
+    size = float(in_float64(exact).norm())
+    return float(in_float64(value - exact).norm()) / size if size else float(bool(value.any()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -17,6 +16,7 @@ from huggingface_hub.utils._validators import validate_repo_id
 
 from deltakd.config.loss_names import KnownLosses
 from deltakd.io.errors import ConfigError
+from deltakd.io.files import replacing
 from deltakd.io.run_directory import RunDirectory
 from deltakd.results.listing import read_entry
 from deltakd.tracking.model_card import CONFIG_FILE
@@ -35,7 +35,7 @@ _FOR_HYDRA: dict[str, Any] = {
 
 
 def export_problems(run: RunDirectory, output: Path | None, repository: str | None) -> list[str]:
-    """Why this can't be exported, one sentence each."""
+    """Return why this cannot be exported, one sentence each."""
     problems = _run_problems(run)
     if output is None and repository is None:
         problems.append("give output=<directory>, push_to_hub=<owner>/<name>, or both")
@@ -87,14 +87,11 @@ def write_export(run: RunDirectory, output: Path) -> None:
         output: a directory that is absent or empty.
     """
     config = yaml.safe_load(run.config.read_text(encoding="utf-8"))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as folder:
-        partial = Path(folder) / "model"
+    with replacing(output, "the export") as partial:
         shutil.copytree(run.student, partial)
         content = _FOR_HYDRA | redacted(config) | {"resume": False}
         text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
         (partial / CONFIG_FILE).write_text(text, encoding="utf-8")
-        os.replace(partial, output)
 
 
 def push(folder: Path, repository: str, private: bool) -> str:
@@ -103,13 +100,13 @@ def push(folder: Path, repository: str, private: bool) -> str:
     Args:
         folder: what :func:`write_export` wrote.
         repository: ``owner/name``.
-        private: whether a repository that is made now is private; one that exists stays as it is.
+        private: True for a private repository, if it is made now; one that exists stays as it is.
 
     Returns:
         The address.
 
     Raises:
-        ConfigError: the hub can't be reached, or does not allow it.
+        ConfigError: the hub cannot be reached, or does not allow it.
     """
     later = f"`hf upload {repository} <output>` uploads later what output=<directory> wrote"
     api = HfApi()

@@ -24,7 +24,7 @@ class Stages(Protocol):
     """What a study tells of its runs, named ``<stage>`` or ``<stage>/<what varies>``."""
 
     def expect(self, minutes: Mapping[str, float | None]) -> None:
-        """Some runs that wait are now expected to take so many minutes each; None: unknown."""
+        """Change how many minutes each of some waiting runs is expected to take; None: unknown."""
 
     def start(self, name: str) -> None:
         """A run begins."""
@@ -36,7 +36,7 @@ class Stages(Protocol):
             name: of the run.
             outcome: the objective or another result, in a few words.
             seconds: what it took.
-            before: whether an earlier start of the study did it.
+            before: True if an earlier start of the study did it.
         """
 
     def fail(self, name: str, problem: str, seconds: float) -> None:
@@ -171,7 +171,7 @@ class StageTable:
             self._current = None
 
     def __rich__(self) -> Table:
-        """The table as it is now."""
+        """Return the table as it is now."""
         now = self.clock()
         table = Table(title=self.title, title_justify="left", box=box.SIMPLE_HEAD)
         table.add_column("stage", no_wrap=True)
@@ -194,7 +194,7 @@ class StageTable:
         return table
 
     def _minutes_left(self, now: float) -> float:
-        """Of the runs that wait and the one that is going on, as far as expected."""
+        """Return how many minutes the waiting runs and the current one are expected to take."""
         waiting = [row.expected or 0.0 for row in self._rows.values() if row.state == "waiting"]
         row = self._current
         going_on = 0.0 if row is None else max((row.expected or 0.0) - (now - row.started) / 60, 0.0)
@@ -209,13 +209,13 @@ def _cells(name: str, row: _Row, now: float) -> list[str]:
 
 
 def _folded(group: Mapping[str, _Row]) -> bool:
-    """Whether a stage of many runs has not begun, or is all done."""
+    """True if a stage of many runs has not begun, or is done."""
     states = {row.state for row in group.values()}
     return len(group) > 1 and (states == {"waiting"} or states <= {"finished", "finished before"})
 
 
 def _summed(stage: str, rows: Sequence[_Row]) -> list[str]:
-    """The cells of a stage of many runs in one line."""
+    """Return the cells of a stage of many runs in one line."""
     waiting = rows[0].state == "waiting"
     expected = [row.expected for row in rows if row.expected is not None]
     minutes = f"~{sum(expected):.3g}" if waiting and expected else ""

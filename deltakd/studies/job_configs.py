@@ -57,7 +57,7 @@ def check_predecessors(study: Study, jobs: Sequence[Job], configs: Mapping[str, 
 
 
 def _stages_read(job: Job, cfg: DictConfig, study: str) -> set[str]:
-    """The stages whose files a run opens: data, its student, a cache, or else the references that it loads."""
+    """Return the stages whose files a run opens: data, its student, a cache, or else the references it loads."""
     parts = {
         key: OmegaConf.to_container(cfg[key], resolve=True) for key in ("data", "model", "evaluation", "reference")
     }

@@ -1,4 +1,4 @@
-"""Jobs of a multirun: what each came to, kept on disk whatever launched it, and the table, plot and best at the end."""
+"""Jobs of a multirun: each result kept on disk, whatever launched it; table, plot and best setting at the end."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from deltakd.distributed.ranks import is_main_process
-from deltakd.io.run_directory import RunDirectory, write_text
+from deltakd.io.files import write_json
+from deltakd.io.run_directory import RunDirectory
 from deltakd.studies.outcomes import (
     FAILED,
     FINISHED,
@@ -51,26 +52,25 @@ class Job:
 
     @property
     def record(self) -> Path:
-        """What the job came to."""
+        """The file that holds the job's result."""
         return self.root / "jobs" / f"{self.number}.json"
 
     def write(self, state: str, seconds: float | None = None) -> None:
         """Record the job's state."""
-        self.record.parent.mkdir(parents=True, exist_ok=True)
         settings = dict(override.split("=", 1) for override in self.overrides if "=" in override)
         directory = os.path.relpath(self.run_dir, self.root)
         content = {"settings": settings, "state": state, "seconds": seconds, "directory": directory}
-        write_text(self.record, json.dumps(content, indent=2) + "\n")
+        write_json(self.record, content)
 
 
 def run_job(job: Job, action: Callable[[], float]) -> float:
-    """Run a job; one that fails costs its own result, not those of the jobs after it.
+    """Run a job; a failed job does not stop the others.
 
     Hydra would end the multirun at the first job that exits, and show nothing at the end where one raised.
 
     Args:
         job: the job.
-        action: the training run; returns the objective, and ends with SystemExit where it is the user's turn.
+        action: the training run; returns the objective, and raises SystemExit for errors that users can mend.
 
     Returns:
         The objective; NaN where the job failed.
@@ -113,7 +113,7 @@ class MultirunSummary(Callback):
             shutil.rmtree(_root(config) / "jobs", ignore_errors=True)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Say what came of the jobs."""
+        """Print the results of the jobs."""
         root = _root(config)
         outcomes = read_outcomes(root) if is_main_process() else []
         if not outcomes:
@@ -132,7 +132,7 @@ def _root(config: DictConfig) -> Path:
 
 
 def read_outcomes(root: Path) -> list[Outcome]:
-    """What the jobs below a multirun's directory came to, with the settings in which they differ."""
+    """Return the results of the jobs of a multirun, with the settings in which they differ."""
     records = {int(path.stem): json.loads(path.read_text()) for path in (root / "jobs").glob("*.json")}
     settings = [record["settings"] for record in records.values()]
     keys = [k for k in dict.fromkeys(k for s in settings for k in s) if len({s.get(k) for s in settings}) > 1]
@@ -150,7 +150,7 @@ def read_outcomes(root: Path) -> list[Outcome]:
 
 
 def conclude(outcomes: Sequence[Outcome], root: Path) -> list[str]:
-    """Write table and plot; the lines that say what was best."""
+    """Write table and plot; return the lines that say what was best."""
     # Every training run imports this module, and few come here.
     from deltakd.evaluation.settings import SCORES
     from deltakd.studies.outcome_plots import write_plot

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from deltakd.io.files import replacing
 from deltakd.studies.outcomes import FINISHED, Outcome, as_number, keys_of
 
 #: Panels in a row.
@@ -18,10 +19,10 @@ _BEST, _OTHER, _POOR = "#d55e00", "#0072b2", "#999999"
 
 
 def write_plot(outcomes: Sequence[Outcome], maximize: bool, title: str, path: Path) -> bool:
-    """The objective against each setting, one panel each; finished runs filled, those ended early hollow.
+    """Plot the objective against each setting, one panel each; runs that ended early are hollow.
 
     Returns:
-        Whether there was anything to plot.
+        True if there was anything to plot.
     """
     shown = [o for o in outcomes if o.value is not None and math.isfinite(o.value)]
     keys = keys_of(shown)
@@ -42,7 +43,8 @@ def write_plot(outcomes: Sequence[Outcome], maximize: bool, title: str, path: Pa
         axis.set_visible(False)
     figure.suptitle(title, fontsize=11)
     figure.supylabel(shown[0].objective, fontsize=10)
-    figure.savefig(path, dpi=150)
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=150)
     return True
 
 

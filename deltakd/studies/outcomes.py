@@ -1,4 +1,4 @@
-"""What the runs of a search or a multirun came to: the best of them, and a table."""
+"""Results of the runs of a search or a multirun: the best of them, and a table."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
+from deltakd.io.files import replacing
+
 FINISHED, ENDED_EARLY, FAILED, UNFINISHED = "finished", "ended early", "failed", "unfinished"
 
 #: Keys whose values are repetitions of one setting.
@@ -17,7 +19,7 @@ _REPETITION = "seed"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one run came to.
+    """The result of one run.
 
     Args:
         number: of the trial or job.
@@ -77,7 +79,7 @@ def _short(text: str) -> str:
 
 
 def find_best(outcomes: Sequence[Outcome], maximize: bool) -> Best | None:
-    """The best finished setting; runs that differ in their seed alone are one setting, and their mean counts.
+    """Return the best finished setting; runs that differ only in their seed are one setting, and their mean counts.
 
     Settings are compared only where their runs are as many as those of the most repeated one: else one lucky seed
     would win against a mean.
@@ -102,7 +104,7 @@ def find_best(outcomes: Sequence[Outcome], maximize: bool) -> Best | None:
 def write_table(outcomes: Sequence[Outcome], path: Path) -> None:
     """One row a run: number, state, settings, objective, value, seconds, directory."""
     keys = keys_of(outcomes)
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["number", "state", *keys, "objective", "value", "seconds", "directory"])
         for o in outcomes:
@@ -113,7 +115,7 @@ def write_table(outcomes: Sequence[Outcome], path: Path) -> None:
 
 
 def incomparable(objective: str, keys: Sequence[str]) -> str | None:
-    """Why values of the objective can't be compared, where that is so: each loss has a ``val/loss`` of its own.
+    """Return why values of the objective cannot be compared, or None: each loss has a ``val/loss`` of its own.
 
     Args:
         objective: name of the metric.

@@ -14,14 +14,14 @@ from lightning.pytorch.callbacks import Checkpoint
 from deltakd.training.callbacks import Validation
 from deltakd.training.callbacks.steps import at_step_end
 
-#: The trial whose training runs in this process, and its metric. Callbacks are made from a config, which has no place
+#: The trial that runs in this process, and its metric. Callbacks are made from a config, which has no place
 #: for a live object.
 _reporting: ContextVar[tuple[optuna.Trial, str] | None] = ContextVar("_reporting", default=None)
 
 
 @contextmanager
 def reporting_to(trial: optuna.Trial, metric: str) -> Iterator[None]:
-    """Trainings within report to this trial.
+    """Let training runs inside report to this trial.
 
     Args:
         trial: a running trial.
@@ -36,10 +36,10 @@ def reporting_to(trial: optuna.Trial, metric: str) -> Iterator[None]:
 
 @final
 class ReportToSearch(Checkpoint):
-    """Reports each validation to the search, counted from 1, and ends the training where the search's pruner says so.
+    """Reports each validation to the search, counted from 1, and ends the run if the search's pruner says so.
 
     It is a ``Checkpoint`` because Lightning runs those after all other callbacks: the step's validation is done.
-    Outside of a search it does nothing.
+    Outside a search it does nothing.
 
     Raises:
         optuna.TrialPruned: the trial is to end here.

@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
 
-#: What a stage may run: a training, a teacher's answers, a cache of references.
+#: What a stage may run: a training run, a teacher's answers, a cache of references.
 COMMANDS = ("train", "generate", "cache")
 
 _KEYS = ("name", "overrides", "stages", "table")
@@ -79,7 +79,7 @@ class Study:
     columns: Sequence[str] = ()
 
     def chosen(self, stages: Collection[str]) -> list[Job]:
-        """The runs of some stages, in the study's order; of all where none is named.
+        """Return the runs of some stages, in the study's order; of all stages if none is named.
 
         Raises:
             ConfigError: stages that do not exist, with the nearest ones.
@@ -169,7 +169,7 @@ def _jobs(study: str, stage: Stage) -> list[Job]:
 
 
 def _parsed(overrides: Sequence[str]) -> list[Override]:
-    """The overrides; of several for the same key the last one alone (a dict is not merged)."""
+    """Return the overrides; of several for the same key, the last one (a dict is not merged)."""
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
@@ -178,7 +178,7 @@ def _parsed(overrides: Sequence[str]) -> list[Override]:
 
 
 def _values(override: Override) -> list[str]:
-    """An override as it is, or one for each value of its sweep."""
+    """Return an override as it is, or one for each value of its sweep."""
     if not override.is_sweep_override():
         return [str(override.input_line)]
     if not override.is_discrete_sweep():
@@ -200,7 +200,7 @@ def _file_name(varying: Sequence[str]) -> str:
 
 
 def stages_read(config: Any, study: str) -> set[str]:
-    """The stages of a study whose directories a config names.
+    """Return the stages of a study whose directories a config names.
 
     Args:
         config: as plain dicts and lists.

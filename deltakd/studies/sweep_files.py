@@ -67,7 +67,7 @@ class Hyperband:
     Args:
         min_resource: validations before a run may be ended.
         max_resource: validations of a whole run; None: those of the first run that is finished.
-        reduction_factor: of so many runs one goes on.
+        reduction_factor: one run in this many goes on.
     """
 
     min_resource: int
@@ -101,11 +101,11 @@ class Sweep:
 
     @property
     def maximize(self) -> bool:
-        """Whether more of the metric is better."""
+        """True if more of the metric is better."""
         return self.goal == "maximize"
 
     def grid(self) -> Iterator[dict[str, Scalar]]:
-        """All combinations of the parameters' values, the last parameter changing fastest."""
+        """Yield all combinations of the parameters' values; the last parameter changes fastest."""
         columns = [_grid_values(parameter) for parameter in self.parameters.values()]
         for values in itertools.product(*columns):
             yield dict(zip(self.parameters, values, strict=True))
@@ -121,12 +121,12 @@ def _grid_values(parameter: Parameter) -> tuple[Scalar, ...]:
 
 
 def override(key: str, value: Scalar) -> str:
-    """A value as Hydra override."""
+    """Return a value as a Hydra override."""
     return f"{key}={str(value).lower() if isinstance(value, bool) else value}"
 
 
 def merge_overrides(*groups: Sequence[str]) -> list[str]:
-    """All overrides, of two for the same key the later one alone."""
+    """Return all overrides; of two for the same key, the later one."""
     return list({text.split("=", 1)[0]: text for group in groups for text in group}.values())
 
 
@@ -195,7 +195,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def wandb_schema() -> Any:
-    """The validator of W&B's own schema, from the package ``sweeps``; None where that is not installed."""
+    """Return the validator of W&B's own schema, from the package ``sweeps``; None if that is not installed."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of its age: it was written for an older pydantic
@@ -206,7 +206,7 @@ def wandb_schema() -> Any:
 
 
 def _schema_problems(content: dict[str, Any]) -> list[str]:
-    """What W&B's own schema refuses."""
+    """Return what W&B's own schema rejects."""
     validator = wandb_schema()
     if validator is None:
         log.info("The package `sweeps` is not installed: the file is checked against our keys, not W&B's schema.")
@@ -285,7 +285,7 @@ def _method_problems(content: dict[str, Any], parameters: Mapping[str, Parameter
 
 
 def _command_overrides(command: Any) -> tuple[list[str], list[str]]:
-    """The overrides in a sweep's command, and what is wrong with it."""
+    """Return the overrides in a sweep's command, and what is wrong with it."""
     wanted = f"[${{env}}, ${{interpreter}}, -m, {PROGRAM}, key=value, ..., ${{args_no_hyphens}}]"
     if not isinstance(command, list):
         return [], [f"command is missing: W&B would pass --key=value, which Hydra does not read; give {wanted}"]

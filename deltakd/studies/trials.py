@@ -83,12 +83,12 @@ class Search:
 
     @property
     def directory(self) -> Path:
-        """Where the run directories and the results go."""
+        """The folder of the run directories and the results."""
         return self.storage.parent
 
     @property
     def total(self) -> int:
-        """How many trials are to be done."""
+        """How many trials to run in all."""
         asked = self.trials or self.sweep.run_cap
         if self.sweep.method != "grid":
             return asked or DEFAULT_TRIALS
@@ -96,7 +96,7 @@ class Search:
         return min(asked or size, size)
 
     def overrides(self, params: dict[str, Scalar], number: int) -> list[str]:
-        """All overrides of a trial."""
+        """Return all overrides of a trial."""
         directory = self.directory / str(number)
         own = [f"objective={self.sweep.metric}", f"name={self.name}/{number}", f"run_dir={directory}", "resume=true"]
         if self.sweep.hyperband:
@@ -178,7 +178,7 @@ def _only_process(search: Search) -> Iterator[None]:
 
 @contextmanager
 def _opened(search: Search) -> Iterator[optuna.Study]:
-    """The study in its storage, which is made where it is not there.
+    """Open the study in its storage, which is made if it is not there.
 
     Raises:
         ConfigError: the storage holds another search.
@@ -213,7 +213,7 @@ def _opened(search: Search) -> Iterator[optuna.Study]:
 
 
 def _identity(search: Search) -> dict[str, Any]:
-    """What makes it this search; as JSON, since the storage keeps that."""
+    """Return what makes it this search; as JSON, since the storage keeps that."""
     sweep = search.sweep
     overrides = dict(text.lstrip("+").split("=", 1) for text in sweep.overrides)
     kept = {key: value for key, value in overrides.items() if not RESUME_POLICY.allows(key, finished=True)}
@@ -233,14 +233,14 @@ def _pruner(sweep: Sweep) -> optuna.pruners.BasePruner:
 
 
 def _sampler(sweep: Sweep, number: int) -> optuna.samplers.BaseSampler:
-    """A sampler for one trial, seeded by its number: an interrupted search draws what an uninterrupted one would."""
+    """Return a sampler seeded by the trial's number: an interrupted search draws what an uninterrupted one would."""
     if sweep.method == "bayes":
         return optuna.samplers.TPESampler(seed=number, n_startup_trials=_STARTUP_TRIALS)
     return optuna.samplers.RandomSampler(seed=number)
 
 
 def suggest(trial: optuna.Trial, key: str, parameter: Parameter) -> Scalar:
-    """A value of the parameter, chosen by the study's sampler, or the one that the trial has already."""
+    """Return a value of the parameter: the one the trial has already, or one chosen by the study's sampler."""
     if isinstance(parameter, Choices):
         chosen = trial.suggest_categorical(key, parameter.values)
         assert chosen is not None
@@ -255,7 +255,7 @@ def _count_done(study: optuna.Study) -> int:
 
 
 def _next_trial(search: Search, study: optuna.Study) -> optuna.Trial | None:
-    """The trial that was interrupted, else a new one; None when all are done."""
+    """Return the trial that was interrupted, else a new one; None when all are done."""
     running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
     done = _count_done(study)
     study.sampler = _sampler(search.sweep, done)
