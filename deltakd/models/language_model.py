@@ -52,7 +52,7 @@ class LanguageModel(nn.Module):
 
     @property
     def quantized(self) -> bool:
-        """Whether its linear layers are quantised: they stay on the device where they were made."""
+        """True if its linear layers are quantised: they stay on the device where they were made."""
         return bool(getattr(self.causal_lm, "is_quantized", False))
 
     @property

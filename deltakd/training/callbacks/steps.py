@@ -6,5 +6,5 @@ import lightning as L
 
 
 def at_step_end(trainer: L.Trainer) -> bool:
-    """Whether the micro-batch that just ended was the last of its optimiser step."""
+    """True if the micro-batch that just ended was the last of its optimiser step."""
     return trainer.fit_loop.batch_idx % trainer.accumulate_grad_batches == trainer.accumulate_grad_batches - 1
