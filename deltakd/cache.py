@@ -43,7 +43,7 @@ def make_cache(overrides: Sequence[str]) -> dict[str, Any]:
     given = any(override.startswith("reference=") for override in overrides)
     cfg = compose_config("train", overrides if given else ["reference=cached", *overrides])
     # It imports torch and all models, which --help and a mistyped key need not wait for.
-    from deltakd.references.missing import in_units
+    from deltakd.references.fill import in_units
     from deltakd.studies.stages import run_caching
 
     summary = run_caching(cfg)

@@ -17,15 +17,12 @@ from omegaconf import DictConfig, OmegaConf
 from deltakd.cli import guarded
 from deltakd.config.compose import compose_config
 from deltakd.io.errors import ConfigError
-from deltakd.io.hub import hub_reachable
 from deltakd.io.run_directory import RunDirectory
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerBase
 
     from deltakd.data import DataConfig, EncodedSet, Row
-    from deltakd.models import ModelSettings
 
 log = logging.getLogger(__name__)
 
@@ -61,25 +58,27 @@ def run_evaluation(arguments: Sequence[str]) -> dict[str, Any]:
     cfg, model_path = _configure(arguments)
     # These import torch and all models, which --help and a mistyped key need not wait for.
     from deltakd.config.build import make_evaluation_settings
+    from deltakd.distributed.devices import choose_device
     from deltakd.evaluation.answers import evaluate_sets, shown
     from deltakd.evaluation.measures import Subject, measure
     from deltakd.evaluation.sets import read_checked_sets
-    from deltakd.models import LanguageModel, ModelSpec, load_config, load_tokenizer
-    from deltakd.tracking.environment import count_parameters, environment, model_fingerprint, peak_memory_mib
+    from deltakd.models import ModelSpec, load_config, load_tokenizer
+    from deltakd.models.identity import count_parameters, model_fingerprint
+    from deltakd.models.roles import open_exported, vocabulary_of
+    from deltakd.tracking.environment import environment, peak_memory_mib
     from deltakd.training.settings import RESUME_POLICY
 
     settings = make_evaluation_settings(cfg)
     evaluation, data, trust = settings.evaluation, settings.data, settings.model.trust_remote_code
     started = time.perf_counter()
     tokenizer = load_tokenizer(model_path, "model", trust_remote_code=trust)
-    vocabulary = max(tokenizer.get_vocab().values()) + 1
+    vocabulary = vocabulary_of(tokenizer)
     student = load_config("student", ModelSpec(path=model_path), trust_remote_code=trust)
     checked = read_checked_sets(evaluation, settings.deviations, data, tokenizer, student, _train_rows(data))
     directory = RunDirectory(Path(settings.run_dir or f"outputs/evaluate/{datetime.now():%Y-%m-%d_%H-%M-%S}"))
     evaluated = {"evaluated_model": model_path, "evaluated_model_sha256": model_fingerprint(model_path)}
     directory.claim(evaluated | dict(settings.record), resume=directory.config.is_file(), policy=RESUME_POLICY)
-    model = _load(model_path, settings.model)
-    LanguageModel(model, vocabulary).check_head()
+    model = open_exported(model_path, settings.model, vocabulary, choose_device(settings.trainer.accelerator))
     subject = Subject(settings.model, evaluation, data, tokenizer, vocabulary, model, settings.reference)
     measured = measure(subject, _validation(data, tokenizer) if evaluation.measures.rows != 0 else None)
     metrics = evaluate_sets(model, tokenizer, checked.sets, evaluation, vocabulary, directory.generations)
@@ -154,23 +153,6 @@ def _train_rows(data: DataConfig) -> list[Row] | None:
     except ValueError as error:
         log.warning("Whether rows were trained on is not checked, since the training data can't be read: %s", error)
         return None
-
-
-def _load(path: str, settings: ModelSettings) -> torch.nn.Module:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
-            path,
-            attn_implementation=settings.attn_implementation,
-            trust_remote_code=settings.trust_remote_code,
-            local_files_only=not hub_reachable(),
-        )
-    except (OSError, ValueError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"model={path}: no model can be loaded from there ({first}); give a model directory") from None
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 if __name__ == "__main__":

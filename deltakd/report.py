@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 
 from deltakd.cli import guarded
 from deltakd.config.compose import CONF_DIR
+from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
 from deltakd.tracking.redaction import redacted
 
 if TYPE_CHECKING:
+    from deltakd.evaluation.token_groups import Preservation
     from deltakd.results.methods import Method
-    from deltakd.results.token_view import Preservation
 
 log = logging.getLogger(__name__)
 
@@ -31,9 +32,6 @@ Runs that differ in their seed alone are one method. Shift preservation is measu
 hold it yet, and kept there.
 """
 
-#: Held-out rows on which shift preservation is measured.
-PRESERVATION_ROWS = 64
-
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and write the report."""
@@ -45,9 +43,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--preservation",
         type=_rows,
-        default=PRESERVATION_ROWS,
         metavar="ROWS|off",
-        help=f"held-out rows to measure shift preservation on (default: {PRESERVATION_ROWS})",
+        help="held-out rows to measure shift preservation on (default: those of each run's summary, its "
+        "evaluation.measures.rows)",
     )
     parser.add_argument("--mixed", action="store_true", help="one table for runs of different evaluation protocols")
     arguments = parser.parse_args(argv)
@@ -78,8 +76,8 @@ def write(arguments: argparse.Namespace, command: str) -> list[Path]:
         ValueError: no run is found, or the baseline is no method.
     """
     # They import torch, pandas and matplotlib, which --help need not wait for.
+    from deltakd.config.loss_names import read_losses
     from deltakd.results.formats import markdown
-    from deltakd.results.loss_names import read_losses
     from deltakd.results.methods import make_methods
     from deltakd.results.page import make_page, write_report
     from deltakd.results.reading import find_runs
@@ -93,7 +91,7 @@ def write(arguments: argparse.Namespace, command: str) -> list[Path]:
         notes.append(
             "These runs were evaluated by different protocols: each has a table of its own (--mixed: one table)."
         )
-    preservation = _preservation(methods, arguments.preservation) if arguments.preservation else {}
+    preservation = {} if arguments.preservation == 0 else _preservation(methods, arguments.preservation)
     title = arguments.title or _title(arguments.paths)
     page = make_page(title, methods, comparisons, preservation, notes, command)
     files = write_report(page, arguments.output, tidy)
@@ -104,20 +102,37 @@ def write(arguments: argparse.Namespace, command: str) -> list[Path]:
     return files
 
 
-def _preservation(methods: Sequence[Method], rows: int) -> Mapping[str, list[Preservation]]:
+def _preservation(methods: Sequence[Method], rows: int | None) -> Mapping[str, list[Preservation]]:
     """Measure every trained method; the models that they learnt from are left out."""
-    from deltakd.evaluation.preservation import measure_preservation
-
     chosen = [method for method in methods if not method.role]
     return {
         method.label: measured
         for method in chosen
-        if (
-            measured := [
-                measure_preservation(RunDirectory(r.path), rows) for r in method.finished if not r.evaluation_only
-            ]
-        )
+        if (measured := [preservation_of(RunDirectory(r.path), rows) for r in method.finished if not r.evaluation_only])
     }
+
+
+def preservation_of(directory: RunDirectory, rows: int | None = None, views: int = 4) -> Preservation:
+    """Measure the shift preservation of a finished run, or say what is missing; see ``measure_preservation``."""
+    from deltakd.config.build import stored_settings
+    from deltakd.distributed.devices import choose_device
+    from deltakd.evaluation.preservation import Preservation, RecordedRun, measure_preservation
+
+    try:
+        settings = stored_settings(directory.config)
+    except ConfigError as error:
+        return Preservation(missing=[f"config: {problem}" for problem in error.problems])
+    run = RecordedRun(
+        directory,
+        settings.name,
+        settings.model,
+        settings.data,
+        settings.evaluation.measures,
+        settings.reference,
+        # The accelerator of the training need not be here; that there was to be none holds here, too.
+        choose_device("cpu" if settings.trainer.accelerator == "cpu" else "auto"),
+    )
+    return measure_preservation(run, rows, views)
 
 
 def _title(paths: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ So ``hidden_ND`` holds one hidden state for each valid token, ``labels_BT`` one 
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, final, runtime_checkable
@@ -46,6 +47,11 @@ IGNORE_INDEX = -100
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Upcast half types to float32; float32 and float64 stay as they are (DESIGN 3.6)."""
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+def in_float64(tensor: Tensor) -> Tensor:
+    """Return the tensor in float64 on its device, or on the CPU where the device has no float64 (MPS)."""
+    return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
 
 
 @dataclass(frozen=True)
@@ -183,25 +189,30 @@ class Schedule(Protocol):
         ...
 
     def on_step(self, progress: Progress, reduced_loss: float) -> None:
-        """An optimiser step is done; ``reduced_loss`` is its loss over all ranks and micro-batches (nats per token)."""
+        """Move on after an optimiser step.
+
+        Args:
+            progress: how far training is now.
+            reduced_loss: the step's loss over all ranks and micro-batches, in nats per token.
+        """
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on exactly."""
+        """Return what a resumed run needs to continue exactly."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take it back."""
+        """Restore what ``state_dict`` returned."""
         ...
 
 
 @dataclass(frozen=True)
 class LossOutput:
-    """What a loss says of N tokens.
+    """The value of a loss on N tokens.
 
     Args:
-        per_token: [N] nats, at least float32; what is trained on.
-        parts: name -> [N] nats: what ``per_token`` is made of, for the log.
+        per_token: [N] nats, at least float32; training minimises its mean.
+        parts: name -> [N] nats: the terms of ``per_token``, for the log.
     """
 
     per_token: Tensor
@@ -210,14 +221,14 @@ class LossOutput:
 
 @dataclass(frozen=True)
 class LinearForwardKL:
-    """A loss that is λ · CE + (1 − λ) · scale · KL(softmax(Σ c_r z_r / τ) ‖ softmax(z_student / τ)).
+    """λ · CE + (1 − λ) · scale · KL(softmax(Σ c_r z_r / τ) ‖ softmax(z_student / τ)), written as its numbers.
 
     Args:
-        coefficients: role -> c; empty where λ = 1.
+        coefficients: role -> c_r; empty if λ = 1.
         temperature: τ.
         ce_weight: λ.
         scale: τ² or 1.
-        name: of the KL among the parts.
+        name: the KL's name in ``parts``.
     """
 
     coefficients: Mapping[str, float]
@@ -227,29 +238,96 @@ class LinearForwardKL:
     name: str = "forward_kl"
 
 
-@runtime_checkable
-class Loss(Protocol):
+class Loss(ABC):
     """A loss plug-in: what Hydra makes of ``conf/loss/<name>.yaml``.
 
-    A loss that changes with time also has ``schedules``: name -> Schedule. They are moved once per optimiser step,
-    logged under their name, and kept in the checkpoint. One whose ``linear_forward_kl`` is a LinearForwardKL (for
-    the coming step: it may change with the schedules) may be computed by hand instead of being called.
+    To write your own, subclass it and define ``requires`` and ``__call__``. Everything else has a default. The config,
+    the kernels and the stores of references ask a loss what it can do; they never ask for its type.
     """
 
+    #: τ, the temperature at which the loss reads the references; a top-K store holds log-probs at this temperature.
+    temperature: float = 1.0
+
+    #: True if the loss scores whole sequences, not one token at a time: its ``per_token`` then depends on the other
+    #: tokens of the row, and tokens must not be cut into chunks or dropped. For losses on sampled answers (policy
+    #: gradients, sequence-level KL). Whoever cuts tokens into chunks will read it; so far no loss needs it.
+    needs_whole_sequences: bool = False
+
+    #: True if the loss compares models whose tokenizers differ: it then reads an alignment of their tokens, and logits
+    #: may differ in V. Whoever encodes rows and checks that vocabularies agree will read it; so far no loss needs it.
+    needs_alignment: bool = False
+
     @property
+    @abstractmethod
     def requires(self) -> frozenset[str]:
-        """The reference roles whose logits the loss reads."""
-        ...
+        """The reference roles whose logits the loss reads; no other reference is loaded."""
 
+    @abstractmethod
     def __call__(self, logits: Mapping[str, Tensor], labels: Tensor) -> LossOutput:
-        """Score N tokens: ``logits`` role -> [N, V] float, ``labels`` [N] int64."""
-        ...
+        """Score N tokens.
+
+        Args:
+            logits: role -> [N, V] float, for ``student`` and every role in ``requires``.
+            labels: [N] int64.
+        """
+
+    @property
+    def schedules(self) -> Mapping[str, Schedule]:
+        """The numbers that change with training, by name.
+
+        They move once per optimiser step, are logged under their name, and are kept in the checkpoint.
+        """
+        return {}
+
+    @property
+    def fused_form(self) -> LinearForwardKL | None:
+        """The same loss in the form that ``deltakd.kernels.fused`` computes by hand, for the coming step.
+
+        None if there is no such form; autograd then computes the gradients.
+        """
+        return None
+
+    @property
+    def whole_vocabulary_reasons(self) -> tuple[str, ...]:
+        """Why K tokens and one bucket for all others are not enough to compute the loss, one clause per reason.
+
+        Empty if they are enough; a top-K store of references then serves this loss. By default that holds at
+        temperature 1 only: at another τ the logits over buckets are τ · log-probs at τ, and a loss has to know that.
+        """
+        if self.temperature == 1.0:
+            return ()
+        return (f"a loss of your own needs temperature 1, and its temperature is {self.temperature:g}",)
+
+    @property
+    @final
+    def needs_whole_vocabulary(self) -> bool:
+        """True if the loss can't be computed over K tokens and one bucket for all others."""
+        return bool(self.whole_vocabulary_reasons)
 
 
-def schedules_of(loss: Loss) -> Mapping[str, Schedule]:
-    """What in a loss changes with training, by name; a loss need not have any."""
-    schedules: Mapping[str, Schedule] = getattr(loss, "schedules", {})
-    return schedules
+def require_kind(thing: object, kind: type, key: str) -> None:
+    """Check that a plug-in is what the config key needs.
+
+    Args:
+        thing: what the config gave.
+        kind: the base class that it has to have.
+        key: the config key, for the message.
+
+    Raises:
+        ValueError: it is something else; says what, and what to do.
+    """
+    if isinstance(thing, kind):
+        return
+    if hasattr(thing, "__qualname__"):
+        what = f"the {'class' if isinstance(thing, type) else 'function'} {thing.__module__}.{thing.__qualname__}"
+    elif isinstance(thing, str | int | float | list | dict | None):
+        what = repr(thing)
+    else:
+        what = f"an object of {type(thing).__module__}.{type(thing).__qualname__}"
+    raise ValueError(
+        f"{key} is {what}, not a {kind.__module__}.{kind.__qualname__}; name one that is ready-made, or a subclass of "
+        f"{kind.__name__} as its _target_"
+    )
 
 
 @dataclass

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from deltakd.config.compose import CONF_DIR, compose_config
 from deltakd.evaluate import run_evaluation
 from deltakd.io.errors import ConfigError
-from deltakd.io.json_lines import read_generations
+from deltakd.io.files import read_json_lines
 from tests.tiny import World, make_rows, make_tokenizer, save_model, write_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -125,7 +125,7 @@ def test_train_then_evaluate(world: World, tmp_path: Path) -> None:
     assert len((tmp_path / "evaluated" / "generations" / "mine_seed20.jsonl").read_text().splitlines()) == 5
     again = [f"run={tmp_path / 'run'}", f"evaluation.sets={{mine: {mine}}}", f"run_dir={tmp_path / 'evaluated_2'}"]
     greedy = run_evaluation([*again, "evaluation.decoding.do_sample=false", "evaluation.seeds=[1,2]"])
-    answers = [read_generations(tmp_path / "evaluated_2" / "generations" / f"mine_seed{k}.jsonl") for k in (1, 2)]
+    answers = [read_json_lines(tmp_path / "evaluated_2" / "generations" / f"mine_seed{k}.jsonl") for k in (1, 2)]
     assert answers[0] is not None
     assert answers[1] is not None
     assert [a["output"] for a in answers[0]] == [a["output"] for a in answers[1]]

@@ -24,7 +24,7 @@ from deltakd.config.compose import compose_config
 from deltakd.export import export, main
 from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
-from deltakd.tracking.environment import model_fingerprint
+from deltakd.models.identity import model_fingerprint
 from deltakd.training.run import run_training
 from tests.tiny import World
 

@@ -20,10 +20,10 @@ from deltakd.data import InstructionData, Row, encode_prompt, encode_row, make_t
 from deltakd.evaluation import teacher_answers
 from deltakd.generate import main, next_command, run_generation
 from deltakd.io.errors import ConfigError
-from deltakd.io.json_lines import read_generations
+from deltakd.io.files import read_json_lines
 from deltakd.io.run_directory import RunDirectory
 from deltakd.models import load_tokenizer, train_tokenizer
-from deltakd.tracking.environment import hub_snapshot
+from deltakd.models.identity import hub_snapshot
 from deltakd.training.run import run_training
 from tests.tiny import World, make_rows, save_model, write_rows
 
@@ -93,7 +93,7 @@ def test_prompts_are_those_of_the_training_set_and_answers_the_teachers(
     tokenizer = load_tokenizer(str(talkative.root / "student_raw"), "model")
     sets = plan.data.load(tokenizer)
     original = {row.id: row for row in read_rows(str(talkative.root / "train.jsonl"))}
-    records = [r for part in sorted((answered.path / "answers").iterdir()) for r in read_generations(part) or []]
+    records = [r for part in sorted((answered.path / "answers").iterdir()) for r in read_json_lines(part) or []]
     # Exactly the rows of the training: the excluded, the held-out and those outside of the subset are not asked.
     assert [r["row_id"] for r in records] == list(dict.fromkeys(sets.train.row_ids.tolist()))
     assert len(records) == 42 - 1 - 5
@@ -120,7 +120,7 @@ def test_prompts_are_those_of_the_training_set_and_answers_the_teachers(
 
 def test_unfinished_and_empty_answers_are_left_out_and_counted(answered: RunDirectory) -> None:
     summary = answered.read_summary()
-    records = read_generations(answered.path / "answers" / "part_00000.jsonl") or []
+    records = read_json_lines(answered.path / "answers" / "part_00000.jsonl") or []
     for record in records:
         assert record["finished"] == (record["output_tokens"] < 12)
     unfinished = [r for r in records if not r["finished"]]
@@ -185,7 +185,7 @@ def test_sft_on_the_answers_by_the_command_that_was_logged(
     command = next_command(arguments, answered.path, held_out=True)
     assert shlex.split(caplog.messages[-1].partition(": ")[2]) == command
     assert command[:3] == ["python", "-m", "deltakd.train"]
-    run_training(compose_config("train", [*command[3:], "trainer.max_steps=2"]), tmp_path / "sft")
+    run_training(make_settings(compose_config("train", [*command[3:], "trainer.max_steps=2"])), tmp_path / "sft")
     config = yaml.safe_load((tmp_path / "sft" / "config.yaml").read_text())
     assert config["loss"]["_target_"].endswith("SupervisedFineTuning")
     assert config["evaluation"]["decoding"]["max_new_tokens"] == 256
@@ -228,7 +228,7 @@ def test_all_mistakes_are_reported_at_once_before_anything_is_loaded(talkative: 
     for problem in (
         "model.teacher.path is missing",
         "evaluation.decoding.temperature is 0",
-        "evaluation.seeds is empty",
+        "evaluation.seeds is []; it must be a list (each a whole number from 0) of at least 1",
         "data is plain text, which has no prompts to answer",
     ):
         assert any(problem in p for p in caught.value.problems), problem

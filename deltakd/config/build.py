@@ -6,11 +6,13 @@ Everything that is wrong is reported at once, before any weight is loaded.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from annotated_types import Ge
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -23,21 +25,22 @@ from deltakd.config.check import (
     try_loss,
 )
 from deltakd.config.compose import CONF_DIR
+from deltakd.config.instantiate import built
+from deltakd.config.loss_names import loss_name, read_losses
 from deltakd.config.protocols import deviations, make_evaluation
-from deltakd.config.typed import built, mismatch, typed
 from deltakd.data import InstructionData, TextData
 from deltakd.distributed.launchers import alone_problems, launch_problems, read_launch
 from deltakd.distributed.settings import StrategySettings
 from deltakd.io.errors import ConfigError
+from deltakd.io.typed import mismatch, typed
 from deltakd.models import LoraSpec, ModelSettings, ModelSpec
 from deltakd.models.settings import TokenizerSettings
 from deltakd.references import CacheSettings
 from deltakd.references.content import cache_problems
 from deltakd.references.settings import device_problems
-from deltakd.results.loss_names import loss_name, read_losses
 from deltakd.training.optim import AdamW
 from deltakd.training.settings import KernelSettings, RunSettings, StepSettings, TrainerSettings
-from deltakd.types import TEACHER
+from deltakd.types import TEACHER, Loss, require_kind
 
 #: Keys of ``model`` that are no role.
 _NO_ROLES = ("tokenizer", "lora", "attn_implementation", "gradient_checkpointing", "trust_remote_code")
@@ -45,7 +48,7 @@ _NO_ROLES = ("tokenizer", "lora", "attn_implementation", "gradient_checkpointing
 #: Keys of the config itself, beside its groups.
 _OWN_KEYS = {
     "name": str,
-    "seed": int,
+    "seed": Annotated[int, Ge(0)],
     "delta_weight": float | Mapping[str, Any],
     "objective": str | None,
     "run_dir": str | None,
@@ -178,13 +181,26 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
     return config
 
 
+def _built_loss(node: Any, problems: list[str]) -> Any:
+    loss = built(node, "loss", problems)
+    try:
+        if loss is not None:
+            require_kind(loss, Loss, "loss")
+    except ValueError as error:
+        problems.append(str(error))
+        return None
+    return loss
+
+
 class _Draft:
     """Settings in the making: each group built if it can be, and the problems so far."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = config
         self.problems: list[str] = []
-        self.loss: Any = built(config["loss"], "loss", self.problems)
+        for key, hint in _OWN_KEYS.items():
+            self.problems += mismatch(hint, config[key], key)
+        self.loss: Any = _built_loss(config["loss"], self.problems)
         self.optim: Any = built(config["optim"], "optim", self.problems)
         self.data: Any = built(config["data"], "data", self.problems)
         self.reference: Any = built(config["reference"], "reference", self.problems)
@@ -195,11 +211,17 @@ class _Draft:
         self.kernels = typed(KernelSettings, config["kernels"], "kernels", self.problems)
         self.logger = _built_each(config["logger"], "logger", self.problems)
         self.callbacks = _built_each(config["callbacks"], "callbacks", self.problems)
-        for key, hint in _OWN_KEYS.items():
-            self.problems += mismatch(hint, config[key], key)
-        seed = config["seed"]
-        if isinstance(seed, int) and seed < 0:
-            self.problems.append(f"seed is {seed}; it must be a whole number from 0")
+        self._leave_out_copies()
+        #: Keys whose values were left out: what is said of a group without them would mislead.
+        self.refused = {problem.partition(" ")[0] for problem in self.problems}
+
+    def _leave_out_copies(self) -> None:
+        """Many losses read ``delta_weight``: a wrong one is named once."""
+        wrong = [problem for problem in self.problems if problem.startswith("delta_weight is ")]
+        if wrong:
+            value = wrong[0].removeprefix("delta_weight is ").partition(";")[0]
+            copies = [p for p in self.problems if p.startswith("loss") and f" is {value};" in p]
+            self.problems = [problem for problem in self.problems if problem not in copies]
 
     @property
     def cache(self) -> CacheSettings | None:
@@ -243,8 +265,17 @@ class _Draft:
         if objective is None or isinstance(objective, str):
             problems += objective_problems(objective, self.data, self.evaluation, self.loss, parts)
         if problems:
-            raise ConfigError(list(dict.fromkeys(problems)))
+            raise ConfigError(self.told())
         return self.made(specs)
+
+    def told(self) -> list[str]:
+        """Return the problems, each once, without those that come of a value that was left out."""
+        misleading = [re.compile(rf"(?<![\w.]){re.escape(key)}(?![\w.])") for key in self.refused if "." in key]
+
+        def follows(problem: str) -> bool:
+            return problem.partition(" ")[0] not in self.refused and any(key.search(problem) for key in misleading)
+
+        return [problem for problem in dict.fromkeys(self.problems) if not follows(problem)]
 
     def made(self, specs: Mapping[str, ModelSpec]) -> RunSettings:
         """Put everything together; every group has been built."""

@@ -19,7 +19,7 @@ from deltakd.models.quantization import student_problems
 from deltakd.references import CacheSettings, CacheStore
 from deltakd.references.content import cache_problems
 from deltakd.references.topk import topk_problems
-from deltakd.types import ROLES, STUDENT, STUDENT_RAW, Loss, LossOutput, is_reference_role, schedules_of
+from deltakd.types import ROLES, STUDENT, STUDENT_RAW, Loss, LossOutput, is_reference_role
 
 log = logging.getLogger(__name__)
 
@@ -187,7 +187,7 @@ def objective_problems(
     """
     if objective is None:
         return []
-    moving = [] if loss is None else sorted(schedules_of(loss))
+    moving = [] if loss is None else sorted(loss.schedules)
     if moving and objective.startswith("val/") and objective not in (*SCORES, "val/ce"):
         return [
             f"objective is {objective}, but {', '.join(moving)} changes with training, so its values can't be compared "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,15 @@ from deltakd.io.errors import ConfigError
 _PACKAGE = Path(__file__).resolve().parents[1]
 #: conf/ of the installed wheel, or of the checkout.
 CONF_DIR = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
+
+#: Keys that have been renamed, and what they are called now.
+RENAMED_KEYS = {
+    "loss.target.alpha": "loss.target.delta_weight",
+    "loss.target.beta": "loss.target.delta_weight",
+    "loss.target.u": "loss.target.delta_weight",
+    "loss.gamma": "loss.delta_weight",
+    "loss.alpha": "loss.delta_weight",
+}
 
 
 def compose_config(name: str, overrides: Sequence[str], checked: bool = False) -> DictConfig:
@@ -68,6 +78,9 @@ def check_overrides(name: str, overrides: Sequence[str]) -> None:
     known = sorted({*keys, *_group_names()})
     for override in parsed:
         key = override.key_or_group
+        if key in RENAMED_KEYS and key not in keys:
+            problems.append(f"{key} is now {RENAMED_KEYS[key]}")
+            continue
         fixed = not (_is_group(key) or key.startswith("hydra") or override.is_add() or override.is_force_add())
         if fixed and key not in keys:
             parent = key.rpartition(".")[0]
@@ -122,4 +135,10 @@ def _keys(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
 
 
 def _one_line(error: Exception) -> str:
+    nested = re.match(r"Could not override '(\w+)/(\w+)'\. No match", str(error))
+    if nested:
+        parent, part = nested.groups()
+        return (
+            f"{parent}/{part} can't be chosen: the chosen {parent} has no {part}; conf/{parent}/ says which ones have"
+        )
     return " ".join(str(error).split())

@@ -9,9 +9,9 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 
 from deltakd.config.compose import CONF_DIR
-from deltakd.config.typed import typed
 from deltakd.evaluation.settings import EvaluationSettings, SetSource
 from deltakd.io.keys import Protocol, keys_with
+from deltakd.io.typed import typed
 
 
 def make_evaluation(node: Mapping[str, Any], problems: list[str]) -> EvaluationSettings | None:

@@ -10,15 +10,17 @@ from typing import TypeVar, final
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from deltakd.models import LanguageModel
+from deltakd.models import LanguageModel, transformer_blocks
 
 T = TypeVar("T")
 
 
 def gathered(value: T) -> list[T]:
-    """The value of every rank, in their order; a joint act of all ranks.
+    """Return the value of every rank, in rank order. Collective: call on every rank.
 
     Args:
         value: anything that can be pickled.
@@ -31,19 +33,39 @@ def gathered(value: T) -> list[T]:
 
 
 def place() -> tuple[int, int]:
-    """(rank, world size) of this process; (0, 1) where it is alone."""
+    """Return (rank, world size) of this process; (0, 1) if it is alone."""
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
 
 
+def shard_by_blocks(root: nn.Module, mesh: DeviceMesh, reshard_after_forward: bool | None = None) -> None:
+    """Shard a module in place by FSDP2: each transformer block by itself, and all else with the root.
+
+    Blocks are gathered as they run. What is the root's own, embeddings and head among it, is whole for as long as the
+    root's ``forward`` runs.
+
+    Args:
+        root: the module whose ``forward`` will be called.
+        mesh: the ranks, in one dimension.
+        reshard_after_forward: True if the root gives its own parameters back after each forward pass; None: after the
+            backward pass, as FSDP2 does by default.
+    """
+    for block in transformer_blocks(root):
+        fully_shard(block, mesh=mesh)
+    fully_shard(root, mesh=mesh, reshard_after_forward=reshard_after_forward)
+
+
 def is_sharded(model: nn.Module) -> bool:
-    """Whether each rank holds a part of each parameter: FSDP2, or ZeRO 3."""
+    """True if each rank holds a part of each parameter: FSDP2, or ZeRO 3."""
     return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())
 
 
 def whole_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of every parameter (tied ones once), one at a time; a joint act of all ranks if it is sharded."""
+    """Yield name and whole value of every parameter (tied ones once), one at a time.
+
+    Collective if the model is sharded: call on every rank.
+    """
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
             yield name, parameter.full_tensor().detach()
@@ -57,7 +79,7 @@ def whole_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def resident_bytes(model: nn.Module) -> int:
-    """Bytes of parameters on this rank between two uses of a model, tied ones once; its part of sharded ones."""
+    """Return the bytes of parameters on this rank between two uses: tied ones once, its part of sharded ones."""
     return sum(_held(parameter).nbytes for parameter in model.parameters())
 
 
@@ -70,7 +92,7 @@ def _held(parameter: Tensor) -> Tensor:
 
 
 def gradient_norm(model: nn.Module) -> float | None:
-    """The norm of the gradient of all trained parameters, over all ranks; None where DeepSpeed holds the gradients."""
+    """Return the gradient's norm over all trained parameters and all ranks; None if DeepSpeed holds the gradients."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     if not gradients:
         return None
@@ -85,7 +107,7 @@ class Shell:
     Generation and export need a model that one rank can run by itself, at its own pace.
 
     Args:
-        model: the model before it is sharded; it is copied, and stays as it is.
+        model: the model before it is sharded; it is copied and left as it is.
     """
 
     def __init__(self, model: LanguageModel) -> None:
@@ -94,13 +116,19 @@ class Shell:
         self.empty()
 
     def empty(self) -> None:
-        """Give the memory of the parameters back."""
+        """Free the memory of the parameters."""
         for parameter in self._parameters.values():
             parameter.data = parameter.data.new_empty(0)
 
     @contextmanager
     def filled(self, sharded: nn.Module) -> Iterator[LanguageModel]:
-        """The whole model on this rank, in eval mode; a joint act of all ranks, empty again afterwards."""
+        """Lend the whole model on this rank, in eval mode; empty again afterwards.
+
+        Collective: call on every rank.
+
+        Args:
+            sharded: the model whose parameters to fill in.
+        """
         for name, value in whole_parameters(sharded):
             self._parameters[name].data = value
         for buffer in self._model.buffers():
@@ -111,7 +139,7 @@ class Shell:
             self.empty()
 
     def load(self, state: dict[str, Tensor]) -> LanguageModel:
-        """The model with the parameters that ``state`` names."""
+        """Return the model, in eval mode, with the parameters that ``state`` names."""
         for name, parameter in self._parameters.items():
             parameter.data = state[name]
         return self._model.eval()

@@ -9,11 +9,49 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 
+from deltakd.distributed.launchers import count_devices
+from deltakd.distributed.ranks import external_launch
 from deltakd.distributed.settings import StrategySettings
 from deltakd.distributed.zero import ZeroStrategy, make_zero
+
+
+def count_ranks(accelerator: str, devices: Any, num_nodes: int) -> int:
+    """Return the processes of a training run over all machines, as Lightning will count them.
+
+    They are needed before there is a trainer: its callbacks depend on the number of optimiser steps, and that depends
+    on the number of processes.
+
+    Args:
+        accelerator: ``trainer.accelerator``.
+        devices: ``trainer.devices``.
+        num_nodes: ``trainer.num_nodes``.
+    """
+    launch = external_launch()
+    if launch is not None:
+        return launch.world_size
+    per_machine = count_devices(devices)
+    if per_machine is None:
+        has_gpus = accelerator in ("auto", "gpu", "cuda") and CUDAAccelerator.is_available()
+        per_machine = CUDAAccelerator.auto_device_count() if has_gpus else 1
+    # Lightning refuses none at all, in a sentence of its own.
+    return max(1, per_machine) * num_nodes
+
+
+def check_ranks(trainer: L.Trainer, expected: int) -> None:
+    """Compare the processes of a trainer with those that were counted before it was made.
+
+    Raises:
+        ValueError: they differ.
+    """
+    if trainer.world_size != expected:
+        raise ValueError(
+            f"Lightning makes {trainer.world_size} processes of this run, but trainer.devices and trainer.num_nodes "
+            f"were taken for {expected}; give trainer.devices as a number"
+        )
 
 
 def make_strategy(settings: StrategySettings) -> str | Strategy:
@@ -27,16 +65,16 @@ def make_strategy(settings: StrategySettings) -> str | Strategy:
 
 
 def make_plugins(settings: StrategySettings) -> list[Any]:
-    """Make what Lightning's strategies are given beside their options: how files are written, how SLURM is read."""
+    """Make what Lightning's strategies take besides their options: how files are written, how SLURM is read."""
     files = [WholeFiles()] if settings.name in ("auto", "ddp") else []
     slurm = cluster_plugin()
     return files if slurm is None else [*files, slurm]
 
 
 def cluster_plugin() -> SLURMEnvironment | None:
-    """Lightning's plugin for processes that SLURM started; None where it chooses well by itself.
+    """Return Lightning's plugin for processes that SLURM started; None where it chooses well by itself.
 
-    On SIGUSR1 its own choice would save a checkpoint that is none of ours, and put the job back into the queue.
+    On SIGUSR1 its own choice would save a checkpoint that is none of ours, and requeue the job.
     """
     if TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
         return None
@@ -51,7 +89,7 @@ class WholeFiles(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write it; through Python's own file, which says why the disk does not take it."""
+        """Write it, through Python's own file, which says why the disk does not take it."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(path, "wb") as file:
             torch.save(checkpoint, file)
@@ -68,7 +106,7 @@ class ShardedDataParallel(ModelParallelStrategy):
 
 
 def optimizer_class(strategy: Strategy) -> type[torch.optim.Optimizer]:
-    """The AdamW that steps the student: DeepSpeed's where its state is in the RAM, else PyTorch's."""
+    """Return the AdamW that steps the student: DeepSpeed's if its state is in CPU memory, else PyTorch's."""
     if isinstance(strategy, ZeroStrategy) and strategy.offloads_optimizer:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
@@ -77,10 +115,10 @@ def optimizer_class(strategy: Strategy) -> type[torch.optim.Optimizer]:
 
 
 def loss_factor(trainer: L.Trainer) -> int:
-    """By what the share of a micro-batch in the loss of its whole optimiser step has to be multiplied.
+    """Return the factor for a micro-batch's share in the loss of its whole optimiser step.
 
     Lightning divides by the number of micro-batches, DeepSpeed does so once more, and all strategies average over
-    ranks; the denominator of the share holds all of it already.
+    ranks; the denominator of the share already covers all of it.
     """
     micro_batches = trainer.accumulate_grad_batches
     return micro_batches * trainer.world_size * (micro_batches if isinstance(trainer.strategy, ZeroStrategy) else 1)

@@ -21,7 +21,7 @@ META = "meta.pt"
 
 
 def prepare_deepspeed() -> None:
-    """Before DeepSpeed is imported for the first time."""
+    """Call before DeepSpeed is imported for the first time."""
     # Operations compiled at first use look for ninja, which is installed beside the interpreter.
     beside = str(Path(sys.executable).parent)
     if beside not in os.environ.get("PATH", "").split(os.pathsep):
@@ -30,17 +30,17 @@ def prepare_deepspeed() -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
         import deepspeed.ops
 
-        # Compiled for a minute at every start, and only a faster way between processes of one machine.
+        # It compiles for a minute at every start, and is only a faster way between processes of one machine.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def make_zero(stage: int, persistence_threshold: int = PERSISTENCE_THRESHOLD, offload: bool = False) -> ZeroStrategy:
-    """ZeRO of a stage.
+    """Make ZeRO of a stage.
 
     Args:
         stage: 1, 2 or 3.
         persistence_threshold: stage 3 keeps parameters of fewer numbers whole on every rank.
-        offload: whether parameters and the optimiser's state wait in the RAM (stage 3).
+        offload: True if parameters and the optimiser's state wait in CPU memory (stage 3).
     """
     prepare_deepspeed()
     strategy = ZeroStrategy(
@@ -59,9 +59,9 @@ def make_zero(stage: int, persistence_threshold: int = PERSISTENCE_THRESHOLD, of
 
 @final
 class ZeroStrategy(DeepSpeedStrategy):
-    """DeepSpeed's ZeRO, on CPUs, too: what runs on a laptop and in the tests is what runs on GPUs.
+    """DeepSpeed's ZeRO, also on CPUs: what runs on a laptop and in the tests is what runs on GPUs.
 
-    Its checkpoints go on with any number of ranks.
+    Its checkpoints can be resumed on any number of ranks.
     """
 
     @property
@@ -73,19 +73,19 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     @property
     def offloads_optimizer(self) -> bool:
-        """Whether the optimiser's state is in the RAM, where DeepSpeed's own AdamW has to step it."""
+        """True if the optimiser's state is in CPU memory, where DeepSpeed's own AdamW has to step it."""
         assert isinstance(self.config, dict)
         return "offload_optimizer" in self.config["zero_optimization"]
 
     def setup_environment(self) -> None:
-        """As inherited, but for the check that refuses CPUs."""
+        """As inherited, without the check that refuses CPUs."""
         if isinstance(self.accelerator, CPUAccelerator):
             super(DeepSpeedStrategy, self).setup_environment()
         else:
             super().setup_environment()
 
     def setup_distributed(self) -> None:
-        """As inherited, but for the check that wants numbered GPUs."""
+        """As inherited, without the check that wants numbered GPUs."""
         if isinstance(self.accelerator, CPUAccelerator):
             reset_seed()
             self.set_world_ranks()
@@ -94,7 +94,7 @@ class ZeroStrategy(DeepSpeedStrategy):
             super().setup_distributed()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """As inherited; beside it what is not weights or optimiser state, as FSDP2's checkpoints have it."""
+        """As inherited; also write what is neither weights nor optimiser state, as FSDP2's checkpoints do."""
         super().save_checkpoint(checkpoint, filepath, storage_options)
         if self.is_global_zero:
             rest = {k: v for k, v in checkpoint.items() if k not in ("state_dict", "optimizer_states")}
@@ -122,5 +122,5 @@ class ZeroStrategy(DeepSpeedStrategy):
         return state
 
     def norm_of_last_step(self) -> float:
-        """The gradient's norm in the last optimiser step, over all ranks, before clipping."""
+        """Return the gradient's norm in the last optimiser step, over all ranks, before clipping."""
         return float(self.deepspeed_engine.get_global_grad_norm())

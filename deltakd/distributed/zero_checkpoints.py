@@ -19,16 +19,18 @@ TAG = "checkpoint"
 
 
 def ranks_of(checkpoint: Path) -> int:
-    """How many ranks wrote a checkpoint of DeepSpeed: each has its part of the optimiser's state."""
+    """Return how many ranks wrote a checkpoint of DeepSpeed: each wrote its part of the optimiser's state."""
     return len(list((checkpoint / TAG).glob("*_optim_states.pt")))
 
 
 @contextlib.contextmanager
 def for_any_ranks(checkpoint: Path, strategy: DeepSpeedStrategy) -> Iterator[Path]:
-    """The checkpoint in DeepSpeed's universal format, beside it for as long as it is read; a joint act of all ranks.
+    """Lend the checkpoint in DeepSpeed's universal format, kept beside it for as long as it is read.
+
+    Collective: call on every rank.
 
     Raises:
-        OSError: there is no room for it: as much as the checkpoint takes itself.
+        OSError: there is no room for it; it takes as much as the checkpoint itself.
     """
     universal = checkpoint.with_name(f"{checkpoint.name}.universal")
     # No barrier where one rank fails: the others are elsewhere.

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
 
+from deltakd.distributed.devices import choose_device
 from deltakd.distributed.launchers import count_devices
 from deltakd.estimates.costs import MIB, Need, Setting, memory
 from deltakd.estimates.layout import Layout
@@ -22,7 +23,7 @@ from deltakd.models import add_lora, load_skeleton, load_tokenizer
 from deltakd.models.loading import DTYPES
 from deltakd.references import CacheStore, LiveSettings
 from deltakd.training.settings import RunSettings, StepSettings
-from deltakd.types import STUDENT, STUDENT_RAW, LinearForwardKL
+from deltakd.types import STUDENT, STUDENT_RAW
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +133,7 @@ def make_setting(
     **others: Any,
 ) -> Setting:
     """Return what the costs of a step depend on; ``others`` are further fields of it."""
-    fused = isinstance(getattr(settings.loss, "linear_forward_kl", None), LinearForwardKL)
+    fused = settings.loss.fused_form is not None
     return Setting(
         student,
         references,
@@ -205,12 +206,10 @@ def processes(settings: RunSettings) -> int:
 
 def _devices(settings: RunSettings) -> tuple[str, str]:
     """(the student's device, the references'), of the first process."""
-    accelerator = settings.trainer.accelerator
-    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        student = "cuda:0"
-    elif accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
-        student = "mps"
-    else:
+    try:
+        student = str(choose_device(settings.trainer.accelerator))
+    except ValueError:
+        # The training will say that there is no such device; what it needs is the same.
         student = "cpu"
     placement = placement_of(settings)
     home = student if placement == "auto" else placement

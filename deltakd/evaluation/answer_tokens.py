@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from deltakd.data import Encoded
-from deltakd.results.token_view import token_class
+from deltakd.evaluation.token_groups import token_class
 from deltakd.types import IGNORE_INDEX
 
 
@@ -21,7 +21,7 @@ class AnswerToken:
         index: where in the row.
         position: where in its answer, from 0; it begins anew with every answer of a conversation.
         text: how it reads there, its leading space included.
-        kind: its class, one of ``deltakd.results.token_view.CLASSES``.
+        kind: its class, one of ``deltakd.evaluation.token_groups.CLASSES``.
     """
 
     id: int

@@ -17,7 +17,7 @@ from deltakd.distributed.sharding import gathered, place
 from deltakd.evaluation import METRIC_TITLES, EvaluationSet, evaluate_set, matches, scored, summarise
 from deltakd.evaluation.settings import EvaluationSettings
 from deltakd.evaluation.text_measures import text_measures
-from deltakd.io.json_lines import read_generations, write_generations
+from deltakd.io.files import read_json_lines, write_json_lines
 from deltakd.io.progress import progress_bar
 from deltakd.models.tokenizers import pad_id
 
@@ -124,7 +124,7 @@ def evaluate_sets(
             made = {}
         if is_main_process():
             for seed, records in made.items():
-                write_generations(_file(directory, eval_set, seed), records)
+                write_json_lines(_file(directory, eval_set, seed), records, "answers")
         by_seed |= made
         # Averages are of the seeds in their order, whichever were there before.
         in_order = {seed: by_seed[seed] for seed in evaluation.seeds}
@@ -143,12 +143,12 @@ def _stored(
     found: dict[int, list[dict[str, Any]]] = {}
     for seed in evaluation.seeds if is_main_process() else ():
         path = _file(directory, eval_set, seed)
-        records = read_generations(path)
+        records = read_json_lines(path)
         if records is None or not matches(records, eval_set, evaluation.decoding, seed):
             continue
         if any(record.get("protocol") != eval_set.protocol for record in records):
             records = scored(records, eval_set)
-            write_generations(path, records)
+            write_json_lines(path, records, "answers")
         found[seed] = records
     stored: dict[int, list[dict[str, Any]]] = gathered(found)[0]
     return stored

@@ -16,20 +16,13 @@ from transformers import PreTrainedTokenizerBase
 from deltakd.data import EncodedSet, tokenizer_fingerprint
 from deltakd.distributed.sharding import gathered
 from deltakd.generation.model_step import position_limit
-from deltakd.models import (
-    LanguageModel,
-    ModelSettings,
-    ModelSpec,
-    common_vocabulary,
-    load_config,
-    load_model,
-    load_tokenizer,
-    spec_problems,
-)
+from deltakd.models import LanguageModel, ModelSettings, load_config, spec_problems
+from deltakd.models.identity import spec_of
+from deltakd.models.roles import open_reference
 from deltakd.references import CachedReferences, CacheSettings, CacheStore, LiveReferences, References
-from deltakd.references.content import model_problems, spec_of
+from deltakd.references.content import model_problems
 from deltakd.references.index import keys_of_set
-from deltakd.types import STUDENT_RAW, TEACHER, TEACHER_RAW, Batch, Head
+from deltakd.types import STUDENT, STUDENT_RAW, TEACHER, TEACHER_RAW, Batch, Head
 
 log = logging.getLogger(__name__)
 
@@ -100,12 +93,36 @@ class MeasuredReferences:
         self._device = device
         self._loaded: dict[str, LanguageModel] = dict(loaded)
         self._given_up: set[str] = set()
+        #: Role -> why it was left out, the last time that it was.
+        self.reasons: dict[str, str] = {}
         self._cached = None if cache is None else self._open(cache)
         if self._cached is not None:
             self._cached.to(device)
 
+    def missing(self) -> dict[str, str]:
+        """Return role -> why it can't be had, as far as can be told before anything is loaded."""
+        there = frozenset(self._loaded) | (frozenset() if self._cached is None else self._cached.roles)
+        reasons = {role: self._reason(role) for role in WANTED if role not in there}
+        return {role: reason for role, reason in reasons.items() if reason}
+
+    def _reason(self, role: str) -> str:
+        """Why the model of a role can't be loaded, by its config alone; empty: it may well be."""
+        spec = spec_of(self._models, role)
+        if spec is None or spec.path is None or spec.init == "random":
+            if role == STUDENT_RAW and self._models.specs[STUDENT].init == "random":
+                return "model.student.init=random has no trained self; the run began from scratch"
+            return f"model.{role}.path is missing; give a hub id or a local directory: model.{role}.path=..."
+        problems = spec_problems(role, spec)
+        if problems:
+            return "; ".join(problems)
+        try:
+            load_config(role, spec, trust_remote_code=self._models.trust_remote_code)
+        except ValueError as error:
+            return str(error)
+        return ""
+
     def source(self, name: str, encoded: EncodedSet, rows: NDArray[np.int64]) -> HeadSource:
-        """The heads that can be had for some rows of a set; a joint act of all ranks.
+        """Return the heads that are available for some rows of a set. Collective: call on every rank.
 
         Args:
             name: of the set, for the log.
@@ -176,6 +193,7 @@ class MeasuredReferences:
                 continue
             positions = position_limit(model.causal_lm)
             if positions is not None and longest > positions:
+                self.reasons[role] = f"it has positions for {positions} tokens, but a row has {longest}"
                 log.warning("The %s has positions for %d tokens, but a row has %d.", role, positions, longest)
                 continue
             found[role] = model
@@ -194,6 +212,7 @@ class MeasuredReferences:
                     role,
                     error,
                 )
+                self.reasons[role] = f"there is no room for it beside the student ({error})"
                 if not model.quantized:
                     model.to("cpu")
                 self._loaded.pop(role)
@@ -209,28 +228,10 @@ class MeasuredReferences:
         spec = spec_of(self._models, role)
         if spec is not None and spec.path is not None and spec.init == "pretrained":
             try:
-                self._loaded[role] = self._load(role, spec)
+                self._loaded[role] = open_reference(role, spec, self._models, self._tokenizer, self._vocabulary)
             except (ValueError, OSError, torch.OutOfMemoryError) as error:
+                self.reasons[role] = str(error)
                 log.warning("The %s can't be had to measure with it: %s", role, error)
         if role not in self._loaded:
             self._given_up.add(role)
         return self._loaded.get(role)
-
-    def _load(self, role: str, spec: ModelSpec) -> LanguageModel:
-        problems = spec_problems(role, spec)
-        if problems:
-            raise ValueError("; ".join(problems))
-        trust = self._models.trust_remote_code
-        load_config(role, spec, trust_remote_code=trust)
-        other = load_tokenizer(str(spec.tokenizer or spec.path), role, trust_remote_code=trust)
-        vocabulary = min(self._vocabulary, common_vocabulary(self._tokenizer, other, role))
-        hf = load_model(
-            role,
-            spec,
-            vocabulary=vocabulary,
-            attn_implementation=self._models.attn_implementation,
-            trust_remote_code=trust,
-        )
-        model = LanguageModel(hf, vocabulary).eval()
-        model.check_head()
-        return model

@@ -14,24 +14,21 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from deltakd.data import DataConfig, EncodedSet, collate, encode_rows, read_rows, with_answer
+from deltakd.data import DataConfig, EncodedSet, encode_rows, read_rows, with_answer
 from deltakd.distributed.sharding import gathered, is_sharded, place
-from deltakd.evaluation.measured_references import HeadSource, MeasuredReferences, cut
+from deltakd.evaluation.measured_references import HeadSource, MeasuredReferences
 from deltakd.evaluation.settings import EvaluationSettings
+from deltakd.evaluation.teacher_forced import device_of, first_rows, measured_batches
 from deltakd.evaluation.token_measures import (
     CALIBRATION_BINS,
     TokenMeasures,
     calibration_bins,
     expected_calibration_error,
-    token_measures,
 )
-from deltakd.generation.model_step import evaluating, position_limit
+from deltakd.generation.model_step import position_limit
 from deltakd.io.progress import progress_bar
-from deltakd.kernels import MEMORY_BUDGET, chunk_size_for
 from deltakd.models import LanguageModel, ModelSettings
-from deltakd.models.tokenizers import pad_id
 from deltakd.references import CacheSettings, LiveSettings
-from deltakd.types import STUDENT
 
 log = logging.getLogger(__name__)
 
@@ -132,10 +129,10 @@ def measure(subject: Subject, validation: EncodedSet | None) -> Measured:
             cache,
             subject.loaded,
             live.placement,
-            _device(subject),
+            device_of(subject.model),
         )
     for name, encoded in _sets(subject, validation):
-        rows = np.arange(len(encoded))[: evaluation.measures.rows]
+        rows = first_rows(encoded, evaluation.measures.rows)
         longest, positions = int(encoded.lengths[rows].max()), position_limit(subject.model)
         if positions is not None and longest > positions:
             log.warning("%s is not measured: a row has %d tokens, the student %d positions.", name, longest, positions)
@@ -155,10 +152,6 @@ def measure(subject: Subject, validation: EncodedSet | None) -> Measured:
     return found
 
 
-def _device(subject: Subject) -> torch.device:
-    return next(subject.model.parameters()).device
-
-
 def _sets(subject: Subject, validation: EncodedSet | None) -> Iterator[tuple[str, EncodedSet]]:
     if validation is not None and len(validation):
         yield VALIDATION, validation
@@ -169,26 +162,21 @@ def _sets(subject: Subject, validation: EncodedSet | None) -> Iterator[tuple[str
             log.warning("%s is not measured beyond its answers: %s", name, error)
 
 
-@torch.no_grad()
 def _sums(
     subject: Subject, source: HeadSource, name: str, encoded: EncodedSet, rows: NDArray[np.int64]
 ) -> dict[str, Tensor]:
-    """Sums over the tokens of all ranks, float64; a joint act."""
-    rank, world_size = place()
-    # Rows of similar length together: less padding.
-    mine = rows[np.argsort(encoded.lengths[rows], kind="stable")][rank::world_size]
-    student = LanguageModel(subject.model, subject.vocabulary)
-    chunk_size = chunk_size_for(MEMORY_BUDGET, source.vocabulary, torch.float32.itemsize, "autograd")
-    pad = pad_id(subject.tokenizer, source.vocabulary)
-    total = _no_tokens(source)
-    with progress_bar(f"measures of {name}", len(mine), subject.show_progress) as advance, evaluating(subject.model):
-        for start in range(0, len(mine), subject.data.full_rows):
-            chosen = mine[start : start + subject.data.full_rows].tolist()
-            batch = collate([encoded[row] for row in chosen], pad, step=0, step_tokens=0).to(_device(subject))
-            heads = {STUDENT: cut(student(batch), source.vocabulary)} | source(batch)
-            for key, value in _add_up(token_measures(heads, batch.labels_N, chunk_size)).items():
+    """Sums over the tokens of all ranks, float64; collective: call on every rank."""
+    share = place()
+    total, done = _no_tokens(source), 0
+    batches = measured_batches(
+        subject.model, source, subject.tokenizer, encoded, rows, batch_size=subject.data.full_rows, share=share
+    )
+    with progress_bar(f"measures of {name}", len(rows[share[0] :: share[1]]), subject.show_progress) as advance:
+        for batch in batches:
+            for key, value in _add_up(batch.measures).items():
                 total[key] = total[key] + value
-            advance(start + len(chosen))
+            done += len(batch.rows)
+            advance(done)
     of_ranks = gathered(total)
     return {key: torch.stack([of[key] for of in of_ranks]).sum(0) for key in total}
 

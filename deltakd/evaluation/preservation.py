@@ -1,4 +1,7 @@
-"""Shift preservation of a finished run: its student, its teacher and both raw models over its own held-out rows."""
+"""Shift preservation of a finished run: its student beside all four models over its own held-out rows.
+
+Models, rows, order and arithmetic are those of the run's summary (``measures``), so figures of one name are one number.
+"""
 
 from __future__ import annotations
 
@@ -6,40 +9,23 @@ import json
 import logging
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from deltakd.data import DataConfig, Encoded, EncodedSet, collate
+from deltakd.data import DataConfig, Encoded, EncodedSet
 from deltakd.data.sources.records import missing_sources
 from deltakd.evaluation.answer_tokens import AnswerToken, Pieces
-from deltakd.evaluation.shift import TokenPreservation, shift_preservation, top_candidates
-from deltakd.generation.model_step import position_limit
-from deltakd.io.progress import progress_bar
-from deltakd.io.run_directory import RunDirectory, write_text
-from deltakd.kernels import MEMORY_BUDGET, chunk_size_for
-from deltakd.models import (
-    LanguageModel,
-    ModelSpec,
-    common_vocabulary,
-    load_config,
-    load_model,
-    load_tokenizer,
-    spec_problems,
-)
-from deltakd.models.tokenizers import pad_id
-from deltakd.references import LiveReferences
-from deltakd.references.content import model_identity
-from deltakd.results.token_view import (
+from deltakd.evaluation.measured_references import WANTED, HeadSource, MeasuredReferences
+from deltakd.evaluation.settings import MeasureSettings
+from deltakd.evaluation.teacher_forced import MeasuredBatch, first_rows, measured_batches
+from deltakd.evaluation.token_groups import (
     CLASSES,
     MEASURES,
     POSITIONS,
@@ -50,35 +36,66 @@ from deltakd.results.token_view import (
     summarise,
     summarise_tokens,
 )
-from deltakd.tracking.environment import model_fingerprint
-from deltakd.types import ROLES, STUDENT, STUDENT_RAW, TEACHER, TEACHER_RAW, Head
+from deltakd.evaluation.token_measures import top_candidates
+from deltakd.generation.model_step import position_limit
+from deltakd.io.files import write_text
+from deltakd.io.progress import progress_bar
+from deltakd.io.run_directory import RunDirectory
+from deltakd.models import ModelSettings, load_tokenizer
+from deltakd.models.identity import model_fingerprint, model_identity, spec_of
+from deltakd.models.roles import open_exported, vocabulary_of
+from deltakd.references import CacheSettings, LiveSettings
+from deltakd.types import ROLES, STUDENT, Head
 
-__all__ = ["FILE", "Preservation", "measure_preservation"]
+__all__ = ["FILE", "Preservation", "RecordedRun", "measure_preservation"]
 
 log = logging.getLogger(__name__)
 
 #: In the run directory.
 FILE = "preservation.json"
 #: Of the definitions: figures of another version are measured again.
-VERSION = 1
+VERSION = 2
 #: Most probable tokens shown for each model.
 CANDIDATES = 5
 #: How a sentence of ``missing`` about data begins.
 _ROWS = "held-out rows"
 
 
-def measure_preservation(run: RunDirectory, limit: int = 64, views: int = 4) -> Preservation:
-    """Measure how much of its teacher's shift a run's student has, on the run's own held-out rows.
-
-    The models are the exported student, ``model.teacher`` and ``model.teacher_raw`` of the run's config, whether its
-    loss read them or not, and ``model.student``, where the student started. The result is kept in
-    ``preservation.json``, and used again while models, rows, ``limit`` and ``views`` are those that it was measured
-    on; a model or a file that is gone by now can't have changed.
+@dataclass(frozen=True)
+class RecordedRun:
+    """A finished run as its directory describes it.
 
     Args:
-        run: the run directory.
-        limit: first so many held-out rows.
-        views: the token view shows the first so many of them.
+        directory: where it is.
+        name: of the run.
+        models: the models that its config names.
+        data: where its rows came from.
+        measures: how its summary measured it.
+        references: the group ``reference``; a ``CacheSettings`` names a cache.
+        device: where to measure.
+    """
+
+    directory: RunDirectory
+    name: str
+    models: ModelSettings
+    data: DataConfig
+    measures: MeasureSettings
+    references: LiveSettings | CacheSettings
+    device: torch.device
+
+
+def measure_preservation(run: RecordedRun, limit: int | None = None, views: int = 4) -> Preservation:
+    """Measure how much of its teacher's shift a run's student has, on the run's own held-out rows.
+
+    The models are the exported student and those that the run's config names, whether its loss read them or not, from
+    the run's cache of references where that has them. The result is kept in ``preservation.json``, and used again while
+    models, rows, ``limit`` and ``views`` are those that it was measured on; a model or a file that is gone by now can't
+    have changed.
+
+    Args:
+        run: the run.
+        limit: first N held-out rows; None: those of the summary, ``evaluation.measures.rows`` of the run.
+        views: the token view shows the first N of them.
 
     Returns:
         The figures; or what is missing, where a model, the rows or the student are not there or can't be used.
@@ -86,30 +103,34 @@ def measure_preservation(run: RunDirectory, limit: int = 64, views: int = 4) -> 
     Raises:
         ValueError: ``limit`` below 1 or ``views`` below 0.
     """
-    if limit < 1 or views < 0:
+    if (limit is not None and limit < 1) or views < 0:
         raise ValueError(f"limit is {limit} and views {views}; give at least 1 row to measure and 0 or more to view")
-    if not run.config.is_file() or not (run.student / "config.json").is_file():
-        return Preservation(missing=[f"student: {run.path} has no config.yaml or no student/, it is no finished run"])
-    subject = _Subject(run, yaml.safe_load(run.config.read_text(encoding="utf-8")), limit, views)
-    missing, missing_data = subject.missing_models(), subject.missing_data()
-    stored = _read(run.path / FILE)
-    held_out = None
+    directory = run.directory
+    if not (directory.student / "config.json").is_file():
+        return Preservation(missing=[f"student: {directory.path} has no student/, it is no finished run"])
+    rows = run.measures.rows if limit is None else limit
+    if rows == 0:
+        return Preservation(
+            missing=[f"{_ROWS}: the run has evaluation.measures.rows=0; --preservation ROWS measures it all the same"]
+        )
+    subject = _Subject(run, rows, views)
+    stored, held_out, missing_data = _read(directory.path / FILE), None, subject.missing_data()
     # Reading the rows takes seconds, so not in vain.
-    if not missing_data and (stored is not None or not missing):
+    if not missing_data and (stored is not None or not subject.missing_models):
         try:
             held_out = subject.held_out()
         except ValueError as error:
             missing_data = [f"{_ROWS}: {error}"]
     if stored is not None and _agrees(stored.measured_on, subject.identity(held_out)):
         return stored
-    if held_out is None or missing:
-        return Preservation(missing=missing + missing_data)
+    if held_out is None or subject.missing_models:
+        return Preservation(missing=subject.missing_models + missing_data)
     try:
-        models, vocabulary = subject.load_models(held_out)
+        figures = _measure(subject, held_out)
     except ValueError as error:
-        return Preservation(missing=[str(error)])
-    figures = _measure(subject, models, vocabulary, held_out)
-    write_text(run.path / FILE, json.dumps(figures.to_json(), ensure_ascii=False, allow_nan=False) + "\n")
+        return Preservation(missing=[f"{STUDENT}: {error}"])
+    if not figures.missing:
+        write_text(directory.path / FILE, json.dumps(figures.to_json(), ensure_ascii=False, allow_nan=False) + "\n")
     return figures
 
 
@@ -125,72 +146,50 @@ def _read(path: Path) -> Preservation | None:
 
 
 def _agrees(held: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether figures are of what is there now; None: it is not there."""
+    """True if figures are of what is there now; None: it is not there."""
     return all(value is None or held.get(key) == value for key, value in now.items())
 
 
 @dataclass(frozen=True)
 class _Subject:
-    """What is measured: a run, and how much of its held-out rows."""
+    """What is measured: a run, and how much of its held-out rows (None: all)."""
 
-    run: RunDirectory
-    config: dict[str, Any]
-    limit: int
+    run: RecordedRun
+    limit: int | None
     views: int
-
-    @cached_property
-    def specs(self) -> dict[str, ModelSpec]:
-        """Where the four models come from."""
-        given = self.config["model"]
-        entries = {role: dict(given.get(role) or {}) for role in (STUDENT, TEACHER, TEACHER_RAW)}
-        # An adapter is merged into weights as they were before they were quantised: the raw student is those, too.
-        entries[STUDENT_RAW] = entries[STUDENT] | {"quantization": None}
-        entries[STUDENT] = {"path": str(self.run.student), "dtype": entries[STUDENT].get("dtype", "float32")}
-        known = {field.name for field in fields(ModelSpec)}
-        return {role: ModelSpec(**{k: v for k, v in entries[role].items() if k in known}) for role in ROLES}
-
-    @property
-    def trust(self) -> bool:
-        """Whether models may bring code of their own."""
-        return bool(self.config["model"].get("trust_remote_code", False))
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The exported one."""
-        return load_tokenizer(str(self.run.student), "the student", trust_remote_code=self.trust)
-
-    def missing_models(self) -> list[str]:
-        """The models that are not there, one sentence each."""
-        found = []
-        for role, spec in self.specs.items():
-            key = STUDENT if role == STUDENT_RAW else role
-            if spec.init == "random":
-                found.append(f"{role}: model.{key}.init=random has no trained self; the run began from scratch")
-                continue
-            problems = spec_problems(key, spec)
-            if not problems:
-                try:
-                    load_config(key, spec, trust_remote_code=self.trust)
-                except ValueError as error:
-                    problems = [str(error)]
-            found += [f"{role}: {problem}" for problem in problems]
-        return found
+        return load_tokenizer(
+            str(self.run.directory.student), "the student", trust_remote_code=self.run.models.trust_remote_code
+        )
 
     @cached_property
-    def data(self) -> DataConfig | str:
-        """The data group of the run's config, or what is wrong with it."""
-        try:
-            return instantiate(self.config["data"], _convert_="all")
-        except InstantiationException as error:
-            return " ".join(str(error.__cause__ or error).split())
+    def references(self) -> MeasuredReferences:
+        """Where the frozen models come from."""
+        given = self.run.references
+        return MeasuredReferences(
+            self.run.models,
+            self.tokenizer,
+            vocabulary_of(self.tokenizer),
+            given if isinstance(given, CacheSettings) else None,
+            {},
+            given.placement if isinstance(given, LiveSettings) else "auto",
+            self.run.device,
+        )
+
+    @cached_property
+    def missing_models(self) -> list[str]:
+        """The models that are not there, one sentence each."""
+        return [f"{role}: {reason}" for role, reason in self.references.missing().items()]
 
     def missing_data(self) -> list[str]:
         """What can be told of missing rows without reading any, one sentence each."""
-        if isinstance(self.data, str):
-            return [f"{_ROWS}: {self.data}"]
-        if not self.data.validates:
+        data = self.run.data
+        if not data.validates:
             return [f"{_ROWS}: the run has no validation data (neither data.val nor data.val_size)"]
-        gone = [] if self.data.prepare is not None else missing_sources(self.data.sources())
+        gone = [] if data.prepare is not None else missing_sources(data.sources())
         return [f"{_ROWS}: {sentence}" for sentence in gone]
 
     def held_out(self) -> EncodedSet:
@@ -199,107 +198,87 @@ class _Subject:
         Raises:
             ValueError: there are none, or they can't be read.
         """
-        assert not isinstance(self.data, str)
-        if self.data.prepare is not None:
-            self.data.prepare()
-        encoded = self.data.load(self.tokenizer).val
+        data = self.run.data
+        if data.prepare is not None:
+            data.prepare()
+        encoded = data.load(self.tokenizer).val
         if encoded is None or len(encoded) == 0:
             raise ValueError("no validation row is left")
         return encoded
 
     def identity(self, held_out: EncodedSet | None) -> dict[str, Any]:
         """What the figures depend on; None for what is not there (a hub's model before it is first loaded)."""
-        models = {role: _version(spec) for role, spec in self.specs.items() if role != STUDENT}
         return {
             "version": VERSION,
-            STUDENT: model_fingerprint(self.run.student),
-            **models,
+            STUDENT: model_fingerprint(self.run.directory.student),
+            **{role: _version(self.run.models, role) for role in WANTED},
             "rows": None if held_out is None else held_out.fingerprint,
-            "limit": self.limit,
+            "limit": "all" if self.limit is None else self.limit,
             "views": self.views,
         }
 
-    def load_models(self, held_out: EncodedSet) -> tuple[LiveReferences, int]:
-        """The four models, those of equal origin once, and the size of the vocabulary that they share.
 
-        Raises:
-            ValueError: naming the role: one can't be loaded, has another tokenizer, or is too short for the rows.
-        """
-        vocabulary = max(self.tokenizer.get_vocab().values()) + 1
-        for role, spec in self.specs.items():
-            other = load_tokenizer(str(spec.tokenizer or spec.path), role, trust_remote_code=self.trust)
-            vocabulary = min(vocabulary, common_vocabulary(self.tokenizer, other, role))
-        longest = int(held_out.lengths[: self.limit].max())
-        loaded: dict[str, LanguageModel] = {}
-        models = {}
-        for role, spec in self.specs.items():
-            origin = repr(spec)
-            if origin not in loaded:
-                loaded[origin] = self._load(role, spec, vocabulary, longest)
-            models[role] = loaded[origin]
-        references = LiveReferences(models)
-        references.to(_device())
-        return references, vocabulary
-
-    def _load(self, role: str, spec: ModelSpec, vocabulary: int, longest: int) -> LanguageModel:
-        hf = load_model(
-            role,
-            spec,
-            vocabulary=vocabulary,
-            attn_implementation=self.config["model"].get("attn_implementation"),
-            trust_remote_code=self.trust,
-        )
-        positions = position_limit(hf)
-        if positions is not None and longest > positions:
-            raise ValueError(f"{role}: {spec.path} has positions for {positions} tokens, but a row has {longest}")
-        model = LanguageModel(hf, vocabulary)
-        model.check_head()
-        return model
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _version(spec: ModelSpec) -> dict[str, Any] | None:
+def _version(models: ModelSettings, role: str) -> dict[str, Any] | None:
     """Which model it is, wherever it lies; None where it is not there."""
-    if spec.path is None:
+    spec = spec_of(models, role)
+    if spec is None or spec.path is None:
         return None
     identity = model_identity(spec)
     known = {key: identity[key] for key in ("sha256", "commit", "dtype", "quantization")}
     return known if known["sha256"] else None
 
 
-def _measure(subject: _Subject, models: LiveReferences, vocabulary: int, held_out: EncodedSet) -> Preservation:
+def _measure(subject: _Subject, held_out: EncodedSet) -> Preservation:
+    """Measure, or say which model can't be used.
+
+    Raises:
+        ValueError: the exported student can't be opened, or is too short for the rows.
+    """
+    run, rows = subject.run, first_rows(held_out, subject.limit)
+    model = open_exported(run.directory.student, run.models, vocabulary_of(subject.tokenizer), run.device)
+    longest, positions = int(held_out.lengths[rows].max()), position_limit(model)
+    if positions is not None and longest > positions:
+        raise ValueError(f"it has positions for {positions} tokens, but a row has {longest}")
+    source = subject.references.source(f"shift preservation of {run.name}", held_out, rows)
+    lacking = [role for role in WANTED if role not in source.roles]
+    if lacking:
+        return Preservation(missing=[f"{role}: {subject.references.reasons[role]}" for role in lacking])
+    return _figures(subject, model, source, held_out, rows)
+
+
+def _figures(
+    subject: _Subject, model: torch.nn.Module, source: HeadSource, held_out: EncodedSet, rows: NDArray[np.int64]
+) -> Preservation:
     pieces = Pieces(subject.tokenizer)
-    chosen = np.arange(min(subject.limit, len(held_out)))
-    # Rows of similar length together: less padding.
-    ordered = chosen[np.argsort(held_out.lengths[chosen], kind="stable")]
-    batch_size = int(subject.config["data"].get("batch_size") or 8)
-    chunk_size = chunk_size_for(MEMORY_BUDGET, vocabulary, torch.float64.itemsize, "autograd")
-    pad = pad_id(subject.tokenizer, vocabulary)
     values: defaultdict[str, list[NDArray[np.float64]]] = defaultdict(list)
     row_numbers: list[int] = []
     answers: list[AnswerToken] = []
     viewed: dict[int, ViewedRow] = {}
-    with progress_bar(f"shift preservation of {subject.config['name']}", len(ordered), True) as advance:
-        for start in range(0, len(ordered), batch_size):
-            rows = ordered[start : start + batch_size].tolist()
-            batch = collate([held_out[row] for row in rows], pad, step=0, step_tokens=0).to(_device())
-            heads = models(batch)
-            measured = shift_preservation(heads, batch.labels_N, chunk_size)
+    batches = measured_batches(
+        model,
+        source,
+        subject.tokenizer,
+        held_out,
+        rows,
+        batch_size=subject.run.data.full_rows,
+        with_shifts=True,
+    )
+    done = 0
+    with progress_bar(f"shift preservation of {subject.run.name}", len(rows), True) as advance:
+        for batch in batches:
             for name in MEASURES:
-                values[name].append(getattr(measured, name).cpu().numpy())
+                values[name].append(getattr(batch.measures, name).cpu().numpy())
             first = 0
-            for row in rows:
+            for row in batch.rows:
                 tokens = list(pieces.answer(held_out[row]))
                 part = slice(first, first + len(tokens))
                 if row < subject.views:
-                    viewed[row] = _view(held_out[row], tokens, measured, heads, part, pieces, subject.tokenizer)
+                    viewed[row] = _view(held_out[row], tokens, batch, part, pieces, subject.tokenizer)
                 answers += tokens
                 row_numbers += [row] * len(tokens)
                 first = part.stop
-            advance(start + len(rows))
+            done += len(batch.rows)
+            advance(done)
     arrays, row_of_N = {name: np.concatenate(parts) for name, parts in values.items()}, np.array(row_numbers)
     bins = [position_bin(token.position) for token in answers]
     return Preservation(
@@ -314,20 +293,15 @@ def _measure(subject: _Subject, models: LiveReferences, vocabulary: int, held_ou
 def _view(
     row: Encoded,
     tokens: list[AnswerToken],
-    measured: TokenPreservation,
-    heads: Mapping[str, Head],
+    batch: MeasuredBatch,
     part: slice,
     pieces: Pieces,
     tokenizer: PreTrainedTokenizerBase,
 ) -> ViewedRow:
     """One row, token by token; ``part`` is where its tokens are among those of the batch."""
-    candidates: dict[str, list[list[tuple[str, float]]]] = {}
-    for role, head in heads.items():
-        ids_NK, probabilities_NK = top_candidates(head.rows(part.start, part.stop), CANDIDATES)
-        pairs = zip(ids_NK.tolist(), probabilities_NK.tolist(), strict=True)
-        candidates[role] = [[(pieces[i], p) for i, p in zip(*pair, strict=True)] for pair in pairs]
-    teacher, student = measured.teacher_shift[part].tolist(), measured.student_shift[part].tolist()
-    correlation = measured.correlation[part].tolist()
+    candidates = {role: _candidates(head, part, pieces) for role, head in batch.heads.items()}
+    names = ("teacher_shift", "student_shift", "correlation")
+    teacher, student, correlation = (getattr(batch.measures, name)[part].tolist() for name in names)
     shown = [
         ViewedToken(
             text=token.text,
@@ -340,6 +314,13 @@ def _view(
     ]
     prompt = tokenizer.decode(row.input_ids[: tokens[0].index] if tokens else row.input_ids)
     return ViewedRow(row_id=row.row_id, prompt=str(prompt), tokens=shown)
+
+
+def _candidates(head: Head, part: slice, pieces: Pieces) -> list[list[tuple[str, float]]]:
+    """For each of some tokens: (text, probability) of what the model would most probably have said."""
+    ids_NK, probabilities_NK = top_candidates(head.rows(part.start, part.stop), CANDIDATES)
+    pairs = zip(ids_NK.tolist(), probabilities_NK.tolist(), strict=True)
+    return [[(pieces[i], p) for i, p in zip(*pair, strict=True)] for pair in pairs]
 
 
 def _finite(value: float) -> float | None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from deltakd.types import ROLES, STUDENT, STUDENT_RAW, TEACHER, TEACHER_RAW, Head
+from deltakd.types import STUDENT, STUDENT_RAW, TEACHER, TEACHER_RAW
 
 #: A shift whose standard deviation is below so many roundings of the logits is no shift.
 _ROUNDINGS = 8.0
@@ -17,122 +16,12 @@ _ROUNDINGS = 8.0
 BLOCK_ROWS = 16
 
 
-@dataclass(frozen=True)
-class TokenPreservation:
-    """What was measured at N tokens; all [N] float64, on the heads' device.
-
-    Args:
-        correlation: Pearson correlation of the student's and the teacher's shift over the vocabulary, weighted by the
-            teacher's probabilities; NaN where one of the shifts has no variance beyond rounding.
-        kl_teacher: KL(p_t ‖ π_θ), nats.
-        kl_raw: KL(p_t ‖ π_s^raw), nats: where the student came from.
-        top1_agreement: 1 where student and teacher have the same most probable token, else 0.
-        nll: −log π_θ of the label, nats.
-        student_shift: log π_θ − log π_s^raw of the label, nats.
-        teacher_shift: log π_t^ft − log π_t^raw of the label, nats.
-    """
-
-    correlation: Tensor
-    kl_teacher: Tensor
-    kl_raw: Tensor
-    top1_agreement: Tensor
-    nll: Tensor
-    student_shift: Tensor
-    teacher_shift: Tensor
-
-
-@torch.no_grad()
-def shift_preservation(heads: Mapping[str, Head], labels: Tensor, chunk_size: int = 64) -> TokenPreservation:
-    """Hold the student's shift, log π_θ − log π_s^raw, against the teacher's, log π_t^ft − log π_t^raw.
-
-    Exact over the whole vocabulary. Logits are multiplied out in at least float32, a chunk of tokens at a time, and
-    all sums over the vocabulary are made in float64. A token that one of the models rules out (a bias of −∞) has no
-    shift: the correlation is that of the others, under the teacher's probabilities among them. A KL is infinite where
-    the teacher may say what the other model rules out.
-
-    Args:
-        heads: Head of ``student``, ``student_raw``, ``teacher`` and ``teacher_raw`` over the same N tokens and the same
-            vocabulary.
-        labels: [N] int64.
-        chunk_size: tokens a chunk; some 12 float64 tensors of chunk_size · V exist at one time.
-
-    Raises:
-        ValueError: a role has no head, the heads disagree in N or V, or the chunk size is below 1.
-    """
-    _check(heads, labels, chunk_size)
-    upcast = {role: heads[role].upcast() for role in ROLES}
-    starts = range(0, max(1, len(labels)), chunk_size)
-    chunks = [
-        _chunk({role: head.rows(at, at + chunk_size) for role, head in upcast.items()}, labels[at : at + chunk_size])
-        for at in starts
-    ]
-    names = [field.name for field in fields(TokenPreservation)]
-    return TokenPreservation(**{name: torch.cat([getattr(chunk, name) for chunk in chunks]) for name in names})
-
-
-@torch.no_grad()
-def top_candidates(head: Head, count: int, chunk_size: int = 64) -> tuple[Tensor, Tensor]:
-    """The most probable tokens.
-
-    Args:
-        head: over N tokens.
-        count: how many, K (at most V are given).
-        chunk_size: tokens a chunk.
-
-    Returns:
-        [N, K] int64 ids, most probable first, and [N, K] their probabilities.
-    """
-    upcast = head.upcast()
-    count = min(count, head.weight.shape[0])
-    chunks = [
-        upcast.rows(at, at + chunk_size).logits().double().softmax(-1).topk(count)
-        for at in range(0, max(1, len(head)), chunk_size)
-    ]
-    return torch.cat([c.indices for c in chunks]), torch.cat([c.values for c in chunks])
-
-
-def _check(heads: Mapping[str, Head], labels: Tensor, chunk_size: int) -> None:
-    missing = [role for role in ROLES if role not in heads]
-    if missing:
-        raise ValueError(f"shift preservation needs a head of {', '.join(ROLES)}; missing: {', '.join(missing)}")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1")
-    shapes = {role: (len(heads[role]), heads[role].weight.shape[0]) for role in ROLES}
-    if len(set(shapes.values())) != 1 or shapes[STUDENT][0] != len(labels):
-        raise ValueError(
-            f"heads of (tokens, vocabulary) {shapes} with {len(labels)} labels; give all of them for the same tokens, "
-            "cut to the vocabulary that they share"
-        )
-
-
-def _chunk(heads: Mapping[str, Head], labels_N: Tensor) -> TokenPreservation:
-    logits = {role: head.logits() for role, head in heads.items()}
-    rounding = torch.finfo(logits[STUDENT].dtype).eps
-    wide = {role: logits_NV.double() for role, logits_NV in logits.items()}
-    log_probs = {role: logits_NV.log_softmax(-1) for role, logits_NV in wide.items()}
-    at_label = {role: log_NV.gather(-1, labels_N[:, None]).squeeze(-1) for role, log_NV in log_probs.items()}
-    agreement_N = logits[STUDENT].argmax(-1) == logits[TEACHER].argmax(-1)
-    return TokenPreservation(
-        correlation=shift_correlation(wide, rounding),
-        kl_teacher=forward_kl(log_probs[TEACHER], log_probs[STUDENT]),
-        kl_raw=forward_kl(log_probs[TEACHER], log_probs[STUDENT_RAW]),
-        top1_agreement=agreement_N.double(),
-        nll=-at_label[STUDENT],
-        student_shift=at_label[STUDENT] - at_label[STUDENT_RAW],
-        teacher_shift=at_label[TEACHER] - at_label[TEACHER_RAW],
-    )
-
-
-def forward_kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
-    """[N] KL(p ‖ q) in nats of log-probabilities [N, V]; infinite where p may say what q rules out."""
-    p_NV = log_p_NV.exp()
-    return torch.where(p_NV > 0, p_NV * (log_p_NV - log_q_NV), 0.0).sum(-1)
-
-
 def shift_correlation(logits: Mapping[str, Tensor], rounding: float) -> Tensor:
     """[N] Pearson correlation of both shifts over the vocabulary, weighted by the teacher's probabilities.
 
-    A constant added to all logits of a model changes no correlation, so the shifts are differences of logits.
+    The shifts are what fine-tuning did, log π_t^ft − log π_t^raw, and what training did, log π_θ − log π_s^raw. A
+    constant added to all logits of a model changes no correlation, so they are differences of logits. A token that one
+    of the models rules out (a bias of −∞) has no shift: the correlation is that of the others.
 
     Args:
         logits: role -> [N, V] float64 of all four ROLES; −∞ rules a token out, which then plays no part.

@@ -16,11 +16,11 @@ from deltakd.data import InstructionData, Row, SplitRows, row_record, tokenizer_
 from deltakd.evaluation import EvaluationSet, answer_set, matches
 from deltakd.evaluation.answers import make_set
 from deltakd.evaluation.settings import EvaluationSettings
-from deltakd.io.json_lines import read_generations, write_generations
+from deltakd.io.files import read_json_lines, write_json_lines
 from deltakd.io.progress import progress_bar
-from deltakd.models import LanguageModel
+from deltakd.models import LanguageModel, ModelSpec
+from deltakd.models.identity import count_parameters, model_identity
 from deltakd.models.tokenizers import pad_id
-from deltakd.tracking.environment import count_parameters, hub_snapshot, model_fingerprint
 from deltakd.types import TEACHER
 
 log = logging.getLogger(__name__)
@@ -57,12 +57,6 @@ class Answering:
     show_progress: bool = True
 
 
-def version_of(path: str) -> str | None:
-    """Return a local directory's fingerprint, or the commit of the hub's model."""
-    snapshot = None if Path(path).is_dir() else hub_snapshot(path)
-    return model_fingerprint(path) if snapshot is None else snapshot.name
-
-
 def answer_prompts(parts: Answering, directory: Path, holds_out: bool) -> tuple[dict[str, Any], float | None]:
     """Answer every training prompt, and write the rows with their new answers.
 
@@ -81,8 +75,8 @@ def answer_prompts(parts: Answering, directory: Path, holds_out: bool) -> tuple[
     kept, counts = _keep(parts.rows.train, records)
     held_out = parts.rows.val if holds_out else []
     if held_out:
-        write_generations(directory / VAL_FILE, [row_record(row) for row in held_out])
-    write_generations(directory / TRAIN_FILE, kept)
+        write_json_lines(directory / VAL_FILE, [row_record(row) for row in held_out], "answers")
+    write_json_lines(directory / TRAIN_FILE, kept, "answers")
     _report(counts, directory, parts.evaluation.decoding.max_new_tokens)
     return counts | {"held_out": len(held_out)}, speed
 
@@ -97,11 +91,11 @@ def _answer_all(parts: Answering, folder: Path) -> tuple[list[dict[str, Any]], f
         for start in range(0, len(rows), SHARD_PROMPTS):
             shard = make_set("train", rows[start : start + SHARD_PROMPTS], parts.data, parts.tokenizer)
             path = folder / f"part_{start // SHARD_PROMPTS:05d}.jsonl"
-            answers = read_generations(path)
+            answers = read_json_lines(path)
             if answers is None or not matches(answers, shard, evaluation.decoding, evaluation.seeds[0]):
                 began = time.perf_counter()
                 answers = _answer(parts, shard, partial(_advance, advance, start))
-                write_generations(path, answers)
+                write_json_lines(path, answers, "answers")
                 seconds += time.perf_counter() - began
                 tokens += sum(record["output_tokens"] for record in answers)
             records += answers
@@ -179,10 +173,9 @@ def _report(summary: dict[str, Any], directory: Path, max_new_tokens: int) -> No
 def answering_record(parts: Answering) -> dict[str, Any]:
     """Return who answered, and how, for ``summary.json``."""
     path, evaluation = parts.path, parts.evaluation
-    files = path if Path(path).is_dir() else hub_snapshot(path)
     return {
         "teacher": path,
-        "teacher_sha256": None if files is None else model_fingerprint(files),
+        "teacher_sha256": model_identity(ModelSpec(path=path))["sha256"],
         "parameters": count_parameters({TEACHER: parts.teacher}),
         "tokenizer": parts.tokenizer.name_or_path,
         "tokenizer_sha256": tokenizer_fingerprint(parts.tokenizer),

@@ -1,4 +1,7 @@
-"""Measures of next-token distributions on teacher-forced responses: likelihood, calibration, distance to a teacher."""
+"""Measures of next-token distributions on teacher-forced responses, each defined once: summary and report share them.
+
+Likelihood, calibration, and distance to a teacher; the correlation of shifts is in ``shift``.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from deltakd.evaluation.shift import BLOCK_ROWS, forward_kl, shift_correlation
-from deltakd.types import ROLES, STUDENT, TEACHER, Head
+from deltakd.evaluation.shift import BLOCK_ROWS, shift_correlation
+from deltakd.types import ROLES, STUDENT, STUDENT_RAW, TEACHER, TEACHER_RAW, Head, in_float64
 
 #: Equal-width bins of confidence, as in the paper of the expected calibration error.
 CALIBRATION_BINS = 15
@@ -18,16 +21,20 @@ CALIBRATION_BINS = 15
 
 @dataclass(frozen=True)
 class TokenMeasures:
-    """What was measured at N response tokens; all [N] float64, on the heads' device.
+    """What was measured at N response tokens; all [N] float64, on the heads' device (of MPS, on the CPU).
 
     Args:
         nll: −log π_θ of the label, nats.
         confidence: π_θ of the student's most probable token.
         correct: 1 where the label is a most probable token of the student, else 0.
-        kl_teacher: KL(p_t ‖ π_θ), nats; None without a teacher.
+        kl_teacher: KL(p_t ‖ π_θ), nats; infinite where the teacher may say what the student rules out. None without a
+            teacher.
         top1_agreement: 1 where the teacher's most probable token is a most probable one of the student, else 0;
             None without a teacher.
         correlation: of both shifts, see ``shift_correlation``; None without all four models.
+        kl_raw: KL(p_t ‖ π_s^raw), nats: where the student came from. None, as the next two, unless asked for.
+        student_shift: log π_θ − log π_s^raw of the label, nats.
+        teacher_shift: log π_t^ft − log π_t^raw of the label, nats.
     """
 
     nll: Tensor
@@ -36,10 +43,15 @@ class TokenMeasures:
     kl_teacher: Tensor | None = None
     top1_agreement: Tensor | None = None
     correlation: Tensor | None = None
+    kl_raw: Tensor | None = None
+    student_shift: Tensor | None = None
+    teacher_shift: Tensor | None = None
 
 
 @torch.no_grad()
-def token_measures(heads: Mapping[str, Head], labels: Tensor, chunk_size: int = 256) -> TokenMeasures:
+def token_measures(
+    heads: Mapping[str, Head], labels: Tensor, chunk_size: int = 256, *, with_shifts: bool = False
+) -> TokenMeasures:
     """Measure what the heads that are there allow, exactly over the whole vocabulary.
 
     Logits are multiplied out in at least float32, a chunk of tokens at a time; everything else is float64.
@@ -48,12 +60,13 @@ def token_measures(heads: Mapping[str, Head], labels: Tensor, chunk_size: int = 
         heads: head of ``student`` and, where there are any, of ``teacher``, ``teacher_raw`` and ``student_raw``, over
             the same N tokens and the same vocabulary.
         labels: [N] int64.
-        chunk_size: tokens a chunk; so many rows of logits of each head exist at one time.
+        chunk_size: tokens of a chunk; that many rows of logits of each head exist at one time.
+        with_shifts: measure ``kl_raw``, ``student_shift`` and ``teacher_shift``, too; needs all four heads.
 
     Raises:
-        ValueError: no head of the student, heads that disagree in N or V, or a chunk size below 1.
+        ValueError: a head that is needed is missing, heads disagree in N or V, or the chunk size is below 1.
     """
-    _check(heads, labels, chunk_size)
+    _check(heads, labels, chunk_size, ROLES if with_shifts else (STUDENT,))
     upcast = {role: head.upcast() for role, head in heads.items()}
     blocks = []
     for start in range(0, max(1, len(labels)), chunk_size):
@@ -61,14 +74,38 @@ def token_measures(heads: Mapping[str, Head], labels: Tensor, chunk_size: int = 
         labels_N = labels[start : start + chunk_size]
         for at in range(0, max(1, len(labels_N)), BLOCK_ROWS):
             rows = slice(at, at + BLOCK_ROWS)
-            blocks.append(_block({role: z_NV[rows] for role, z_NV in chunk.items()}, labels_N[rows]))
+            blocks.append(_block({role: z_NV[rows] for role, z_NV in chunk.items()}, labels_N[rows], with_shifts))
     there = [field.name for field in fields(TokenMeasures) if getattr(blocks[0], field.name) is not None]
     return TokenMeasures(**{name: torch.cat([getattr(block, name) for block in blocks]) for name in there})
 
 
-def _check(heads: Mapping[str, Head], labels: Tensor, chunk_size: int) -> None:
-    if STUDENT not in heads:
-        raise ValueError(f"the measures need a head of the student; given: {', '.join(heads) or 'none'}")
+@torch.no_grad()
+def top_candidates(head: Head, count: int, chunk_size: int = 64) -> tuple[Tensor, Tensor]:
+    """Return the most probable tokens.
+
+    Args:
+        head: over N tokens.
+        count: how many, K (at most V are given).
+        chunk_size: tokens of a chunk.
+
+    Returns:
+        [N, K] int64 ids, most probable first, and [N, K] their probabilities.
+    """
+    upcast = head.upcast()
+    count = min(count, head.weight.shape[0])
+    chunks = [
+        in_float64(upcast.rows(at, at + chunk_size).logits()).softmax(-1).topk(count)
+        for at in range(0, max(1, len(head)), chunk_size)
+    ]
+    return torch.cat([c.indices for c in chunks]), torch.cat([c.values for c in chunks])
+
+
+def _check(heads: Mapping[str, Head], labels: Tensor, chunk_size: int, needed: tuple[str, ...]) -> None:
+    if any(role not in heads for role in needed):
+        given = ", ".join(heads) or "none"
+        if needed == (STUDENT,):
+            raise ValueError(f"the measures need a head of the student; given: {given}")
+        raise ValueError(f"shifts need a head of each of {', '.join(needed)}; given: {given}")
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1")
     shapes = {role: (len(head), head.weight.shape[0]) for role, head in heads.items()}
@@ -79,20 +116,34 @@ def _check(heads: Mapping[str, Head], labels: Tensor, chunk_size: int) -> None:
         )
 
 
-def _block(logits: Mapping[str, Tensor], labels_N: Tensor) -> TokenMeasures:
-    wide = {role: logits_NV.double() for role, logits_NV in logits.items()}
+def _block(logits: Mapping[str, Tensor], labels_N: Tensor, with_shifts: bool) -> TokenMeasures:
+    wide = {role: in_float64(logits_NV) for role, logits_NV in logits.items()}
+    labels_N1 = labels_N.to(wide[STUDENT].device)[:, None]
     student_NV = wide[STUDENT].log_softmax(-1)
     highest_N = student_NV.amax(-1)
-    at_label_N = student_NV.gather(-1, labels_N[:, None]).squeeze(-1)
+    at_label_N = student_NV.gather(-1, labels_N1).squeeze(-1)
     measures = {"nll": -at_label_N, "confidence": highest_N.exp(), "correct": (at_label_N == highest_N).double()}
     if TEACHER in wide:
         # Not two argmax and a comparison: one of them costs as much as five sums.
         at_favourite_N = student_NV.gather(-1, wide[TEACHER].max(-1, keepdim=True).indices).squeeze(-1)
         measures["top1_agreement"] = (at_favourite_N == highest_N).double()
-        measures["kl_teacher"] = forward_kl(wide[TEACHER].log_softmax(-1), student_NV)
+        teacher_NV = wide[TEACHER].log_softmax(-1)
+        measures["kl_teacher"] = _forward_kl(teacher_NV, student_NV)
     if all(role in wide for role in ROLES):
         measures["correlation"] = shift_correlation(wide, torch.finfo(logits[STUDENT].dtype).eps)
+    if with_shifts:
+        log_probs = {TEACHER: teacher_NV} | {role: wide[role].log_softmax(-1) for role in (STUDENT_RAW, TEACHER_RAW)}
+        of_label = {role: log_NV.gather(-1, labels_N1).squeeze(-1) for role, log_NV in log_probs.items()}
+        measures["kl_raw"] = _forward_kl(teacher_NV, log_probs[STUDENT_RAW])
+        measures["student_shift"] = at_label_N - of_label[STUDENT_RAW]
+        measures["teacher_shift"] = of_label[TEACHER] - of_label[TEACHER_RAW]
     return TokenMeasures(**measures)
+
+
+def _forward_kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
+    """[N] KL(p ‖ q) in nats of log-probabilities [N, V]; infinite where p may say what q rules out."""
+    p_NV = log_p_NV.exp()
+    return torch.where(p_NV > 0, p_NV * (log_p_NV - log_q_NV), 0.0).sum(-1)
 
 
 def calibration_bins(confidence_N: Tensor, correct_N: Tensor) -> Tensor:

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deltakd.io.json_lines import read_generations, write_generations
+from deltakd.io.files import read_json_lines, write_json_lines
 
 _FOLDER = "validation"
 
 
 def write_validation_answers(run_dir: Path, step: int, records: Sequence[dict[str, Any]]) -> None:
     """Keep the answers after an optimiser step; a resumed run writes the same again."""
-    write_generations(run_dir / _FOLDER / f"step_{step:08d}.jsonl", records)
+    write_json_lines(run_dir / _FOLDER / f"step_{step:08d}.jsonl", records, "answers")
 
 
 def read_validation_answers(run_dir: Path) -> dict[int, list[dict[str, Any]]]:
@@ -23,4 +23,4 @@ def read_validation_answers(run_dir: Path) -> dict[int, list[dict[str, Any]]]:
         ValueError: a file is damaged.
     """
     paths = sorted((run_dir / _FOLDER).glob("step_*.jsonl"))
-    return {int(path.stem.removeprefix("step_")): read_generations(path) or [] for path in paths}
+    return {int(path.stem.removeprefix("step_")): read_json_lines(path) or [] for path in paths}

@@ -14,6 +14,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from deltakd.io.typed import mismatches
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -36,12 +38,15 @@ class Decoding:
     max_new_tokens: Annotated[int, Ge(1)] = 256
 
     def problems(self) -> list[str]:
-        """Return what is wrong with options of the right type, one sentence each."""
+        """Return what is wrong with the options, one sentence each that opens with its config key."""
+        greedy = "; for the most probable token give do_sample: false"
+        found = [p + (greedy if ".temperature is" in p else "") for p in mismatches(self, "evaluation.decoding")]
         if self.no_repeat_ngram_size != 1:
-            return []
+            return found
         return [
+            *found,
             "evaluation.decoding.no_repeat_ngram_size is 1; it must be 0 (off) or from 2: 1 would ban every token of "
-            "the prompt"
+            "the prompt",
         ]
 
     def processors(self) -> LogitsProcessorList:

@@ -11,7 +11,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from deltakd.io.run_directory import write_text
+from deltakd.io.files import write_text
 
 _TOTAL_STEPS = "total_steps"
 

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from deltakd.io.errors import ConfigError
-from deltakd.io.files import replacing
+from deltakd.io.files import PARTIAL, write_json, write_text
 
 #: Files of ``checkpoints/``.
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
@@ -118,7 +118,7 @@ class RunDirectory:
             if not self.finished:
                 self._write_config(config)
             return
-        if self.path.is_dir() and any(p for p in self.path.iterdir() if p.suffix != ".partial"):
+        if self.path.is_dir() and any(p for p in self.path.iterdir() if p.suffix != PARTIAL):
             raise ConfigError([f"run_dir={self.path} is not empty and holds no run of ours; give another run_dir"])
         self.path.mkdir(parents=True, exist_ok=True)
         self._write_config(config)
@@ -132,17 +132,7 @@ class RunDirectory:
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write ``summary.json``, whole or not at all."""
-        write_text(self.summary, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically.
-
-    Raises:
-        WriteError: the disk did not take it.
-    """
-    with replacing(path, path.name) as partial:
-        partial.write_text(text, encoding="utf-8")
+        write_json(self.summary, summary)
 
 
 def _differences(a: Any, b: Any, prefix: str = "") -> list[str]:

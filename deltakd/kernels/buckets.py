@@ -1,8 +1,10 @@
-"""A reduced vocabulary: K tokens that matter, and one bucket for all others, whose mass is kept exactly.
+"""A reduced vocabulary: K tokens, and one bucket for all others that keeps their total mass exactly.
 
-Any loss runs on it unchanged. The buckets of a distribution are a coarser view of it, so that every f-divergence (the
-KLs, JSD, TVD and the skewed ones) between two bucketed distributions is at most the exact one, and equal to it where
-the two agree within the tail up to a factor.
+A loss runs on it unchanged, unless it says that it needs the whole vocabulary (``Loss.whole_vocabulary_reasons``).
+Bucketing coarsens a distribution. By the data-processing inequality every f-divergence (the KLs, JSD, TVD, the skewed
+ones) between two bucketed distributions is therefore at most the exact one, and equal to it if within the tail the two
+agree up to a factor. ``tests/references/test_buckets.py`` checks values and gradients: against the plain losses with
+the whole vocabulary as support, and against NumPy with few tokens.
 """
 
 from __future__ import annotations
@@ -22,11 +24,11 @@ from deltakd.types import STUDENT, Loss, at_least_float32
 @final
 @dataclass(frozen=True)
 class Buckets:
-    """References over K tokens and the rest of the vocabulary.
+    """References over K tokens and one bucket for the rest of the vocabulary.
 
     Args:
-        support: [N, K] int64, distinct token ids; the label is the first.
-        log_probs: role -> [N, K + 1] log-probs at τ, the last one that of all other tokens together; [N, K] where the
+        support: [N, K] int64, distinct token ids; the label comes first.
+        log_probs: role -> [N, K + 1] log-probs at τ; the last is that of all other tokens together. [N, K] if the
             support is the whole vocabulary.
         temperature: τ.
     """
@@ -40,21 +42,21 @@ class Buckets:
 
     @property
     def k(self) -> int:
-        """Tokens of the support."""
+        """The number of tokens in each support."""
         return self.support.shape[1]
 
     @property
     def has_tail(self) -> bool:
-        """Whether there are other tokens than those of the support."""
+        """True if there are tokens outside the support."""
         return any(log_p.shape[1] > self.k for log_p in self.log_probs.values())
 
     def rows(self, start: int, stop: int) -> Buckets:
-        """Those of tokens ``start`` to ``stop`` (exclusive)."""
+        """The buckets of tokens ``start`` to ``stop`` (exclusive)."""
         log_probs = {role: log_p[start:stop] for role, log_p in self.log_probs.items()}
         return Buckets(self.support[start:stop], log_probs, self.temperature)
 
     def first(self, k: int) -> Buckets:
-        """Only the first k tokens of each support; the others join the rest."""
+        """Keep the first k tokens of each support; the others join the bucket."""
         if k >= self.k:
             return self
         log_probs = {
@@ -64,7 +66,7 @@ class Buckets:
         return Buckets(self.support[:, :k], log_probs, self.temperature)
 
     def cast(self, dtype: torch.dtype) -> Buckets:
-        """With log-probs in another dtype."""
+        """The same buckets with log-probs in another dtype."""
         return Buckets(
             self.support, {role: log_p.to(dtype) for role, log_p in self.log_probs.items()}, self.temperature
         )
@@ -72,23 +74,23 @@ class Buckets:
 
 @final
 class BucketLogits(Mapping[str, Tensor]):
-    """What a loss sees in place of logits: [N, K + 1] by role, with labels that are positions in the support.
+    """Stands in for logits: [N, K + 1] by role; labels are then positions in the support.
 
-    They are τ times log-probs at τ: a loss that divides by τ gets the bucketed distributions at τ. The student's
-    cross-entropy is at τ = 1 and must be asked for where τ is another: see ``cross_entropy``.
+    The values are τ times log-probs at τ, so a loss that divides by τ gets the bucketed distributions at τ. The
+    student's cross-entropy is at τ = 1; if τ is another, a loss has to call ``cross_entropy`` for it.
 
     Args:
         kept: [N, K] the student's logits on the support.
-        tail: [N] τ · logsumexp(z / τ) of the student over all other tokens; None where there are none.
+        tail: [N] τ · logsumexp(z / τ) of the student over all other tokens; None if there are none.
         tail_at_one: [N] the same at τ = 1.
-        buckets: of the references.
+        buckets: those of the references.
     """
 
     def __init__(self, kept: Tensor, tail: Tensor | None, tail_at_one: Tensor | None, buckets: Buckets) -> None:
         self._at_one = _joined(kept, tail_at_one)
         self._logits = {STUDENT: _joined(kept, tail)}
         for role, log_p in buckets.log_probs.items():
-            # Log-probs are stored in few bits; the student's dtype is that of the computation.
+            # Log-probs are stored in few bits; the student's dtype is the one to compute in.
             self._logits[role] = at_least_float32(log_p).to(kept.dtype) * buckets.temperature
 
     def __getitem__(self, role: str) -> Tensor:
@@ -117,22 +119,22 @@ def _joined(kept: Tensor, tail: Tensor | None) -> Tensor:
 def bucketed_chunk(
     loss: Loss, z_NV: Tensor, buckets: Buckets, wants_gradient: bool
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """A loss of n tokens over buckets, and its gradient to the student's logits over the whole vocabulary.
+    """Compute a loss of n tokens over buckets, and its gradient w.r.t. the student's logits over the whole vocabulary.
 
     Args:
         loss: the loss.
         z_NV: [n, V] the student's logits, at least float32, without a graph; overwritten.
-        buckets: of the references, over the same tokens.
-        wants_gradient: whether a gradient is made.
+        buckets: those of the references, over the same tokens.
+        wants_gradient: True to compute the gradient.
 
     Returns:
-        ``loss`` and the parts, [n] nats each, detached; and the gradient of the summed loss [n, V], or None.
+        ``loss`` and its parts, [n] nats each, detached; and the gradient of the summed loss [n, V], or None.
     """
     tau = buckets.temperature
     leaves = [z_NV.gather(1, buckets.support)]
     shares: list[Tensor] = []
     if buckets.has_tail:
-        # The rest is summed over its own tokens: all − kept would cancel where the rest is small.
+        # The bucket is summed over its own tokens: all − kept would cancel if the bucket is small.
         z_NV.scatter_(1, buckets.support, -torch.inf)
         for temperature in [1.0] if tau == 1.0 else [tau, 1.0]:
             tail_N, share_NV = _log_sum(z_NV, temperature, in_place=temperature == 1.0)
@@ -153,7 +155,7 @@ def bucketed_chunk(
 
 
 def _log_sum(z_NV: Tensor, temperature: float, in_place: bool) -> tuple[Tensor, Tensor]:
-    """τ · logsumexp(z / τ), [n], and softmax(z / τ), [n, V]: the gradient of the one is the other."""
+    """τ · logsumexp(z / τ), [n], and its gradient softmax(z / τ), [n, V]."""
     share_NV = z_NV if in_place else z_NV.clone()
     log_sum_N = torch.empty_like(z_NV[:, 0])
     for rows in row_blocks(z_NV):
@@ -170,7 +172,7 @@ def _log_sum(z_NV: Tensor, temperature: float, in_place: bool) -> tuple[Tensor, 
 def _spread(
     gradients: tuple[Tensor | None, ...] | list[None], shares: list[Tensor], support: Tensor, z_NV: Tensor
 ) -> Tensor:
-    """The gradient to all logits [n, V] of that to the kept ones and to the tails; ``shares`` are overwritten."""
+    """The gradient w.r.t. all logits [n, V], from those w.r.t. kept logits and tails; overwrites ``shares``."""
     total_NV: Tensor | None = None
     for gradient_N, share_NV in zip(gradients[1:], shares, strict=True):
         if gradient_N is not None:

@@ -1,4 +1,10 @@
-"""A loss over heads, a chunk of tokens at a time, with the student's gradients made in the forward pass."""
+"""A loss over heads, one chunk of tokens at a time; the student's gradients are computed in the forward pass.
+
+A chunk takes one of three ways: by hand (``fused.py``) if the loss has a fused form, over buckets (``buckets.py``) if
+the references are stored as top-K log-probs, and by autograd through the loss's own formula otherwise.
+``tests/kernels/test_chunked.py`` shows for every ready-made loss that the sum and its gradients are those of all logits
+at once.
+"""
 
 from __future__ import annotations
 
@@ -13,23 +19,23 @@ from deltakd.kernels.buckets import Buckets, bucketed_chunk
 from deltakd.kernels.fused import add_head_gradients, fused_chunk, fusible
 from deltakd.types import STUDENT, Head, HeadLogits, LinearForwardKL, Loss, at_least_float32
 
-#: MiB that the logits of a chunk, and all that is made of them, may take.
+#: MiB that the logits of a chunk, and everything computed from them, may take.
 MEMORY_BUDGET = 256.0
-#: Tensors of a chunk's logits that exist at one time: by hand, over a reduced vocabulary, and in the most demanding
-#: loss under autograd.
+#: Tensors the size of a chunk's logits that exist at one time: by hand, over a reduced vocabulary, and in the most
+#: demanding loss under autograd.
 _TENSORS = {"fused": 2, "buckets": 4, "autograd": 16}
-#: Smaller chunks than this spend their time on the head's gradient, which is passed over once a chunk.
+#: Smaller chunks spend their time on the head's gradient, which each chunk adds to as a whole.
 _MIN_CHUNK = 32
 
 
 def chunk_size_for(memory_budget: float, vocabulary: int, itemsize: int, form: str) -> int:
-    """Tokens a chunk so that it fits into ``memory_budget`` MiB; at least 32, whatever that takes.
+    """The number of tokens per chunk that fits in ``memory_budget`` MiB; at least 32, even if that takes more.
 
     Args:
         memory_budget: MiB.
         vocabulary: V.
         itemsize: bytes of a logit.
-        form: ``fused`` (by hand), ``buckets`` (over a reduced vocabulary) or ``autograd``.
+        form: ``fused`` (by hand), ``buckets`` (over a reduced vocabulary), or ``autograd``.
     """
     return max(_MIN_CHUNK, int(memory_budget * 2**20 / (_TENSORS[form] * vocabulary * itemsize)))
 
@@ -42,23 +48,23 @@ def chunked_loss(
     memory_budget: float = MEMORY_BUDGET,
     buckets: Buckets | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sum a loss over N tokens without holding more than a chunk of logits of any model.
+    """Sum a loss over N tokens, holding no more than one chunk of any model's logits.
 
-    Where gradients are wanted, each chunk's gradients are made while its logits exist and kept in the size of hidden
-    states and head; no logits live until the backward pass, and no head is multiplied twice.
+    In training, each chunk's gradients are computed while its logits exist, and kept as gradients of the hidden states
+    and the head. No logits live until the backward pass, and no head is multiplied twice.
 
     Args:
         loss: the loss; it sees logits [n, V] of ``student`` and of the roles that it requires.
-        heads: role -> Head over the same N tokens and the same vocabulary.
+        heads: role -> Head, all over the same N tokens and the same vocabulary.
         labels: [N] int64.
-        chunk_size: tokens a chunk; None: as many as fit into the memory budget.
-        memory_budget: MiB for the logits of a chunk and all that is made of them. The gradient of the head, in at
+        chunk_size: tokens per chunk; None: as many as fit in the memory budget.
+        memory_budget: MiB for the logits of a chunk and everything computed from them. The gradient of the head, at
             least float32, comes on top.
         buckets: the references over a reduced vocabulary, in place of their heads.
 
     Returns:
-        The sum of ``per_token`` (nats; differentiable in the student's hidden, weight and bias) and the detached sum
-        of each part. For N = 0: a zero that is attached to the graph, and no parts.
+        The sum of ``per_token`` (nats; differentiable w.r.t. the student's hidden, weight and bias), and the detached
+        sum of each part. For N = 0: a zero attached to the graph, and no parts.
 
     Raises:
         ValueError: a required role has no head, or the heads disagree in N or V.
@@ -84,7 +90,7 @@ def chunked_loss(
 
 
 def _attached_zero(student: Head) -> Tensor:
-    """A zero through which every trained tensor of the head gets a gradient: data-parallel training waits for all."""
+    """A zero that gives every trained tensor of the head a gradient: data-parallel training waits for all of them."""
     tensors = (student.hidden, student.weight[:0], None if student.bias is None else student.bias[:0])
     return sum(
         (at_least_float32(t).sum() for t in tensors if t is not None), torch.zeros((), device=student.hidden.device)
@@ -109,7 +115,7 @@ def _check_heads(loss: Loss, heads: Mapping[str, Head], labels: Tensor, buckets:
 
 @dataclass
 class _Work:
-    """A loss over N tokens and how to cut it up; ``parts`` fills while it runs (they carry no gradient)."""
+    """A loss over N tokens and how to cut it into chunks; ``run`` fills ``parts``, which carry no gradient."""
 
     loss: Loss
     form: LinearForwardKL | None
@@ -122,7 +128,7 @@ class _Work:
 
     def run(self, grads: dict[str, Tensor] | None) -> Tensor:
         """Sum the loss; add each chunk's gradients to ``grads`` (hidden by rows, weight and bias in place)."""
-        # Under autocast the products with gradients would be made in half precision.
+        # Autocast would compute the products with gradients in half precision.
         with torch.autocast(self.student.hidden.device.type, enabled=False):
             return self._run(grads)
 
@@ -154,7 +160,7 @@ def _by_autograd(
     rows: slice,
     grads: dict[str, Tensor] | None,
 ) -> dict[str, Tensor]:
-    """``loss`` and the parts of a chunk, detached; its gradients go into ``grads``."""
+    """``loss`` and the parts of a chunk, detached; adds its gradients to ``grads``."""
     leaves: dict[str, Tensor] = {}
     if grads is not None:
         chunk, leaves = _with_leaves(chunk, grads)
@@ -169,7 +175,7 @@ def _by_autograd(
 def _by_buckets(
     loss: Loss, chunk: Head, buckets: Buckets, rows: slice, grads: dict[str, Tensor] | None
 ) -> dict[str, Tensor]:
-    """As ``_by_autograd``, over a reduced vocabulary: what is kept for the backward pass is of its size."""
+    """As ``_by_autograd``, over a reduced vocabulary; autograd keeps tensors of its size only."""
     if grads is None or chunk.softcap is None:
         values, grad_NV = bucketed_chunk(loss, chunk.logits(), buckets, grads is not None)
         if grads is not None and grad_NV is not None:
@@ -194,7 +200,7 @@ def _add_gradients(
 
 
 def _with_leaves(chunk: Head, grads: Mapping[str, Tensor]) -> tuple[Head, dict[str, Tensor]]:
-    """The chunk with fresh leaves in place of the tensors whose gradients are wanted."""
+    """The chunk with fresh leaves for the tensors whose gradients are wanted."""
     tensors = {"hidden": at_least_float32(chunk.hidden), "weight": chunk.weight, "bias": chunk.bias}
     leaves = {name: t.detach().requires_grad_() for name, t in tensors.items() if name in grads and t is not None}
     tensors |= leaves
@@ -204,7 +210,7 @@ def _with_leaves(chunk: Head, grads: Mapping[str, Tensor]) -> tuple[Head, dict[s
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """The sum of a loss whose gradients are made in the forward pass."""
+    """The sum of a loss whose gradients are computed in the forward pass."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, work: _Work) -> Tensor:
@@ -214,7 +220,7 @@ class _ChunkedLoss(torch.autograd.Function):
             for (name, t), needed in zip(inputs.items(), ctx.needs_input_grad[:3], strict=True)
             if needed and t is not None
         }
-        # Half-precision heads sum their gradient in float32: over many chunks bfloat16 would lose the small ones.
+        # Half-precision heads sum their gradient in float32: over many chunks bfloat16 would lose small terms.
         grads = {
             name: torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for name, t in wanted.items()
         }
@@ -227,7 +233,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if ctx.grads is None:
             raise RuntimeError("the gradients of a chunked loss can be taken once: they are handed on, not copied")
-        # In place: a copy of the head's gradient could be the largest tensor of the whole step.
+        # In place: a copy of the head's gradient could be the largest tensor of the step.
         grads = {name: gradient.mul_(grad_total).to(ctx.dtypes[name]) for name, gradient in ctx.grads.items()}
         ctx.grads = None
         return (grads.get("hidden"), grads.get("weight"), grads.get("bias"), None)

@@ -1,9 +1,12 @@
 """Forward KL to a target that is linear in the logits, by hand: value and gradient of a chunk in two tensors.
 
-This covers ``sft``, ``kd``, ``delta_kd``, ``delta_shift``, ``delta_bilinear``, ``delta_multi_teacher`` and ``taid``.
-With q = softmax(z_s / τ), p = softmax(Σ c_r z_r / τ), the gradient of λ·CE + (1 − λ)·s·KL(p ‖ q) to z_s is
-λ (softmax(z_s) − onehot) + (1 − λ) (s / τ) (q − p): there is nothing for autograd to keep. Products are made for
-a whole chunk; what follows goes over a few rows at a time, which stay in the processor's cache.
+This covers ``sft``, ``kd``, ``delta_kd``, ``delta_shift``, ``delta_bilinear``, ``delta_multi_teacher`` and ``taid``
+(the untreated ones). The definitions are in ``deltakd/losses``: ``Distillation`` of a ``ShiftedTarget`` under
+``ForwardKL``, and ``SupervisedFineTuning``; ``tests/kernels/test_chunked.py`` shows that values and gradients agree.
+
+With q = softmax(z_s / τ) and p = softmax(Σ c_r z_r / τ), the gradient of λ·CE + (1 − λ)·s·KL(p ‖ q) w.r.t. z_s is
+λ (softmax(z_s) − onehot) + (1 − λ) (s / τ) (q − p) (DESIGN 3.5, identity 9), so autograd has nothing to keep. Matrix
+products cover a whole chunk; everything after them covers a few rows at a time, which stay in the processor's cache.
 """
 
 from __future__ import annotations
@@ -19,11 +22,11 @@ from deltakd.types import Head, HeadLogits, LinearForwardKL, Loss
 
 
 def fusible(loss: Loss, student: Head, references: Mapping[str, Head]) -> LinearForwardKL | None:
-    """What to compute by hand, or None where autograd has to do it.
+    """The form to compute by hand, or None if autograd has to differentiate the loss.
 
-    A bias of −inf (a token that a model rules out) needs the care of the plain formula.
+    A bias of −inf (a token that a model rules out) needs the care that the plain formula takes.
     """
-    form: LinearForwardKL | None = getattr(loss, "linear_forward_kl", None)
+    form = loss.fused_form
     if form is None or not _linear(student):
         return None
     biases = [head.bias for head in (student, *references.values()) if head.bias is not None]
@@ -31,7 +34,7 @@ def fusible(loss: Loss, student: Head, references: Mapping[str, Head]) -> Linear
 
 
 def _linear(head: Head) -> bool:
-    """Whether logits are linear in hidden states, so that their gradient is that of the product."""
+    """True if logits are linear in hidden states, so that the gradient is that of the matrix product."""
     return head.softcap is None
 
 
@@ -39,7 +42,7 @@ def _linear(head: Head) -> bool:
 def fused_chunk(
     form: LinearForwardKL, student: Head, references: Mapping[str, Head], labels: Tensor
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Loss and gradient of n tokens.
+    """Compute loss and gradient of n tokens.
 
     Args:
         form: what to compute.
@@ -47,7 +50,7 @@ def fused_chunk(
         labels: [n] int64.
 
     Returns:
-        ``loss`` and the parts, [n] nats each, and the gradient of the summed loss to the student's logits [n, V].
+        ``loss`` and its parts, [n] nats each, and the gradient of the summed loss w.r.t. the student's logits, [n, V].
     """
     z_NV = student.logits()
     target_NV = None if form.ce_weight == 1.0 else HeadLogits(z_NV, references).combined(form.coefficients)
@@ -59,7 +62,7 @@ def fused_chunk(
 
 
 def _block(form: LinearForwardKL, z_NV: Tensor, target_NV: Tensor | None, labels: Tensor) -> dict[str, Tensor]:
-    """Loss and parts of a few tokens; the student's logits become the gradient, the target's are overwritten."""
+    """Loss and parts of a few tokens. The student's logits become the gradient; the target's are overwritten."""
     tau, ce_weight = form.temperature, form.ce_weight
     rows_N = torch.arange(len(labels), device=labels.device)
     log_q_NV = z_NV.log_softmax(-1)
@@ -76,7 +79,7 @@ def _block(form: LinearForwardKL, z_NV: Tensor, target_NV: Tensor | None, labels
         log_p_NV = target_NV.log_softmax(-1)
         p_NV = torch.exp(log_p_NV, out=target_NV)
         kl_N = torch.linalg.vecdot(p_NV, log_p_NV.sub_(log_q_NV)) - p_NV.sum(-1)
-        # As in the plain formula: Σ (q − p) is 0 but for the rounding of the normalisation, which this takes out.
+        # As in the plain formula (losses.divergences.kl): Σ (q − p) is 0 up to the rounding of the normalisation.
         q_NV = torch.exp(log_q_NV, out=z_NV)
         kl_N += q_NV.sum(-1)
         values |= {form.name: kl_N, "loss": (1 - ce_weight) * form.scale * kl_N}
@@ -94,13 +97,13 @@ def _block(form: LinearForwardKL, z_NV: Tensor, target_NV: Tensor | None, labels
 
 
 def add_head_gradients(student: Head, grad_NV: Tensor, rows: slice, grads: Mapping[str, Any]) -> None:
-    """Carry a gradient to logits [n, V] on to ``hidden`` (at ``rows``), ``weight`` and ``bias``, in place.
+    """Turn a gradient w.r.t. logits [n, V] into those of ``hidden`` (at ``rows``), ``weight`` and ``bias``, in place.
 
     Args:
-        student: the chunk's head, weight and bias in at least float32.
-        grad_NV: changed in place where the head scales its logits.
-        rows: of the chunk among all tokens.
-        grads: buffers by name, for those that are wanted.
+        student: the chunk's head, with weight and bias in at least float32.
+        grad_NV: the gradient; changed in place if the head scales its logits.
+        rows: the chunk's place among all tokens.
+        grads: name -> buffer, for the gradients that are wanted.
     """
     if student.scale != 1.0:
         grad_NV.mul_(student.scale)

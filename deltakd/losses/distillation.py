@@ -1,4 +1,4 @@
-"""Distillation: cross-entropy of the labels mixed with a divergence to a target."""
+"""Distillation: cross-entropy of the labels, mixed with a divergence to a target."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import final
 
 from torch import Tensor
 
-from deltakd.losses.divergences import Divergence, ForwardKL
+from deltakd.losses.divergences import Divergence
 from deltakd.losses.mixing import LabelMixture, tempered, tempered_student
-from deltakd.losses.targets import ShiftedTarget, Target
-from deltakd.types import LinearForwardKL, Schedule
+from deltakd.losses.targets import Target
+from deltakd.types import LinearForwardKL, Schedule, require_kind
 
 
 @final
@@ -19,10 +19,17 @@ class Distillation(LabelMixture):
 
     D is between softmax(z_target / τ), detached, and softmax(z_student / τ).
 
+    With forward KL and a target that is linear in the logits (``Target.coefficients``),
+    ``deltakd.kernels.fused.fused_chunk`` computes the whole loss in training; ``tests/kernels/test_chunked.py`` shows
+    that the two agree, values and gradients (``test_every_loss_by_name``).
+
     Args:
         target: what to match.
-        divergence: how far from it.
+        divergence: the measure of how far the student is from it.
         temperature, ce_weight, temperature_squared: as for ``LabelMixture``.
+
+    Raises:
+        ValueError: a part is not of its base class, or a number is out of range.
     """
 
     def __init__(
@@ -34,6 +41,8 @@ class Distillation(LabelMixture):
         temperature_squared: bool = False,
     ) -> None:
         super().__init__(temperature, ce_weight, temperature_squared)
+        require_kind(target, Target, "loss.target")
+        require_kind(divergence, Divergence, "loss.divergence")
         self.target = target
         self.divergence = divergence
 
@@ -47,9 +56,14 @@ class Distillation(LabelMixture):
         """Those of the target."""
         return self.target.schedules
 
-    def _linear_term(self) -> LinearForwardKL | None:
-        coefficients = self.target.coefficients if isinstance(self.target, ShiftedTarget) else None
-        if coefficients is None or not isinstance(self.divergence, ForwardKL):
+    @property
+    def term_whole_vocabulary_reasons(self) -> tuple[str, ...]:
+        """Those of the target and of the divergence."""
+        return self.target.whole_vocabulary_reasons + self.divergence.whole_vocabulary_reasons
+
+    def _fused_term(self) -> LinearForwardKL | None:
+        coefficients = self.target.coefficients
+        if coefficients is None or not self.divergence.is_forward_kl:
             return None
         scale = self.temperature**2 if self.temperature_squared else 1.0
         return LinearForwardKL(coefficients, self.temperature, self.ce_weight, scale, self.divergence.name)

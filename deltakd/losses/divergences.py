@@ -1,15 +1,19 @@
 """Divergences D(P, Q) per token, exact over the vocabulary: P the target, Q the student (DESIGN 3.3).
 
-Each takes two [N, V] log-probs of at least float32 and gives [N] nats; gradients flow to Q. Each is 0 at equality and,
-but for rounding, never negative. Where a divergence is infinite by its definition (forward KL where Q rules out what P
-does not, reverse KL the other way round, squared differences of logits either way) it is +inf, and training stops
-with an error that says so.
+Each takes two [N, V] log-probs, at least float32, and returns [N] nats; gradients flow to Q. Each is 0 at equality and,
+up to rounding, never negative. If a divergence is infinite by definition (forward KL if Q rules out a token that P does
+not, reverse KL the other way round, squared differences of logits in both cases), the result is +inf, and training
+stops with an error that says so.
+
+These are the definitions. ``ForwardKL`` also has a kernel, which computes it in training; for all the others autograd
+differentiates the formula here, chunk by chunk (``deltakd/kernels/chunked.py``).
 """
 
 from __future__ import annotations
 
 import math
-from typing import Protocol, final
+from abc import ABC, abstractmethod
+from typing import final
 
 import torch
 from torch import Tensor
@@ -18,35 +22,46 @@ from torch import Tensor
 _FLOOR = -1e30
 
 
-class Divergence(Protocol):
-    """D(P, Q) ≥ 0 per token, 0 where P = Q."""
+class Divergence(ABC):
+    """D(P, Q) ≥ 0 per token, 0 if P = Q. To write your own, subclass it and define ``name`` and ``__call__``."""
 
+    #: The name under which its values are logged.
     name: str
+    #: True if the formula is KL(P ‖ Q) itself, so that a kernel may compute it instead.
+    is_forward_kl: bool = False
 
+    @abstractmethod
     def __call__(self, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
         """[N] nats from two [N, V] log-probs, at least float32."""
-        ...
+
+    @property
+    def whole_vocabulary_reasons(self) -> tuple[str, ...]:
+        """As for ``Loss``. By default none: a divergence that weighs tokens by probability needs only likely tokens."""
+        return ()
+
+    def _weighs_all_alike(self) -> tuple[str, ...]:
+        return (f"{type(self).__name__} weighs all tokens of the vocabulary alike",)
 
 
 def kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
     """KL(P ‖ Q) = Σ_v [P (log P − log Q) − P + Q], [N] nats, with gradients to both sides.
 
-    −P + Q adds up to 0, but each term is now ≥ 0: torch's float32 log_softmax is off its normalisation by 2e-5 at
-    V = 50,000, and without it so would be the KL near 0.
+    −P + Q sums to 0 but makes each term ≥ 0: at V = 50,000 torch's float32 log_softmax is off its normalisation by
+    2e-5, and without −P + Q a KL near 0 would be off by as much.
     """
     p_NV = log_p_NV.exp()
-    # Where P = 0 the term is 0 by its limit; −inf − (−inf) and 0 · inf would give NaN.
+    # If P = 0 the term is 0 in the limit; −inf − (−inf) and 0 · inf would be NaN.
     difference_NV = (log_p_NV - log_q_NV).masked_fill(p_NV == 0, 0.0)
     return (p_NV * difference_NV - p_NV + log_q_NV.exp()).sum(-1)
 
 
 def log_ratio(log_a_NV: Tensor, log_b_NV: Tensor) -> Tensor:
-    """log A − log B, [N, V] nats; 0 where both are ruled out."""
+    """log A − log B, [N, V] nats; 0 if both rule the token out."""
     return (log_a_NV - log_b_NV).masked_fill(torch.isneginf(log_a_NV) & torch.isneginf(log_b_NV), 0.0)
 
 
 def log_mixture(weight: float, log_a_NV: Tensor, log_b_NV: Tensor) -> Tensor:
-    """log(weight · A + (1 − weight) · B), weight in (0, 1), by logsumexp."""
+    """log(weight · A + (1 − weight) · B) by logsumexp: [N, V], weight in (0, 1)."""
     return torch.logaddexp(
         log_a_NV.clamp_min(_FLOOR) + math.log(weight), log_b_NV.clamp_min(_FLOOR) + math.log1p(-weight)
     )
@@ -58,10 +73,17 @@ def _check_weight(value: float, key: str, meaning: str) -> None:
 
 
 @final
-class ForwardKL:
-    """KL(P ‖ Q): mass-covering, the usual choice (Hinton et al., arXiv 1503.02531)."""
+class ForwardKL(Divergence):
+    """KL(P ‖ Q): mass-covering, the usual choice (Hinton et al., arXiv 1503.02531).
+
+    This is the definition. In training ``deltakd.kernels.fused.fused_chunk`` computes it, value and gradient by hand,
+    if the target is linear in the logits and the student's logits are linear in its hidden states; otherwise autograd
+    differentiates the formula here. ``tests/kernels/test_chunked.py`` shows that the two agree, values and gradients:
+    ``test_by_hand_in_blocks_of_rows``, ``test_values_and_gradients``, ``test_every_loss_by_name``.
+    """
 
     name = "forward_kl"
+    is_forward_kl = True
 
     def __call__(self, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
         """[N] nats."""
@@ -69,8 +91,8 @@ class ForwardKL:
 
 
 @final
-class ReverseKL:
-    """KL(Q ‖ P) = Σ Q log(Q / P): mode-seeking (MiniLLM, arXiv 2306.08543, at the token level and off-policy)."""
+class ReverseKL(Divergence):
+    """KL(Q ‖ P) = Σ Q log(Q / P): mode-seeking (MiniLLM, arXiv 2306.08543; here per token and on given data)."""
 
     name = "reverse_kl"
 
@@ -80,8 +102,8 @@ class ReverseKL:
 
 
 @final
-class SymmetricKL:
-    """w · KL(P ‖ Q) + (1 − w) · KL(Q ‖ P).
+class SymmetricKL(Divergence):
+    """w · KL(P ‖ Q) + (1 − w) · KL(Q ‖ P); at w = ½ half of Jeffreys' divergence.
 
     Args:
         weight: w in [0, 1].
@@ -104,14 +126,14 @@ class SymmetricKL:
 
 
 @final
-class JensenShannon:
+class JensenShannon(Divergence):
     """β · KL(P ‖ M) + (1 − β) · KL(Q ‖ M), M = βP + (1 − β)Q (GKD, arXiv 2306.13649, eq. 1).
 
     Args:
         beta: β in (0, 1).
 
     Raises:
-        ValueError: β is outside; at 0 and 1 the divergence is identically 0.
+        ValueError: β is out of range; at 0 and 1 the divergence is identically 0.
     """
 
     name = "jsd"
@@ -131,18 +153,33 @@ class JensenShannon:
 
 
 @final
-class TotalVariation:
-    """½ Σ |P − Q|, in [0, 1]; its gradient jumps where P = Q."""
+class TotalVariation(Divergence):
+    """½ Σ |P − Q|, in [0, 1] (f-distill, arXiv 2307.15190); its gradient jumps at P = Q."""
 
     name = "tvd"
 
     def __call__(self, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
-        """[N], a probability and no nats."""
+        """[N]; a probability, not nats."""
         return 0.5 * (log_p_NV.exp() - log_q_NV.exp()).abs().sum(-1)
 
 
+class _SkewKL(Divergence):
+    """KL(A ‖ λA + (1 − λ)B). The two classes below differ only in which of P and Q is A."""
+
+    def __init__(self, skew: float = 0.1) -> None:
+        if not 0 <= skew < 1:
+            raise ValueError(
+                f"loss.divergence.skew is {skew}; it must be at least 0 (plain KL) and below 1, where it is "
+                "identically 0"
+            )
+        self.skew = skew
+
+    def _skewed(self, log_a_NV: Tensor, log_b_NV: Tensor) -> Tensor:
+        return kl(log_a_NV, log_mixture(self.skew, log_a_NV, log_b_NV) if self.skew > 0 else log_b_NV)
+
+
 @final
-class SkewForwardKL:
+class SkewForwardKL(_SkewKL):
     """KL(P ‖ λP + (1 − λ)Q) (DistiLLM, arXiv 2402.03898, eq. 3).
 
     Args:
@@ -151,17 +188,13 @@ class SkewForwardKL:
 
     name = "skew_forward_kl"
 
-    def __init__(self, skew: float = 0.1) -> None:
-        _check_skew(skew)
-        self.skew = skew
-
     def __call__(self, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
         """[N] nats."""
-        return kl(log_p_NV, log_mixture(self.skew, log_p_NV, log_q_NV) if self.skew > 0 else log_q_NV)
+        return self._skewed(log_p_NV, log_q_NV)
 
 
 @final
-class SkewReverseKL:
+class SkewReverseKL(_SkewKL):
     """KL(Q ‖ (1 − λ)P + λQ) (DistiLLM, arXiv 2402.03898, eq. 4).
 
     Args:
@@ -170,31 +203,20 @@ class SkewReverseKL:
 
     name = "skew_reverse_kl"
 
-    def __init__(self, skew: float = 0.1) -> None:
-        _check_skew(skew)
-        self.skew = skew
-
     def __call__(self, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
         """[N] nats."""
-        return kl(log_q_NV, log_mixture(self.skew, log_q_NV, log_p_NV) if self.skew > 0 else log_p_NV)
-
-
-def _check_skew(skew: float) -> None:
-    if not 0 <= skew < 1:
-        raise ValueError(
-            f"loss.divergence.skew is {skew}; it must be at least 0 (plain KL) and below 1, where it is identically 0"
-        )
+        return self._skewed(log_q_NV, log_p_NV)
 
 
 @final
-class AdaptiveKL:
+class AdaptiveKL(Divergence):
     """g_h/(g_h + g_t) · KL(P ‖ Q) + g_t/(g_h + g_t) · KL(Q ‖ P) (AKL, arXiv 2404.02657).
 
-    g_h and g_t are Σ |P − Q| over the head (the top tokens of P up to a mass, the first one always) and over the tail,
-    detached; ½ each at equality.
+    g_h and g_t are Σ |P − Q| over the head (the most likely tokens of P up to a mass, at least one token) and over the
+    tail, both detached. At equality each weight is ½.
 
     Args:
-        head_mass: the mass of the head, in (0, 1).
+        head_mass: the head's mass, in (0, 1).
     """
 
     name = "adaptive_kl"
@@ -215,17 +237,17 @@ class AdaptiveKL:
         gap_NV = (p_NV - log_q_NV.exp().gather(-1, order_NV)).abs()
         in_head_NV = p_NV.cumsum(-1) <= self.head_mass
         in_head_NV[:, 0] = True
-        # Not 1 − head: a tail that rounding makes 0 must not meet an infinite KL.
+        # Not 1 − head: if the tail's gap is 0, rounding could leave a tiny weight for an infinite KL.
         head_N, tail_N = (gap_NV * in_head_NV).sum(-1), (gap_NV * ~in_head_NV).sum(-1)
         gap_N = head_N + tail_N
         return torch.where(gap_N > 0, head_N / gap_N, 0.5), torch.where(gap_N > 0, tail_N / gap_N, 0.5)
 
 
 @final
-class ToDi:
+class ToDi(Divergence):
     """Σ_v [w P log(P/Q) + (1 − w) Q log(Q/P)], w = sg σ(log P/Q) for each token of the vocabulary (arXiv 2505.16297).
 
-    Its value is KL(P ‖ Q) + KL(Q ‖ P) by algebra; its gradient is not that of the sum, since w is detached.
+    σ is the sigmoid, sg detaches. The value equals KL(P ‖ Q) + KL(Q ‖ P); the gradient does not, since w is detached.
     """
 
     name = "todi"
@@ -235,21 +257,24 @@ class ToDi:
         p_NV, q_NV = log_p_NV.exp(), log_q_NV.exp()
         ratio_NV = (log_p_NV - log_q_NV).masked_fill((p_NV == 0) & (q_NV == 0), 0.0)
         w_NV = ratio_NV.detach().sigmoid()
-        # w P and (1 − w) Q are 0 where P or Q is, and 0 · ∞ must not be asked for.
+        # If P (or Q) is 0, so is its term; 0 · ∞ must not be computed.
         forward_NV = (w_NV * p_NV) * ratio_NV.masked_fill(p_NV == 0, 0.0)
         reverse_NV = ((1 - w_NV) * q_NV) * ratio_NV.masked_fill(q_NV == 0, 0.0)
         return (forward_NV - reverse_NV).sum(-1)
 
 
 @final
-class AlphaBeta:
+class AlphaBeta(Divergence):
     """−1/(αβ) Σ [P^α Q^β − α/(α+β) P^(α+β) − β/(α+β) Q^(α+β)] (ABKD, arXiv 2505.04560), with its limits.
 
     (1, 0) is forward KL, (0, 1) reverse KL, (0, 0) ½ Σ (log P − log Q)².
 
     Args:
         alpha: α ≥ 0.
-        beta: β ≥ 0. Each is either 0 or at least 0.05: closer to a limit float32 cancels; take the limit itself.
+        beta: β ≥ 0. Each is 0 or between 0.05 and 2: closer to 0, float32 cancels; use the limit itself.
+
+    Raises:
+        ValueError: α or β is out of range.
     """
 
     name = "alpha_beta"
@@ -264,8 +289,13 @@ class AlphaBeta:
             raise ValueError("; ".join(problems))
         self.alpha, self.beta = float(alpha), float(beta)
 
+    @property
+    def whole_vocabulary_reasons(self) -> tuple[str, ...]:
+        """At (0, 0) every token has the same weight."""
+        return self._weighs_all_alike() if self.alpha == self.beta == 0 else ()
+
     def __call__(self, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
-        """[N], nats in the limits (1, 0) and (0, 1)."""
+        """[N]; nats in the limits (1, 0) and (0, 1)."""
         a, b = self.alpha, self.beta
         if a == 0 and b == 0:
             return 0.5 * log_ratio(log_p_NV, log_q_NV).square().sum(-1)
@@ -276,14 +306,14 @@ class AlphaBeta:
         mixed_NV = (a * log_p_NV + b * log_q_NV).exp()
         p_NV, q_NV = ((a + b) * log_p_NV).exp(), ((a + b) * log_q_NV).exp()
         far_NV = (a * p_NV + b * q_NV) / (a + b) - mixed_NV
-        # Where P is close to Q the three cancel: the same with P^α Q^β taken out, which is exact for small log-ratios.
+        # If P is close to Q, the three terms cancel. With P^α Q^β factored out the sum is exact for small log-ratios.
         is_near_NV, r_NV = _near(log_p_NV, log_q_NV, 1.0)
         near_NV = mixed_NV * (a * torch.expm1(b * r_NV) + b * torch.expm1(-a * r_NV)) / (a + b)
         return torch.where(is_near_NV, near_NV, far_NV).sum(-1) / (a * b)
 
 
 def _one_power(power: float, log_a_NV: Tensor, log_b_NV: Tensor) -> Tensor:
-    """1/c² Σ [A^c log(A^c / B^c) − A^c + B^c]: the limit of the family where the other power is 0."""
+    """1/c² Σ [A^c log(A^c / B^c) − A^c + B^c]: the limit of the family as the other power goes to 0."""
     a_NV, b_NV = (power * log_a_NV).exp(), (power * log_b_NV).exp()
     difference_NV = (log_a_NV - log_b_NV).masked_fill(a_NV == 0, 0.0)
     far_NV = a_NV * power * difference_NV - a_NV + b_NV
@@ -293,21 +323,29 @@ def _one_power(power: float, log_a_NV: Tensor, log_b_NV: Tensor) -> Tensor:
 
 
 def _near(log_a_NV: Tensor, log_b_NV: Tensor, bound: float) -> tuple[Tensor, Tensor]:
-    """Where |log A − log B| < bound, and the log-ratio there, 0 elsewhere (so that no unused branch overflows)."""
+    """The mask |log A − log B| < bound, and the log-ratio inside it; 0 outside, so that the unused branch is finite."""
     ratio_NV = log_a_NV - log_b_NV
     is_near_NV = ratio_NV.abs() < bound
     return is_near_NV, ratio_NV.masked_fill(~is_near_NV, 0.0)
 
 
 @final
-class LogitMSE:
-    """The mean over the vocabulary of the squared centred logit difference: Var(z_target − z_student)."""
+class LogitMSE(Divergence):
+    """Var_v(z_target − z_student): the mean over the vocabulary of the squared centred logit difference.
+
+    The limit of 2τ² · KL as τ grows (Kim et al., arXiv 2105.08919, compare the two).
+    """
 
     name = "logit_mse"
 
+    @property
+    def whole_vocabulary_reasons(self) -> tuple[str, ...]:
+        """Every token has the same weight."""
+        return self._weighs_all_alike()
+
     def __call__(self, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
-        """[N], squared logits and no nats."""
+        """[N]; squared logits, not nats."""
         difference_NV = log_ratio(log_p_NV, log_q_NV)
         centred_NV = difference_NV - difference_NV.mean(-1, keepdim=True)
-        # Of an infinite difference the variance is infinite; ∞ − ∞ would make it NaN.
+        # If a difference is infinite, so is the variance; ∞ − ∞ would make it NaN.
         return centred_NV.square().mean(-1).masked_fill(difference_NV.isinf().any(-1), math.inf)

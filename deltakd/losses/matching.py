@@ -1,14 +1,15 @@
 """Delta matching: losses that compare the student's own shift with the teacher's (DESIGN 3.4).
 
-The paper (arXiv 2509.14526) speaks of parallel variants and prints no formula that we could obtain: these are our
-reconstructions.
+The paper (arXiv 2509.14526) names parallel variants, but we could not obtain their formulas: these are our
+reconstructions. They have no kernel of their own; autograd differentiates them chunk by chunk.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Protocol, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -16,55 +17,63 @@ from torch import Tensor
 from deltakd.losses.distillation import divergence_to
 from deltakd.losses.divergences import Divergence, kl
 from deltakd.losses.mixing import LabelMixture, tempered
-from deltakd.losses.schedules import at_least, is_zero, make_schedule, moving
-from deltakd.losses.targets import Weight, teacher_target
+from deltakd.losses.schedules import ScheduleSetting, at_least, is_zero, make_schedule, moving
+from deltakd.losses.targets import teacher_target
 from deltakd.losses.treatments import Treatment, difference, log_probs_of, ruled_out
-from deltakd.types import STUDENT, STUDENT_RAW, TEACHER, TEACHER_RAW, Schedule
+from deltakd.types import STUDENT, STUDENT_RAW, TEACHER, TEACHER_RAW, Schedule, require_kind
 
-#: Without a mask nearly all of the mass of a normalised ratio sits on tokens that no model would say.
+#: Without a mask, nearly all mass of a normalised ratio is on tokens that no model would say.
 PLAUSIBLE = Treatment(mask=0.1)
 
 
-class Matching(Protocol):
-    """How far the student's shift is from the teacher's."""
+class Matching(ABC):
+    """How far the student's shift is from the teacher's.
 
+    To write your own, subclass it: ``name``, ``requires`` and ``__call__``.
+    """
+
+    #: The name under which its values are logged.
     name: str
 
     @property
+    @abstractmethod
     def requires(self) -> frozenset[str]:
         """The references that it reads."""
-        ...
+
+    @abstractmethod
+    def __call__(self, logits: Mapping[str, Tensor], log_student_NV: Tensor, temperature: float) -> Tensor:
+        """[N] from role -> [N, V] logits and the student's log-probs at τ = 1."""
 
     @property
     def schedules(self) -> Mapping[str, Schedule]:
-        """What in it changes with training."""
-        ...
+        """The numbers that change with training, by name."""
+        return {}
 
-    def __call__(self, logits: Mapping[str, Tensor], log_student_NV: Tensor, temperature: float) -> Tensor:
-        """[N] from role -> [N, V] logits and the student's log-probs at τ = 1."""
-        ...
+    def whole_vocabulary_reasons(self, temperature: float) -> tuple[str, ...]:
+        """As for ``Loss``, at the temperature of the loss."""
+        return ()
 
 
 def _left_out(
     roles: Iterable[str], logits: Mapping[str, Tensor], treatment: Treatment, log_probs: Mapping[str, Tensor]
 ) -> Tensor:
-    """[N, V] bool: the tokens outside the support, ruled out by a role or implausible under the mask."""
+    """[N, V] bool, True for tokens outside the support: ruled out by a role, or implausible under the mask."""
     left_out_NV = ruled_out(roles, logits)
     implausible_NV = treatment.implausible(log_probs)
     return left_out_NV if implausible_NV is None else left_out_NV | implausible_NV
 
 
 @final
-class RatioMatching:
-    """KL( N[p_to / p_from] ‖ N[π_θ / p_over] ), both sides normalised over the same plausible tokens.
+class RatioMatching(Matching):
+    """KL( N[p_to / p_from] ‖ N[π_θ / p_over] ), both sides normalised over the same plausible tokens (DESIGN 3.4).
 
-    ``parallel_ratio`` is teacher / teacher_raw against student / student_raw, ``parallel_cross`` is student_raw /
-    teacher_raw against student / teacher. τ divides both log-ratios.
+    ``parallel_ratio`` compares teacher / teacher_raw with student / student_raw, ``parallel_cross`` compares
+    student_raw / teacher_raw with student / teacher. τ divides both log-ratios.
 
     Args:
         to, origin: the roles of the target's ratio.
-        over: the role that the student is divided by.
-        treatment: of the target's shift. Its mask restricts the support of both sides; without a mask some 99.8 % of
+        over: the role by which the student is divided.
+        treatment: of the target's shift. Its mask restricts the support of both sides; without a mask about 99.8 % of
             the target's mass is on the tail of a real vocabulary.
     """
 
@@ -85,10 +94,9 @@ class RatioMatching:
         """The three roles, and those of the treatment."""
         return frozenset({self.to, self.origin, self.over}) | self.treatment.requires
 
-    @property
-    def schedules(self) -> Mapping[str, Schedule]:
-        """Nothing changes."""
-        return {}
+    def whole_vocabulary_reasons(self, temperature: float) -> tuple[str, ...]:
+        """A ratio weighs every plausible token, likely or not."""
+        return ("a ratio of two models is compared on plausible tokens one by one",)
 
     def __call__(self, logits: Mapping[str, Tensor], log_student_NV: Tensor, temperature: float) -> Tensor:
         """[N] nats."""
@@ -96,7 +104,7 @@ class RatioMatching:
         with torch.no_grad():
             left_out_NV = _left_out((self.to, self.origin, self.over), logits, self.treatment, log_probs)
             shift_NV = self.treatment(difference(log_probs[self.to], log_probs[self.origin]), log_probs)
-            # Where no token is left there is nothing to match: two uniform distributions, and no gradient.
+            # If no token is left there is nothing to match: two uniform distributions, and no gradient.
             nothing_N1 = left_out_NV.all(-1, keepdim=True)
             shift_NV = shift_NV.masked_fill(left_out_NV, -math.inf).masked_fill(nothing_N1, 0.0)
             target_NV = tempered(shift_NV, temperature)
@@ -106,20 +114,20 @@ class RatioMatching:
 
 
 @final
-class LogitMatching:
+class LogitMatching(Matching):
     """Var_w(d / τ), d = (log π_θ − log π_s0) − β (log π_t − log π_t0), the variance over the vocabulary (DESIGN 3.4).
 
-    It is bounded below by 0, where the student's shift is β times the teacher's up to a constant.
+    It is at least 0, and 0 if the student's shift is β times the teacher's up to a constant.
 
     Args:
-        weighting: under whose probabilities (τ = 1, detached): ``teacher``, ``student``, ``student_raw`` or
+        weighting: whose probabilities w are (at τ = 1, detached): ``teacher``, ``student``, ``student_raw``, or
             ``uniform``.
-        beta: β.
-        beta_name: config key of β, and the name under which it is logged where it changes.
+        beta: β. It is the delta weight in ``parallel_logit``, and a number of its own in ``kd_plus_delta``.
+        beta_name: the config key of β, and the name under which it is logged if it changes.
         treatment: of the teacher's shift; its mask leaves implausible tokens out of the variance.
 
     Raises:
-        ValueError: unknown weighting, or β is not finite.
+        ValueError: the weighting is unknown, or β is not finite.
     """
 
     name = "logit_variance"
@@ -128,7 +136,7 @@ class LogitMatching:
     def __init__(
         self,
         weighting: str = TEACHER,
-        beta: Weight = 1.0,
+        beta: ScheduleSetting = 1.0,
         beta_name: str = "loss.matching.beta",
         treatment: Treatment | None = None,
     ) -> None:
@@ -146,8 +154,18 @@ class LogitMatching:
 
     @property
     def schedules(self) -> Mapping[str, Schedule]:
-        """β, where it changes."""
+        """β, if it changes."""
         return moving(**{self._beta_name: self._beta})
+
+    def whole_vocabulary_reasons(self, temperature: float) -> tuple[str, ...]:
+        """A uniform weighting and a treatment need every token; the formula's log-probs are at τ = 1."""
+        uniform = "a logit matching with weighting=uniform weighs all tokens of the vocabulary alike"
+        tempered_probs = f"a logit matching needs log-probs at temperature 1, and loss.temperature is {temperature:g}"
+        return (
+            *([uniform] if self.weighting == "uniform" else []),
+            *([tempered_probs] if temperature != 1.0 else []),
+            *self.treatment.whole_vocabulary_reasons,
+        )
 
     def __call__(self, logits: Mapping[str, Tensor], log_student_NV: Tensor, temperature: float) -> Tensor:
         """[N] squared nats."""
@@ -156,7 +174,7 @@ class LogitMatching:
             shift_NV = self.treatment(difference(log_probs[TEACHER], log_probs[TEACHER_RAW]), log_probs)
             left_out_NV = _left_out(self.requires, logits, self.treatment, log_probs)
             weight_NV = self._weights(log_probs, log_student_NV).masked_fill(left_out_NV, -math.inf)
-            # Where no token is left, every difference below is 0 under any weights.
+            # If no token is left, every difference below is 0 whatever the weights.
             weight_NV = weight_NV.masked_fill(left_out_NV.all(-1, keepdim=True), 0.0).softmax(-1)
             wanted_NV = log_probs[STUDENT_RAW] + self._beta.value * shift_NV
         d_NV = ((log_student_NV - wanted_NV) / temperature).masked_fill(left_out_NV, 0.0)
@@ -171,11 +189,14 @@ class LogitMatching:
 
 @final
 class DeltaMatching(LabelMixture):
-    """λ · CE(labels) + (1 − λ) · matching, per token.
+    """λ · CE(labels) + (1 − λ) · matching, per token (DESIGN 3.4; our reconstructions).
 
     Args:
-        matching: what the student's shift is held against.
+        matching: how the student's shift is compared.
         temperature, ce_weight, temperature_squared: as for ``LabelMixture``.
+
+    Raises:
+        ValueError: ``matching`` is no Matching, or a number is out of range.
     """
 
     def __init__(
@@ -186,6 +207,7 @@ class DeltaMatching(LabelMixture):
         temperature_squared: bool = False,
     ) -> None:
         super().__init__(temperature, ce_weight, temperature_squared)
+        require_kind(matching, Matching, "loss.matching")
         self.matching = matching
 
     @property
@@ -197,6 +219,11 @@ class DeltaMatching(LabelMixture):
     def schedules(self) -> Mapping[str, Schedule]:
         """Those of the matching."""
         return self.matching.schedules
+
+    @property
+    def term_whole_vocabulary_reasons(self) -> tuple[str, ...]:
+        """Those of the matching."""
+        return self.matching.whole_vocabulary_reasons(self.temperature)
 
     def term(self, logits: Mapping[str, Tensor], log_student_NV: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The matching: [N], under its name."""
@@ -210,43 +237,51 @@ class DistillationPlusMatching(LabelMixture):
 
     Args:
         divergence: D.
-        matching: what is added to it.
-        gamma: γ ≥ 0, the delta weight.
+        matching: what is added to D.
+        delta_weight: γ ≥ 0.
         temperature, ce_weight, temperature_squared: as for ``LabelMixture``.
 
     Raises:
-        ValueError: γ is negative at some time, or not finite.
+        ValueError: γ is not finite or becomes negative, or a part is not of its base class.
     """
 
     def __init__(
         self,
         divergence: Divergence,
         matching: Matching,
-        gamma: Weight = 1.0,
+        delta_weight: ScheduleSetting = 1.0,
         temperature: float = 1.0,
         ce_weight: float = 0.5,
         temperature_squared: bool = False,
     ) -> None:
         super().__init__(temperature, ce_weight, temperature_squared)
-        self._gamma = at_least(0.0, make_schedule(gamma, "delta_weight"), "delta_weight")
+        require_kind(divergence, Divergence, "loss.divergence")
+        require_kind(matching, Matching, "loss.matching")
+        self._delta_weight = at_least(0.0, make_schedule(delta_weight, "delta_weight"), "delta_weight")
         self.divergence = divergence
         self.matching = matching
 
     @property
     def term_requires(self) -> frozenset[str]:
-        """The teacher; the others only where γ is not constantly 0."""
-        return frozenset({TEACHER}) | (frozenset() if is_zero(self._gamma) else self.matching.requires)
+        """The teacher; those of the matching unless γ is always 0."""
+        return frozenset({TEACHER}) | (frozenset() if is_zero(self._delta_weight) else self.matching.requires)
 
     @property
     def schedules(self) -> Mapping[str, Schedule]:
-        """γ, where it changes, and those of the matching."""
-        return {**self.matching.schedules, **moving(delta_weight=self._gamma)}
+        """γ, if it changes, and those of the matching."""
+        return {**self.matching.schedules, **moving(delta_weight=self._delta_weight)}
+
+    @property
+    def term_whole_vocabulary_reasons(self) -> tuple[str, ...]:
+        """Those of the divergence; those of the matching unless γ is always 0."""
+        matching = () if is_zero(self._delta_weight) else self.matching.whole_vocabulary_reasons(self.temperature)
+        return self.divergence.whole_vocabulary_reasons + matching
 
     def term(self, logits: Mapping[str, Tensor], log_student_NV: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """D + γ · matching: [N]; both by name."""
         divergence_N = divergence_to(teacher_target(), self.divergence, self.temperature, logits, log_student_NV)
         parts = {self.divergence.name: divergence_N}
-        if is_zero(self._gamma):
+        if is_zero(self._delta_weight):
             return divergence_N, parts
         matching_N = self.matching(logits, log_student_NV, self.temperature)
-        return divergence_N + self._gamma.value * matching_N, parts | {self.matching.name: matching_N}
+        return divergence_N + self._delta_weight.value * matching_N, parts | {self.matching.name: matching_N}

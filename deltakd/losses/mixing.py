@@ -1,27 +1,27 @@
-"""What all distillation losses share: cross-entropy of the labels mixed with a term of their own."""
+"""The base of all distillation losses: cross-entropy of the labels, mixed with a term of the loss's own."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import final
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from deltakd.types import STUDENT, LinearForwardKL, LossOutput, Schedule, at_least_float32
+from deltakd.types import STUDENT, LinearForwardKL, Loss, LossOutput, at_least_float32
 
 
-class LabelMixture(ABC):
+class LabelMixture(Loss):
     """λ · CE(labels) + (1 − λ) · term, per token (arXiv 2509.14526; DESIGN 3.1). CE is always at τ = 1.
 
     Args:
         temperature: τ > 0, of the term.
-        ce_weight: λ in [0, 1]. At 1 the term is not computed and no reference is read: that is SFT.
-        temperature_squared: multiply the term by τ², which keeps its gradient's size as τ grows.
+        ce_weight: λ in [0, 1]. At 1 the term is not computed and no reference is read: the loss is then SFT.
+        temperature_squared: multiply the term by τ², which keeps the size of its gradient as τ grows.
 
     Raises:
-        ValueError: temperature or ce_weight out of range.
+        ValueError: temperature or ce_weight is out of range.
     """
 
     def __init__(self, temperature: float = 1.0, ce_weight: float = 0.5, temperature_squared: bool = False) -> None:
@@ -42,13 +42,13 @@ class LabelMixture(ABC):
         """The references that the term reads."""
 
     @property
-    @abstractmethod
-    def schedules(self) -> Mapping[str, Schedule]:
-        """What in the term changes with training, by the name under which it is logged."""
+    def term_whole_vocabulary_reasons(self) -> tuple[str, ...]:
+        """``whole_vocabulary_reasons`` of the term."""
+        return ()
 
     @abstractmethod
     def term(self, logits: Mapping[str, Tensor], log_student_NV: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The term without λ and τ².
+        """Compute the term, without λ and τ².
 
         Args:
             logits: role -> [N, V].
@@ -59,17 +59,23 @@ class LabelMixture(ABC):
         """
 
     @property
-    def linear_forward_kl(self) -> LinearForwardKL | None:
-        """The same loss in a form that a kernel computes by hand, where it has one (at λ = 1 every loss has)."""
-        return LinearForwardKL({}, 1.0, 1.0) if self.ce_weight == 1.0 else self._linear_term()
+    def fused_form(self) -> LinearForwardKL | None:
+        """The form that a kernel computes by hand, if the term has one; at λ = 1 every loss has one."""
+        return LinearForwardKL({}, 1.0, 1.0) if self.ce_weight == 1.0 else self._fused_term()
 
-    def _linear_term(self) -> LinearForwardKL | None:
+    def _fused_term(self) -> LinearForwardKL | None:
         return None
 
     @property
     @final
+    def whole_vocabulary_reasons(self) -> tuple[str, ...]:
+        """Those of the term; none if λ = 1."""
+        return () if self.ce_weight == 1.0 else self.term_whole_vocabulary_reasons
+
+    @property
+    @final
     def requires(self) -> frozenset[str]:
-        """The references that the loss reads; none where λ = 1."""
+        """The references that the loss reads; none if λ = 1."""
         return frozenset() if self.ce_weight == 1.0 else self.term_requires
 
     @final
@@ -78,7 +84,7 @@ class LabelMixture(ABC):
 
         Args:
             logits: role -> [N, V] float, for ``student`` and every role in ``requires``. A mapping over a reduced
-                vocabulary at τ has the method ``cross_entropy(labels)`` -> [N] nats, since CE is at τ = 1.
+                vocabulary at τ also has a method ``cross_entropy(labels)`` -> [N] nats, because CE is at τ = 1.
             labels: [N] int64.
 
         Returns:
@@ -99,7 +105,7 @@ class LabelMixture(ABC):
 
 
 def tempered_student(log_student_NV: Tensor, temperature: float) -> Tensor:
-    """The student's log-probs at τ from those at τ = 1, which at τ = 1 are normalised already: [N, V]."""
+    """The student's log-probs at τ from those at τ = 1: [N, V]. At τ = 1 they are already normalised."""
     return log_student_NV if temperature == 1.0 else tempered(log_student_NV, temperature)
 
 

@@ -1,7 +1,7 @@
 """Several distributions at once: the Parallelogram Loss and its signed relative (DESIGN 3.4).
 
-The paper (arXiv 2509.14526) names a Parallelogram Loss and prints no formula that we could obtain: both are our
-reconstructions.
+The paper (arXiv 2509.14526) names a Parallelogram Loss, but we could not obtain its formula: both are our
+reconstructions. They have no kernel of their own; autograd differentiates them chunk by chunk.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from torch import Tensor
 from deltakd.losses.distillation import divergence_to
 from deltakd.losses.divergences import Divergence, kl
 from deltakd.losses.mixing import LabelMixture, tempered, tempered_student
-from deltakd.losses.schedules import is_zero, make_schedule, moving
-from deltakd.losses.targets import ShiftedTarget, Weight, delta_target, shift_target
+from deltakd.losses.schedules import ScheduleSetting, is_zero, make_schedule, moving
+from deltakd.losses.targets import ShiftedTarget, delta_target, shift_target
 from deltakd.losses.treatments import NO_TREATMENT, Treatment
-from deltakd.types import STUDENT_RAW, TEACHER, TEACHER_RAW, Schedule
+from deltakd.types import STUDENT_RAW, TEACHER, TEACHER_RAW, Schedule, require_kind
 
 
 @final
 class Parallelogram(LabelMixture):
     """λ · CE + (1 − λ) · Σ_i w_i · D(corner_i, student): the Parallelogram Loss.
 
-    The corners are the teacher, the raw student, the delta target and the shift target (DESIGN 3.4). With w ≥ 0 it is
-    as safe as its divergence.
+    The corners are the teacher, the raw student, the delta target and the shift target (DESIGN 3.4). Since w ≥ 0, the
+    loss is bounded below whenever its divergence is.
 
     Args:
-        weights: corner (``teacher``, ``student_raw``, ``delta``, ``shift``) -> w; they are divided by their sum, and a
+        weights: corner (``teacher``, ``student_raw``, ``delta``, ``shift``) -> w. They are divided by their sum; a
             corner of weight 0 is not read.
         divergence: D.
         delta_weight: α of the delta target and β of the shift target.
@@ -38,20 +38,21 @@ class Parallelogram(LabelMixture):
         temperature, ce_weight, temperature_squared: as for ``LabelMixture``.
 
     Raises:
-        ValueError: an unknown corner, a negative weight, or weights that add up to 0.
+        ValueError: a corner is unknown, a weight is negative, the weights sum to 0, or ``divergence`` is no Divergence.
     """
 
     def __init__(
         self,
         weights: Mapping[str, float],
         divergence: Divergence,
-        delta_weight: Weight = 1.0,
+        delta_weight: ScheduleSetting = 1.0,
         treatment: Treatment = NO_TREATMENT,
         temperature: float = 1.0,
         ce_weight: float = 0.5,
         temperature_squared: bool = False,
     ) -> None:
         super().__init__(temperature, ce_weight, temperature_squared)
+        require_kind(divergence, Divergence, "loss.divergence")
         self._delta_weight = make_schedule(delta_weight, "delta_weight")
         corners = {
             "teacher": ShiftedTarget(TEACHER),
@@ -69,8 +70,14 @@ class Parallelogram(LabelMixture):
 
     @property
     def schedules(self) -> Mapping[str, Schedule]:
-        """The delta weight, where it changes."""
+        """The delta weight, if it changes."""
         return moving(delta_weight=self._delta_weight)
+
+    @property
+    def term_whole_vocabulary_reasons(self) -> tuple[str, ...]:
+        """Those of the divergence and of the corners."""
+        corners = (reason for _, target in self.corners.values() for reason in target.whole_vocabulary_reasons)
+        return (*self.divergence.whole_vocabulary_reasons, *corners)
 
     def term(self, logits: Mapping[str, Tensor], log_student_NV: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Σ w D: [N]; each D under ``<divergence>_<corner>``."""
@@ -109,43 +116,43 @@ def _weighted(
 class SignedParallelogram(LabelMixture):
     """λ · CE + (1 − λ) · (KL(teacher ‖ π) + α [KL(raw student ‖ π) − KL(raw teacher ‖ π)]), π the student.
 
-    Up to a constant that is the cross-entropy to the signed measure m = P_t + α (P_s0 − P_t0): where m < 0 the loss
-    falls without bound as π goes to 0. So negative mass is set to 0, m is normalised again, and the loss is KL(m ‖ π);
-    the formula as it stands is there on request.
+    Up to a constant this is the cross-entropy to the signed measure m = P_t + α (P_s0 − P_t0): on tokens with m < 0 the
+    loss falls without bound as π goes to 0. Therefore negative mass is set to 0, m is normalised again, and the loss is
+    KL(m ‖ π), unless ``unsafe`` asks for the formula as it stands.
 
     Args:
-        alpha: α, the delta weight.
-        unsafe: the formula as it stands, unbounded below.
+        delta_weight: α.
+        unsafe: use the formula as it stands, which is unbounded below.
         temperature, ce_weight, temperature_squared: as for ``LabelMixture``.
     """
 
     def __init__(
         self,
-        alpha: Weight = 1.0,
+        delta_weight: ScheduleSetting = 1.0,
         unsafe: bool = False,
         temperature: float = 1.0,
         ce_weight: float = 0.5,
         temperature_squared: bool = False,
     ) -> None:
         super().__init__(temperature, ce_weight, temperature_squared)
-        self._alpha = make_schedule(alpha, "delta_weight")
+        self._delta_weight = make_schedule(delta_weight, "delta_weight")
         self.unsafe = unsafe
 
     @property
     def term_requires(self) -> frozenset[str]:
-        """The teacher; the raw models only where α is not constantly 0."""
-        return frozenset({TEACHER} if is_zero(self._alpha) else {TEACHER, STUDENT_RAW, TEACHER_RAW})
+        """The teacher; the raw models unless α is always 0."""
+        return frozenset({TEACHER} if is_zero(self._delta_weight) else {TEACHER, STUDENT_RAW, TEACHER_RAW})
 
     @property
     def schedules(self) -> Mapping[str, Schedule]:
-        """α, where it changes."""
-        return moving(delta_weight=self._alpha)
+        """α, if it changes."""
+        return moving(delta_weight=self._delta_weight)
 
     def term(self, logits: Mapping[str, Tensor], log_student_NV: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """[N] nats, as ``signed_kl``."""
         log_q_NV = tempered_student(log_student_NV, self.temperature)
-        alpha = self._alpha.value
-        factors = {TEACHER: 1.0} | ({STUDENT_RAW: alpha, TEACHER_RAW: -alpha} if alpha else {})
+        weight = self._delta_weight.value
+        factors = {TEACHER: 1.0} | ({STUDENT_RAW: weight, TEACHER_RAW: -weight} if weight else {})
         log_p = {role: tempered(ShiftedTarget(role)(logits), self.temperature) for role in factors}
         if self.unsafe:
             value_N = torch.stack([factor * kl(log_p[role], log_q_NV) for role, factor in factors.items()]).sum(0)
@@ -156,7 +163,7 @@ class SignedParallelogram(LabelMixture):
 
 @torch.no_grad()
 def _positive_part(factors: Mapping[str, float], log_p: Mapping[str, Tensor]) -> Tensor:
-    """log of max(0, Σ factor · P), normalised over the vocabulary: [N, V]. Σ factor is 1, so the sum is at least 1."""
+    """log of max(0, Σ factor · P), normalised over the vocabulary: [N, V]. Σ factor = 1, so the mass is at least 1."""
     if len(factors) == 1:
         (log_only_NV,) = log_p.values()
         return log_only_NV

@@ -1,4 +1,4 @@
-"""Numbers inside a loss that change with training: the delta weight, and TAID's interpolation."""
+"""Numbers inside a loss that change with training: the delta weight and TAID's interpolation."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from typing import Any, final
 
 from deltakd.types import Progress, Schedule
+
+#: A number that may change with training, as the config gives it: a number, or {schedule, from, to, steps}.
+ScheduleSetting = float | Mapping[str, Any] | Schedule
 
 _SHAPES = ("constant", "linear", "cosine")
 _KEYS = ("schedule", "from", "to", "steps")
@@ -28,31 +31,31 @@ class Constant:
         self.value = _finite(value, name)
 
     def on_step(self, progress: Progress, reduced_loss: float) -> None:
-        """Nothing moves."""
+        """Nothing to move."""
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing to keep."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to take back."""
+        """Nothing to restore."""
 
 
 @final
 class Ramp:
-    """From one number to another, along a line or half a cosine, then the latter for good.
+    """From one number to another along a line or half a cosine; then it stays there.
 
-    The optimiser step of index k (from 0) uses the value at k / steps.
+    Optimiser step k (from 0) uses the value at k / steps of the way.
 
     Args:
         shape: ``linear`` or ``cosine``.
-        start: the value of the first optimiser step.
+        start: the value in the first optimiser step.
         end: the value from optimiser step ``steps`` on.
-        steps: optimiser steps of the way; None: the whole run.
+        steps: how many optimiser steps the way takes; None: the whole run.
         name: the config key, for messages.
 
     Raises:
-        ValueError: everything that is wrong with it.
+        ValueError: a number is not finite, or ``steps`` is not a whole number from 1.
     """
 
     def __init__(self, shape: str, start: float, end: float, steps: int | None, name: str) -> None:
@@ -64,11 +67,11 @@ class Ramp:
         self.value = self.start
 
     def on_step(self, progress: Progress, reduced_loss: float) -> None:
-        """Go on to the value of the coming step."""
+        """Move to the value of the coming step."""
         way = min(1.0, progress.step / (self._steps or progress.total_steps))
         if self._cosine:
             way = (1 - math.cos(math.pi * way)) / 2
-        # At the end exactly ``to``: start + 1 · (end − start) may differ from it by rounding.
+        # The end is exact: start + 1 · (end − start) may differ from it by rounding.
         self.value = self.end if way == 1.0 else self.start + way * (self.end - self.start)
 
     def state_dict(self) -> dict[str, Any]:
@@ -76,26 +79,26 @@ class Ramp:
         return {"value": self.value}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Continue from there."""
         self.value = state["value"]
 
 
 @final
 class AdaptiveInterpolation:
-    """TAID's u: from ``start`` to ``end``, never slower than a line, faster while the loss falls.
+    """TAID's u: from ``start`` to ``end``, never slower than a straight line, faster while the loss falls.
 
     With J the loss of an optimiser step: m ← βm + (1 − β)(J_before − J)/J_before, and
-    u ← min(end, max(line, u + rate · σ(m) · (1 − u))) (arXiv 2501.16937, algorithm 1). J is here the whole reduced
-    loss, with its cross-entropy.
+    u ← min(end, max(line, u + rate · σ(m) · (1 − u))) (arXiv 2501.16937, algorithm 1). Here J is the whole reduced
+    loss, cross-entropy included.
 
     Args:
         start: u of the first step, in [0, 1).
         end: the largest u, in (start, 1].
-        rate: the paper's α, the size of a step, in [0, 1].
+        rate: the paper's α, the step size, in [0, 1].
         momentum: the paper's β, in [0, 1).
 
     Raises:
-        ValueError: everything that is out of range.
+        ValueError: a setting is out of range; all of them are named.
     """
 
     def __init__(self, start: float = 0.4, end: float = 1.0, rate: float = 5e-4, momentum: float = 0.99) -> None:
@@ -128,25 +131,25 @@ class AdaptiveInterpolation:
         self.value = min(self._end, max(line, self.value + step))
 
     def state_dict(self) -> dict[str, Any]:
-        """u, the momentum, and the loss before."""
+        """u, the momentum, and the loss of the step before."""
         return {"value": self.value, "momentum": self._momentum, "loss_before": self._loss_before}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Continue from there."""
         self.value = state["value"]
         self._momentum = state["momentum"]
         self._loss_before = state["loss_before"]
 
 
-def make_schedule(setting: float | Mapping[str, Any] | Schedule, name: str) -> Schedule:
-    """A number, or ``{schedule: linear, from: 0, to: 1, steps: 500}``, as a schedule.
+def make_schedule(setting: ScheduleSetting, name: str) -> Schedule:
+    """Make a schedule of a number, or of ``{schedule: linear, from: 0, to: 1, steps: 500}``.
 
     Args:
-        setting: what the config says.
+        setting: what the config gives.
         name: its config key, for messages.
 
     Raises:
-        ValueError: unknown or missing keys, numbers that are not finite.
+        ValueError: a key is unknown or missing, or a number is not finite.
     """
     if isinstance(setting, Schedule):
         return setting
@@ -171,10 +174,10 @@ def make_schedule(setting: float | Mapping[str, Any] | Schedule, name: str) -> S
 
 
 def at_least(minimum: float, schedule: Schedule, name: str) -> Schedule:
-    """The schedule, if it never falls below ``minimum``.
+    """Return the schedule, which must never fall below ``minimum``.
 
     Raises:
-        ValueError: it does.
+        ValueError: it does fall below.
     """
     ends = (schedule.start, schedule.end) if isinstance(schedule, Ramp) else (schedule.value,)
     if min(ends) < minimum:
@@ -183,12 +186,12 @@ def at_least(minimum: float, schedule: Schedule, name: str) -> Schedule:
 
 
 def is_zero(schedule: Schedule) -> bool:
-    """Whether it is 0 for the whole run."""
+    """True if it is 0 for the whole run."""
     return isinstance(schedule, Constant) and schedule.value == 0.0
 
 
 def moving(**schedules: Schedule) -> dict[str, Schedule]:
-    """Those that are not constant, by name: the ``schedules`` of a loss."""
+    """The schedules that are not constant, by name; these are what a loss reports as ``schedules``."""
     return {name: schedule for name, schedule in schedules.items() if not isinstance(schedule, Constant)}
 
 

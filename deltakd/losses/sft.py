@@ -1,4 +1,4 @@
-"""Supervised fine-tuning, which is also plain pre-training where every token is a label."""
+"""Supervised fine-tuning; if every token is a label, this is plain pre-training."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import final
 import torch.nn.functional as F
 from torch import Tensor
 
-from deltakd.types import STUDENT, LinearForwardKL, LossOutput, at_least_float32
+from deltakd.types import STUDENT, LinearForwardKL, Loss, LossOutput, at_least_float32
 
 
 def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
@@ -22,11 +22,23 @@ def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
 
 
 @final
-class SupervisedFineTuning:
-    """Cross-entropy of the labels under the student; reads no reference."""
+class SupervisedFineTuning(Loss):
+    """Cross-entropy of the labels under the student, −log softmax(z_s)[label]; reads no reference.
 
-    requires: frozenset[str] = frozenset()
-    linear_forward_kl = LinearForwardKL({}, temperature=1.0, ce_weight=1.0)
+    In training ``deltakd.kernels.fused.fused_chunk`` computes it, value and gradient by hand, unless the student's
+    head is soft-capped. ``tests/kernels/test_chunked.py`` shows that the two agree, values and gradients
+    (``test_values_and_gradients``).
+    """
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """Nothing."""
+        return frozenset()
+
+    @property
+    def fused_form(self) -> LinearForwardKL:
+        """λ = 1."""
+        return LinearForwardKL({}, temperature=1.0, ce_weight=1.0)
 
     def __call__(self, logits: Mapping[str, Tensor], labels: Tensor) -> LossOutput:
         """Score N tokens.

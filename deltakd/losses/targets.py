@@ -1,19 +1,20 @@
 """Targets: the distribution that the student should match, as logits (DESIGN 3.2).
 
-Every target is a base distribution plus weighted shifts, z = z_base + Σ weight · (z_to − z_from): one class, and one
-function for each that has a name of its own.
+Every target here is a base distribution plus weighted shifts, z = z_base + Σ weight · (z_to − z_from): one class, and
+one function per target that has a name of its own.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, final
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
 
-from deltakd.losses.schedules import AdaptiveInterpolation, Constant, is_zero, make_schedule, moving
+from deltakd.losses.schedules import AdaptiveInterpolation, Constant, ScheduleSetting, is_zero, make_schedule, moving
 from deltakd.losses.treatments import NO_TREATMENT, Treatment, difference, log_probs_of, ruled_out
 from deltakd.types import (
     STUDENT,
@@ -26,35 +27,42 @@ from deltakd.types import (
     teacher_pair,
 )
 
-#: A delta weight as the config gives it: a number, or {schedule, from, to, steps}.
-Weight = float | Mapping[str, Any] | Schedule
 
-
-class Target(Protocol):
-    """Turns logits by role into target logits."""
+class Target(ABC):
+    """Turns logits by role into target logits. To write your own, subclass it: ``requires`` and ``__call__``."""
 
     @property
+    @abstractmethod
     def requires(self) -> frozenset[str]:
         """The references whose logits it reads."""
-        ...
+
+    @abstractmethod
+    def __call__(self, logits: Mapping[str, Tensor]) -> Tensor:
+        """[N, V] target logits at τ = 1, at least float32, detached."""
 
     @property
     def schedules(self) -> Mapping[str, Schedule]:
-        """What in it changes with training, by the name under which it is logged."""
-        ...
+        """The numbers that change with training, by the name under which they are logged."""
+        return {}
 
-    def __call__(self, logits: Mapping[str, Tensor]) -> Tensor:
-        """[N, V] target logits at τ = 1, at least float32, detached."""
-        ...
+    @property
+    def coefficients(self) -> Mapping[str, float] | None:
+        """Role -> factor on its logits, for the coming step; None if the target is not linear in the logits."""
+        return None
+
+    @property
+    def whole_vocabulary_reasons(self) -> tuple[str, ...]:
+        """As for ``Loss``."""
+        return ()
 
 
 class Shift(NamedTuple):
     """weight · factor · (z_to − z_from).
 
     Args:
-        weight: may change with training.
+        weight: a number that may change with training: the delta weight, or TAID's u.
         to, origin: roles.
-        factor: constant.
+        factor: a constant.
     """
 
     weight: Schedule
@@ -63,23 +71,28 @@ class Shift(NamedTuple):
     factor: float = 1.0
 
     @property
-    def amount(self) -> float:
+    def coefficient(self) -> float:
         """Weight times factor, now."""
         return self.weight.value * self.factor
 
 
 @final
-class ShiftedTarget:
+class ShiftedTarget(Target):
     """z = z_base + Σ weight · T(log p_to − log p_from), T the treatment.
 
-    A token that one of its models rules out (a logit of −inf) has no target mass. A shift whose weight is constantly 0
-    is not there: its models are not read.
+    A token that any of its models rules out (a logit of −inf) gets no target mass. A shift whose weight is always 0 is
+    dropped, and its models are not read.
+
+    This is the definition. Without a treatment the target is linear in the logits, and in training it is composed
+    inside the matrix products of the heads: by ``deltakd.kernels.fused.fused_chunk`` under forward KL, by
+    ``deltakd.types.HeadLogits.combined`` otherwise. ``tests/kernels/test_chunked.py`` shows that both agree with it
+    (``test_every_loss_by_name``, values and gradients; ``test_sums_of_heads``).
 
     Args:
         base: role; the student itself is read detached.
         shifts: the shifts.
-        treatment: of each shift; where it masks, the shifts are 0 on implausible tokens.
-        name: under which the weight is logged where it changes.
+        treatment: of each shift; its mask sets the shifts to 0 on implausible tokens.
+        name: the name under which the weight is logged if it changes.
     """
 
     def __init__(
@@ -104,28 +117,33 @@ class ShiftedTarget:
 
     @property
     def schedules(self) -> Mapping[str, Schedule]:
-        """The weight, where it changes: all shifts with a changing weight share it."""
+        """The weight, if it changes; all shifts with a changing weight share it."""
         return {k: v for s in self.shifts for k, v in moving(**{self._name: s.weight}).items()}
 
     @property
     def coefficients(self) -> dict[str, float] | None:
-        """Role -> factor on its logits (those with 0 left out) now; None where a treatment makes it not linear."""
+        """Role -> factor on its logits, zeros left out, for the coming step; None if a shift is treated."""
         if self.shifts and not self.treatment.is_off:
             return None
         total = {self.base: 1.0}
         for shift in self.shifts:
-            total[shift.to] = total.get(shift.to, 0.0) + shift.amount
-            total[shift.origin] = total.get(shift.origin, 0.0) - shift.amount
+            total[shift.to] = total.get(shift.to, 0.0) + shift.coefficient
+            total[shift.origin] = total.get(shift.origin, 0.0) - shift.coefficient
         return {role: factor for role, factor in total.items() if factor != 0.0}
+
+    @property
+    def whole_vocabulary_reasons(self) -> tuple[str, ...]:
+        """Those of the treatment, if there is a shift to treat."""
+        return self.treatment.whole_vocabulary_reasons if self.shifts else ()
 
     @torch.no_grad()
     def __call__(self, logits: Mapping[str, Tensor]) -> Tensor:
-        """[N, V] target logits at τ = 1; untreated they are a linear sum of the roles' raw logits.
+        """[N, V] target logits at τ = 1; without a treatment a linear sum of the roles' raw logits.
 
-        A constant per row in any model's logits changes no distribution, so raw logits then stand for log-probs.
+        A constant per row in a model's logits changes no distribution, so raw logits can then stand for log-probs.
 
         Raises:
-            ValueError: a role that it reads is missing.
+            ValueError: the logits of a role that it reads are missing.
         """
         missing = sorted(self.requires - set(logits))
         if missing:
@@ -140,7 +158,7 @@ class ShiftedTarget:
         shift_NV: Tensor | float = 0.0
         for shift in self.shifts:
             delta_NV = self.treatment(difference(log_probs[shift.to], log_probs[shift.origin]), log_probs)
-            shift_NV = shift_NV + shift.amount * delta_NV
+            shift_NV = shift_NV + shift.coefficient * delta_NV
         implausible_NV = self.treatment.implausible(log_probs)
         assert isinstance(shift_NV, Tensor)
         if implausible_NV is not None:
@@ -150,7 +168,7 @@ class ShiftedTarget:
 
 @torch.no_grad()
 def compose(coefficients: Mapping[str, float], logits: Mapping[str, Tensor]) -> Tensor:
-    """Σ coefficient · logits over the roles, detached: [N, V] in at least float32, −inf where one of them is."""
+    """Σ coefficient · logits over the roles, detached: [N, V], at least float32, −inf if any of them is."""
     if isinstance(logits, HeadLogits):
         return logits.combined(coefficients)
     (first, factor), *others = coefficients.items()
@@ -167,56 +185,61 @@ def teacher_target() -> ShiftedTarget:
     return ShiftedTarget(TEACHER)
 
 
-def delta_target(alpha: Weight = 1.0, treatment: Treatment = NO_TREATMENT) -> ShiftedTarget:
+def delta_target(delta_weight: ScheduleSetting = 1.0, treatment: Treatment = NO_TREATMENT) -> ShiftedTarget:
     """z_t + α (z_s0 − z_t0): the paper's target (arXiv 2509.14526; DESIGN 3.1).
 
     Args:
-        alpha: α, the delta weight. 0 is the teacher itself, and then no raw model is read; 1 is the raw student plus
-            the whole shift of the teacher's fine-tuning.
+        delta_weight: α. 0 is the teacher itself, and no raw model is read; 1 is the raw student plus the whole shift
+            of the teacher's fine-tuning.
         treatment: of log p_s0 − log p_t0.
     """
-    weight = make_schedule(alpha, "delta_weight")
+    weight = make_schedule(delta_weight, "delta_weight")
     return ShiftedTarget(TEACHER, [Shift(weight, STUDENT_RAW, TEACHER_RAW)], treatment)
 
 
-def shift_target(beta: Weight = 1.0, treatment: Treatment = NO_TREATMENT) -> ShiftedTarget:
+def shift_target(delta_weight: ScheduleSetting = 1.0, treatment: Treatment = NO_TREATMENT) -> ShiftedTarget:
     """z_s0 + β (z_t − z_t0): the teacher's shift on the raw student, as proxy-tuning decodes (arXiv 2401.08565).
 
     Args:
-        beta: β, the delta weight.
+        delta_weight: β.
         treatment: of log p_t − log p_t0.
     """
-    return ShiftedTarget(STUDENT_RAW, [Shift(make_schedule(beta, "delta_weight"), TEACHER, TEACHER_RAW)], treatment)
+    weight = make_schedule(delta_weight, "delta_weight")
+    return ShiftedTarget(STUDENT_RAW, [Shift(weight, TEACHER, TEACHER_RAW)], treatment)
 
 
-def bilinear_target(u: Weight = 1.0, v: float = 1.0, treatment: Treatment = NO_TREATMENT) -> ShiftedTarget:
+def bilinear_target(
+    delta_weight: ScheduleSetting = 1.0, v: float = 1.0, treatment: Treatment = NO_TREATMENT
+) -> ShiftedTarget:
     """z_t0 + u (z_s0 − z_t0) + v (z_t − z_t0): the plane of the three models (DESIGN 3.2; our reconstruction).
 
     (u, v) = (α, 1) is ``delta``, (1, β) is ``shift``.
 
     Args:
-        u: the delta weight.
-        v: how much of the teacher's shift.
+        delta_weight: u.
+        v: the factor on the teacher's shift.
         treatment: of both shifts.
 
     Raises:
         ValueError: v is not finite.
     """
     shifts = [
-        Shift(make_schedule(u, "delta_weight"), STUDENT_RAW, TEACHER_RAW),
+        Shift(make_schedule(delta_weight, "delta_weight"), STUDENT_RAW, TEACHER_RAW),
         Shift(Constant(v, "loss.target.v"), TEACHER, TEACHER_RAW),
     ]
     return ShiftedTarget(TEACHER_RAW, shifts, treatment)
 
 
 def multi_teacher_target(
-    weights: Sequence[float] = (0.5, 0.5), delta_weight: Weight = 1.0, treatment: Treatment = NO_TREATMENT
+    weights: Sequence[float] = (0.5, 0.5), delta_weight: ScheduleSetting = 1.0, treatment: Treatment = NO_TREATMENT
 ) -> ShiftedTarget:
     """z_s0 + delta_weight · Σ_k β_k (z_tk − z_t0k): the shifts of several teachers on the raw student.
 
+    Our reconstruction: the paper (arXiv 2509.14526) speaks of several teachers (DESIGN 3.2).
+
     Args:
-        weights: β_k of the pairs (teacher, teacher_raw), (teacher_2, teacher_raw_2), ...
-        delta_weight: a factor on all of them.
+        weights: β_k, one per pair (teacher, teacher_raw), (teacher_2, teacher_raw_2), ...
+        delta_weight: a factor on all β_k.
         treatment: of each shift.
 
     Raises:
@@ -226,9 +249,9 @@ def multi_teacher_target(
         raise ValueError(
             f"loss.target.weights is {list(weights)}; give one finite number for each pair of teacher and raw teacher"
         )
-    factor = make_schedule(delta_weight, "delta_weight")
-    pairs = [(weight, *teacher_pair(number)) for number, weight in enumerate(weights, 1)]
-    return ShiftedTarget(STUDENT_RAW, [Shift(factor, tuned, raw, weight) for weight, tuned, raw in pairs], treatment)
+    weight = make_schedule(delta_weight, "delta_weight")
+    pairs = [(factor, *teacher_pair(number)) for number, factor in enumerate(weights, 1)]
+    return ShiftedTarget(STUDENT_RAW, [Shift(weight, tuned, raw, factor) for factor, tuned, raw in pairs], treatment)
 
 
 def taid_target(start: float = 0.4, end: float = 1.0, rate: float = 5e-4, momentum: float = 0.99) -> ShiftedTarget:

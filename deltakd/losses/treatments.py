@@ -1,4 +1,4 @@
-"""Treatments of a shift: what keeps the tail of the vocabulary from deciding (DESIGN 3.2)."""
+"""Treatments of a shift: they keep the tail of the vocabulary from dominating (DESIGN 3.2)."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ LogProbs = Mapping[str, Tensor]
 @final
 @dataclass(frozen=True)
 class Treatment:
-    """Centre, clip and mask a shift δ = log p_a − log p_b, in this order, at τ = 1; each is off where it is None.
+    """Centre, clip and mask a shift δ = log p_a − log p_b, in this order, at τ = 1; each is off if it is None.
 
     Args:
         centre: a reference's role: subtract the mean of δ under its probabilities.
         clip: c > 0: bound δ to [−c, c].
-        mask: m in (0, 1]: a token is plausible where p_ref ≥ m · max p_ref (contrastive decoding, arXiv 2210.15097,
-            has m = 0.1). What becomes of the others is the loss's business: a target with a base has δ = 0 there, a
-            ratio loss leaves them out of both sides.
-        mask_by: the role of that p_ref.
+        mask: m in (0, 1]: a token is plausible if p_ref ≥ m · max p_ref (contrastive decoding, arXiv 2210.15097, uses
+            m = 0.1). The loss decides what happens to the others: a target with a base sets δ = 0, a ratio loss leaves
+            them out of both sides.
+        mask_by: the role that gives p_ref.
 
     Raises:
-        ValueError: everything that is out of range.
+        ValueError: a setting is out of range; all of them are named.
     """
 
     centre: str | None = None
@@ -52,7 +52,7 @@ class Treatment:
 
     @property
     def is_off(self) -> bool:
-        """Whether it changes nothing."""
+        """True if it changes nothing."""
         return self.centre is None and self.clip is None and self.mask is None
 
     @property
@@ -60,6 +60,14 @@ class Treatment:
         """The roles whose probabilities it reads."""
         by = {self.mask_by} if self.mask is not None else set()
         return frozenset(by if self.centre is None else by | {self.centre})
+
+    @property
+    def whole_vocabulary_reasons(self) -> tuple[str, ...]:
+        """As for ``Loss``: a mask compares single tokens, and all treatments act on log-probs at τ = 1.
+
+        A top-K store holds log-probs at the loss's temperature only.
+        """
+        return () if self.is_off else ("a treatment of a shift acts on single tokens at temperature 1",)
 
     def __call__(self, shift_NV: Tensor, log_probs: LogProbs) -> Tensor:
         """Centre and clip a shift: [N, V] nats; ``log_probs`` holds the roles in ``requires``."""
@@ -69,7 +77,7 @@ class Treatment:
         return shift_NV if self.clip is None else shift_NV.clamp(-self.clip, self.clip)
 
     def implausible(self, log_probs: LogProbs) -> Tensor | None:
-        """[N, V] bool, the tokens that the mask takes out; None without a mask."""
+        """[N, V] bool, True for tokens that the mask removes; None without a mask."""
         if self.mask is None:
             return None
         log_p_NV = log_probs[self.mask_by]
@@ -86,11 +94,11 @@ def log_probs_of(roles: frozenset[str] | set[str], logits: Mapping[str, Tensor])
 
 
 def difference(log_a_NV: Tensor, log_b_NV: Tensor) -> Tensor:
-    """log a − log b: [N, V] nats; 0 where either rules the token out, where there is no shift to speak of."""
+    """log a − log b: [N, V] nats; 0 if either rules the token out, since there is then no shift."""
     return (log_a_NV - log_b_NV).masked_fill(torch.isneginf(log_a_NV) | torch.isneginf(log_b_NV), 0.0)
 
 
 def ruled_out(roles: Iterable[str], logits: Mapping[str, Tensor]) -> Tensor:
-    """[N, V] bool: the tokens to which one of the roles gives a logit of −inf."""
+    """[N, V] bool, True for tokens to which any of the roles gives a logit of −inf."""
     masks = [torch.isneginf(logits[role].detach()) for role in roles]
     return torch.stack(masks).any(0)

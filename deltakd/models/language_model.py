@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deltakd.types import Batch, Head
-
-T = TypeVar("T")
 
 
 @final
@@ -68,26 +66,15 @@ class LanguageModel(nn.Module):
         options = {"use_cache": False} if "use_cache" in accepted or "kwargs" in accepted else {}
         return body(input_ids=input_ids_BT, attention_mask=attention_mask_BT, **options).last_hidden_state
 
-    def with_head(self, batch: Batch, use: Callable[[Head], T]) -> T:
-        """What ``use`` makes of the head of the batch's N valid tokens.
-
-        The head is used inside the module's call, since sharded parameters are whole there and nowhere else. What comes
-        out are tensors: by them DeepSpeed knows when the backward pass comes back to this module, and gathers again.
-        """
-        return self(batch, use)
-
-    def forward(self, batch: Batch, use: Callable[[Head], Any] | None = None) -> Any:
-        """The head of the batch's N valid tokens: prompt and padding are never multiplied.
-
-        Args:
-            batch: rows.
-            use: what is made of the head, and given in its place.
-        """
-        head = self.head(batch)
-        return head if use is None else use(head)
+    def forward(self, batch: Batch) -> Head:
+        """Run the body and return the head of the batch's N valid tokens: prompt and padding are never multiplied."""
+        return self.head(batch)
 
     def head(self, batch: Batch) -> Head:
-        """The head of the batch's N valid tokens, for callers that are modules themselves."""
+        """As ``forward``, for a caller that is the sharded module itself.
+
+        Of a sharded model the head is whole in the ``forward`` of the module that calls this, until that returns.
+        """
         hidden_BTD = self.hidden_states(batch.input_ids, batch.attention_mask)
         return self.head_of(batch.at_valid(hidden_BTD))
 
@@ -127,7 +114,8 @@ class LanguageModel(nn.Module):
         was_training = self.training
         self.eval()
         device = self._output_embedding.weight.device
-        ids_BT = torch.arange(1, 7, device=device).remainder(self.vocabulary)[None]
+        length = min(6, getattr(self.causal_lm.config, "max_position_embeddings", None) or 6)
+        ids_BT = torch.arange(1, 1 + length, device=device).remainder(self.vocabulary)[None]
         mask_BT = torch.ones_like(ids_BT)
         own_NV = self.causal_lm(input_ids=ids_BT, attention_mask=mask_BT).logits[0, :, : self.vocabulary].float()
         ours_NV = self.head_of(self.hidden_states(ids_BT, mask_BT)[0]).logits().float()

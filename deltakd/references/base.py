@@ -1,4 +1,4 @@
-"""What a source of references is."""
+"""The contract of a source of references."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from deltakd.types import Batch, Head
 class References(Protocol):
     """Gives the head of each frozen model, or log-probs of a few tokens, for the valid tokens of a batch.
 
-    It is never part of a checkpoint nor of the optimiser, and nothing that is done to the student's module (training
-    mode, device, precision) reaches it.
+    It is no ``nn.Module``: never part of a checkpoint or of the optimiser, and nothing that is done to the student's
+    module (training mode, device, precision) reaches it.
     """
 
     @property
@@ -24,13 +24,16 @@ class References(Protocol):
         ...
 
     def to(self, device: torch.device) -> None:
-        """The student is now on ``device``; heads are to be given there."""
+        """Give heads on ``device`` from now on: the student is there."""
         ...
 
     def start(self, batch: Batch) -> Callable[[], dict[str, Head] | Buckets]:
-        """As a call, in two steps: what can run while the student runs is done by the returned function."""
+        """As a call, in two phases: what can run beside the student is left to the returned function.
+
+        The student's forward pass belongs between the two.
+        """
         ...
 
     def __call__(self, batch: Batch) -> dict[str, Head] | Buckets:
-        """Role -> head of the batch's N valid tokens, in the order of ``batch.labels_N``; or buckets of them."""
+        """Return role -> head of the batch's N valid tokens, in the order of ``batch.labels_N``; or buckets of them."""
         ...

@@ -16,12 +16,12 @@ from transformers import PreTrainedTokenizerBase
 
 from deltakd.data import DataConfig, EncodedSet, LoadedSets, collate
 from deltakd.models import LanguageModel, ModelSettings
+from deltakd.models.identity import model_identity, spec_of
 from deltakd.models.tokenizers import pad_id
 from deltakd.references import CacheSettings, CacheStore, LiveReferences
 from deltakd.references.cached import DTYPES
-from deltakd.references.content import model_identity, spec_of
 from deltakd.references.store import SUPPORT
-from deltakd.references.topk import CANDIDATES, make_buckets, sample_errors, temperature_of
+from deltakd.references.topk import CANDIDATES, make_buckets, sample_errors
 from deltakd.types import STUDENT, Batch, Head, Loss
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ def begin_store(caching: Caching, given: Mapping[str, Any]) -> CacheStore:
         "models": {role: _model_content(caching, role, head) for role, head in heads.items()},
         "vocabulary": caching.vocabulary,
         "k": k,
-        "temperature": temperature_of(caching.loss) if is_topk else None,
+        "temperature": caching.loss.temperature if is_topk else None,
         **given,
     }
     tensors = token_tensors(heads, example.labels_N, content)

@@ -13,38 +13,11 @@ from transformers import PreTrainedTokenizerBase
 from deltakd.data import DataConfig, EncodedSet, LoadedSets, tokenizer_fingerprint
 from deltakd.data.encoding.token_cache import fingerprint
 from deltakd.models import ModelSettings, ModelSpec
+from deltakd.models.identity import model_identity, spec_of
 from deltakd.references import CacheSettings, CacheStore, StoreError
 from deltakd.references.index import RowIndex, keys_of_set
-from deltakd.references.topk import temperature_of, topk_problems
-from deltakd.tracking.environment import hub_snapshot, model_fingerprint
+from deltakd.references.topk import topk_problems
 from deltakd.types import STUDENT, STUDENT_RAW, Loss
-
-
-def spec_of(models: ModelSettings, role: str) -> ModelSpec | None:
-    """Return where a role's model comes from; with LoRA the raw student is the student's own base."""
-    return models.specs.get(STUDENT if role == STUDENT_RAW and models.lora is not None else role)
-
-
-def model_identity(spec: ModelSpec) -> dict[str, Any]:
-    """Return which model it is: ``path``, how it is loaded, the ``sha256`` of its files, its ``commit`` on the hub."""
-    path = str(spec.path)
-    snapshot = None if Path(path).is_dir() else _snapshot(path)
-    files = Path(path) if Path(path).is_dir() else snapshot
-    return {
-        "path": path,
-        "dtype": spec.dtype,
-        "quantization": spec.quantization,
-        "sha256": None if files is None else model_fingerprint(files),
-        "commit": None if snapshot is None else snapshot.name,
-    }
-
-
-def _snapshot(path: str) -> Path | None:
-    try:
-        return hub_snapshot(path)
-    except ValueError:
-        # No directory (any more), and no name that the hub could have.
-        return None
 
 
 def data_identity(data: DataConfig, tokenizer: PreTrainedTokenizerBase, sets: LoadedSets) -> dict[str, Any]:
@@ -101,9 +74,9 @@ def _store_problems(content: Mapping[str, Any], loss: Loss, settings: CacheSetti
         return found
     if settings.k is not None and min(settings.k, content["vocabulary"]) != content["k"]:
         found.append(differs("reference.k", settings.k, content["k"], settings.path))
-    if temperature_of(loss) != content["temperature"]:
+    if loss.temperature != content["temperature"]:
         found.append(
-            differs("loss.temperature", temperature_of(loss), content["temperature"], settings.path)
+            differs("loss.temperature", loss.temperature, content["temperature"], settings.path)
             + " (reference.store=hidden serves every temperature)"
         )
     return found + topk_problems(loss)

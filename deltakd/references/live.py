@@ -21,7 +21,8 @@ class LiveReferences:
 
     Args:
         models: role -> model; frozen here, in eval mode for good.
-        adapted_student: a LoRA student whose raw self is the adapter switched off; it then serves ``student_raw``.
+        adapted_student: a LoRA student that serves ``student_raw`` with its adapter switched off. If it is sharded,
+            its head is whole in the ``forward`` of the module that was sharded: call the references from there.
         placement: ``auto`` follows the student's device; else the name of a device where the references stay.
         sharding: ``replicate``: each rank holds all of them; ``shard``: a part, and layers are gathered as they run.
         engine: what shards them.
@@ -41,7 +42,7 @@ class LiveReferences:
         self._sharding = sharding
         self._engine = engine
         self._persistence_threshold = persistence_threshold
-        #: What is run: the models, or what gathers their parts.
+        #: What is run: the models, or functions that gather their parts.
         self._runners: dict[str, Callable[[Batch], Head]] = dict(models)
         self._adapted_student = adapted_student
         self._placement = placement
@@ -53,14 +54,14 @@ class LiveReferences:
 
     @property
     def roles(self) -> frozenset[str]:
-        """The roles that it can give."""
+        """The roles it can give."""
         extra = {STUDENT_RAW} if self._adapted_student is not None else set()
         return frozenset(self._models) | extra
 
     def to(self, device: torch.device) -> None:
         """Follow the student to ``device``, or stay where ``placement`` says and send hidden states there.
 
-        Sharded references are divided here, by all ranks together.
+        Sharded references are divided here. Collective then: call on every rank.
         """
         self._device = device
         home = self._home
@@ -71,7 +72,7 @@ class LiveReferences:
             }
             return
         for model in self._models.values():
-            # Most kinds of quantised weights can't be moved, or only from the RAM to where they are packed.
+            # Most kinds of quantised weights can't be moved, or only from CPU memory to where they are packed.
             if not (model.quantized and next(model.parameters()).device.type == home.type):
                 model.to(home)
 
@@ -80,10 +81,10 @@ class LiveReferences:
         return self._device if self._placement == "auto" else torch.device(self._placement)
 
     def start(self, batch: Batch) -> Callable[[], dict[str, Head]]:
-        """Run now what shares the student's device: its activations are gone before those of the student exist.
+        """Run now what shares the student's device: its activations are freed before the student's exist.
 
         What runs elsewhere is sent its batch now and runs after the student's forward pass has been queued: both
-        devices then work at the same time, and nothing waits but the loss.
+        devices then work at the same time, and only the loss waits.
         """
         if self._home == self._device:
             heads = self(batch)
@@ -101,8 +102,9 @@ class LiveReferences:
         # After all of them have been queued: a copy to the student's device waits for what it copies.
         heads = {role: self._brought(role, head) for role, head in there.items()}
         if self._adapted_student is not None:
+            # Not called as a module: ZeRO 3 would free the head on return, and it is still to be multiplied by.
             with self._adapted_student.adapter_off():
-                head = self._adapted_student(batch)
+                head = self._adapted_student.head(batch)
             heads[STUDENT_RAW] = replace(head, weight=head.weight.detach())
         return heads
 

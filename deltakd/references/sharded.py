@@ -1,6 +1,6 @@
 """A frozen model of which each rank holds a part: by FSDP2, or by DeepSpeed's ZeRO 3.
 
-Its parameters are gathered layer by layer while it runs, and let go again. All ranks have to run it together.
+Its parameters are gathered layer by layer while it runs, and freed again. All ranks have to run it together.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
-from deltakd.models import LanguageModel, transformer_blocks
+from deltakd.distributed.sharding import shard_by_blocks
+from deltakd.models import LanguageModel
 from deltakd.types import Batch, Head
 
 #: What shards the references: what shards the student, or could.
@@ -23,9 +23,9 @@ Engine = Literal["fsdp", "deepspeed"]
 
 @final
 class _WholeHead(nn.Module):
-    """Runs a model and keeps its output embedding, which is gathered inside ``forward`` alone.
+    """Runs a model and copies its output embedding, which is whole inside ``forward`` only.
 
-    It gives tensors and no ``Head``: DeepSpeed warns of modules in whose outputs it finds none.
+    It returns tensors and no ``Head``: DeepSpeed warns of modules in whose outputs it finds none.
 
     Args:
         model: the frozen model.
@@ -43,19 +43,19 @@ class _WholeHead(nn.Module):
 def sharded(
     model: LanguageModel, engine: Engine, device: torch.device, persistence_threshold: int
 ) -> Callable[[Batch], Head]:
-    """Shard a frozen model over all ranks; a joint act of them.
+    """Shard a frozen model over all ranks. Collective: call on every rank.
 
-    The model's parameters become those of this rank's part, one block at a time, so that the device never holds all. A
-    model that was loaded in the dtype it is stored in is a mapped file until then, which the ranks of a machine share.
+    The model's parameters shrink to this rank's part one block at a time, so that the device never holds all of them.
+    Until then a model loaded in the dtype of its file is that file, memory-mapped and shared by a machine's ranks.
 
     Args:
         model: whole, on the CPU or on ``device``; sharded in place.
-        engine: by what.
+        engine: what shards it.
         device: of this rank.
         persistence_threshold: ZeRO 3 keeps parameters of fewer numbers whole.
 
     Returns:
-        What takes a batch and gives its head, whose output embedding is whole for as long as the head is held.
+        A function from a batch to its head, whose output embedding is whole for as long as the head is held.
     """
     transform = model.head_of(next(model.parameters()).new_zeros(0))
     whole = _WholeHead(model)
@@ -70,10 +70,9 @@ def sharded(
 
 def _by_fsdp(whole: _WholeHead, device: torch.device) -> Any:
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for block in transformer_blocks(whole):
-        fully_shard(block, mesh=mesh)
-    # The root's parameters, the embeddings among them, would else stay gathered until a backward pass that never comes.
-    return fully_shard(whole, mesh=mesh, reshard_after_forward=True)
+    # The root's own parameters would otherwise stay gathered until a backward pass that never comes.
+    shard_by_blocks(whole, mesh, reshard_after_forward=True)
+    return whole
 
 
 def _by_zero(whole: _WholeHead, device: torch.device, persistence_threshold: int) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +14,8 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save
 from torch import Tensor
+
+from deltakd.io.files import PARTIAL, write_bytes, write_json
 
 #: To be raised when files of a former version can't be read any more.
 FORMAT_VERSION = 1
@@ -107,7 +108,7 @@ class CacheStore:
         Raises:
             StoreError: the directory holds something else.
         """
-        if path.is_dir() and any(p for p in path.iterdir() if p.suffix != ".partial" and p.name != "tokenizer"):
+        if path.is_dir() and any(p for p in path.iterdir() if p.suffix != PARTIAL and p.name != "tokenizer"):
             raise StoreError(f"reference.path={path} is not empty and holds no cache; give another directory")
         path.mkdir(parents=True, exist_ok=True)
         store = cls(path, Manifest(content, sample=sample))
@@ -157,7 +158,7 @@ class CacheStore:
             "heads": None if manifest.heads is None else asdict(manifest.heads),
             "shards": [asdict(shard) for shard in manifest.shards],
         }
-        write_whole(self.path / MANIFEST, (json.dumps(entries, indent=1, ensure_ascii=False) + "\n").encode())
+        write_json(self.path / MANIFEST, entries, indent=1)
 
     def add_shard(self, tensors: Mapping[str, Tensor]) -> StoredFile:
         """Write a shard under the first free number, then the manifest.
@@ -166,7 +167,7 @@ class CacheStore:
             tensors: ``row_keys`` [rows, 16] uint8, ``offsets`` [rows + 1] int64, and what the tokens have.
 
         Raises:
-            OSError: the disk is full; no part of the shard is left.
+            WriteError: the disk is full; no part of the shard is left.
         """
         taken = {shard.file for shard in self.manifest.shards}
         number = next(n for n in range(len(taken) + 1) if _shard_name(n) not in taken)
@@ -183,7 +184,7 @@ class CacheStore:
 
     def _write(self, name: str, tensors: Mapping[str, Tensor], rows: int, tokens: int) -> StoredFile:
         content = save({key: tensor.contiguous() for key, tensor in tensors.items()})
-        write_whole(self.path / name, content)
+        write_bytes(self.path / name, content)
         return StoredFile(name, len(content), hashlib.sha256(content).hexdigest(), rows, tokens)
 
     def bad_files(self, checksum: bool) -> dict[str, str]:
@@ -222,29 +223,6 @@ class CacheStore:
 
 def _shard_name(number: int) -> str:
     return f"shard_{number:05d}.safetensors"
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is on disk with this content, or not there at all, whatever happens.
-
-    Raises:
-        OSError: it can't be written.
-    """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def map_arrays(path: Path) -> dict[str, NDArray[Any]]:

@@ -13,6 +13,8 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from deltakd.io.files import replacing
+
 #: Colours of the methods, in order: (on light ground, on dark ground).
 SERIES = (
     ("#1f6fb4", "#6db1f0"),
@@ -118,8 +120,8 @@ class Panel:
     def write_pdf(self, folder: Path) -> Path:
         """Write ``<name>.pdf``, with a legend."""
         path = folder / f"{self.name}.pdf"
-        with mpl.rc_context(_RC):
-            self._figure(legend=True).savefig(path, metadata={"CreationDate": None})
+        with mpl.rc_context(_RC), replacing(path) as partial:
+            self._figure(legend=True).savefig(partial, format="pdf", metadata={"CreationDate": None})
         return path
 
     def _figure(self, legend: bool) -> Figure:

@@ -13,10 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from deltakd.evaluation import MAIN_METRICS, METRIC_TITLES
+from deltakd.evaluation.token_groups import CLASSES, POSITIONS, Group, Preservation
 from deltakd.results.drawing import AXIS, INK, Panel, Plate, Style
 from deltakd.results.methods import Method
 from deltakd.results.tables import Comparison, Score
-from deltakd.results.token_view import CLASSES, POSITIONS, Group, Preservation
 
 Styles = Mapping[str, Style]
 

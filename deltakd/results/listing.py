@@ -22,11 +22,11 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from deltakd.config.compose import CONF_DIR
+from deltakd.config.loss_names import KnownLosses, delta_weight_keys, flat, loss_name, read_losses
 from deltakd.evaluation import MAIN_METRICS, METRICS
 from deltakd.io.errors import ConfigError
 from deltakd.io.progress import read_total_steps
 from deltakd.io.run_directory import RunDirectory
-from deltakd.results.loss_names import KnownLosses, flat, loss_name, read_losses
 
 FINISHED = "finished"
 #: Where programs keep their own files; no run lies below a run.
@@ -128,13 +128,12 @@ def _settings(config: Mapping[str, Any], known: KnownLosses) -> dict[str, Any]:
     if "answering_teacher" in config or "evaluated_model" in config:
         kind = "answers" if "answering_teacher" in config else "evaluation"
         return {"loss": f"({kind})", "delta_weight": None, "seed": config.get("seed"), "student": None}
-    loss = loss_name(config.get("loss") or {}, known)
-    # The key is in every config; only some losses read it.
-    weighs = "${delta_weight}" in map(str, known[loss].values()) if loss in known else "Delta" in loss
+    loss = config.get("loss") or {}
     student = (config.get("model") or {}).get("student") or {}
     return {
-        "loss": loss,
-        "delta_weight": config.get("delta_weight") if weighs else None,
+        "loss": loss_name(loss, known),
+        # The key is in every config; only some losses read it.
+        "delta_weight": config.get("delta_weight") if delta_weight_keys(loss, known) else None,
         "seed": config.get("seed"),
         "student": _short(student.get("path")),
     }

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deltakd.results.loss_names import KnownLosses, flat, loss_name
+from deltakd.config.loss_names import KnownLosses, delta_weight_keys, flat, loss_name
 from deltakd.results.reading import Run, job_label
 
 #: Keys that do not change what is trained, or that are compared elsewhere (the evaluation, by its answers).
@@ -146,8 +146,12 @@ def make_methods(runs: Sequence[Run], known: KnownLosses, notes: list[str]) -> l
     ]
     roles = [_role(group, runs) for group in members]
     labels = _unique([_label(i, members, losses, roles) for i in range(len(members))])
-    weights = [_delta_weight(group[0], known.get(loss, {})) for group, loss in zip(members, losses, strict=True)]
-    families = [_family(group[0], known.get(loss, {})) for group, loss in zip(members, losses, strict=True)]
+    weighted = [
+        frozenset() if group[0].evaluation_only else delta_weight_keys(group[0].config.get("loss") or {}, known)
+        for group in members
+    ]
+    weights = [_delta_weight(group[0], keys) for group, keys in zip(members, weighted, strict=True)]
+    families = [_family(group[0], keys) for group, keys in zip(members, weighted, strict=True)]
     at_zero = [_at_zero(group[0]) for group in members]
     parts = zip(labels, members, roles, losses, weights, families, at_zero, strict=True)
     methods = [Method(*of) for of in parts]
@@ -201,15 +205,14 @@ def _data(run: Run) -> Any:
     return data.get("_target_"), data.get("train")
 
 
-def _delta_weight(run: Run, loss: Mapping[str, Any]) -> float | None:
+def _delta_weight(run: Run, keys: frozenset[str]) -> float | None:
     weight = run.config.get("delta_weight")
-    uses = any(value == "${delta_weight}" for value in loss.values())
-    return float(weight) if uses and isinstance(weight, int | float) else None
+    return float(weight) if keys and isinstance(weight, int | float) else None
 
 
-def _family(run: Run, loss: Mapping[str, Any]) -> str:
-    """All settings but the delta weight."""
-    weights = {f"loss.{key}" for key, value in loss.items() if value == "${delta_weight}"}
+def _family(run: Run, keys: frozenset[str]) -> str:
+    """All settings but the delta weight, which stands in the loss at ``keys``."""
+    weights = {f"loss.{key}" for key in keys}
     return repr(sorted((key, repr(value)) for key, value in _settings(run).items() if key not in weights))
 
 

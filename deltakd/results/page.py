@@ -13,6 +13,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from deltakd.evaluation.token_groups import Preservation
+from deltakd.io.files import write_text
 from deltakd.results import figures, sections
 from deltakd.results.beyond import NOTES, beyond_tables
 from deltakd.results.delta_weights import delta_weights
@@ -20,7 +22,6 @@ from deltakd.results.drawing import SERIES, Plate, Style, styles
 from deltakd.results.formats import beyond_markdown, latex, markdown, shown_difference
 from deltakd.results.methods import Method
 from deltakd.results.tables import Comparison, notes_once
-from deltakd.results.token_view import Preservation
 
 _TEMPLATES = Path(__file__).parent / "templates"
 #: Sections of figures alone: id, heading, plate.
@@ -211,7 +212,7 @@ def write_report(page: Page, folder: Path, tidy: Callable[[str], str] = str) -> 
         "table.tex": latex(page.comparisons),
     }
     for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        write_text(folder / name, text)
     panels = [panel for plate in page.plates.values() for panel in plate.panels]
     return [folder / name for name in texts] + [panel.write_pdf(drawings) for panel in panels]
 

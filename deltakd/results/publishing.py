@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -15,7 +14,9 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils._validators import validate_repo_id
 
+from deltakd.config.loss_names import KnownLosses
 from deltakd.io.errors import ConfigError
+from deltakd.io.files import replacing
 from deltakd.io.run_directory import RunDirectory
 from deltakd.results.listing import read_entry
 from deltakd.tracking.model_card import CONFIG_FILE
@@ -48,7 +49,7 @@ def export_problems(run: RunDirectory, output: Path | None, repository: str | No
 def _run_problems(run: RunDirectory) -> list[str]:
     if not run.config.is_file():
         return [f"run={run.path} is no run directory (it has no config.yaml); `python -m deltakd.runs` lists them"]
-    entry = read_entry(run.path, {})
+    entry = read_entry(run.path, KnownLosses())
     if entry.corrupt:
         return [f"run={run.path} can't be exported: {entry.corrupt}"]
     if "evaluated_model" in entry.config or "answering_teacher" in entry.config:
@@ -86,14 +87,11 @@ def write_export(run: RunDirectory, output: Path) -> None:
         output: a directory that is absent or empty.
     """
     config = yaml.safe_load(run.config.read_text(encoding="utf-8"))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as folder:
-        partial = Path(folder) / "model"
+    with replacing(output, "the export") as partial:
         shutil.copytree(run.student, partial)
         content = _FOR_HYDRA | redacted(config) | {"resume": False}
         text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
         (partial / CONFIG_FILE).write_text(text, encoding="utf-8")
-        os.replace(partial, output)
 
 
 def push(folder: Path, repository: str, private: bool) -> str:

@@ -17,7 +17,7 @@ import pandas as pd
 import yaml
 
 from deltakd.evaluation import MAIN_METRICS, METRICS
-from deltakd.io.json_lines import read_generations
+from deltakd.io.files import read_json_lines
 
 Record = dict[str, Any]
 
@@ -325,7 +325,7 @@ def _read_answers(
 
 
 def _read_records(file: Path) -> list[Record]:
-    records = read_generations(file) or []
+    records = read_json_lines(file) or []
     if not records:
         raise ValueError("it is empty")
     needed = {"row_id", "prompt", "reference", "output", "decoding"}

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from deltakd.evaluation import METRIC_TITLES, main_metric
+from deltakd.evaluation.token_groups import Preservation, ViewedRow
+from deltakd.results.beyond import MEASURES
 from deltakd.results.figures import mean_and_error
 from deltakd.results.methods import Method, row_ids
 from deltakd.results.reading import Run
-from deltakd.results.token_view import Preservation, ViewedRow
 
 #: Prompts of each set that are shown with all answers.
 EXAMPLES = 3
@@ -59,6 +60,15 @@ def _mean_of(metas: Sequence[Mapping[str, Any]], key: str, digits: int) -> str:
     return f"{np.mean(values):,.{digits}f}" if values else "–"
 
 
+#: Columns of the table of shift preservation: factor and decimals, as where the summaries' figures are shown.
+_PRESERVED = {
+    "correlation": (1, MEASURES["shift_correlation"][1]),
+    "kl_teacher": (1, MEASURES["kl_teacher"][1]),
+    "kl_raw": (1, MEASURES["kl_teacher"][1]),
+    "top1_agreement": (100, MEASURES["top1_agreement"][1]),
+}
+
+
 @dataclass(frozen=True)
 class PreservedRow:
     """Shift preservation of a method over all tokens: (mean, standard error or "") for each measure."""
@@ -77,8 +87,7 @@ def preserved_rows(measured: Mapping[str, Sequence[Preservation]]) -> list[Prese
 def _preserved_row(label: str, runs: Sequence[Preservation]) -> PreservedRow:
     overall = [{"all": run.overall} for run in runs if run.overall is not None]
     cells = []
-    for measure in ("correlation", "kl_teacher", "kl_raw", "top1_agreement"):
-        scale, digits = (100, 1) if measure == "top1_agreement" else (1, 3)
+    for measure, (scale, digits) in _PRESERVED.items():
         mean, error = mean_and_error(overall, "all", measure)
         text = "–" if math.isnan(mean) else f"{mean * scale:.{digits}f}".replace("-", "−")
         cells.append((text, "" if math.isnan(error) else f"{error * scale:.{digits}f}"))

@@ -18,7 +18,8 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from deltakd.distributed.ranks import is_main_process
-from deltakd.io.run_directory import RunDirectory, write_text
+from deltakd.io.files import write_json
+from deltakd.io.run_directory import RunDirectory
 from deltakd.studies.outcomes import (
     FAILED,
     FINISHED,
@@ -56,11 +57,10 @@ class Job:
 
     def write(self, state: str, seconds: float | None = None) -> None:
         """Record the job's state."""
-        self.record.parent.mkdir(parents=True, exist_ok=True)
         settings = dict(override.split("=", 1) for override in self.overrides if "=" in override)
         directory = os.path.relpath(self.run_dir, self.root)
         content = {"settings": settings, "state": state, "seconds": seconds, "directory": directory}
-        write_text(self.record, json.dumps(content, indent=2) + "\n")
+        write_json(self.record, content)
 
 
 def run_job(job: Job, action: Callable[[], float]) -> float:

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from deltakd.io.files import replacing
 from deltakd.studies.outcomes import FINISHED, Outcome, as_number, keys_of
 
 #: Panels in a row.
@@ -42,7 +43,8 @@ def write_plot(outcomes: Sequence[Outcome], maximize: bool, title: str, path: Pa
         axis.set_visible(False)
     figure.suptitle(title, fontsize=11)
     figure.supylabel(shown[0].objective, fontsize=10)
-    figure.savefig(path, dpi=150)
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=150)
     return True
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
+from deltakd.io.files import replacing
+
 FINISHED, ENDED_EARLY, FAILED, UNFINISHED = "finished", "ended early", "failed", "unfinished"
 
 #: Keys whose values are repetitions of one setting.
@@ -102,7 +104,7 @@ def find_best(outcomes: Sequence[Outcome], maximize: bool) -> Best | None:
 def write_table(outcomes: Sequence[Outcome], path: Path) -> None:
     """One row a run: number, state, settings, objective, value, seconds, directory."""
     keys = keys_of(outcomes)
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["number", "state", *keys, "objective", "value", "seconds", "directory"])
         for o in outcomes:

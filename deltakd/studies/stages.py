@@ -17,7 +17,7 @@ from deltakd.config.build import make_answering_settings, make_caching_settings,
 from deltakd.io.errors import ConfigError, NonFiniteLossError
 from deltakd.io.run_directory import RunDirectory
 from deltakd.references import CacheStore
-from deltakd.references.missing import in_units
+from deltakd.references.fill import in_units
 from deltakd.studies.comparison import comparison, finished_rows
 from deltakd.studies.display import Stages, stages_on
 from deltakd.studies.job_configs import check_predecessors, compose_jobs

@@ -1,21 +1,18 @@
-"""What is written down about a run: where it ran, with what, at what cost; and the model card."""
+"""What is written down about a run: where it ran, with what, and at what cost."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
-import math
 import platform
 import resource
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
-from torch import nn
+
+from deltakd.distributed.devices import choose_device
 
 #: Of the checkout.
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,8 +39,13 @@ def environment() -> dict[str, Any]:
         "git_commit": git_commit(),
         "packages": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": _device_name(),
     }
+
+
+def _device_name() -> str:
+    device = choose_device()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def git_commit() -> str | None:
@@ -83,40 +85,8 @@ def _version(package: str) -> str | None:
 
 
 def peak_memory_mib() -> float:
-    """Peak memory in MiB: of the GPU where there is one, else of this process since it started."""
-    if torch.cuda.is_available():
+    """Return the peak memory in MiB: of the GPU where one was used, else of this process since it started."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-
-
-def count_parameters(models: Mapping[str, nn.Module]) -> dict[str, int]:
-    """Role -> number of parameters (tied ones once)."""
-    return {role: sum(_count(p) for p in model.parameters()) for role, model in models.items()}
-
-
-def _count(parameter: torch.Tensor) -> int:
-    # Weights of 4 bits are packed by two; what they were is kept beside them.
-    packed = getattr(parameter, "quant_state", None)
-    # ZeRO 3 leaves an empty tensor, and its number of elements beside it.
-    whole = int(getattr(parameter, "ds_numel", parameter.numel()))
-    return math.prod(packed.shape) if packed is not None else whole
-
-
-def model_fingerprint(path: str | Path) -> str | None:
-    """sha256 over a local model's weights and configuration; None where there is no such directory.
-
-    It tells another model in the same place from the one that was there before.
-    """
-    digest = hashlib.sha256()
-    files = sorted(p for p in Path(path).glob("*") if p.suffix in (".safetensors", ".bin") or p.name == "config.json")
-    for file in files:
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest() if files else None
-
-
-def hub_snapshot(name: str) -> Path | None:
-    """The folder of the local hub cache that holds the model ``name``, called as its commit; None: it is not there."""
-    config = try_to_load_from_cache(name, "config.json")
-    return Path(config).parent if isinstance(config, str) else None

@@ -15,7 +15,7 @@ from urllib.parse import urlparse
 
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
-from deltakd.io.files import WriteError, replacing
+from deltakd.io.files import WriteError, replacing, write_text
 from deltakd.tracking.environment import ROOT
 from deltakd.tracking.redaction import redacted
 from deltakd.tracking.wandb_run import RunWandbLogger
@@ -178,7 +178,7 @@ def wandb_logger(
     id_file = directory / "wandb_id"
     agents = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
     if agents or not id_file.is_file():
-        id_file.write_text(agents or uuid.uuid4().hex[:8])
+        write_text(id_file, agents or uuid.uuid4().hex[:8])
     run = wandb.init(
         name=name,
         project=project,

@@ -11,7 +11,7 @@ import yaml
 from deltakd.data import DataConfig
 from deltakd.evaluation.settings import EvaluationSettings
 from deltakd.models import ModelSettings
-from deltakd.references.content import spec_of
+from deltakd.models.identity import spec_of
 from deltakd.tracking.redaction import redacted
 from deltakd.types import STUDENT
 

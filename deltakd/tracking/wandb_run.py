@@ -16,10 +16,11 @@ from transformers import PreTrainedTokenizerBase
 from deltakd.data import DataConfig, LoadedSets
 from deltakd.evaluation import METRIC_TITLES, main_metric
 from deltakd.evaluation.validation_answers import read_validation_answers
-from deltakd.io.json_lines import read_generations
+from deltakd.io.files import read_json_lines, write_text
 from deltakd.models import ModelSettings
-from deltakd.references.content import data_identity, model_identity, spec_of
-from deltakd.tracking.environment import environment, git_changes, model_fingerprint
+from deltakd.models.identity import model_fingerprint, model_identity, spec_of
+from deltakd.references.content import data_identity
+from deltakd.tracking.environment import environment, git_changes
 from deltakd.tracking.redaction import redacted
 from deltakd.types import STUDENT
 
@@ -61,7 +62,7 @@ class RunWandbLogger(WandbLogger):
         changes = git_changes()
         if changes:
             path = Path(run.dir) / "diff.patch"
-            path.write_text(redacted(changes), encoding="utf-8")
+            write_text(path, redacted(changes))
             run.save(str(path), base_path=run.dir, policy="now")
         data = {key: value for key, value in origin["data"].items() if key != "data"}
         self._use("data", "dataset", {**data, "source": origin["data"]["data"]})
@@ -92,7 +93,7 @@ class RunWandbLogger(WandbLogger):
         sets: dict[str, dict[str, list[dict[str, Any]]]] = {}
         for path in sorted((self.directory / "generations").glob("*_seed*.jsonl")):
             name, _, seed = path.stem.rpartition("_seed")
-            sets.setdefault(name, {})[seed] = read_generations(path) or []
+            sets.setdefault(name, {})[seed] = read_json_lines(path) or []
         for name, by_seed in sets.items():
             columns: dict[str, list[Any]] = {}
             for seed, records in by_seed.items():

@@ -7,13 +7,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from deltakd.data import InstructionData
-from deltakd.evaluation.teacher_answers import Answering, answer_prompts, answering_record, version_of
+from deltakd.distributed.devices import choose_device
+from deltakd.evaluation.teacher_answers import Answering, answer_prompts, answering_record
 from deltakd.io.run_directory import RunDirectory
+from deltakd.models.identity import model_version
+from deltakd.models.roles import open_tokenizer, shared_vocabulary
 from deltakd.tracking.environment import environment, peak_memory_mib
-from deltakd.training.assembly import make_model, make_tokenizer, shared_vocabulary
+from deltakd.training.assembly import open_role
 from deltakd.training.settings import RESUME_POLICY, RunSettings
 from deltakd.types import TEACHER
 
@@ -44,7 +45,7 @@ def run_answers(settings: RunSettings, run_dir: Path) -> dict[str, Any]:
     """
     directory = RunDirectory(run_dir)
     teacher = str(settings.specs[TEACHER].path)
-    answering = {"answering_teacher": version_of(teacher)} | dict(settings.record)
+    answering = {"answering_teacher": model_version(teacher)} | dict(settings.record)
     directory.claim(answering, resume=directory.config.is_file(), policy=RESUME_POLICY)
     if directory.finished:
         log.info("%s is finished already; nothing to do.", run_dir)
@@ -68,9 +69,9 @@ def _load(settings: RunSettings, path: str, directory: RunDirectory) -> Answerin
     assert isinstance(data, InstructionData)
     if data.prepare is not None:
         data.prepare()
-    tokenizer = make_tokenizer(settings, directory.path / "tokenizer")
-    vocabulary = shared_vocabulary(settings, tokenizer)
+    tokenizer = open_tokenizer(settings.model, directory.path / "tokenizer")
+    vocabulary = shared_vocabulary(settings.model, settings.specs, tokenizer)
     rows = data.read(tokenizer)
-    teacher = make_model(settings, TEACHER, tokenizer, vocabulary).to("cuda" if torch.cuda.is_available() else "cpu")
+    teacher = open_role(settings, TEACHER, tokenizer, vocabulary).to(choose_device(settings.trainer.accelerator))
     shown = settings.trainer.enable_progress_bar
     return Answering(path, data, settings.evaluation, rows, tokenizer, vocabulary, teacher, shown)

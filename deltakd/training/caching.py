@@ -8,17 +8,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from deltakd.distributed.devices import choose_device
 from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
+from deltakd.models.roles import open_tokenizer, shared_vocabulary
 from deltakd.references import CacheStore, LiveReferences
 from deltakd.references.begin import Caching, begin_store
 from deltakd.references.content import data_identity, data_problems, missing_rows
+from deltakd.references.fill import drop_damaged, make_missing, summary_of
 from deltakd.references.index import RowIndex
-from deltakd.references.missing import drop_damaged, make_missing, summary_of
 from deltakd.tracking.environment import environment, peak_memory_mib
-from deltakd.training.assembly import make_model, make_tokenizer, open_cache, shared_vocabulary
+from deltakd.training.assembly import open_cache, open_role
 from deltakd.training.settings import RunSettings
 from deltakd.types import STUDENT
 
@@ -66,7 +66,7 @@ def finished_cache(settings: RunSettings) -> dict[str, Any] | None:
     path = Path(str(settings.cache.path))
     if settings.data.prepare is not None:
         settings.data.prepare()
-    tokenizer = make_tokenizer(settings, path / "tokenizer")
+    tokenizer = open_tokenizer(settings.model, path / "tokenizer")
     sets = settings.data.load(tokenizer)
     store = open_cache(settings, tokenizer, sets)
     if any(len(rows) for rows in missing_rows(RowIndex(store), sets).values()):
@@ -83,8 +83,8 @@ def _load(settings: RunSettings) -> tuple[Caching, CacheStore]:
     path = Path(str(settings.cache.path))
     if settings.data.prepare is not None:
         settings.data.prepare()
-    tokenizer = make_tokenizer(settings, path / "tokenizer")
-    vocabulary = shared_vocabulary(settings, tokenizer)
+    tokenizer = open_tokenizer(settings.model, path / "tokenizer")
+    vocabulary = shared_vocabulary(settings.model, settings.specs, tokenizer)
     sets = settings.data.load(tokenizer)
     given = data_identity(settings.data, tokenizer, sets)
     store = None
@@ -97,8 +97,8 @@ def _load(settings: RunSettings) -> tuple[Caching, CacheStore]:
             drop_damaged(store)
         else:
             store.check(checksum=settings.cache.verify)
-    models = {role: make_model(settings, role, tokenizer, vocabulary) for role in settings.specs if role != STUDENT}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    models = {role: open_role(settings, role, tokenizer, vocabulary) for role in settings.specs if role != STUDENT}
+    device = choose_device(settings.trainer.accelerator)
     references = LiveReferences(models)
     references.to(device)
     caching = Caching(
@@ -111,7 +111,7 @@ def _load(settings: RunSettings) -> tuple[Caching, CacheStore]:
         sets,
         references,
         device,
-        open_student=partial(make_model, settings, STUDENT, tokenizer, vocabulary),
+        open_student=partial(open_role, settings, STUDENT, tokenizer, vocabulary),
         show_progress=settings.trainer.enable_progress_bar,
     )
     return caching, begin_store(caching, given) if store is None else store

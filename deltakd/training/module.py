@@ -5,54 +5,44 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, final
 
 import lightning as L
 import torch
-from torch import Tensor
-from torch.distributed.fsdp import fully_shard
+from torch import Tensor, nn
 
-from deltakd.distributed.sharding import Shell, gathered, gradient_norm, is_sharded, whole_parameters
+from deltakd.distributed.sharding import (
+    Shell,
+    gathered,
+    gradient_norm,
+    is_sharded,
+    shard_by_blocks,
+    whole_parameters,
+)
 from deltakd.distributed.strategies import loss_factor, optimizer_class
 from deltakd.distributed.zero import ZeroStrategy
 from deltakd.io.errors import NonFiniteLossError
-from deltakd.kernels import MEMORY_BUDGET, Buckets, chunked_loss
-from deltakd.models import LanguageModel, transformer_blocks
+from deltakd.kernels import MEMORY_BUDGET
+from deltakd.models import LanguageModel
 from deltakd.references import References
 from deltakd.training.optim import AdamW
-from deltakd.types import STUDENT, Batch, Head, Loss, Progress, schedules_of
-
-
-@dataclass
-class _StepSums:
-    """What the micro-batches of the current optimiser step have added up to, on this rank."""
-
-    loss: Tensor | float = 0.0
-    parts: dict[str, Tensor] = field(default_factory=dict)
-    row_ids: list[int] = field(default_factory=list)
-
-    def add(self, loss: Tensor, parts: dict[str, Tensor], row_ids: list[int]) -> None:
-        self.row_ids += row_ids
-        self.loss = self.loss + loss.detach()
-        for name, value in parts.items():
-            self.parts[name] = self.parts[name] + value if name in self.parts else value
+from deltakd.training.step import DistillationStep
+from deltakd.types import Batch, Loss, Progress
 
 
 @final
 class DistillationModule(L.LightningModule):
-    """Bundles the student, its references and the loss.
+    """Trains a student by a loss, with or without references; any ``lightning.Trainer`` can fit it.
 
     Args:
         student: the model to train.
-        references: the frozen models, or None for a loss that reads none. They are no submodule: not in the
-            checkpoint, not in the optimiser, untouched by ``train()``.
+        references: the frozen models, or None for a loss that reads none.
         loss: the loss plug-in.
         optim: optimiser and schedule.
         total_steps: optimiser steps of the whole run.
         seed: with the number of the micro-batch it draws the student's dropout.
-        memory_budget: MiB for a chunk of logits and all that is made of them.
-        will_be_sharded: whether the strategy leaves no rank a whole student.
+        memory_budget: MiB for a chunk of logits and everything made of them.
+        will_be_sharded: True if the strategy leaves no rank a whole student.
     """
 
     def __init__(
@@ -68,35 +58,36 @@ class DistillationModule(L.LightningModule):
     ) -> None:
         super().__init__()
         # from_pretrained returns eval mode, and Lightning leaves models in the mode in which they arrive.
-        self.student = student.train()
-        self.references = references
-        self.loss = loss
+        self.step = DistillationStep(student.train(), references, loss, memory_budget)
         self.optim = optim
         self.total_steps = total_steps
         self.seed = seed
-        self.memory_budget = memory_budget
-        # DeepSpeed's checkpoints hold what is trained alone; frozen weights come from their source.
+        # DeepSpeed's checkpoints hold only what is trained; frozen weights come from their source.
         self.strict_loading = all(p.requires_grad for p in student.parameters())
         self.shell = Shell(student) if will_be_sharded else None
         #: ``train/...`` of the last whole optimiser step, over all ranks.
         self.step_metrics: dict[str, float] = {}
-        self._sums = _StepSums()
-        self._batch_idx = 0
-        #: Rows of the optimiser step at work, on this rank.
+        #: The optimiser step at work, on this rank: sums of the loss and its parts over its micro-batches, its rows.
+        self._sums: dict[str, Tensor] = {}
         self._row_ids: list[int] = []
+        self._batch_idx = 0
+
+    @property
+    def student(self) -> LanguageModel:
+        """The model that is trained, this rank's part of it where it is sharded."""
+        return self.step.student
 
     def configure_model(self) -> None:
-        """Shard the student where the strategy is FSDP2: each block by itself, the rest around them."""
-        if self.device_mesh is None or is_sharded(self.student):
-            return
-        mesh = self.device_mesh["data_parallel"]
-        for block in transformer_blocks(self.student):
-            fully_shard(block, mesh=mesh)
-        fully_shard(self.student, mesh=mesh)
+        """Shard the step where the strategy is FSDP2."""
+        if self.device_mesh is not None and not is_sharded(self.step):
+            shard_by_blocks(self.step, self.device_mesh["data_parallel"])
 
     @contextmanager
     def whole_student(self) -> Iterator[LanguageModel]:
-        """The student as a model that this rank can run by itself, in eval mode; a joint act of all ranks."""
+        """Lend the student as a model that this rank can run by itself, in eval mode.
+
+        Collective: call on every rank.
+        """
         if self.shell is not None:
             with self.shell.filled(self.student) as student:
                 yield student
@@ -106,35 +97,26 @@ class DistillationModule(L.LightningModule):
             self.student.train(was_training)
 
     def whole_state(self) -> dict[str, Tensor]:
-        """What a checkpoint of the student alone holds, on the CPU; a joint act of all ranks."""
+        """Return the state of the step with the student whole, on the CPU if it is sharded.
+
+        Collective: call on every rank.
+        """
         if self.shell is not None:
             return {f"student.{name}": value.cpu() for name, value in whole_parameters(self.student)}
-        return self._kept(self.state_dict())
+        return self._kept(self.step, self.step.state_dict())
 
-    def _kept(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _kept(self, module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Of a module's state what a checkpoint keeps."""
         if not self.student.quantized:
             return state
         # Its frozen weights come from their source, and packed ones can't be loaded from a state dict.
-        trained = {f"student.{name}" for name, p in self.student.named_parameters() if p.requires_grad}
-        return {k: v for k, v in state.items() if k in trained}
+        trained = {name for name, p in module.named_parameters() if p.requires_grad}
+        return {name: value for name, value in state.items() if name in trained}
 
     def on_fit_start(self) -> None:
         """Let the references follow the student to its device."""
-        if self.references is not None:
-            self.references.to(self.device)
-
-    def loss_of(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Sum of the loss and of its parts over the batch's valid tokens (nats)."""
-        references = None if self.references is None else self.references.start(batch)
-
-        def use(student: Head) -> tuple[Tensor, dict[str, Tensor]]:
-            given = {} if references is None else references()
-            buckets = given if isinstance(given, Buckets) else None
-            heads = {} if isinstance(given, Buckets) else dict(given)
-            heads[STUDENT] = student
-            return chunked_loss(self.loss, heads, batch.labels_N, memory_budget=self.memory_budget, buckets=buckets)
-
-        return self.student.with_head(batch, use)
+        if self.step.references is not None:
+            self.step.references.to(self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One micro-batch: its summed loss over the valid tokens of the *whole* optimiser step.
@@ -144,16 +126,24 @@ class DistillationModule(L.LightningModule):
         """
         assert batch.step == self.global_step, f"batch of step {batch.step} arrived at step {self.global_step}"
         # Dropout depends on the micro-batch alone, so that a resumed run draws what an uninterrupted one would.
-        self._batch_idx = batch_idx
         torch.manual_seed(_mix(self.seed, batch_idx, self.global_rank))
-        total, parts = self.loss_of(batch)
+        total, parts = self.step(batch)
         share = total / batch.step_tokens
         # Of many ranks one alone may not leave the others: they all raise together at the end of the step.
         if self.trainer.world_size == 1 and not torch.isfinite(share):
             raise _non_finite("loss", share.item(), batch.step, batch.row_ids.tolist())
         shares = {name: value / batch.step_tokens for name, value in parts.items()}
-        self._sums.add(share, shares, batch.row_ids.tolist())
+        self._add({"loss": share.detach()} | shares, batch.row_ids.tolist(), batch_idx)
         return share * loss_factor(self.trainer)
+
+    def _add(self, shares: dict[str, Tensor], row_ids: list[int], batch_idx: int) -> None:
+        """Add a micro-batch to the sums of its optimiser step."""
+        self._batch_idx = batch_idx
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self._sums, self._row_ids = {}, []
+        self._row_ids += row_ids
+        for name, share in shares.items():
+            self._sums[name] = self._sums[name] + share if name in self._sums else share
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Gather what is to be logged of this optimiser step; the gradient's norm is that before clipping.
@@ -164,27 +154,34 @@ class DistillationModule(L.LightningModule):
         if not self._ends_step:
             return  # DeepSpeed is asked for a step after every micro-batch, and knows by itself which ones count
         norm = gradient_norm(self.student)
-        self._row_ids = self._sums.row_ids
-        # Each rank holds its share over the same denominator: the sum over ranks is the loss of the step.
-        sums = {"loss": torch.as_tensor(self._sums.loss)} | self._sums.parts
-        self._sums = _StepSums()
-        if self.trainer.world_size > 1:
-            own = float(sums["loss"])
-            sums = {name: self.trainer.strategy.reduce(value, reduce_op="sum") for name, value in sums.items()}
-            if not math.isfinite(float(sums["loss"])):
-                rows = gathered([] if math.isfinite(own) else self._row_ids)
-                raise _non_finite("loss", float(sums["loss"]), self.global_step, [row for part in rows for row in part])
+        sums = self._summed_over_ranks()
         if norm is not None:
             self._check_norm(norm)
-        self.step_metrics = {f"train/{name}": float(value) for name, value in sums.items()} | {
+        self.step_metrics = {f"train/{name}": value for name, value in sums.items()} | {
             "train/grad_norm": math.nan if norm is None else norm,
             "train/lr": optimizer.param_groups[0]["lr"],
         }
         # Here and not after the optimiser's step: checkpoints are written there, and must hold the moved schedules.
         progress = Progress(self.global_step + 1, self.total_steps)
-        for name, schedule in schedules_of(self.loss).items():
+        for name, schedule in self.step.loss.schedules.items():
             self.step_metrics[f"train/{name}"] = schedule.value
             schedule.on_step(progress, self.step_metrics["train/loss"])
+
+    def _summed_over_ranks(self) -> dict[str, float]:
+        """Return loss and parts of the optimiser step: each rank holds its share over the same denominator.
+
+        Raises:
+            NonFiniteLossError: on every rank, naming the rows of those whose loss is not finite.
+        """
+        if self.trainer.world_size == 1:
+            return {name: float(value) for name, value in self._sums.items()}
+        reduce = self.trainer.strategy.reduce
+        own = float(self._sums["loss"])
+        sums = {name: float(reduce(value, reduce_op="sum")) for name, value in self._sums.items()}
+        if not math.isfinite(sums["loss"]):
+            rows = gathered([] if math.isfinite(own) else self._row_ids)
+            raise _non_finite("loss", sums["loss"], self.global_step, [row for part in rows for row in part])
+        return sums
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """As inherited; then the gradient's norm, where DeepSpeed alone knows it.
@@ -200,7 +197,7 @@ class DistillationModule(L.LightningModule):
 
     @property
     def _ends_step(self) -> bool:
-        """Whether the micro-batch at work is the last of its optimiser step."""
+        """True if the micro-batch at work is the last of its optimiser step."""
         return (self._batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
 
     def _check_norm(self, norm: float) -> None:
@@ -219,14 +216,14 @@ class DistillationModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the last step's metrics (its loss is the result of a run without validation data) and the schedules."""
-        checkpoint["state_dict"] = self._kept(checkpoint["state_dict"])
+        checkpoint["state_dict"] = self._kept(self, checkpoint["state_dict"])
         checkpoint["step_metrics"] = self.step_metrics
-        checkpoint["schedules"] = {name: s.state_dict() for name, s in schedules_of(self.loss).items()}
+        checkpoint["schedules"] = {name: s.state_dict() for name, s in self.step.loss.schedules.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take them back."""
         self.step_metrics = checkpoint["step_metrics"]
-        for name, schedule in schedules_of(self.loss).items():
+        for name, schedule in self.step.loss.schedules.items():
             schedule.load_state_dict(checkpoint["schedules"][name])
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:

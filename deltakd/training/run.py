@@ -8,23 +8,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.loggers import Logger
-from transformers import AutoModelForCausalLM
 
+from deltakd.distributed.devices import choose_device
 from deltakd.distributed.ranks import is_main_process, is_restarted, main_process_first
 from deltakd.distributed.sharding import gathered, place, resident_bytes
 from deltakd.evaluation.answers import evaluate_sets, shown
 from deltakd.evaluation.measures import Measured, Subject, measure
-from deltakd.io.run_directory import RunDirectory, write_text
+from deltakd.io.files import write_text
+from deltakd.io.run_directory import RunDirectory
 from deltakd.models import save_student
-from deltakd.tracking.environment import count_parameters, environment, peak_memory_mib
+from deltakd.models.identity import count_parameters
+from deltakd.models.roles import open_exported
+from deltakd.tracking.environment import environment, peak_memory_mib
 from deltakd.tracking.loggers import finish_loggers, make_loggers
 from deltakd.tracking.model_card import CardFacts, model_card
 from deltakd.tracking.wandb_run import origin_of, wandb_of
 from deltakd.training.assembly import Parts, load_parts
 from deltakd.training.callbacks import Lifeline
-from deltakd.training.fit import Fitted, fit, read_state
+from deltakd.training.fit import Fitted, fit
+from deltakd.training.resume import read_state
 from deltakd.training.settings import RESUME_POLICY, RunSettings
 from deltakd.types import STUDENT
 
@@ -129,12 +132,8 @@ def _evaluate_student(parts: Parts) -> tuple[dict[str, float], Measured]:
     sets = [] if parts.evaluation is None else parts.evaluation.sets
     if not sets and settings.evaluation.measures.rows == 0:
         return {}, Measured()
-    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
-        parts.directory.student,
-        attn_implementation=settings.model.attn_implementation,
-        trust_remote_code=settings.model.trust_remote_code,
-    )
-    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(settings.trainer.accelerator, settings.trainer.devices)
+    model = open_exported(parts.directory.student, settings.model, parts.vocabulary, device)
     # First: it takes seconds, and what is wrong shows before the answers, which take longer, are generated.
     measured = measure(
         Subject(

@@ -22,7 +22,7 @@ from deltakd.models.settings import ModelSettings, ModelSpec
 from deltakd.references import CacheSettings, LiveSettings
 from deltakd.tracking.loggers import MakeLogger
 from deltakd.training.optim import AdamW
-from deltakd.types import Loss, schedules_of
+from deltakd.types import Loss
 
 #: What ``trainer.precision`` may be: Lightning's names.
 Precision = Literal["32-true", "64-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "32", "64", "16", "bf16"]
@@ -176,7 +176,7 @@ class RunSettings:
         if self.generates_on_validation:
             return f"val/{SCORERS[self.evaluation.val_scorer].main}"
         # The values of a loss that changes with training can't be compared between steps.
-        return "val/ce" if schedules_of(self.loss) else "val/loss"
+        return "val/ce" if self.loss.schedules else "val/loss"
 
     @property
     def hyperparameters(self) -> dict[str, Any]:

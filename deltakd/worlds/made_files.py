@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from deltakd.io.files import write_json, write_text
 
 
 def write_made_files(
@@ -37,12 +38,11 @@ def write_made_files(
     if _is_written(directory, manifest, identity, names):
         return paths
     texts = make()
-    directory.mkdir(parents=True, exist_ok=True)
     (directory / manifest).unlink(missing_ok=True)  # it never vouches for half of the files
     for name, path in paths.items():
-        _write(path, texts[name])
+        write_text(path, texts[name])
     sha256 = {name: _sha256(path) for name, path in paths.items()}
-    _write(directory / manifest, json.dumps({**identity, "sha256": sha256}, indent=2) + "\n")
+    write_json(directory / manifest, {**identity, "sha256": sha256})
     return paths
 
 
@@ -60,10 +60,3 @@ def _is_written(directory: Path, manifest: str, identity: Mapping[str, Any], nam
 
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _write(path: Path, text: str) -> None:
-    """A reader sees the old file or the new one."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(partial, path)

@@ -25,13 +25,16 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from deltakd.data import InstructionData, read_rows
 from deltakd.evaluation import end_tokens
-from deltakd.evaluation.answers import make_set, pad_id
+from deltakd.evaluation.answers import make_set
 from deltakd.generation import Decoding, generate
+from deltakd.models import ModelSettings, load_tokenizer
+from deltakd.models.roles import open_exported, vocabulary_of
+from deltakd.models.tokenizers import pad_id
 
 PROMPTS = "../shared/data/dolly/minillm_dolly_test.jsonl.gz"
 BATCH, POSITIONS = 64, 256
@@ -71,14 +74,14 @@ def load(options: argparse.Namespace) -> Work:
         lengths = [40 + int(1.3 * len(str(row).split())) for row in rows]
         prompts = [torch.randint(2, 8000, (min(n, 128),), generator=generator).tolist() for n in lengths]
         return Work(random_model(8000, 1, options.mean_length), prompts, frozenset({1}), 8000, 0)
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    vocab_size = max(tokenizer.get_vocab().values()) + 1
+    tokenizer = load_tokenizer(str(path), "--tokenizer")
+    vocab_size = vocabulary_of(tokenizer)
     data = InstructionData(train=str(options.prompts), max_length=192, max_prompt_length=128)
     prompts = make_set("prompts", rows, data, tokenizer).prompt_ids
     if options.model is None:
         model = random_model(vocab_size, tokenizer.eos_token_id, options.mean_length)
     else:
-        model = AutoModelForCausalLM.from_pretrained(options.model).eval()
+        model = open_exported(options.model, ModelSettings(), vocab_size, torch.device("cpu"))
     return Work(model, prompts, end_tokens(model, tokenizer), vocab_size, pad_id(tokenizer, vocab_size))
 
 

@@ -22,9 +22,8 @@ from deltakd.estimates.sizes import Skeleton
 from deltakd.losses import Distillation, ForwardKL, delta_target
 from deltakd.models import LanguageModel, ModelSpec
 from deltakd.references import LiveReferences
-from deltakd.training.module import DistillationModule
-from deltakd.training.optim import AdamW
 from deltakd.training.settings import RunSettings
+from deltakd.training.step import DistillationStep
 from deltakd.types import Batch
 from tests.tiny import WORDS, World, save_model, write_rows
 
@@ -57,7 +56,7 @@ def test_operations_are_those_that_pytorch_counts(tmp_path: Path, checkpointed: 
     if checkpointed:
         student.causal_lm.gradient_checkpointing_enable()
     loss = Distillation(delta_target(1.0), ForwardKL())
-    module = DistillationModule(student, LiveReferences(references), loss, AdamW(), total_steps=1, seed=0)
+    step = DistillationStep(student.train(), LiveReferences(references), loss)
     ids = torch.randint(2, 90, (4, 40), generator=torch.Generator().manual_seed(0))
     labels = ids.clone()
     labels[:, :10] = -100
@@ -65,7 +64,7 @@ def test_operations_are_those_that_pytorch_counts(tmp_path: Path, checkpointed: 
     # Nor does it count products that are added in place.
     counted_too = {torch.ops.aten.addmm_: lambda _, left, right, **__: 2 * left[0] * left[1] * right[1]}
     with FlopCounterMode(display=False, custom_mapping=counted_too) as counter:
-        total, _ = module.loss_of(batch)
+        total, _ = step(batch)
         total.backward()
     sizes = {role: Skeleton(reference.causal_lm, ModelSpec()) for role, reference in references.items()}
     setting = Setting(

@@ -102,7 +102,9 @@ def test_the_table_has_a_column_a_device_and_warns(
     there = {"cpu": 2**19, "cuda:1": None}
     monkeypatch.setattr(memory, "available", there.__getitem__)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    plan = plan_of(world, tmp_path, "kd", "reference.placement=cuda:1", "kernels.memory_budget=64")
+    plan = plan_of(
+        world, tmp_path, "kd", "reference.placement=cuda:1", "kernels.memory_budget=64", "trainer.dry_run=true"
+    )
     shown = StringIO()
     show_memory(plan, Console(file=shown, width=100))
     lines = shown.getvalue().splitlines()

@@ -8,7 +8,7 @@ import pytest
 from deltakd.evaluation import EvaluationSet
 from deltakd.evaluation import answers as evaluating
 from deltakd.evaluation.answers import evaluate_sets
-from deltakd.evaluation.settings import Evaluation
+from deltakd.evaluation.settings import EvaluationSettings
 from deltakd.generation import Decoding
 from tests.generation.tiny_models import make_model, make_tokenizer
 
@@ -23,7 +23,7 @@ def test_only_seeds_without_a_file_are_answered_and_together(
     ids = [TOKENIZER(prompt)["input_ids"] for prompt in prompts]
     toy = EvaluationSet("toy", [4, 7, 9], prompts, ids, [("it is it",), ("so",), ("gone",)])
     decoding = Decoding(do_sample=do_sample, max_new_tokens=6)
-    evaluation = Evaluation(
+    evaluation = EvaluationSettings(
         sets={}, limit=None, seeds=[3, 1, 2], batch_size=4, decoding=decoding, val_limit=1, generate=True
     )
     model = make_model("gpt2", vocab=len(TOKENIZER))

@@ -108,7 +108,7 @@ def test_cached_references_give_the_figures_of_live_ones(
     def loads(*arguments: object, **options: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("deltakd.evaluation.measured_references.load_model", loads)
+    monkeypatch.setattr("deltakd.evaluation.measured_references.open_reference", loads)
     run = train("sft", ON, *cached, name="cached")
     assert figures(run, "val") == pytest.approx(live, rel=1e-5)
     assert run.read_summary()["meta"]["measured"]["val"]["references"] == "cached"

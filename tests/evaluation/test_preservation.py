@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,13 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from deltakd.cache import make_cache
 from deltakd.data import Encoded
 from deltakd.evaluation.answer_tokens import Pieces
-from deltakd.evaluation.preservation import FILE, measure_preservation
+from deltakd.evaluation.preservation import FILE
+from deltakd.evaluation.token_groups import END, PUNCTUATION, WORD_START
 from deltakd.io.run_directory import RunDirectory
-from deltakd.results.token_view import END, PUNCTUATION, WORD_START
+from deltakd.report import preservation_of
 from deltakd.types import IGNORE_INDEX, ROLES, STUDENT, TEACHER
 from tests.tiny import World, save_model, write_rows
 
@@ -35,7 +38,7 @@ def repoint(run: RunDirectory, **paths: str | None) -> None:
 def test_figures_of_a_run_that_learnt_its_shift(train: Train, world: World) -> None:
     """The raw student moved by the teacher's shift is what delta_kd aims at, so the correlation has to grow."""
     run = train("delta_kd", "trainer.max_steps=40", "loss.ce_weight=0", "optim.lr=0.02")
-    figures = measure_preservation(run, limit=100, views=2)
+    figures = preservation_of(run, rows=100, views=2)
     assert figures.missing == []
     assert figures.overall is not None
     overall = figures.overall
@@ -68,13 +71,53 @@ def test_figures_of_a_run_that_learnt_its_shift(train: Train, world: World) -> N
                 assert probabilities == sorted(probabilities, reverse=True)
 
 
+@pytest.mark.parametrize(
+    "extra",
+    [
+        (),
+        pytest.param(("reference=cached", "reference.path={tmp}/cache"), marks=pytest.mark.slow),
+        pytest.param(("model/lora=default",), marks=pytest.mark.slow),
+    ],
+    ids=["live", "cached", "lora"],
+)
+def test_the_report_shows_the_numbers_of_the_summary(
+    train: Train, world: World, tmp_path: Path, extra: tuple[str, ...]
+) -> None:
+    """On the same rows by the same arithmetic; only the order in which float64 means are summed up differs."""
+    extra = tuple(override.format(tmp=tmp_path) for override in extra)
+    if "reference=cached" in extra:
+        make_cache(world.overrides(tmp_path / "unused", "delta_kd", *extra))
+    run = train("delta_kd", "evaluation.measures.rows=5", *extra)
+    summary, overall = run.read_summary(), preservation_of(run).overall
+    assert overall is not None
+    counts = summary["meta"]["measured"]["val"]
+    assert (overall.rows, overall.tokens) == (counts["rows"], counts["tokens"])
+    assert overall.undefined == counts["tokens_without_shift"]
+    shown = {name: estimate.mean or 0.0 for name, estimate in overall.measures.items()}
+    in_summary = {
+        "val/perplexity": math.exp(shown["nll"]),
+        "val/kl_teacher": shown["kl_teacher"],
+        "val/top1_agreement": 100 * shown["top1_agreement"],
+        "val/shift_correlation": shown["correlation"],
+    }
+    assert in_summary == pytest.approx({name: summary[name] for name in in_summary}, rel=1e-12)
+    # Asked for another number of rows, it gives that one.
+    assert (preservation_of(run, rows=2).overall or overall).rows == 2
+
+
+def test_a_run_that_measures_nothing_is_measured_where_rows_are_given(train: Train) -> None:
+    run = train("sft", "trainer.max_steps=1")
+    assert "has evaluation.measures.rows=0; --preservation ROWS measures it" in preservation_of(run).missing[0]
+    assert preservation_of(run, rows=1).overall is not None
+
+
 def test_a_student_that_did_not_move_and_what_is_measured_again(
     train: Train, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = train("sft", "trainer.max_steps=1")
     shutil.rmtree(run.student)
     shutil.copytree(world.root / "student_raw", run.student)
-    still = measure_preservation(run, limit=3, views=0)
+    still = preservation_of(run, rows=3, views=0)
     assert still.overall is not None
     assert still.overall.undefined == still.overall.tokens > 0
     assert still.overall.measures["correlation"].mean is None
@@ -85,27 +128,27 @@ def test_a_student_that_did_not_move_and_what_is_measured_again(
         raise AssertionError("a model was loaded")
 
     with monkeypatch.context() as patched:
-        patched.setattr("deltakd.evaluation.preservation.load_model", loads)
-        assert measure_preservation(run, limit=3, views=0) == still
+        patched.setattr("deltakd.evaluation.preservation.open_exported", loads)
+        assert preservation_of(run, rows=3, views=0) == still
         # A teacher that was cleared away since then can't have changed.
         repoint(run, teacher=str(tmp_path / "gone"))
-        assert measure_preservation(run, limit=3, views=0) == still
+        assert preservation_of(run, rows=3, views=0) == still
         repoint(run, teacher=str(world.root / "teacher"))
-        for options in ({"limit": 2, "views": 0}, {"limit": 3, "views": 1}):
+        for options in ({"rows": 2, "views": 0}, {"rows": 3, "views": 1}):
             with pytest.raises(AssertionError, match="was loaded"):
-                measure_preservation(run, **options)
+                preservation_of(run, **options)
     repoint(run, teacher=str(save_model(tmp_path / "other_teacher", seed=9, width=24)))
-    other = measure_preservation(run, limit=3, views=0)
+    other = preservation_of(run, rows=3, views=0)
     assert other.measured_on[TEACHER] != still.measured_on[TEACHER]
     assert other.overall != still.overall
     save_model(run.student, seed=8)
-    moved = measure_preservation(run, limit=3, views=0)
+    moved = preservation_of(run, rows=3, views=0)
     assert moved.measured_on[STUDENT] != other.measured_on[STUDENT]
     assert moved.overall is not None
     assert moved.overall.undefined == 0
     (run.path / FILE).write_text("{")
     with caplog.at_level(logging.WARNING):
-        assert measure_preservation(run, limit=3, views=0) == moved
+        assert preservation_of(run, rows=3, views=0) == moved
     assert f"{FILE} can't be read" in caplog.text
 
 
@@ -115,7 +158,7 @@ def test_what_is_missing_is_said(train: Train, world: World, tmp_path: Path) -> 
     gone = tmp_path / "gone" / "student"
     repoint(run, teacher=None, teacher_raw=str(gone))
     validation.unlink()
-    missing = measure_preservation(run).missing
+    missing = preservation_of(run, rows=64).missing
     assert [sentence.split(":")[0] for sentence in missing] == ["teacher", "teacher_raw", "held-out rows"]
     assert str(gone) in missing[1]
     assert "val.jsonl" in missing[2]
@@ -123,13 +166,13 @@ def test_what_is_missing_is_said(train: Train, world: World, tmp_path: Path) -> 
     write_rows(validation, [{"instruction": "Repeat 1", "context": "cat", "response": "cat"}])
     shorter = save_model(tmp_path / "short", seed=4, n_positions=4)
     repoint(run, teacher=str(world.root / "teacher"), teacher_raw=str(shorter))
-    (sentence,) = measure_preservation(run).missing
+    (sentence,) = preservation_of(run, rows=64).missing
     assert sentence.startswith("teacher_raw: ")
     assert "positions for 4 tokens" in sentence
     shutil.rmtree(run.student)
-    assert "no finished run" in measure_preservation(run).missing[0]
+    assert "no finished run" in preservation_of(run, rows=64).missing[0]
     with pytest.raises(ValueError, match="limit is 0"):
-        measure_preservation(run, limit=0)
+        preservation_of(run, rows=0)
 
 
 def test_positions_begin_anew_with_every_answer(world: World) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from deltakd.evaluation import EvaluationSet, answer_set, end_tokens, evaluate_set, matches, score, summarise
 from deltakd.generation import Decoding
-from deltakd.io.json_lines import read_generations, write_generations
+from deltakd.io.files import read_json_lines, write_json_lines
 from tests.generation.tiny_models import EOS, PAD, POSITIONS, VOCAB, make_model, make_tokenizer
 
 TOKENIZER = make_tokenizer()
@@ -93,9 +93,9 @@ def test_a_set_must_be_consistent() -> None:
 
 def test_stored_records_match_only_the_same_question(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "toy.jsonl"
-    assert read_generations(path) is None
-    write_generations(path, evaluate())
-    records = read_generations(path)
+    assert read_json_lines(path) is None
+    write_json_lines(path, evaluate())
+    records = read_json_lines(path)
     assert records == evaluate()
     toy = make_set()
     assert matches(records, toy, DECODING, 10)
@@ -114,19 +114,19 @@ def test_stored_records_match_only_the_same_question(tmp_path: Path) -> None:
 
 def test_files_keep_every_character_and_replace_older_ones(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
-    write_generations(path, [{"output": "old"}])
+    write_json_lines(path, [{"output": "old"}])
     records = [{"output": 'a\nb\u2028c\r\u0085 東京 \U0001f600 \\ " \x00'}, {"output": ""}]
-    write_generations(path, records)
-    assert read_generations(path) == records
+    write_json_lines(path, records)
+    assert read_json_lines(path) == records
     assert "東京" in path.read_text(encoding="utf-8")
 
 
 def test_a_failed_write_leaves_the_old_file_alone(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
-    write_generations(path, [{"output": "old"}])
+    write_json_lines(path, [{"output": "old"}])
     with pytest.raises(TypeError):
-        write_generations(path, [{"output": "new"}, {"output": object()}])
-    assert read_generations(path) == [{"output": "old"}]
+        write_json_lines(path, [{"output": "new"}, {"output": object()}])
+    assert read_json_lines(path) == [{"output": "old"}]
     assert [p.name for p in tmp_path.iterdir()] == ["x.jsonl"]
 
 
@@ -134,7 +134,7 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text('{"a": 1}\n{"a": \n')
     with pytest.raises(ValueError, match=r"x\.jsonl, line 2, is not JSON"):
-        read_generations(path)
+        read_json_lines(path)
 
 
 def rows(values: dict[int, float]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import pytest
 
 from deltakd.evaluate import run_evaluation
 from deltakd.io.errors import ConfigError
-from deltakd.io.json_lines import read_generations
+from deltakd.io.files import read_json_lines
 from deltakd.io.run_directory import RunDirectory
 from tests.tiny import World, write_rows
 
@@ -83,7 +83,7 @@ def test_numbers_are_scored_chosen_by_and_recorded(train: Train, world: World, t
     assert record["sets"]["words"]["scorer"] == "rouge"
     assert record["sets"]["words"]["rows"] == 2
     assert record["sets"]["numbers"]["overlap"] == {"exact": [], "near": []}
-    first = (read_generations(run.generations / "numbers_seed10.jsonl") or [{}])[0]
+    first = (read_json_lines(run.generations / "numbers_seed10.jsonl") or [{}])[0]
     assert first["reference"] == ["so #### 0"]
     assert first["protocol"]["scorer"] == "final_number"
     assert first["protocol"]["max_prompt_length"] == 90

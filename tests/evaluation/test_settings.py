@@ -6,8 +6,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from deltakd.config.compose import compose_config
+from deltakd.config.protocols import deviations, evaluation_group, make_evaluation
 from deltakd.data import DataConfig, InstructionData
-from deltakd.evaluation.settings import Evaluation, deviations, evaluation_group, make_evaluation, set_problems
+from deltakd.evaluation.settings import EvaluationSettings
 
 
 def group(name: str = "default", *changes: str) -> dict[str, Any]:
@@ -15,16 +16,17 @@ def group(name: str = "default", *changes: str) -> dict[str, Any]:
     return found
 
 
-def made(name: str = "default", *changes: str) -> Evaluation:
+def made(name: str = "default", *changes: str) -> EvaluationSettings:
     problems: list[str] = []
     evaluation = make_evaluation(group(name, *changes), problems)
     assert problems == []
+    assert evaluation is not None
     return evaluation
 
 
 def test_minillm_is_its_scripts_but_for_the_ban() -> None:
     plain, banned = made("minillm"), made("minillm_ngram")
-    assert plain.seeds == banned.seeds == (10, 20, 30, 40, 50)
+    assert plain.seeds == banned.seeds == [10, 20, 30, 40, 50]
     assert (plain.template, plain.max_prompt_length, plain.limit, plain.scorer) == ("alpaca", 256, None, "rouge")
     options = vars(plain.decoding)
     assert options == {
@@ -42,13 +44,13 @@ def test_minillm_is_its_scripts_but_for_the_ban() -> None:
 
 def test_what_differs_from_the_protocol_is_told() -> None:
     for protocol in ("minillm", "minillm_ngram", "gsm8k"):
-        assert deviations(group(protocol, "batch_size=7", "val_limit=3")) == []
+        assert deviations(made(protocol, "batch_size=7", "val_limit=3")) == ()
     changes = ("seeds=[10]", "decoding.temperature=0.7", "template=null")
-    assert deviations(group("minillm", *changes)) == [
-        "template is null instead of alpaca",
+    assert deviations(made("minillm", *changes)) == (
         "seeds is [10] instead of [10, 20, 30, 40, 50]",
         "decoding.temperature is 0.7 instead of 1.0",
-    ]
+        "template is null instead of alpaca",
+    )
     sets = (
         "sets.a.source=a",
         "sets.b.source=b",
@@ -56,17 +58,17 @@ def test_what_differs_from_the_protocol_is_told() -> None:
         "sets.c.source=c",
         "sets.c.scorer=rouge",
     )
-    assert deviations(group("minillm", *sets)) == ["sets.b.scorer is final_number instead of rouge"]
-    assert deviations(group()) == []
+    assert deviations(made("minillm", *sets)) == ("sets.b.scorer is final_number instead of rouge",)
+    assert deviations(made()) == ()
 
 
 def test_a_protocols_template_has_to_be_that_of_training() -> None:
     def data(**options: Any) -> DataConfig:
-        return InstructionData(train="train.jsonl", **options)
+        return InstructionData(train=__file__, **options)
 
     evaluation = made("minillm")
-    assert set_problems(evaluation, data()) == []
-    (problem,) = set_problems(evaluation, data(template="chat"))
+    assert evaluation.problems(data()) == []
+    (problem,) = evaluation.problems(data(template="chat"))
     assert problem.startswith("evaluation.template is 'alpaca', but data.template is 'chat'")
     asked = evaluation.prompts_of(data(max_prompt_length=128))
     assert (asked.template, asked.max_prompt_length) == ("alpaca", 256)
@@ -82,11 +84,11 @@ def test_a_set_may_have_a_scorer_and_a_limit_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("scorer=bleu", "evaluation.scorer is 'bleu'; allowed: rouge, final_number"),
+        ("scorer=bleu", "evaluation.scorer is 'bleu'; it must be rouge, final_number or null"),
         ("sets={a: {source: x, scorer: y}}", "evaluation.sets.a.scorer is 'y'"),
         ("sets={a: {file: x}}", "evaluation.sets.a is {'file': 'x'}; give names and files"),
         ("sets={a: {source: x, limits: 1}}", "evaluation.sets.a has no key 'limits'"),
-        ("max_prompt_length=0", "evaluation.max_prompt_length is 0; it must be a number of at least 1"),
+        ("max_prompt_length=0", "evaluation.max_prompt_length is 0; it must be a whole number from 1 or null"),
         ("protocol=mine", "these are protocols: gsm8k, minillm, minillm_ngram"),
     ],
 )

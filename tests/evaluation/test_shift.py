@@ -1,4 +1,4 @@
-"""Shift preservation against an independent NumPy computation, and identities."""
+"""Measures of shifts against an independent NumPy computation, and identities."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltakd.evaluation.shift import shift_preservation, top_candidates
+from deltakd.evaluation.token_measures import TokenMeasures, token_measures, top_candidates
 from deltakd.types import ROLES, Head
 
 N, V = 11, 17
@@ -29,6 +29,10 @@ def logits() -> dict[str, Tensor]:
 @pytest.fixture
 def labels() -> Tensor:
     return torch.randint(V, (N,), generator=torch.Generator().manual_seed(1))
+
+
+def shifts(heads: dict[str, Head], labels: Tensor, chunk_size: int = 64) -> TokenMeasures:
+    return token_measures(heads, labels, chunk_size, with_shifts=True)
 
 
 def oracle(logits: dict[str, Tensor], labels: Tensor) -> dict[str, np.ndarray]:
@@ -60,7 +64,7 @@ def oracle(logits: dict[str, Tensor], labels: Tensor) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("chunk_size", [1, 4, 100])
 def test_against_numpy(logits: dict[str, Tensor], labels: Tensor, chunk_size: int) -> None:
-    measured = shift_preservation({role: identity_head(z) for role, z in logits.items()}, labels, chunk_size)
+    measured = shifts({role: identity_head(z) for role, z in logits.items()}, labels, chunk_size)
     expected = oracle(logits, labels)
     for name, values in expected.items():
         np.testing.assert_allclose(getattr(measured, name).numpy(), values, rtol=1e-6, atol=1e-9, err_msg=name)
@@ -71,7 +75,7 @@ def test_a_token_that_all_rule_out_plays_no_part(logits: dict[str, Tensor], labe
     bias = torch.zeros(V)
     bias[5] = -math.inf
     labels = labels.masked_fill(labels == 5, 6)
-    measured = shift_preservation({role: identity_head(z, bias) for role, z in logits.items()}, labels)
+    measured = shifts({role: identity_head(z, bias) for role, z in logits.items()}, labels)
     without = {role: z.index_fill(1, torch.tensor([5]), -math.inf) for role, z in logits.items()}
     for name, values in oracle(without, labels).items():
         np.testing.assert_allclose(getattr(measured, name).numpy(), values, rtol=1e-6, atol=1e-9, err_msg=name)
@@ -82,11 +86,11 @@ def test_a_token_that_the_student_alone_rules_out(logits: dict[str, Tensor], lab
     bias = torch.zeros(V)
     bias[5] = -math.inf
     heads = {role: identity_head(z, bias if role == "student" else None) for role, z in logits.items()}
-    measured = shift_preservation(heads, labels)
+    measured = shifts(heads, labels)
     assert torch.isinf(measured.kl_teacher).all()
     assert torch.isfinite(measured.kl_raw).all()
     # Among the others all probabilities grow by one factor, which no correlation sees.
-    everywhere = shift_preservation({role: identity_head(z, bias) for role, z in logits.items()}, labels)
+    everywhere = shifts({role: identity_head(z, bias) for role, z in logits.items()}, labels)
     torch.testing.assert_close(measured.correlation, everywhere.correlation)
 
 
@@ -95,47 +99,47 @@ def test_a_student_that_moved_along_the_teachers_shift(
     logits: dict[str, Tensor], labels: Tensor, factor: float, expected: float
 ) -> None:
     logits["student"] = logits["student_raw"] + factor * (logits["teacher"] - logits["teacher_raw"])
-    measured = shift_preservation({role: identity_head(z) for role, z in logits.items()}, labels)
+    measured = shifts({role: identity_head(z) for role, z in logits.items()}, labels)
     torch.testing.assert_close(measured.correlation, torch.full((N,), expected, dtype=torch.float64))
 
 
 def test_no_shift_has_no_correlation(logits: dict[str, Tensor], labels: Tensor) -> None:
     heads = {role: identity_head(z) for role, z in logits.items()}
-    still = shift_preservation(heads | {"student": heads["student_raw"]}, labels)
+    still = shifts(heads | {"student": heads["student_raw"]}, labels)
     assert torch.isnan(still.correlation).all()
     torch.testing.assert_close(still.kl_teacher, still.kl_raw)
     assert not still.student_shift.any()
     # All logits raised alike, from far away: what is left is rounding.
     raised = {**heads, "teacher_raw": identity_head(logits["teacher"] + 1000.0)}
-    assert torch.isnan(shift_preservation(raised, labels).correlation).all()
+    assert torch.isnan(shifts(raised, labels).correlation).all()
     # A true shift of a tenth of a thousandth of a nat is seen.
     noise = 1e-4 * torch.randn(N, V, generator=torch.Generator().manual_seed(3))
     moved = heads | {"student": identity_head(logits["student_raw"] + noise)}
-    assert torch.isfinite(shift_preservation(moved, labels).correlation).all()
+    assert torch.isfinite(shifts(moved, labels).correlation).all()
 
 
 def test_half_precision_heads_are_upcast(logits: dict[str, Tensor], labels: Tensor) -> None:
     half = {role: z.bfloat16() for role, z in logits.items()}
-    measured = shift_preservation({role: identity_head(z) for role, z in half.items()}, labels)
+    measured = shifts({role: identity_head(z) for role, z in half.items()}, labels)
     expected = oracle(half, labels)
     np.testing.assert_allclose(measured.correlation.numpy(), expected["correlation"], rtol=1e-6)
 
 
 def test_no_tokens(logits: dict[str, Tensor]) -> None:
     heads = {role: identity_head(z[:0]) for role, z in logits.items()}
-    assert shift_preservation(heads, torch.empty(0, dtype=torch.int64)).correlation.shape == (0,)
+    assert shifts(heads, torch.empty(0, dtype=torch.int64)).correlation.shape == (0,)
 
 
 def test_what_does_not_fit_is_refused(logits: dict[str, Tensor], labels: Tensor) -> None:
     heads = {role: identity_head(z) for role, z in logits.items()}
-    with pytest.raises(ValueError, match="missing: teacher_raw"):
-        shift_preservation({role: head for role, head in heads.items() if role != "teacher_raw"}, labels)
+    with pytest.raises(ValueError, match=r"each of student, teacher, .*; given: student, teacher, student_raw"):
+        shifts({role: head for role, head in heads.items() if role != "teacher_raw"}, labels)
     with pytest.raises(ValueError, match="same tokens"):
-        shift_preservation(heads | {"teacher": heads["teacher"].rows(0, 3)}, labels)
+        shifts(heads | {"teacher": heads["teacher"].rows(0, 3)}, labels)
     with pytest.raises(ValueError, match="same tokens"):
-        shift_preservation(heads | {"student": identity_head(logits["student"][:, :-1])}, labels)
+        shifts(heads | {"student": identity_head(logits["student"][:, :-1])}, labels)
     with pytest.raises(ValueError, match="chunk_size is 0"):
-        shift_preservation(heads, labels, 0)
+        shifts(heads, labels, 0)
 
 
 def test_top_candidates(logits: dict[str, Tensor]) -> None:

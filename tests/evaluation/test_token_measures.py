@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltakd.evaluation.shift import shift_preservation
 from deltakd.evaluation.token_measures import (
     CALIBRATION_BINS,
     calibration_bins,
@@ -58,9 +57,19 @@ def test_against_numpy(logits: dict[str, Tensor], labels: Tensor, chunk_size: in
     cov = [np.cov(np.stack([x[n], y[n]]), aweights=teacher[n], ddof=0) for n in range(N)]
     correlation = [c[0, 1] / math.sqrt(c[0, 0] * c[1, 1]) for c in cov]
     np.testing.assert_allclose(measured.correlation.numpy(), correlation, rtol=1e-6, atol=1e-9)
-    same = shift_preservation({role: identity_head(z) for role, z in logits.items()}, labels)
-    torch.testing.assert_close(measured.kl_teacher, same.kl_teacher)
-    torch.testing.assert_close(measured.correlation, same.correlation)
+    assert (measured.kl_raw, measured.student_shift, measured.teacher_shift) == (None, None, None)
+    # What is asked for besides changes none of it.
+    more = token_measures({role: identity_head(z) for role, z in logits.items()}, labels, chunk_size, with_shifts=True)
+    for name in ("nll", "confidence", "correct", "kl_teacher", "top1_agreement", "correlation"):
+        torch.testing.assert_close(getattr(more, name), getattr(measured, name), rtol=0, atol=0)
+
+
+def test_a_tie_of_the_students_favourites_agrees_with_a_teacher_who_has_one_of_them() -> None:
+    """Two argmax would say by the order of the vocabulary whether they agree."""
+    student = torch.tensor([[1.0, 2.0, 2.0], [2.0, 1.0, 2.0], [2.0, 1.0, 0.0]])
+    teacher = torch.tensor([[0.0, 1.0, 3.0], [3.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
+    heads = {"student": identity_head(student), "teacher": identity_head(teacher)}
+    assert token_measures(heads, torch.zeros(3, dtype=torch.int64)).top1_agreement.tolist() == [1, 1, 0]
 
 
 def test_what_heads_are_not_there_is_not_measured(logits: dict[str, Tensor], labels: Tensor) -> None:

@@ -23,7 +23,7 @@ def test_all_problems_are_reported_together_and_by_their_keys() -> None:
         max_new_tokens=0,
     )
     keys = [message.split(" ")[0] for message in bad.problems()]
-    names = ("do_sample", "temperature", "top_k", "top_p", "no_repeat_ngram_size", "max_new_tokens")
+    names = ("do_sample", "temperature", "top_k", "top_p", "max_new_tokens", "no_repeat_ngram_size")
     assert keys == [f"evaluation.decoding.{name}" for name in names]
     assert "do_sample: false" in bad.problems()[1]
 

@@ -1,10 +1,16 @@
-"""What is written when the disk takes no more: the former stays, nothing half is left, and the reason is told."""
+"""Files are whole or not there: when the disk takes no more, when the writer is killed, and when several write."""
 
 from __future__ import annotations
 
 import errno
+import json
+import os
 import resource
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,9 +19,17 @@ import torch
 from safetensors.torch import save_file
 
 from deltakd.cli import guarded
-from deltakd.io.files import WriteError, disk_reason, replacing
-from deltakd.io.json_lines import write_generations
-from deltakd.io.run_directory import write_text
+from deltakd.io.files import (
+    WriteError,
+    disk_reason,
+    path_beside,
+    read_json_lines,
+    replacing,
+    write_bytes,
+    write_json,
+    write_json_lines,
+    write_text,
+)
 from deltakd.tracking.loggers import RunCSVLogger
 
 
@@ -46,10 +60,16 @@ def _checkpoint(path: Path, size: int) -> None:
 
 
 def _answers(path: Path, size: int) -> None:
-    write_generations(path, [{"text": "x" * size}])
+    write_json_lines(path, [{"text": "x" * size}])
 
 
-@pytest.mark.parametrize("write", [_text, _tensors, _checkpoint, _answers])
+def _directory_over_another(path: Path, size: int) -> None:
+    with replacing(path) as partial:
+        (partial / "inner").mkdir(parents=True)
+        (partial / "inner" / "file").write_bytes(bytes(size))
+
+
+@pytest.mark.parametrize("write", [_text, _tensors, _checkpoint, _answers, _directory_over_another])
 def test_what_was_there_stays(write: Callable[[Path, int], None], tmp_path: Path) -> None:
     path = tmp_path / "file"
 
@@ -64,6 +84,115 @@ def test_what_was_there_stays(write: Callable[[Path, int], None], tmp_path: Path
     assert content() == before
     write(path, 100_000)
     assert content() != before
+
+
+def test_a_write_that_the_disk_refuses_at_its_end_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    write_bytes(path, b"before")
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(
+            WriteError, match=r"file could not be .*No space left on device; the former file is"
+        ) as told:
+            write_bytes(path, b"after")
+    assert told.value.is_full
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert path.read_bytes() == b"before"
+
+
+WRITE_UNTIL_KILLED = """
+import itertools, sys
+from pathlib import Path
+from deltakd.io.files import replacing, write_text
+folder = Path(sys.argv[1])
+for number in itertools.count():
+    write_text(folder / "text", f"{number}\\n" * 20_000)
+    with replacing(folder / "model") as partial:
+        partial.mkdir()
+        for name in "ab":
+            (partial / name).write_text(f"{number}\\n" * 20_000)
+    print(number, flush=True)
+"""
+
+
+def test_a_killed_writer_leaves_no_half_file_and_the_next_one_clears_up(tmp_path: Path) -> None:
+    for _ in range(3):
+        writer = subprocess.Popen(
+            [sys.executable, "-c", WRITE_UNTIL_KILLED, str(tmp_path)], stdout=subprocess.PIPE, text=True
+        )
+        assert writer.stdout is not None
+        for _ in range(3):
+            writer.stdout.readline()
+        writer.send_signal(signal.SIGKILL)
+        writer.communicate()
+        # Between its two renames a directory may be away; half of one is never there.
+        contents = [(tmp_path / "text").read_text()]
+        if (tmp_path / "model").exists():
+            contents += [(tmp_path / "model" / name).read_text() for name in "ab"]
+        for content in contents:
+            assert len(lines := content.splitlines()) == 20_000
+            assert len(set(lines)) == 1
+        assert len(set(contents[1:])) <= 1
+    write_text(tmp_path / "text", "")
+    with replacing(tmp_path / "model") as partial:
+        partial.mkdir()
+    assert {p.name for p in tmp_path.iterdir()} == {"text", "model"}
+
+
+def test_only_leftovers_of_the_same_file_and_of_processes_that_are_gone_are_cleared(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    gone, here = path_beside(path, process=2**22 + 1), path_beside(path)
+    other_machine = tmp_path / "model.00000000-1-0.partial"
+    other_file = path_beside(tmp_path / "model.bin", process=2**22 + 1)
+    for leftover in (gone, here, other_machine, other_file):
+        leftover.write_text("x")
+    write_text(path, "y")
+    assert {p for p in tmp_path.iterdir() if p != path} == {here, other_machine, other_file}
+    os.utime(other_machine, (0, 0))
+    write_text(path, "y")
+    assert not other_machine.exists()
+
+
+def test_many_writers_of_one_name_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "model"
+
+    def write(number: int) -> None:
+        with replacing(path) as partial:
+            partial.mkdir()
+            for name in "ab":
+                (partial / name).write_text(str(number))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(40)))
+    assert (path / "a").read_text() == (path / "b").read_text()
+    assert [p.name for p in path.parent.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(("first_wins", "expected"), [(True, "theirs"), (False, "ours")])
+def test_who_wins_when_another_process_is_first(tmp_path: Path, first_wins: bool, expected: str) -> None:
+    path = tmp_path / "tokens"
+    with replacing(path, first_wins=first_wins) as partial:
+        partial.mkdir()
+        (partial / "file").write_text("ours")
+        path.mkdir()
+        (path / "file").write_text("theirs")
+    assert (path / "file").read_text() == expected
+    assert [p.name for p in tmp_path.iterdir()] == ["tokens"]
+
+
+def test_json_and_its_lines_are_read_back(tmp_path: Path) -> None:
+    value = {"é": [1, None, 0.1], "of": {"a": "\u2028\n"}}
+    write_json(tmp_path / "value.json", value)
+    assert json.loads((tmp_path / "value.json").read_text(encoding="utf-8")) == value
+    write_json_lines(tmp_path / "new" / "lines.jsonl", [value, {}])
+    assert read_json_lines(tmp_path / "new" / "lines.jsonl") == [value, {}]
+    assert read_json_lines(tmp_path / "none.jsonl") is None
 
 
 def test_metrics_stay_when_a_new_column_finds_no_room(tmp_path: Path) -> None:

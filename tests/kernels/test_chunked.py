@@ -193,7 +193,7 @@ def test_no_tensor_of_n_times_v_is_made() -> None:
     """The largest tensor that a loss sees has chunk_size rows."""
     seen: list[int] = []
 
-    class Spy:
+    class Spy(Loss):
         requires = LOSSES["delta_kd"].requires
 
         def __call__(self, logits: dict[str, Tensor], labels: Tensor) -> Any:

@@ -22,7 +22,7 @@ from deltakd.losses import (
     SignedParallelogram,
     Treatment,
 )
-from deltakd.types import Loss, Progress, schedules_of
+from deltakd.types import Loss, Progress
 from tests.losses import oracles
 from tests.losses.by_name import loss_named
 from tests.losses.oracles import Array, Logits, arrays, close, draw, gradient, log_softmax, mixed, numeric_gradient
@@ -259,7 +259,7 @@ def test_every_moving_weight_moves() -> None:
     """γ and the β of the matching are two schedules, under two names."""
     moving = {"schedule": "linear", "from": 0.5, "to": 1.0, "steps": None}
     loss = loss_named("kd_plus_delta", delta_weight=moving, matching__beta=moving)
-    for schedule in schedules_of(loss).values():
+    for schedule in loss.schedules.values():
         schedule.on_step(Progress(4, 4), 1.0)
     logits, labels = draw()
     there = loss_named("kd_plus_delta", delta_weight=1.0, matching__beta=1.0)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
 
+from deltakd.io.typed import typed
 from deltakd.models import (
     LanguageModel,
     LoraSpec,
@@ -18,6 +19,7 @@ from deltakd.models import (
     common_vocabulary,
     load_model,
     save_student,
+    spec_problems,
     train_tokenizer,
 )
 from deltakd.types import IGNORE_INDEX, Batch
@@ -142,15 +144,31 @@ def test_dtype_is_the_one_asked_for(tmp_path: Path) -> None:
     [
         (ModelSpec(), "model.teacher.path is missing"),
         (ModelSpec("a/b/c"), "no such directory"),
-        (ModelSpec("gpt2", dtype="int8"), "model.teacher.dtype is 'int8'; allowed: float32, bfloat16"),
-        (ModelSpec("gpt2", init="zeros"), "model.teacher.init is 'zeros'; allowed: pretrained, random"),
         (ModelSpec(init="random"), "needs model.teacher.architecture with a model_type"),
         (ModelSpec("."), "is a directory without config.json"),
     ],
 )
 def test_problems_of_a_spec(spec: ModelSpec, message: str) -> None:
-    (problem,) = spec.problems("teacher")
+    (problem,) = spec_problems("teacher", spec)
     assert message in problem
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (
+            {"path": "gpt2", "dtype": "int8"},
+            "model.teacher.dtype is 'int8'; it must be float32, bfloat16, float16, float64",
+        ),
+        ({"path": "gpt2", "init": "zeros"}, "model.teacher.init is 'zeros'; it must be pretrained, random"),
+        ({"path": 123}, "model.teacher.path is 123; it must be text or null; to give these digits as text: "),
+    ],
+)
+def test_wrong_types_in_a_spec_are_told(entry: dict[str, object], message: str) -> None:
+    problems: list[str] = []
+    assert typed(ModelSpec, entry, "model.teacher", problems) is not None
+    (problem,) = problems
+    assert problem.startswith(message)
 
 
 def test_tokenizers_are_compared_by_their_tokens() -> None:

@@ -168,7 +168,7 @@ def test_losses_that_buckets_cannot_give_are_refused_by_their_reason() -> None:
     assert not topk_problems(loss_named("delta_kd", delta_weight=0.0, target__treatment__clip=2.0))
 
 
-class Own:
+class Own(Loss):
     requires = frozenset({"teacher"})
     temperature = 2.0
 

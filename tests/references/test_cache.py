@@ -23,16 +23,19 @@ from safetensors.torch import load_file
 from deltakd.cache import main, make_cache
 from deltakd.config.build import make_settings
 from deltakd.config.compose import compose_config
+from deltakd.io import files
 from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
 from deltakd.models import train_tokenizer
-from deltakd.references import StoreError, missing
+from deltakd.references import StoreError, fill
 from deltakd.references.store import CacheStore
 from deltakd.studies.stages import run_study
 from deltakd.studies.study_file import read_study
 from deltakd.training.run import run_training
 from tests.tiny import World, make_rows, save_model, write_rows
 
+#: Beyond the largest process id that Linux gives.
+NO_PROCESS = 2**22 + 1
 TOPK = ("reference.store=topk", "reference.k=64")
 
 
@@ -262,7 +265,7 @@ def content_of(path: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(missing, "SHARD_ROWS", 9)
+    monkeypatch.setattr(fill, "SHARD_ROWS", 9)
 
 
 def arguments(cached: Cached, path: Path, *extra: str) -> list[str]:
@@ -278,7 +281,7 @@ def whole(
     kind = list(TOPK) if request.param == "topk" else []
     path = tmp_path_factory.mktemp("whole") / "cache"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(missing, "SHARD_ROWS", 9)
+        patch.setattr(fill, "SHARD_ROWS", 9)
         make_cache(arguments(cached, path, *kind))
     assert len(list(path.glob("shard_*"))) == 5
     return path, kind
@@ -298,7 +301,8 @@ def test_an_interrupted_one_goes_on_and_ends_byte_for_byte_the_same(
     with pytest.raises(ConfigError, match=r"lacks .* of 32 rows of data.train .* and 8 of 8 rows of data.val"):
         run(cached.overrides(tmp_path / "run", "delta_kd", f"reference.path={tmp_path / 'parts'}", *live_of(cached)))
     # What was half written is written again.
-    (tmp_path / "parts" / "shard_00002.safetensors.partial").write_bytes(b"x")
+    begun = files.path_beside(tmp_path / "parts" / "shard_00002.safetensors", process=NO_PROCESS)
+    begun.write_bytes(b"x")
     make_cache(arguments(cached, tmp_path / "parts", *kind))
     assert content_of(tmp_path / "parts") == content_of(path)
     # A finished one is only read, and needs no models.
@@ -314,7 +318,7 @@ def _stop_after(monkeypatch: pytest.MonkeyPatch, shards: int, error: BaseExcepti
 
     def failing(descriptor: int) -> None:
         name = Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
-        if name == f"shard_{shards:05d}.safetensors.partial":
+        if name.startswith(f"shard_{shards:05d}.safetensors.") and name.endswith(files.PARTIAL):
             raise error
         sync(descriptor)
 

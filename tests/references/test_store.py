@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from deltakd.data import Encoded, EncodedSet, collate
 from deltakd.data.encoding.encoded_set import flatten
 from deltakd.references import CachedReferences, CacheStore, StoreError
 from deltakd.references.index import RowIndex, keys_of_batch, keys_of_set
-from deltakd.references.store import OFFSETS, ROW_KEYS, map_arrays, write_whole
+from deltakd.references.store import OFFSETS, ROW_KEYS, map_arrays
 from deltakd.types import IGNORE_INDEX, Head
 
 ROWS = [([5, 6, 7, 8], 2), ([9, 10, 11], 1), ([5, 6, 7, 8], 3), ([12, 13], 5), ([1, 2, 3, 4, 5, 6], 4)]
@@ -92,20 +90,6 @@ def test_files_are_mapped_and_not_read(tmp_path: Path) -> None:
         base = base.base
     assert arrays["teacher"].shape == (4, 3)
     assert arrays[OFFSETS].tolist() == [0, 2, 4]
-
-
-def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file"
-    write_whole(path, b"before")
-
-    def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        write_whole(path, b"after")
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-    assert path.read_bytes() == b"before"
 
 
 def test_a_damaged_store_is_named_and_its_good_files_stay(tmp_path: Path) -> None:

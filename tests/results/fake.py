@@ -21,7 +21,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     },
     "delta_kd": {
         "_target_": "deltakd.losses.Distillation",
-        "target": {"_target_": "deltakd.losses.delta_target", "alpha": 1.0},
+        "target": {"_target_": "deltakd.losses.delta_target", "delta_weight": 1.0},
         "divergence": {"_target_": "deltakd.losses.ForwardKL"},
         "temperature": 1.0,
         "ce_weight": 0.5,
@@ -35,7 +35,7 @@ def config_of(loss: str, seed: int, weight: float = 1.0) -> Config:
     """A config with the keys that matter here."""
     settings = json.loads(json.dumps(LOSSES[loss]))
     if loss == "delta_kd":
-        settings["target"]["alpha"] = weight
+        settings["target"]["delta_weight"] = weight
     return {
         "delta_weight": weight,
         "seed": seed,

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from deltakd.config.compose import CONF_DIR
+from deltakd.config.loss_names import read_losses
 from deltakd.results.beyond import BeyondTable, beyond_tables
 from deltakd.results.formats import beyond_markdown
-from deltakd.results.loss_names import read_losses
 from deltakd.results.methods import make_methods
 from deltakd.results.page import make_page, render
 from deltakd.results.reading import find_runs

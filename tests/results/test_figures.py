@@ -11,14 +11,14 @@ import pytest
 from matplotlib.figure import Figure
 
 from deltakd.config.compose import CONF_DIR
+from deltakd.config.loss_names import read_losses
+from deltakd.evaluation.token_groups import Estimate, Group
 from deltakd.results import figures
 from deltakd.results.delta_weights import delta_weights
 from deltakd.results.drawing import SERIES, Panel, styles
-from deltakd.results.loss_names import read_losses
 from deltakd.results.methods import make_methods
 from deltakd.results.reading import find_runs
 from deltakd.results.tables import make_comparisons
-from deltakd.results.token_view import Estimate, Group
 from tests.results.fake import Config, write_run
 
 

@@ -19,7 +19,7 @@ from deltakd.runs import main, show_runs
 
 DELTA_KD: dict[str, Any] = {
     "_target_": "deltakd.losses.Distillation",
-    "target": {"_target_": "deltakd.losses.delta_target", "alpha": 1.0},
+    "target": {"_target_": "deltakd.losses.delta_target", "delta_weight": 1.0},
     "divergence": {"_target_": "deltakd.losses.ForwardKL"},
 }
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
 
 from deltakd.config.compose import CONF_DIR, compose_config
-from deltakd.results.loss_names import loss_name, read_losses
+from deltakd.config.loss_names import delta_weight_keys, flat, loss_name, read_losses
 from deltakd.results.methods import Method, make_methods
 from deltakd.results.reading import find_runs
+from tests.losses.by_name import NAMES
 from tests.results.fake import Config, write_run
 
 
@@ -28,6 +30,51 @@ def test_a_composed_loss_is_called_by_its_name(name: str) -> None:
     composed = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(composed, dict)
     assert loss_name(composed["loss"], read_losses(CONF_DIR / "loss")) == name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_loss_is_read_as_hydra_composes_it(name: str) -> None:
+    composed = compose_config("train", ["experiment=none", f"loss={name}"], checked=True)
+    as_written = OmegaConf.to_container(composed.loss, resolve=False)
+    assert read_losses(CONF_DIR / "loss").losses[name] == flat(as_written)
+
+
+@pytest.mark.parametrize(
+    ("choices", "name", "weighted"),
+    [
+        (["loss=delta_kd", "loss/divergence=todi"], "delta_kd + todi", {"target.delta_weight"}),
+        (["loss=delta_kd", "loss/divergence=reverse_kl"], "delta_kd_reverse", {"target.delta_weight"}),
+        (["loss=kd", "loss/target=delta"], "delta_kd", {"target.delta_weight"}),
+        (["loss=kd_jsd", "loss/target=bilinear"], "delta_bilinear + jsd", {"target.delta_weight"}),
+        (["loss=kd_tvd", "loss/target=multi_teacher"], "delta_multi_teacher + tvd", {"target.delta_weight"}),
+        (["loss=taid", "loss/divergence=alpha_beta"], "taid + alpha_beta", set()),
+        (["loss=parallelogram", "loss/divergence=jsd"], "parallelogram + jsd", {"delta_weight"}),
+        (["loss=kd_plus_delta", "loss/matching=cross"], "kd_plus_delta + cross", {"delta_weight"}),
+        (
+            ["loss=kd_plus_delta", "loss/matching=ratio", "loss/divergence=todi"],
+            "kd_plus_delta + todi + ratio",
+            {"delta_weight"},
+        ),
+        (["loss=parallel_ratio", "loss/matching=cross"], "parallel_cross", set()),
+        (["loss=delta_kd", "loss.divergence={_target_: mine.Far}"], "delta_kd + Far", {"target.delta_weight"}),
+        (["loss=kd", "loss.target={_target_: mine.my_target}"], "kd + my_target", set()),
+    ],
+)
+def test_a_combination_is_called_by_its_loss_and_the_parts_chosen_in_it(
+    choices: list[str], name: str, weighted: set[str]
+) -> None:
+    cfg = compose_config("train", ["experiment=none", "delta_weight=0.3", *choices], checked=True)
+    composed: Any = OmegaConf.to_container(cfg, resolve=True)
+    known = read_losses(CONF_DIR / "loss")
+    assert loss_name(composed["loss"], known) == name
+    assert delta_weight_keys(composed["loss"], known) == weighted
+
+
+def test_a_loss_of_your_own_is_called_by_its_classes() -> None:
+    own = {"_target_": "mine.Own", "inner": {"_target_": "mine.inner", "delta_weight": 0.3}}
+    known = read_losses(CONF_DIR / "loss")
+    assert loss_name(own, known) == "Own/inner"
+    assert delta_weight_keys(own, known) == {"inner.delta_weight"}
 
 
 def test_runs_that_differ_in_their_seed_are_one_method_named_by_what_differs(tmp_path: Path) -> None:

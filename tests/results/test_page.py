@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from deltakd.config.compose import CONF_DIR
-from deltakd.results.loss_names import read_losses
+from deltakd.config.loss_names import read_losses
+from deltakd.evaluation.token_groups import Estimate, Group, Preservation, ViewedRow, ViewedToken
 from deltakd.results.methods import make_methods
 from deltakd.results.page import Page, make_page, render, write_report
 from deltakd.results.reading import find_runs
 from deltakd.results.tables import make_comparisons
-from deltakd.results.token_view import Estimate, Group, Preservation, ViewedRow, ViewedToken
 from tests.results.fake import write_run
 
 EVIL = "</script><script>window.evil = 1</script><img src=x onerror=\"window.evil = 1\"><!-- {{ 1 }} 'quoted' & more"

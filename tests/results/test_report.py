@@ -32,7 +32,7 @@ def test_real_runs_become_a_report(
     assert str(tmp_path) not in page
     assert '<section id="tokens">' in page
     stored = json.loads((tmp_path / "runs" / "a" / "preservation.json").read_text(encoding="utf-8"))
-    assert f"{stored['overall']['measures']['kl_teacher']['mean']:.3f}" in page
+    assert f"{stored['overall']['measures']['kl_teacher']['mean']:.4f}" in page
     assert "runs/a_again" in page
     assert "runs/c/summary.json can&#39;t be read" in page
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from deltakd.config.compose import CONF_DIR
+from deltakd.config.loss_names import read_losses
 from deltakd.results.formats import latex, markdown
-from deltakd.results.loss_names import read_losses
 from deltakd.results.methods import make_methods
 from deltakd.results.reading import find_runs
 from deltakd.results.tables import Comparison, make_comparisons

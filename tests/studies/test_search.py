@@ -151,7 +151,7 @@ def test_a_grid_is_gone_through_in_order_and_once(make_search: Callable[..., Sea
 
 def test_what_can_not_be_searched_is_refused_before_anything_starts(make_search: Callable[..., Search]) -> None:
     training = FakeTraining()
-    with pytest.raises(ConfigError, match="objective is val/rougeL, but this run generates no answers"):
+    with pytest.raises(ConfigError, match=r"objective is val/rougeL, but this run generates no answers"):
         go(make_search(training, metric={"name": "val/rougeL", "goal": "maximize"}))
     with pytest.raises(ConfigError, match=r"metric\.goal is maximize, but of val/ce more is worse"):
         go(make_search(training, metric={"name": "val/ce", "goal": "maximize"}))

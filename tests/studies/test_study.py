@@ -13,8 +13,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from rich.console import Console
 
 from deltakd.config.compose import CONF_DIR
+from deltakd.config.loss_names import read_losses
 from deltakd.io.errors import ConfigError
-from deltakd.results.loss_names import read_losses
 from deltakd.results.methods import make_methods
 from deltakd.results.reading import find_runs
 from deltakd.studies.stages import run_study

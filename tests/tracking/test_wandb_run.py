@@ -15,8 +15,8 @@ from wandb.proto import wandb_internal_pb2 as pb
 from deltakd.config.build import make_settings
 from deltakd.config.compose import compose_config
 from deltakd.io.run_directory import RunDirectory
+from deltakd.models.identity import model_fingerprint
 from deltakd.tracking import environment, wandb_run
-from deltakd.tracking.environment import model_fingerprint
 from deltakd.tracking.redaction import redacted
 from deltakd.training.run import run_training
 from tests.tiny import World

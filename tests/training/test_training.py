@@ -17,10 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from deltakd.config.build import make_settings
 from deltakd.config.compose import compose_config
 from deltakd.io.errors import ConfigError, NonFiniteLossError
-from deltakd.io.json_lines import read_generations
+from deltakd.io.files import read_json_lines
 from deltakd.io.run_directory import RunDirectory
 from deltakd.training.module import DistillationModule
 from deltakd.training.run import run_training
+from deltakd.training.step import DistillationStep
 from deltakd.types import Batch
 from tests.tiny import World, make_rows, make_tokenizer, save_model, write_rows
 
@@ -65,7 +66,7 @@ def test_a_run_leaves_what_it_promises(train: Train, world: World, loss: str) ->
     for key in ("git_commit", "packages", "device", "valid_tokens", "seconds", "tokens_per_second", "peak_memory_mib"):
         assert key in meta
     for seed in (10, 20):
-        records = read_generations(run.generations / f"mine_seed{seed}.jsonl")
+        records = read_json_lines(run.generations / f"mine_seed{seed}.jsonl")
         assert records is not None
         assert len(records) == 6
         assert records[0]["decoding"]["seed"] == seed
@@ -74,7 +75,7 @@ def test_a_run_leaves_what_it_promises(train: Train, world: World, loss: str) ->
     assert model.config.eos_token_id == tokenizer.eos_token_id
     assert "delta_weight" in (run.student / "README.md").read_text()
     checkpoint = torch.load(run.checkpoints / "last.ckpt", weights_only=True)
-    assert all(name.startswith("student.") for name in checkpoint["state_dict"])
+    assert all(name.startswith("step.student.") for name in checkpoint["state_dict"])
     assert meta["parameters"]["student"] == sum(p.numel() for p in model.parameters())
 
 
@@ -117,7 +118,7 @@ def test_dropout_is_on_in_the_student_and_off_in_the_references(train: Train, mo
 
     def spy(module: DistillationModule, batch: Batch, batch_idx: int) -> Tensor:
         modes["student"].add(module.student.training)
-        references = module.references
+        references = module.step.references
         modes["references"] |= {model.training for model in references._models.values()}
         return original(module, batch, batch_idx)
 
@@ -190,13 +191,13 @@ def test_the_best_checkpoint_is_exported(train: Train) -> None:
 def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(
     train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    original = DistillationModule.loss_of
+    original = DistillationStep.forward
 
-    def poisoned(module: DistillationModule, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        total, parts = original(module, batch)
+    def poisoned(step: DistillationStep, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        total, parts = original(step, batch)
         return (total * float("nan") if batch.step == 3 else total), parts
 
-    monkeypatch.setattr(DistillationModule, "loss_of", poisoned)
+    monkeypatch.setattr(DistillationStep, "forward", poisoned)
     with pytest.raises(
         NonFiniteLossError, match=r"the loss is nan at optimiser step 3, rows \[\d+, .*\] of the training set"
     ):
@@ -289,9 +290,15 @@ def test_a_checkpoint_of_another_architecture(train: Train, world: World, tmp_pa
         (["evaluation=default", "evaluation.sets={mine: nowhere.jsonl}"], r"evaluation.sets.mine: no such file"),
         (["evaluation=default", "evaluation.sets={val: x.jsonl}"], r"can't be called val, train or meta"),
         (["evaluation.sets=x.jsonl"], r"evaluation.sets is 'x.jsonl'; give names and files"),
-        (["evaluation.seeds=10"], r"evaluation.seeds is 10; give a list of numbers"),
-        (["trainer.max_steps=abc"], r"trainer.max_steps is 'abc'; it must be a number"),
-        (["trainer.profiler=cprofile"], r"trainer.profiler is 'cprofile'; allowed: null, simple"),
+        (
+            ["evaluation.seeds=10"],
+            r"evaluation.seeds is 10; it must be a list \(each a whole number from 0\) of at least 1",
+        ),
+        (["trainer.max_steps=abc"], r"trainer.max_steps is 'abc'; it must be a whole number from 1 or null"),
+        (
+            ["trainer.profiler=cprofile"],
+            r"trainer.profiler is 'cprofile'; it must be simple, advanced, pytorch or null",
+        ),
         (["model.tokenizer.train_on=a.txt"], r"given for a pretrained student"),
         (["model.teacher.init=random"], r"a reference has to have learnt something"),
         (["evaluation.sets.mine=x"], r"evaluation.sets is empty: give it whole as evaluation.sets=\{...\}"),
@@ -323,16 +330,16 @@ def test_without_validation_data_the_last_student_and_the_training_loss_count(tr
 def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(
     train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    original = DistillationModule.loss_of
+    original = DistillationStep.forward
 
-    def poisoned(module: DistillationModule, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        total, parts = original(module, batch)
+    def poisoned(step: DistillationStep, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        total, parts = original(step, batch)
         if batch.step == 3:
             # 0 · √0: the value is 0, the gradient 0 · ∞.
             total = total + 0.0 * (total - total.detach()).sqrt()
         return total, parts
 
-    monkeypatch.setattr(DistillationModule, "loss_of", poisoned)
+    monkeypatch.setattr(DistillationStep, "forward", poisoned)
     with pytest.raises(NonFiniteLossError, match=r"the gradient's norm is nan at optimiser step 3, rows \[\d+"):
         train("sft", "trainer.checkpoint_every_n_steps=1")
     state = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)

@@ -16,7 +16,7 @@ class DistillationData(lightning.LightningDataModule):
     """Hands out the training stream of this rank.
 
     The whole run is one Lightning epoch: the sampler knows about passes over the data, Lightning does not. Use it with
-    ``use_distributed_sampler=False``. Rank and world size come from the trainer, where one is attached.
+    ``use_distributed_sampler=False``. The rank comes from the trainer, once one is attached.
 
     Args:
         train: tokenised training rows.
@@ -30,6 +30,7 @@ class DistillationData(lightning.LightningDataModule):
         val_batch_size: rows per process of a validation batch; None: as ``batch_size``.
         group_by_length: whether steps are made of rows of similar length; with ``max_tokens`` they always are.
         max_tokens: positions per process and micro-batch, padding included, where there is no ``batch_size``.
+        world_size: processes of the run, for what is asked before there is a trainer; None: as many as the trainer has.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class DistillationData(lightning.LightningDataModule):
         val_batch_size: int | None = None,
         group_by_length: bool = True,
         max_tokens: int | None = None,
+        world_size: int | None = None,
     ) -> None:
         super().__init__()
         self.train = train
@@ -58,6 +60,7 @@ class DistillationData(lightning.LightningDataModule):
         self.val_batch_size = val_batch_size or batch_size
         self.group_by_length = group_by_length
         self.max_tokens = max_tokens
+        self.world_size = world_size
         self._samplers: dict[tuple[int, int], Sampler] = {}
 
     @property
@@ -108,5 +111,5 @@ class DistillationData(lightning.LightningDataModule):
 
     def _place(self) -> tuple[int, int]:
         if self.trainer is None:
-            return 0, 1
-        return self.trainer.global_rank, self.trainer.world_size
+            return 0, self.world_size or 1
+        return self.trainer.global_rank, self.world_size or self.trainer.world_size

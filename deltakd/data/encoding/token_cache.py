@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from deltakd.io.files import replacing
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -67,18 +67,8 @@ def cached_table(key: str, cache_dir: str | Path | None, build: Callable[[], Dat
 
 
 def _store(table: Dataset, final: Path) -> None:
-    final.parent.mkdir(parents=True, exist_ok=True)
-    part = final.with_name(f".{final.name}-{uuid.uuid4().hex}")
-    try:
-        with quiet(len(table)):
-            table.save_to_disk(str(part))
-        part.rename(final)
-    except OSError:
-        # Another process was first, with the same table: folders are not replaced by a rename.
-        if not final.is_dir():
-            raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    with replacing(final, "tokens", first_wins=True) as partial, quiet(len(table)):
+        table.save_to_disk(str(partial))
 
 
 @contextmanager

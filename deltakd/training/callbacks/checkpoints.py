@@ -1,7 +1,8 @@
 """Checkpoints: the last state, to go on from, and the best student, to keep.
 
-``last.ckpt`` is a file, or a directory where the strategy shards (each rank writes its part). It is written beside and
-renamed once it is whole; the one before stays as ``previous.ckpt``, in case the disk damages the newer one.
+``last.ckpt`` is a file, or a directory where the strategy shards (each rank writes its part). It is written under
+another name and renamed once it is whole; the one before stays as ``previous.ckpt``, in case the disk damages the newer
+one.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class Checkpoints(Checkpoint):
         validation: whose metrics decide what is best; None: only ``last.ckpt``.
         objective: name of the metric, such as ``val/rougeL``.
         mode: ``max`` or ``min``.
+        step_size: rows (or positions) of an optimiser step over all ranks; kept, for a later start to compare with.
         every_n_steps: optimiser steps between two saves of ``last.ckpt``; None: by time alone.
         every_n_minutes: minutes between two saves of ``last.ckpt``.
     """
@@ -52,6 +54,7 @@ class Checkpoints(Checkpoint):
         validation: Validation | None,
         objective: str,
         mode: str,
+        step_size: int,
         every_n_steps: int | None = None,
         every_n_minutes: float = 10.0,
     ) -> None:
@@ -59,12 +62,9 @@ class Checkpoints(Checkpoint):
         self.validation = validation
         self.objective = objective
         self.mode = mode
+        self.step_size = step_size
         self.every_n_steps = every_n_steps
         self.every_n_minutes = every_n_minutes
-        #: Optimiser steps of the run; the last one is saved, too.
-        self.total_steps: int | None = None
-        #: Rows (or positions) of an optimiser step over all ranks.
-        self.step_size: int | None = None
         self.best_metrics: dict[str, float] = {}
         self.best_step: int | None = None
         self._saved_at = time.monotonic()
@@ -99,29 +99,26 @@ class Checkpoints(Checkpoint):
         self.best_step = state_dict["best_step"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """What the run goes on from is saved."""
+        """Note that the step the run goes on from is saved."""
         self._saved_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        """Save at the end of an optimiser step where one of the reasons holds."""
+        """Save at the end of an optimiser step if there is a reason to: the last step of the run is always saved."""
         step = trainer.global_step
         if not at_step_end(trainer):
             return
+        assert isinstance(pl_module, DistillationModule)
+        is_last = step == pl_module.total_steps
         validated = self.validation is not None and self.validation.last_step == step
         if validated:
             self._keep_best(trainer)
-        elif self.validation is None and step == self.total_steps and is_sharded(pl_module):
+        elif self.validation is None and is_last and is_sharded(pl_module):
             # Once training is over no rank can put the student together any more.
             self._save_student(trainer)
         by_steps = self.every_n_steps is not None and step % self.every_n_steps == 0
         by_time = time.monotonic() - self._saved_at >= 60 * self.every_n_minutes
-        # Saving is a joint act of all ranks, and their clocks differ.
-        if (
-            validated
-            or by_steps
-            or step == self.total_steps
-            or trainer.strategy.reduce_boolean_decision(by_time, all=False)
-        ):
+        # Saving is collective, and the ranks' clocks differ.
+        if validated or by_steps or is_last or trainer.strategy.reduce_boolean_decision(by_time, all=False):
             self.save_last(trainer)
 
     def save_last(self, trainer: L.Trainer) -> None:
@@ -152,9 +149,9 @@ class Checkpoints(Checkpoint):
         self._saved_at, self._saved_step = time.monotonic(), step
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Give back the room that half a checkpoint takes.
+        """Free the room that half a checkpoint takes.
 
-        Any rank may be the one that failed. Lifeline comes before: by now no other rank writes any more.
+        Any rank may be the one that failed. Lifeline comes before: by now no other rank is writing.
         """
         remove(self._partial)
 
@@ -180,14 +177,14 @@ class Checkpoints(Checkpoint):
 
 
 def _seal(path: Path) -> None:
-    """Write down how large the files of a sharded checkpoint are, so that a missing or short one is seen."""
+    """Record how large the files of a sharded checkpoint are, so that a missing or short one is noticed."""
     if path.is_dir():
         sizes = {str(f.relative_to(path)): f.stat().st_size for f in sorted(path.rglob("*")) if f.is_file()}
         (path / SIZES).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Load a checkpoint's content on the CPU, tensors and plain values only; of a sharded one all but the shards.
+    """Load a checkpoint's content on the CPU, tensors and plain values only; all but the shards of a sharded one.
 
     Raises:
         ValueError: it is damaged.

@@ -48,7 +48,7 @@ class StopOnSignal(Checkpoint):
         """Save and stop if a signal came, once the optimiser step is whole."""
         if not at_step_end(trainer):
             return
-        # Saving is a joint act of all ranks, and not each of them may have got the signal.
+        # Saving is collective, and maybe not every rank got the signal.
         if trainer.strategy.reduce_boolean_decision(self._received is not None, all=False):
             self.checkpoints.save_last(trainer)
             # All ranks end with the same status, for the launcher to make sense of.

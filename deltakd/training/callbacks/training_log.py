@@ -21,17 +21,15 @@ WINDOW_SECONDS = 5.0
 class TrainingLog(L.Callback):
     """Counts valid tokens, padding and seconds of training, and logs them with the step's losses.
 
-    Lightning hands what is logged in a step to the loggers after the callbacks of the step's end, where checkpoints
-    are written: an interrupted run would lose a row. So the loggers are called from here.
+    Lightning passes what a step logs to the loggers after the callbacks of the step's end, where checkpoints are
+    written: an interrupted run would lose a row. So the loggers are called from here.
 
     Args:
-        every_n_steps: optimiser steps between two rows; the last step has one, too.
-        total_steps: optimiser steps of the run.
+        every_n_steps: optimiser steps between two rows; the last step of the run has one, too.
     """
 
-    def __init__(self, every_n_steps: int, total_steps: int = 0) -> None:
+    def __init__(self, every_n_steps: int) -> None:
         self.every_n_steps = every_n_steps
-        self.total_steps = total_steps
         self.valid_tokens = 0
         self.positions = 0
         self.real_positions = 0
@@ -80,7 +78,7 @@ class TrainingLog(L.Callback):
         pl_module.log("loss", pl_module.step_metrics["train/loss"], prog_bar=True, logger=False)
         pl_module.log("tokens/s", rate, prog_bar=True, logger=False)
         step = trainer.global_step
-        if step % self.every_n_steps == 0 or step == self.total_steps:
+        if step % self.every_n_steps == 0 or step == pl_module.total_steps:
             padding = 1 - self.real_positions / self.positions
             speed = {
                 "train/tokens_per_second": rate,
@@ -100,7 +98,7 @@ class TrainingLog(L.Callback):
 
 
 def _memory_mib() -> float:
-    """MiB of this process: the most that its GPU held so far, or what it holds in RAM now where there is no GPU."""
+    """Return MiB of this process: the most its GPU held so far, or what it holds in CPU memory now without a GPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     return float(psutil.Process().memory_info().rss) / 2**20

@@ -26,7 +26,7 @@ class Validation(L.Callback):
     resumed run validates exactly where the uninterrupted one would.
 
     Args:
-        batches: gives the validation batches of this rank, in a fixed order; asked when the ranks are known.
+        batches: returns the validation batches of this rank, in a fixed order; called once the ranks are joined.
         steps: optimiser steps (counted from 1) after which to validate.
         generate: answers and scores, or None: the loss alone.
     """
@@ -41,7 +41,7 @@ class Validation(L.Callback):
         self.last_metrics: dict[str, float] = {}
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        """Validate where this batch ended one of the chosen optimiser steps."""
+        """Validate if this batch ended one of the chosen optimiser steps."""
         step = trainer.global_step
         if step not in self.steps or not at_step_end(trainer):
             return
@@ -53,9 +53,9 @@ class Validation(L.Callback):
 
     @torch.no_grad()
     def run(self, module: DistillationModule) -> dict[str, float]:
-        """``val/loss``, its parts per valid token, and ``val/<metric>`` of the generated answers.
+        """Return ``val/loss``, its parts (nats per valid token), and ``val/<metric>`` of the generated answers.
 
-        Each rank takes its batches; the sums are those of all.
+        Collective: call on every rank. Each takes its batches; the sums are over all ranks.
         """
         module.student.eval()
         sums = {"loss": 0.0}
@@ -63,7 +63,7 @@ class Validation(L.Callback):
         with module.trainer.precision_plugin.forward_context():
             for batch in self.batches() or ():
                 moved = batch.to(module.device)
-                loss, parts = module.loss_of(moved)
+                loss, parts = module.step(moved)
                 tokens += len(moved.labels_N)
                 for name, value in {"loss": loss, **parts}.items():
                     sums[name] = sums.get(name, 0.0) + float(value)

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from deltakd.results.token_view import (
+from deltakd.evaluation.token_groups import (
     CLASSES,
     END,
     MEASURES,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import shutil
 import time
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from deltakd.data import EncodedSet, LoadedSets
+from deltakd.io.files import WriteError
 from deltakd.io.progress import progress_bar
 from deltakd.references import CacheStore, StoreError
 from deltakd.references.begin import Caching, token_tensors
@@ -213,8 +213,8 @@ def _disk_full(store: CacheStore, sets: LoadedSets) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except WriteError as error:
+        if not error.is_full:
             raise
         done = sum(shard.rows for shard in store.manifest.shards)
         missing = missing_rows(RowIndex(store), sets)
@@ -222,7 +222,7 @@ def _disk_full(store: CacheStore, sets: LoadedSets) -> Iterator[None]:
         tokens = sum(int(encoded.valid_tokens[missing[name]].sum()) for name, encoded in named_sets(sets).items())
         needed = tokens * store.manifest.content["bytes_per_token"] + rows * ROW_BYTES
         raise StoreError(
-            f"the disk of reference.path={store.path} is full ({error.strerror}): {done} rows are stored, {rows} need "
+            f"the disk of reference.path={store.path} is full ({error.reason}): {done} rows are stored, {rows} need "
             f"another {in_units(needed)}, {in_units(shutil.disk_usage(store.path).free)} are free. Nothing half "
             "written is left; make room, and the same command goes on"
         ) from None

@@ -1,4 +1,4 @@
-"""Values of a config against the types of what is made of them; every mismatch becomes a sentence.
+"""Values against the annotations of the dataclass that is made of them; every mismatch becomes a sentence.
 
 pydantic decides, in strict mode: ``no`` is not ``False``, ``1e2`` is no whole number, ``0.5`` is no count of rows.
 """
@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import re
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import annotated_types
-from hydra.errors import InstantiationException
-from hydra.utils import get_object, instantiate
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUndefinedAnnotation, PydanticUserError
 
@@ -61,67 +58,16 @@ def typed(kind: type[T], node: Any, key: str, problems: list[str]) -> T | None:
     return None if lacking else kind(**values)
 
 
-def built(node: Any, key: str, problems: list[str]) -> Any:
-    """Instantiate a node with a ``_target_``; None where that fails.
+def mismatches(settings: Any, key: str) -> list[str]:
+    """Return a sentence for each field of a dataclass whose value is not what its annotation says.
 
     Args:
-        node: what Hydra instantiates; other nodes with a ``_target_`` may stand in it.
-        key: where the node stands.
-        problems: one sentence is added for each value of another type than the target's annotation says, or for what
-            the target refuses.
+        settings: made without ``typed``, by code.
+        key: where it stands in a config.
     """
-    if not isinstance(node, Mapping) or "_target_" not in node:
-        problems.append(
-            f"{key} is {node!r}; it must be a mapping with a _target_: take one of the choices of the group"
-        )
-        return None
-    found = _target_mismatches(node, key)
-    if found:
-        problems += found
-        return None
-    try:
-        return instantiate(node, _convert_="all")
-    except InstantiationException as error:
-        cause = error.__cause__ or error
-        # Hydra knows which node it was: the constructor's message names its argument alone.
-        inner = re.search(r"full_key: (\S+)", str(error))
-        where = f"{key}.{inner[1]}" if inner else key
-        problems.append(f"{where}: {' '.join(str(cause).split())}")
-        return None
-
-
-def _target_mismatches(node: Mapping[str, Any], key: str) -> list[str]:
-    hints = _argument_hints(str(node["_target_"]))
-    found: list[str] = []
-    for name, value in node.items():
-        if name.startswith("_"):
-            continue
-        if isinstance(value, Mapping) and "_target_" in value:
-            found += _target_mismatches(value, f"{key}.{name}")
-        elif name in hints and not _holds_target(value):
-            found += mismatch(hints[name], value, f"{key}.{name}")
-    return found
-
-
-def _holds_target(value: Any) -> bool:
-    """True if something inside a list or mapping is still to be instantiated."""
-    if isinstance(value, Mapping):
-        return "_target_" in value or any(_holds_target(inner) for inner in value.values())
-    return isinstance(value, Sequence) and not isinstance(value, str) and any(map(_holds_target, value))
-
-
-@cache
-def _argument_hints(target: str) -> Mapping[str, Any]:
-    """Return the annotations of a target's arguments; none where there is no such target, or they can't be read."""
-    try:
-        what: Any = get_object(target)
-        if dataclasses.is_dataclass(what):
-            return get_type_hints(what, include_extras=True)
-        call = cast(Callable[..., Any], what.__init__) if inspect.isclass(what) else what
-        return get_type_hints(call, include_extras=True)
-    # Importing a user's module may raise anything; Hydra's own attempt will say it.
-    except Exception:
-        return {}
+    hints = get_type_hints(type(settings), include_extras=True)
+    values = {name: getattr(settings, name) for name in _names(type(settings))}
+    return [one for name, value in values.items() for one in mismatch(hints[name], value, f"{key}.{name}")]
 
 
 def mismatch(hint: Any, value: Any, key: str) -> list[str]:
@@ -159,7 +105,7 @@ def allowed(hint: Any) -> str:
 def _words(hint: Any, bounds: str = "") -> list[str]:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        return _words(arguments[0], _bounds(arguments[1:]))
+        return [word + _length(arguments[1:]) for word in _words(arguments[0], _bounds(arguments[1:]))]
     if origin in (Union, types.UnionType):
         return [word for part in arguments for word in _words(part, bounds)]
     if origin is Literal:
@@ -169,14 +115,14 @@ def _words(hint: Any, bounds: str = "") -> list[str]:
     if origin is not None and issubclass(origin, Mapping):
         return ["a mapping"]
     if origin is not None and issubclass(origin, Sequence):
-        return [f"a list ({allowed(arguments[0])} each)" if arguments else "a list"]
-    return ["a mapping" if dataclasses.is_dataclass(hint) else getattr(hint, "__name__", str(hint))]
+        return [f"a list (each {allowed(arguments[0])})" if arguments else "a list"]
+    return ["a mapping" if dataclasses.is_dataclass(hint) else f"a {getattr(hint, '__name__', hint)}"]
 
 
 _NAMES = {
     bool: "true or false",
     int: "a whole number",
-    float: "a number",
+    float: "a finite number",
     str: "text",
     type(None): "null",
     Any: "anything",
@@ -190,7 +136,16 @@ def _bounds(marks: Sequence[Any]) -> str:
         if isinstance(mark, annotated_types.Ge | annotated_types.Gt | annotated_types.Le | annotated_types.Lt):
             name = type(mark).__name__.lower()
             said.append(words[name].format(getattr(mark, name)))
-    return "".join(f" {one}" for one in said)
+    return f" {' and '.join(said)}" if said else ""
+
+
+def _length(marks: Sequence[Any]) -> str:
+    """Return how many entries a list needs, in words."""
+    lengths = [mark for mark in marks if isinstance(mark, annotated_types.Len)]
+    if not lengths:
+        return ""
+    least, most = lengths[0].min_length, lengths[0].max_length
+    return f" of {least} entries" if least == most else f" of at least {least}"
 
 
 def _shown(value: Any) -> str:
@@ -201,6 +156,8 @@ def _shown(value: Any) -> str:
 
 
 def _remedy(hint: Any, value: Any, key: str) -> str:
+    if inspect.isabstract(hint):  # a plug-in, and a config group of its own
+        return f"; choose one with {key.replace('.', '/')}=NAME"
     words = _words(hint)
     if isinstance(value, int | float) and not isinstance(value, bool) and "text" in words:
         return f"""; to give these digits as text: "{key}='{value}'\""""

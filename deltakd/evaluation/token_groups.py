@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-#: What is averaged (see ``deltakd.evaluation.shift.TokenPreservation``): a correlation, nats, and shares.
+#: What is averaged (see ``deltakd.evaluation.token_measures.TokenMeasures``): a correlation, nats, and shares.
 MEASURES = ("correlation", "kl_teacher", "kl_raw", "top1_agreement", "nll")
 #: Positions in the answer, from 0, as bins.
 POSITIONS = ("0", "1", "2-3", "4-7", "8-15", "16-31", "32-63", "64+")

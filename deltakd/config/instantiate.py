@@ -1,0 +1,85 @@
+"""Nodes of a config with a ``_target_``: their values are checked against its annotations, then Hydra builds them."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any, cast, get_type_hints
+
+from hydra.errors import InstantiationException
+from hydra.utils import get_object, instantiate
+
+from deltakd.io.typed import mismatch
+
+
+def built(node: Any, key: str, problems: list[str]) -> Any:
+    """Instantiate a node with a ``_target_``; None where that fails.
+
+    Args:
+        node: what Hydra instantiates; other nodes with a ``_target_`` may stand in it.
+        key: where the node stands.
+        problems: one sentence is added for each value of another type than the target's annotation says (it is left
+            out, so that the others can still be checked), or for what the target refuses.
+    """
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        problems.append(
+            f"{key} is {node!r}; it must be a mapping with a _target_: take one of the choices of the group"
+        )
+        return None
+    sound, found = _sound(node, key)
+    problems += found
+    try:
+        return instantiate(sound, _convert_="all")
+    except InstantiationException as error:
+        if found:
+            # What is missing now was named already.
+            return None
+        cause = error.__cause__ or error
+        # Hydra knows which node it was: the constructor's message names its argument alone.
+        inner = re.search(r"full_key: (\S+)", str(error))
+        where = f"{key}.{inner[1]}" if inner else key
+        problems.append(f"{where}: {' '.join(str(cause).split())}")
+        return None
+
+
+def _sound(node: Mapping[str, Any], key: str) -> tuple[dict[str, Any], list[str]]:
+    """Return the node without the values that are of another type than its target says, and a sentence for each."""
+    hints = _argument_hints(str(node["_target_"]))
+    sound: dict[str, Any] = {}
+    found: list[str] = []
+    for name, value in node.items():
+        kept, wrong = value, list[str]()
+        if isinstance(value, Mapping) and "_target_" in value:
+            kept, wrong = _sound(value, f"{key}.{name}")
+            found += wrong
+            wrong = []
+        elif name in hints and not name.startswith("_") and not _holds_target(value):
+            wrong = mismatch(hints[name], value, f"{key}.{name}")
+            found += wrong
+        if not wrong:
+            sound[name] = kept
+    return sound, found
+
+
+def _holds_target(value: Any) -> bool:
+    """True if something inside a list or mapping is still to be instantiated."""
+    if isinstance(value, Mapping):
+        return "_target_" in value or any(_holds_target(inner) for inner in value.values())
+    return isinstance(value, Sequence) and not isinstance(value, str) and any(map(_holds_target, value))
+
+
+@cache
+def _argument_hints(target: str) -> Mapping[str, Any]:
+    """Return the annotations of a target's arguments; none where there is no such target, or they can't be read."""
+    try:
+        what: Any = get_object(target)
+        if dataclasses.is_dataclass(what):
+            return get_type_hints(what, include_extras=True)
+        call = cast(Callable[..., Any], what.__init__) if inspect.isclass(what) else what
+        return get_type_hints(call, include_extras=True)
+    # Importing a user's module may raise anything; Hydra's own attempt will say it.
+    except Exception:
+        return {}

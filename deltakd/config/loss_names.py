@@ -1,0 +1,155 @@
+"""Names for resolved loss configs: the YAML in ``conf/loss`` that one was composed from, and the parts chosen in it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+#: Dotted key -> value. Interpolations stay as they are written.
+Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class KnownLosses:
+    """The losses of a ``conf/loss`` folder, and what can be chosen in them.
+
+    Args:
+        losses: name -> settings.
+        choices: part (``target``, ``divergence``, ``matching``) -> choice -> its settings, keys from the loss's top.
+    """
+
+    losses: Mapping[str, Settings] = field(default_factory=dict)
+    choices: Mapping[str, Mapping[str, Settings]] = field(default_factory=dict)
+
+
+def read_losses(folder: Path) -> KnownLosses:
+    """Read the losses of a ``conf/loss`` folder.
+
+    Args:
+        folder: one YAML per loss; a part that its ``defaults`` name is in ``<folder>/<part>/<choice>.yaml``.
+    """
+    # Read as plain YAML: composing all of them takes seconds, and a report needs no more than this.
+    losses = {file.stem: flat(_composed(file, folder)) for file in sorted(folder.glob("*.yaml"))}
+    choices = {
+        part.name: {file.stem: flat(_composed(file, folder), part.name) for file in sorted(part.glob("*.yaml"))}
+        for part in sorted(folder.iterdir())
+        if part.is_dir() and part.name != "treatment"
+    }
+    return KnownLosses(losses, choices)
+
+
+def _composed(file: Path, folder: Path) -> dict[str, Any]:
+    """A YAML merged with those that its ``defaults`` name; of one for the whole config, what it says of the loss."""
+    text = file.read_text(encoding="utf-8")
+    own = yaml.safe_load(text) or {}
+    defaults = own.pop("defaults", [])
+    if text.startswith("# @package _global_"):
+        own = own["loss"]
+        own = own if file.parent == folder else own[file.parent.name]
+    content: dict[str, Any] = {}
+    for entry in defaults:
+        if isinstance(entry, dict):
+            for group, choice in entry.items():
+                # `target`, or `/loss/treatment@treatment`: a group of conf/loss, and where it goes.
+                name, _, place = group.removeprefix("/loss/").partition("@")
+                content[(place or name).rpartition(".")[2]] = _composed(folder / name / f"{choice}.yaml", folder)
+    return _merged(content, own)
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        there = merged.get(key)
+        merged[key] = _merged(there, value) if isinstance(there, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested mapping as dotted keys; lists are values."""
+    if not isinstance(config, Mapping):
+        return {prefix: config}
+    return {
+        key: value
+        for name, below in config.items()
+        for key, value in flat(below, f"{prefix}.{name}" if prefix else str(name)).items()
+    }
+
+
+def loss_name(loss: Mapping[str, Any], known: KnownLosses) -> str:
+    """Name a resolved loss config: ``delta_kd``, or ``delta_kd + todi`` with a part that the YAML does not choose.
+
+    A part that is none of the known choices is called by its class; so is a loss of none of the known classes.
+    """
+    return _identify(flat(loss), known)[0]
+
+
+def delta_weight_keys(loss: Mapping[str, Any], known: KnownLosses) -> frozenset[str]:
+    """The keys of a resolved loss config that take the config's ``delta_weight``; empty if it has no use for one."""
+    return frozenset(key for key, value in _identify(flat(loss), known)[1].items() if value == "${delta_weight}")
+
+
+def _identify(given: Settings, known: KnownLosses) -> tuple[str, Settings]:
+    """The name of a loss, and its settings as they are written."""
+    candidates = [
+        (name, settings) for name, settings in known.losses.items() if settings.get("_target_") == given.get("_target_")
+    ]
+    if not candidates:
+        classes = [_last(value) for value in _classes(given).values()]
+        return "/".join(classes) or "unknown loss", _as_named(given)
+
+    def distance(of: tuple[str, Settings]) -> tuple[int, list[str], int, int]:
+        # The alphabet suits: a loss keeps its name under another divergence rather than under another target.
+        name, settings = of
+        others = [part for part in sorted(known.choices) if _differ(part, given, settings)]
+        return len(others), others, -_common(given, _without(others, settings)), len(name)
+
+    name, written = min(candidates, key=distance)
+    others = {part: _choice(part, given, known) for part in known.choices if _differ(part, given, written)}
+    written = _without(others, written)
+    for _, settings in others.values():
+        written |= settings
+    return " + ".join([name, *(choice for choice, _ in others.values())]), written
+
+
+def _without(parts: Collection[str], settings: Settings) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key.partition(".")[0] not in parts}
+
+
+def _choice(part: str, given: Settings, known: KnownLosses) -> tuple[str, Settings]:
+    of_class = {
+        choice: settings
+        for choice, settings in known.choices[part].items()
+        if settings.get(f"{part}._target_") == given.get(f"{part}._target_")
+    }
+    if not of_class:
+        return _last(given.get(f"{part}._target_", f"no {part}")), _as_named(given, f"{part}.")
+    choice = max(of_class, key=lambda choice: _common(given, of_class[choice]))
+    return choice, of_class[choice]
+
+
+def _as_named(given: Settings, prefix: str = "") -> dict[str, Any]:
+    """Settings whose YAML is not known, as far as their names say how they are written there."""
+    keys = [key for key in given if key.startswith(prefix) and f".{key}".endswith(".delta_weight")]
+    return dict.fromkeys(keys, "${delta_weight}")
+
+
+def _classes(settings: Settings) -> dict[str, Any]:
+    return {
+        key: value for key, value in settings.items() if key.endswith("_target_") and ".treatment." not in f".{key}"
+    }
+
+
+def _differ(part: str, one: Settings, other: Settings) -> bool:
+    return one.get(f"{part}._target_") != other.get(f"{part}._target_")
+
+
+def _common(one: Settings, other: Settings) -> int:
+    return sum(one.get(key) == value for key, value in other.items())
+
+
+def _last(value: object) -> str:
+    return str(value).rpartition(".")[2]

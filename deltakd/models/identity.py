@@ -1,0 +1,79 @@
+"""Which model a role has: its place, the checksum of its files, its commit on the hub, and its size."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from torch import nn
+
+from deltakd.models.settings import ModelSettings, ModelSpec
+from deltakd.types import STUDENT, STUDENT_RAW
+
+
+def spec_of(models: ModelSettings, role: str) -> ModelSpec | None:
+    """Return where a role's model comes from; with LoRA the raw student is the student's own base."""
+    return models.specs.get(STUDENT if role == STUDENT_RAW and models.lora is not None else role)
+
+
+def model_identity(spec: ModelSpec) -> dict[str, Any]:
+    """Return which model it is: ``path``, how it is loaded, the ``sha256`` of its files, its ``commit`` on the hub."""
+    path = str(spec.path)
+    snapshot = None if Path(path).is_dir() else hub_snapshot(path)
+    files = Path(path) if Path(path).is_dir() else snapshot
+    return {
+        "path": path,
+        "dtype": spec.dtype,
+        "quantization": spec.quantization,
+        "sha256": None if files is None else model_fingerprint(files),
+        "commit": None if snapshot is None else snapshot.name,
+    }
+
+
+def model_version(path: str) -> str | None:
+    """Return the fingerprint of a local directory, or the commit of the hub's model; None: it is not here."""
+    snapshot = None if Path(path).is_dir() else hub_snapshot(path)
+    return model_fingerprint(path) if snapshot is None else snapshot.name
+
+
+def model_fingerprint(path: str | Path) -> str | None:
+    """Return the sha256 over a local model's weights and configuration; None where there is no such directory.
+
+    It tells another model in the same place from the one that was there before.
+    """
+    digest = hashlib.sha256()
+    files = sorted(p for p in Path(path).glob("*") if p.suffix in (".safetensors", ".bin") or p.name == "config.json")
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest() if files else None
+
+
+def hub_snapshot(name: str) -> Path | None:
+    """Return the folder of the local hub cache that holds the model ``name``; the folder is called as its commit.
+
+    None: it is not there, or the hub could have no model of that name.
+    """
+    try:
+        config = try_to_load_from_cache(name, "config.json")
+    except ValueError:
+        return None
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def count_parameters(models: Mapping[str, nn.Module]) -> dict[str, int]:
+    """Return role -> number of parameters (tied ones once)."""
+    return {role: sum(_count(p) for p in model.parameters()) for role, model in models.items()}
+
+
+def _count(parameter: torch.Tensor) -> int:
+    # Weights of 4 bits are packed by two; what they were is kept beside them.
+    packed = getattr(parameter, "quant_state", None)
+    # ZeRO 3 leaves an empty tensor, and its number of elements beside it.
+    whole = int(getattr(parameter, "ds_numel", parameter.numel()))
+    return math.prod(packed.shape) if packed is not None else whole

@@ -1,0 +1,173 @@
+"""The one way to open what a role needs: its tokenizer, its model, and the student that a run exported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from deltakd.data import read_texts
+from deltakd.generation.model_step import position_limit
+from deltakd.io.files import replacing
+from deltakd.io.hub import hub_reachable
+from deltakd.models.language_model import LanguageModel
+from deltakd.models.loading import load_config, load_model, spec_problems
+from deltakd.models.settings import ModelSettings, ModelSpec
+from deltakd.models.tokenizers import common_vocabulary, load_tokenizer, train_tokenizer
+from deltakd.types import STUDENT
+
+
+def open_tokenizer(models: ModelSettings, directory: Path) -> PreTrainedTokenizerBase:
+    """Return the student's tokenizer: loaded, or trained on text and kept in ``directory`` for the next start.
+
+    Args:
+        models: of the run.
+        directory: of a trained tokenizer; made if need be.
+
+    Raises:
+        ValueError: there is none, or it has no EOS.
+    """
+    wanted, spec = models.tokenizer, models.specs[STUDENT]
+    if wanted.train_on and not spec.tokenizer:
+        if not directory.is_dir():
+            texts = read_texts(wanted.train_on, subset=wanted.train_subset)
+            trained = train_tokenizer(texts, wanted.vocabulary, wanted.add_prefix_space)
+            with replacing(directory, "the tokenizer", first_wins=True) as partial:
+                trained.save_pretrained(partial)
+        return load_tokenizer(str(directory), "model.tokenizer")
+    source, key = (spec.tokenizer, "model.student.tokenizer") if spec.tokenizer else (spec.path, "model.student.path")
+    tokenizer = load_tokenizer(str(source), key, trust_remote_code=models.trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"{key}={source}: the tokenizer has no EOS token, so no answer could ever end; set its eos_token"
+        )
+    return tokenizer
+
+
+def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return V, one more than the highest id: not ``len(tokenizer)``, since ids may have gaps."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def shared_vocabulary(models: ModelSettings, specs: Mapping[str, ModelSpec], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Prove that all references speak the student's tokenizer; return the number of tokens they share.
+
+    Args:
+        models: of the run.
+        specs: role -> model, the student and the references in question.
+        tokenizer: the student's.
+
+    Raises:
+        ValueError: one does not.
+    """
+    vocabulary = vocabulary_of(tokenizer)
+    own = specs[STUDENT].tokenizer or (None if models.tokenizer.train_on else specs[STUDENT].path)
+    for role, spec in specs.items():
+        if role != STUDENT and (spec.tokenizer or spec.path) != own:
+            vocabulary = min(vocabulary, _vocabulary_with(role, spec, tokenizer, f"model.{role}.tokenizer", models))
+    return vocabulary
+
+
+def _vocabulary_with(
+    role: str, spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, key: str, models: ModelSettings
+) -> int:
+    other = load_tokenizer(str(spec.tokenizer or spec.path), key, trust_remote_code=models.trust_remote_code)
+    return common_vocabulary(tokenizer, other, role)
+
+
+def open_model(
+    role: str,
+    spec: ModelSpec,
+    models: ModelSettings,
+    *,
+    vocabulary: int,
+    eos_token_id: int | None = None,
+    seed: int = 0,
+    max_length: int | None = None,
+) -> LanguageModel:
+    """Open the model of a role on the CPU, in its own dtype, and check its head against its own logits.
+
+    Args:
+        role: for the messages.
+        spec: where it comes from.
+        models: how the models of the run are opened.
+        vocabulary: V, tokens of the heads.
+        eos_token_id: the tokenizer's, for a model from scratch.
+        seed: draws the weights of a model from scratch.
+        max_length: tokens of the longest row (``data.max_length``); None: it is not known yet.
+
+    Raises:
+        ValueError: it can't be had, has too few positions or tokens, or transforms its logits in an unknown way.
+    """
+    hf = load_model(
+        role,
+        spec,
+        vocabulary=vocabulary,
+        eos_token_id=eos_token_id,
+        seed=seed,
+        attn_implementation=models.attn_implementation,
+        trust_remote_code=models.trust_remote_code,
+    )
+    positions = position_limit(hf)
+    if positions is not None and max_length is not None and max_length > positions:
+        raise ValueError(
+            f"data.max_length is {max_length}, but model.{role} has positions for {positions} tokens only; "
+            f"give data.max_length={positions} or less, or another model"
+        )
+    model = LanguageModel(hf, vocabulary)
+    model.check_head()
+    return model
+
+
+def open_reference(
+    role: str, spec: ModelSpec, models: ModelSettings, tokenizer: PreTrainedTokenizerBase, vocabulary: int
+) -> LanguageModel:
+    """Open a model that a finished student is measured against, in eval mode; the config may never have been checked.
+
+    Args:
+        role: for the messages.
+        spec: where it comes from.
+        models: how the models of the run are opened.
+        tokenizer: the student's, which it has to speak.
+        vocabulary: tokens of the student; its own head has those that it shares.
+
+    Raises:
+        ValueError: it can't be had or does not fit.
+    """
+    problems = spec_problems(role, spec)
+    if problems:
+        raise ValueError("; ".join(problems))
+    load_config(role, spec, trust_remote_code=models.trust_remote_code)
+    shared = min(vocabulary, _vocabulary_with(role, spec, tokenizer, role, models))
+    return open_model(role, spec, models, vocabulary=shared).eval()
+
+
+def open_exported(path: str | Path, models: ModelSettings, vocabulary: int, device: torch.device) -> nn.Module:
+    """Open a trained student as its users will: by its path alone, in the dtype of its file, in eval mode.
+
+    Args:
+        path: model directory, or hub id.
+        models: how the models of the run are opened.
+        vocabulary: V, tokens of its tokenizer.
+        device: where it goes.
+
+    Raises:
+        ValueError: no model can be loaded from there, or its logits are none that a head can say.
+    """
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            path,
+            attn_implementation=models.attn_implementation,
+            trust_remote_code=models.trust_remote_code,
+            local_files_only=not hub_reachable(),
+        )
+    except (OSError, ValueError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"model={path}: no model can be loaded from there ({first}); give a model directory") from None
+    model.to(device)
+    LanguageModel(model, vocabulary).check_head()
+    # The wrapper was made in training mode, which its check restores.
+    return model.eval()

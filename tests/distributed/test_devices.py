@@ -1,0 +1,71 @@
+"""The device of a command is the one that Lightning's trainer would take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
+
+from deltakd.distributed.devices import choose_device
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A machine with so many GPUs of each kind, as torch and Lightning would see it."""
+
+    def there(cuda: int = 0, mps: bool = False, xpu: int = 0) -> None:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
+        monkeypatch.setattr(torch.xpu, "device_count", lambda: xpu)
+        monkeypatch.setattr(torch.xpu, "is_available", lambda: xpu > 0)
+        monkeypatch.setattr(MPSAccelerator, "is_available", staticmethod(lambda: mps))
+        monkeypatch.setattr(CUDAAccelerator, "is_available", staticmethod(lambda: cuda > 0))
+
+    return there
+
+
+@pytest.mark.parametrize(
+    ("there", "accelerator", "expected"),
+    [
+        ({}, "auto", "cpu"),
+        ({"cuda": 2}, "auto", "cuda:0"),
+        ({"cuda": 2}, "cpu", "cpu"),
+        ({"cuda": 2}, "gpu", "cuda:0"),
+        ({"mps": True}, "auto", "mps"),
+        ({"mps": True}, "gpu", "mps"),
+        ({"mps": True}, "cpu", "cpu"),
+        # Lightning can't train on an XPU, so it is taken only where it is named.
+        ({"xpu": 1}, "auto", "cpu"),
+        ({"xpu": 1}, "xpu", "xpu:0"),
+    ],
+)
+def test_the_accelerator_decides(machine: Any, there: dict[str, Any], accelerator: str, expected: str) -> None:
+    machine(**there)
+    assert str(choose_device(accelerator, environ={})) == expected
+
+
+@pytest.mark.parametrize(("devices", "rank", "expected"), [(4, 2, 2), ("auto", 1, 1), ([3, 1], 1, 1), ("3,2", 0, 3)])
+@pytest.mark.parametrize("variable", ["LOCAL_RANK", "SLURM_LOCALID"])
+def test_each_process_has_a_gpu_of_its_own(machine: Any, devices: Any, rank: int, expected: int, variable: str) -> None:
+    machine(cuda=4)
+    assert choose_device("auto", devices, {variable: str(rank)}) == torch.device("cuda", expected)
+    # A launcher that shows each process one GPU alone calls it 0.
+    machine(cuda=1)
+    assert choose_device("cuda", "auto", {variable: str(rank)}) == torch.device("cuda", 0)
+
+
+def test_what_is_not_there_is_said(machine: Any) -> None:
+    machine()
+    for accelerator in ("gpu", "cuda", "mps", "xpu"):
+        with pytest.raises(ValueError, match=rf"accelerator is {accelerator}, but .* it has cpu: give one of these"):
+            choose_device(accelerator)
+    with pytest.raises(ValueError, match="is 'tpu'; allowed: auto, cpu, gpu, cuda, mps, xpu"):
+        choose_device("tpu")
+
+
+@pytest.mark.parametrize("accelerator", ["auto", "cpu"])
+def test_lightning_trains_there_on_this_machine(accelerator: str) -> None:
+    trainer = L.Trainer(accelerator=accelerator, devices=1, logger=False, enable_progress_bar=False)
+    assert trainer.strategy.root_device.type == choose_device(accelerator).type
