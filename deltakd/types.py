@@ -221,7 +221,7 @@ class LossOutput:
 
 @dataclass(frozen=True)
 class LinearForwardKL:
-    """λ · CE + (1 − λ) · scale · KL(softmax(Σ c_r z_r / τ) ‖ softmax(z_student / τ)), written as its numbers.
+    """λ · CE + (1 − λ) · scale · KL(softmax(Σ c_r z_r / τ) ‖ softmax(z_student / τ)), given by its numbers.
 
     Args:
         coefficients: role -> c_r; empty if λ = 1.

@@ -15,6 +15,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from deltakd.distributed.launchers import launcher_problems
 from deltakd.io.errors import ConfigError
@@ -56,6 +57,21 @@ def _compose(name: str, overrides: Sequence[str]) -> DictConfig:
             return compose(name, list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError([_one_line(error)]) from None
+
+
+def read_mapping(text: str) -> dict[str, Any]:
+    """Read a mapping from text as in a config, where ``1e-5`` is a number.
+
+    Raises:
+        ValueError: it is no mapping.
+    """
+    try:
+        found = OmegaConf.to_container(OmegaConf.create(text))
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ValueError(_one_line(error)) from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{text!r} is no mapping")
+    return {str(key): value for key, value in found.items()}
 
 
 def check_overrides(name: str, overrides: Sequence[str]) -> None:

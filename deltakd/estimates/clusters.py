@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from deltakd.config.build import make_step_settings, read_strategy
-from deltakd.config.compose import CONF_DIR, compose_config
+from deltakd.config.compose import CONF_DIR, compose_config, read_mapping
 from deltakd.estimates.costs import Setting
 from deltakd.estimates.layout import Layout
 from deltakd.estimates.memory import make_setting
@@ -143,8 +143,7 @@ def read_architecture(text: str, option: str) -> tuple[str, dict[str, Any]]:
     if not text.lstrip().startswith("{"):
         raise ValueError(how)
     try:
-        given = OmegaConf.to_container(OmegaConf.create(text))
-        assert isinstance(given, dict)
+        given = read_mapping(text)
         kind, vocabulary = str(given["model_type"]), int(given["vocab_size"])
         AutoConfig.for_model(kind)
     # Whatever YAML, a missing key or an unknown type raise, it is the text that is wrong.
@@ -202,7 +201,7 @@ def make_cases(
 
 
 def _skeleton(architecture: Mapping[str, Any], dtype: str, trained: bool = False) -> Skeleton:
-    return Skeleton(_build(OmegaConf.to_yaml(OmegaConf.create(dict(architecture))), dtype, trained), ModelSpec())
+    return Skeleton(_build(json.dumps(dict(architecture)), dtype, trained), ModelSpec())
 
 
 @cache
@@ -212,7 +211,7 @@ def _build(architecture: str, dtype: str, trained: bool) -> Any:
     Raises:
         ValueError: transformers can't build it.
     """
-    given: Any = OmegaConf.to_container(OmegaConf.create(architecture))
+    given = json.loads(architecture)
     try:
         config = AutoConfig.for_model(given.pop("model_type"), **given)
         with torch.device("meta"):
