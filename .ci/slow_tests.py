@@ -15,8 +15,33 @@ from typing import NoReturn
 
 import pytest
 
-#: Seconds on an idle machine with two cores, and the test.
-TESTS: tuple[tuple[int, str], ...] = ()
+#: About how many seconds it takes on an idle machine with two cores (with all its parameters), and the test.
+TESTS = (
+    (5, "tests/test_packaging.py::test_a_wheel_holds_the_configs_and_composes_them"),
+    (10, "tests/test_commands.py::test_without_a_hub_one_line_says_what_to_do"),
+    (4, "tests/training/test_interruption.py::test_a_token_budget_resumes_in_the_middle_of_a_pass"),
+    (15, "tests/training/test_interruption.py::test_resumed_run_is_bitwise_the_uninterrupted_one[SIGTERM]"),
+    (25, "tests/training/test_losses.py::test_every_loss_trains_and_falls"),
+    (15, "tests/evaluation/test_measures.py::test_evaluation_sets_of_a_training_and_of_evaluate"),
+    (10, "tests/evaluation/test_measures.py::test_what_a_cache_lacks_is_loaded"),
+    (10, "tests/test_generate.py::test_the_command_in_a_process_of_its_own"),
+    (15, "tests/references/test_cache.py::test_the_command_in_a_process_of_its_own"),
+    (20, "tests/test_commands.py::test_train_then_evaluate"),
+    (35, "tests/test_commands.py::test_delta_kd_gpt2_from_a_hub_cache"),
+    (25, "tests/test_commands.py::test_identity_16_two_processes_are_one"),
+    (70, "tests/test_console_script.py::test_two_processes_and_two_jobs_start_as_under_python_m"),
+    (270, "tests/distributed/test_scale.py::test_two_processes_are_one"),
+    (180, "tests/distributed/test_scale.py::test_another_number_of_processes"),
+    (10, "tests/estimates/test_memory.py::test_a_dry_run_loads_and_writes_nothing"),
+    (100, "tests/distributed/test_scale.py::test_references_of_each_rank"),
+    (60, "tests/distributed/test_scale.py::test_answers_are_those_of_one_process"),
+    (60, "tests/distributed/test_faults.py::test_a_killed_rank_is_named_and_the_run_goes_on[ddp-1]"),
+    (60, "tests/studies/test_search.py::test_a_multirun_in_two_processes_and_its_resumption"),
+    (50, "tests/studies/test_sweeps.py::test_a_real_agent_takes_two_runs_of_the_grid"),
+    (70, "tests/distributed/test_many_machines.py::test_torchrun_on_one_machine_and_on_two"),
+    (70, "tests/distributed/test_scale.py::test_a_checkpoint_cut_in_half_is_told_and_the_one_before_it_used"),
+    (100, "tests/estimates/test_costs.py::test_a_real_step_takes_and_sends_what_is_estimated"),
+)
 
 
 class TimeLimit:
