@@ -67,8 +67,7 @@ def make_settings(cfg: DictConfig, *, on_this_machine: bool = True) -> RunSettin
     Raises:
         ConfigError: every problem found, one sentence each.
     """
-    config = resolved(cfg)
-    draft = _Draft(config)
+    draft = _Draft(resolved(cfg), copied_keys(cfg))
     if draft.cache is not None and draft.loss is not None and draft.loss.requires:
         draft.problems += cache_problems(draft.model, draft.loss, draft.cache)
         roles: Collection[str] | None = ()
@@ -89,7 +88,7 @@ def make_caching_settings(cfg: DictConfig) -> RunSettings:
     Raises:
         ConfigError: every problem found, one sentence each.
     """
-    draft = _Draft(resolved(cfg))
+    draft = _Draft(resolved(cfg), copied_keys(cfg))
     draft.problems += caching_problems(draft.reference, draft.model, draft.loss)
     draft.check_alone()
     # The raw student of a cache is a model of its own: there is no adapter to switch off.
@@ -102,7 +101,7 @@ def make_answering_settings(cfg: DictConfig) -> RunSettings:
     Raises:
         ConfigError: every problem found, one sentence each.
     """
-    draft = _Draft(resolved(cfg))
+    draft = _Draft(resolved(cfg), copied_keys(cfg))
     if isinstance(draft.data, TextData):
         draft.problems.append(
             "data is plain text, which has no prompts to answer; give data=instruction and data.train=..."
@@ -117,7 +116,7 @@ def make_evaluation_settings(cfg: DictConfig) -> RunSettings:
     Raises:
         ConfigError: every problem found, one sentence each.
     """
-    draft = _Draft(resolved(cfg))
+    draft = _Draft(resolved(cfg), copied_keys(cfg))
     draft.problems += alone_problems(read_launch(os.environ))
     if draft.evaluation is not None:
         draft.problems += draft.evaluation.problems(draft.data)
@@ -134,7 +133,7 @@ def make_step_settings(cfg: DictConfig) -> StepSettings:
     Raises:
         ConfigError: values of another type.
     """
-    draft = _Draft(resolved(cfg))
+    draft = _Draft(resolved(cfg), copied_keys(cfg))
     if draft.problems:
         raise ConfigError(draft.problems)
     assert draft.trainer is not None
@@ -193,11 +192,28 @@ def _built_loss(node: Any, problems: list[str]) -> Any:
     return loss
 
 
+def copied_keys(cfg: DictConfig, prefix: str = "") -> set[str]:
+    """Return the dotted keys whose value is copied from another key."""
+    found: set[str] = set()
+    for key in cfg:
+        name = prefix + str(key)
+        if OmegaConf.is_interpolation(cfg, str(key)):
+            found.add(name)
+        elif isinstance(node := cfg._get_node(str(key)), DictConfig) and not node._is_none():
+            found |= copied_keys(node, f"{name}.")
+    return found
+
+
+def _value_in(problem: str) -> str:
+    return problem.partition(" is ")[2].partition(";")[0]
+
+
 class _Draft:
     """Settings in the making: each group built if it can be, and the problems so far."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], copies: Collection[str] = ()) -> None:
         self.config = config
+        self.copies = copies
         self.problems: list[str] = []
         for key, hint in _OWN_KEYS.items():
             self.problems += mismatch(hint, config[key], key)
@@ -212,17 +228,15 @@ class _Draft:
         self.kernels = typed(KernelSettings, config["kernels"], "kernels", self.problems)
         self.logger = _built_each(config["logger"], "logger", self.problems)
         self.callbacks = _built_each(config["callbacks"], "callbacks", self.problems)
-        self._leave_out_copies()
         #: Keys whose values were left out: what is said of a group without them would mislead.
         self.refused = {problem.partition(" ")[0] for problem in self.problems}
+        self._leave_out_copies(copies)
 
-    def _leave_out_copies(self) -> None:
-        """Many losses read ``delta_weight``: a wrong one is named once."""
-        wrong = [problem for problem in self.problems if problem.startswith("delta_weight is ")]
-        if wrong:
-            value = wrong[0].removeprefix("delta_weight is ").partition(";")[0]
-            copies = [p for p in self.problems if p.startswith("loss") and f" is {value};" in p]
-            self.problems = [problem for problem in self.problems if problem not in copies]
+    def _leave_out_copies(self, copies: Collection[str]) -> None:
+        """A wrong value that other keys copy is told once, of the key that was given."""
+        of_keys = [(problem.partition(" ")[0], problem) for problem in self.problems]
+        given = {_value_in(problem) for key, problem in of_keys if key not in copies}
+        self.problems = [p for key, p in of_keys if key not in copies or _value_in(p) not in given]
 
     @property
     def cache(self) -> CacheSettings | None:
@@ -273,10 +287,15 @@ class _Draft:
 
     def told(self) -> list[str]:
         """Return the problems, each once, without those that come of a value that was left out."""
+        first: dict[str, str] = {}
+        for problem in self.problems:
+            key = problem.partition(" ")[0]
+            if key in self.refused and key not in self.copies:
+                first.setdefault(key, problem)
         misleading = [re.compile(rf"(?<![\w.]){re.escape(key)}(?![\w.])") for key in self.refused if "." in key]
 
         def follows(problem: str) -> bool:
-            return problem.partition(" ")[0] not in self.refused and any(key.search(problem) for key in misleading)
+            return problem not in first.values() and any(key.search(problem) for key in misleading)
 
         return [problem for problem in dict.fromkeys(self.problems) if not follows(problem)]
 
@@ -320,7 +339,7 @@ def make_model_settings(node: Mapping[str, Any], problems: list[str]) -> ModelSe
     for key, kind in (("tokenizer", TokenizerSettings), ("lora", LoraSpec)):
         if own.get(key) is not None:
             own[key] = typed(kind, own[key], f"model.{key}", problems)
-    own = {key: value for key, value in own.items() if value is not None}
+    own = {key: value for key, value in own.items() if value is not None or key not in ("tokenizer", "lora")}
     made = typed(ModelSettings, own | {"specs": {r: s for r, s in specs.items() if s is not None}}, "model", problems)
     assert made is not None, "every field has a default"
     return made

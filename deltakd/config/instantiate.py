@@ -47,7 +47,7 @@ def built(node: Any, key: str, problems: list[str]) -> Any:
 
 def _sound(node: Mapping[str, Any], key: str) -> tuple[dict[str, Any], list[str]]:
     """Return the node without the values that are of another type than its target says, and a sentence for each."""
-    hints = _argument_hints(str(node["_target_"]))
+    hints = argument_hints(str(node["_target_"]))
     sound: dict[str, Any] = {}
     found: list[str] = []
     for name, value in node.items():
@@ -72,7 +72,7 @@ def _holds_target(value: Any) -> bool:
 
 
 @cache
-def _argument_hints(target: str) -> Mapping[str, Any]:
+def argument_hints(target: str) -> Mapping[str, Any]:
     """Return the annotations of a target's arguments; none where there is no such target, or they can't be read."""
     try:
         what: Any = get_object(target)
