@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -102,7 +103,7 @@ def _unmade_stages(specs: Mapping[str, ModelSpec]) -> dict[str, str]:
     return {
         role: spec.path
         for role, spec in specs.items()
-        if spec.path and _STAGE_STUDENT.fullmatch(spec.path) and not Path(spec.path).is_dir()
+        if spec.path and _STAGE_STUDENT.fullmatch(spec.path) and not os.path.isdir(spec.path)
     }
 
 
@@ -129,7 +130,7 @@ def _unreachable(specs: Mapping[str, ModelSpec], trust_remote_code: bool) -> lis
                 load_config(role, spec, trust_remote_code=trust_remote_code)
             except ValueError as error:
                 missing[role] = error
-    on_hub = [role for role in missing if not Path(str(specs[role].path)).is_dir()]
+    on_hub = [role for role in missing if not os.path.isdir(str(specs[role].path))]
     if hub_reachable() or len(on_hub) < 2:
         return [str(error) for error in missing.values()]
     named = ", ".join(f"model.{role}.path={specs[role].path}" for role in on_hub)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -121,7 +122,8 @@ def _choice_problems(override: Override) -> list[str]:
         return []
     problems = []
     for choice in map(str, value if isinstance(value, list) else [value]):
-        if not (directory / f"{choice}.yaml").is_file():
+        # pathlib raises where a name is too long to be one.
+        if not os.path.isfile(directory / f"{choice}.yaml"):
             near = difflib.get_close_matches(choice, allowed, n=1, cutoff=0.4)
             hint = f"the nearest is {near[0]!r}; " if near else ""
             problems.append(

@@ -111,7 +111,7 @@ class DataConfig(ABC):
         if self.strip_answers is not None:
             try:
                 re.compile(self.strip_answers)
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 found.append(f"data.strip_answers is {self.strip_answers!r}, which is no regular expression: {error}")
         if self.prepare is None:
             found += missing_sources(self.sources())

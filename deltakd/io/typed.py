@@ -38,7 +38,7 @@ def typed(kind: type[T], node: Any, key: str, problems: list[str]) -> T | None:
     if not isinstance(node, Mapping):
         problems.append(f"{key} is {node!r}; it must be a mapping with {', '.join(_names(kind))}")
         return None
-    unknown = sorted(set(node) - set(_names(kind)))
+    unknown = sorted(set(node) - set(_names(kind)), key=str)
     problems += [f"{key} has no key {name!r}; allowed: {', '.join(sorted(_names(kind)))}" for name in unknown]
     hints = get_type_hints(kind, include_extras=True)
     values: dict[str, Any] = {}

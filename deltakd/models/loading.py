@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def spec_problems(role: str, spec: ModelSpec) -> list[str]:
 
 
 def _path_problems(key: str, path: str) -> list[str]:
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         if (Path(path) / "config.json").is_file():
             return []
         return [f"{key}.path={path} is a directory without config.json; give a Hugging Face model directory"]
@@ -45,7 +46,7 @@ def _path_problems(key: str, path: str) -> list[str]:
 def _reason(path: str, error: Exception) -> str:
     """One line saying why a model could not be had and what to do."""
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         return first
     if not hub_reachable():
         return "it is not in the local cache, and the Hugging Face hub can't be reached"

@@ -204,9 +204,11 @@ def _stages(file: Path, skipped: list[str]) -> tuple[list[tuple[Path, str | None
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
         stages = list(content["stages"])
         rows = {stage: label for label, stage in ((content.get("table") or {}).get("rows") or {}).items()}
+        folder = Path("outputs") / (content.get("name") or file.resolve().parent.name)
+        if not all(isinstance(text, str) for text in (*stages, *rows, *rows.values())):
+            raise TypeError("names of stages and rows must be texts; write numbers in quotes")
     except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{file} is no study ({type(error).__name__}: {error}); give its run directories.") from None
-    folder = Path("outputs") / (content.get("name") or file.resolve().parent.name)
     found: list[tuple[Path, str | None]] = []
     for stage, label in rows.items():
         for path in _walk(folder / stage):

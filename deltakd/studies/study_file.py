@@ -6,23 +6,24 @@ import difflib
 import itertools
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
-import yaml
+from annotated_types import Ge
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
+from deltakd.io.typed import typed
+from deltakd.io.yaml_files import read_yaml
 
+Command = Literal["train", "generate", "cache"]
 #: What a stage may run: a training run, a teacher's answers, a cache of references.
-COMMANDS = ("train", "generate", "cache")
+COMMANDS: tuple[str, ...] = get_args(Command)
 
-_KEYS = ("name", "overrides", "stages", "table")
-_STAGE_KEYS = ("overrides", "command", "minutes")
 #: Longer names are more than file systems take.
 _LONGEST_NAME = 200
 
@@ -95,48 +96,147 @@ class Study:
         return [job for name, jobs in self.jobs.items() if not stages or name in stages for job in jobs]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """A stage as the file has it; see :class:`Stage`."""
+
+    overrides: Sequence[str] = ()
+    command: Command = "train"
+    minutes: Annotated[float, Ge(0)] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Table:
+    """``table`` as the file has it; see :class:`Study`."""
+
+    rows: Mapping[str, str] = field(default_factory=dict)
+    columns: Sequence[str] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _File:
+    """The file, its stages not yet looked into."""
+
+    name: str | None = None
+    overrides: Sequence[str] = ()
+    stages: Mapping[str, Any] = field(default_factory=dict)
+    table: _Table = field(default_factory=_Table)
+
+
 def read_study(folder: Path) -> Study:
     """Read ``study.yaml`` of a folder.
 
     Raises:
-        ConfigError: it is absent, or everything that is wrong in it.
+        ConfigError: it is absent or no YAML, or everything that is wrong in it.
     """
     path = folder / "study.yaml"
     if not path.is_file():
         raise ConfigError([f"{path} does not exist; give a folder with a study.yaml, such as experiments/quickstart"])
-    content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    problems = [f"{path}: unknown key {k!r}; allowed: {', '.join(sorted(_KEYS))}" for k in content if k not in _KEYS]
-    name = content.get("name", folder.resolve().name)
-    stages = []
-    for stage, body in (content.get("stages") or {}).items():
-        entry = body or {}
-        unknown = sorted(set(entry) - set(_STAGE_KEYS))
-        if unknown:
-            problems.append(f"{path}: stage {stage} has unknown keys {unknown}; allowed: {', '.join(_STAGE_KEYS)}")
-        command = entry.get("command", "train")
-        if command not in COMMANDS:
-            problems.append(f"{path}: stage {stage} has command {command!r}; allowed: {', '.join(COMMANDS)}")
-        overrides = [*(content.get("overrides") or []), *(entry.get("overrides") or [])]
-        stages.append(Stage(str(stage), tuple(overrides), command, entry.get("minutes")))
-    table = content.get("table") or {}
+    content = read_yaml(path)
+    if content is None:
+        raise ConfigError([f"{path} is empty; give it stages: {{first: {{overrides: [experiment=quickstart]}}}}"])
+    problems: list[str] = []
+    read = _read(path, content, problems)
+    name = read.name or folder.resolve().name
+    problems += _name_problems(name, "name", allowed_slash=True)
+    stages = [stage for key, body in read.stages.items() if (stage := _stage(key, body, read, problems))]
     trained = [stage.name for stage in stages if stage.command == "train"]
-    rows = table.get("rows") or {stage: stage for stage in trained}
+    rows = dict(read.table.rows) or {stage: stage for stage in trained}
+    # A stage with a problem of its own may well be a training stage.
+    known = {*trained, *(set(read.stages) - {stage.name for stage in stages})}
     problems += [
-        f"{path}: table row {k!r} is stage {v!r}, which does not exist or trains no model"
-        for k, v in rows.items()
-        if v not in trained
+        f"table.rows.{label} is stage {stage!r}, which does not exist or trains no model"
+        for label, stage in rows.items()
+        if stage not in known
     ]
-    if not stages:
-        problems.append(f"{path}: no stages")
+    if not read.stages and not any(problem.startswith("stages") for problem in problems):
+        problems.append("no stages; give stages: {first: {overrides: [experiment=quickstart]}}")
     jobs: dict[str, list[Job]] = {}
     for each in stages:
         try:
-            jobs[each.name] = _jobs(str(name), each)
+            jobs[each.name] = _jobs(name, each)
         except ConfigError as error:
-            problems += [f"{path}: stage {each.name}: {problem}" for problem in error.problems]
+            problems += [f"stage {each.name}: {problem}" for problem in error.problems]
     if problems:
-        raise ConfigError(problems)
-    return Study(str(name), jobs, rows, list(table.get("columns") or []))
+        raise ConfigError([f"{path}: {problem}" for problem in problems])
+    return Study(name, jobs, rows, list(read.table.columns))
+
+
+def _read(path: Path, content: Any, problems: list[str]) -> _File:
+    """Check all but the stages; null is the same as nothing.
+
+    Raises:
+        ConfigError: it is no mapping.
+    """
+    if not isinstance(content, Mapping):
+        raise ConfigError(
+            [f"{path} holds {content!r:.80}; it must be a mapping with {', '.join(one.name for one in fields(_File))}"]
+        )
+    given = _given(content)
+    found: list[str] = []
+    given = given | {key: _with_text_names(given[key], key, problems) for key in ("stages",) if key in given}
+    if isinstance(given.get("table"), Mapping):
+        table = _given(given["table"])
+        rows = {"rows": _with_text_names(table["rows"], "table.rows", problems)} if "rows" in table else {}
+        given["table"] = table | rows
+    # `typed` speaks of a config's keys, under a group; a file's own keys have none.
+    read = typed(_File, given, "study.yaml", found)
+    assert read is not None, "every field has a default"
+    problems += [
+        _for_yaml(problem.removeprefix("study.yaml.").replace("study.yaml has no key", "unknown key"))
+        for problem in found
+    ]
+    return read
+
+
+def _given(node: Mapping[Any, Any]) -> dict[Any, Any]:
+    return {key: value for key, value in node.items() if value is not None}
+
+
+def _with_text_names(node: Any, key: str, problems: list[str]) -> Any:
+    """Return a mapping with texts as keys; others become problems, and what stands under them can still be checked."""
+    if not isinstance(node, Mapping):
+        return node
+    problems += [
+        f"{key} has the name {name!r}, which YAML reads as {type(name).__name__}; write it in quotes"
+        for name in node
+        if not isinstance(name, str)
+    ]
+    return {str(name): value for name, value in node.items()}
+
+
+def _stage(name: str, body: Any, read: _File, problems: list[str]) -> Stage | None:
+    """Check one stage; None where it can't be made."""
+    key = f"stages.{name}"
+    found = _name_problems(name, key, allowed_slash=False)
+    given = _given(body) if isinstance(body, Mapping) else {} if body is None else body
+    entry = typed(_Entry, given, key, found)
+    problems += map(_for_yaml, found)
+    if entry is None or found:
+        return None
+    return Stage(name, (*read.overrides, *entry.overrides), entry.command, entry.minutes)
+
+
+def _for_yaml(problem: str) -> str:
+    """Say what to do in a file: an override is an entry of a list, and digits are text in quotes."""
+    said = problem.partition("; to give these digits as text")[0]
+    if said != problem:
+        return f"{said}; to give these digits as text, write them in quotes"
+    if re.match(r"(stages\..*\.)?overrides is ", said):
+        return f"{said}; write each override as text: [loss=sft, 'seed=1,2'], with = and without a blank after it"
+    if said.startswith("stages is "):
+        return f"{said} of names: stages: {{first: {{overrides: [experiment=quickstart]}}}}"
+    if re.match(r"table\.(rows|columns) is ", said):
+        return f"{said}; they are texts: write numbers, true, no, ... in quotes"
+    return said
+
+
+def _name_problems(name: str, key: str, allowed_slash: bool) -> list[str]:
+    """Names become directories, and stand in quotes in overrides."""
+    parts = name.split("/") if allowed_slash else [name]
+    if all(re.fullmatch(r"[^/'\"\\$\x00-\x1f]+", part) and part not in (".", "..") for part in parts):
+        return []
+    return [f"{key}: {name!r} can't be the name of a directory under outputs; give letters, digits, _ and -"]
 
 
 def _jobs(study: str, stage: Stage) -> list[Job]:

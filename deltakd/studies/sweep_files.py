@@ -5,16 +5,17 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from deltakd.config.compose import CONF_DIR, check_overrides
 from deltakd.io.errors import ConfigError
+from deltakd.io.yaml_files import read_yaml
+from deltakd.studies.sweep_values import number_problem, text_problem, type_problems
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,11 @@ class Interval:
     log: bool = False
     step: float | None = None
     integer: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """True if each value is a whole number, and written as one."""
+        return self.integer or (isinstance(self.low, int) and isinstance(self.step, int))
 
 
 Parameter = Choices | Interval
@@ -139,22 +145,17 @@ def read_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
 
     Raises:
         ConfigError: everything that is wrong with it: W&B's schema (where the package ``sweeps`` is installed), what
-            cannot become an override, and keys and choices that do not exist, with the nearest ones.
+            cannot become an override, keys and choices that do not exist, with the nearest ones, and then values of
+            another type than their keys take.
     """
     content = _load(path)
     problems = _schema_problems(content)
-    given = content.get("parameters")
-    parameters: dict[str, Parameter] = {}
-    for name, entry in (given if isinstance(given, dict) else {}).items():
-        try:
-            parameters[str(name)] = _parameter(entry)
-        except ValueError as error:
-            problems.append(f"parameters.{name}: {error}")
+    parameters = _parameters(content.get("parameters"), problems)
     problems += _method_problems(content, parameters)
     base, command_problems = _command_overrides(content.get("command"))
     problems += command_problems
     metric = content.get("metric") if isinstance(content.get("metric"), dict) else None
-    if metric is None or not metric.get("name"):
+    if metric is None or not isinstance(metric.get("name"), str):
         problems.append("metric is missing; give metric: {name: val/rougeL, goal: maximize}")
     elif metric.get("goal", "minimize") not in ("maximize", "minimize"):
         problems.append(f"metric.goal is {metric['goal']!r}; allowed: maximize, minimize")
@@ -164,6 +165,7 @@ def read_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
     cap = content.get("run_cap")
     if cap is not None and not (isinstance(cap, int) and cap > 0):
         problems.append(f"run_cap is {cap!r}; give a whole number above 0")
+    problems = problems or _value_problems(fixed, parameters)
     if problems:
         raise ConfigError([f"{path}: {problem}" for problem in dict.fromkeys(problems)])
     assert metric is not None
@@ -185,10 +187,7 @@ def read_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
 def _load(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError([f"{path} does not exist; give a sweep file, such as sweeps/delta_weight.yaml"])
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError([f"{path} is no YAML: {' '.join(str(error).split())}"]) from None
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise ConfigError([f"{path} holds no mapping; give method, metric and parameters"])
     return content
@@ -213,11 +212,35 @@ def _schema_problems(content: dict[str, Any]) -> list[str]:
         return []
     # The schema's release is older than this key, which the server understands.
     known = {key: value for key, value in content.items() if key != "run_cap"}
+    if isinstance(known.get("parameters"), dict):
+        # Of names with a slash the schema shows its regular expression; `_parameters` says what to do.
+        known["parameters"] = {k: v for k, v in known["parameters"].items() if "/" not in str(k)}
     found = []
     for error in validator.iter_errors(known):
         where = ".".join(map(str, error.absolute_path))
         found.append(f"{where}: {error.message}" if where else error.message)
     return found
+
+
+def _parameters(given: Any, problems: list[str]) -> dict[str, Parameter]:
+    """Read what is searched over; what can't be becomes problems."""
+    if not isinstance(given, dict) or not given:
+        problems.append(f"parameters is {given!r}; give {{optim.lr: {{values: [0.001, 0.003]}}}}")
+        return {}
+    parameters: dict[str, Parameter] = {}
+    for name, entry in given.items():
+        if "/" in str(name):
+            group = str(name).split("/")[0]
+            problems.append(
+                f"parameters.{name}: W&B takes no slash in a parameter's name; give one choice in the command "
+                f"({name}=NAME), search over {group}: {{values: [...]}}, or use deltakd.train --multirun {name}=A,B"
+            )
+            continue
+        try:
+            parameters[str(name)] = _parameter(entry)
+        except ValueError as error:
+            problems.append(f"parameters.{name}: {error}")
+    return parameters
 
 
 def _parameter(entry: Any) -> Parameter:
@@ -238,16 +261,21 @@ def _parameter(entry: Any) -> Parameter:
         if strange:
             # W&B would write them as Python does: None, {'a': 1}.
             raise ValueError(f"{strange[0]!r} can't become an override; write it as Hydra reads it, in quotes: 'null'")
+        found = [problem for value in values if isinstance(value, str) and (problem := text_problem(value))]
+        if found:
+            raise ValueError("; ".join(found))
         return Choices(tuple(values))
     return _interval(entry)
 
 
 def _interval(entry: dict[str, Any]) -> Interval:
-    low, high = entry.get("min"), entry.get("max")
-    if not (_is_number(low) and _is_number(high)):
-        raise ValueError(f"needs values, or numbers as min and max; it has {', '.join(entry) or 'nothing'}")
-    assert low is not None
-    assert high is not None
+    if "min" not in entry or "max" not in entry:
+        raise ValueError(f"needs values, or numbers as min and max; it has {', '.join(map(str, entry)) or 'nothing'}")
+    numbers = {name: entry[name] for name in ("min", "max", "q") if name in entry}
+    found = [problem for name, value in numbers.items() if (problem := number_problem(name, value))]
+    if found:
+        raise ValueError("; ".join(found))
+    low, high, step = entry["min"], entry["max"], entry.get("q", 1.0)
     if low >= high:
         raise ValueError(f"min {low} is not less than max {high}")
     whole = isinstance(low, int) and isinstance(high, int)
@@ -257,7 +285,8 @@ def _interval(entry: dict[str, Any]) -> Interval:
     if kind == "int_uniform":
         return Interval(low, high, step=1, integer=True)
     if kind == "q_uniform":
-        step = entry.get("q", 1.0)
+        if step <= 0:
+            raise ValueError(f"q is {step}; it must be above 0")
         return Interval(low, low + math.floor((high - low) / step + 1e-9) * step, step=step)
     if kind == "log_uniform_values":
         if low <= 0:
@@ -267,10 +296,6 @@ def _interval(entry: dict[str, Any]) -> Interval:
         f"distribution {kind!r} is not known here; allowed: uniform, log_uniform_values, q_uniform, int_uniform, "
         "categorical (values), constant (value)"
     )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _method_problems(content: dict[str, Any], parameters: Mapping[str, Parameter]) -> list[str]:
@@ -307,7 +332,7 @@ def _key_problems(fixed: Sequence[str], parameters: Mapping[str, Parameter]) -> 
     exist: dict[str, list[Scalar]] = {}
     for key, values in groups.items():
         # A config can't be composed with a choice that does not exist; the keys are checked with the others.
-        exist[key] = [value for value in values if (CONF_DIR / key / f"{value}.yaml").is_file()]
+        exist[key] = [value for value in values if os.path.isfile(CONF_DIR / key / f"{value}.yaml")]
         for value in (v for v in values if v not in exist[key]):
             _add_problems([override(key, value)], problems)
     keys = [text.split("=", 1)[0] for text in (*fixed, *rest)]
@@ -319,6 +344,23 @@ def _key_problems(fixed: Sequence[str], parameters: Mapping[str, Parameter]) -> 
     for chosen in itertools.product(*filter(None, columns)):
         _add_problems(merge_overrides(fixed, chosen, rest), problems)
     return problems
+
+
+def _value_problems(fixed: Sequence[str], parameters: Mapping[str, Parameter]) -> list[str]:
+    """Values of another type than their keys take, under the first choice of each group; the keys exist."""
+    values = {key: _tried(parameter) for key, parameter in parameters.items()}
+    first = [override(key, tried[0]) for key, tried in values.items()]
+    texts = {key: [override(key, value).split("=", 1)[1] for value in tried] for key, tried in values.items()}
+    keys = {key: tried for key, tried in texts.items() if not (CONF_DIR / key).is_dir()}
+    return type_problems(merge_overrides(fixed, first), keys)
+
+
+def _tried(parameter: Parameter) -> Sequence[Scalar]:
+    """All values, or the ends of an interval in the form in which they are drawn."""
+    if isinstance(parameter, Choices):
+        return parameter.values
+    ends = (parameter.low, parameter.high)
+    return ends if parameter.whole else tuple(map(float, ends))
 
 
 def _add_problems(overrides: Sequence[str], problems: list[str]) -> None:

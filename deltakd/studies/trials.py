@@ -35,7 +35,7 @@ from deltakd.studies.outcomes import (
     write_table,
 )
 from deltakd.studies.pruning import reporting_to
-from deltakd.studies.sweep_files import Choices, Parameter, Scalar, Sweep, merge_overrides, override
+from deltakd.studies.sweep_files import Choices, Interval, Parameter, Scalar, Sweep, merge_overrides, override
 from deltakd.training.run import run_training
 from deltakd.training.settings import RESUME_POLICY
 
@@ -247,7 +247,14 @@ def suggest(trial: optuna.Trial, key: str, parameter: Parameter) -> Scalar:
         return chosen
     if parameter.integer:
         return trial.suggest_int(key, int(parameter.low), int(parameter.high))
-    return trial.suggest_float(key, parameter.low, parameter.high, log=parameter.log, step=parameter.step)
+    drawn = trial.suggest_float(key, parameter.low, parameter.high, log=parameter.log, step=parameter.step)
+    return _as_drawn(parameter, drawn)
+
+
+def _as_drawn(parameter: Parameter | None, value: Scalar) -> Scalar:
+    """Return a number of whole steps as a whole number: Optuna keeps it as 2.0, which no count of rows takes."""
+    whole = isinstance(parameter, Interval) and parameter.whole and isinstance(value, float)
+    return round(value) if whole else value  # type: ignore[arg-type]
 
 
 def _count_done(study: optuna.Study) -> int:
@@ -294,7 +301,8 @@ def _outcomes(search: Search, study: optuna.Study) -> list[Outcome]:
     for trial in study.get_trials(deepcopy=False):
         if trial.state == TrialState.WAITING:
             continue
-        values = {key: override(key, value).split("=", 1)[1] for key, value in trial.params.items()}
+        drawn = {key: _as_drawn(search.sweep.parameters.get(key), value) for key, value in trial.params.items()}
+        values = {key: override(key, value).split("=", 1)[1] for key, value in drawn.items()}
         state = _STATES.get(trial.state, UNFINISHED)
         # Of a trial that ended early the last validation is known.
         value = trial.value if state in (FINISHED, ENDED_EARLY) else None

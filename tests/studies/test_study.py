@@ -92,7 +92,9 @@ def test_a_stage_may_generate_what_a_later_one_trains_on(folder: Path) -> None:
     content["table"]["rows"] = {"x": "answers"}
     content["stages"]["answers"]["command"] = "generat"
     (folder / "study.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-    with pytest.raises(ConfigError, match=r"(?s)command 'generat'; allowed: train, generate.*trains no model"):
+    with pytest.raises(
+        ConfigError, match=r"(?s)trains no model.*stages.answers.command is 'generat'; it must be train"
+    ):
         run(folder)
 
 
@@ -178,6 +180,52 @@ def test_mistakes_in_the_file(folder: Path) -> None:
     assert len(caught.value.problems) == 3
     with pytest.raises(ConfigError, match=r"study.yaml does not exist; give a folder"):
         read_study(folder / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", ["is empty; give it stages: {first: {overrides: ["]),
+        ("- a", ["holds ['a']; it must be a mapping with name, overrides, stages, table"]),
+        ("name: x\n\tstages: 3", ["line 2, column 1: ", "indent with spaces: YAML takes no tabs"]),
+        ("stages: {a: {}}\nstages: {b: {}}", ["line 2, column 1: the key 'stages' stands twice; remove one"]),
+        ("stages: {a: 2026-02-30}", ["can't be read: day is out of range for month"]),
+        ("stages: [a, b]", ["stages is ['a', 'b']; it must be a mapping of names: stages: {first: {"]),
+        ("stages: {a: {}}\ntable: [a]", ["table is ['a']; it must be a mapping"]),
+        ("stages: {a: loss=sft}", ["stages.a is 'loss=sft'; it must be a mapping with overrides, command, minutes"]),
+        ("stages: {a/b: {}}", ["'a/b' can't be the name of a directory"]),
+        ("stages: {a: {overrides: ['loss=(']}}", ["stage a: Error parsing override 'loss=('"]),
+        (
+            "name: 5\noverrides: loss=sft\nstages: {1: {command: trian, minutes: soon}, b: {overrides: [seed: 1]}}\n"
+            "table: {rows: {2: b, x: 5}, columns: [1]}",
+            [
+                "name is 5; it must be text or null; to give these digits as text, write them in quotes",
+                "overrides is 'loss=sft'; it must be a list (each text); write each override as text: [loss=sft,",
+                "stages has the name 1, which YAML reads as int; write it in quotes",
+                "stages.1.command is 'trian'; it must be train, generate, cache",
+                "stages.1.minutes is 'soon'; it must be a finite number from 0 or null",
+                "stages.b.overrides is [{'seed': 1}]; it must be a list (each text); write each override as text",
+                "table.rows has the name 2, which YAML reads as int; write it in quotes",
+                "table.rows is {'2': 'b', 'x': 5}; it must be a mapping; they are texts: write numbers",
+                "table.columns is [1]; it must be a list (each text); they are texts: write numbers",
+            ],
+        ),
+    ],
+    ids=lambda given: repr(given)[:20],
+)
+def test_a_file_of_another_shape_is_refused_in_words_all_at_once(text: str, said: list[str], tmp_path: Path) -> None:
+    (tmp_path / "study.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        read_study(tmp_path)
+    told = str(caught.value)
+    assert [part for part in said if part not in told] == [], told
+    assert str(tmp_path / "study.yaml") in told
+
+
+def test_a_stage_that_says_no_to_remote_code_in_quotes_is_refused(folder: Path) -> None:
+    change(folder, "teacher", "model.trust_remote_code='no'")
+    with pytest.raises(ConfigError, match=r"model.trust_remote_code is 'no'; it must be true or false"):
+        run(folder)
 
 
 def test_the_stages_are_one_group_to_wandb(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -9,13 +10,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
 from deltakd.search import main
 from deltakd.studies.sweep_files import Choices, Hyperband, Interval, read_sweep, wandb_schema
+from deltakd.studies.sweep_values import text_problem
+from deltakd.studies.trials import suggest
 from tests.tiny import World
 from tests.tracking import wandb_server
 
@@ -104,6 +109,100 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
         "metric is missing",
     ):
         assert part in text, text
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a,b", "'a,b' is several values to Hydra; list them one by one, or to give this text write it with quotes of"),
+        ("true", "the text 'true' would become true; write true without quotes, or"),
+        ("2026_11", "the text '2026_11' would become 202611; write 202611 without quotes, or to give this text write"),
+        ("7", "the text '7' would become 7; write 7 without quotes, or"),
+        ("0.5", "the text '0.5' would become 0.5; write 0.5 without quotes"),
+        (" a", "the text ' a' would become 'a'"),
+        ("a(", "'a(' can't become an override"),
+        ("range(1,3)", "'range(1,3)' is several values to Hydra"),
+        ("null", None),
+        ("no", None),
+        ("1e-5", None),
+        ("[a,b]", None),
+        ("{a: 1}", None),
+        ("a/b.jsonl", None),
+    ],
+)
+def test_a_text_that_hydra_would_read_as_something_else_is_refused(text: str, said: str | None) -> None:
+    problem = text_problem(text)
+    assert problem is None if said is None else said in str(problem), problem
+    if problem is not None:
+        remedy = yaml.safe_load(problem[problem.index("quotes of its own: ") + 19 :])
+        assert OverridesParser.create().parse_override(f"key={remedy}").value() == text
+        assert text_problem(remedy) is None
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(ConfigError) as caught:
+        read_sweep(path)
+    return str(caught.value)
+
+
+def test_numbers_that_yaml_takes_for_text_are_told_with_the_remedy(tmp_path: Path) -> None:
+    lines = write(tmp_path / "s.yaml", parameters={"optim.lr": {"distribution": "log_uniform_values"}}).read_text()
+    path = tmp_path / "s.yaml"
+    path.write_text(lines.replace("distribution: log", "min: 1e-5\n    max: 2e2\n    distribution: log"))
+    told = refused(path)
+    for given, remedy in (("1e-5", "1.0e-5"), ("2e2", "2.0e+2")):
+        assert f"the text '{given}': to YAML 1.1 it is a number only with a point and a sign; write {remedy}" in told
+        assert yaml.safe_load(remedy) == float(given)
+    parameters = {
+        "optim.lr": {"min": 0.1, "max": "fast"},
+        "optim.weight_decay": {"distribution": "q_uniform", "min": 0.0, "max": 1.0, "q": 0},
+        "delta_weight": {"min": 0.0, "max": math.inf},
+    }
+    told = refused(write(path, parameters=parameters))
+    for part in ("max is 'fast'; give a number", "q is 0; it must be above 0", "max is inf; give a finite number"):
+        assert part in told
+
+
+def test_values_of_another_type_than_the_key_takes_are_refused(tmp_path: Path) -> None:
+    parameters = {
+        "model.trust_remote_code": {"values": [True, "no"]},
+        "loss.temperature": {"values": [1, "warm", "1e0"]},
+        "seed": {"min": 0.0, "max": 3.0},
+        "data.batch_size": {"distribution": "q_uniform", "min": 2, "max": 8, "q": 2},
+        "loss": {"values": ["kd", "delta_kd"]},
+    }
+    told = refused(write(tmp_path / "s.yaml", parameters=parameters))
+    for part in (
+        "model.trust_remote_code is 'no'; it must be true or false",
+        "loss.temperature is 'warm'; it must be a finite number",
+        "seed is 0.0; it must be a whole number from 0; write 0",
+    ):
+        assert part in told, told
+    assert "data.batch_size" not in told
+    assert "'1e0'" not in told
+
+
+def test_a_group_within_a_group_is_no_parameter_for_wandb_and_what_to_use_is_said(tmp_path: Path) -> None:
+    told = refused(write(tmp_path / "s.yaml", parameters={"loss/divergence": {"values": ["todi", "jsd"]}}))
+    assert "parameters.loss/divergence: W&B takes no slash" in told
+    assert "--multirun loss/divergence=A,B" in told
+    assert "does not match" not in told
+    inside = [*COMMAND[:-1], "loss/divergence=todi", COMMAND[-1]]
+    read_sweep(write(tmp_path / "s.yaml", parameters={"seed": {"values": [1, 2]}}, command=inside))
+
+
+@pytest.mark.parametrize("text", ["", "- a", "method: grid\n\tparameters: {}", "parameters: [a]", "parameters:"])
+def test_a_sweep_file_of_another_shape_is_refused_in_words(text: str, tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text(text)
+    assert str(tmp_path / "s.yaml") in refused(tmp_path / "s.yaml")
+
+
+def test_whole_steps_are_drawn_as_whole_numbers() -> None:
+    parameter = Interval(2, 8, step=2)
+    trial = optuna.create_study().ask()
+    drawn = suggest(trial, "data.batch_size", parameter)
+    assert isinstance(drawn, int)
+    assert drawn in (2, 4, 6, 8)
 
 
 def test_the_check_is_a_command_and_names_the_nearest_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

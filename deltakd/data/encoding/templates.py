@@ -108,15 +108,26 @@ def _own_prompt(row: Row, template: PlainTemplate) -> str:
     return template.without_input.format(instruction=row.instruction)
 
 
+def _in_braces(fields: set[str]) -> str:
+    return " and ".join(f"{{{field}}}" for field in sorted(fields, reverse=True))
+
+
 def _check_fields(name: str, text: str, needed: set[str]) -> None:
     try:
         fields = {field for _, field, _, _ in Formatter().parse(text) if field is not None}
     except ValueError as error:
         raise ValueError(f"template.{name} is no format text: {error}; write a literal brace twice") from error
     if fields != needed:
-        wanted = " and ".join(f"{{{field}}}" for field in sorted(needed, reverse=True))
+        wanted = _in_braces(needed)
         found = ", ".join(f"{{{field}}}" for field in sorted(fields)) or "none"
         raise ValueError(f"template.{name} must have exactly the fields {wanted}; it has {found}")
+    try:
+        # Formats and conversions show when a text is filled in: {instruction:d}, {instruction!x}.
+        text.format(**dict.fromkeys(needed, "text"))
+    except (ValueError, LookupError, AttributeError) as error:
+        raise ValueError(
+            f"template.{name} can't be filled in: {error}; write its fields as {_in_braces(needed)}"
+        ) from error
 
 
 _ALPACA_ASK = "Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}"
@@ -160,18 +171,19 @@ class ChatTemplate:
         """Prompt and answer pieces in turn, found by rendering ever longer beginnings of the conversation.
 
         Raises:
-            ValueError: a longer beginning does not start with the shorter one, so pieces cannot be told apart.
+            ValueError: a longer beginning does not start with the shorter one, so pieces cannot be told apart; or the
+                template refuses the conversation.
         """
         if row.prompt is not None:
             return _verbatim(row)
         messages = _conversation(row)
         answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         if not answers:
-            return [Segment(self._write(messages, prompt=True), trained=False)]
+            return [Segment(self._write(row, messages, prompt=True), trained=False)]
         segments, done = [], ""
         for number in answers:
-            prompt = self._write(messages[:number], prompt=True)
-            whole = self._write(messages[: number + 1], prompt=False)
+            prompt = self._write(row, messages[:number], prompt=True)
+            whole = self._write(row, messages[: number + 1], prompt=False)
             if not prompt.startswith(done) or not whole.startswith(prompt):
                 raise ValueError(_not_a_prefix(row, number))
             # White space after the end-of-turn token belongs to the next prompt: nobody waits for it when generating.
@@ -188,12 +200,21 @@ class ChatTemplate:
         messages = _conversation(row)
         while messages[-1]["role"] == "assistant":
             messages = messages[:-1]
-        prompt = self._write(messages, prompt=True)
+        prompt = self._write(row, messages, prompt=True)
         content = messages[-1]["content"].strip()
         return prompt[prompt.rindex(content) + len(content) :] if content in prompt else prompt
 
-    def _write(self, messages: list[dict[str, str]], prompt: bool) -> str:
-        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    def _write(self, row: Row, messages: list[dict[str, str]], prompt: bool) -> str:
+        try:
+            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        # A chat template is a program of its own: many refuse system turns, or two user turns in a row.
+        except Exception as error:
+            roles = ", ".join(message["role"] for message in messages)
+            said = " ".join(str(error).split())
+            raise ValueError(
+                f"row {row.id}: the tokenizer's chat template refuses the turns {roles}: {said}; change the row, or "
+                "use another template"
+            ) from error
         assert isinstance(text, str)
         return text
 

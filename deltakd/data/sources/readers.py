@@ -25,7 +25,7 @@ from deltakd.data.sources.records import (
     parse_source,
     read_lines,
 )
-from deltakd.data.sources.rows import Row, parse_row
+from deltakd.data.sources.rows import Row, parse_row, whole_characters
 
 DOCUMENT_END = "<|endoftext|>"
 
@@ -142,7 +142,7 @@ def read_subset(subset: str) -> set[int]:
         raise ValueError(f"subset {subset!r} must be file.json#key, such as split.json#train")
     try:
         splits = json.loads(Path(name).expanduser().read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"cannot read subset file {name}: {error}") from error
     keys = [k for k, v in splits.items() if isinstance(v, list)] if isinstance(splits, dict) else []
     if key not in keys:
@@ -228,7 +228,7 @@ def _text_of(record: Record) -> str:
         return parse_row(record.value, record.where, record.number, need_response=True).text
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{record.where}: text must be a non-empty string, got {text!r:.60}")
-    return text
+    return whole_characters(text, record.where, "text")
 
 
 def _documents(location: str) -> Iterator[str]:

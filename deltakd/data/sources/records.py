@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -105,7 +106,7 @@ def missing_sources(sources: Mapping[str, str | Sequence[str] | None]) -> list[s
 
 
 def _check_exists(location: str) -> None:
-    if not _is_hub_id(location) and (Path(location).expanduser().exists() or not _HUB_FILE.fullmatch(location)):
+    if not _is_hub_id(location) and (os.path.exists(_expanded(location)) or not _HUB_FILE.fullmatch(location)):
         local_path(location)
 
 
@@ -128,8 +129,8 @@ def iter_records(source: Source, problems: Problems) -> Iterator[Record]:
 
 def local_path(location: str) -> Path:
     """The local file of a location, fetched from the hub (or its local cache) for ``org/name:file``."""
-    path = Path(location).expanduser()
-    if path.exists():
+    path = _expanded(location)
+    if os.path.exists(path):
         if path.is_dir():
             raise ValueError(f"{location} is a folder; name a file in it ({_known()})")
         return path
@@ -139,6 +140,11 @@ def local_path(location: str) -> Path:
     if not location.endswith(RECORD_SUFFIXES + TEXT_SUFFIXES):
         raise ValueError(_unknown(location))
     raise ValueError(f"no such file: {location} (looked in {Path.cwd()}); give an existing path or a hub data set")
+
+
+def _expanded(location: str) -> Path:
+    """Return the path; unlike pathlib's, these functions of ``os`` take any text, such as one too long for a name."""
+    return Path(os.path.expanduser(location))
 
 
 def read_lines(path: Path, name: str) -> Iterator[str]:
@@ -162,7 +168,7 @@ def _unknown(location: str) -> str:
 
 def _is_hub_id(location: str) -> bool:
     known = location.endswith(RECORD_SUFFIXES + TEXT_SUFFIXES)
-    return bool(_HUB_ID.fullmatch(location)) and not known and not Path(location).exists()
+    return bool(_HUB_ID.fullmatch(location)) and not known and not os.path.exists(location)
 
 
 def _as_record(number: int, where: str, value: Any, problems: Problems) -> Iterator[Record]:
@@ -182,6 +188,10 @@ def _jsonl_records(path: Path, name: str, problems: Problems) -> Iterator[Record
         except json.JSONDecodeError as error:
             problems.add(f"{where}: not JSON: {error.msg} (column {error.colno})")
             continue
+        # A number of more than 4300 digits, brackets a thousand deep.
+        except (ValueError, RecursionError) as error:
+            problems.add(f"{where}: not readable as JSON: {error}")
+            continue
         yield from _as_record(number, where, value, problems)
 
 
@@ -190,6 +200,8 @@ def _json_records(path: Path, name: str, problems: Problems) -> Iterator[Record]
         values = json.loads("\n".join(read_lines(path, name)))
     except json.JSONDecodeError as error:
         raise ValueError(f"{name}:{error.lineno}: not JSON: {error.msg} (column {error.colno})") from error
+    except RecursionError as error:
+        raise ValueError(f"{name}: not readable as JSON: {error}") from error
     if not isinstance(values, list):
         raise ValueError(f"{name}: expected a JSON list of records, got {type(values).__name__}")
     for number, value in enumerate(values):

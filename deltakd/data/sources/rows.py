@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,6 +11,8 @@ INSTRUCTION_KEYS = ("instruction", "question")
 INPUT_KEYS = ("input", "context")
 RESPONSE_KEYS = ("response", "output", "answer")
 MESSAGE_ROLES = ("system", "user", "assistant")
+
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ def parse_row(record: Mapping[str, Any], where: str, id: int, need_response: boo
         ValueError: a field is missing, empty, ambiguous or of the wrong type.
     """
     category = record.get("category")
-    category = category if isinstance(category, str) else None
+    category = whole_characters(category, where, "category") if isinstance(category, str) else None
     if record.get("messages") is not None:
         _refuse_both(record, where)
         messages = _messages(record["messages"], where, need_response)
@@ -129,7 +132,20 @@ def _one_text(record: Mapping[str, Any], keys: Sequence[str], where: str) -> str
     for key, text in texts.items():
         if not isinstance(text, str):
             raise ValueError(f"{where}: {key} must be a string, got {type(text).__name__}")
+        whole_characters(text, where, key)
     return _only({key: text for key, text in texts.items() if text.strip()}, where) or ""
+
+
+def whole_characters(text: str, where: str, key: str) -> str:
+    """Return the text.
+
+    Raises:
+        ValueError: it holds half of a surrogate pair, as a cut emoji leaves it: no tokenizer takes that.
+    """
+    half = _HALF.search(text)
+    if half is not None:
+        raise ValueError(f"{where}: {key} holds {half[0]!a}, half of a character; mend or remove the text")
+    return text
 
 
 def _only(values: Mapping[str, Any], where: str) -> Any:
@@ -150,7 +166,7 @@ def _responses(record: Mapping[str, Any], where: str) -> tuple[str, ...]:
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             kind = type(value).__name__
             raise ValueError(f"{where}: {key} must be a string or a list of strings, got {kind}")
-        given[key] = tuple(text for text in texts if text.strip())
+        given[key] = tuple(whole_characters(text, where, key) for text in texts if text.strip())
     return _only({key: texts for key, texts in given.items() if texts}, where) or ()
 
 
@@ -172,6 +188,7 @@ def _messages(value: Any, where: str, need_response: bool) -> tuple[dict[str, st
             raise ValueError(f"{where}: messages[{number}] has role {turn.get('role')!r}; allowed: {allowed}")
         if turn["role"] != "system" and not turn["content"].strip():
             raise ValueError(f"{where}: messages[{number}] ({turn['role']}) is empty")
+        whole_characters(turn["content"], where, f"messages[{number}]")
         turns.append({"role": turn["role"], "content": turn["content"]})
     _check_order(turns, where, need_response)
     return tuple(turns)

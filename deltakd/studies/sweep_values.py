@@ -1,0 +1,105 @@
+"""Values of a sweep file on their way into a config: what a text becomes, and whether its key takes the value."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import QuotedString
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from deltakd.config.compose import compose_config
+from deltakd.io.errors import ConfigError
+
+#: A number with an exponent, which YAML 1.1 takes for text where point or sign is missing.
+_EXPONENT = re.compile(r"([-+]?\d[\d_]*)(\.\d*)?[eE]([-+]?)(\d+)")
+
+
+def text_problem(text: str) -> str | None:
+    """Return why a text would not reach the config as it stands; None if it does.
+
+    W&B's agents and our search write ``key=text``, which Hydra reads: ``a,b`` is a sweep to it, ``true`` no text. What
+    YAML can't say in another way passes: ``null``, lists, mappings, and ``1e-5``, which YAML takes for text.
+    """
+    # Inside single quotes Hydra reads all but these two as they stand.
+    quoted = "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    remedy = f"to give this text write it with quotes of its own: {_in_yaml(quoted)}"
+    try:
+        parsed = OverridesParser.create().parse_override(f"key={text}")
+        swept = parsed.is_sweep_override()
+        read: Any = None if swept else parsed.value()
+    except (HydraException, ValueError) as error:
+        return f"{text!r} can't become an override ({' '.join(str(error).split())[:120]}); {remedy}"
+    if swept:
+        return f"{text!r} is several values to Hydra; list them one by one, or {remedy}"
+    if isinstance(parsed._value, QuotedString) or read == text or read is None or isinstance(read, list | dict):
+        return None
+    if isinstance(read, float) and isinstance(_plain(text), str):
+        return None
+    return f"the text {text!r} would become {_shown(read)}; write {_shown(read)} without quotes, or {remedy}"
+
+
+def _plain(text: str) -> Any:
+    """Return what YAML makes of a text without quotes."""
+    try:
+        return yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError):
+        return text
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def _in_yaml(text: str) -> str:
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def number_problem(name: str, value: Any) -> str | None:
+    """Return why a value that must be a finite number is none, with the remedy where YAML took a number for text."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return None if abs(value) < float("inf") else f"{name} is {value}; give a finite number"
+    exponent = _EXPONENT.fullmatch(value) if isinstance(value, str) else None
+    if exponent is None:
+        return f"{name} is {value!r}; give a number"
+    digits, fraction, sign, power = exponent.groups()
+    fraction = fraction if fraction and fraction != "." else ".0"
+    return (
+        f"{name} is the text {value!r}: to YAML 1.1 it is a number only with a point and a sign; write "
+        f"{digits}{fraction}e{sign or '+'}{power}"
+    )
+
+
+def type_problems(overrides: Sequence[str], tried: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return which values are of another type than their keys take; paths are not looked at.
+
+    Args:
+        overrides: of a first trial; their keys exist.
+        tried: key -> its values as Hydra reads them, each tried by itself.
+    """
+    # It imports Lightning and all models, which a file with wrong keys need not wait for.
+    from deltakd.config.build import make_step_settings
+
+    problems: list[str] = []
+    try:
+        cfg = compose_config("train", overrides, checked=True)
+    except ConfigError as error:
+        return error.problems
+    for key, values in tried.items():
+        for value in values:
+            changed = copy.deepcopy(cfg)
+            try:
+                given = OverridesParser.create().parse_override(f"key={value}").value()
+                OmegaConf.update(changed, key, given, merge=False)
+                make_step_settings(changed)
+            except ConfigError as error:
+                problems += error.problems
+            except OmegaConfBaseException as error:
+                problems.append(f"{key}={value}: {' '.join(str(error).split())}")
+    return list(dict.fromkeys(problems))

@@ -1,0 +1,265 @@
+"""Whatever users write into a config or a data file: it is taken, or refused in words, and never a traceback."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from omegaconf import DictConfig, OmegaConf
+from transformers import PreTrainedTokenizerFast
+
+from deltakd.config.build import make_settings
+from deltakd.config.compose import compose_config
+from deltakd.data import AlpacaTemplate, ChatTemplate, encode_rows, parse_row, read_rows
+from deltakd.io.hub import hub_reachable
+from tests import tiny
+from tests.data.conftest import CHAT
+from tests.tiny import World
+
+ABSENT = object()
+#: Configs whose keys are drawn: they differ in loss, data, reference, strategy and adapter.
+BASES = {
+    "teachers": ["logger=[csv,tensorboard,wandb]", "evaluation=default"],
+    "text": ["data=text", "loss=sft", "strategy=deepspeed_zero2", "model.lora={r:4}", "callbacks=default"],
+    "schedule": ["loss=taid", "strategy=fsdp", "evaluation=gsm8k"],
+    "cached": ["loss=kd_plus_delta", "reference=cached", "reference.path=nowhere", "evaluation=minillm"],
+}
+#: Keys of a target of Hydra: they name code, which a test should not draw.
+CODE = ("_target_", "_partial_", "_recursive_", "_convert_")
+
+WORDS = [
+    "",
+    " ",
+    "no",
+    "true",
+    "null",
+    "auto",
+    "1e-5",
+    "a,b",
+    "text",
+    "a/b",
+    "a/b:c",
+    "x.jsonl",
+    "~nobody/x.jsonl",
+    "~",
+    "\0",
+    "x" * 5000,
+    "\ud83d",
+    "ä\n",
+    "{x",
+    "${nowhere}",
+    "${seed}",
+    "???",
+    "(",
+    "a{99999999999}",
+    "cuda:x",
+    "gpt2",
+]
+NUMBERS = [0, 1, -1, 2, 10**30, -(10**400), 0.5, -0.5, 1e308, 1e-320, float("nan"), float("inf")]
+PLAIN = st.sampled_from([None, True, False, *WORDS, *NUMBERS])
+KEYS = st.sampled_from(["a", "x", "path", "source", "model_type", "quant_method", "r", "start", "with_input", 1, True])
+VALUES = PLAIN | st.recursive(
+    PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3), max_leaves=4
+)
+
+
+def fuzz(examples: int) -> Any:
+    """The same examples on every machine; a slow run draws many more of them."""
+    return settings(
+        max_examples=examples, derandomize=True, deadline=None, database=None, phases=[Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+
+
+def refusal(action: Callable[[], Any]) -> str | None:
+    """What a user is told; None where all is well. Any other exception is a bug, and ends the test."""
+    try:
+        action()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+@dataclass(frozen=True)
+class Base:
+    """A composed config, its dotted keys, and what is said of it as it is."""
+
+    node: dict[str, Any]
+    keys: tuple[str, ...]
+    refusal: str | None
+
+
+def walk(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        if key not in CODE:
+            yield f"{prefix}{key}"
+            if isinstance(value, Mapping):
+                yield from walk(value, f"{prefix}{key}.")
+
+
+@pytest.fixture(scope="module")
+def bases(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Base]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        hub_reachable.cache_clear()
+        made = []
+        for name, overrides in BASES.items():
+            run_dir = tmp_path_factory.mktemp(name) / "run"
+            base = [o for o in world.overrides(run_dir, "delta_kd", *overrides) if name != "text" or keeps(o)]
+            node: Any = OmegaConf.to_container(compose_config("train", base))
+            made.append(Base(node, tuple(walk(node)), refusal(lambda node=node: make_settings(changed(node, {})))))
+        yield made
+    hub_reachable.cache_clear()
+
+
+def keeps(override: str) -> bool:
+    return not override.startswith(("data.template", "data.max_prompt_length"))
+
+
+def changed(node: dict[str, Any], changes: Mapping[str, Any]) -> DictConfig:
+    """A copy of a config with other values; a key that another change has taken away stays away."""
+    node = copy.deepcopy(node)
+    for key, value in changes.items():
+        *parents, last = key.split(".")
+        inner: Any = node
+        for parent in parents:
+            inner = inner.get(parent) if isinstance(inner, dict) else None
+        if isinstance(inner, dict):
+            if value is ABSENT:
+                inner.pop(last, None)
+            else:
+                inner[last] = value
+    return OmegaConf.create(node)
+
+
+def check_config(bases: list[Base], data: st.DataObject) -> None:
+    base = data.draw(st.sampled_from(bases))
+    changes = data.draw(st.dictionaries(st.sampled_from(base.keys), VALUES | st.just(ABSENT), min_size=1, max_size=2))
+    told = refusal(lambda: make_settings(changed(base.node, changes)))
+    # A base may have a problem of its own, such as a cache that is not there.
+    named = told is None or told == base.refusal or any(key.rpartition(".")[2] in told for key in changes)
+    assert named, (changes, told)
+
+
+@fuzz(250)
+@given(data=st.data())
+def test_any_value_of_any_key_is_taken_or_refused_by_name(bases: list[Base], data: st.DataObject) -> None:
+    check_config(bases, data)
+
+
+@pytest.mark.slow
+@fuzz(4000)
+@given(data=st.data())
+def test_any_value_of_any_key_is_taken_or_refused_by_name_many_times(bases: list[Base], data: st.DataObject) -> None:
+    check_config(bases, data)
+
+
+RAW = st.sampled_from(
+    ["", "'", "[", "[1", "{a:", "{a:1}", "{a}", "a,b", "1,2", "range(1,3)", "interval(0,1)", "choice(a,b)", "glob(*)",
+     "${", "${seed}", "${x", "'no'", "no", "9" * 5000, "\\", "a=b", "null", "[null]", "{a:{b:[1,{c:'x'}]}}", "!x", "@a",
+     "x" * 300]
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@fuzz(250)
+@given(data=st.data())
+def test_any_override_is_taken_or_refused_in_words(
+    bases: list[Base], world: World, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    key = data.draw(st.sampled_from([*bases[0].keys, "loss/divergence", "nowhere", "a.b", "", "hydra.run.dir"]))
+    sign = data.draw(st.sampled_from(["", "", "", "+", "++", "~"]))
+    override = f"{sign}{key}={data.draw(RAW)}"
+    overrides = world.overrides(tmp_path_factory.getbasetemp() / "raw", "delta_kd")
+    told = refusal(lambda: make_settings(compose_config("train", [*overrides, override])))
+    assert told is None or told.strip(), override
+
+
+TEXTS = st.sampled_from(
+    ["", " ", "ask", "</s>", "<|im_start|>", "\ud83d", "{x}", "é\u2028", "\0", "x" * 300]
+) | st.text(max_size=5)
+TURN_KEYS = st.sampled_from(["role", "content", "x"])
+ANYTHING = TEXTS | st.recursive(
+    st.none() | st.booleans() | st.sampled_from([0, -1, 0.5, 10**400, float("nan")]) | TEXTS,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(TURN_KEYS, inner, max_size=2),
+    max_leaves=3,
+)
+TURN = st.fixed_dictionaries(
+    {"role": st.sampled_from(["system", "user", "assistant", "tool"]) | ANYTHING, "content": TEXTS | ANYTHING}
+)
+GOOD_TURN = st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": TEXTS})
+FIELDS = [
+    "instruction",
+    "question",
+    "input",
+    "context",
+    "response",
+    "output",
+    "answer",
+    "prompt",
+    "category",
+    "text",
+    "z",
+]
+RECORD = st.dictionaries(st.sampled_from(FIELDS), TEXTS | ANYTHING, max_size=4) | st.fixed_dictionaries(
+    {"messages": st.lists(GOOD_TURN, max_size=4) | st.lists(TURN | ANYTHING, max_size=3) | ANYTHING}
+)
+
+#: As that of Gemma: roles must alternate, and there is no system.
+STRICT = (
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}" + CHAT.split("{% for m in messages %}")[1]
+)
+
+
+def tokenizer_with(template: str) -> PreTrainedTokenizerFast:
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def check_record(record: Any, path: Path, tokenizers: list[PreTrainedTokenizerFast]) -> None:
+    path.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    told = refusal(lambda: read_rows(str(path)))
+    if told is not None:
+        assert path.name in told
+        return
+    (row,) = read_rows(str(path))
+    assert row == parse_row(record, "here", 0)
+    for tokenizer in tokenizers:
+        for template in (AlpacaTemplate(), ChatTemplate(tokenizer)):
+            told = refusal(
+                lambda template=template, tokenizer=tokenizer: encode_rows(
+                    [row], template, tokenizer, max_length=200, max_prompt_length=100
+                )
+            )
+            assert told is None or told.strip()
+
+
+@pytest.fixture(scope="module")
+def tokenizers() -> list[PreTrainedTokenizerFast]:
+    return [tokenizer_with(CHAT), tokenizer_with(STRICT)]
+
+
+@fuzz(150)
+@given(record=RECORD | ANYTHING)
+def test_any_record_is_a_row_or_refused_with_its_place(
+    tmp_path_factory: pytest.TempPathFactory, tokenizers: list[PreTrainedTokenizerFast], record: Any
+) -> None:
+    check_record(record, tmp_path_factory.getbasetemp() / "fuzzed.jsonl", tokenizers)
+
+
+@pytest.mark.slow
+@fuzz(5000)
+@given(record=RECORD | ANYTHING)
+def test_any_record_is_a_row_or_refused_with_its_place_many_times(
+    tmp_path_factory: pytest.TempPathFactory, tokenizers: list[PreTrainedTokenizerFast], record: Any
+) -> None:
+    check_record(record, tmp_path_factory.getbasetemp() / "fuzzed.jsonl", tokenizers)
