@@ -46,6 +46,11 @@ from deltakd.types import TEACHER, Loss, require_kind
 #: Keys of ``model`` that are no role.
 _NO_ROLES = ("tokenizer", "lora", "attn_implementation", "gradient_checkpointing", "trust_remote_code")
 
+#: The groups that a config has to have.
+_GROUPS = (
+    "loss", "optim", "data", "reference", "evaluation", "model", "trainer", "strategy", "kernels", "logger", "callbacks",
+)  # fmt: skip
+
 #: Keys of the config itself, beside its groups.
 _OWN_KEYS = {
     "name": str,
@@ -158,8 +163,10 @@ def stored_settings(path: Path) -> RunSettings:
     """
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError([f"{path} can't be read: {' '.join(str(error).split())}"]) from None
+    if not isinstance(config, dict):
+        raise ConfigError([f"{path} holds no mapping; give the config.yaml of a run"])
     draft = _Draft(config)
     if draft.problems:
         raise ConfigError([f"{path}: {problem}" for problem in draft.problems])
@@ -215,6 +222,9 @@ class _Draft:
         self.config = config
         self.copies = copies
         self.problems: list[str] = []
+        absent = [key for key in (*_OWN_KEYS, *_GROUPS) if key not in config]
+        if absent:
+            raise ConfigError([f"{key} is missing; a config can't be without it (leave out ~{key})" for key in absent])
         for key, hint in _OWN_KEYS.items():
             self.problems += mismatch(hint, config[key], key)
         self.loss: Any = _built_loss(config["loss"], self.problems)
@@ -328,8 +338,12 @@ class _Draft:
         )
 
 
-def make_model_settings(node: Mapping[str, Any], problems: list[str]) -> ModelSettings:
+def make_model_settings(node: Any, problems: list[str]) -> ModelSettings:
     """Make the settings of the group ``model``; values of another type are left out, and become problems."""
+    if not isinstance(node, Mapping):
+        problems.append(f"model is {node!r}; it must be a mapping of roles: student, teacher, ...")
+        return ModelSettings()
+    node = {str(key): value for key, value in node.items()}
     specs = {
         role: typed(ModelSpec, entry, f"model.{role}", problems)
         for role, entry in node.items()

@@ -67,7 +67,7 @@ def role_problems(named: Collection[str], requires: Collection[str]) -> list[str
 def model_problems(models: ModelSettings, specs: Mapping[str, ModelSpec]) -> list[str]:
     """Return what is wrong with the models to load: paths, dtypes, quantisation, tokenizers, configurations."""
     problems: list[str] = []
-    if not specs:
+    if STUDENT not in specs:  # which was said already
         return problems
     student = specs[STUDENT]
     if STUDENT_RAW in specs and student.init == "random":

@@ -14,13 +14,16 @@ from deltakd.io.keys import Protocol, keys_with
 from deltakd.io.typed import typed
 
 
-def make_evaluation(node: Mapping[str, Any], problems: list[str]) -> EvaluationSettings | None:
+def make_evaluation(node: Any, problems: list[str]) -> EvaluationSettings | None:
     """Make the settings of an evaluation group; None where values are missing.
 
     Args:
-        node: the group, as plain dicts and lists.
+        node: the group, as plain dicts and lists; what is no mapping becomes a problem.
         problems: one sentence is added for each thing that is wrong.
     """
+    if not isinstance(node, Mapping):
+        problems.append(f"evaluation is {node!r}; it must be a mapping: take one of the choices of the group")
+        return None
     given = {key: value for key, value in node.items() if key != "sets"}
     settings = typed(EvaluationSettings, given | {"sets": _sets(node.get("sets"), problems)}, "evaluation", problems)
     if settings is not None and settings.protocol is not None and settings.protocol not in protocols():

@@ -90,12 +90,14 @@ def test_a_stage_may_generate_what_a_later_one_trains_on(folder: Path) -> None:
     assert "answers" not in table
     assert run(folder).count("finished before") == 3
     content["table"]["rows"] = {"x": "answers"}
-    content["stages"]["answers"]["command"] = "generat"
-    (folder / "study.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-    with pytest.raises(
-        ConfigError, match=r"(?s)trains no model.*stages.answers.command is 'generat'; it must be train"
+    for command, said in (
+        ("generate", "table.rows.x is stage 'answers', which does not exist or trains no model"),
+        ("generat", "stages.answers.command is 'generat'; it must be train, generate, cache$"),
     ):
-        run(folder)
+        content["stages"]["answers"]["command"] = command
+        (folder / "study.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+        with pytest.raises(ConfigError, match=said):
+            run(folder)
 
 
 def test_sweeps_are_runs_one_of_which_may_fail_and_stages_are_run_alone(folder: Path) -> None:
