@@ -48,7 +48,8 @@ _NO_ROLES = ("tokenizer", "lora", "attn_implementation", "gradient_checkpointing
 
 #: The groups that a config has to have.
 _GROUPS = (
-    "loss", "optim", "data", "reference", "evaluation", "model", "trainer", "strategy", "kernels", "logger", "callbacks",
+    "loss", "optim", "data", "reference", "evaluation", "model", "trainer", "strategy", "kernels", "logger",
+    "callbacks",
 )  # fmt: skip
 
 #: Keys of the config itself, beside its groups.
@@ -220,7 +221,6 @@ class _Draft:
 
     def __init__(self, config: dict[str, Any], copies: Collection[str] = ()) -> None:
         self.config = config
-        self.copies = copies
         self.problems: list[str] = []
         absent = [key for key in (*_OWN_KEYS, *_GROUPS) if key not in config]
         if absent:
@@ -241,6 +241,7 @@ class _Draft:
         #: Keys whose values were left out: what is said of a group without them would mislead.
         self.refused = {problem.partition(" ")[0] for problem in self.problems}
         self._leave_out_copies(copies)
+        self._types_told = set(self.problems)
 
     def _leave_out_copies(self, copies: Collection[str]) -> None:
         """A wrong value that other keys copy is told once, of the key that was given."""
@@ -297,15 +298,10 @@ class _Draft:
 
     def told(self) -> list[str]:
         """Return the problems, each once, without those that come of a value that was left out."""
-        first: dict[str, str] = {}
-        for problem in self.problems:
-            key = problem.partition(" ")[0]
-            if key in self.refused and key not in self.copies:
-                first.setdefault(key, problem)
         misleading = [re.compile(rf"(?<![\w.]){re.escape(key)}(?![\w.])") for key in self.refused if "." in key]
 
         def follows(problem: str) -> bool:
-            return problem not in first.values() and any(key.search(problem) for key in misleading)
+            return problem not in self._types_told and any(key.search(problem) for key in misleading)
 
         return [problem for problem in dict.fromkeys(self.problems) if not follows(problem)]
 

@@ -84,6 +84,8 @@ def mismatch(hint: Any, value: Any, key: str) -> list[str]:
 
 @cache
 def _adapter_of(hint: Any) -> TypeAdapter[Any] | None:
+    while get_origin(hint) is Annotated and dataclasses.is_dataclass(get_args(hint)[0]):
+        hint = get_args(hint)[0]  # pydantic takes no config for a dataclass, marked or not
     try:
         return TypeAdapter(hint, config=None if dataclasses.is_dataclass(hint) else _STRICT)
     except _NOT_CHECKABLE:

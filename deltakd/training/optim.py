@@ -41,7 +41,9 @@ class AdamW:
             probe = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
             get_scheduler(self.schedule, probe, 1, 10, dict(self.schedule_options))
         except (ValueError, TypeError) as error:
-            found.append(f"optim.schedule={self.schedule} with options {dict(self.schedule_options)}: {error}")
+            found.append(
+                f"optim.schedule={self.schedule} with optim.schedule_options={dict(self.schedule_options)}: {error}"
+            )
         return found
 
     def build(
