@@ -188,11 +188,12 @@ def mean_and_error(groups: Sequence[Mapping[str, Group]], name: str, measure: st
     Missing values are NaN.
     """
     estimates = [group[name].measures[measure] for group in groups if name in group]
-    means = [e.mean for e in estimates if e.mean is not None]
+    found = [(e.mean, e.stderr) for e in estimates if e.mean is not None]
+    means = [mean for mean, _ in found]
     if not means:
         return math.nan, math.nan
     if len(means) == 1:
-        return means[0], estimates[0].stderr or math.nan
+        return means[0], found[0][1] or math.nan
     return float(np.mean(means)), float(np.std(means, ddof=1)) / math.sqrt(len(means))
 
 
