@@ -83,6 +83,11 @@ class DataConfig(ABC):
         """Whether there will be validation data."""
         return bool(self.val)
 
+    def make_files(self) -> None:
+        """Make the files of the data, where the config says how and they are not there."""
+        if self.prepare is not None:
+            self.prepare()
+
     @abstractmethod
     def load(self, tokenizer: PreTrainedTokenizerBase) -> LoadedSets:
         """Read and tokenise."""

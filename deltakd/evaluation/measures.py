@@ -28,7 +28,7 @@ from deltakd.evaluation.token_measures import (
 from deltakd.generation.model_step import position_limit
 from deltakd.io.progress import progress_bar
 from deltakd.models import LanguageModel, ModelSettings
-from deltakd.references import CacheSettings, LiveSettings
+from deltakd.references import CacheSettings, LiveSettings, ReferenceSettings
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Subject:
     tokenizer: PreTrainedTokenizerBase
     vocabulary: int
     model: nn.Module
-    references: LiveSettings | CacheSettings = field(default_factory=LiveSettings)
+    references: ReferenceSettings = field(default_factory=LiveSettings)
     loaded: Mapping[str, LanguageModel] = field(default_factory=dict)
     show_progress: bool = True
 
@@ -113,9 +113,7 @@ def measure(subject: Subject, validation: EncodedSet | None) -> Measured:
     if evaluation.measures.rows == 0:
         return found
     references = None
-    live = subject.references if isinstance(subject.references, LiveSettings) else LiveSettings()
-    shards = live.sharding == "shard" and place()[1] > 1
-    if shards or any(is_sharded(model) for model in subject.loaded.values()):
+    if (subject.references.shards and place()[1] > 1) or any(is_sharded(model) for model in subject.loaded.values()):
         log.info(
             "The references are sharded, and no rank can run one by itself: the student is measured alone. "
             "deltakd.evaluate run=... measures it beside them, on a device that holds them."
@@ -128,7 +126,7 @@ def measure(subject: Subject, validation: EncodedSet | None) -> Measured:
             subject.vocabulary,
             cache,
             subject.loaded,
-            live.placement,
+            subject.references.placement,
             device_of(subject.model),
         )
     for name, encoded in _sets(subject, validation):

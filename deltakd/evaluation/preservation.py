@@ -44,7 +44,7 @@ from deltakd.io.run_directory import RunDirectory
 from deltakd.models import ModelSettings, load_tokenizer
 from deltakd.models.identity import model_fingerprint, model_identity, spec_of
 from deltakd.models.roles import open_exported, vocabulary_of
-from deltakd.references import CacheSettings, LiveSettings
+from deltakd.references import CacheSettings, ReferenceSettings
 from deltakd.types import ROLES, STUDENT, Head
 
 __all__ = ["FILE", "Preservation", "RecordedRun", "measure_preservation"]
@@ -80,7 +80,7 @@ class RecordedRun:
     models: ModelSettings
     data: DataConfig
     measures: MeasureSettings
-    references: LiveSettings | CacheSettings
+    references: ReferenceSettings
     device: torch.device
 
 
@@ -174,7 +174,7 @@ class _Subject:
             vocabulary_of(self.tokenizer),
             given if isinstance(given, CacheSettings) else None,
             {},
-            given.placement if isinstance(given, LiveSettings) else "auto",
+            given.placement,
             self.run.device,
         )
 
@@ -198,8 +198,7 @@ class _Subject:
             ValueError: there are none, or they can't be read.
         """
         data = self.run.data
-        if data.prepare is not None:
-            data.prepare()
+        data.make_files()
         encoded = data.load(self.tokenizer).val
         if encoded is None or len(encoded) == 0:
             raise ValueError("no validation row is left")

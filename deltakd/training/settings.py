@@ -20,7 +20,7 @@ from deltakd.io.keys import Resume, keys_with
 from deltakd.io.run_directory import ResumePolicy
 from deltakd.kernels import MEMORY_BUDGET
 from deltakd.models.settings import ModelSettings, ModelSpec
-from deltakd.references import CacheSettings, LiveSettings
+from deltakd.references import CacheSettings, LiveSettings, ReferenceSettings
 from deltakd.tracking.loggers import MakeLogger
 from deltakd.training.optim import AdamW
 from deltakd.types import Loss
@@ -145,7 +145,7 @@ class RunSettings:
     trainer: TrainerSettings
     strategy: StrategySettings
     kernels: KernelSettings
-    reference: LiveSettings | CacheSettings
+    reference: LiveSettings | CacheSettings | ReferenceSettings
     evaluation: EvaluationSettings
     deviations: tuple[str, ...]
     optim: AdamW
