@@ -1,6 +1,6 @@
 """From a composed config to typed settings: the only place where a config becomes objects.
 
-Everything that is wrong is reported at once, before any weight is loaded.
+All problems are reported at once, before any weights are loaded.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ from deltakd.training.optim import AdamW
 from deltakd.training.settings import KernelSettings, RunSettings, StepSettings, TrainerSettings
 from deltakd.types import TEACHER, Loss, require_kind
 
-#: Keys of ``model`` that are no role.
+#: Keys of ``model`` that are not roles.
 _NO_ROLES = ("tokenizer", "lora", "attn_implementation", "gradient_checkpointing", "trust_remote_code")
 
-#: Keys of the config itself, beside its groups.
+#: Top-level keys of the config that are not groups.
 _OWN_KEYS = {
     "name": str,
     "seed": Annotated[int, Ge(0)],
@@ -62,7 +62,7 @@ def make_settings(cfg: DictConfig, *, on_this_machine: bool = True) -> RunSettin
 
     Args:
         cfg: the config.
-        on_this_machine: the devices that it names have to be here; False for estimates.
+        on_this_machine: require its devices to be on this machine; False for estimates.
 
     Raises:
         ConfigError: every problem found, one sentence each.
@@ -83,7 +83,7 @@ def make_settings(cfg: DictConfig, *, on_this_machine: bool = True) -> RunSettin
 
 
 def make_caching_settings(cfg: DictConfig) -> RunSettings:
-    """Check a composed config for ``deltakd.cache``: the references of its loss are loaded, to be stored.
+    """Check a composed config for ``deltakd.cache``, which loads the references of the loss and stores their output.
 
     Raises:
         ConfigError: every problem found, one sentence each.
@@ -91,12 +91,12 @@ def make_caching_settings(cfg: DictConfig) -> RunSettings:
     draft = _Draft(resolved(cfg), copied_keys(cfg))
     draft.problems += caching_problems(draft.reference, draft.model, draft.loss)
     draft.check_alone()
-    # The raw student of a cache is a model of its own: there is no adapter to switch off.
+    # A cache's raw student is a model of its own, not a student with its adapter off.
     return draft.settings(None if draft.loss is None else draft.loss.requires, has_adapter=False)
 
 
 def make_answering_settings(cfg: DictConfig) -> RunSettings:
-    """Check a composed config for ``deltakd.generate``: the teacher is loaded, to answer the training prompts.
+    """Check a composed config for ``deltakd.generate``, in which the teacher answers the training prompts.
 
     Raises:
         ConfigError: every problem found, one sentence each.
@@ -111,7 +111,7 @@ def make_answering_settings(cfg: DictConfig) -> RunSettings:
 
 
 def make_evaluation_settings(cfg: DictConfig) -> RunSettings:
-    """Check a composed config for ``deltakd.evaluate``: nothing is trained, and no reference has to be there.
+    """Check a composed config for ``deltakd.evaluate``, which trains nothing and requires no references.
 
     Raises:
         ConfigError: every problem found, one sentence each.
@@ -128,10 +128,10 @@ def make_evaluation_settings(cfg: DictConfig) -> RunSettings:
 
 
 def make_step_settings(cfg: DictConfig) -> StepSettings:
-    """Make what the cost of a step depends on; paths of models and data are not looked at.
+    """Make the settings that the cost of a step depends on; paths of models and data are not checked.
 
     Raises:
-        ConfigError: values of another type.
+        ConfigError: values of the wrong type.
     """
     draft = _Draft(resolved(cfg), copied_keys(cfg))
     if draft.problems:
@@ -154,7 +154,7 @@ def stored_settings(path: Path) -> RunSettings:
     """Make the settings of a finished run from its ``config.yaml``; its models and data may be gone.
 
     Raises:
-        ConfigError: the file can't be read, or is not one that this version writes.
+        ConfigError: the file can't be read, or this version does not write such files.
     """
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -167,10 +167,10 @@ def stored_settings(path: Path) -> RunSettings:
 
 
 def resolved(cfg: DictConfig) -> dict[str, Any]:
-    """Return a config as plain dicts and lists, without interpolations; the sets of the data stand for none given.
+    """Return a config as plain dicts and lists, interpolations resolved; ``data.sets`` fill in for no evaluation sets.
 
     Raises:
-        ConfigError: an interpolation leads nowhere, or a mandatory value is missing.
+        ConfigError: an interpolation can't be resolved, or a mandatory value is missing.
     """
     try:
         config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
@@ -209,7 +209,7 @@ def _value_in(problem: str) -> str:
 
 
 class _Draft:
-    """Settings in the making: each group built if it can be, and the problems so far."""
+    """Settings under construction: each group, built if possible, and the problems so far."""
 
     def __init__(self, config: dict[str, Any], copies: Collection[str] = ()) -> None:
         self.config = config
@@ -228,12 +228,12 @@ class _Draft:
         self.kernels = typed(KernelSettings, config["kernels"], "kernels", self.problems)
         self.logger = _built_each(config["logger"], "logger", self.problems)
         self.callbacks = _built_each(config["callbacks"], "callbacks", self.problems)
-        #: Keys whose values were left out: what is said of a group without them would mislead.
+        #: Keys whose values were left out: other problems that mention them would mislead.
         self.refused = {problem.partition(" ")[0] for problem in self.problems}
         self._leave_out_copies(copies)
 
     def _leave_out_copies(self, copies: Collection[str]) -> None:
-        """A wrong value that other keys copy is told once, of the key that was given."""
+        """Report a wrong value that other keys copy once, for the key that was given."""
         of_keys = [(problem.partition(" ")[0], problem) for problem in self.problems]
         given = {_value_in(problem) for key, problem in of_keys if key not in copies}
         self.problems = [p for key, p in of_keys if key not in copies or _value_in(p) not in given]
@@ -247,7 +247,7 @@ class _Draft:
         return self.trainer is not None and self.trainer.dry_run
 
     def check_devices(self) -> None:
-        """The devices that the config names have to be there."""
+        """Check that the config's devices are on this machine."""
         if self.trainer is not None:
             self.problems += training_problems(self.trainer.accelerator)
         placement = getattr(self.reference, "placement", "auto")
@@ -255,16 +255,16 @@ class _Draft:
             self.problems += device_problems("reference.placement", placement)
 
     def check_alone(self) -> None:
-        """For commands that are one process and no training."""
+        """Check a config for a command that is a single process and trains nothing."""
         if self.dry_run:
             self.problems.append("trainer.dry_run says what a training will need; give it to deltakd.train")
         self.problems += alone_problems(read_launch(os.environ))
 
     def settings(self, roles: Collection[str] | None, has_adapter: bool) -> RunSettings:
-        """Check what concerns several groups, and put everything together.
+        """Check across groups, and make the settings.
 
         Raises:
-            ConfigError: everything that is wrong.
+            ConfigError: lists all problems.
         """
         problems = self.problems
         problems += role_problems(self.model.specs, () if self.loss is None else self.loss.requires)
@@ -286,7 +286,7 @@ class _Draft:
         return self.made(specs)
 
     def told(self) -> list[str]:
-        """Return the problems, each once, without those that come of a value that was left out."""
+        """Return the problems, each once, without those that only follow from a value left out."""
         first: dict[str, str] = {}
         for problem in self.problems:
             key = problem.partition(" ")[0]
@@ -300,10 +300,9 @@ class _Draft:
         return [problem for problem in dict.fromkeys(self.problems) if not follows(problem)]
 
     def made(self, specs: Mapping[str, ModelSpec]) -> RunSettings:
-        """Put everything together; every group has been built."""
+        """Make the settings; there must be no problems, so that every group is built."""
         assert isinstance(self.data, InstructionData | TextData)
         assert isinstance(self.optim, AdamW)
-        # A group without a problem is built.
         assert self.trainer is not None
         assert self.strategy is not None
         assert self.kernels is not None
@@ -329,7 +328,7 @@ class _Draft:
 
 
 def make_model_settings(node: Mapping[str, Any], problems: list[str]) -> ModelSettings:
-    """Make the settings of the group ``model``; values of another type are left out, and become problems."""
+    """Make the settings of the group ``model``; values of the wrong type are left out and become problems."""
     specs = {
         role: typed(ModelSpec, entry, f"model.{role}", problems)
         for role, entry in node.items()
@@ -346,7 +345,7 @@ def make_model_settings(node: Mapping[str, Any], problems: list[str]) -> ModelSe
 
 
 def _built_each(node: Any, key: str, problems: list[str]) -> dict[str, Any]:
-    """Build the entries of a group that is a mapping of names; None and an empty mapping are nothing."""
+    """Build the entries of a group that maps names to nodes; None stands for no entries."""
     if node is not None and not isinstance(node, Mapping):
         problems.append(f"{key} is {node!r}; it must be a mapping of names, or null")
         return {}
