@@ -36,10 +36,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     sweep = guarded(lambda: read_sweep(given.file, given.overrides), "")
+    # It imports Lightning and all models, which --help and a file with wrong keys need not wait for.
+    from deltakd.studies.sweep_types import check_types
+
+    guarded(lambda: check_types(sweep), "")
     if given.check:
         print(describe(sweep))
         return
-    # It imports Optuna, Lightning and all models, which --help and --check need not wait for.
+    # It imports Optuna, which --help and --check need not wait for.
     from deltakd.studies.trials import Search, run_search
 
     search = Search(sweep, given.storage or Path("outputs/search") / given.file.stem / "study.db", given.trials)

@@ -15,7 +15,7 @@ from typing import Any
 from deltakd.config.compose import CONF_DIR, check_overrides
 from deltakd.io.errors import ConfigError
 from deltakd.io.yaml_files import read_yaml
-from deltakd.studies.sweep_values import number_problem, text_problem, type_problems
+from deltakd.studies.sweep_values import number_problem, text_problem
 
 log = logging.getLogger(__name__)
 
@@ -46,9 +46,9 @@ class Interval:
     Args:
         low: the smallest value.
         high: the largest value.
-        log: whether its logarithm is uniform.
-        step: distance of the values allowed; None: all of them.
-        integer: whether only whole numbers are allowed.
+        log: True if its logarithm is uniform.
+        step: distance between allowed values; None: no restriction.
+        integer: True if only whole numbers are allowed.
     """
 
     low: float
@@ -68,7 +68,7 @@ Parameter = Choices | Interval
 
 @dataclass(frozen=True)
 class Hyperband:
-    """When poor runs end early; a resource is one validation.
+    """Early termination of poor runs; one unit of resource is one validation.
 
     Args:
         min_resource: validations before a run may be ended.
@@ -145,8 +145,7 @@ def read_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
 
     Raises:
         ConfigError: everything that is wrong with it: W&B's schema (where the package ``sweeps`` is installed), what
-            cannot become an override, keys and choices that do not exist, with the nearest ones, and then values of
-            another type than their keys take.
+            cannot become an override, and keys and choices that do not exist, with the nearest ones.
     """
     content = _load(path)
     problems = _schema_problems(content)
@@ -165,7 +164,6 @@ def read_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
     cap = content.get("run_cap")
     if cap is not None and not (isinstance(cap, int) and cap > 0):
         problems.append(f"run_cap is {cap!r}; give a whole number above 0")
-    problems = problems or _value_problems(fixed, parameters)
     if problems:
         raise ConfigError([f"{path}: {problem}" for problem in dict.fromkeys(problems)])
     assert metric is not None
@@ -197,7 +195,7 @@ def wandb_schema() -> Any:
     """Return the validator of W&B's own schema, from the package ``sweeps``; None if that is not installed."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of its age: it was written for an older pydantic
+            warnings.simplefilter("ignore")  # the package was written for an older pydantic
             from sweeps.config.schema import validator
     except ImportError:
         return None
@@ -244,7 +242,7 @@ def _parameters(given: Any, problems: list[str]) -> dict[str, Parameter]:
 
 
 def _parameter(entry: Any) -> Parameter:
-    """One parameter of the file.
+    """Return one parameter of the file.
 
     Raises:
         ValueError: it can't be searched over, or can't become an override.
@@ -324,7 +322,7 @@ def _command_overrides(command: Any) -> tuple[list[str], list[str]]:
 
 
 def _key_problems(fixed: Sequence[str], parameters: Mapping[str, Parameter]) -> list[str]:
-    """Keys and choices of the config that do not exist, under all combinations of the groups' choices."""
+    """Return keys and choices that do not exist in the config, under all combinations of the groups' choices."""
     groups = {key: p.values for key, p in parameters.items() if isinstance(p, Choices) and (CONF_DIR / key).is_dir()}
     rest = [override(key, p.values[0] if isinstance(p, Choices) else p.low) for key, p in parameters.items()]
     rest = [text for text in rest if text.split("=", 1)[0] not in groups]
@@ -344,23 +342,6 @@ def _key_problems(fixed: Sequence[str], parameters: Mapping[str, Parameter]) -> 
     for chosen in itertools.product(*filter(None, columns)):
         _add_problems(merge_overrides(fixed, chosen, rest), problems)
     return problems
-
-
-def _value_problems(fixed: Sequence[str], parameters: Mapping[str, Parameter]) -> list[str]:
-    """Values of another type than their keys take, under the first choice of each group; the keys exist."""
-    values = {key: _tried(parameter) for key, parameter in parameters.items()}
-    first = [override(key, tried[0]) for key, tried in values.items()]
-    texts = {key: [override(key, value).split("=", 1)[1] for value in tried] for key, tried in values.items()}
-    keys = {key: tried for key, tried in texts.items() if not (CONF_DIR / key).is_dir()}
-    return type_problems(merge_overrides(fixed, first), keys)
-
-
-def _tried(parameter: Parameter) -> Sequence[Scalar]:
-    """All values, or the ends of an interval in the form in which they are drawn."""
-    if isinstance(parameter, Choices):
-        return parameter.values
-    ends = (parameter.low, parameter.high)
-    return ends if parameter.whole else tuple(map(float, ends))
 
 
 def _add_problems(overrides: Sequence[str], problems: list[str]) -> None:

@@ -1,21 +1,14 @@
-"""Values of a sweep file on their way into a config: what a text becomes, and whether its key takes the value."""
+"""Values of a sweep file on their way into a config: what a text becomes, and what is no number."""
 
 from __future__ import annotations
 
-import copy
 import re
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import QuotedString
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from deltakd.config.compose import compose_config
-from deltakd.io.errors import ConfigError
 
 #: A number with an exponent, which YAML 1.1 takes for text where point or sign is missing.
 _EXPONENT = re.compile(r"([-+]?\d[\d_]*)(\.\d*)?[eE]([-+]?)(\d+)")
@@ -74,32 +67,3 @@ def number_problem(name: str, value: Any) -> str | None:
         f"{name} is the text {value!r}: to YAML 1.1 it is a number only with a point and a sign; write "
         f"{digits}{fraction}e{sign or '+'}{power}"
     )
-
-
-def type_problems(overrides: Sequence[str], tried: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return which values are of another type than their keys take; paths are not looked at.
-
-    Args:
-        overrides: of a first trial; their keys exist.
-        tried: key -> its values as Hydra reads them, each tried by itself.
-    """
-    # It imports Lightning and all models, which a file with wrong keys need not wait for.
-    from deltakd.config.build import make_step_settings
-
-    problems: list[str] = []
-    try:
-        cfg = compose_config("train", overrides, checked=True)
-    except ConfigError as error:
-        return error.problems
-    for key, values in tried.items():
-        for value in values:
-            changed = copy.deepcopy(cfg)
-            try:
-                given = OverridesParser.create().parse_override(f"key={value}").value()
-                OmegaConf.update(changed, key, given, merge=False)
-                make_step_settings(changed)
-            except ConfigError as error:
-                problems += error.problems
-            except OmegaConfBaseException as error:
-                problems.append(f"{key}={value}: {' '.join(str(error).split())}")
-    return list(dict.fromkeys(problems))

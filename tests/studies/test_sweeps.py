@@ -19,6 +19,7 @@ from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
 from deltakd.search import main
 from deltakd.studies.sweep_files import Choices, Hyperband, Interval, read_sweep, wandb_schema
+from deltakd.studies.sweep_types import check_types
 from deltakd.studies.sweep_values import text_problem
 from deltakd.studies.trials import suggest
 from tests.tiny import World
@@ -171,7 +172,9 @@ def test_values_of_another_type_than_the_key_takes_are_refused(tmp_path: Path) -
         "data.batch_size": {"distribution": "q_uniform", "min": 2, "max": 8, "q": 2},
         "loss": {"values": ["kd", "delta_kd"]},
     }
-    told = refused(write(tmp_path / "s.yaml", parameters=parameters))
+    with pytest.raises(ConfigError) as caught:
+        check_types(read_sweep(write(tmp_path / "s.yaml", parameters=parameters)))
+    told = str(caught.value)
     for part in (
         "model.trust_remote_code is 'no'; it must be true or false",
         "loss.temperature is 'warm'; it must be a finite number",
