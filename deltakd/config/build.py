@@ -31,6 +31,7 @@ from deltakd.config.protocols import deviations, make_evaluation
 from deltakd.data import InstructionData, TextData
 from deltakd.distributed.devices import training_problems
 from deltakd.distributed.launchers import alone_problems, launch_problems, read_launch
+from deltakd.distributed.ranks import is_main_process
 from deltakd.distributed.settings import StrategySettings
 from deltakd.io.errors import ConfigError
 from deltakd.io.typed import mismatch, typed
@@ -39,6 +40,7 @@ from deltakd.models.settings import TokenizerSettings
 from deltakd.references import CacheSettings
 from deltakd.references.content import cache_problems
 from deltakd.references.settings import device_problems
+from deltakd.tracking.loggers import logger_problems
 from deltakd.training.optim import AdamW
 from deltakd.training.settings import KernelSettings, RunSettings, StepSettings, TrainerSettings
 from deltakd.types import TEACHER, Loss, require_kind
@@ -76,6 +78,8 @@ def make_settings(cfg: DictConfig, *, on_this_machine: bool = True) -> RunSettin
     if not draft.dry_run:
         if on_this_machine:
             draft.check_devices()
+            # Other ranks log nothing, and need no key.
+            draft.problems += logger_problems(draft.logger) if is_main_process() else []
         launch = read_launch(os.environ)
         if draft.trainer is not None:
             draft.problems += launch_problems(launch, draft.trainer.devices, draft.trainer.num_nodes)

@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from deltakd.io.home import home_directory
+
 #: Environment variables of which the value is never written down.
 _SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS)$", re.IGNORECASE)
 #: A shorter value would be found in innocent text.
@@ -41,7 +43,9 @@ def _apply(value: Any, home: re.Pattern[str] | None, secrets: list[str]) -> Any:
 
 def _home_pattern() -> re.Pattern[str] | None:
     """The home directory as written and as resolved, where a whole path component ends there."""
-    home = Path.home()
+    home = home_directory()
+    if home is None:
+        return None
     places = {str(place) for place in (home, home.resolve()) if place != Path(place.anchor)}
     if not places:
         return None
