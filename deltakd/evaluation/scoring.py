@@ -1,4 +1,4 @@
-"""Scores of generated answers, row by row: ROUGE and exact match, or the final number."""
+"""Score generated answers row by row: ROUGE and exact match, or the final number."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torchmetrics.functional.text.rouge import rouge_score
 from deltakd.evaluation.final_number import expected_number, final_number_scores
 from deltakd.evaluation.words import ascii_words, unicode_words
 
-#: Named, because torchmetrics' default keys include rougeLsum, which downloads nltk data.
+#: Explicit, because torchmetrics' default keys include rougeLsum, which downloads nltk data.
 ROUGE_KEYS = ("rouge1", "rouge2", "rougeL")
 
 #: What ``evaluation.rouge_tokenizer`` may be: the words of ``rouge_score``, or those of all scripts.
@@ -24,11 +24,11 @@ class Scorer:
     """A way of scoring an answer against its references.
 
     Args:
-        metrics: what it gives.
+        metrics: names of its metrics.
         main: the metric that stands for it in lists.
-        description: what is recorded with results.
-        score_row: from an answer and its references to each metric in percent (0 to 100).
-        reads: True if an answer can be compared with the reference.
+        description: recorded with results.
+        score_row: (answer, references) -> each metric in per cent (0 to 100).
+        reads: True if answers can be compared with the reference.
     """
 
     metrics: tuple[str, ...]
@@ -69,13 +69,13 @@ def _collapsed(text: str) -> str:
     return " ".join(text.split())
 
 
-#: What is recorded of exact match: published protocols mean more than one thing by it.
+#: Recorded of exact match: published protocols mean more than one thing by it.
 _EXACT_MATCH = (
     "exact match after white space is collapsed, case and punctuation kept (the scripts of MiniLLM and of Natural "
     "Instructions lower-case and drop punctuation first, so theirs is never below this one)"
 )
 
-#: Scorers by the name that ``evaluation.scorer`` gives; of ROUGE the one that published numbers come from.
+#: Scorers by their name in ``evaluation.scorer``; ROUGE with the words of published numbers.
 SCORERS: Mapping[str, Scorer] = {
     "rouge": Scorer(
         metrics=(*ROUGE_KEYS, "exact_match"),
@@ -100,7 +100,7 @@ def find_scorer(name: str, rouge_tokenizer: str = "default") -> Scorer:
 
     Args:
         name: one of SCORERS.
-        rouge_tokenizer: the words that ROUGE compares; of no consequence for others.
+        rouge_tokenizer: the words that ROUGE compares; other scorers ignore it.
     """
     found = SCORERS[name]
     if name != "rouge" or rouge_tokenizer == "default":
@@ -115,13 +115,13 @@ def find_scorer(name: str, rouge_tokenizer: str = "default") -> Scorer:
     )
 
 
-#: The metrics of all scorers; a row has those of one of them.
+#: The metrics of all scorers; a row has those of one scorer.
 METRICS = tuple(metric for scorer in SCORERS.values() for metric in scorer.metrics)
 
 #: The metrics that stand for their scorers.
 MAIN_METRICS = tuple(scorer.main for scorer in SCORERS.values())
 
-#: The metrics that are shown to people, and how they are called there.
+#: Titles of the metrics that are shown to people.
 METRIC_TITLES: Mapping[str, str] = {
     "rougeL": "ROUGE-L",
     "exact_match": "Exact match",
@@ -131,7 +131,7 @@ METRIC_TITLES: Mapping[str, str] = {
 
 
 def main_metric(scored: Mapping[str, object]) -> str:
-    """The metric that stands for a scored record.
+    """Return the metric that stands for a scored record.
 
     Raises:
         ValueError: it has none.
@@ -151,10 +151,10 @@ def score(
     """Score each prediction against its best reference.
 
     ROUGE is the F-measure with Porter stemming (Lin 2004, torchmetrics' implementation), the best of the references
-    **for each key by itself**, as ``rouge_score.RougeScorer.score_multi`` has it. Its tokens are runs of a–z and 0–9
-    after lower-casing, so a text in another script scores 0; with ``rouge_tokenizer="unicode"`` they are those of
-    ``unicode_words``. ``exact_match`` asks for equality, case and all, with any of the references once outer white
-    space is stripped and inner white space is collapsed. The final number is told in ``final_number``.
+    **for each key separately**, as in ``rouge_score.RougeScorer.score_multi``. Its tokens are runs of a–z and 0–9
+    after lower-casing, so text in another script scores 0; with ``rouge_tokenizer="unicode"`` they are those of
+    ``unicode_words``. ``exact_match`` requires case-sensitive equality with any of the references after stripping outer
+    and collapsing inner white space. For the final number see the module ``final_number``.
 
     Args:
         predictions: one text for each row; may be empty.
@@ -163,10 +163,10 @@ def score(
         rouge_tokenizer: ``default`` or ``unicode``.
 
     Returns:
-        For each row the scorer's metrics, in percent (0 to 100).
+        For each row the scorer's metrics, in per cent (0 to 100).
 
     Raises:
-        ValueError: if the lengths differ, a row has no reference, or one that can't be scored against.
+        ValueError: the lengths differ, or a row has no reference or one that can't be scored against.
     """
     if len(predictions) != len(references):
         raise ValueError(

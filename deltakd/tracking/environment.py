@@ -1,4 +1,4 @@
-"""What is written down about a run: where it ran, with what, and at what cost."""
+"""The record of where a run ran, with which code and packages, and how much memory it took."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import torch
 
 from deltakd.distributed.devices import choose_device
 
-#: Where the package lies: the checkout, or the packages of an environment.
+#: Where the package is: a checkout, or the site-packages of an environment.
 ROOT = Path(__file__).resolve().parents[2]
 
-#: Characters of a checkout's changes that are kept.
+#: Maximum number of characters kept of a checkout's changes.
 CHANGES_LIMIT = 1_000_000
 
 #: Variables by which git takes another repository than that of the folder.
@@ -39,7 +39,7 @@ PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    """Git commit, package versions, machine and device."""
+    """Return Git commit, package versions, machine and device."""
     return {
         "git_commit": git_commit(),
         "packages": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
@@ -69,16 +69,16 @@ def checkout() -> Path | None:
 
 
 def git_commit() -> str | None:
-    """The checkout's commit, with ``-dirty`` where files differ from it; None outside a checkout of ours."""
+    """Return our checkout's commit, with ``-dirty`` if files differ from it; None outside a checkout of ours."""
     if checkout() is None:
         return None
     return _git("describe", "--always", "--abbrev=40", "--dirty").strip() or None
 
 
 def git_changes() -> str | None:
-    """What differs from the commit, as ``git apply`` takes it, then the names of new files; None: nothing does.
+    """Return the diff to the commit, fit for ``git apply``, then the names of new files; None if there are none.
 
-    What is beyond CHANGES_LIMIT characters is cut off, and said so. None outside a checkout of ours, too.
+    Diff and names are each cut to CHANGES_LIMIT characters, and the text says so. None outside a checkout of ours, too.
     """
     if checkout() is None:
         return None
@@ -91,8 +91,8 @@ def git_changes() -> str | None:
 
 
 def _git(*arguments: str) -> str:
-    """What git says of the folder of the package; empty outside of a repository."""
-    # Where git itself has started us, in a hook, it names the user's repository there.
+    """Return git's output for the folder of the package; empty outside a repository."""
+    # In a hook, git's own variables name the user's repository.
     variables = {key: value for key, value in os.environ.items() if key not in _OTHER_REPOSITORY}
     try:
         done = subprocess.run(
