@@ -192,6 +192,9 @@ def wandb_logger(
     agents = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
     if agents or not id_file.is_file():
         write_text(id_file, agents or uuid.uuid4().hex[:8])
+    if home_directory() is None:
+        # W&B looks there in many places, whether it needs anything or not, and fails in each.
+        os.environ["HOME"] = str(directory / "wandb")
     root = checkout()
     run = wandb.init(
         name=name,
@@ -211,8 +214,6 @@ def wandb_logger(
             git_root=None if root is None else str(root),
             # Else it takes the repository around the run directory, which is the user's.
             disable_git=root is None,
-            # Without a home directory it fails to look for its own settings.
-            settings_system=None if home_directory() else str(directory / "wandb" / "settings"),
             disable_code=True,
             disable_job_creation=True,
         ),

@@ -276,10 +276,10 @@ def test_a_run_without_a_home_directory_comes_to_its_end(
     monkeypatch.setattr("pwd.getpwuid", unknown)
     with pytest.raises(RuntimeError):
         Path.home()
+    with pytest.raises(ConfigError, match="this process has none"):
+        train("sft", "data.train='~/rows.jsonl'", name="other")
     # W&B reads its own settings once a process.
     wandb.teardown()
     run = train("sft", "logger=[csv,wandb]", "logger.wandb.mode=offline", "trainer.max_steps=1")
     assert run.finished
     assert redacted("/root/x") == "/root/x"
-    with pytest.raises(ConfigError, match="this process has none"):
-        train("sft", "data.train=~/rows.jsonl", name="other")

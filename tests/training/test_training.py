@@ -417,12 +417,3 @@ def test_other_families_need_nothing_special(train: Train, tmp_path: Path, famil
     )
     assert losses(run)[-1] < losses(run)[0]
     assert AutoModelForCausalLM.from_pretrained(run.student).config.model_type == family
-
-
-@pytest.mark.parametrize(("batch_size", "said"), [(4, False), (32, True)])
-def test_it_is_said_when_a_pass_takes_many_rows_of_the_next(
-    train: Train, caplog: pytest.LogCaptureFixture, batch_size: int, said: bool
-) -> None:
-    train("sft", f"data.batch_size={batch_size}", "trainer.max_steps=2")
-    told = "the last one of the first pass over 40 rows takes 24 rows of the next pass (60 % of a pass)"
-    assert (told in caplog.text) == said
