@@ -90,13 +90,13 @@ def make(store: str, folder: Path, overrides: Sequence[str]) -> Path:
 def load(overrides: Sequence[str], folder: Path, batches: int) -> tuple[DistillationModule, list[Batch]]:
     """Return a module and its first batches."""
     parts = load_parts(make_settings(compose_config("train", list(overrides))), RunDirectory(folder / "none"))
-    data = make_data(parts)
+    data = make_data(parts, ranks=1)
     return make_module(parts, data.total_steps), list(islice(iter(data.train_dataloader()), batches))
 
 
 def step(module: DistillationModule, batch: Batch) -> None:
     """Run forward, loss and backward."""
-    total, _ = module.loss_of(batch)
+    total, _ = module.step(batch)
     (total / batch.step_tokens).backward()
     module.zero_grad()
 
@@ -107,9 +107,11 @@ def operations(live: DistillationModule, batches: Sequence[Batch]) -> dict[str, 
     Bodies: the forward pass as torch counts it, and twice that for the backward pass. Heads: one product each, and two
     more for the student's gradients.
     """
-    student, references, heads = 0, 0, dict.fromkeys([STUDENT, *live.references.roles], 0)
+    sources = live.step.references
+    assert sources is not None, "a loss that reads no references"
+    student, references, heads = 0, 0, dict.fromkeys([STUDENT, *sources.roles], 0)
     for batch in batches:
-        for count, run in (("student", live.student), ("references", live.references)):
+        for count, run in (("student", live.student), ("references", sources)):
             with FlopCounterMode(display=False) as counter:
                 found = run(batch)
             if count == "student":
