@@ -7,8 +7,10 @@ import unicodedata
 from functools import lru_cache
 
 #: How Unicode names the letters of scripts that put no space between words.
-_WITHOUT_SPACES = ("CJK ", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "BOPOMOFO", "IDEOGRAPHIC")
-_WITHOUT_SPACES += ("THAI", "LAO", "KHMER", "MYANMAR", "TAI ", "NEW TAI ", "JAVANESE", "BALINESE", "YI ")
+_WITHOUT_SPACES = (
+    *("CJK ", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "BOPOMOFO", "IDEOGRAPHIC"),
+    *("THAI", "LAO", "KHMER", "MYANMAR", "TAI ", "NEW TAI ", "JAVANESE", "BALINESE", "YI "),
+)
 #: Joiners: they shape the letters beside them (Persian, Hindi), and end no word.
 _JOINERS = re.compile("[\u200c\u200d]")
 #: Kinds of characters: letters and digits, letters that are words by themselves, marks on them, and all others.
