@@ -98,7 +98,10 @@ def _read_evaluation(
         trust_remote_code=settings.model.trust_remote_code,
     )
     train_rows = sets.train_rows if isinstance(settings.data, InstructionData) else None
-    return read_checked_sets(settings.evaluation, settings.deviations, settings.data, tokenizer, student, train_rows)
+    answered = sets.val_rows if settings.generates_on_validation else []
+    return read_checked_sets(
+        settings.evaluation, settings.deviations, settings.data, tokenizer, student, train_rows, answered
+    )
 
 
 def open_cache(settings: RunSettings, tokenizer: PreTrainedTokenizerBase, sets: LoadedSets) -> CacheStore:

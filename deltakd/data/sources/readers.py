@@ -13,7 +13,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from deltakd.data.sources.records import (
     Problems,
@@ -26,6 +25,7 @@ from deltakd.data.sources.records import (
     read_lines,
 )
 from deltakd.data.sources.rows import Row, parse_row
+from deltakd.io.home import expanded
 
 DOCUMENT_END = "<|endoftext|>"
 
@@ -141,7 +141,7 @@ def read_subset(subset: str) -> set[int]:
     if not mark or not name or not key:
         raise ValueError(f"subset {subset!r} must be file.json#key, such as split.json#train")
     try:
-        splits = json.loads(Path(name).expanduser().read_text(encoding="utf-8"))
+        splits = json.loads(expanded(name).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read subset file {name}: {error}") from error
     keys = [k for k, v in splits.items() if isinstance(v, list)] if isinstance(splits, dict) else []

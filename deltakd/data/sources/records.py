@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from deltakd.io.home import expanded
 from deltakd.io.hub import hub_reachable
 
 RECORD_SUFFIXES = (".jsonl", ".jsonl.gz", ".json")
@@ -105,7 +106,7 @@ def missing_sources(sources: Mapping[str, str | Sequence[str] | None]) -> list[s
 
 
 def _check_exists(location: str) -> None:
-    if not _is_hub_id(location) and (Path(location).expanduser().exists() or not _HUB_FILE.fullmatch(location)):
+    if not _is_hub_id(location) and (expanded(location).exists() or not _HUB_FILE.fullmatch(location)):
         local_path(location)
 
 
@@ -128,7 +129,7 @@ def iter_records(source: Source, problems: Problems) -> Iterator[Record]:
 
 def local_path(location: str) -> Path:
     """Return the local file of a location; ``org/name:file`` comes from the hub or its local cache."""
-    path = Path(location).expanduser()
+    path = expanded(location)
     if path.exists():
         if path.is_dir():
             raise ValueError(f"{location} is a folder; name a file in it ({_known()})")
