@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import torch
 from annotated_types import Ge, Lt
 from peft import (
     LoraConfig,
@@ -17,6 +19,8 @@ from peft import (
     prepare_model_for_kbit_training,
     set_peft_model_state_dict,
 )
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -42,6 +46,9 @@ def add_lora(model: PreTrainedModel, spec: LoraSpec) -> PeftModel:
     """Wrap the model: its own weights are frozen, the adapter's are trained.
 
     A quantised model (QLoRA, arXiv 2305.14314) is prepared as peft documents: what is not quantised is made float32.
+
+    Raises:
+        ValueError: the adapter would be on a tied head or embedding of an architecture that can't untie them.
     """
     if getattr(model, "is_quantized", False):
         # Gradient checkpointing is switched on, or not, for all students in one place.
@@ -55,13 +62,20 @@ def add_lora(model: PreTrainedModel, spec: LoraSpec) -> PeftModel:
         task_type=TaskType.CAUSAL_LM,
         fan_in_fan_out=_is_transposed(model),
     )
-    adapted = get_peft_model(model, config)
-    assert isinstance(adapted, PeftModel)
+    adapted = _wrapped(model, config)
+    if _adapts_a_tied_layer(model) and not _can_be_untied(model):
+        raise ValueError(
+            f"model.lora.target_modules={modules}: head and embedding of {type(model).__name__} are one matrix, and it "
+            "can't be exported with two, so an adapter on one of them would be lost; leave them out, or give all-linear"
+        )
     return adapted
 
 
 def merged(adapted: PeftModel) -> PreTrainedModel:
     """A copy of the model with its adapter merged; ``adapted`` stays as it is.
+
+    An adapter on one of a tied head and embedding changes that one alone: the copy has them apart, and its config says
+    so.
 
     Adding small numbers to quantised weights would round most of them away: the adapter of a quantised model is merged
     into its weights as they were before, read again from where they came from, in the dtype of the config.
@@ -72,7 +86,7 @@ def merged(adapted: PeftModel) -> PreTrainedModel:
     base: Any = adapted.get_base_model()
     if not getattr(base, "is_quantized", False):
         # Merging changes the weights in place, and the run may still go on with the adapter.
-        return copy.deepcopy(adapted).merge_and_unload()  # type: ignore[operator]
+        return _merge(copy.deepcopy(adapted))
     try:
         fresh = AutoModelForCausalLM.from_pretrained(base.name_or_path, dtype=base.config.dtype)
     except OSError as error:
@@ -83,9 +97,60 @@ def merged(adapted: PeftModel) -> PreTrainedModel:
     config = copy.copy(adapted.peft_config[adapted.active_adapter])
     assert isinstance(config, LoraConfig)
     config.fan_in_fan_out = _is_transposed(fresh)
-    whole = get_peft_model(fresh, config)
-    set_peft_model_state_dict(whole, get_peft_model_state_dict(adapted))
-    return whole.merge_and_unload()  # type: ignore[operator,return-value]
+    whole = _wrapped(fresh, config)
+    set_peft_model_state_dict(whole, get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    return _merge(whole)
+
+
+def _wrapped(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    with warnings.catch_warnings():
+        # ``merged`` unties layers with an adapter; the head of a model of Conv1D is a Linear, and peft sees that.
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to True but the target module is")
+        adapted = get_peft_model(model, config)
+    assert isinstance(adapted, PeftModel)
+    return adapted
+
+
+def _merge(adapted: Any) -> PreTrainedModel:
+    """Merge the adapter into its model, in place."""
+    model = adapted.get_base_model()
+    if _adapts_a_tied_layer(model):
+        head = _plain(model.get_output_embeddings())
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        _say_untied(model.config)
+    return adapted.merge_and_unload()
+
+
+def _adapts_a_tied_layer(model: Any) -> bool:
+    """True if an adapter sits on a head or an embedding that share their matrix.
+
+    Not if they are one layer: then its adapter is part of both.
+    """
+    pair = (model.get_input_embeddings(), model.get_output_embeddings())
+    if pair[1] is None or pair[0] is pair[1] or not any(isinstance(layer, BaseTunerLayer) for layer in pair):
+        return False
+    return _plain(pair[0]).weight is _plain(pair[1]).weight
+
+
+def _can_be_untied(model: PreTrainedModel) -> bool:
+    """True if the architecture has a matrix each for head and embedding when its config says so; nothing is loaded."""
+    config = copy.deepcopy(model.config)
+    _say_untied(config)
+    with torch.device("meta"):
+        apart: Any = type(model)(config)
+    return apart.get_input_embeddings().weight is not apart.get_output_embeddings().weight
+
+
+def _say_untied(config: Any) -> None:
+    # Models of text and images keep the language model's config inside their own.
+    for part in (config, config.get_text_config()):
+        part.tie_word_embeddings = False
+
+
+def _plain(layer: Any) -> Any:
+    """Return the layer itself, without its adapter."""
+    return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
 
 
 def _is_transposed(model: PreTrainedModel) -> bool:
