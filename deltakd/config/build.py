@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from annotated_types import Ge
@@ -53,7 +53,7 @@ _OWN_KEYS = {
     "delta_weight": float | Mapping[str, Any],
     "objective": str | None,
     "run_dir": str | None,
-    "resume": bool,
+    "resume": bool | Literal["force"],
 }
 
 

@@ -18,6 +18,7 @@ from deltakd.models import LanguageModel, add_lora, load_config
 from deltakd.models.roles import open_model, open_tokenizer, shared_vocabulary
 from deltakd.references import CachedReferences, CacheStore, LiveSettings, References
 from deltakd.references.content import data_identity, data_problems, missing_problem, missing_rows
+from deltakd.training.inputs import check_inputs, read_inputs
 from deltakd.training.settings import RunSettings
 from deltakd.types import STUDENT, STUDENT_RAW
 
@@ -67,7 +68,8 @@ def load_parts(settings: RunSettings, directory: RunDirectory) -> Parts:
     """Make or read the data, then open tokenizer and models.
 
     Raises:
-        ValueError: data or models that can't be used, or that don't belong together.
+        ValueError: data or models that can't be used, that don't belong together, or that are others than when the run
+            began.
     """
     # Everything random is drawn from seeds given where it is drawn; this one is for libraries we do not know of.
     L.seed_everything(settings.seed, verbose=False)
@@ -82,6 +84,9 @@ def load_parts(settings: RunSettings, directory: RunDirectory) -> Parts:
         if settings.cache is not None:
             cached = _cached_references(settings, tokenizer, sets)
             vocabulary = cached.vocabulary
+        if is_main_process():
+            inputs = read_inputs(settings, tokenizer, sets, cached)
+            check_inputs(directory.path, inputs, force=settings.resume == "force")
         evaluation = _read_evaluation(settings, tokenizer, vocabulary, sets) if settings.evaluation.generate else None
     # They were needed for that alone.
     sets = sets._replace(train_rows=[])
