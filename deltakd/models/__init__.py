@@ -1,4 +1,4 @@
-"""Language models as (body, head), their loading, their tokenizers, adapters and export."""
+"""Language models as (body, head): loading, tokenizers, adapters, quantisation and export."""
 
 from deltakd.models.export_check import ExportCheck
 from deltakd.models.language_model import LanguageModel, transformer_blocks

@@ -1,9 +1,9 @@
-"""References: the frozen companions of the student, as sources of heads."""
+"""References: the frozen models that the student learns from, as sources of heads."""
 
 from deltakd.references.base import References
 from deltakd.references.cached import CachedReferences
 from deltakd.references.live import LiveReferences
-from deltakd.references.settings import CacheSettings, LiveSettings
+from deltakd.references.settings import CacheSettings, LiveSettings, ReferenceSettings, SourceSettings
 from deltakd.references.store import CacheStore, StoreError
 
 __all__ = [
@@ -12,6 +12,8 @@ __all__ = [
     "CachedReferences",
     "LiveReferences",
     "LiveSettings",
+    "ReferenceSettings",
     "References",
+    "SourceSettings",
     "StoreError",
 ]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, final
 
 import torch
 from annotated_types import Ge, Gt, Lt
@@ -18,13 +19,58 @@ from deltakd.references.live import LiveReferences
 from deltakd.types import STUDENT
 
 
+class ReferenceSettings:
+    """What a choice of the group ``reference`` says: ``LiveSettings``, ``CacheSettings``, or a source of one's own.
+
+    Attributes:
+        placement: a device of their own for references that run; ``auto``: the student's.
+        shards: True if each rank holds a part of the models.
+    """
+
+    placement: str = "auto"
+
+    @property
+    def shards(self) -> bool:
+        """True if each rank holds a part of the models."""
+        return False
+
+    def problems(self, specs: Mapping[str, ModelSpec]) -> list[str]:
+        """Return what is wrong with ``reference``, one sentence each.
+
+        Args:
+            specs: role -> where its model comes from, of the models to load.
+        """
+        return []
+
+
+class SourceSettings(ReferenceSettings, ABC):
+    """References that are made of loaded models.
+
+    For a source of one's own, subclass it as a frozen dataclass, and name it as the ``_target_`` of a YAML in
+    ``conf/reference``; what ``make`` returns keeps the contract of ``References``.
+    """
+
+    @abstractmethod
+    def make(
+        self, models: Mapping[str, LanguageModel], adapted_student: LanguageModel | None, strategy: StrategySettings
+    ) -> References:
+        """Make the source of references.
+
+        Args:
+            models: role -> model, for each role that the loss reads; to be frozen.
+            adapted_student: a LoRA student that serves as ``student_raw`` with its adapter off, or None.
+            strategy: sharded references are sharded by what shards the student, or FSDP2 where nothing does.
+        """
+
+
+@final
 @dataclass(frozen=True, kw_only=True)
-class LiveSettings:
+class LiveSettings(SourceSettings):
     """The references run beside the student on every batch (``conf/reference/live.yaml``).
 
     Args:
-        placement: ``auto``: the student's device; else the name of a device where they stay, such as ``cuda:1``.
-        sharding: ``replicate``: each process holds all of them; ``shard``: a part, gathered layer by layer.
+        placement: ``auto``: the student's device; else the name of the device where they stay, such as ``cuda:1``.
+        sharding: ``replicate``: each process holds all of them; ``shard``: each a part, gathered layer by layer.
     """
 
     placement: str = "auto"
@@ -33,13 +79,7 @@ class LiveSettings:
     def make(
         self, models: Mapping[str, LanguageModel], adapted_student: LanguageModel | None, strategy: StrategySettings
     ) -> References:
-        """Make the source of references.
-
-        Args:
-            models: role -> frozen model.
-            adapted_student: a LoRA student that serves as ``student_raw`` with its adapter off, or None.
-            strategy: sharded references are sharded by what shards the student, or FSDP2 where nothing does.
-        """
+        """Return references that run beside the student."""
         return LiveReferences(
             models,
             adapted_student,
@@ -49,14 +89,15 @@ class LiveSettings:
             persistence_threshold=strategy.persistence_threshold,
         )
 
-    def problems(self, specs: Mapping[str, ModelSpec]) -> list[str]:
-        """Return what is wrong with ``reference``, one sentence each.
+    @property
+    def shards(self) -> bool:
+        """True if each rank holds a part of the models."""
+        return self.sharding == "shard"
 
-        Args:
-            specs: role -> where its model comes from, of the models to load.
-        """
+    def problems(self, specs: Mapping[str, ModelSpec]) -> list[str]:
+        """Return what is wrong with ``reference``, one sentence each."""
         found = []
-        if self.sharding == "shard":
+        if self.shards:
             if self.placement != "auto":
                 found.append(
                     "reference.sharding=shard divides the references over the ranks' devices, and "
@@ -71,19 +112,20 @@ class LiveSettings:
         return found
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
-class CacheSettings:
+class CacheSettings(ReferenceSettings):
     """The references were run once and are read from a cache (``conf/reference/cached.yaml``).
 
     Args:
         path: the directory of the cache.
-        store: ``hidden``: last hidden states, exact, for every loss; or ``topk``: log-probs of K tokens and the rest,
-            small, approximate, for one τ. None: whichever is there; ``hidden`` where a cache is made.
-        k: tokens of a support of ``topk``; None chooses by ``target_error``.
-        target_error: the relative error of loss and gradient that the chosen K has at most on a sample.
-        dtype: of what is stored; None: the models' own for ``hidden``, float16 for ``topk``.
-        verify: verify all checksums when the cache is opened; sizes are always verified.
-        remake: make damaged files again (where a cache is made).
+        store: ``hidden``: last hidden states, exact, for every loss; ``topk``: log-probs of K tokens and of the rest,
+            small, approximate, for one τ. None: whichever is there, or ``hidden`` for a new cache.
+        k: tokens in the support of ``topk``; None: chosen by ``target_error``.
+        target_error: the largest relative error of loss and gradient that the chosen K may have on a sample.
+        dtype: of the stored numbers; None: the models' own for ``hidden``, float16 for ``topk``.
+        verify: check all checksums when the cache is opened; sizes are always checked.
+        remake: make damaged files again (``deltakd.cache`` only).
     """
 
     path: str | None = None
@@ -102,7 +144,7 @@ class CacheSettings:
 
 
 def device_problems(key: str, name: str) -> list[str]:
-    """Return why a device that the config names is not available, if so."""
+    """Return why the device that a config key names is not available; empty if it is."""
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""What a run is made of: data, tokenizer, vocabulary, cache, evaluation sets and models, opened in this order."""
+"""The parts of a run: data, tokenizer, vocabulary, cache, evaluation sets and models, opened in this order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
 from deltakd.models import LanguageModel, add_lora, load_config
 from deltakd.models.roles import open_model, open_tokenizer, shared_vocabulary
-from deltakd.references import CachedReferences, CacheStore, LiveSettings, References
+from deltakd.references import CachedReferences, CacheStore, References, SourceSettings
 from deltakd.references.content import data_identity, data_problems, missing_problem, missing_rows
 from deltakd.training.inputs import check_inputs, read_inputs
 from deltakd.training.settings import RunSettings
@@ -31,8 +31,8 @@ class Models:
 
     Args:
         student: the one to train.
-        references: the frozen ones, or None where the loss reads none.
-        loaded: role -> model, the student among them, for counting.
+        references: the frozen ones, or None if the loss reads none.
+        loaded: role -> model, including the student.
     """
 
     student: LanguageModel
@@ -42,7 +42,7 @@ class Models:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run is made of once everything is loaded.
+    """The loaded parts of a run.
 
     Args:
         settings: of the run.
@@ -50,8 +50,8 @@ class Parts:
         tokenizer: the student's.
         vocabulary: number of tokens that all models share.
         sets: tokenised rows.
-        evaluation: what to answer at the end; read before anything is trained, since a mistake in a file must not
-            cost a run. None: nothing is generated.
+        evaluation: the sets to answer at the end; read before training, so that a mistake in a file does not cost a
+            run. None: nothing is generated.
         models: student and references.
     """
 
@@ -65,17 +65,15 @@ class Parts:
 
 
 def load_parts(settings: RunSettings, directory: RunDirectory) -> Parts:
-    """Make or read the data, then open tokenizer and models.
+    """Prepare or read the data, then open tokenizer and models.
 
     Raises:
-        ValueError: data or models that can't be used, that don't belong together, or that are others than when the run
-            began.
+        ValueError: data or models that can't be used, don't fit together, or have changed since the run began.
     """
-    # Everything random is drawn from seeds given where it is drawn; this one is for libraries we do not know of.
+    # Our own random draws have explicit seeds; this global one is for libraries.
     L.seed_everything(settings.seed, verbose=False)
     with main_process_first(f"data of {directory.path}"):
-        if settings.data.prepare is not None:
-            settings.data.prepare()
+        settings.data.make_files()
         tokenizer = open_tokenizer(settings.model, directory.path / "tokenizer")
         vocabulary = shared_vocabulary(settings.model, settings.specs, tokenizer)
         sets = settings.data.load(tokenizer)
@@ -88,7 +86,7 @@ def load_parts(settings: RunSettings, directory: RunDirectory) -> Parts:
             inputs = read_inputs(settings, tokenizer, sets, cached)
             check_inputs(directory.path, inputs, force=settings.resume == "force")
         evaluation = _read_evaluation(settings, tokenizer, vocabulary, sets) if settings.evaluation.generate else None
-    # They were needed for that alone.
+    # Only the evaluation sets needed the raw rows.
     sets = sets._replace(train_rows=[])
     models = open_models(settings, tokenizer, vocabulary, cached)
     return Parts(settings, directory, tokenizer, vocabulary, sets, evaluation, models)
@@ -108,10 +106,10 @@ def _read_evaluation(
 
 
 def open_cache(settings: RunSettings, tokenizer: PreTrainedTokenizerBase, sets: LoadedSets) -> CacheStore:
-    """Open the cache of a run, and prove that it is of this data; rows may be missing.
+    """Open a run's cache, and check that it was made from this data; rows may be missing.
 
     Raises:
-        ConfigError: every difference by name.
+        ConfigError: names every difference.
         StoreError: a file is not as it was written.
     """
     assert settings.cache is not None
@@ -121,7 +119,7 @@ def open_cache(settings: RunSettings, tokenizer: PreTrainedTokenizerBase, sets: 
     problems = data_problems(store.manifest.content, given, store.path)
     if problems:
         raise ConfigError(problems)
-    # One process reads all of it once; the sizes are cheap.
+    # Checksums read the whole cache, so one process does it; sizes are cheap.
     store.check(checksum=settings.cache.verify and is_main_process())
     return store
 
@@ -155,13 +153,13 @@ def open_role(settings: RunSettings, role: str, tokenizer: PreTrainedTokenizerBa
 def open_models(
     settings: RunSettings, tokenizer: PreTrainedTokenizerBase, vocabulary: int, cached: References | None = None
 ) -> Models:
-    """Open every model of the run, make the student trainable as asked, and freeze the references.
+    """Open every model of the run, prepare the student for training, and freeze the references.
 
     Args:
         settings: of the run.
         tokenizer: the student's.
         vocabulary: number of tokens that all models share.
-        cached: the references where they were run before.
+        cached: cached references, if the run reads them.
 
     Raises:
         ValueError: a model is not available or does not fit.
@@ -170,7 +168,7 @@ def open_models(
     student = loaded[STUDENT] = _trainable(loaded[STUDENT], settings)
     references = cached
     if settings.loss.requires and cached is None:
-        assert isinstance(settings.reference, LiveSettings), "a cache that is to be read was not opened"
+        assert isinstance(settings.reference, SourceSettings), "a cache that is to be read was not opened"
         frozen = {role: model for role, model in loaded.items() if role != STUDENT}
         has_adapter = settings.model.lora is not None
         adapted = student if has_adapter and STUDENT_RAW in settings.loss.requires else None
@@ -179,7 +177,7 @@ def open_models(
 
 
 def _trainable(student: LanguageModel, settings: RunSettings) -> LanguageModel:
-    """The student with its adapter, gradient checkpointing and compilation, as far as asked for.
+    """Return the student with adapter, gradient checkpointing and compilation, as configured.
 
     Raises:
         ValueError: its weights are quantised, and there is no adapter to train.
@@ -194,7 +192,7 @@ def _trainable(student: LanguageModel, settings: RunSettings) -> LanguageModel:
         student = LanguageModel(add_lora(student.causal_lm, lora), student.vocabulary)
     if settings.model.gradient_checkpointing:
         student.causal_lm.gradient_checkpointing_enable()
-        # With LoRA nothing before the first adapter needs a gradient, and a checkpointed block would cut the graph.
+        # With LoRA nothing before the first adapter needs a gradient, and a checkpointed block would detach the graph.
         student.causal_lm.enable_input_require_grads()
     if settings.trainer.compile:
         student.causal_lm.base_model.compile()

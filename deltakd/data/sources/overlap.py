@@ -1,8 +1,8 @@
-"""Tasks of one set of rows that occur in another, word for word or nearly: a test set that was trained on.
+"""Finds tasks of one set of rows in another, word for word or nearly: a test set that was trained on.
 
-Near duplicates are told as Lee et al. (arXiv 2107.06499) tell them in training sets: by the Jaccard similarity of the
-5-grams of their words (Broder's resemblance of shingles, 1997) of 0.8 or more. It is counted through an inverted
-index of the smaller set, not estimated by MinHash.
+Near duplicates are defined as Lee et al. (arXiv 2107.06499) define them in training sets: the word 5-grams (Broder's
+shingles, 1997) have a Jaccard similarity of 0.8 or more. The similarity is exact, counted through an inverted index of
+one of the sets, not estimated by MinHash.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from dataclasses import dataclass
 
 from deltakd.data.sources.rows import Row
 
-#: An instruction that stands with more inputs than this ("Summarise this text.") says nothing without its input.
+#: An instruction with more different inputs than this ("Summarise this text.") says nothing without its input.
 GENERIC_INPUTS = 5
-#: Words of a shingle.
+#: Words in a shingle.
 SHINGLE = 5
-#: The least Jaccard similarity of near duplicates.
+#: Smallest Jaccard similarity of near duplicates.
 NEAR = 0.8
 
 _WORD = re.compile(r"\w+")
-#: Reference marks of Wikipedia, which one release of a data set has and another has not.
+#: Wikipedia's reference marks, which are in some releases of a data set but not in others.
 _MARK = re.compile(r"\[\d+\]")
-#: The Alpaca frame around instruction and input, where a file holds whole prompts.
+#: The Alpaca frame around instruction and input, in files that hold whole prompts.
 _FRAME = re.compile(r"### Instruction:\n(.*?)(?:\n\n### Input:\n(.*?))?\n\n### Response:", re.DOTALL)
 
 Words = tuple[str, ...]
@@ -35,10 +35,10 @@ class Overlap:
     """A row whose task is in the other set, too.
 
     Args:
-        row_id: of the row that is asked.
-        other_id: of the row of the other set that is most like it.
-        similarity: of their instructions, 1.0 for the same words.
-        exact: whether the words of instructions and inputs are the same.
+        row_id: the row's id.
+        other_id: id of the most similar row of the other set.
+        similarity: of their instructions; 1.0 for the same words.
+        exact: True if instructions and inputs have the same words.
     """
 
     row_id: int
@@ -48,19 +48,19 @@ class Overlap:
 
 
 def find_overlaps(asked: Sequence[Row], others: Iterable[Row]) -> list[Overlap]:
-    """The rows of ``asked`` whose task occurs in ``others``, in their order, each with the row most like it.
+    """Return the rows of ``asked`` whose task occurs in ``others``, in their order, each with its most similar row.
 
-    Words are compared after case folding, without punctuation and reference marks. Two tasks are the same where
+    Words are compared after case folding, without punctuation and reference marks. Two tasks are the same if
 
-    * their instructions have the same words, or have the same numbers and shingles of a similarity of NEAR or more
-      (problems of one form differ in their numbers; instructions of fewer than SHINGLE words have to be the same), and
-    * their inputs have the same words, or likewise the same numbers and shingles of such a similarity, or one of them
-      is empty: a question asked with a passage and without one. A generic instruction (with more than GENERIC_INPUTS
-      inputs in either set) needs its input.
+    * their instructions have the same words, or the same numbers and a shingle similarity of at least NEAR (problems
+      of one form differ only in their numbers; instructions shorter than SHINGLE words must be identical), and
+    * their inputs have the same words, or the same numbers and a shingle similarity of at least NEAR, or one of them is
+      empty: a question asked with and without a passage. A generic instruction (with more than GENERIC_INPUTS different
+      inputs in both sets together) needs its input.
 
     Args:
-        asked: an evaluation set, of which an index is made.
-        others: training rows, gone over twice.
+        asked: an evaluation set; it is indexed.
+        others: training rows.
     """
     others = list(others)
     index = _Index(asked, generic_instructions([*asked, *others]))
@@ -73,18 +73,18 @@ def find_overlaps(asked: Sequence[Row], others: Iterable[Row]) -> list[Overlap]:
 
 
 def overlapping(rows: Sequence[Row], banned: Sequence[Row]) -> set[int]:
-    """Positions of the ``rows`` whose task is among ``banned``, by the rules of ``find_overlaps``."""
+    """Return the positions of the ``rows`` whose task is among ``banned``, by the rules of ``find_overlaps``."""
     index = _Index(banned, generic_instructions([*rows, *banned]))
     return {at for at, row in enumerate(rows) if any(True for _ in index.matches(row))}
 
 
 def normal_form(text: str) -> str:
-    """Case folded, white space collapsed."""
+    """Fold case and collapse white space."""
     return " ".join(text.casefold().split())
 
 
 def generic_instructions(rows: Iterable[Row]) -> set[str]:
-    """The instructions, in normal form, that stand with more than GENERIC_INPUTS different inputs."""
+    """Return the instructions, in normal form, that occur with more than GENERIC_INPUTS different inputs."""
     inputs: defaultdict[str, set[str]] = defaultdict(set)
     for row in rows:
         instruction, given = task_texts(row)
@@ -93,7 +93,7 @@ def generic_instructions(rows: Iterable[Row]) -> set[str]:
 
 
 class _Index:
-    """Rows by the words and by the shingles of their instructions."""
+    """An index of rows by the words and by the shingles of their instructions."""
 
     def __init__(self, rows: Sequence[Row], generic: Iterable[str]) -> None:
         self._rows = rows
@@ -109,7 +109,7 @@ class _Index:
                 self._by_shingle[shingle].append(at)
 
     def matches(self, row: Row) -> Iterable[tuple[int, Overlap]]:
-        """Position of each row of the index whose task ``row`` repeats, with how much alike they are."""
+        """Yield the position of each indexed row whose task ``row`` repeats, with the overlap."""
         instruction, given = task_texts(row)
         words = _words(instruction)
         similar = self._similar(words)
@@ -144,7 +144,7 @@ class _Index:
 
 
 def task_texts(row: Row) -> tuple[str, str]:
-    """Instruction and input; of a whole prompt in Alpaca's frame what stands in it."""
+    """Return instruction and input, taken out of Alpaca's frame if the row holds a whole prompt in it."""
     framed = None if row.prompt is None else _FRAME.search(row.prompt)
     return (framed[1], framed[2] or "") if framed else (row.question, row.input)
 
