@@ -8,6 +8,8 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,10 +20,10 @@ from deltakd.config.compose import compose_config
 from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
 from deltakd.models.export_check import ExportCheck
-from deltakd.training.inputs import INPUTS, changed_inputs, check_inputs
+from deltakd.training.inputs import INPUTS, changed_inputs, check_inputs, read_inputs
 from deltakd.training.optim import rounding_warning
 from deltakd.training.run import run_training
-from tests.tiny import World, make_rows, make_world, save_model, write_rows
+from tests.tiny import World, make_rows, make_tokenizer, make_world, save_model, write_rows
 
 Train = Callable[..., RunDirectory]
 
@@ -95,6 +97,25 @@ def test_what_can_not_be_told_is_not_compared(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model.teacher: its files are others .*\(b{12} there, c{12} now\)"):
         check_inputs(tmp_path, {"model.teacher": "c" * 64}, force=False)
     assert changed_inputs(tmp_path) == changed_inputs(tmp_path / "nowhere") == []
+
+
+def test_a_cache_is_told_by_what_it_holds_not_by_where_its_models_lay() -> None:
+    def reference(path: str, **changed: Any) -> str | None:
+        model = {"path": path, "sha256": "a" * 64, "stored_dtype": "float16"}
+        content = {
+            "store": "topk",
+            "vocabulary": 280,
+            "k": 8,
+            "temperature": 1.0,
+            "models": {"teacher": model},
+        } | changed
+        given: Any = (SimpleNamespace(specs={}), make_tokenizer(), SimpleNamespace(train=rows, val=None))
+        return read_inputs(*given, cast(Any, SimpleNamespace(content=content)))["reference"]
+
+    rows = SimpleNamespace(fingerprint="b" * 64)
+    assert reference("here") == reference("there")
+    assert reference("here") != reference("here", k=16)
+    assert reference("here") != reference("here", models={"teacher": {"path": "here", "sha256": "c" * 64}})
 
 
 def test_resume_is_true_false_or_force(train: Train) -> None:
