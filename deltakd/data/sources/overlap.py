@@ -1,33 +1,28 @@
-"""Tasks of one set of rows that occur in another, word for word or nearly: a test set that was trained on.
-
-Near duplicates are told as Lee et al. (arXiv 2107.06499) tell them in training sets: by the Jaccard similarity of the
-5-grams of their words (Broder's resemblance of shingles, 1997) of 0.8 or more. It is counted through an inverted
-index of the smaller set, not estimated by MinHash.
-"""
+"""Tasks of one set of rows that occur in another, word for word or nearly: a test set that was trained on."""
 
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from deltakd.data.sources.near import Texts, near_duplicates
 from deltakd.data.sources.rows import Row
+from deltakd.io.progress import progress_bar
 
 #: An instruction that stands with more inputs than this ("Summarise this text.") says nothing without its input.
 GENERIC_INPUTS = 5
-#: Words of a shingle.
-SHINGLE = 5
-#: The least Jaccard similarity of near duplicates.
-NEAR = 0.8
+#: Fewer rows than this are compared in a second and need no progress bar.
+LONG_SEARCH = 20_000
+#: The bar is told after so many rows.
+_STRIDE = 1_000
 
-_WORD = re.compile(r"\w+")
-#: Reference marks of Wikipedia, which one release of a data set has and another has not.
-_MARK = re.compile(r"\[\d+\]")
 #: The Alpaca frame around instruction and input, where a file holds whole prompts.
 _FRAME = re.compile(r"### Instruction:\n(.*?)(?:\n\n### Input:\n(.*?))?\n\n### Response:", re.DOTALL)
 
-Words = tuple[str, ...]
+#: Numbers of an instruction and of an input.
+_Task = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -50,32 +45,36 @@ class Overlap:
 def find_overlaps(asked: Sequence[Row], others: Iterable[Row]) -> list[Overlap]:
     """The rows of ``asked`` whose task occurs in ``others``, in their order, each with the row most like it.
 
-    Words are compared after case folding, without punctuation and reference marks. Two tasks are the same where
+    Words are compared after case folding, without punctuation and reference marks; in scripts without spaces a
+    character is a word. Two tasks are the same where
 
-    * their instructions have the same words, or have the same numbers and shingles of a similarity of NEAR or more
-      (problems of one form differ in their numbers; instructions of fewer than SHINGLE words have to be the same), and
-    * their inputs have the same words, or likewise the same numbers and shingles of such a similarity, or one of them
-      is empty: a question asked with a passage and without one. A generic instruction (with more than GENERIC_INPUTS
-      inputs in either set) needs its input.
+    * their instructions have the same words, or are near duplicates (``near``: the same numbers, and shingles that are
+      alike, not because of a frame; instructions of fewer than SHINGLE words have to be the same), and
+    * their inputs have the same words, or are likewise near duplicates, or one of them is empty: a question asked with
+      a passage and without one. A generic instruction (with more than GENERIC_INPUTS inputs in both sets together)
+      needs its input.
 
     Args:
-        asked: an evaluation set, of which an index is made.
-        others: training rows, gone over twice.
+        asked: an evaluation set.
+        others: training rows.
     """
     others = list(others)
-    index = _Index(asked, generic_instructions([*asked, *others]))
-    best: dict[int, Overlap] = {}
-    for row in others:
-        for at, overlap in index.matches(row):
-            if at not in best or (overlap.exact, overlap.similarity) > (best[at].exact, best[at].similarity):
-                best[at] = overlap
-    return [best[at] for at in sorted(best)]
+    search = _Search(asked, others)
+    best: dict[_Task, Overlap] = {}
+    for task, at in search.others.items():
+        for match, similarity in search.matches(task):
+            overlap = Overlap(0, others[at[0]].id, similarity, task == match)
+            held = best.get(match)
+            if held is None or (overlap.exact, overlap.similarity) > (held.exact, held.similarity):
+                best[match] = overlap
+    found = {at: overlap for task, overlap in best.items() for at in search.asked[task]}
+    return [Overlap(asked[at].id, found[at].other_id, found[at].similarity, found[at].exact) for at in sorted(found)]
 
 
 def overlapping(rows: Sequence[Row], banned: Sequence[Row]) -> set[int]:
     """Positions of the ``rows`` whose task is among ``banned``, by the rules of ``find_overlaps``."""
-    index = _Index(banned, generic_instructions([*rows, *banned]))
-    return {at for at, row in enumerate(rows) if any(True for _ in index.matches(row))}
+    search = _Search(banned, rows)
+    return {at for task, found in search.others.items() if any(search.matches(task)) for at in found}
 
 
 def normal_form(text: str) -> str:
@@ -92,70 +91,71 @@ def generic_instructions(rows: Iterable[Row]) -> set[str]:
     return {instruction for instruction, texts in inputs.items() if len(texts) > GENERIC_INPUTS}
 
 
-class _Index:
-    """Rows by the words and by the shingles of their instructions."""
-
-    def __init__(self, rows: Sequence[Row], generic: Iterable[str]) -> None:
-        self._rows = rows
-        self._generic = {_words(text) for text in generic}
-        self._asked = [_words(task_texts(row)[0]) for row in rows]
-        self._about = [_words(task_texts(row)[1]) for row in rows]
-        self._sizes = [len(_shingles(words)) for words in self._asked]
-        self._by_words: defaultdict[Words, list[int]] = defaultdict(list)
-        self._by_shingle: defaultdict[Words, list[int]] = defaultdict(list)
-        for at, words in enumerate(self._asked):
-            self._by_words[words].append(at)
-            for shingle in _shingles(words):
-                self._by_shingle[shingle].append(at)
-
-    def matches(self, row: Row) -> Iterable[tuple[int, Overlap]]:
-        """Position of each row of the index whose task ``row`` repeats, with how much alike they are."""
-        instruction, given = task_texts(row)
-        words = _words(instruction)
-        similar = self._similar(words)
-        if not similar:
-            return
-        about = _words(given)
-        for at, similarity in similar.items():
-            if self._same_input(at, words, about):
-                exact = self._asked[at] == words and self._about[at] == about
-                yield at, Overlap(self._rows[at].id, row.id, similarity, exact)
-
-    def _similar(self, words: Words) -> dict[int, float]:
-        found = dict.fromkeys(self._by_words.get(words, ()), 1.0)
-        shingles = _shingles(words)
-        shared = Counter(at for shingle in shingles for at in self._by_shingle.get(shingle, ()))
-        for at, count in shared.items():
-            similarity = count / (len(shingles) + self._sizes[at] - count)
-            if at not in found and similarity >= NEAR and _numbers(words) == _numbers(self._asked[at]):
-                found[at] = similarity
-        return found
-
-    def _same_input(self, at: int, asked: Words, about: Words) -> bool:
-        other = self._about[at]
-        if about == other:
-            return True
-        if not about or not other:
-            return asked not in self._generic and self._asked[at] not in self._generic
-        if _numbers(about) != _numbers(other):
-            return False
-        a, b = _shingles(about), _shingles(other)
-        return len(a & b) >= NEAR * len(a | b) > 0
-
-
 def task_texts(row: Row) -> tuple[str, str]:
-    """Instruction and input; of a whole prompt in Alpaca's frame what stands in it."""
+    """Instruction and input; of a whole prompt in Alpaca's frame what stands in it.
+
+    Of a conversation the last question, and all turns before it, the system prompt's among them.
+    """
+    if row.messages is not None:
+        last = len(row.asked)
+        while last and row.asked[last - 1]["role"] == "user":
+            last -= 1
+        asked, before = row.asked[last:], row.asked[:last]
+        return "\n\n".join(m["content"] for m in asked), "\n\n".join(m["content"] for m in before)
     framed = None if row.prompt is None else _FRAME.search(row.prompt)
     return (framed[1], framed[2] or "") if framed else (row.question, row.input)
 
 
-def _words(text: str) -> Words:
-    return tuple(_WORD.findall(_MARK.sub(" ", text.casefold())))
+class _Search:
+    """The tasks of both sets by the numbers of their texts, and which of these texts are alike.
+
+    Args:
+        asked: rows whose tasks are looked for.
+        others: rows by whose tasks they are looked for.
+    """
+
+    def __init__(self, asked: Sequence[Row], others: Sequence[Row]) -> None:
+        instructions, inputs = Texts(), Texts()
+        rows = len(asked) + len(others)
+        with progress_bar("looking for near duplicates", rows, rows >= LONG_SEARCH) as advance:
+            self.asked = _by_task(asked, instructions, inputs, advance)
+            self.others = _by_task(others, instructions, inputs, lambda done: advance(len(asked) + done))
+        generic = generic_instructions([*asked, *others])
+        self._generic = {instructions.number(text) for text in generic}
+        self._empty = inputs.number("")
+        self._alike = near_duplicates(
+            instructions.words, {task[0] for task in self.asked}, {task[0] for task in self.others}
+        )
+        self._alike_inputs = near_duplicates(
+            inputs.words, {task[1] for task in self.asked}, {task[1] for task in self.others}
+        )
+        self._inputs: defaultdict[int, list[int]] = defaultdict(list)
+        for instruction, given in self.asked:
+            self._inputs[instruction].append(given)
+
+    def matches(self, task: _Task) -> Iterator[tuple[_Task, float]]:
+        """Yield each of the asked tasks that ``task`` repeats, with the similarity of their instructions."""
+        instruction, given = task
+        for other, similarity in self._alike.get(instruction, {}).items():
+            for found in self._same_inputs(other, given, {instruction, other}.isdisjoint(self._generic)):
+                yield (other, found), similarity
+
+    def _same_inputs(self, instruction: int, given: int, may_lack: bool) -> Iterable[int]:
+        """Inputs of an asked instruction that count as ``given``; ``may_lack``: whether an empty one does."""
+        if given == self._empty and may_lack:
+            return self._inputs[instruction]
+        counting = {*self._alike_inputs.get(given, ()), *([self._empty] if may_lack else ())}
+        return [found for found in counting if (instruction, found) in self.asked]
 
 
-def _numbers(words: Words) -> list[str]:
-    return [word for word in words if word.isdigit()]
-
-
-def _shingles(words: Words) -> set[Words]:
-    return {words[at : at + SHINGLE] for at in range(len(words) - SHINGLE + 1)}
+def _by_task(
+    rows: Sequence[Row], instructions: Texts, inputs: Texts, advance: Callable[[int], None]
+) -> dict[_Task, list[int]]:
+    """Task -> positions of its rows, in their order."""
+    found: dict[_Task, list[int]] = {}
+    for at, row in enumerate(rows):
+        instruction, given = task_texts(row)
+        found.setdefault((instructions.number(instruction), inputs.number(given)), []).append(at)
+        if at and at % _STRIDE == 0:
+            advance(at)
+    return found
