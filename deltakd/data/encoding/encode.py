@@ -20,7 +20,9 @@ from deltakd.data.encoding.token_cache import (
     tokenizer_fingerprint,
 )
 from deltakd.data.encoding.tokens import eos_id, prompt_tokens, segment_tokens
-from deltakd.data.sources.rows import Row
+from deltakd.data.encoding.trained_text import check_trained
+from deltakd.data.sources.records import Problems
+from deltakd.data.sources.rows import Row, RowError
 from deltakd.types import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -57,14 +59,15 @@ def encode_row(
         tokenizer: must have an EOS token.
         max_length: most tokens of prompt and response with EOS.
         max_prompt_length: most tokens of the prompt (of a conversation: of what precedes its first answer).
-        overlong: ``cut`` shortens a long prompt before the template's tail, and a long response, which then has no
-            EOS to learn; ``drop`` leaves the row out.
+        overlong: ``cut`` shortens a long prompt (``prompt_tokens``), and a long response, which then has no EOS to
+            learn; ``drop`` leaves the row out.
 
     Returns:
         The tokens, or None for a row that is dropped or has nothing to train on.
 
     Raises:
-        ValueError: no EOS token, no response, or limits that contradict each other or leave no room for the tail.
+        ValueError: no EOS token, no response, or limits that contradict each other or leave no room for the tail;
+            RowError: the template can't write the row out, or leaves out a part of its answers.
     """
     check_limits(tokenizer, max_length, max_prompt_length, overlong)
     return _encode(row, template, tokenizer, max_length, max_prompt_length, overlong).encoded
@@ -89,9 +92,14 @@ def encode_prompts(
     """The tokens of many prompts, as ``encode_prompt`` has them, and how many of them were cut.
 
     Raises:
-        ValueError: see ``encode_prompt``.
+        ValueError: see ``encode_prompt``; all rows that the template refuses together.
     """
-    cut = [_cut_prompt(row, template, tokenizer, max_prompt_length) for row in rows]
+    problems = Problems("prompts")
+    cut = []
+    for row in rows:
+        with problems.noting(RowError):
+            cut.append(_cut_prompt(row, template, tokenizer, max_prompt_length))
+    problems.raise_any()
     return [ids for ids, _ in cut], sum(whole > len(ids) for ids, whole in cut)
 
 
@@ -101,7 +109,7 @@ def _cut_prompt(
     segments = template.render(row)
     answers = [number for number, segment in enumerate(segments) if segment.trained]
     prompt = segments[: answers[-1]] if answers else segments
-    return prompt_tokens(prompt, template.tail(row), tokenizer, max_prompt_length)
+    return prompt_tokens(prompt, row, template, tokenizer, max_prompt_length)
 
 
 def check_limits(tokenizer: PreTrainedTokenizerBase, max_length: int, max_prompt_length: int, overlong: str) -> None:
@@ -127,8 +135,9 @@ def _encode(
     segments = template.render(row)
     answer = next((number for number, segment in enumerate(segments) if segment.trained), None)
     if answer is None:
-        raise ValueError(f"row {row.id} has no response to train on")
-    ids, prompt_length = prompt_tokens(segments[:answer], template.tail(row), tokenizer, max_prompt_length)
+        raise ValueError(f"{row.label} has no response to train on")
+    check_trained(row, segments)
+    ids, prompt_length = prompt_tokens(segments[:answer], row, template, tokenizer, max_prompt_length)
     labels = [IGNORE_INDEX] * len(ids)
     for segment in segments[answer:]:
         tokens = segment_tokens(segment, tokenizer)
@@ -170,19 +179,29 @@ def encode_rows(
         cache_dir: folder where the tokens are kept for the next run; None keeps nothing.
 
     Raises:
-        ValueError: as ``encode_row``, or no row is left.
+        ValueError: as ``encode_row`` (rows that the template can't write out are named together), or no row is left.
     """
     check_limits(tokenizer, max_length, max_prompt_length, overlong)
     examples = _expand(rows)
     limits: list[Any] = [max_length, max_prompt_length, overlong]
-    contents = [asdict(row) for row in examples]
+    if any(template.keeps_end(row) for row in examples):
+        # Tables without this mark were cut at the end of the prompt, and had lost the last question.
+        limits.append("end")
+    contents = [{key: value for key, value in asdict(row).items() if key != "where"} for row in examples]
     key = fingerprint("rows", contents, tokenizer_fingerprint(tokenizer), repr(template), limits)
+    problems = Problems("data")
 
     def encode(index: int) -> _Outcome:
-        return _encode(examples[index], template, tokenizer, max_length, max_prompt_length, overlong)
+        with problems.noting(RowError):
+            return _encode(examples[index], template, tokenizer, max_length, max_prompt_length, overlong)
+        return _Outcome(None, 0, 0, False, False)
 
-    table = cached_table(key, cache_dir, lambda: _tokenise(len(examples), encode, key))
-    return _as_set(table, key, max_length, max_prompt_length)
+    def build() -> Dataset:
+        table = _tokenise(len(examples), encode, key)
+        problems.raise_any()
+        return table
+
+    return _as_set(cached_table(key, cache_dir, build), key, max_length, max_prompt_length)
 
 
 def _expand(rows: Sequence[Row]) -> list[Row]:

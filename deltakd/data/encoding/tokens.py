@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from deltakd.data.encoding.templates import Segment
+from deltakd.data.encoding.templates import Segment, Template
+from deltakd.data.sources.rows import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,22 +20,43 @@ def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def prompt_tokens(
-    segments: Sequence[Segment], tail: str, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int
+    segments: Sequence[Segment],
+    row: Row,
+    template: Template,
+    tokenizer: PreTrainedTokenizerBase,
+    max_prompt_length: int,
 ) -> tuple[list[int], int]:
-    """Tokens of a prompt, cut before its tail if there are too many, and how many there were."""
+    """Tokens of a prompt, cut if there are too many, and how many there were.
+
+    The template's tail always stays whole. Before it an instruction keeps its beginning; a conversation, and whatever
+    a chat template writes, keeps its end, where the last question stands. BOS stays.
+
+    Args:
+        segments: the prompt's pieces.
+        row: which they are of.
+        template: has written them.
+        tokenizer: of the model.
+        max_prompt_length: tokens to keep.
+
+    Raises:
+        ValueError: the limit leaves no room before the tail.
+    """
     ids = [token for segment in segments for token in segment_tokens(segment, tokenizer)]
     if len(ids) <= max_prompt_length:
         return ids, len(ids)
-    last = segments[-1]
+    last, tail = segments[-1], template.tail(row)
     if not tail or last.text == tail or not last.text.endswith(tail):
         # A prompt of the user's own: what the answer follows on from is its end.
         return _keep_end(ids, tokenizer, max_prompt_length), len(ids)
     kept = _tail_length(last, tail, tokenizer)
-    if kept >= max_prompt_length:
+    begun = int(template.keeps_end(row) and ids[0] == tokenizer.bos_token_id)
+    if kept + begun >= max_prompt_length:
         raise ValueError(
             f"data.max_prompt_length = {max_prompt_length} leaves no room before the end of the template, {tail!r}, of "
             f"{kept} tokens; raise it"
         )
+    if template.keeps_end(row):
+        return _keep_end(ids, tokenizer, max_prompt_length), len(ids)
     return ids[: max_prompt_length - kept] + ids[len(ids) - kept :], len(ids)
 
 
