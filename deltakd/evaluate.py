@@ -134,8 +134,7 @@ def _validation(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Encoded
     if not (data.train and data.validates):
         return None
     try:
-        if data.prepare is not None:
-            data.prepare()
+        data.make_files()
         return data.load(tokenizer).val
     except (ValueError, OSError) as error:
         log.warning("The validation rows can't be read, so nothing is measured on them: %s", error)

@@ -305,12 +305,12 @@ class Loss(ABC):
         return bool(self.whole_vocabulary_reasons)
 
 
-def require_kind(thing: object, kind: type, key: str) -> None:
+def require_kind(thing: object, kind: type | tuple[type, ...], key: str) -> None:
     """Check that a plug-in is what the config key needs.
 
     Args:
         thing: what the config gave.
-        kind: the base class that it has to have.
+        kind: the base class that it has to have, or several of which it has to have one.
         key: the config key, for the message.
 
     Raises:
@@ -324,9 +324,10 @@ def require_kind(thing: object, kind: type, key: str) -> None:
         what = repr(thing)
     else:
         what = f"an object of {type(thing).__module__}.{type(thing).__qualname__}"
+    kinds = kind if isinstance(kind, tuple) else (kind,)
     raise ValueError(
-        f"{key} is {what}, not a {kind.__module__}.{kind.__qualname__}; name one that is ready-made, or a subclass of "
-        f"{kind.__name__} as its _target_"
+        f"{key} is {what}, not a {' or '.join(f'{one.__module__}.{one.__qualname__}' for one in kinds)}; name one that "
+        f"is ready-made, or a subclass of {' or '.join(one.__name__ for one in kinds)} as its _target_"
     )
 
 

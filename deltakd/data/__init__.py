@@ -1,7 +1,7 @@
 """Data: sources, templates, tokens, and the order in which a run sees them.
 
-Lightning's data module is in ``deltakd.data.batches.data_module``; it is not imported here, so that reading
-data needs no Lightning.
+Lightning's data module lives in ``deltakd.data.batches.data_module``. It is not imported here, so reading data does
+not need Lightning.
 """
 
 from deltakd.data.batches.budget import TokenBudgetSampler

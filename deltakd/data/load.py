@@ -1,4 +1,4 @@
-"""From a data config to tokenised sets: read, hold out, exclude, tokenise, and say what happened."""
+"""From a data config to tokenised sets: read, hold out, exclude, tokenise, and log what happened."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ log = logging.getLogger(__name__)
 
 
 class SplitRows(NamedTuple):
-    """Rows of a run before tokenising.
+    """A run's rows before tokenising.
 
     Args:
-        train: what to train on.
-        val: what to validate on; empty where there is nothing.
-        excluded: how many rows of the training sources are in neither, since their task is not to be trained on.
+        train: training rows.
+        val: validation rows; may be empty.
+        excluded: number of training rows left out because their task must not be trained on.
     """
 
     train: list[Row]
@@ -38,14 +38,14 @@ class SplitRows(NamedTuple):
 
 
 class LoadedSets(NamedTuple):
-    """Tokenised data of a run.
+    """A run's tokenised data.
 
     Args:
-        train: what to train on.
-        val: what to validate on, or None.
-        val_rows: the validation rows before tokenising, for generation; empty for plain text.
-        train_rows: the training rows before tokenising; empty for plain text.
-        counts: ``train_rows``, ``val_rows``, ``excluded`` and the counts of both sets as ``train/...``, ``val/...``.
+        train: the training set.
+        val: the validation set, or None.
+        val_rows: validation rows before tokenising, for generation; empty for plain text.
+        train_rows: training rows before tokenising; empty for plain text.
+        counts: ``train_rows``, ``val_rows``, ``excluded``, and each set's own counts as ``train/...``, ``val/...``.
     """
 
     train: EncodedSet
@@ -67,18 +67,18 @@ def split_rows(
     limit: int | None = None,
     seed: int = 0,
 ) -> SplitRows:
-    """Read instruction rows, and tell those to train on from those to validate on.
+    """Read instruction rows and split them into training and validation rows.
 
     Args:
         train, train_subset: sources and subsets as for ``read_rows``.
-        val, val_subset: likewise; where ``val`` is None, ``val_size`` rows drawn with ``seed`` are held out from train.
-        exclude: sources whose tasks must not be trained on, such as test sets: neither they nor their near duplicates
-            (``overlapping``). Validation rows are excluded too, as ``without_tasks_of`` has it.
+        val, val_subset: likewise. If ``val`` is None, ``val_size`` training rows drawn with ``seed`` are held out.
+        exclude: sources whose tasks must not be trained on, such as test sets; their near duplicates are dropped, too
+            (``overlapping``). So are tasks of validation rows, by the rule of ``without_tasks_of``.
         strip_answers: as for ``read_rows``.
-        limit: keep the first so many rows of train, and of val (for debugging).
+        limit: keep only the first ``limit`` rows of train and of val (for debugging).
 
     Raises:
-        ValueError: what reading raises, or nothing is left to train on.
+        ValueError: as ``read_rows``, or nothing is left to train on.
     """
     options: dict[str, Any] = {"strip_answers": strip_answers, "limit": limit}
     rows = read_rows(train, subset=train_subset, **options)
@@ -119,7 +119,7 @@ def load_instruction_sets(
         tokenizer, max_length, max_prompt_length, overlong, cache_dir: as for ``encode_rows``.
 
     Raises:
-        ValueError: what reading and tokenising raise, or nothing is left to train on.
+        ValueError: as ``split_rows`` and ``encode_rows``.
     """
     written = make_template(template, tokenizer)
     kept, val_rows, excluded = split_rows(
@@ -159,13 +159,13 @@ def load_text_sets(
 
     Args:
         train, train_subset: sources and subsets as for ``read_texts``.
-        val: sources for validation, or None.
-        max_tokens, val_max_tokens: tokens to take of each, as for ``pack_texts``.
-        limit: keep the first so many documents of each (for debugging).
+        val: validation sources, or None.
+        max_tokens, val_max_tokens: tokens to take from each, as for ``pack_texts``.
+        limit: keep only the first ``limit`` documents of each (for debugging).
         tokenizer, block_length, cache_dir: as for ``pack_texts``.
 
     Raises:
-        ValueError: what reading and packing raise.
+        ValueError: as ``read_texts`` and ``pack_texts``.
     """
     texts = read_texts(train, subset=train_subset, limit=limit)
     train_set = pack_texts(texts, tokenizer, block_length, cache_dir, max_tokens)
@@ -195,12 +195,12 @@ def _without_sets(rows: Sequence[Row], banned: Sequence[Row]) -> list[Row]:
 
 
 def without_tasks_of(rows: Sequence[Row], banned: Sequence[Row]) -> list[Row]:
-    """The rows whose task is not among ``banned``.
+    """Return the rows whose task is not among ``banned``.
 
-    Tasks are compared by their instruction alone, in normal form (case folded, white space collapsed), because copies
-    of a data set differ in the input's small print. An instruction that stands with more than
-    ``overlap.GENERIC_INPUTS`` different inputs among all these rows is compared together with its input. Of a
-    conversation all turns before the last answer are compared.
+    Tasks are compared by instruction alone, in normal form (case folded, white space collapsed), because copies of a
+    data set differ in the small print of the inputs. An instruction that occurs with more than
+    ``overlap.GENERIC_INPUTS`` different inputs among all these rows is compared together with its input. In a
+    conversation, all turns before the last answer are compared.
     """
     generic = generic_instructions([*rows, *banned])
     tasks = {_task(row, generic) for row in banned}

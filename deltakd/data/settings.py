@@ -1,4 +1,4 @@
-"""The group ``data`` of the config: what ``conf/data/*.yaml`` makes."""
+"""Settings of the config group ``data`` (``conf/data/*.yaml``)."""
 
 from __future__ import annotations
 
@@ -24,21 +24,22 @@ Positive = Annotated[int, Ge(1)]
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(ABC):
-    """What both kinds of data have.
+    """Settings shared by both kinds of data.
 
     Args:
         train: files or hub data sets.
         val: the same for validation, or None.
-        sets: evaluation sets of instructions, name -> source, or a mapping with ``source``; raw models have them, too.
+        sets: instruction sets for evaluation: name -> source, or a mapping with ``source``. Pre-training runs
+            (``TextData``) may have them, too.
         template: ``alpaca``, ``chat``, or a mapping with_input / without_input / tail.
-        max_length: tokens of a row (prompt and response), or of a block of text.
-        max_prompt_length: tokens of a prompt.
-        limit: first so many training rows or documents.
+        max_length: most tokens of a row (prompt and response); for text, tokens of a block.
+        max_prompt_length: most tokens of a prompt.
+        limit: keep only the first ``limit`` rows or documents of ``train`` and of ``val``.
         batch_size: rows per process and micro-batch; None: as many as ``max_tokens_per_batch`` allows.
-        max_tokens_per_batch: positions per process and micro-batch (rows times longest row); None: by rows.
-        cache_dir: where tokenised sets are kept; None: nowhere.
-        prepare: makes the files first, if they are not there.
-        strip_answers: a regular expression; what it matches is taken out of answers, those of evaluation sets too.
+        max_tokens_per_batch: positions per process and micro-batch (rows times longest row); None: use ``batch_size``.
+        cache_dir: folder for tokenised sets; None keeps nothing.
+        prepare: called first; makes the files if they are missing.
+        strip_answers: a regular expression; matches are removed from all answers, including those of evaluation sets.
     """
 
     train: Sources | None
@@ -56,7 +57,7 @@ class DataConfig(ABC):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What of these settings decides which rows there are, and their tokens; a cache of references keeps it."""
+        """The settings that determine the rows and their tokens; a cache of references stores them."""
         free = set(keys_with(type(self), Cache.FREE))
         return {"kind": type(self).__name__} | {
             one.name: getattr(self, one.name) for one in fields(self) if one.name not in free
@@ -64,7 +65,7 @@ class DataConfig(ABC):
 
     @property
     def full_rows(self) -> int:
-        """Rows of ``max_length`` tokens that a micro-batch has room for; at least 1."""
+        """Number of rows of ``max_length`` tokens that fit in a micro-batch; at least 1."""
         if self.batch_size is not None:
             return self.batch_size
         assert self.max_tokens_per_batch is not None, "neither batch_size nor max_tokens_per_batch"
@@ -72,7 +73,7 @@ class DataConfig(ABC):
 
     @property
     def positions(self) -> int:
-        """The most positions of a micro-batch, padding included."""
+        """Most positions in a micro-batch, padding included."""
         if self.batch_size is not None:
             return self.batch_size * self.max_length
         assert self.max_tokens_per_batch is not None, "neither batch_size nor max_tokens_per_batch"
@@ -80,30 +81,31 @@ class DataConfig(ABC):
 
     @property
     def validates(self) -> bool:
-        """Whether there will be validation data."""
+        """True if there will be validation data."""
         return bool(self.val)
+
+    def make_files(self) -> None:
+        """Make the files of the data, where the config says how and they are not there."""
+        if self.prepare is not None:
+            self.prepare()
 
     @abstractmethod
     def load(self, tokenizer: PreTrainedTokenizerBase) -> LoadedSets:
-        """Read and tokenise."""
+        """Read and tokenise the data."""
 
     def check_lengths(self, sets: LoadedSets) -> None:
-        """Refuse rows that do not fit into the budget of a micro-batch.
-
-        Raises:
-            ValueError: naming the budget, the longest row and its length.
-        """
+        """Raise a ValueError if a row does not fit the budget of a micro-batch; see ``check_budget``."""
         if self.max_tokens_per_batch is not None:
             check_budget(sets.train.lengths, self.max_tokens_per_batch)
             if sets.val is not None:
                 check_budget(sets.val.lengths, self.max_tokens_per_batch, "validation")
 
     def make_template(self, tokenizer: PreTrainedTokenizerBase) -> Template:
-        """The template of training and evaluation."""
+        """Return the template for training and evaluation."""
         return make_template(self.template, tokenizer)
 
     def problems(self) -> list[str]:
-        """What is wrong with ``data``, one sentence each."""
+        """Return what is wrong with ``data``, one sentence per problem."""
         found = self.own_problems()
         found += self._batch_problems()
         if not self.train:
@@ -130,10 +132,10 @@ class DataConfig(ABC):
 
     @abstractmethod
     def own_problems(self) -> list[str]:
-        """The problems of this kind alone."""
+        """Return the problems specific to this kind of data."""
 
     def sources(self) -> dict[str, Sources | None]:
-        """Config key -> sources that have to be there before anything is loaded."""
+        """Return config key -> sources that must exist before anything is loaded."""
         return {"data.train": self.train, "data.val": self.val}
 
 
@@ -143,11 +145,11 @@ class InstructionData(DataConfig):
     """Instruction rows.
 
     Args:
-        train_subset: ``split.json#key``: the line numbers to keep.
-        val_subset: as ``train_subset``.
-        val_size: rows to hold out of ``train`` where ``val`` is None; drawn by ``split_seed``, not by the run's seed.
-        split_seed: draws the held-out rows.
-        exclude: sources whose instructions must not be trained on (test sets).
+        train_subset: ``split.json#key``, the line numbers to keep.
+        val_subset: the same for ``val``.
+        val_size: rows to hold out of ``train`` if ``val`` is None.
+        split_seed: draws the held-out rows, independently of the run's seed.
+        exclude: sources whose tasks must not be trained on, such as test sets.
         overlong: ``cut`` or ``drop`` rows that are too long.
     """
 
@@ -160,11 +162,11 @@ class InstructionData(DataConfig):
 
     @property
     def validates(self) -> bool:
-        """Whether there will be validation data: given, or held out of ``train``."""
+        """True if validation data is given, or held out of ``train``."""
         return bool(self.val) or self.val_size > 0
 
     def own_problems(self) -> list[str]:
-        """Lengths and what to do with rows beyond them."""
+        """Return a problem if prompts leave no room for a response."""
         found = []
         if self.max_prompt_length >= self.max_length:
             found.append(
@@ -174,24 +176,24 @@ class InstructionData(DataConfig):
         return found
 
     def sources(self) -> dict[str, Sources | None]:
-        """The excluded sets have to be there, too."""
+        """Return the sources, including the excluded sets."""
         return {**super().sources(), "data.exclude": self.exclude}
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> LoadedSets:
-        """Read, render and tokenise."""
+        """Read, render and tokenise the rows."""
         template = self.make_template(tokenizer)
         return load_instruction_sets(template=template, tokenizer=tokenizer, **self._choice(), **self._limits())
 
     def split(self) -> SplitRows:
-        """The rows to train and to validate on, before any is cut or dropped for its length.
+        """Return training and validation rows, before any is cut or dropped for its length.
 
         Raises:
-            ValueError: what reading raises.
+            ValueError: as ``split_rows``.
         """
         return split_rows(**self._choice())
 
     def read(self, tokenizer: PreTrainedTokenizerBase) -> SplitRows:
-        """The rows themselves: exactly those that ``load`` gives an example of to train on, and those to validate on.
+        """Return the validation rows, and exactly those training rows that ``load`` turns into examples.
 
         Raises:
             ValueError: as ``load``.
@@ -230,7 +232,7 @@ class TextData(DataConfig):
 
     Args:
         train_subset: source (as written in ``train``) -> ``split.json#key``.
-        max_tokens: the training budget: tokens taken from ``train``, spread over it; None: all.
+        max_tokens: training budget: tokens to take, spread over all of ``train``; None: all.
         val_max_tokens: the same for validation.
     """
 
@@ -239,11 +241,11 @@ class TextData(DataConfig):
     val_max_tokens: Positive | None = None
 
     def own_problems(self) -> list[str]:
-        """The length of a block."""
+        """Return a problem if blocks are too short."""
         return [] if self.max_length >= 2 else [f"data.max_length is {self.max_length}; a block needs 2 tokens or more"]
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> LoadedSets:
-        """Read, tokenise and pack."""
+        """Read, tokenise and pack the documents."""
         assert self.train is not None, "checked by problems()"
         return load_text_sets(
             train=self.train,

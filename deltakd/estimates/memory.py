@@ -21,7 +21,7 @@ from deltakd.estimates.layout import Layout
 from deltakd.estimates.sizes import Skeleton
 from deltakd.models import add_lora, load_skeleton, load_tokenizer
 from deltakd.models.loading import DTYPES
-from deltakd.references import CacheStore, LiveSettings
+from deltakd.references import CacheStore
 from deltakd.training.settings import RunSettings, StepSettings
 from deltakd.types import STUDENT, STUDENT_RAW
 
@@ -107,7 +107,7 @@ def setting_of(settings: RunSettings, device: str, home: str) -> Setting:
     Raises:
         ValueError: a model's configuration can't be had.
     """
-    shards = isinstance(settings.reference, LiveSettings) and settings.reference.sharding == "shard"
+    shards = settings.reference.shards
     layout = Layout.of(settings.strategy, processes(settings) * settings.trainer.num_nodes, shards)
     skeletons = {role: _skeleton(settings, role, layout) for role in settings.specs}
     student = skeletons.pop(STUDENT)
@@ -218,7 +218,7 @@ def _devices(settings: RunSettings) -> tuple[str, str]:
 
 def placement_of(settings: RunSettings) -> str:
     """Return where the references run: ``auto`` is the student's device, as for those that are read from a cache."""
-    return settings.reference.placement if isinstance(settings.reference, LiveSettings) else "auto"
+    return settings.reference.placement
 
 
 def available(device: str) -> int | None:

@@ -1,4 +1,4 @@
-"""The trained tokens of a row as they read: text, position in the answer, class."""
+"""The trained tokens of a row: text, position in the answer, class."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class AnswerToken:
     """A trained token of a row.
 
     Args:
-        id: in the vocabulary.
-        index: where in the row.
-        position: where in its answer, from 0; it begins anew with every answer of a conversation.
-        text: how it reads there, its leading space included.
+        id: its id in the vocabulary.
+        index: its index in the row.
+        position: its position in the answer, from 0; restarts with every answer of a conversation.
+        text: its text in context, with its leading space.
         kind: its class, one of ``deltakd.evaluation.token_groups.CLASSES``.
     """
 
@@ -32,10 +32,10 @@ class AnswerToken:
 
 
 class Pieces:
-    """Token ids as they read in the middle of a text, where a token's own leading space is not stripped.
+    """Decodes token ids as in the middle of a text, where a token keeps its leading space.
 
     Args:
-        tokenizer: decodes them; its special tokens are kept.
+        tokenizer: decodes the ids; special tokens are kept.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -46,7 +46,7 @@ class Pieces:
         self.special = frozenset(tokenizer.all_special_ids)
 
     def __getitem__(self, token: int) -> str:
-        """The token's text; U+FFFD where it is a part of a character."""
+        """Return the token's text; U+FFFD for part of a character."""
         if token not in self._known:
             self._known[token] = self._decode([token])[self._skipped :]
         return self._known[token]
@@ -55,7 +55,7 @@ class Pieces:
         return str(self._tokenizer.decode(self._front + ids, clean_up_tokenization_spaces=False))
 
     def answer(self, row: Encoded) -> Iterator[AnswerToken]:
-        """The row's trained tokens, in order: those of ``Batch.labels_N``."""
+        """Yield the row's trained tokens in order, those of ``Batch.labels_N``."""
         position = 0
         for index in range(1, len(row.labels)):
             token = row.labels[index]

@@ -1,4 +1,4 @@
-"""Answers to the evaluation sets: generated, scored, written down; what is there already is not done again."""
+"""Generate, score and store answers to the evaluation sets; stored answers are reused."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ log = logging.getLogger(__name__)
 def make_set(
     name: str, rows: Sequence[Row], data: DataConfig, tokenizer: PreTrainedTokenizerBase, scorer: str = "rouge"
 ) -> EvaluationSet:
-    """Prompts exactly as training would tokenise them, with all their references.
+    """Return prompts tokenised exactly as in training, with all their references.
 
     Args:
-        name: of the set.
+        name: name of the set.
         rows: its rows.
-        data: whose template and prompt length they get.
+        data: gives the template and the maximum prompt length.
         tokenizer: the student's.
-        scorer: of the answers.
+        scorer: scores the answers.
     """
     template = data.make_template(tokenizer)
     prompt_ids, cut = encode_prompts(rows, template, tokenizer, data.max_prompt_length)
@@ -61,9 +61,9 @@ def answer(
     vocabulary: int,
     show_progress: bool,
 ) -> dict[int, list[dict[str, Any]]]:
-    """Generate and score the answers of one set under some sampling seeds together, behind a progress bar.
+    """Generate and score the answers to one set under all given sampling seeds at once, with a progress bar.
 
-    Each rank answers every so many rows; samples do not depend on how many ranks there are, and all get all records.
+    Rows are split among the ranks, and every rank gets all records. Samples do not depend on the number of ranks.
     """
     rank, world_size = place()
     mine = eval_set.part(rank, world_size)
@@ -98,17 +98,17 @@ def evaluate_sets(
     directory: Path,
     show_progress: bool = True,
 ) -> dict[str, float]:
-    """Evaluate all sets under all seeds; the files of a set are written as soon as it is done.
+    """Evaluate all sets under all seeds; write the files of each set as soon as it is done.
 
-    The seeds of a set that have no file yet are answered together, since they share their prompts: an interruption
-    costs the answers to one set at most.
+    Seeds without a file are answered together, since they share their prompts. An interruption costs at most the
+    answers to one set.
 
     Args:
-        directory: ``<set>_seed<k>.jsonl``; a file that answers the same question is used again. The main process
-            reads and writes.
+        directory: holds ``<set>_seed<k>.jsonl``; a file that answers the same question is reused. Only the main
+            process reads and writes.
 
     Returns:
-        ``<set>/<metric>``, ``<set>/<metric>_stderr`` and ``<set>/<metric>_seed_std`` in per cent, see ``summarise``;
+        ``<set>/<metric>``, ``<set>/<metric>_stderr`` and ``<set>/<metric>_seed_std`` in per cent (see ``summarise``),
         and ``<set>/<measure>`` of ``text_measures``.
     """
     metrics: dict[str, float] = {}
@@ -126,7 +126,7 @@ def evaluate_sets(
             for seed, records in made.items():
                 write_json_lines(_file(directory, eval_set, seed), records, "answers")
         by_seed |= made
-        # Averages are of the seeds in their order, whichever were there before.
+        # Average in the order of the seeds, whichever were stored before.
         in_order = {seed: by_seed[seed] for seed in evaluation.seeds}
         summary = summarise(in_order) | text_measures(in_order)
         metrics |= {f"{eval_set.name}/{name}": value for name, value in summary.items()}
@@ -136,9 +136,9 @@ def evaluate_sets(
 def _stored(
     eval_set: EvaluationSet, evaluation: EvaluationSettings, directory: Path
 ) -> dict[int, list[dict[str, Any]]]:
-    """The records of the seeds that are done, the same on all ranks: what the main process has read.
+    """Return the stored records by seed, as the main process read them; the same on all ranks.
 
-    Answers that were scored otherwise are scored anew.
+    Answers stored under another scoring protocol are scored again.
     """
     found: dict[int, list[dict[str, Any]]] = {}
     for seed in evaluation.seeds if is_main_process() else ():
@@ -163,7 +163,7 @@ def _with_seed(record: dict[str, Any], seed: int) -> dict[str, Any]:
 
 
 def shown(metrics: Mapping[str, float]) -> str:
-    """One line of the main scores, for the log: ± over prompts, and over sampling seeds where there are several."""
+    """Return the scores in one line for the log: ± over prompts, std over sampling seeds if there are several."""
     main = [k for k in metrics if k.endswith(tuple(f"/{metric}" for metric in METRIC_TITLES))]
     return ", ".join(
         f"{k} {metrics[k]:.2f} ± {metrics.get(k + '_stderr', 0.0):.2f}"

@@ -1,4 +1,4 @@
-"""The number that an answer ends in: how worked problems such as GSM8K (arXiv 2110.14168) are marked."""
+"""Score the final number of an answer, as worked problems such as GSM8K (arXiv 2110.14168) require."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import re
 from collections.abc import Callable, Sequence
 from decimal import Decimal
 
-#: A minus sign belongs to the number unless something stands right before it: 5-3 and 25%-30% are two numbers each.
+#: A minus sign belongs to the number unless an operand precedes it: 5-3 and 25%-30% are two numbers each.
 _NUMBER = re.compile(
     r"(?P<minus>(?<![\w.)\]%])[-−])?[$€£]?(?P<inner_minus>(?<=[$€£])[-−])?"
     r"(?P<digits>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+)"
 )
-#: Four # and no more, since headings and templates have other numbers of them.
+#: Exactly four #, since headings and templates use other numbers of them.
 _MARK = re.compile(r"(?<!#)####(?!#)[ \t]*")
 
 
 def marked_number(text: str) -> Decimal | None:
-    """The number right behind the first ``####``; None where there is no mark, or no number behind it.
+    """Return the number right after the first ``####``; None without a mark or a number after it.
 
-    It is the first mark, since a model that does not stop goes on to problems that nobody asked.
+    The first mark counts, since a model that does not stop goes on to invent further problems.
     """
     mark = _MARK.search(text)
     number = _NUMBER.match(text, mark.end()) if mark else None
@@ -26,10 +26,10 @@ def marked_number(text: str) -> Decimal | None:
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last number in the text, marked or not; None where there is none.
+    """Return the last number in the text, marked or not; None if there is none.
 
-    Commas between groups of three digits, currency signs, a percent sign and a period behind it are no part of a number
-    ("$1,200.00" is 1200, "5 %." is 5); a fraction is two numbers.
+    Thousands separators, currency signs, a percent sign and a final period are not part of the number ("$1,200.00" is
+    1200, "5 %." is 5); a fraction is two numbers.
     """
     found = None
     for number in _NUMBER.finditer(text):
@@ -38,14 +38,14 @@ def last_number(text: str) -> Decimal | None:
 
 
 def expected_number(reference: str) -> Decimal | None:
-    """What a reference asks for: its marked number, or, where it has no mark, its last one."""
+    """Return the number that a reference asks for: its marked number or, without a mark, its last one."""
     return marked_number(reference) if _MARK.search(reference) else last_number(reference)
 
 
 def final_number_scores(prediction: str, references: Sequence[str]) -> dict[str, float]:
-    """``final_number`` (after ``####``) and ``final_number_lenient`` (the last in the text), in percent: 0 or 100.
+    """Return ``final_number`` (after ``####``) and ``final_number_lenient`` (last in the text) in per cent: 0 or 100.
 
-    Numbers are compared by value (18 is 18.0), with those of all references.
+    Numbers are compared by value (18 equals 18.0) with those of all references.
 
     Raises:
         ValueError: a reference has no number.

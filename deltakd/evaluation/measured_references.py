@@ -1,4 +1,4 @@
-"""The frozen models that a student is measured against: from the cache of references, or loaded once."""
+"""The frozen models that a student is measured against, read from the reference cache or loaded once."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from deltakd.types import STUDENT, STUDENT_RAW, TEACHER, TEACHER_RAW, Batch, Hea
 
 log = logging.getLogger(__name__)
 
-#: What a student is measured against.
+#: Roles that a student is measured against.
 WANTED = (TEACHER, TEACHER_RAW, STUDENT_RAW)
 
 
@@ -35,9 +35,9 @@ class HeadSource:
     """Heads of some roles for the rows of one set.
 
     Args:
-        parts: where they come from.
-        roles: those that are given.
-        vocabulary: tokens that all of them share.
+        parts: sources of the heads.
+        roles: roles that have a head.
+        vocabulary: number of tokens that all of them share.
         name: ``cached``, ``live``, both, or ``none``.
     """
 
@@ -47,7 +47,7 @@ class HeadSource:
     name: str
 
     def __call__(self, batch: Batch) -> dict[str, Head]:
-        """Role -> head of the batch's N valid tokens, cut to the vocabulary."""
+        """Return role -> head of the batch's N valid tokens, cut to the vocabulary."""
         heads: dict[str, Head] = {}
         for part in self.parts:
             given = part(batch)
@@ -64,16 +64,16 @@ def cut(head: Head, vocabulary: int) -> Head:
 
 @final
 class MeasuredReferences:
-    """Finds, for each set of rows, the references that are available; the log names the others, once.
+    """Finds the references available for each set of rows; logs the others.
 
     Args:
         models: the models that the run names.
         tokenizer: the student's.
         vocabulary: its number of tokens.
-        cache: the reference group where it names a cache; None: it does not.
-        loaded: role -> frozen model that is in memory already.
-        placement: of the live references, as in ``LiveReferences``.
-        device: of the student.
+        cache: the group ``reference`` if it names a cache, else None.
+        loaded: role -> frozen model already in memory.
+        placement: placement of the live references, see ``LiveReferences``.
+        device: the student's device.
     """
 
     def __init__(
@@ -93,20 +93,20 @@ class MeasuredReferences:
         self._device = device
         self._loaded: dict[str, LanguageModel] = dict(loaded)
         self._given_up: set[str] = set()
-        #: Role -> why it was left out, the last time that it was.
+        #: Role -> why it was last left out.
         self.reasons: dict[str, str] = {}
         self._cached = None if cache is None else self._open(cache)
         if self._cached is not None:
             self._cached.to(device)
 
     def missing(self) -> dict[str, str]:
-        """Return role -> why it is not available, as far as the config tells before anything is loaded."""
+        """Return role -> why it is not available, as far as the config tells without loading a model."""
         there = frozenset(self._loaded) | (frozenset() if self._cached is None else self._cached.roles)
         reasons = {role: self._reason(role) for role in WANTED if role not in there}
         return {role: reason for role, reason in reasons.items() if reason}
 
     def _reason(self, role: str) -> str:
-        """Why the model of a role can't be loaded, by its config alone; empty: it may well be."""
+        """Return why the model of a role can't be loaded, judged by its config alone; empty if it may be loadable."""
         spec = spec_of(self._models, role)
         if spec is None or spec.path is None or spec.init == "random":
             if role == STUDENT_RAW and self._models.specs[STUDENT].init == "random":
@@ -122,10 +122,10 @@ class MeasuredReferences:
         return ""
 
     def source(self, name: str, encoded: EncodedSet, rows: NDArray[np.int64]) -> HeadSource:
-        """Return the heads that are available for some rows of a set. Collective: call on every rank.
+        """Return the heads available for some rows of a set. Collective: call on every rank.
 
         Args:
-            name: of the set, for the log.
+            name: name of the set, for the log.
             encoded: the set.
             rows: positions in it, the same on all ranks.
         """
@@ -136,7 +136,7 @@ class MeasuredReferences:
         own = {role: model.vocabulary for role, model in live.items()}
         if self._cached is not None:
             own |= dict.fromkeys(cached, self._cached.vocabulary)
-        # A joint decision: a rank alone may have failed to read a file, or have run out of memory.
+        # The ranks agree on the roles: one of them may have failed to read a file, or run out of memory.
         of_ranks = gathered(own)
         roles = frozenset.intersection(*(frozenset(of) for of in of_ranks))
         vocabulary = min([self._vocabulary, *(of[role] for of in of_ranks for role in roles)])
@@ -160,9 +160,9 @@ class MeasuredReferences:
         return self._cached.roles if there.all() else frozenset()
 
     def _open(self, settings: CacheSettings) -> CachedReferences | None:
-        """The roles of the cache that are the models of the config, as far as it names them.
+        """Return the cached roles whose models are those of the config; None if there are none.
 
-        Rows are found by their tokens, so the data of the cache need not be that of the run.
+        Rows are found by their tokens, so the cache may have been made from other data than the run's.
         """
         path = Path(str(settings.path))
         if not settings.path or not CacheStore.is_at(path):
@@ -178,7 +178,7 @@ class MeasuredReferences:
             held = content["models"]
             specs = {role: spec_of(self._models, role) for role in WANTED if role in held}
             roles = [role for role, spec in specs.items() if not model_problems(role, spec, held[role], str(path))]
-            # The checksums of a cache that the loss reads were verified before the training.
+            # No checksums: if the loss reads this cache, they were verified before training.
             store.check(checksum=False)
             return CachedReferences(store, roles) if roles else None
         except (ValueError, OSError) as error:
@@ -200,7 +200,7 @@ class MeasuredReferences:
         return found
 
     def _fitting(self, models: Mapping[str, LanguageModel]) -> dict[str, LanguageModel]:
-        """The models that the device has room for beside the student, brought there; the others are given up."""
+        """Move to the device the models that fit beside the student, and return them; give up the others."""
         found = {}
         for role, model in models.items():
             try:
@@ -222,7 +222,7 @@ class MeasuredReferences:
         return found
 
     def _model(self, role: str) -> LanguageModel | None:
-        """The model of a role, loaded where it is not yet; None where the config gives none or it can't be used."""
+        """Return the model of a role, loading it on first use; None if the config names none or it can't be used."""
         if role in self._loaded or role in self._given_up:
             return self._loaded.get(role)
         spec = spec_of(self._models, role)

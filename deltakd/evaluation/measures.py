@@ -1,4 +1,4 @@
-"""Measures beyond ROUGE of a finished student, teacher-forced: the same for every method, whatever its loss reads."""
+"""Teacher-forced measures of a finished student beyond ROUGE: the same for every method, whatever its loss reads."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from deltakd.evaluation.token_measures import (
 from deltakd.generation.model_step import position_limit
 from deltakd.io.progress import progress_bar
 from deltakd.models import LanguageModel, ModelSettings
-from deltakd.references import CacheSettings, LiveSettings
+from deltakd.references import CacheSettings, LiveSettings, ReferenceSettings
 
 log = logging.getLogger(__name__)
 
@@ -37,17 +37,17 @@ VALIDATION = "val"
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured, and with what.
+    """A student and everything needed to measure it.
 
     Args:
         models: the models that the run names.
         evaluation: the group ``evaluation``.
         data: the group ``data``.
         tokenizer: the student's.
-        vocabulary: number of its tokens.
+        vocabulary: number of tokens.
         model: the student, in eval mode, on its device.
         references: the group ``reference``; a ``CacheSettings`` names a cache.
-        loaded: role -> frozen model that is in memory already.
+        loaded: role -> frozen model already in memory.
         show_progress: show a progress bar.
     """
 
@@ -57,20 +57,20 @@ class Subject:
     tokenizer: PreTrainedTokenizerBase
     vocabulary: int
     model: nn.Module
-    references: LiveSettings | CacheSettings = field(default_factory=LiveSettings)
+    references: ReferenceSettings = field(default_factory=LiveSettings)
     loaded: Mapping[str, LanguageModel] = field(default_factory=dict)
     show_progress: bool = True
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What came out.
+    """The results of measuring a student.
 
     Args:
         scores: ``<set>/<measure>``: ``perplexity``, ``ece`` and ``top1_agreement`` (per cent), ``kl_teacher`` (nats per
             token), ``shift_correlation``; what could not be measured is absent.
-        counts: set -> ``rows`` and ``tokens`` measured, ``tokens_without_shift`` (of which there is no correlation),
-            and from where the ``references`` came.
+        counts: set -> ``rows`` and ``tokens`` measured, ``tokens_without_shift`` (those without a correlation), and
+            the source of the ``references``.
     """
 
     scores: dict[str, float] = field(default_factory=dict)
@@ -80,7 +80,7 @@ class Measured:
 def encode_set(
     name: str, evaluation: EvaluationSettings, data: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> EncodedSet:
-    """The prompts of the set ``name`` with their first references, tokenised as training would.
+    """Return the prompts of the set ``name`` with their first references, tokenised as in training.
 
     Raises:
         ValueError: the source can't be read, or no row is left.
@@ -100,22 +100,20 @@ def encode_set(
 
 
 def measure(subject: Subject, validation: EncodedSet | None) -> Measured:
-    """Measure the student on validation rows and, where answers are generated, on the evaluation sets.
+    """Measure the student on validation rows and, if answers are generated, on the evaluation sets.
 
-    A run that generates nothing is one that is judged on validation data: the evaluation sets are left alone then.
-    Each rank measures its share of the rows; the figures are those of all ranks. Collective: call on every rank.
+    A run that generates no answers is judged on validation data alone. Each rank measures its share of the rows; the
+    results cover all ranks. Collective: call on every rank.
 
     Args:
         subject: the student.
-        validation: its run's tokenised validation rows, or None.
+        validation: the run's tokenised validation rows, or None.
     """
     evaluation, found = subject.evaluation, Measured()
     if evaluation.measures.rows == 0:
         return found
     references = None
-    live = subject.references if isinstance(subject.references, LiveSettings) else LiveSettings()
-    shards = live.sharding == "shard" and place()[1] > 1
-    if shards or any(is_sharded(model) for model in subject.loaded.values()):
+    if (subject.references.shards and place()[1] > 1) or any(is_sharded(model) for model in subject.loaded.values()):
         log.info(
             "The references are sharded, and no rank can run one by itself: the student is measured alone. "
             "deltakd.evaluate run=... measures it beside them, on a device that holds them."
@@ -128,7 +126,7 @@ def measure(subject: Subject, validation: EncodedSet | None) -> Measured:
             subject.vocabulary,
             cache,
             subject.loaded,
-            live.placement,
+            subject.references.placement,
             device_of(subject.model),
         )
     for name, encoded in _sets(subject, validation):
@@ -165,7 +163,7 @@ def _sets(subject: Subject, validation: EncodedSet | None) -> Iterator[tuple[str
 def _sums(
     subject: Subject, source: HeadSource, name: str, encoded: EncodedSet, rows: NDArray[np.int64]
 ) -> dict[str, Tensor]:
-    """Sums over the tokens of all ranks, float64; collective: call on every rank."""
+    """Return sums over the tokens of all ranks, float64. Collective: call on every rank."""
     share = place()
     total, done = _no_tokens(source), 0
     batches = measured_batches(
@@ -182,7 +180,7 @@ def _sums(
 
 
 def _no_tokens(source: HeadSource) -> dict[str, Tensor]:
-    """A zero for each sum that the source allows; the same keys on every rank."""
+    """Return a zero for each sum that the source allows; the same keys on every rank."""
     none_N = torch.zeros(0, dtype=torch.float64)
     teacher = none_N if "teacher" in source.roles else None
     shift = none_N if len(source.roles) == 3 else None

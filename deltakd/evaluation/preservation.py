@@ -1,6 +1,6 @@
-"""Shift preservation of a finished run: its student beside all four models over its own held-out rows.
+"""Shift preservation of a finished run: its student against the other three models on its own held-out rows.
 
-Models, rows, order and arithmetic are those of the run's summary (``measures``), so figures of one name are one number.
+Models, rows, order and arithmetic are those of the run's summary (``measures``), so equal names mean equal numbers.
 """
 
 from __future__ import annotations
@@ -44,20 +44,20 @@ from deltakd.io.run_directory import RunDirectory
 from deltakd.models import ModelSettings, load_tokenizer
 from deltakd.models.identity import model_fingerprint, model_identity, spec_of
 from deltakd.models.roles import open_exported, vocabulary_of
-from deltakd.references import CacheSettings, LiveSettings
+from deltakd.references import CacheSettings, ReferenceSettings
 from deltakd.types import ROLES, STUDENT, Head
 
 __all__ = ["FILE", "Preservation", "RecordedRun", "measure_preservation"]
 
 log = logging.getLogger(__name__)
 
-#: In the run directory.
+#: Name of the result in the run directory.
 FILE = "preservation.json"
-#: Of the definitions: figures of another version are measured again.
+#: Version of the definitions; results of another version are measured again.
 VERSION = 2
 #: Most probable tokens shown for each model.
 CANDIDATES = 5
-#: How a sentence of ``missing`` about data begins.
+#: Start of the sentences of ``missing`` about data.
 _ROWS = "held-out rows"
 
 
@@ -66,11 +66,11 @@ class RecordedRun:
     """A finished run as its directory describes it.
 
     Args:
-        directory: where it is.
-        name: of the run.
+        directory: the run directory.
+        name: the run's name.
         models: the models that its config names.
         data: where its rows came from.
-        measures: how its summary measured it.
+        measures: how its summary was measured.
         references: the group ``reference``; a ``CacheSettings`` names a cache.
         device: where to measure.
     """
@@ -80,25 +80,24 @@ class RecordedRun:
     models: ModelSettings
     data: DataConfig
     measures: MeasureSettings
-    references: LiveSettings | CacheSettings
+    references: ReferenceSettings
     device: torch.device
 
 
 def measure_preservation(run: RecordedRun, limit: int | None = None, views: int = 4) -> Preservation:
-    """Measure how much of its teacher's shift a run's student has, on the run's own held-out rows.
+    """Measure how much of its teacher's shift a run's student preserves, on the run's own held-out rows.
 
-    The models are the exported student and those that the run's config names, whether its loss read them or not, from
-    the run's cache of references where that has them. The result is kept in ``preservation.json``, and used again while
-    models, rows, ``limit`` and ``views`` are those that it was measured on; a model or a file that is gone by now can't
-    have changed.
+    The models are the exported student and those that the run's config names, whether its loss read them or not; they
+    come from the run's reference cache if it has them. The result is kept in ``preservation.json`` and reused while
+    models, rows, ``limit`` and ``views`` are unchanged; a model or file that no longer exists counts as unchanged.
 
     Args:
         run: the run.
-        limit: first N held-out rows; None: those of the summary, ``evaluation.measures.rows`` of the run.
-        views: the token view shows the first N of them.
+        limit: first N held-out rows; None: as in the summary, ``evaluation.measures.rows`` of the run.
+        views: the token view shows the first N rows.
 
     Returns:
-        The figures; or what is missing, where a model, the rows or the student are not there or can't be used.
+        The results, or what is missing if the student, a model or the rows are absent or unusable.
 
     Raises:
         ValueError: ``limit`` below 1 or ``views`` below 0.
@@ -115,7 +114,7 @@ def measure_preservation(run: RecordedRun, limit: int | None = None, views: int 
         )
     subject = _Subject(run, rows, views)
     stored, held_out, missing_data = _read(directory.path / FILE), None, subject.missing_data()
-    # Reading the rows takes seconds, so not in vain.
+    # Reading the rows takes seconds: only if they will be used.
     if not missing_data and (stored is not None or not subject.missing_models):
         try:
             held_out = subject.held_out()
@@ -135,7 +134,7 @@ def measure_preservation(run: RecordedRun, limit: int | None = None, views: int 
 
 
 def _read(path: Path) -> Preservation | None:
-    """What was measured before; None where there is nothing, or nothing that can be read."""
+    """Return the stored result; None if there is none or it can't be read."""
     try:
         return Preservation.from_json(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -146,13 +145,13 @@ def _read(path: Path) -> Preservation | None:
 
 
 def _agrees(held: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """True if figures are of what is there now; None: it is not there."""
+    """True if stored results match the present models and rows; a value of None (absent) matches anything."""
     return all(value is None or held.get(key) == value for key, value in now.items())
 
 
 @dataclass(frozen=True)
 class _Subject:
-    """What is measured: a run, and how much of its held-out rows (None: all)."""
+    """A run, and the number of its held-out rows to measure (None: all)."""
 
     run: RecordedRun
     limit: int | None
@@ -160,14 +159,14 @@ class _Subject:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The exported one."""
+        """The exported tokenizer."""
         return load_tokenizer(
             str(self.run.directory.student), "the student", trust_remote_code=self.run.models.trust_remote_code
         )
 
     @cached_property
     def references(self) -> MeasuredReferences:
-        """Where the frozen models come from."""
+        """The source of the frozen models."""
         given = self.run.references
         return MeasuredReferences(
             self.run.models,
@@ -175,17 +174,17 @@ class _Subject:
             vocabulary_of(self.tokenizer),
             given if isinstance(given, CacheSettings) else None,
             {},
-            given.placement if isinstance(given, LiveSettings) else "auto",
+            given.placement,
             self.run.device,
         )
 
     @cached_property
     def missing_models(self) -> list[str]:
-        """The models that are not there, one sentence each."""
+        """The models that are not available, one sentence each."""
         return [f"{role}: {reason}" for role, reason in self.references.missing().items()]
 
     def missing_data(self) -> list[str]:
-        """What can be told of missing rows without reading any, one sentence each."""
+        """Return what is missing of the rows, as far as can be told without reading them, one sentence each."""
         data = self.run.data
         if not data.validates:
             return [f"{_ROWS}: the run has no validation data (neither data.val nor data.val_size)"]
@@ -193,21 +192,20 @@ class _Subject:
         return [f"{_ROWS}: {sentence}" for sentence in gone]
 
     def held_out(self) -> EncodedSet:
-        """The run's validation rows, tokenised as for its training.
+        """Return the run's validation rows, tokenised as in training.
 
         Raises:
             ValueError: there are none, or they can't be read.
         """
         data = self.run.data
-        if data.prepare is not None:
-            data.prepare()
+        data.make_files()
         encoded = data.load(self.tokenizer).val
         if encoded is None or len(encoded) == 0:
             raise ValueError("no validation row is left")
         return encoded
 
     def identity(self, held_out: EncodedSet | None) -> dict[str, Any]:
-        """What the figures depend on; None for what is not there (a hub's model before it is first loaded)."""
+        """Return what the results depend on; None for what is absent (a hub model before its first download)."""
         return {
             "version": VERSION,
             STUDENT: model_fingerprint(self.run.directory.student),
@@ -219,7 +217,7 @@ class _Subject:
 
 
 def _version(models: ModelSettings, role: str) -> dict[str, Any] | None:
-    """Which model it is, wherever it lies; None where it is not there."""
+    """Return what identifies a model, wherever it is stored; None if it is absent."""
     spec = spec_of(models, role)
     if spec is None or spec.path is None:
         return None
@@ -229,10 +227,10 @@ def _version(models: ModelSettings, role: str) -> dict[str, Any] | None:
 
 
 def _measure(subject: _Subject, held_out: EncodedSet) -> Preservation:
-    """Measure, or say which model can't be used.
+    """Measure, or return which models can't be used.
 
     Raises:
-        ValueError: the exported student can't be opened, or is too short for the rows.
+        ValueError: the exported student can't be opened, or has too few positions for the rows.
     """
     run, rows = subject.run, first_rows(held_out, subject.limit)
     model = open_exported(run.directory.student, run.models, vocabulary_of(subject.tokenizer), run.device)
@@ -298,7 +296,7 @@ def _view(
     pieces: Pieces,
     tokenizer: PreTrainedTokenizerBase,
 ) -> ViewedRow:
-    """One row, token by token; ``part`` is where its tokens are among those of the batch."""
+    """Return one row token by token; ``part`` selects its tokens among those of the batch."""
     candidates = {role: _candidates(head, part, pieces) for role, head in batch.heads.items()}
     names = ("teacher_shift", "student_shift", "correlation")
     teacher, student, correlation = (getattr(batch.measures, name)[part].tolist() for name in names)
@@ -317,7 +315,7 @@ def _view(
 
 
 def _candidates(head: Head, part: slice, pieces: Pieces) -> list[list[tuple[str, float]]]:
-    """For each of some tokens: (text, probability) of what the model would most probably have said."""
+    """Return for each token the model's most probable tokens as (text, probability)."""
     ids_NK, probabilities_NK = top_candidates(head.rows(part.start, part.stop), CANDIDATES)
     pairs = zip(ids_NK.tolist(), probabilities_NK.tolist(), strict=True)
     return [[(pieces[i], p) for i, p in zip(*pair, strict=True)] for pair in pairs]

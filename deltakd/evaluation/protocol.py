@@ -24,17 +24,17 @@ class EvaluationSet:
     """Prompts with their references.
 
     Args:
-        name: what the set is called in results.
+        name: name of the set in results.
         row_ids: n distinct numbers ≥ 0, the rows in the data set; they fix the sampling noise.
         prompts: the rendered texts, for the record only.
         prompt_ids: their token ids, as the model gets them.
-        references: for each prompt one good answer or more.
-        scorer: what scores the answers, one of ``SCORERS``.
+        references: at least one good answer to each prompt.
+        scorer: the scorer of the answers, one of ``SCORERS``.
         asked: how the prompts were made (template, length limit), for the record only.
         cut: how many prompts were longer than the length limit, for the record only.
 
     Raises:
-        ValueError: if the lengths differ or a row id occurs twice.
+        ValueError: the lengths differ, or a row id occurs twice.
     """
 
     name: str
@@ -57,19 +57,19 @@ class EvaluationSet:
         return len(self.row_ids)
 
     def part(self, number: int, parts: int) -> EvaluationSet:
-        """Every so many rows from row ``number`` on: the parts together are the set."""
+        """Return every ``parts``-th row from row ``number`` on; the parts together are the set."""
         rows = slice(number, None, parts)
         lists = {name: getattr(self, name)[rows] for name in ("row_ids", "prompts", "prompt_ids", "references")}
         return replace(self, **lists)
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """How it is asked and scored, beside the decoding, as each record says it."""
+        """How prompts are made and answers scored, decoding aside, as each record holds it."""
         return {**self.asked, "scorer": self.scorer}
 
 
 def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The ids that end an answer: the tokenizer's EOS and those of the model's generation config."""
+    """Return the ids that end an answer: the tokenizer's EOS and those of the model's generation config."""
     config = getattr(model, "generation_config", None)
     found: set[int] = set()
     for value in (tokenizer.eos_token_id, getattr(config, "eos_token_id", None)):
@@ -99,9 +99,9 @@ def answer_set(
 
     Returns:
         For each seed n records, in the order of the set: ``row_id, prompt, prompt_tokens, reference`` (a list)``,
-        output, output_tokens`` (EOS not counted)``, finished`` (False: no EOS came before the answer's last possible
-        token)``, seed, decoding`` (every option that shapes a text, the seed and the EOS ids among them; not the batch
-        size)``, protocol`` (template and length limit).
+        output, output_tokens`` (EOS not counted)``, finished`` (False: the answer used up its tokens without EOS)``,
+        seed, decoding`` (every option that shapes a text, including the seed and the EOS ids, not the batch size)``,
+        protocol`` (template and length limit).
 
     Raises:
         ValueError: see ``generate``.
@@ -143,10 +143,10 @@ def answer_set(
 def evaluate_set(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, eval_set: EvaluationSet, **options: Any
 ) -> dict[int, list[Record]]:
-    """Answer every prompt as ``answer_set`` does, and score the answers.
+    """Answer every prompt with ``answer_set``, and score the answers.
 
     Returns:
-        The records of ``answer_set``, each with the metrics of the set's scorer (percent), named in ``protocol``.
+        The records of ``answer_set``, each with the metrics (per cent) of the set's scorer, which ``protocol`` names.
 
     Raises:
         ValueError: see ``answer_set`` and ``score``.
@@ -156,7 +156,7 @@ def evaluate_set(
 
 
 def scored(records: Sequence[Record], eval_set: EvaluationSet) -> list[Record]:
-    """The records with the scores of the set's scorer, and no others.
+    """Return the records with the scores of the set's scorer, and no other scores.
 
     Raises:
         ValueError: see ``score``.
@@ -169,7 +169,7 @@ def scored(records: Sequence[Record], eval_set: EvaluationSet) -> list[Record]:
 
 
 def _asked(eval_set: EvaluationSet, index: int) -> Record:
-    """What the set says of one row; it must be the same when a stored result is used again."""
+    """Return the set's part of a record; a stored result is reused only if it is the same."""
     return {
         "row_id": eval_set.row_ids[index],
         "prompt": eval_set.prompts[index],
@@ -179,10 +179,10 @@ def _asked(eval_set: EvaluationSet, index: int) -> Record:
 
 
 def matches(records: Sequence[Record], eval_set: EvaluationSet, decoding: Decoding, seed: int) -> bool:
-    """Whether stored records answer exactly this question, so that generating again would be a waste.
+    """True if stored records answer exactly this question and need not be generated again.
 
-    Compared are the decoding options, the seed, and each row's id, prompt and references, in order. Which *model* gave
-    the answers is not in the records: the caller keeps a file for each.
+    Compares the decoding options, the seed, and each row's id, prompt, prompt length and references, in order. The
+    records do not name the *model* that answered: the caller keeps a file for each.
     """
     if len(records) != len(eval_set):
         return False
@@ -203,13 +203,13 @@ def summarise(records_by_seed: Mapping[int, Sequence[Record]]) -> dict[str, floa
         records_by_seed: sampling seed -> scored records of the same rows.
 
     Returns:
-        For each metric of the records its mean (percent); ``<metric>_stderr``, the standard error over prompts: the
-        sample standard deviation of the rows' averages over √n (0 for one row); and, of several sampling seeds,
+        For each metric of the records its mean (per cent); ``<metric>_stderr``, the standard error over prompts: the
+        sample standard deviation of the rows' averages over √n (0 for one row); and, with several sampling seeds,
         ``<metric>_seed_std``: the sample standard deviation of the seeds' means. Neither is the spread over training
-        seeds. And ``output_tokens``, a mean.
+        seeds. Also the mean of ``output_tokens``.
 
     Raises:
-        ValueError: if there are no records, or seeds cover different rows.
+        ValueError: there are no records, or seeds cover different rows.
     """
     by_row = {seed: {record["row_id"]: record for record in records} for seed, records in records_by_seed.items()}
     if not by_row or not all(by_row.values()):

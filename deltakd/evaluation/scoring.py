@@ -1,4 +1,4 @@
-"""Scores of generated answers, row by row: ROUGE and exact match, or the final number."""
+"""Score generated answers row by row: ROUGE and exact match, or the final number."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torchmetrics.functional.text.rouge import rouge_score
 
 from deltakd.evaluation.final_number import final_number_scores
 
-#: Named, because torchmetrics' default keys include rougeLsum, which downloads nltk data.
+#: Explicit, because torchmetrics' default keys include rougeLsum, which downloads nltk data.
 ROUGE_KEYS = ("rouge1", "rouge2", "rougeL")
 
 
@@ -18,10 +18,10 @@ class Scorer:
     """A way of scoring an answer against its references.
 
     Args:
-        metrics: what it gives.
+        metrics: names of its metrics.
         main: the metric that stands for it in lists.
-        description: what is recorded with results.
-        score_row: from an answer and its references to each metric in percent (0 to 100).
+        description: recorded with results.
+        score_row: (answer, references) -> each metric in per cent (0 to 100).
     """
 
     metrics: tuple[str, ...]
@@ -42,7 +42,7 @@ def _collapsed(text: str) -> str:
     return " ".join(text.split())
 
 
-#: Scorers by the name that ``evaluation.scorer`` gives.
+#: Scorers by their name in ``evaluation.scorer``.
 SCORERS: Mapping[str, Scorer] = {
     "rouge": Scorer(
         metrics=(*ROUGE_KEYS, "exact_match"),
@@ -59,13 +59,13 @@ SCORERS: Mapping[str, Scorer] = {
     ),
 }
 
-#: The metrics of all scorers; a row has those of one of them.
+#: The metrics of all scorers; a row has those of one scorer.
 METRICS = tuple(metric for scorer in SCORERS.values() for metric in scorer.metrics)
 
 #: The metrics that stand for their scorers.
 MAIN_METRICS = tuple(scorer.main for scorer in SCORERS.values())
 
-#: The metrics that are shown to people, and how they are called there.
+#: Titles of the metrics that are shown to people.
 METRIC_TITLES: Mapping[str, str] = {
     "rougeL": "ROUGE-L",
     "exact_match": "Exact match",
@@ -75,7 +75,7 @@ METRIC_TITLES: Mapping[str, str] = {
 
 
 def main_metric(scored: Mapping[str, object]) -> str:
-    """The metric that stands for a scored record.
+    """Return the metric that stands for a scored record.
 
     Raises:
         ValueError: it has none.
@@ -92,10 +92,10 @@ def score(
     """Score each prediction against its best reference.
 
     ROUGE is the F-measure with Porter stemming (Lin 2004, torchmetrics' implementation), the best of the references
-    **for each key by itself**, as ``rouge_score.RougeScorer.score_multi`` has it. Its tokens are runs of a–z and 0–9
-    after lower-casing, so a text in another script scores 0. ``exact_match`` asks for equality, case and all, with
-    any of the references once outer white space is stripped and inner white space is collapsed. The final number is
-    told in ``final_number``.
+    **for each key separately**, as in ``rouge_score.RougeScorer.score_multi``. Its tokens are runs of a–z and 0–9
+    after lower-casing, so text in another script scores 0. ``exact_match`` requires case-sensitive equality with any of
+    the references after stripping outer and collapsing inner white space. For the final number see the module
+    ``final_number``.
 
     Args:
         predictions: one text for each row; may be empty.
@@ -103,10 +103,10 @@ def score(
         scorer: one of SCORERS.
 
     Returns:
-        For each row the scorer's metrics, in percent (0 to 100).
+        For each row the scorer's metrics, in per cent (0 to 100).
 
     Raises:
-        ValueError: if the lengths differ, a row has no reference, or one that can't be scored against.
+        ValueError: the lengths differ, or a row has no reference or one that can't be scored against.
     """
     if len(predictions) != len(references):
         raise ValueError(

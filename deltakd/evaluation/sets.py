@@ -1,4 +1,4 @@
-"""The evaluation sets of a run: read, checked against training data and model, and recorded, before weights load."""
+"""Read, check (against training data and model) and record a run's evaluation sets before weights are loaded."""
 
 from __future__ import annotations
 
@@ -18,18 +18,17 @@ from deltakd.io.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-#: So many ids are named in a message; the record has all.
+#: Number of ids in a message; the record has all of them.
 _SHOWN = 10
 
 
 @dataclass(frozen=True)
 class CheckedSets:
-    """Evaluation sets that can be evaluated.
+    """Evaluation sets that passed all checks.
 
     Args:
         sets: in the order of the config.
-        record: the protocol in full, for ``summary.json``: what was asked of the model, and how answers are chosen and
-            scored.
+        record: the full protocol, for ``summary.json``: prompts, decoding and scoring.
     """
 
     sets: list[EvaluationSet]
@@ -44,19 +43,19 @@ def read_checked_sets(
     model: PretrainedConfig,
     train_rows: Sequence[Row] | None,
 ) -> CheckedSets:
-    """Read every evaluation set, and refuse all that can't be evaluated, at once.
+    """Read every evaluation set; report all problems at once.
 
     Args:
-        evaluation: what is to be evaluated.
-        deviations: in what it differs from the protocol that it names.
-        data: whose template and prompt length hold where the evaluation has none.
+        evaluation: the group ``evaluation``.
+        deviations: its differences from the protocol that it names.
+        data: gives template and prompt length if the evaluation sets none.
         tokenizer: the student's.
         model: the student's configuration.
-        train_rows: what was or will be trained on; None: not known, or no rows.
+        train_rows: the training rows; None if unknown or absent.
 
     Raises:
-        ConfigError: everything that is wrong: files and rows that can't be read, references that are missing, empty or
-            without a number to compare with, prompts that fill the model's context, rows that are trained on.
+        ConfigError: lists every problem: unreadable files and rows, references that are missing, empty or without a
+            number to compare with, prompts that fill the model's context, rows that are also trained on.
     """
     asked = evaluation.prompts_of(data)
     positions: int | None = getattr(model, "max_position_embeddings", None)
@@ -119,7 +118,7 @@ def _record(
 
 
 def _reference_problems(one: EvaluationSet) -> list[str]:
-    """Answers without a number, where numbers are compared; other references are checked as they are read."""
+    """Return the problem of references without a number if numbers are compared; other checks are made on reading."""
     if one.scorer != "final_number":
         return []
     bad = [
@@ -148,7 +147,7 @@ def _context_problems(one: EvaluationSet, positions: int | None, limit: int) -> 
 
 
 def _short_of_room(one: EvaluationSet, positions: int | None, tokens: int) -> list[int]:
-    """Rows whose prompts leave room for fewer than so many tokens."""
+    """Return the rows whose prompts leave room for fewer than ``tokens`` tokens."""
     if positions is None:
         return []
     return [row for row, ids in zip(one.row_ids, one.prompt_ids, strict=True) if len(ids) + tokens > positions]
@@ -164,7 +163,7 @@ def _overlapping(name: str, rows: int, overlaps: Sequence[Overlap]) -> str:
 
 
 def _overlap_record(overlaps: Sequence[Overlap]) -> dict[str, list[tuple[int, int]]]:
-    """Pairs of row and training row, by kind."""
+    """Return pairs of row and training row, by kind."""
     return {
         kind: [(o.row_id, o.other_id) for o in overlaps if o.exact == is_exact]
         for kind, is_exact in (("exact", True), ("near", False))

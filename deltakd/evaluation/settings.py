@@ -1,4 +1,4 @@
-"""The group ``evaluation`` of the config: what the trained student is asked, and how its answers are scored."""
+"""The config group ``evaluation``: what the trained student is asked, and how its answers are scored."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ ScorerName = Literal["rouge", "final_number"]
 
 @dataclass(frozen=True, kw_only=True)
 class SetSource:
-    """One entry of ``evaluation.sets``, which may also be a source alone.
+    """One entry of ``evaluation.sets``; the config may also give just the source.
 
     Args:
         source: a file or hub data set.
-        scorer: what scores it; None: ``evaluation.scorer``.
+        scorer: its scorer; None: ``evaluation.scorer``.
         limit: first N rows; None: ``evaluation.limit``.
     """
 
@@ -41,8 +41,8 @@ class MeasureSettings:
 
     Args:
         rows: first N rows of the validation data and of each evaluation set; None: all; 0: nothing is measured.
-        references: ``auto``: from the cache of references, and from the models that the config gives a path for,
-            whether the loss reads them or not; ``none``: no other model than the student.
+        references: ``auto``: those in the reference cache, and the models that the config gives a path for, whether
+            the loss reads them or not; ``none``: the student alone.
     """
 
     rows: Annotated[int, Ge(0)] | None = 256
@@ -51,22 +51,22 @@ class MeasureSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
-    """What ``conf/evaluation/*.yaml`` says.
+    """The contents of ``conf/evaluation/*.yaml``.
 
     Args:
-        generate: generate answers, during training and at its end.
-        sets: name -> where the set is and how it is scored.
+        generate: generate answers during and after training.
+        sets: name -> source and scorer of the set.
         limit: first N rows of each set.
-        seeds: sampling seeds; greedy decoding runs once, and each seed has a file of the same answers.
-        batch_size: answers decoded together, over all seeds, at most.
+        seeds: sampling seeds; greedy decoding runs once and writes the same answers to every seed's file.
+        batch_size: maximum number of answers decoded together, over all seeds.
         val_limit: validation rows answered during training.
         decoding: how tokens are chosen.
-        scorer: of validation answers and of the sets that name no other; None: ``rouge``.
-        template: of the prompts; None: the one of the data.
-        max_prompt_length: tokens of a prompt; None: the one of the data.
+        scorer: scorer of validation answers and of sets that name none; None: ``rouge``.
+        template: template of the prompts; None: that of the data.
+        max_prompt_length: maximum tokens of a prompt; None: that of the data.
         protocol: the published protocol that the group claims to follow, a file of ``conf/evaluation``; None: none.
-        allow_overlap: evaluate sets although some of their rows were trained on, and only warn.
-        measures: what is measured beyond scores of answers, whether anything is generated or not.
+        allow_overlap: only warn if rows of a set were trained on.
+        measures: measures beyond scores of answers; independent of ``generate`` on validation data.
     """
 
     generate: bool = True
@@ -85,25 +85,25 @@ class EvaluationSettings:
 
     @property
     def val_scorer(self) -> str:
-        """What scores answers to validation rows, and those of sets that name no scorer."""
+        """The scorer of answers to validation rows and of sets that name none."""
         return self.scorer or "rouge"
 
     def scorer_of(self, name: str) -> str:
-        """Return what scores the set ``name``."""
+        """Return the scorer of the set ``name``."""
         return self.sets[name].scorer or self.val_scorer
 
     def limit_of(self, name: str) -> int | None:
-        """Return how many rows of the set ``name`` are asked; None: all."""
+        """Return the number of rows of the set ``name`` to ask; None: all."""
         own = self.sets[name].limit
         return self.limit if own is None else own if self.limit is None else min(own, self.limit)
 
     def prompts_of(self, data: DataConfig) -> DataConfig:
-        """Return the data with the template and the prompt length under which answers are asked for."""
+        """Return the data settings with the evaluation's own template and prompt length, if it has them."""
         own: dict[str, Any] = {"template": self.template, "max_prompt_length": self.max_prompt_length}
         return replace(data, **{key: value for key, value in own.items() if value is not None})
 
     def problems(self, data: DataConfig | None) -> list[str]:
-        """Return what would not show before training is over: names that collide, missing files, another template."""
+        """Return problems that would show only after training: name clashes, missing files, another template."""
         found = self.decoding.problems()
         if not self.generate:
             return found

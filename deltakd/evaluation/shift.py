@@ -1,4 +1,4 @@
-"""Shift preservation: how much of the teacher's shift is in the student, token by token (DESIGN 4)."""
+"""Shift preservation: how much of the teacher's shift the student has, token by token (DESIGN 4)."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from torch import Tensor
 
 from deltakd.types import STUDENT, STUDENT_RAW, TEACHER, TEACHER_RAW
 
-#: A shift whose standard deviation is below so many roundings of the logits is no shift.
+#: A shift counts as zero if its standard deviation is at most this many rounding errors of the logits.
 _ROUNDINGS = 8.0
 #: Rows of logits whose intermediate results, in float64, stay in a core's cache.
 BLOCK_ROWS = 16
 
 
 def shift_correlation(logits: Mapping[str, Tensor], rounding: float) -> Tensor:
-    """[N] Pearson correlation of both shifts over the vocabulary, weighted by the teacher's probabilities.
+    """Return the [N] Pearson correlations of both shifts over the vocabulary, weighted by the teacher's probabilities.
 
-    The shifts are what fine-tuning did, log π_t^ft − log π_t^raw, and what training did, log π_θ − log π_s^raw. A
-    constant added to all logits of a model changes no correlation, so they are differences of logits. A token that one
-    of the models rules out (a bias of −∞) has no shift: the correlation is that of the others.
+    The shifts are those of the teacher's fine-tuning, log π_t^ft − log π_t^raw, and of the student's training,
+    log π_θ − log π_s^raw. They are computed from logits, since a constant added to all logits of a model changes no
+    correlation. A token that any model rules out (a bias of −∞) has no shift and is left out.
 
     Args:
-        logits: role -> [N, V] float64 of all four ROLES; −∞ rules a token out, which then plays no part.
+        logits: role -> [N, V] float64 of all four ROLES; −∞ rules a token out.
         rounding: relative error of a logit.
 
     Returns:
-        float64; NaN where one of the shifts has no variance beyond rounding.
+        float64; NaN where a shift has no variance beyond rounding.
     """
     blocks = range(0, max(1, len(logits[STUDENT])), BLOCK_ROWS)
     parts = [{role: z_NV[at : at + BLOCK_ROWS] for role, z_NV in logits.items()} for at in blocks]
@@ -45,7 +45,7 @@ def _correlation(logits: Mapping[str, Tensor], rounding: float) -> Tensor:
         lowest = {role: z_NV.amin(-1) for role, z_NV in logits.items()}
     weight_NV = (teacher_NV - teacher_NV.amax(-1, keepdim=True)).exp_()
     weight_NV /= weight_NV.sum(-1, keepdim=True)
-    # Errors of variance s² have a weighted variance of s² · (1 − Σ w²): little where the teacher is certain.
+    # Errors of variance s² have a weighted variance of s² · (1 − Σ w²), which is small where the teacher is certain.
     spread_N = torch.linalg.vecdot(weight_NV, 1.0 - weight_NV).sqrt()
     centred, weighted, deviation, defined = {}, {}, {}, []
     for name, (tuned, raw) in {STUDENT: (STUDENT, STUDENT_RAW), TEACHER: (TEACHER, TEACHER_RAW)}.items():
@@ -53,10 +53,10 @@ def _correlation(logits: Mapping[str, Tensor], rounding: float) -> Tensor:
         shift_NV -= torch.linalg.vecdot(weight_NV, shift_NV)[:, None]
         centred[name], weighted[name] = shift_NV, weight_NV * shift_NV
         deviation[name] = torch.linalg.vecdot(weighted[name], shift_NV).sqrt()
-        # Logits are rounded in proportion to their size, which may be far above that of their differences.
+        # Rounding errors grow with the logits, which may be far larger than their differences.
         size_N = 1.0 + sum(torch.maximum(logits[role].amax(-1), -lowest[role]) for role in (tuned, raw))
         if (deviation[name] <= _ROUNDINGS * rounding * size_N * spread_N).any():
-            # The largest logit was a bound that is cheap, and nearly always enough.
+            # The largest logit is a cheap bound and nearly always enough; here it takes the weighted norm.
             size_N = 1.0 + sum(torch.linalg.vecdot(weight_NV * logits[r], logits[r]).sqrt() for r in (tuned, raw))
         defined.append(deviation[name] > _ROUNDINGS * rounding * size_N * spread_N)
     covariance_N = torch.linalg.vecdot(weighted[STUDENT], centred[TEACHER])

@@ -1,4 +1,4 @@
-"""A teacher's answers to the training prompts, as training data: sequence-level KD (Kim & Rush, arXiv 1606.07947)."""
+"""A teacher's answers to the training prompts as training data: sequence-level KD (Kim & Rush, arXiv 1606.07947)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from deltakd.types import TEACHER
 
 log = logging.getLogger(__name__)
 
-#: Prompts of one file of ``answers/``: what an interruption costs at most; a larger batch than this is never made.
+#: Prompts in a file of ``answers/``: the most that an interruption loses, and the largest batch.
 SHARD_PROMPTS = 256
 
 TRAIN_FILE = "train.jsonl"
@@ -34,16 +34,16 @@ VAL_FILE = "val.jsonl"
 
 @dataclass(frozen=True)
 class Answering:
-    """What answering needs once everything is loaded.
+    """Everything that answering needs, loaded.
 
     Args:
-        path: of the teacher, for the log and the record.
-        data: whose template and prompt length hold.
+        path: path of the teacher, for the log and the record.
+        data: gives the template and the prompt length.
         evaluation: how answers are decoded.
-        rows: whose prompts are answered, and the validation rows.
-        tokenizer: the student's, which the teacher has been proved to share.
+        rows: the training rows, whose prompts are answered, and the validation rows.
+        tokenizer: the student's, checked to be the teacher's, too.
         vocabulary: number of tokens that both share.
-        teacher: on the device where it answers.
+        teacher: on its device.
         show_progress: show a progress bar.
     """
 
@@ -58,15 +58,15 @@ class Answering:
 
 
 def answer_prompts(parts: Answering, directory: Path, holds_out: bool) -> tuple[dict[str, Any], float | None]:
-    """Answer every training prompt, and write the rows with their new answers.
+    """Answer every training prompt, and write the rows with the new answers.
 
     Args:
         parts: everything loaded.
-        directory: gets ``answers/`` (what is there already is not made again), ``train.jsonl`` and ``val.jsonl``.
-        holds_out: the validation rows were held out of the training rows, and are kept as they were.
+        directory: gets ``answers/`` (existing answers are reused), ``train.jsonl`` and ``val.jsonl``.
+        holds_out: True if the validation rows were held out of the training rows; they are written unchanged.
 
     Returns:
-        The counts, and the speed (tokens/s, None where nothing was left to do).
+        The counts, and the speed (tokens/s; None if nothing was left to do).
 
     Raises:
         ValueError: no answer is left.
@@ -82,7 +82,7 @@ def answer_prompts(parts: Answering, directory: Path, holds_out: bool) -> tuple[
 
 
 def _answer_all(parts: Answering, folder: Path) -> tuple[list[dict[str, Any]], float | None]:
-    """The records of all rows, in order, and the speed (tokens/s, None where nothing was left to do)."""
+    """Return the records of all rows, in order, and the speed (tokens/s; None if nothing was left to do)."""
     rows, evaluation = parts.rows.train, parts.evaluation
     log.info("%s answers %d prompts.", parts.path, len(rows))
     records: list[dict[str, Any]] = []
@@ -125,7 +125,7 @@ def _advance(advance: Callable[[int], None], start: int, done: int) -> None:
 
 
 def _keep(rows: Sequence[Row], records: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The records of ``train.jsonl``, and the counts of the summary.
+    """Return the records of ``train.jsonl`` and the counts of the summary.
 
     Raises:
         ValueError: nothing is left.

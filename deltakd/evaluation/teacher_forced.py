@@ -1,4 +1,4 @@
-"""One pass of a student over reference answers, teacher-forced: the summary's figures and the report's come from it."""
+"""A teacher-forced pass of a student over reference answers, shared by summary and report."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class MeasuredBatch:
     Args:
         rows: their positions in the set.
         heads: role -> head of their N valid tokens, row after row.
-        measures: of these tokens.
+        measures: the measures of these tokens.
     """
 
     rows: list[int]
@@ -37,12 +37,12 @@ class MeasuredBatch:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Return where the model is."""
+    """Return the model's device."""
     return next(model.parameters()).device
 
 
 def first_rows(encoded: EncodedSet, rows: int | None) -> NDArray[np.int64]:
-    """Return the positions of the rows that are measured: the first N of the set, or all (``measures.rows``)."""
+    """Return the positions of the rows to measure: the first N of the set (``measures.rows``), or all."""
     return np.arange(len(encoded))[:rows]
 
 
@@ -58,16 +58,16 @@ def measured_batches(
     share: tuple[int, int] = (0, 1),
     with_shifts: bool = False,
 ) -> Iterator[MeasuredBatch]:
-    """Measure rows, in batches of similar length: less padding.
+    """Measure rows in batches of similar length, which need less padding.
 
     Args:
-        model: the student, on its device; it is in eval mode meanwhile.
-        source: the heads it is held against.
+        model: the student, on its device; put in eval mode meanwhile.
+        source: the heads to measure it against.
         tokenizer: the student's.
         encoded: the set.
         rows: positions in it.
         batch_size: rows of a batch.
-        share: (rank, world size): this rank takes one row in ``world size``, by length.
+        share: (rank, world size): this rank takes every ``world size``-th row in the order of length.
         with_shifts: see ``token_measures``.
     """
     rank, world_size = share

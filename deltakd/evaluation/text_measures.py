@@ -1,4 +1,4 @@
-"""Measures of generated texts that need no model: how diverse, how long, how repetitive."""
+"""Diversity, length and repetition of generated texts; no model needed."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-#: What is counted: runs of letters, digits and underscores, and each other visible character by itself.
+#: A word: a run of letters, digits and underscores, or any other visible character by itself.
 _WORD = re.compile(r"\w+|[^\w\s]")
-#: Lengths of the n-grams of which distinct-n is given.
+#: Lengths n of distinct-n.
 DISTINCT = (1, 2, 4)
 REPETITION = 4
 TEXT_MEASURES = (*(f"distinct_{n}" for n in DISTINCT), "length_ratio", f"repetition_{REPETITION}")
 
 
 def words(text: str) -> list[str]:
-    """The text's words and punctuation marks in lower case, whatever the model's tokenizer makes of it.
+    """Return the text's words and punctuation marks in lower case, independent of the model's tokenizer.
 
-    Models of different tokenizers are so counted alike. Scripts without spaces have one word a run of characters.
+    In scripts without spaces each run of characters is one word.
     """
     return _WORD.findall(text.lower())
 
 
 def text_measures(records_by_seed: Mapping[int, Sequence[Mapping[str, Any]]]) -> dict[str, float]:
-    """Measure answers; each figure is made under each sampling seed, then averaged over seeds.
+    """Measure answers under each sampling seed, and average over seeds.
 
     Args:
         records_by_seed: sampling seed -> records with ``output`` and ``reference`` (a list of texts).
 
     Returns:
         The TEXT_MEASURES. ``distinct_n`` (per cent): see ``distinct``, over all answers. ``length_ratio``: words of all
-        answers over words of their references, of several references the mean. ``repetition_4`` (per cent): see
-        ``repetition``, mean over answers.
+        answers over words of their references (mean of several references). ``repetition_4`` (per cent): mean of
+        ``repetition`` over answers.
 
     Raises:
         ValueError: there are no records.
@@ -54,20 +54,19 @@ def _measures_of(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def distinct(answers: Iterable[Sequence[str]], n: int) -> float:
-    """Different n-grams over n-grams of all answers, from 0 to 1; no n-gram crosses from one answer to the next.
+    """Return distinct n-grams over all n-grams of the answers, from 0 to 1; no n-gram spans two answers.
 
-    After Li et al. (arXiv 1510.03055), who divide by the number of words, which for n = 1 is the same; divided by the
-    number of n-grams it is the Dist-n of MiniLLM (arXiv 2306.08543). It falls with the number of answers: compare it
-    on equal sets alone.
+    This is Dist-n of MiniLLM (arXiv 2306.08543), after Li et al. (arXiv 1510.03055), who divide by the number of words
+    (the same for n = 1). It falls with the number of answers: compare it on equal sets only.
     """
     counts = Counter(gram for answer in answers for gram in _ngrams(answer, n))
     return len(counts) / counts.total() if counts else 0.0
 
 
 def repetition(answer: Sequence[str], n: int) -> float:
-    """Share of an answer's n-grams that stood in it before: 1 − different / all, from 0 to 1.
+    """Return the share of an answer's n-grams that occurred in it before: 1 − distinct / all, from 0 to 1.
 
-    This is seq-rep-n of Welleck et al. (arXiv 1908.04319). An answer of fewer than n words repeats nothing.
+    This is seq-rep-n of Welleck et al. (arXiv 1908.04319); 0 for an answer of fewer than n words.
     """
     grams = _ngrams(answer, n)
     return 1.0 - len(set(grams)) / len(grams) if grams else 0.0

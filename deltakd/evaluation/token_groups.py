@@ -1,4 +1,4 @@
-"""How a run preserved its teacher's shift: figures overall, by position, by class of token, and token by token."""
+"""How well a run preserved its teacher's shift: overall, by position, by token class, and token by token."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-#: What is averaged (see ``deltakd.evaluation.token_measures.TokenMeasures``): a correlation, nats, and shares.
+#: Averaged measures (see ``deltakd.evaluation.token_measures.TokenMeasures``): a correlation, nats, and shares.
 MEASURES = ("correlation", "kl_teacher", "kl_raw", "top1_agreement", "nll")
-#: Positions in the answer, from 0, as bins.
+#: Bins of the position in the answer, from 0.
 POSITIONS = ("0", "1", "2-3", "4-7", "8-15", "16-31", "32-63", "64+")
 #: Classes of tokens, by their text.
 WORD_START, WORD_CONTINUATION, NUMBER = "word start", "word continuation", "number"
@@ -25,8 +25,8 @@ class Estimate:
     """A mean over tokens.
 
     Args:
-        mean: None where there is nothing to average, or it is not finite.
-        stderr: its standard error, rows being what varies; None for one row.
+        mean: None if there is nothing to average, or a value is not finite.
+        stderr: its standard error over rows; None for one row.
     """
 
     mean: float | None
@@ -35,13 +35,13 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Group:
-    """What was measured on some of the tokens.
+    """Measures of a group of tokens.
 
     Args:
-        tokens: how many.
-        rows: of how many rows.
-        undefined: tokens without a correlation: one of the shifts has no variance.
-        measures: one estimate for each of MEASURES.
+        tokens: number of tokens.
+        rows: number of rows that they come from.
+        undefined: tokens without a correlation, since a shift has no variance.
+        measures: an estimate for each of MEASURES.
     """
 
     tokens: int
@@ -55,8 +55,8 @@ class ViewedToken:
     """One token of an answer.
 
     Args:
-        text: as it reads within the answer, its leading space included.
-        teacher_shift, student_shift: log-ratio of the token, tuned to raw, nats; None where it is not finite.
+        text: its text within the answer, with its leading space.
+        teacher_shift, student_shift: log-ratio of the token, tuned to raw, nats; None if not finite.
         correlation: of the two shifts over the vocabulary at this position; None: undefined.
         candidates: role -> (text, probability) of its most probable tokens, most probable first.
     """
@@ -74,7 +74,7 @@ class ViewedRow:
 
     Args:
         row_id: the row's number in its data set.
-        prompt: what stands before the answer, as text.
+        prompt: the text before the answer.
         tokens: the answer's.
     """
 
@@ -88,10 +88,10 @@ class Preservation:
     """Shift preservation of one run on held-out rows.
 
     Args:
-        missing: what stood in the way of measuring, one sentence each, each beginning with what is missing
-            (``teacher: ...``); not empty: nothing else is here.
-        measured_on: what the figures depend on: models, rows, limits.
-        overall: all tokens; None where something is missing.
+        missing: what prevented measuring, one sentence each, beginning with what is missing (``teacher: ...``); if not
+            empty, all else is empty.
+        measured_on: what the results depend on: models, rows, limits.
+        overall: all tokens; None if something is missing.
         by_position: bin of POSITIONS -> its tokens; bins without tokens are absent.
         by_class: likewise, one of CLASSES.
         token_view: the first rows, token by token.
@@ -105,15 +105,15 @@ class Preservation:
     token_view: list[ViewedRow] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """Dicts, lists, numbers and strings alone."""
+        """Return dicts, lists, numbers, strings and None only."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Preservation:
-        """Take back what ``to_json`` gave, also after a detour through a file.
+        """Invert ``to_json``, also after a round trip through a file.
 
         Raises:
-            ValueError: it is something else.
+            ValueError: ``value`` is something else.
         """
         try:
             return cls(
@@ -142,18 +142,18 @@ def _token_from(value: Mapping[str, Any]) -> ViewedToken:
 
 
 def position_bin(position: int) -> str:
-    """The bin of POSITIONS of a position in the answer, from 0."""
+    """Return the bin of POSITIONS of a position in the answer, from 0."""
     return POSITIONS[min(position.bit_length(), len(POSITIONS) - 1)]
 
 
 def token_class(text: str, before: str, special: bool) -> str:
-    """The class of a token.
+    """Return the class of a token.
 
     Args:
-        text: of the token; half a character is U+FFFD.
-        before: the text in front of it; a word goes on where both sides of the joint are letters, digits or half
-            characters (so each character of a script without spaces but the first continues its word).
-        special: whether it is one of the tokenizer's special tokens, such as EOS: the end of a text.
+        text: the token's text; part of a character is U+FFFD.
+        before: the text in front of it; a word continues if the characters on both sides are letters, digits or parts
+            of characters (so in a script without spaces all characters but the first continue the word).
+        special: True for special tokens of the tokenizer, such as EOS; their class is the end of the text.
     """
     if special:
         return END
@@ -175,13 +175,13 @@ def _in_word(character: str) -> bool:
 def summarise_tokens(
     values: Mapping[str, NDArray[np.float64]], rows: NDArray[np.int64], names: Sequence[str], order: Sequence[str]
 ) -> dict[str, Group]:
-    """The tokens of each name as a group.
+    """Return the tokens of each name as a group.
 
     Args:
         values: measure -> [N].
         rows: [N] the row of each token.
         names: N names, such as bins.
-        order: all names, in the order wanted; those without tokens are left out.
+        order: all names in the desired order; those without tokens are left out.
     """
     named = np.array(names)
     chosen = {name: named == name for name in order}
@@ -189,7 +189,7 @@ def summarise_tokens(
 
 
 def summarise(values: Mapping[str, NDArray[np.float64]], rows: NDArray[np.int64]) -> Group:
-    """Mean over tokens, as all losses are, and its standard error, where whole rows are what was drawn.
+    """Return means over tokens, as for all losses, with standard errors for a sample of whole rows.
 
     The mean is Σ_r s_r / Σ_r n_r over R rows with sum s_r and n_r tokens, so its error is that of a ratio:
     √(R / (R − 1) · Σ_r (s_r − mean · n_r)²) / Σ_r n_r (Cochran, Sampling Techniques, 3rd ed., chapter 6).

@@ -1,4 +1,4 @@
-"""Measures of next-token distributions on teacher-forced responses, each defined once: summary and report share them.
+"""Measures of next-token distributions on teacher-forced responses, defined once for summary and report.
 
 Likelihood, calibration, and distance to a teacher; the correlation of shifts is in ``shift``.
 """
@@ -15,24 +15,24 @@ from torch import Tensor
 from deltakd.evaluation.shift import BLOCK_ROWS, shift_correlation
 from deltakd.types import ROLES, STUDENT, STUDENT_RAW, TEACHER, TEACHER_RAW, Head, in_float64
 
-#: Equal-width bins of confidence, as in the paper of the expected calibration error.
+#: Number of equal-width confidence bins, as in the paper on expected calibration error.
 CALIBRATION_BINS = 15
 
 
 @dataclass(frozen=True)
 class TokenMeasures:
-    """What was measured at N response tokens; all [N] float64, on the heads' device (of MPS, on the CPU).
+    """Measures of N response tokens; all [N] float64, on the heads' device (on the CPU for MPS).
 
     Args:
         nll: −log π_θ of the label, nats.
         confidence: π_θ of the student's most probable token.
-        correct: 1 where the label is a most probable token of the student, else 0.
-        kl_teacher: KL(p_t ‖ π_θ), nats; infinite where the teacher may say what the student rules out. None without a
-            teacher.
-        top1_agreement: 1 where the teacher's most probable token is a most probable one of the student, else 0;
-            None without a teacher.
+        correct: 1 if the label is a most probable token of the student, else 0.
+        kl_teacher: KL(p_t ‖ π_θ), nats; infinite if the student rules out a token that the teacher does not. None
+            without a teacher.
+        top1_agreement: 1 if the teacher's most probable token is a most probable one of the student, else 0; None
+            without a teacher.
         correlation: of both shifts, see ``shift_correlation``; None without all four models.
-        kl_raw: KL(p_t ‖ π_s^raw), nats: where the student came from. None, as the next two, unless asked for.
+        kl_raw: KL(p_t ‖ π_s^raw), nats: the student's starting point. None, like the next two, unless asked for.
         student_shift: log π_θ − log π_s^raw of the label, nats.
         teacher_shift: log π_t^ft − log π_t^raw of the label, nats.
     """
@@ -52,19 +52,19 @@ class TokenMeasures:
 def token_measures(
     heads: Mapping[str, Head], labels: Tensor, chunk_size: int = 256, *, with_shifts: bool = False
 ) -> TokenMeasures:
-    """Measure what the heads that are there allow, exactly over the whole vocabulary.
+    """Measure all that the given heads allow, exactly over the whole vocabulary.
 
-    Logits are multiplied out in at least float32, a chunk of tokens at a time; everything else is float64.
+    Logits are computed in at least float32, one chunk of tokens at a time; everything else is float64.
 
     Args:
-        heads: head of ``student`` and, where there are any, of ``teacher``, ``teacher_raw`` and ``student_raw``, over
-            the same N tokens and the same vocabulary.
+        heads: head of ``student`` and, if available, of ``teacher``, ``teacher_raw`` and ``student_raw``, over the same
+            N tokens and the same vocabulary.
         labels: [N] int64.
-        chunk_size: tokens of a chunk; that many rows of logits of each head exist at one time.
-        with_shifts: measure ``kl_raw``, ``student_shift`` and ``teacher_shift``, too; needs all four heads.
+        chunk_size: tokens in a chunk; each head has this many rows of logits in memory at a time.
+        with_shifts: also measure ``kl_raw``, ``student_shift`` and ``teacher_shift``; needs all four heads.
 
     Raises:
-        ValueError: a head that is needed is missing, heads disagree in N or V, or the chunk size is below 1.
+        ValueError: a required head is missing, heads disagree in N or V, or the chunk size is below 1.
     """
     _check(heads, labels, chunk_size, ROLES if with_shifts else (STUDENT,))
     upcast = {role: head.upcast() for role, head in heads.items()}
@@ -84,9 +84,9 @@ def top_candidates(head: Head, count: int, chunk_size: int = 64) -> tuple[Tensor
     """Return the most probable tokens.
 
     Args:
-        head: over N tokens.
-        count: how many, K (at most V are given).
-        chunk_size: tokens of a chunk.
+        head: head of N tokens.
+        count: K, capped at V.
+        chunk_size: tokens in a chunk.
 
     Returns:
         [N, K] int64 ids, most probable first, and [N, K] their probabilities.
@@ -124,7 +124,7 @@ def _block(logits: Mapping[str, Tensor], labels_N: Tensor, with_shifts: bool) ->
     at_label_N = student_NV.gather(-1, labels_N1).squeeze(-1)
     measures = {"nll": -at_label_N, "confidence": highest_N.exp(), "correct": (at_label_N == highest_N).double()}
     if TEACHER in wide:
-        # Not two argmax and a comparison: one of them costs as much as five sums.
+        # Not two argmaxes and a comparison: one argmax costs as much as five sums.
         at_favourite_N = student_NV.gather(-1, wide[TEACHER].max(-1, keepdim=True).indices).squeeze(-1)
         measures["top1_agreement"] = (at_favourite_N == highest_N).double()
         teacher_NV = wide[TEACHER].log_softmax(-1)
@@ -141,15 +141,15 @@ def _block(logits: Mapping[str, Tensor], labels_N: Tensor, with_shifts: bool) ->
 
 
 def _forward_kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
-    """[N] KL(p ‖ q) in nats of log-probabilities [N, V]; infinite where p may say what q rules out."""
+    """Return [N] KL(p ‖ q) in nats from log-probabilities [N, V]; infinite where q rules out what p does not."""
     p_NV = log_p_NV.exp()
     return torch.where(p_NV > 0, p_NV * (log_p_NV - log_q_NV), 0.0).sum(-1)
 
 
 def calibration_bins(confidence_N: Tensor, correct_N: Tensor) -> Tensor:
-    """[3, CALIBRATION_BINS] float64: number of tokens, sum of confidence and sum of correctness in each bin.
+    """Return [3, CALIBRATION_BINS] float64: number of tokens, sum of confidence and sum of correctness per bin.
 
-    Bin m of M holds confidences in ((m − 1)/M, m/M]. Bins of several parts of the tokens add up to those of all.
+    Bin m of M holds confidences in ((m − 1)/M, m/M]. The results of disjoint sets of tokens add up.
     """
     bin_N = (confidence_N * CALIBRATION_BINS).ceil().long().clamp(1, CALIBRATION_BINS) - 1
     values_3N = torch.stack([torch.ones_like(confidence_N), confidence_N, correct_N]).double()
@@ -157,16 +157,14 @@ def calibration_bins(confidence_N: Tensor, correct_N: Tensor) -> Tensor:
 
 
 def expected_calibration_error(bins_3M: Tensor) -> float:
-    """ECE = Σ_m |B_m| / N · |acc(B_m) − conf(B_m)| (Guo et al., arXiv 1706.04599, eq. 3), as a share from 0 to 1.
+    """Return ECE = Σ_m |B_m| / N · |acc(B_m) − conf(B_m)| (Guo et al., arXiv 1706.04599, eq. 3), from 0 to 1.
 
-    The N predictions are the student's next tokens at the positions of the response, its end (EOS) included and the
-    prompt not. conf is the mean probability of the most probable token, acc how often that token is the reference's.
+    The N predictions are the student's next tokens at the positions of the response, with its end (EOS) and without the
+    prompt. conf is the mean probability of the most probable token, acc the share of them that match the reference.
+    NaN without tokens.
 
     Args:
-        bins_3M: of ``calibration_bins``.
-
-    Returns:
-        NaN without tokens.
+        bins_3M: result of ``calibration_bins``.
     """
     tokens_M, confidence_M, correct_M = bins_3M
     total = float(tokens_M.sum())

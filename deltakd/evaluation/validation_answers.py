@@ -1,4 +1,4 @@
-"""The answers of each validation during training: ``validation/step_<step>.jsonl`` in the run directory."""
+"""Answers of each validation during training: ``validation/step_<step>.jsonl`` in the run directory."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _FOLDER = "validation"
 
 
 def write_validation_answers(run_dir: Path, step: int, records: Sequence[dict[str, Any]]) -> None:
-    """Keep the answers after an optimiser step; a resumed run writes the same again."""
+    """Write the answers after an optimiser step; a resumed run writes the same file again."""
     write_json_lines(run_dir / _FOLDER / f"step_{step:08d}.jsonl", records, "answers")
 
 
 def read_validation_answers(run_dir: Path) -> dict[int, list[dict[str, Any]]]:
-    """Optimiser step -> records as ``evaluate_set`` made them, in the order of the steps.
+    """Return optimiser step -> records of ``evaluate_set``, in the order of the steps.
 
     Raises:
         ValueError: a file is damaged.

@@ -1,4 +1,4 @@
-"""Generation with a key-value cache, whose samples depend on neither batching nor order."""
+"""Generation with a key-value cache; samples depend on neither batching nor order."""
 
 from deltakd.generation.decoding import Decoding
 from deltakd.generation.generator import generate

@@ -24,10 +24,10 @@ class Decoding:
     Args:
         do_sample: sample from the distribution; False takes the most probable token.
         temperature: divides the logits; sampling only.
-        top_k: sample among the k most probable tokens; 0 turns it off; sampling only.
-        top_p: sample among the smallest set of tokens with at least this mass; 1 turns it off; sampling only.
-        no_repeat_ngram_size: no n-gram of this size occurs twice in prompt and answer together; 0 turns it off.
-        max_new_tokens: the longest answer, in tokens, EOS included.
+        top_k: sample from the k most probable tokens; 0: off; sampling only.
+        top_p: sample from the smallest set of tokens with at least this mass; 1: off; sampling only.
+        no_repeat_ngram_size: no n-gram of this size occurs twice in prompt and answer together; 0: off.
+        max_new_tokens: most tokens of an answer, EOS included.
     """
 
     do_sample: bool = True
@@ -38,7 +38,7 @@ class Decoding:
     max_new_tokens: Annotated[int, Ge(1)] = 256
 
     def problems(self) -> list[str]:
-        """Return what is wrong with the options, one sentence each that opens with its config key."""
+        """Return what is wrong with the options, one sentence per problem, beginning with the config key."""
         greedy = "; for the most probable token give do_sample: false"
         found = [p + (greedy if ".temperature is" in p else "") for p in mismatches(self, "evaluation.decoding")]
         if self.no_repeat_ngram_size != 1:
@@ -50,10 +50,10 @@ class Decoding:
         ]
 
     def processors(self) -> LogitsProcessorList:
-        """The transformers processors of these options, in the order in which ``generate`` applies them.
+        """Return the transformers processors for these options, in the order in which ``generate`` applies them.
 
         They take ``(history_BT int64, logits_BV float32)``. Padding in the history must be ids that no token has and
-        that differ from column to column, or else the n-gram ban counts padding as text.
+        that differ from column to column; otherwise the n-gram ban counts padding as text.
         """
         processors = LogitsProcessorList()
         if self.no_repeat_ngram_size:

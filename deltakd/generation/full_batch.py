@@ -1,4 +1,4 @@
-"""The rows that are being decoded together: how they start, how finished ones leave, how new ones join."""
+"""The rows being decoded together: how they start, how finished rows leave, and how new ones join."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from deltakd.generation import key_values
 
 @dataclass
 class Row:
-    """One answer on its way; ``stream`` is None for greedy decoding."""
+    """One answer in progress; ``stream`` is None for greedy decoding."""
 
     row_id: int
     prompt: Sequence[int]
@@ -26,10 +26,10 @@ class Row:
     finished: bool = False
 
     def take(self, token: int, eos_ids: frozenset[int]) -> None:
-        """Add a token, or finish on EOS; the last token of the budget finishes too.
+        """Add a token; finish on EOS or when the budget is used up.
 
         Raises:
-            ValueError: the token is negative, which stands for NaN: so finding one needs no second wait for the device.
+            ValueError: the token is negative, which marks NaN logits (so the check needs no second device sync).
         """
         if token < 0:
             raise ValueError(
@@ -45,16 +45,16 @@ class Row:
 
 @dataclass
 class DecodingState:
-    """The rows that are in the model's input, and what the model needs to go on.
+    """The rows in the model's input, and what the model needs to continue them.
 
     Args:
         rows: B rows.
-        input_ids: [B, t] the tokens that the cache does not hold yet.
-        mask: [B, T] int64 over everything so far; padding is on the left, and once a row is finished its columns get 0,
-            so that its position stands still.
+        input_ids: [B, t] tokens that are not in the cache yet.
+        mask: [B, T] int64 over everything so far. Padding is on the left; new columns of a finished row are 0, so its
+            position stands still.
         history: [B, T] the text so far; padding is −1, −2, …, so that no n-gram of padding ever repeats.
         positions: [B, t] of ``input_ids`` in their rows.
-        cache: the model's own cache object, None before the first step.
+        cache: the model's own cache object; None before the first step.
     """
 
     rows: list[Row]
@@ -66,7 +66,7 @@ class DecodingState:
 
     @classmethod
     def of(cls, rows: list[Row], pad_id: int, device: torch.device) -> DecodingState:
-        """The start of ``rows``, padded on the left."""
+        """Return the initial state of ``rows``, padded on the left."""
         width = max(len(row.prompt) for row in rows)
         pads = [width - len(row.prompt) for row in rows]
         mask = torch.tensor([[0] * n + [1] * (width - n) for n in pads], device=device)
@@ -77,11 +77,11 @@ class DecodingState:
 
     @property
     def live(self) -> int:
-        """The number of rows that go on."""
+        """Number of unfinished rows."""
         return sum(not row.finished for row in self.rows)
 
     def take(self, tokens_B: Tensor, eos_ids: frozenset[int]) -> None:
-        """Add a token to each row that goes on, and make them the next input; what finished rows get is masked."""
+        """Add a token to each unfinished row and make the tokens the next input, masked for finished rows."""
         for row, token in zip(self.rows, tokens_B.tolist(), strict=True):
             if not row.finished:
                 row.take(token, eos_ids)
@@ -93,16 +93,16 @@ class DecodingState:
         self.positions = self.positions[:, -1:] + live_B1
 
     def repeat(self, rows: list[Row], sources: list[int]) -> None:
-        """Put ``rows`` in place of those that are there; each goes on from one of those, several from the same one."""
+        """Replace the rows: ``rows[i]`` continues from row ``sources[i]``, which may occur several times."""
         self._select(sources, self.mask.shape[1])
         self.rows = rows
 
     def drop_finished(self) -> None:
-        """Take the finished rows out, and the columns that are padding in all others."""
+        """Remove the finished rows, and the columns that are padding in all others."""
         self._select([i for i, row in enumerate(self.rows) if not row.finished], self._width)
 
     def admit(self, other: DecodingState) -> None:
-        """Take the rows of ``other`` in, in the places of finished ones, and in new ones where those do not suffice."""
+        """Take in the rows of ``other``: first in the places of finished rows, then in new ones."""
         if other.live < len(other.rows):
             other.drop_finished()
         places = [i for i, row in enumerate(self.rows) if row.finished][: len(other.rows)]
@@ -123,16 +123,16 @@ class DecodingState:
 
     @property
     def _width(self) -> int:
-        """The columns that the rows which go on need."""
+        """Number of columns that the unfinished rows need."""
         return max(len(row.prompt) + len(row.tokens) for row in self.rows if not row.finished)
 
     def _cached(self, width: int) -> int:
-        """The columns of the cache where the mask has ``width``."""
+        """Return the cache's number of columns when the mask has ``width``."""
         missing: int = self.mask.shape[1] - self.cache.get_seq_length()
         return width - missing
 
     def _select(self, keep: list[int], width: int) -> None:
-        """Some rows in a mask of another width; padding comes and goes on the left."""
+        """Keep some rows and change the width; columns are added or removed on the left."""
         indices = torch.tensor(keep, device=self.mask.device)
         key_values.select(self.cache, indices, self._cached(width))
         self.mask, self.history = (_aligned(tensor, width)[indices] for tensor in (self.mask, self.history))

@@ -1,7 +1,7 @@
-"""Generation with a key-value cache, whose samples depend on neither batching nor order.
+"""Generation with a key-value cache; samples depend on neither batching nor order.
 
-Each row has its own noise (see ``token_choice``), so batch size, order, company and number of processes change a sample
-only where rounding of the logits flips a near-tie.
+Each row has its own noise (``sampling.py``), so batch size, order, the other rows and the number of processes change a
+sample only if rounding of the logits flips a near-tie.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from deltakd.generation.key_values import can_select
 from deltakd.generation.model_step import Step, evaluating, position_limit
 from deltakd.generation.sampling import TokenChoice, row_stream
 
-#: New prompts are run once this part of the batch is free: less would cost more passes, more leave more of it idle.
+#: New prompts are run once this share of the batch is free. Less would cost more passes; more would leave rows idle.
 REFILL = 1 / 8
 
-#: The rows that have ended are taken out once they are this part of the batch and no prompt can take their places: none
-#: is left, or the answers to the next one need more room.
+#: Finished rows are removed once they are this share of the batch and no prompt can take their places: none is left, or
+#: the answers to the next one need more room.
 COMPACT = 1 / 4
 
 
@@ -43,28 +43,28 @@ def generate(
 ) -> list[list[list[int]]]:
     """Continue every prompt under every seed.
 
-    A prompt is run once, and its cache serves all seeds. Answers that have ended make room for further prompts. Where
-    a cache can't be taken apart by rows (recurrent layers), a batch runs until all of it has ended.
+    A prompt is run once, and its cache serves all seeds. Finished answers make room for further prompts. If the cache
+    cannot be split by rows (recurrent layers), a batch runs until all its answers have ended.
 
     Args:
-        model: a decoder of transformers, or one wrapped by PEFT; its training mode is restored afterwards.
+        model: a transformers decoder, possibly wrapped by PEFT; its training mode is restored afterwards.
         prompts: token ids without padding, at least one each.
-        row_ids: one number ≥ 0 for each prompt: its row in the data set, which fixes its noise.
+        row_ids: for each prompt its row in the data set, ≥ 0, which fixes its noise.
         decoding: how tokens are chosen.
         seeds: S numbers ≥ 0; greedy decoding ignores them and decodes once for all.
-        batch_size: answers that are decoded together, at most; the longest prompts come first, so that a lack of memory
-            shows at once.
-        eos_ids: tokens that end an answer; none may be given.
+        batch_size: most answers decoded together; the longest prompts come first, so that a lack of memory shows at
+            once.
+        eos_ids: tokens that end an answer; may be empty.
         vocab_size: V of the tokenizer; logits beyond it are padding and are cut off.
         pad_id: any id that the model can embed; padding is masked.
-        progress: called as answers end, with their number so far, of S for each prompt.
+        progress: called as answers end, with the number ended so far, out of S per prompt.
 
     Returns:
         For each seed, in order, the new tokens of each prompt, in order: without EOS, at most ``max_new_tokens``. An
         answer that reaches the model's last position (``max_position_embeddings``) stops there.
 
     Raises:
-        ValueError: on decoding options, seeds, prompts or row ids that cannot be used, or logits that are NaN.
+        ValueError: decoding options, seeds, prompts or row ids are invalid, or logits are NaN.
     """
     _check(decoding, batch_size, seeds)
     noises = seeds if decoding.do_sample else (None,)
@@ -85,9 +85,9 @@ class _Decoder:
     """Decodes a queue of prompts in a batch that is kept full.
 
     Args:
-        step: the model.
-        choose: the tokens.
-        eos_ids, pad_id: see ``generate``.
+        step: runs the model.
+        choose: chooses the tokens.
+        eos_ids, pad_id: as for ``generate``.
     """
 
     def __init__(self, step: Step, choose: TokenChoice, eos_ids: frozenset[int], pad_id: int) -> None:
@@ -95,15 +95,15 @@ class _Decoder:
         self._choose = choose
         self._eos_ids = eos_ids
         self._pad_id = pad_id
-        # Whether rows of the cache can be moved: known after the first step.
+        # False if rows of the cache cannot be moved, which is known after the first step.
         self._movable = True
 
     def run(self, queue: deque[list[Row]], batch_size: int) -> Iterator[int]:
-        """Decode all of it; whenever answers have ended, their number is yielded.
+        """Decode the whole queue; whenever answers end, yield their number.
 
         Args:
             queue: groups of rows with the same prompt, none larger than ``batch_size``.
-            batch_size: the most rows at a time.
+            batch_size: most rows at a time.
         """
         state: DecodingState | None = None
         while queue or state is not None:
@@ -120,7 +120,7 @@ class _Decoder:
                 state = None
 
     def _start(self, groups: list[list[Row]]) -> DecodingState:
-        """Run new prompts, each once where its cache can be repeated, and choose the first tokens."""
+        """Run new prompts, each once if its cache can be repeated, and choose the first tokens."""
         rows = [row for group in groups for row in group]
         sources = [i for i, group in enumerate(groups) for _ in group]
         state = DecodingState.of([group[0] for group in groups], self._pad_id, self._step.device)
@@ -136,7 +136,7 @@ class _Decoder:
         return state
 
     def _advance(self, state: DecodingState) -> int:
-        """One more token for each row; how many ended by it."""
+        """Decode one more token for each row; return the number of rows that ended."""
         before = state.live
         self._take(state, self._step(state))
         if self._movable and 0 < state.live <= (1 - COMPACT) * len(state.rows):
@@ -159,7 +159,7 @@ def _joined(state: DecodingState | None, started: DecodingState) -> DecodingStat
 
 
 def _groups(prompts: Sequence[list[Row]], batch_size: int) -> deque[list[Row]]:
-    """The rows of each prompt, in parts that fit into a batch."""
+    """Return the rows of each prompt, in parts that fit in a batch."""
     return deque(rows[i : i + batch_size] for rows in prompts for i in range(0, len(rows), batch_size))
 
 
@@ -209,16 +209,16 @@ def _rows(
 
 
 def answer_budget(prompt: Sequence[int], row_id: int, max_new_tokens: int, limit: int | None) -> int:
-    """How many tokens an answer to ``prompt`` may have; one that has so many did not end by itself.
+    """Return the most tokens that an answer to ``prompt`` may have; an answer of that length was cut off.
 
     Args:
         prompt: its token ids.
-        row_id: for the message.
+        row_id: for the error message.
         max_new_tokens: of the decoding options.
-        limit: the positions of the model, None where it has no limit.
+        limit: the model's number of positions; None: no limit.
 
     Raises:
-        ValueError: the prompt is empty, or leaves no position to generate at.
+        ValueError: the prompt is empty, or leaves no position to generate.
     """
     if not len(prompt):
         raise ValueError(f"The prompt of row {row_id} is empty: it needs at least one token, such as BOS.")

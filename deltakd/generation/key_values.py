@@ -1,4 +1,4 @@
-"""Rows of a model's key-value cache: chosen, repeated, put in the places of others; columns added without a copy."""
+"""Edits a model's key-value cache: selects, repeats and replaces rows, and adds columns without a copy."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-#: Columns that a buffer has more than it holds: so many steps pass between two copies of the cache.
+#: Spare columns of a new buffer: the cache is copied only once per this many steps.
 ROOM = 32
 
 
 @final
 class RoomyLayer(DynamicLayer):
-    """Keys and values of full attention in buffers that are longer than what they hold.
+    """Keys and values of full attention, in buffers with spare columns.
 
-    The layer of transformers copies all it holds at every step, which costs a small model as much as its attention.
+    The transformers layer copies everything at every step, which costs a small model as much as its attention.
 
     Args:
-        keys, values: [B, heads, T, D]; they are copied.
+        keys, values: [B, heads, T, D]; copied.
     """
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
@@ -29,7 +29,7 @@ class RoomyLayer(DynamicLayer):
         self._show(0, keys.shape[2])
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append [B, heads, t, D]; returns all keys and values, which are views."""
+        """Append [B, heads, t, D]; return views of all keys and values."""
         end = self._end + key_states.shape[2]
         if end > self._buffers[0].shape[2]:
             extra = key_states.shape[2] + ROOM
@@ -57,10 +57,10 @@ class RoomyLayer(DynamicLayer):
 
 
 def can_select(cache: Any) -> bool:
-    """Whether ``select`` and ``replace`` work on a cache: all its layers are plain or sliding attention.
+    """True if ``select`` and ``replace`` work on a cache: all its layers are plain or sliding attention.
 
-    Asked by exact type. Layers with a recurrent state inherit the methods of attention layers, and those would move the
-    keys and leave the state behind; other layers hold more than keys and values, or hold them quantised.
+    The check is by exact type. Layers with a recurrent state inherit the methods of attention layers, which would move
+    the keys and leave the state behind; other layers hold more than keys and values, or hold them quantised.
     """
     layers = getattr(cache, "layers", [])
     known = (DynamicLayer, DynamicSlidingWindowLayer, RoomyLayer)
@@ -68,34 +68,34 @@ def can_select(cache: Any) -> bool:
 
 
 def select(cache: Any, rows: Tensor, columns: int) -> None:
-    """Keep some rows, and make columns come or go on the left.
+    """Keep some rows, and add or remove columns on the left.
 
     Args:
-        cache: one that ``can_select``; its layers of full attention become roomy.
-        rows: [n] int64, which may repeat.
-        columns: how many there are afterwards; those that are put in are zeros.
+        cache: one that ``can_select``; its full-attention layers become ``RoomyLayer``.
+        rows: [n] int64; may repeat.
+        columns: number of columns afterwards; new ones are zeros.
     """
     for number, layer in enumerate(cache.layers):
         if not layer.is_initialized:
-            # A layer that uses the keys of another one has none.
+            # A layer that shares another layer's keys has none of its own.
             continue
         width = _width(layer, columns)
         keys, values = (_aligned(states, width)[rows] for states in (layer.keys, layer.values))
         if type(layer) is DynamicSlidingWindowLayer:
-            # It holds the last columns and counts them all, since the mask is built from the count.
+            # It holds only the last columns but counts all of them, since the mask is built from the count.
             layer.keys, layer.values, layer.cumulative_length = keys, values, columns
         else:
             cache.layers[number] = RoomyLayer(keys, values)
 
 
 def replace(cache: Any, rows: Tensor, other: Any, columns: int) -> None:
-    """Put all rows of another cache in place of ``rows`` of this one, in order, their last columns aligned.
+    """Replace ``rows`` of this cache by all rows of another, in order, with their last columns aligned.
 
     Args:
         cache: one that went through ``select``.
-        rows: [n] int64, all different.
-        other: the cache of n rows, of at most ``columns`` columns.
-        columns: how many of this cache are kept.
+        rows: [n] int64, distinct.
+        other: a cache of n rows and at most ``columns`` columns.
+        columns: number of this cache's columns to keep.
     """
     for layer, new in zip(cache.layers, other.layers, strict=True):
         if not layer.is_initialized:
@@ -111,7 +111,7 @@ def replace(cache: Any, rows: Tensor, other: Any, columns: int) -> None:
 
 
 def _width(layer: Any, columns: int) -> int:
-    """The columns that a layer holds of so many."""
+    """Return how many of ``columns`` columns a layer holds."""
     return min(columns, layer.sliding_window - 1) if type(layer) is DynamicSlidingWindowLayer else columns
 
 

@@ -1,4 +1,4 @@
-"""What generation asks of a model: one step with a cache, evaluation mode, and the number of positions."""
+"""What generation needs from a model: one step with a cache, evaluation mode, and the number of positions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from deltakd.types import at_least_float32
 
 
 class Step:
-    """One forward pass over a state: the processed logits of its last position."""
+    """One forward pass over a state."""
 
     def __init__(self, model: nn.Module, processors: Callable[..., Any], vocab_size: int) -> None:
         self._model = model
@@ -24,7 +24,7 @@ class Step:
         self.device = next(model.parameters()).device
 
     def __call__(self, state: DecodingState) -> Tensor:
-        """[B, V] in at least float32; the state's cache moves on."""
+        """Return the last position's processed logits, [B, V] in at least float32; update the state's cache."""
         extra: dict[str, Any] = {}
         if "logits_to_keep" in self._parameters:
             extra["logits_to_keep"] = 1
@@ -51,7 +51,7 @@ class Step:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every module has its own mode back (frozen parts may have been in eval)."""
+    """Set evaluation mode; on exit restore each module's own mode (frozen parts may have been in eval)."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -62,11 +62,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def position_limit(model: nn.Module) -> int | None:
-    """The positions that the model has, or None where its config names no limit."""
+    """Return the model's number of positions, or None if its config names no limit."""
     limit: int | None = getattr(_unwrapped(model).config, "max_position_embeddings", None)
     return limit
 
 
 def _unwrapped(model: Any) -> Any:
-    # PEFT's forward takes *args and **kwargs: only the model inside it shows what it accepts.
+    # PEFT's forward takes *args and **kwargs; only the wrapped model's signature shows what it accepts.
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,4 +1,4 @@
-"""The next token of each row, sampled with noise that belongs to (seed, row, position), and to nothing else."""
+"""Samples each row's next token, with noise that depends on (seed, row, position) alone."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from torch import Tensor
 
 
 def row_stream(seed: int, row_id: int) -> np.random.Generator:
-    """The random stream of one row under one seed; position t takes the t-th group of draws.
+    """Return the random stream of one row under one seed; position t uses the t-th group of draws.
 
-    NumPy's generator, not torch's: torch's CPU generator reads 32 bits of its seed only, so that rows of a large
-    study would share streams, and a GPU's generator has other streams again.
+    NumPy's generator, not torch's: torch's CPU generator reads only 32 bits of its seed, so rows of a large study would
+    share streams, and a GPU's generator has different streams.
     """
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(row_id,))))
 
 
 @final
 class TokenChoice:
-    """The most probable token of each row, or one that is sampled with its probability.
+    """Chooses each row's most probable token, or samples one.
 
     Sampling is Gumbel-max (arXiv 1411.0030) in two stages. Tokens fall into N blocks of K ≈ √V neighbours. The argmax
-    of log Σ exp(logits of a block) plus Gumbel noise is a block with its probability; the argmax of the logits plus
-    fresh noise within that block is a token with its probability given the block. The distribution is that of one stage
-    over all V tokens, but a token takes N + K draws in place of V (449 for 50,257): drawing on the CPU then costs
-    little beside a step of the model, and little is sent to a GPU. Rounding of the logits matters only in a near-tie.
+    of log Σ exp(logits of a block) plus Gumbel noise samples a block; the argmax of the logits plus fresh noise within
+    that block samples a token given the block. The distribution is that of one stage over all V tokens, but a token
+    takes N + K draws instead of V (449 for 50,257): drawing them on the CPU costs little compared with a step of the
+    model, and little is sent to a GPU. Rounding of the logits matters only in a near-tie.
 
     Args:
         vocab_size: V.
@@ -39,15 +39,15 @@ class TokenChoice:
         self._blocks = -(-vocab_size // self._block)
 
     def __call__(self, logits_BV: Tensor, streams: Sequence[np.random.Generator | None] | None) -> Tensor:
-        """[B] int64, −1 where a logit is NaN.
+        """Return [B] int64 token ids; −1 if a logit of the row is NaN.
 
         Args:
             logits_BV: at least float32; −∞ is a probability of 0.
-            streams: those of the rows, None for a row whose token will not be used; None in place of them all takes the
-                most probable tokens.
+            streams: one per row; None for a row whose token will not be used. None instead of the list: take the most
+                probable tokens.
         """
         block_BN = self._of_blocks(logits_BV, torch.amax if streams is None else torch.logsumexp)
-        # The noise is drawn on the CPU after the forward pass was launched: on a GPU the two overlap.
+        # Drawn on the CPU after the forward pass was launched, so that on a GPU the two overlap.
         noise = None if streams is None else self._noise(streams).to(logits_BV)
         if noise is not None:
             block_BN += noise[:, : self._blocks]
@@ -62,7 +62,7 @@ class TokenChoice:
         return tokens_B1.masked_fill(is_nan_B1, -1).squeeze(1)
 
     def _of_blocks(self, logits_BV: Tensor, reduced: Callable[..., Tensor]) -> Tensor:
-        # The last block may be short: reducing it by itself is cheaper than padding a copy of all logits.
+        # The last block may be short; reducing it separately is cheaper than padding a copy of all logits.
         whole = logits_BV.shape[1] // self._block * self._block
         found_BN = reduced(logits_BV[:, :whole].unflatten(1, (-1, self._block)), dim=2)
         if whole == logits_BV.shape[1]:
@@ -70,7 +70,7 @@ class TokenChoice:
         return torch.cat([found_BN, reduced(logits_BV[:, whole:], dim=1, keepdim=True)], dim=1)
 
     def _noise(self, streams: Sequence[np.random.Generator | None]) -> Tensor:
-        """[B, N + K] float64 Gumbel noise; a row without a stream gets some finite noise."""
+        """Return [B, N + K] float64 Gumbel noise; a row without a stream gets some finite values."""
         uniform = np.zeros((len(streams), self._blocks + self._block))
         for stream, row in zip(streams, uniform, strict=True):
             if stream is not None:
@@ -79,7 +79,7 @@ class TokenChoice:
 
 
 def gumbel(uniform: np.ndarray) -> np.ndarray:
-    """−log(−log(1 − u)) in float64, finite for every double u in [0, 1).
+    """Return −log(−log(1 − u)) in float64, finite for every double u in [0, 1).
 
     The winners have u near 0, where doubles are fine-grained enough. In float32, u would be a multiple of 2⁻²⁴: one
     position in tens of thousands would hold an exact 0, and its token would win whatever its probability.

@@ -98,13 +98,16 @@ def _adapter(hint: Any) -> TypeAdapter[Any] | None:
 
 
 def allowed(hint: Any) -> str:
-    """Say in words which values an annotation allows."""
+    """Say in words which values an annotation allows; text in an ``Annotated`` stands for itself."""
     return " or ".join(dict.fromkeys(_words(hint)))
 
 
 def _words(hint: Any, bounds: str = "") -> list[str]:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
+        told = [mark for mark in arguments[1:] if isinstance(mark, str)]
+        if told:
+            return told
         return [word + _length(arguments[1:]) for word in _words(arguments[0], _bounds(arguments[1:]))]
     if origin in (Union, types.UnionType):
         return [word for part in arguments for word in _words(part, bounds)]

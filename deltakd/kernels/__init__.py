@@ -1,4 +1,4 @@
-"""Kernels: losses over heads, multiplied out chunk by chunk, so that no tensor of N · V ever exists."""
+"""Kernels: losses over heads, multiplied out chunk by chunk, so that no [N, V] tensor ever exists."""
 
 from deltakd.kernels.blocks import row_blocks
 from deltakd.kernels.buckets import BucketLogits, Buckets

@@ -1,4 +1,4 @@
-"""Elementwise work over logits, a few rows at a time: a whole chunk would pass through memory each time."""
+"""Blocks of rows for elementwise work on logits, so that each operation stays in cache, not in main memory."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class Buckets:
         return any(log_p.shape[1] > self.k for log_p in self.log_probs.values())
 
     def rows(self, start: int, stop: int) -> Buckets:
-        """The buckets of tokens ``start`` to ``stop`` (exclusive)."""
+        """Return the buckets of tokens ``start`` to ``stop`` (exclusive)."""
         log_probs = {role: log_p[start:stop] for role, log_p in self.log_probs.items()}
         return Buckets(self.support[start:stop], log_probs, self.temperature)
 
@@ -66,7 +66,7 @@ class Buckets:
         return Buckets(self.support[:, :k], log_probs, self.temperature)
 
     def cast(self, dtype: torch.dtype) -> Buckets:
-        """The same buckets with log-probs in another dtype."""
+        """Return the same buckets with log-probs in another dtype."""
         return Buckets(
             self.support, {role: log_p.to(dtype) for role, log_p in self.log_probs.items()}, self.temperature
         )
@@ -77,7 +77,7 @@ class BucketLogits(Mapping[str, Tensor]):
     """Stands in for logits: [N, K + 1] by role; labels are then positions in the support.
 
     The values are τ times log-probs at τ, so a loss that divides by τ gets the bucketed distributions at τ. The
-    student's cross-entropy is at τ = 1; if τ is another, a loss has to call ``cross_entropy`` for it.
+    student's cross-entropy is at τ = 1; if τ differs, a loss must call ``cross_entropy`` for it.
 
     Args:
         kept: [N, K] the student's logits on the support.
@@ -90,7 +90,7 @@ class BucketLogits(Mapping[str, Tensor]):
         self._at_one = _joined(kept, tail_at_one)
         self._logits = {STUDENT: _joined(kept, tail)}
         for role, log_p in buckets.log_probs.items():
-            # Log-probs are stored in few bits; the student's dtype is the one to compute in.
+            # Log-probs are stored in few bits; compute in the student's dtype.
             self._logits[role] = at_least_float32(log_p).to(kept.dtype) * buckets.temperature
 
     def __getitem__(self, role: str) -> Tensor:
@@ -103,7 +103,7 @@ class BucketLogits(Mapping[str, Tensor]):
         return len(self._logits)
 
     def cross_entropy(self, labels: Tensor) -> Tensor:
-        """−log softmax(z_student)[label] over the whole vocabulary at τ = 1: [N] nats, exact.
+        """Return −log softmax(z_student)[label] over the whole vocabulary at τ = 1: [N] nats, exact.
 
         Args:
             labels: [N] int64, positions in the support.
@@ -134,7 +134,7 @@ def bucketed_chunk(
     leaves = [z_NV.gather(1, buckets.support)]
     shares: list[Tensor] = []
     if buckets.has_tail:
-        # The bucket is summed over its own tokens: all − kept would cancel if the bucket is small.
+        # Sum the bucket over its own tokens: all − kept would cancel if the bucket is small.
         z_NV.scatter_(1, buckets.support, -torch.inf)
         for temperature in [1.0] if tau == 1.0 else [tau, 1.0]:
             tail_N, share_NV = _log_sum(z_NV, temperature, in_place=temperature == 1.0)
@@ -155,7 +155,7 @@ def bucketed_chunk(
 
 
 def _log_sum(z_NV: Tensor, temperature: float, in_place: bool) -> tuple[Tensor, Tensor]:
-    """τ · logsumexp(z / τ), [n], and its gradient softmax(z / τ), [n, V]."""
+    """Return τ · logsumexp(z / τ), [n], and its gradient softmax(z / τ), [n, V]."""
     share_NV = z_NV if in_place else z_NV.clone()
     log_sum_N = torch.empty_like(z_NV[:, 0])
     for rows in row_blocks(z_NV):
@@ -172,7 +172,7 @@ def _log_sum(z_NV: Tensor, temperature: float, in_place: bool) -> tuple[Tensor, 
 def _spread(
     gradients: tuple[Tensor | None, ...] | list[None], shares: list[Tensor], support: Tensor, z_NV: Tensor
 ) -> Tensor:
-    """The gradient w.r.t. all logits [n, V], from those w.r.t. kept logits and tails; overwrites ``shares``."""
+    """Return the gradient w.r.t. all logits [n, V], from those w.r.t. kept logits and tails; overwrites ``shares``."""
     total_NV: Tensor | None = None
     for gradient_N, share_NV in zip(gradients[1:], shares, strict=True):
         if gradient_N is not None:

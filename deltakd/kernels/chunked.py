@@ -1,9 +1,9 @@
 """A loss over heads, one chunk of tokens at a time; the student's gradients are computed in the forward pass.
 
-A chunk takes one of three ways: by hand (``fused.py``) if the loss has a fused form, over buckets (``buckets.py``) if
-the references are stored as top-K log-probs, and by autograd through the loss's own formula otherwise.
-``tests/kernels/test_chunked.py`` shows for every ready-made loss that the sum and its gradients are those of all logits
-at once.
+A chunk is computed in one of three ways: by hand (``fused.py``) if the loss has a fused form, over buckets
+(``buckets.py``) if the references are stored as top-K log-probs, and otherwise by autograd through the loss's own
+formula. ``tests/kernels/test_chunked.py`` shows for every ready-made loss that the sum and its gradients equal those of
+all logits at once.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from deltakd.types import STUDENT, Head, HeadLogits, LinearForwardKL, Loss, at_l
 
 #: MiB that the logits of a chunk, and everything computed from them, may take.
 MEMORY_BUDGET = 256.0
-#: Tensors the size of a chunk's logits that exist at one time: by hand, over a reduced vocabulary, and in the most
-#: demanding loss under autograd.
+#: Tensors the size of a chunk's logits that exist at once: by hand, over a reduced vocabulary, and under autograd
+#: in the most demanding loss.
 _TENSORS = {"fused": 2, "buckets": 4, "autograd": 16}
 #: Smaller chunks spend their time on the head's gradient, which each chunk adds to as a whole.
 _MIN_CHUNK = 32
 
 
 def chunk_size_for(memory_budget: float, vocabulary: int, itemsize: int, form: str) -> int:
-    """The number of tokens per chunk that fits in ``memory_budget`` MiB; at least 32, even if that takes more.
+    """Return the number of tokens per chunk that fits in ``memory_budget`` MiB; at least 32, even if that takes more.
 
     Args:
         memory_budget: MiB.
@@ -90,7 +90,7 @@ def chunked_loss(
 
 
 def _attached_zero(student: Head) -> Tensor:
-    """A zero that gives every trained tensor of the head a gradient: data-parallel training waits for all of them."""
+    """Return a zero that gives every trained tensor of the head a gradient: data-parallel training waits for all."""
     tensors = (student.hidden, student.weight[:0], None if student.bias is None else student.bias[:0])
     return sum(
         (at_least_float32(t).sum() for t in tensors if t is not None), torch.zeros((), device=student.hidden.device)
@@ -160,7 +160,7 @@ def _by_autograd(
     rows: slice,
     grads: dict[str, Tensor] | None,
 ) -> dict[str, Tensor]:
-    """``loss`` and the parts of a chunk, detached; adds its gradients to ``grads``."""
+    """Return ``loss`` and the parts of a chunk, detached; add its gradients to ``grads``."""
     leaves: dict[str, Tensor] = {}
     if grads is not None:
         chunk, leaves = _with_leaves(chunk, grads)
@@ -175,7 +175,7 @@ def _by_autograd(
 def _by_buckets(
     loss: Loss, chunk: Head, buckets: Buckets, rows: slice, grads: dict[str, Tensor] | None
 ) -> dict[str, Tensor]:
-    """As ``_by_autograd``, over a reduced vocabulary; autograd keeps tensors of its size only."""
+    """As ``_by_autograd``, over a reduced vocabulary; autograd keeps only tensors of that size."""
     if grads is None or chunk.softcap is None:
         values, grad_NV = bucketed_chunk(loss, chunk.logits(), buckets, grads is not None)
         if grads is not None and grad_NV is not None:
@@ -200,7 +200,7 @@ def _add_gradients(
 
 
 def _with_leaves(chunk: Head, grads: Mapping[str, Tensor]) -> tuple[Head, dict[str, Tensor]]:
-    """The chunk with fresh leaves for the tensors whose gradients are wanted."""
+    """Return the chunk with fresh leaves for the tensors whose gradients are wanted, and these leaves."""
     tensors = {"hidden": at_least_float32(chunk.hidden), "weight": chunk.weight, "bias": chunk.bias}
     leaves = {name: t.detach().requires_grad_() for name, t in tensors.items() if name in grads and t is not None}
     tensors |= leaves

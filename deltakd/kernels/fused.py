@@ -22,9 +22,9 @@ from deltakd.types import Head, HeadLogits, LinearForwardKL, Loss
 
 
 def fusible(loss: Loss, student: Head, references: Mapping[str, Head]) -> LinearForwardKL | None:
-    """The form to compute by hand, or None if autograd has to differentiate the loss.
+    """Return the form to compute by hand, or None if autograd has to differentiate the loss.
 
-    A bias of −inf (a token that a model rules out) needs the care that the plain formula takes.
+    A bias of −inf (a token that a model rules out) is left to the plain formula, which handles it.
     """
     form = loss.fused_form
     if form is None or not _linear(student):
@@ -62,7 +62,7 @@ def fused_chunk(
 
 
 def _block(form: LinearForwardKL, z_NV: Tensor, target_NV: Tensor | None, labels: Tensor) -> dict[str, Tensor]:
-    """Loss and parts of a few tokens. The student's logits become the gradient; the target's are overwritten."""
+    """Return loss and parts of a few tokens. The student's logits become the gradient; the target's are overwritten."""
     tau, ce_weight = form.temperature, form.ce_weight
     rows_N = torch.arange(len(labels), device=labels.device)
     log_q_NV = z_NV.log_softmax(-1)

@@ -53,12 +53,12 @@ class Distillation(LabelMixture):
 
     @property
     def schedules(self) -> Mapping[str, Schedule]:
-        """Those of the target."""
+        """Schedules of the target."""
         return self.target.schedules
 
     @property
     def term_whole_vocabulary_reasons(self) -> tuple[str, ...]:
-        """Those of the target and of the divergence."""
+        """Reasons of the target and of the divergence."""
         return self.target.whole_vocabulary_reasons + self.divergence.whole_vocabulary_reasons
 
     def _fused_term(self) -> LinearForwardKL | None:

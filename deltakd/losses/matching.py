@@ -217,12 +217,12 @@ class DeltaMatching(LabelMixture):
 
     @property
     def schedules(self) -> Mapping[str, Schedule]:
-        """Those of the matching."""
+        """Schedules of the matching."""
         return self.matching.schedules
 
     @property
     def term_whole_vocabulary_reasons(self) -> tuple[str, ...]:
-        """Those of the matching."""
+        """Reasons of the matching."""
         return self.matching.whole_vocabulary_reasons(self.temperature)
 
     def term(self, logits: Mapping[str, Tensor], log_student_NV: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -273,7 +273,7 @@ class DistillationPlusMatching(LabelMixture):
 
     @property
     def term_whole_vocabulary_reasons(self) -> tuple[str, ...]:
-        """Those of the divergence; those of the matching unless γ is always 0."""
+        """Reasons of the divergence; reasons of the matching unless γ is always 0."""
         matching = () if is_zero(self._delta_weight) else self.matching.whole_vocabulary_reasons(self.temperature)
         return self.divergence.whole_vocabulary_reasons + matching
 

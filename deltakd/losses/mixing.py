@@ -69,7 +69,7 @@ class LabelMixture(Loss):
     @property
     @final
     def whole_vocabulary_reasons(self) -> tuple[str, ...]:
-        """Those of the term; none if λ = 1."""
+        """Reasons of the term; none if λ = 1."""
         return () if self.ce_weight == 1.0 else self.term_whole_vocabulary_reasons
 
     @property

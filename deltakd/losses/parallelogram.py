@@ -75,7 +75,7 @@ class Parallelogram(LabelMixture):
 
     @property
     def term_whole_vocabulary_reasons(self) -> tuple[str, ...]:
-        """Those of the divergence and of the corners."""
+        """Reasons of the divergence and of the corners."""
         corners = (reason for _, target in self.corners.values() for reason in target.whole_vocabulary_reasons)
         return (*self.divergence.whole_vocabulary_reasons, *corners)
 

@@ -133,7 +133,7 @@ class ShiftedTarget(Target):
 
     @property
     def whole_vocabulary_reasons(self) -> tuple[str, ...]:
-        """Those of the treatment, if there is a shift to treat."""
+        """Reasons of the treatment, if there is a shift to treat."""
         return self.treatment.whole_vocabulary_reasons if self.shifts else ()
 
     @torch.no_grad()

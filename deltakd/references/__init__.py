@@ -3,7 +3,7 @@
 from deltakd.references.base import References
 from deltakd.references.cached import CachedReferences
 from deltakd.references.live import LiveReferences
-from deltakd.references.settings import CacheSettings, LiveSettings
+from deltakd.references.settings import CacheSettings, LiveSettings, ReferenceSettings, SourceSettings
 from deltakd.references.store import CacheStore, StoreError
 
 __all__ = [
@@ -12,6 +12,8 @@ __all__ = [
     "CachedReferences",
     "LiveReferences",
     "LiveSettings",
+    "ReferenceSettings",
     "References",
+    "SourceSettings",
     "StoreError",
 ]

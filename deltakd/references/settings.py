@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, final
 
 import torch
 from annotated_types import Ge, Gt, Lt
@@ -18,8 +19,53 @@ from deltakd.references.live import LiveReferences
 from deltakd.types import STUDENT
 
 
+class ReferenceSettings:
+    """What a choice of the group ``reference`` says: ``LiveSettings``, ``CacheSettings``, or a source of one's own.
+
+    Attributes:
+        placement: a device of their own for references that run; ``auto``: the student's.
+        shards: True if each rank holds a part of the models.
+    """
+
+    placement: str = "auto"
+
+    @property
+    def shards(self) -> bool:
+        """True if each rank holds a part of the models."""
+        return False
+
+    def problems(self, specs: Mapping[str, ModelSpec]) -> list[str]:
+        """Return what is wrong with ``reference``, one sentence each.
+
+        Args:
+            specs: role -> where its model comes from, of the models to load.
+        """
+        return []
+
+
+class SourceSettings(ReferenceSettings, ABC):
+    """References that are made of loaded models.
+
+    For a source of one's own, subclass it as a frozen dataclass, and name it as the ``_target_`` of a YAML in
+    ``conf/reference``; what ``make`` returns keeps the contract of ``References``.
+    """
+
+    @abstractmethod
+    def make(
+        self, models: Mapping[str, LanguageModel], adapted_student: LanguageModel | None, strategy: StrategySettings
+    ) -> References:
+        """Make the source of references.
+
+        Args:
+            models: role -> model, for each role that the loss reads; to be frozen.
+            adapted_student: a LoRA student that serves as ``student_raw`` with its adapter off, or None.
+            strategy: sharded references are sharded by what shards the student, or FSDP2 where nothing does.
+        """
+
+
+@final
 @dataclass(frozen=True, kw_only=True)
-class LiveSettings:
+class LiveSettings(SourceSettings):
     """The references run beside the student on every batch (``conf/reference/live.yaml``).
 
     Args:
@@ -33,13 +79,7 @@ class LiveSettings:
     def make(
         self, models: Mapping[str, LanguageModel], adapted_student: LanguageModel | None, strategy: StrategySettings
     ) -> References:
-        """Make the source of references.
-
-        Args:
-            models: role -> frozen model.
-            adapted_student: a LoRA student that serves as ``student_raw`` with its adapter off, or None.
-            strategy: sharded references are sharded by what shards the student, or FSDP2 where nothing does.
-        """
+        """Return references that run beside the student."""
         return LiveReferences(
             models,
             adapted_student,
@@ -49,14 +89,15 @@ class LiveSettings:
             persistence_threshold=strategy.persistence_threshold,
         )
 
-    def problems(self, specs: Mapping[str, ModelSpec]) -> list[str]:
-        """Return what is wrong with ``reference``, one sentence each.
+    @property
+    def shards(self) -> bool:
+        """True if each rank holds a part of the models."""
+        return self.sharding == "shard"
 
-        Args:
-            specs: role -> where its model comes from, of the models to load.
-        """
+    def problems(self, specs: Mapping[str, ModelSpec]) -> list[str]:
+        """Return what is wrong with ``reference``, one sentence each."""
         found = []
-        if self.sharding == "shard":
+        if self.shards:
             if self.placement != "auto":
                 found.append(
                     "reference.sharding=shard divides the references over the ranks' devices, and "
@@ -71,8 +112,9 @@ class LiveSettings:
         return found
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
-class CacheSettings:
+class CacheSettings(ReferenceSettings):
     """The references were run once and are read from a cache (``conf/reference/cached.yaml``).
 
     Args:

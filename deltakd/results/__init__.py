@@ -1,1 +1,1 @@
-"""What can be said of finished runs: from run directories to numbers, tables and figures."""
+"""Results of finished runs: from run directories to numbers, tables and figures."""

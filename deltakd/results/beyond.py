@@ -1,4 +1,4 @@
-"""Measures beyond ROUGE: how they are called and shown, and one table of them for each set."""
+"""Measures beyond ROUGE: their names and formats, and a table of them for each set."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ NOTES = (
 
 @dataclass(frozen=True)
 class BeyondRow:
-    """A method: its cells are (mean, standard error over training seeds or ""), one for each column."""
+    """A method with a cell for each column: (mean, standard error over training seeds or "")."""
 
     method: Method
     cells: list[tuple[str, str]]
@@ -51,10 +51,10 @@ class BeyondTable:
     """The measures on one set.
 
     Args:
-        name: of the set; ``val`` is the runs' own held-out data.
+        name: name of the set; ``val`` is the runs' own held-out data.
         columns: headings of the measures that some method has.
-        rows: references first; methods without any of them are absent.
-        note: on how much the methods were measured, where it was not the same for all; else empty.
+        rows: references first; methods without any measure are absent.
+        note: the amounts of data that the methods were measured on, if they differ; else empty.
     """
 
     name: str
@@ -64,36 +64,36 @@ class BeyondTable:
 
     @property
     def title(self) -> str:
-        """What the set is called in a heading."""
+        """The set's name in a heading."""
         return set_title(self.name)
 
 
 def set_title(name: str) -> str:
-    """What a set is called in a heading."""
+    """Return a set's name in a heading."""
     return "held-out rows (val)" if name == "val" else name
 
 
 def measured_values(method: Method, name: str, measure: str) -> list[float]:
-    """A measure on a set, of each finished run that has it."""
+    """Return a measure on a set, for each finished run that has a finite value."""
     values = [(run.summary or {}).get(f"{name}/{measure}") for run in method.finished]
     return [float(value) for value in values if isinstance(value, int | float) and math.isfinite(value)]
 
 
 def mean_and_stderr(values: Sequence[float]) -> tuple[float, float | None]:
-    """Of one value or more over training seeds; of a single one there is no error."""
+    """Return mean and standard error over training seeds; None as the error of a single value."""
     error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
     return float(np.mean(values)), error
 
 
 def beyond_tables(methods: Sequence[Method]) -> list[BeyondTable]:
-    """A table for each set on which anything was measured, held-out rows first."""
+    """Return a table for each set with any measure, held-out rows first."""
     figures = {method.label: [_measures_of(run) for run in method.finished] for method in methods}
     names = dict.fromkeys(key.rpartition("/")[0] for of in figures.values() for run in of for key in run)
     return [_table(name, methods, figures) for name in sorted(names, key=lambda name: name != "val")]
 
 
 def _measures_of(run: Run) -> dict[str, float]:
-    """``<set>/<measure>`` of a run; of one that did not write down the measures of its texts, from its answers."""
+    """Return ``<set>/<measure>`` of a run; measures of texts that its summary lacks are made from its answers."""
     found: dict[str, float] = {}
     for name, by_seed in run.answers.items():
         if f"{name}/{TEXT_MEASURES[0]}" not in (run.summary or {}):
@@ -116,7 +116,7 @@ def _table(name: str, methods: Sequence[Method], figures: Mapping[str, Sequence[
 
 
 def _unequal(methods: Sequence[Method], name: str) -> str:
-    """Which methods were measured, teacher-forced, on how much of the set; empty where all were on the same."""
+    """Return how much of the set each method was measured on, teacher-forced; empty if all on the same amount."""
     measured: dict[tuple[int, int], dict[str, None]] = {}
     for method in methods:
         for run in method.finished:

@@ -1,4 +1,4 @@
-"""The figure of the delta weight: scores of answers, KL to the teacher and shift preservation against it."""
+"""The delta weight figure: scores of answers, KL to the teacher and shift preservation against the weight."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from deltakd.results.drawing import Panel, Plate, Style
 from deltakd.results.methods import Method
 from deltakd.results.tables import Comparison
 
-#: What is drawn of held-out rows, beside the scores of answers.
+#: Measures on held-out rows that are drawn, besides the scores of answers.
 _HELD_OUT = ("kl_teacher", "shift_correlation")
 
 
 @dataclass(frozen=True)
 class _Value:
-    """One method in one panel; ``mark`` is its protocol's in a mixed table."""
+    """A method in a panel; ``mark`` is that of its protocol in a mixed table."""
 
     label: str
     method: Method
@@ -31,7 +31,7 @@ class _Value:
 
 @dataclass(frozen=True)
 class _Line:
-    """Methods that differ in the delta weight alone, by ascending weight."""
+    """Methods that differ only in the delta weight, by ascending weight."""
 
     name: str
     style: Style
@@ -39,14 +39,14 @@ class _Line:
 
 
 def delta_weights(tables: Sequence[Comparison], methods: Sequence[Method], styles: Mapping[str, Style]) -> Plate:
-    """One panel for each score and measure of which a loss was run at several weights.
+    """Return a panel for each score and measure with a loss that was run at several weights.
 
-    Weights are those of methods that differ in nothing else, whatever a study calls them; at 0 stands the plain
-    distillation with the same settings. Methods without a weight are levels.
+    A line joins methods that differ only in the weight, whatever a study calls them; its point at 0 may be plain
+    distillation with the same settings. Methods without a weight are horizontal lines.
 
     Args:
-        tables: whose scores of answers are drawn.
-        methods: whose measures on held-out rows are drawn.
+        tables: give the scores of answers.
+        methods: give the measures on held-out rows.
         styles: method's label -> how it is drawn.
     """
     panels = []
@@ -67,7 +67,7 @@ def delta_weights(tables: Sequence[Comparison], methods: Sequence[Method], style
 
 
 def _all_values(tables: Sequence[Comparison], methods: Sequence[Method]) -> list[tuple[str, str, list[_Value]]]:
-    """Name and title of each panel that there may be, with its values; references are larger models, not methods."""
+    """Return name, title and values of each candidate panel, without references, which are larger models."""
     found = []
     for number, table in enumerate(tables, 1):
         for name in table.sets:
@@ -101,7 +101,7 @@ def _lines(values: Sequence[_Value], styles: Mapping[str, Style]) -> list[_Line]
 
 
 def _is_zero_of(value: _Value, family: Sequence[_Value]) -> bool:
-    """Whether a method is what the family becomes at weight 0, and the family has no run of its own there."""
+    """True if a method is what the family becomes at weight 0, and the family has no run of its own there."""
     if value.method.delta_weight is not None or value.mark != family[0].mark:
         return False
     own = any(other.method.delta_weight == 0 for other in family)
@@ -109,7 +109,7 @@ def _is_zero_of(value: _Value, family: Sequence[_Value]) -> bool:
 
 
 def _name(family: Sequence[_Value], taken: Sequence[str]) -> str:
-    """What all labels say beside the weight; the loss where they say different things, or nothing of a weight."""
+    """Return the labels' common text without the weight; the loss if they differ otherwise, or name no weight."""
     without = [re.sub(r" ?delta_weight=\S+", "", value.label) for value in family]
     same = len(set(without)) == 1 and without[0] != family[0].label
     name = without[0] if same else family[0].method.loss

@@ -1,4 +1,4 @@
-"""Panels: drawn once, shown as SVG in a page whose style sheet sets the colours, and as PDF in a paper."""
+"""Panels, drawn as SVG for a page whose style sheet sets the colours, and as PDF for a paper."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SERIES = (
     ("#6b6f76", "#a9adb5"),
 )
 INK, AXIS, GRID = "#3d4148", "#9aa0a8", "#e4e6ea"
-#: What a colour of a drawing is called in the style sheet.
+#: Colour of a drawing -> its variable in the style sheet.
 _VARIABLES = {light: f"var(--series-{i})" for i, (light, _) in enumerate(SERIES, 1)} | {
     INK: "var(--figure-ink)",
     AXIS: "var(--figure-axis)",
@@ -69,9 +69,9 @@ class Style:
     """How a method is drawn in every figure.
 
     Args:
-        number: from 1, of its colour in the style sheet.
-        color: on light ground.
-        dash: of its lines; it tells methods of one colour apart.
+        number: number of its colour in the style sheet, from 1.
+        color: its colour on light ground.
+        dash: dash pattern of its lines; tells methods of one colour apart.
     """
 
     number: int
@@ -80,12 +80,12 @@ class Style:
 
     @property
     def dashed(self) -> bool:
-        """Whether its colour is another method's, too."""
+        """True if an earlier method has the same colour."""
         return self.dash != "solid"
 
 
 def styles(labels: Sequence[str]) -> dict[str, Style]:
-    """A style for each label, by its place."""
+    """Return a style for each label, by its position."""
     return {
         label: Style(i % len(SERIES) + 1, SERIES[i % len(SERIES)][0], _DASHES[min(i // len(SERIES), len(_DASHES) - 1)])
         for i, label in enumerate(labels)
@@ -97,9 +97,9 @@ class Panel:
     """One pair of axes.
 
     Args:
-        name: of its file, and of its ids in the page.
-        title: stands above it in the page.
-        draw: draws into empty axes; lines carry their method's label.
+        name: name of its file, and prefix of its ids in the page.
+        title: its heading in the page.
+        draw: draws into empty axes; lines are labelled by their method.
         height: inches, at a width of WIDTH.
     """
 
@@ -111,14 +111,14 @@ class Panel:
     WIDTH = 4.4
 
     def svg(self) -> str:
-        """An ``<svg>`` element that scales with its place; colours are variables of the style sheet."""
+        """Return an ``<svg>`` element that scales with its container; colours are variables of the style sheet."""
         stream = io.StringIO()
         with mpl.rc_context(_RC):
             self._figure(legend=False).savefig(stream, format="svg", transparent=True, metadata={"Date": None})
         return _embedded(stream.getvalue(), self.name, self.title)
 
     def write_pdf(self, folder: Path) -> Path:
-        """Write ``<name>.pdf``, with a legend."""
+        """Write ``<name>.pdf``, with a legend, and return its path."""
         path = folder / f"{self.name}.pdf"
         with mpl.rc_context(_RC), replacing(path) as partial:
             self._figure(legend=True).savefig(partial, format="pdf", metadata={"CreationDate": None})
@@ -140,9 +140,9 @@ class Plate:
     """Panels that share a legend and a caption.
 
     Args:
-        panels: side by side where there is room.
-        legend: what is drawn, by label.
-        caption: what is to be known to read them.
+        panels: shown side by side if there is room.
+        legend: label -> style.
+        caption: explains how to read them.
     """
 
     panels: list[Panel]
@@ -151,9 +151,9 @@ class Plate:
 
 
 def _embedded(svg: str, name: str, title: str) -> str:
-    """A stand-alone SVG made ready for a page: no prolog, no style of its own, ids that are unique among figures."""
+    """Return a stand-alone SVG made fit for a page: no prolog, no style sheet, ids unique among figures."""
     svg = svg[svg.index("<svg") :]
-    # Its style sheet would hold for the whole page.
+    # Its style sheet would apply to the whole page.
     svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, count=1, flags=re.DOTALL)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)

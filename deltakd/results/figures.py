@@ -1,4 +1,4 @@
-"""The figures of a report: learning curves, differences, and how the shift was preserved."""
+"""The figures of a report: learning curves, differences, and shift preservation."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from deltakd.results.tables import Comparison, Score
 
 Styles = Mapping[str, Style]
 
-#: Points of a line; more than a panel has pixels only make the page heavy.
+#: Maximum points of a line; more than a panel has pixels only bloat the page.
 _MAX_POINTS = 400
-#: Curves of more points than this are smoothed, the raw ones faint behind them.
+#: Curves with more points are smoothed, with the raw curve faint behind.
 _SMOOTHED_ABOVE = 60
-#: Metrics of training that are no part of the loss.
+#: Training metrics that are not parts of the loss.
 _DIAGNOSTICS = {"loss", "grad_norm", "lr", "padding_fraction", "tokens_per_second", "memory_mib", "delta_weight"}
-#: What is drawn of shift preservation, and how it is called.
+#: Measures of shift preservation that are drawn, and their titles.
 MEASURE_NAMES = {
     "correlation": "Correlation of shifts",
     "kl_teacher": "KL to teacher (nats)",
@@ -35,7 +35,7 @@ MEASURE_NAMES = {
 
 
 def learning_curves(methods: Sequence[Method], styles: Styles) -> Plate:
-    """Training loss, validation loss, and main scores of validation answers, over optimiser steps."""
+    """Plot training loss, validation loss and main scores of validation answers over optimiser steps."""
     named = {"train/loss": "Training loss", "val/loss": "Validation loss"}
     named |= {f"val/{metric}": f"Validation {METRIC_TITLES[metric]} (%)" for metric in MAIN_METRICS}
     return Plate(
@@ -48,9 +48,9 @@ def learning_curves(methods: Sequence[Method], styles: Styles) -> Plate:
 
 
 def loss_parts(methods: Sequence[Method], styles: Styles) -> Plate:
-    """The parts of the loss, such as cross-entropy and KL, in training and in validation.
+    """Plot the parts of the loss, such as cross-entropy and KL, in training and validation.
 
-    They are the metrics of training that are no diagnostics.
+    The parts are all training metrics that are not diagnostics.
     """
     logged = dict.fromkeys(name for method in methods for run in method.runs for name in run.curves)
     parts = [name for name in logged if name.startswith("train/") and name.removeprefix("train/") not in _DIAGNOSTICS]
@@ -108,13 +108,13 @@ def _draw_curves(methods: Sequence[Method], styles: Styles, metric: str, axes: A
 
 
 def _thinned(curve: pd.Series) -> pd.Series:
-    """At most _MAX_POINTS of its points, the last among them."""
+    """Return at most _MAX_POINTS evenly spaced points, with the first and the last."""
     kept = np.unique(np.linspace(0, len(curve) - 1, min(len(curve), _MAX_POINTS)).round().astype(int))
     return curve.iloc[kept]
 
 
 def differences(tables: Sequence[Comparison], styles: Styles) -> Plate:
-    """The paired differences to the baseline with their intervals, one panel for each metric and set."""
+    """Plot the paired differences to the baseline with their intervals, one panel for each table and set."""
     panels = []
     for number, table in enumerate(tables, 1):
         for name in table.sets:
@@ -149,10 +149,10 @@ def _draw_differences(scores: Mapping[str, Score], colors: Mapping[str, str], ax
 
 
 def preservation(measured: Mapping[str, Sequence[Preservation]], styles: Styles) -> Plate:
-    """Correlation, KL and top-1 agreement, by position in the answer and by class of token.
+    """Plot correlation, KL and top-1 agreement by position in the answer and by token class.
 
     Args:
-        measured: method's label -> what was measured on each of its runs.
+        measured: method's label -> results of each of its runs.
     """
     by_position = {label: [p.by_position for p in of] for label, of in measured.items()}
     by_class = {label: [p.by_class for p in of] for label, of in measured.items()}
@@ -183,16 +183,17 @@ Groups = Mapping[str, Sequence[Mapping[str, Group]]]
 
 
 def mean_and_error(groups: Sequence[Mapping[str, Group]], name: str, measure: str) -> tuple[float, float]:
-    """Of one bin over the runs of a method: mean and standard error, over seeds, or of a single run's rows.
+    """Return mean and standard error of one bin over a method's runs: over seeds or, for a single run, over rows.
 
-    NaN stands for what there is not.
+    Missing values are NaN.
     """
     estimates = [group[name].measures[measure] for group in groups if name in group]
-    means = [e.mean for e in estimates if e.mean is not None]
+    found = [(e.mean, e.stderr) for e in estimates if e.mean is not None]
+    means = [mean for mean, _ in found]
     if not means:
         return math.nan, math.nan
     if len(means) == 1:
-        return means[0], estimates[0].stderr or math.nan
+        return means[0], found[0][1] or math.nan
     return float(np.mean(means)), float(np.std(means, ddof=1)) / math.sqrt(len(means))
 
 

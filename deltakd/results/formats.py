@@ -1,4 +1,4 @@
-"""Scores as text: in cells, and as whole tables in Markdown and LaTeX."""
+"""Format scores as text: in cells, and as tables in Markdown and LaTeX."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from deltakd.results.tables import Comparison, Score, notes_once
 
 
 def shown_score(score: Score | None) -> str:
-    """``61.44 ± 2.81``."""
+    """Return, for example, ``61.44 ± 2.81``."""
     if score is None:
         return "–"
     error = "" if score.spread.stderr is None else f" ± {score.spread.stderr:.2f}"
@@ -19,7 +19,7 @@ def shown_score(score: Score | None) -> str:
 
 
 def shown_difference(difference: Difference | None) -> str:
-    """``+0.52 [−1.20, +2.24], p = 0.55``."""
+    """Return, for example, ``+0.52 [−1.20, +2.24], p = 0.55``, with Holm's p."""
     if difference is None:
         return ""
     return (
@@ -28,22 +28,22 @@ def shown_difference(difference: Difference | None) -> str:
 
 
 def signed(value: float) -> str:
-    """Two decimals with a sign, a true minus among them."""
+    """Return two decimals with a sign, using a true minus."""
     return f"{value:+.2f}".replace("-", "−")
 
 
 def shown_p(p: float) -> str:
-    """``p = 0.55``, or ``p < 0.001``."""
+    """Return, for example, ``p = 0.55`` or ``p < 0.001``."""
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
 
 
 def shown_seeds(method: Method) -> str:
-    """Number of training seeds."""
+    """Return the number of training seeds."""
     return str(len(method.seeds))
 
 
 def markdown(comparisons: Sequence[Comparison]) -> str:
-    """All tables as Markdown."""
+    """Return all tables as Markdown."""
     return "\n\n".join(_markdown(table, notes) for table, notes in notes_once(comparisons)) + "\n"
 
 
@@ -63,7 +63,7 @@ def _markdown(table: Comparison, notes: Sequence[str]) -> str:
 
 
 def beyond_markdown(tables: Sequence[BeyondTable]) -> str:
-    """The measures beyond ROUGE as Markdown; empty where there are none."""
+    """Return the measures beyond ROUGE as Markdown; empty if there are none."""
     if not tables:
         return ""
     lines = ["", "## Beyond ROUGE"]
@@ -93,7 +93,7 @@ def _parameters(method: Method) -> str:
 
 
 def latex(comparisons: Sequence[Comparison]) -> str:
-    """All tables as LaTeX (packages ``booktabs`` and ``amsmath``)."""
+    """Return all tables as LaTeX (packages ``booktabs`` and ``amsmath``)."""
     return "\n".join(_latex(table, notes) for table, notes in notes_once(comparisons))
 
 

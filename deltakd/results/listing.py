@@ -1,4 +1,4 @@
-"""Run directories as a list: their state, settings and scores; filtered, sorted, and two of them compared."""
+"""List run directories with state, settings and scores; filter and sort them, and compare two configs."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from deltakd.io.progress import read_total_steps
 from deltakd.io.run_directory import RunDirectory
 
 FINISHED = "finished"
-#: Where programs keep their own files; no run lies below a run.
+#: Folders of other programs; runs are not nested in runs.
 _SKIPPED = ("wandb", "checkpoints")
 _COLUMNS = ("run", "state", "date", "loss", "delta_weight", "seed", "student", "seconds")
-#: What gives way, in this order, where a terminal is narrow; between the two go further scores, the last one first.
+#: Columns dropped on a narrow terminal, in this order; between the two go all scores but the first, last one first.
 _FIRST_TO_GO = ("student", "date")
 _LAST_TO_GO = ("seconds", "seed", "delta_weight")
 _COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
@@ -52,7 +52,7 @@ class Entry:
 
     Args:
         path: the directory.
-        columns: what the list shows: ``state``, ``date``, ``loss`` and so on, and the scores by name.
+        columns: the values to show: ``state``, ``date``, ``loss`` and so on, and the scores by name.
         config: the run's config with dotted keys.
         corrupt: what can't be read, or None.
     """
@@ -63,15 +63,15 @@ class Entry:
     corrupt: str | None = None
 
     def value(self, key: str) -> Any:
-        """Of a column, or else of a config key; None where the run has neither."""
+        """Return the value of a column, or else of a config key; None if the run has neither."""
         return self.columns[key] if key in self.columns else self.config.get(key)
 
 
 def find_entries(folders: Sequence[Path]) -> list[Entry]:
-    """All run directories in and under some folders, in the natural order of their paths.
+    """Return all run directories in and under some folders, in the natural order of their paths.
 
     Raises:
-        ConfigError: folders that do not exist.
+        ConfigError: names the folders that do not exist.
     """
     missing = [f"{folder} does not exist; give a folder that holds runs" for folder in folders if not folder.is_dir()]
     if missing:
@@ -90,12 +90,12 @@ def _run_directories(folder: Path) -> Iterable[Path]:
 
 
 def _natural(path: Path) -> list[tuple[bool, int, str]]:
-    """A sort key in which run 10 comes after run 9."""
+    """Return a sort key that puts run 10 after run 9."""
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", str(path))]
 
 
 def read_entry(path: Path, known: KnownLosses) -> Entry:
-    """Read one run directory; what is damaged is named in the entry, and no error."""
+    """Read one run directory; damage is noted in the entry instead of raising."""
     run = RunDirectory(path)
     columns: dict[str, Any] = {"run": str(path), "date": _date(run)}
     try:
@@ -116,7 +116,7 @@ def _mapping(content: Any, path: Path) -> dict[str, Any]:
 
 
 def _corrupt(run: RunDirectory, error: Exception) -> str:
-    """Which file it was, and what is wrong, in a few words."""
+    """Say in a few words which file is damaged, and how."""
     if isinstance(error, json.JSONDecodeError):
         return f"{run.summary.name}, line {error.lineno}: {error.msg}"
     if isinstance(error, yaml.YAMLError):
@@ -140,7 +140,7 @@ def _settings(config: Mapping[str, Any], known: KnownLosses) -> dict[str, Any]:
 
 
 def _short(path: str | None) -> str:
-    """A hub name as it is; of a directory what tells it from others: a run's name, or its own."""
+    """Return a hub name unchanged; for a directory its name, or its run's name if it is ``student``."""
     if path is None:
         return "from scratch"
     place = Path(path)
@@ -168,19 +168,19 @@ def _progress(run: RunDirectory) -> str:
 
 
 def _date(run: RunDirectory) -> str:
-    """When it ended, or the last sign of life."""
+    """Return when the run ended, or last wrote something."""
     files = [p for p in (run.summary, run.path / "metrics.csv", run.config) if p.is_file()]
     return f"{datetime.fromtimestamp(files[0].stat().st_mtime):%Y-%m-%d %H:%M}"
 
 
 def select(entries: Sequence[Entry], conditions: Sequence[str]) -> list[Entry]:
-    """The entries that meet all conditions ``key=value``, ``!=``, ``>``, ``<``, ``>=``, ``<=``.
+    """Return the entries that meet all conditions ``key=value``, ``!=``, ``>``, ``<``, ``>=``, ``<=``.
 
-    Keys are columns (``state``, ``loss``, ``val/rougeL``) or config keys (``optim.lr``). Text may hold ``*``. A run
-    that has no such value does not meet the condition.
+    Keys are columns (``state``, ``loss``, ``val/rougeL``) or config keys (``optim.lr``). Text may contain ``*``. A run
+    without the value meets only ``key=null``.
 
     Raises:
-        ConfigError: conditions that can't be read, and keys that no run has, each with the nearest that one has.
+        ConfigError: malformed conditions, and keys that no run has, each with the nearest known key.
     """
     parsed, problems = [], []
     for condition in conditions:
@@ -196,7 +196,7 @@ def select(entries: Sequence[Entry], conditions: Sequence[str]) -> list[Entry]:
 
 
 def unknown_keys(entries: Sequence[Entry], keys: Sequence[str], option: str) -> list[str]:
-    """One sentence for each key that no run has, with the nearest one that some run has."""
+    """Return one sentence for each key that no run has, with the nearest known key."""
     known = {key: None for entry in entries for key in (*entry.columns, *entry.config)}
     problems = []
     for key in dict.fromkeys(keys):
@@ -215,12 +215,12 @@ def _meets(value: Any, sign: str, text: str) -> bool:
         return _COMPARISONS[sign](value, wanted)
     if sign in ("=", "!="):
         return fnmatchcase(str(value), text) == (sign == "=") or (sign == "=" and value == wanted)
-    # Dates and names have an order, too; a number and a text have none.
+    # Texts such as dates and names are ordered, too; a number and a text are not.
     return not _is_number(value) and not _is_number(wanted) and _COMPARISONS[sign](str(value), text)
 
 
 def _parsed(text: str) -> Any:
-    """A number, true, false or null where it looks like one; else the text, in which YAML would see more."""
+    """Return a number, true, false or None if the text looks like one, else the text: YAML would convert more."""
     if text.lower() in ("true", "false", "null", "none"):
         return {"true": True, "false": False}.get(text.lower())
     try:
@@ -234,7 +234,7 @@ def _is_number(value: Any) -> bool:
 
 
 def ordered(entries: Sequence[Entry], key: str, ascending: bool) -> list[Entry]:
-    """Sorted by a column or config key: numbers from high to low, text from a to z; runs without it come last.
+    """Return the entries sorted by a key: numbers from high to low (or ascending), then text, then runs without it.
 
     Raises:
         ConfigError: no run has that key.
@@ -250,7 +250,7 @@ def ordered(entries: Sequence[Entry], key: str, ascending: bool) -> list[Entry]:
 
 
 def best_of(entries: Sequence[Entry], keys: Sequence[str], score: str) -> list[Entry]:
-    """Of the runs that share the values of some keys the first alone; runs without a score are left out."""
+    """Return the first of the runs that share the values of ``keys``; runs without the score are left out."""
     first: dict[tuple[str, ...], Entry] = {}
     for entry in entries:
         if entry.value(score) is not None:
@@ -259,20 +259,20 @@ def best_of(entries: Sequence[Entry], keys: Sequence[str], score: str) -> list[E
 
 
 def default_columns(entries: Sequence[Entry]) -> list[str]:
-    """Settings, then the main scores on validation data and on every evaluation set, then the cost."""
+    """Return settings, then the main scores on validation data and on every evaluation set, then the cost."""
     endings = tuple(f"/{metric}" for metric in MAIN_METRICS)
     scores = {name: None for entry in entries for name in entry.columns if name.endswith(endings)}
     return [*_COLUMNS[:-1], *sorted(scores, key=lambda name: not name.startswith("val/")), _COLUMNS[-1]]
 
 
 def make_table(entries: Sequence[Entry], columns: Sequence[str], console: Console, fixed: bool = False) -> Table:
-    """The list as a table.
+    """Return the list as a table.
 
     Args:
         entries: the rows.
-        columns: the columns, ``run`` being the path.
-        console: where it is to be shown; columns that do not fit there give way, which the caption says.
-        fixed: whether all columns stay, wrapped where need be.
+        columns: the columns; ``run`` is the path.
+        console: where to show it; columns that do not fit are dropped, and the caption names them.
+        fixed: keep all columns, wrapped if need be.
     """
     kept = list(columns)
     scores = [name for name in kept if "/" in name]
@@ -285,7 +285,7 @@ def make_table(entries: Sequence[Entry], columns: Sequence[str], console: Consol
 
 
 def _width(table: Table, console: Console) -> int:
-    """Columns of a terminal that the table takes with nothing wrapped."""
+    """Return the width of the table with nothing wrapped, in characters."""
     return Measurement.get(console, console.options.update(max_width=10_000), table).maximum
 
 
@@ -297,7 +297,7 @@ def _table(entries: Sequence[Entry], columns: Sequence[str], left_out: Sequence[
         table.add_column(
             name,
             justify="right" if numeric else "left",
-            # Only these may be wrapped.
+            # Only these columns may wrap.
             no_wrap=name not in ("run", "state", "loss", "student"),
             overflow="fold",
             min_width=8,
@@ -324,13 +324,13 @@ def _shown(entry: Entry, name: str) -> str:
 
 
 def differences(a: Path, b: Path) -> list[tuple[str, Any, Any]]:
-    """The keys of which two configs hold different values, with both values; None also where there is no such key.
+    """Return (key, value in a, value in b) wherever two configs differ; a missing key counts as None.
 
     Args:
         a, b: run directories, or config files.
 
     Raises:
-        ConfigError: what can't be read.
+        ConfigError: names the configs that can't be read.
     """
     problems: list[str] = []
     first, second = (_read_config(path, problems) for path in (a, b))

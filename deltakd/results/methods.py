@@ -1,4 +1,4 @@
-"""Runs as methods: repetitions under several training seeds make one, models that others learnt from stand apart."""
+"""Group runs into methods: repetitions under several seeds form one; models that others learnt from stand apart."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from deltakd.config.loss_names import KnownLosses, delta_weight_keys, flat, loss_name
 from deltakd.results.reading import Run, job_label
 
-#: Keys that do not change what is trained, or that are compared elsewhere (the evaluation, by its answers).
+#: Keys that do not affect training, or that are compared elsewhere (the evaluation, by its answers).
 _NOT_THE_METHOD = (
     "seed",
     "run_dir",
@@ -28,7 +28,7 @@ _NOT_THE_METHOD = (
     "kernels",
     "reference",
     "evaluation",
-    "delta_weight",  # the losses that use it hold it as a setting of their own
+    "delta_weight",  # losses that use it have it as a setting of their own
     "data.sets",
     "data.cache_dir",
     "trainer.enable_progress_bar",
@@ -43,17 +43,17 @@ _NOT_THE_METHOD = (
 
 @dataclass(frozen=True)
 class Method:
-    """Runs that differ in nothing but their training seed.
+    """Runs that differ only in their training seed.
 
     Args:
         label: unique among the methods of a comparison.
         runs: by ascending seed.
-        role: ``teacher``, ``raw teacher`` or ``raw student`` where other runs given learnt from it, else None.
+        role: ``teacher``, ``raw teacher`` or ``raw student`` if other given runs learnt from it, else None.
         loss: the loss's name in ``conf/loss``.
-        delta_weight: the weight that its loss uses; None where it uses none, or one that moves.
-        family: what it shares with methods that differ from it in the delta weight alone.
-        at_zero: of a Delta-KD what it shares with the plain distillation that it is at weight 0, and the same of a
-            plain distillation; None of all others.
+        delta_weight: the weight that its loss uses; None if it uses none, or a scheduled one.
+        family: key shared by methods that differ only in the delta weight.
+        at_zero: key shared by a Delta-KD and the plain distillation that it becomes at weight 0; None for all other
+            methods.
     """
 
     label: str
@@ -66,13 +66,13 @@ class Method:
 
     @property
     def shown_role(self) -> str | None:
-        """The role, unless the label says as much."""
+        """The role; None if the label already says it."""
         said = set(re.findall(r"\w+", self.label.lower()))
         return None if self.role is None or set(self.role.split()) <= said else self.role
 
     @property
     def finished(self) -> list[Run]:
-        """The runs that came to their end."""
+        """The finished runs."""
         return [run for run in self.runs if run.finished]
 
     @property
@@ -82,20 +82,20 @@ class Method:
 
     @property
     def parameters(self) -> int | None:
-        """Of the student; None while no run is finished."""
+        """The student's parameter count; None if no finished run records it."""
         counts = [(run.meta.get("parameters") or {}).get("student") for run in self.finished]
         return next((int(count) for count in counts if count), None)
 
     def evaluated(self, name: str) -> list[Run]:
-        """The runs whose answers to the set ``name`` are there."""
+        """Return the finished runs that have answers to the set ``name``."""
         return [run for run in self.finished if name in run.answers]
 
     def scores(self, name: str, metric: str) -> NDArray[np.float64]:
-        """``[S, R]`` in per cent: training seed and prompt, averaged over sampling seeds; rows by ``row_ids``."""
+        """Return scores [S, R] in per cent by training seed and row of ``row_ids``, averaged over sampling seeds."""
         return np.array([_row_means(run, name, metric) for run in self.evaluated(name)], dtype=np.float64)
 
     def sampling_std(self, name: str, metric: str) -> float | None:
-        """Standard deviation of the sampling seeds' means in per cent, over runs its mean; None: there is none."""
+        """Return the std of the sampling seeds' means in per cent, averaged over runs; None for a single seed."""
         means = [
             [np.mean([record[metric] for record in records]) for records in run.answers[name].values()]
             for run in self.evaluated(name)
@@ -105,12 +105,12 @@ class Method:
         return float(np.mean([np.std(of, ddof=1) for of in means]))
 
     def row_ids(self, name: str) -> list[int]:
-        """The prompts of the set ``name`` that all of its runs answered, in ascending order."""
+        """Return the row ids of the set ``name``, ascending; read from the first run, as all runs share a protocol."""
         return row_ids(self.evaluated(name)[0], name)
 
 
 def row_ids(run: Run, name: str) -> list[int]:
-    """Ids of the rows of a set, ascending."""
+    """Return the row ids of a set that a run answered, ascending."""
     return sorted({record["row_id"] for record in next(iter(run.answers[name].values()))})
 
 
@@ -120,12 +120,12 @@ def _row_means(run: Run, name: str, metric: str) -> NDArray[np.float64]:
 
 
 def make_methods(runs: Sequence[Run], known: KnownLosses, notes: list[str]) -> list[Method]:
-    """Group runs into methods, in the order of their first runs; references first.
+    """Group runs into methods, references first, otherwise in the order of their first runs.
 
     Args:
-        runs: as found.
+        runs: in the order found.
         known: see ``read_losses``.
-        notes: what was left out is appended here: a run with the config and the seed of an earlier one.
+        notes: gets one sentence for each run left out because another has the same config and seed.
     """
     groups: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
@@ -170,12 +170,12 @@ def _settings(run: Run) -> dict[str, Any]:
 
 
 def _approximate_references(run: Run) -> bool:
-    """Whether it learnt from a cache of top-K log-probs; all other references are exact, and make no difference."""
+    """True if the run learnt from a cache of top-K log-probs; all other references are exact and equivalent."""
     reference = run.config.get("reference") or {}
     summary = Path(str(reference.get("path"))) / "summary.json"
     if reference.get("store") or not summary.is_file():
         return bool(reference.get("store") == "topk")
-    # The config may leave it to the cache to say what it stores.
+    # The config may omit ``store``; the cache then says it.
     try:
         return bool(json.loads(summary.read_text(encoding="utf-8")).get("store") == "topk")
     except (ValueError, AttributeError):
@@ -187,7 +187,7 @@ def _is_below(key: str, parents: Sequence[str]) -> bool:
 
 
 def _role(group: Sequence[Run], runs: Sequence[Run]) -> str | None:
-    """What the group's models are to the other runs; a student that merely started from one of them is no reason."""
+    """Return the group's role for other runs; being the initial student counts only if the data differ."""
     students = {os.path.realpath(run.path / "student") for run in group}
     for role, called in (("teacher", "teacher"), ("teacher_raw", "raw teacher"), ("student", "raw student")):
         for run in runs:
@@ -211,17 +211,17 @@ def _delta_weight(run: Run, keys: frozenset[str]) -> float | None:
 
 
 def _family(run: Run, keys: frozenset[str]) -> str:
-    """All settings but the delta weight, which stands in the loss at ``keys``."""
+    """Return all settings except the delta weight, which the loss has at ``keys``."""
     weights = {f"loss.{key}" for key in keys}
     return repr(sorted((key, repr(value)) for key, value in _settings(run).items() if key not in weights))
 
 
 def _at_zero(run: Run) -> str | None:
-    """All settings but what the target is made of, where it is the teacher with or without the paper's shift."""
+    """Return all settings except the target, if that is the teacher with or without the paper's shift; else None."""
     settings = _settings(run)
     if str(settings.get("loss.target._target_")).rpartition(".")[2] not in ("teacher_target", "delta_target"):
         return None
-    # Plain distillation reads no raw teacher, so that its config need not name one.
+    # Plain distillation reads no raw teacher, so its config need not name one.
     kept = {k: v for k, v in settings.items() if not _is_below(k, ("loss.target", "model.teacher_raw"))}
     return repr(sorted((key, repr(value)) for key, value in kept.items()))
 
@@ -241,7 +241,7 @@ def _label(index: int, members: Sequence[list[Run]], losses: Sequence[str], role
 
 
 def _stage_name(group: Sequence[Run]) -> str | None:
-    """What the study calls it; of several seeds the names' common beginning."""
+    """Return the study's name for it; for several seeds, the common prefix of their names."""
     names = [run.label or _stage(run) or "" for run in group]
     if len(set(names)) == 1:
         return names[0] or None
@@ -252,14 +252,14 @@ def _stage_name(group: Sequence[Run]) -> str | None:
 
 
 def _stage(run: Run) -> str | None:
-    """A study names its runs ``<study>/<stage>``, or ``<study>/<stage>/<what varies>``."""
+    """Return a label from a run name ``<study>/<stage>`` or ``<study>/<stage>/<what varies>``; None for other names."""
     _, _, name = str(run.config.get("name") or "").partition("/")
     stage = name.partition("/")[0]
     return job_label(stage, name) if name and Path(name).name == run.path.name and not run.evaluation_only else None
 
 
 def _what_differs(run: Run, siblings: Sequence[Run]) -> str:
-    """`` key=value`` for every setting in which runs of the same loss differ."""
+    """Return `` key=value`` for every setting in which runs of the same loss differ."""
     settings = [_settings(other) for other in siblings]
     keys = sorted({key for each in settings for key in each})
     differing = [key for key in keys if len({repr(each.get(key)) for each in settings}) > 1]
@@ -276,7 +276,7 @@ def _what_differs(run: Run, siblings: Sequence[Run]) -> str:
 
 
 def _short(value: Any) -> str:
-    """A path's last two parts; other values as they are written on a command line."""
+    """Return a path's last two parts; other values as written on a command line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     is_path = isinstance(value, str) and value.count("/") > 1
@@ -284,7 +284,7 @@ def _short(value: Any) -> str:
 
 
 def _unique(labels: Sequence[str]) -> list[str]:
-    """The labels, numbered where several are the same."""
+    """Return the labels, numbering duplicates."""
     counts: dict[str, int] = {}
     unique = []
     for label in labels:

@@ -1,4 +1,4 @@
-"""The report: everything that is shown, put together, and written as one page that opens without a network."""
+"""Assemble the report, and write it as one self-contained page."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from deltakd.results.methods import Method
 from deltakd.results.tables import Comparison, notes_once
 
 _TEMPLATES = Path(__file__).parent / "templates"
-#: Sections of figures alone: id, heading, plate.
+#: Sections that hold only figures: id, heading, plate.
 _FIGURE_SECTIONS = (
     ("weights", "Against the delta weight", "weights"),
     ("curves", "Learning curves", "curves"),
@@ -34,17 +34,17 @@ _FIGURE_SECTIONS = (
 
 @dataclass(frozen=True)
 class Page:
-    """What a report shows.
+    """The contents of a report.
 
     Args:
         title: its heading.
-        lead: one sentence under it.
-        warnings: what was left out or is not finished, one sentence each.
+        lead: the sentence under it.
+        warnings: what is left out or unfinished, one sentence each.
         methods: references first.
         comparisons: the tables of scores.
-        measured: method's label -> shift preservation of its runs, those alone where nothing was missing.
+        measured: method's label -> shift preservation of those of its runs where it could be measured.
         missing: why shift preservation could not be measured, one sentence each.
-        command: what wrote the report.
+        command: the command that wrote the report.
         styles: method's label -> how it is drawn.
     """
 
@@ -86,9 +86,9 @@ def make_page(
         title: its heading.
         methods: references first.
         comparisons: see ``make_comparisons``.
-        preservation: method's label -> what was measured, or what was missing, of each of its runs.
-        notes: what was left out, one sentence each.
-        command: what wrote the report.
+        preservation: method's label -> shift preservation of each of its runs, or what it lacked.
+        notes: what is left out, one sentence each.
+        command: the command that writes the report.
     """
     runs = [run for method in methods for run in method.runs]
     unfinished = [
@@ -113,7 +113,7 @@ def make_page(
         measured={label: of for label, of in measured.items() if of},
         missing=[f"{label}: {text}" for label, texts in lacking.items() for text in texts],
         command=command,
-        # Methods take the first colours; their references, which are drawn nowhere, have none.
+        # Only methods get colours; references are never drawn beside them.
         styles=styles([method.label for method in students or methods]),
     )
 
@@ -123,14 +123,13 @@ def _count(number: int, what: str) -> str:
 
 
 def render(page: Page, tidy: Callable[[str], str] = str) -> str:
-    """The page as HTML.
+    """Return the page as HTML.
 
-    Everything that is not of this package is escaped, what models wrote above all; the one script is admitted by its
-    hash, so that no other runs.
+    All foreign text is escaped, above all what models wrote; the page admits its one script by hash, so no other runs.
 
     Args:
-        page: what it shows.
-        tidy: applied to paths, commands and messages; it takes out what is private.
+        page: the contents.
+        tidy: applied to paths, commands and messages, to remove what is private.
     """
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=False
@@ -150,7 +149,7 @@ def render(page: Page, tidy: Callable[[str], str] = str) -> str:
 
 
 class _View:
-    """What the template reads of a page."""
+    """A page as the template reads it."""
 
     def __init__(self, page: Page, plates: Mapping[str, Plate]) -> None:
         self._page = page
@@ -175,7 +174,7 @@ class _View:
 
     @property
     def sections(self) -> list[tuple[str, str]]:
-        """Id and short heading of every section that is there."""
+        """Id and short heading of every section present."""
         shown = [
             ("results", "Results", True),
             ("beyond", "Beyond ROUGE", bool(self.beyond)),
@@ -193,12 +192,12 @@ def write_report(page: Page, folder: Path, tidy: Callable[[str], str] = str) -> 
     """Write ``report.html``, ``report.md``, ``table.tex`` and ``figures/*.pdf``.
 
     Args:
-        page: what is shown.
-        folder: made where it is absent; files of an earlier report are replaced.
+        page: the contents.
+        folder: created if absent; files of an earlier report are replaced.
         tidy: see ``render``.
 
     Returns:
-        The files, the page first.
+        The files written, the page first.
     """
     drawings = folder / "figures"
     drawings.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What was asked of the models: scores stand in one table only where it was the same."""
+"""Evaluation protocols of runs: only scores under the same protocol share a table."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from typing import Any
 from deltakd.evaluation import SCORERS
 from deltakd.results.reading import Record, Run
 
-#: Set -> aspect -> what can be compared by equality and shown.
+#: Set -> aspect -> text to compare for equality and to show.
 Protocol = Mapping[str, Mapping[str, str]]
 
 
 @dataclass(frozen=True)
 class ProtocolGroup:
-    """Runs that were asked the same wherever they were asked something in common.
+    """Runs that agree on the protocol of every set that they share.
 
     Args:
         runs: at least one.
-        protocol: of all of their sets.
+        protocol: the protocol of all their sets.
     """
 
     runs: list[Run]
     protocol: Protocol
 
     def describe(self) -> list[str]:
-        """One sentence for each set."""
+        """Return one sentence for each set."""
         return [
             f"{name}: {aspects['prompts']}, {aspects['decoding']}, scored by {aspects['scorer']}."
             for name, aspects in self.protocol.items()
         ]
 
     def differs_from(self, other: ProtocolGroup) -> list[str]:
-        """What is different in the sets that both have, one sentence each."""
+        """Return the differences in the sets that both have, one sentence each."""
         return [
             f"{name}: {_OTHER.get(aspect) or f'{aspects[aspect]} instead of {other.protocol[name][aspect]}'}"
             for name, aspects in self.protocol.items()
@@ -44,7 +44,7 @@ class ProtocolGroup:
         ]
 
 
-#: What is said where digests differ.
+#: Texts for aspects that are compared by digest.
 _OTHER = {
     "rows": "other rows of the set",
     "texts": "other prompt texts (template, length limit or tokenizer)",
@@ -53,7 +53,7 @@ _OTHER = {
 
 
 def protocol_of(run: Run) -> Protocol:
-    """The protocol under which a run's answers were made, as the answers themselves record it."""
+    """Return the protocol of a run's answers, as the answers themselves record it."""
     return {name: _of_set(by_seed) for name, by_seed in run.answers.items()}
 
 
@@ -72,7 +72,7 @@ def _of_set(by_seed: Mapping[int, Sequence[Record]]) -> dict[str, str]:
 
 
 def _scorer(record: Record) -> str:
-    """What scored it, told by its scores."""
+    """Return the scorer of a record, identified by its scores."""
     return next(name for name, scorer in SCORERS.items() if scorer.main in record)
 
 
@@ -95,7 +95,7 @@ def _digest(content: Any) -> str:
 
 
 def group_by_protocol(runs: Sequence[Run]) -> list[ProtocolGroup]:
-    """Split runs with answers into groups without contradiction, in the order of their first runs."""
+    """Split runs with answers into groups of compatible protocols, in the order of their first runs."""
     groups: list[tuple[list[Run], dict[str, Mapping[str, str]]]] = []
     for run in runs:
         protocol = protocol_of(run)

@@ -1,4 +1,4 @@
-"""A finished run's student as a directory of its own or on the Hugging Face hub, with a card of how it was made."""
+"""Export a finished run's student, with its model card, to a directory or to the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from deltakd.tracking.redaction import redacted
 
 log = logging.getLogger(__name__)
 
-#: Of the library that the installed client speaks HTTP with: it is not the same one in all versions.
+#: The base error of the client's HTTP library, which differs between versions of huggingface_hub.
 _TRANSPORT_ERROR: type[Exception] = vars(hub_errors)["HTTPError"]
 
-#: What makes Hydra take a run's config as it is, and leave no files of its own.
+#: Makes Hydra take a run's config unchanged, and write no files of its own.
 _FOR_HYDRA: dict[str, Any] = {
     "defaults": ["_self_", {"override hydra/job_logging": "stdout"}],
     "hydra": {"run": {"dir": "."}, "output_subdir": None, "job": {"chdir": False}},
@@ -35,7 +35,7 @@ _FOR_HYDRA: dict[str, Any] = {
 
 
 def export_problems(run: RunDirectory, output: Path | None, repository: str | None) -> list[str]:
-    """Return why this cannot be exported, one sentence each."""
+    """Return why this can't be exported, one sentence for each problem."""
     problems = _run_problems(run)
     if output is None and repository is None:
         problems.append("give output=<directory>, push_to_hub=<owner>/<name>, or both")
@@ -80,11 +80,11 @@ def _repository_problems(repository: str) -> list[str]:
 
 
 def write_export(run: RunDirectory, output: Path) -> None:
-    """Write weights, tokenizer, model card and the run's config; all of it or nothing.
+    """Write weights, tokenizer, model card and the run's config, all or nothing.
 
     Args:
         run: a finished run.
-        output: a directory that is absent or empty.
+        output: an absent or empty directory.
     """
     config = yaml.safe_load(run.config.read_text(encoding="utf-8"))
     with replacing(output, "the export") as partial:
@@ -95,23 +95,23 @@ def write_export(run: RunDirectory, output: Path) -> None:
 
 
 def push(folder: Path, repository: str, private: bool) -> str:
-    """Upload a directory as a model repository, which is made if need be.
+    """Upload a directory as a model repository, creating it if need be.
 
     Args:
-        folder: what :func:`write_export` wrote.
+        folder: output of :func:`write_export`.
         repository: ``owner/name``.
-        private: True for a private repository, if it is made now; one that exists stays as it is.
+        private: make a new repository private; an existing one is not changed.
 
     Returns:
-        The address.
+        Its URL.
 
     Raises:
-        ConfigError: the hub cannot be reached, or does not allow it.
+        ConfigError: the hub can't be reached, or refuses.
     """
     later = f"`hf upload {repository} <output>` uploads later what output=<directory> wrote"
     api = HfApi()
     try:
-        # None leaves an organisation's own default; True asks for it.
+        # None keeps an organisation's own default.
         made = api.create_repo(repository, private=private or None, exist_ok=True)
         api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message="Student trained with deltakd")
     except HfHubHTTPError as error:
@@ -127,10 +127,10 @@ def push(folder: Path, repository: str, private: bool) -> str:
 
 
 def run_export(run: RunDirectory, output: Path | None, repository: str | None, private: bool) -> None:
-    """Write and upload, as asked.
+    """Check the arguments, then write and upload as requested.
 
     Raises:
-        ConfigError: everything that is wrong with the arguments, or what the hub says.
+        ConfigError: lists all problems of the arguments, or the hub's refusal.
     """
     problems = export_problems(run, output, repository)
     if problems:

@@ -1,4 +1,4 @@
-"""Finding run directories and reading what they hold; what cannot be read is named, never guessed."""
+"""Find run directories and read them; what can't be read is reported, never guessed."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from deltakd.io.files import read_json_lines
 
 Record = dict[str, Any]
 
-#: Folders of a run that hold files of other programs.
+#: Folders that hold no runs.
 _NOT_RUNS = {"wandb", "checkpoints", "student", "tokenizer", "generations", "tensorboard"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one run directory holds.
+    """The contents of a run directory.
 
     Args:
         path: the directory.
         config: its ``config.yaml``.
         summary: its ``summary.json``; None: the run is not finished.
-        metrics: its ``metrics.csv``, one row for each time something was logged; empty where there is none.
-        answers: evaluation set -> sampling seed -> scored records, of the sets that the summary names.
-        label: what a ``study.yaml`` calls it.
+        metrics: its ``metrics.csv``, one row per logging; empty if there is none.
+        answers: evaluation set -> sampling seed -> scored records, for the sets that the summary names.
+        label: its label in a ``study.yaml``.
     """
 
     path: Path
@@ -47,16 +47,16 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the run came to its end."""
+        """True if the run is finished."""
         return self.summary is not None
 
     @property
     def evaluation_only(self) -> bool:
-        """Whether ``deltakd.evaluate`` made it: nothing was trained."""
+        """True if ``deltakd.evaluate`` made it, so nothing was trained."""
         return "evaluated_model" in self.config
 
     def has(self, name: str, metric: str) -> bool:
-        """Whether its answers to the set ``name`` are scored by ``metric``."""
+        """True if its answers to the set ``name`` are scored by ``metric``."""
         return any(metric in records[0] for records in self.answers.get(name, {}).values())
 
     @property
@@ -66,7 +66,7 @@ class Run:
 
     @property
     def meta(self) -> Mapping[str, Any]:
-        """Where the run ran and what it cost; empty while it is not finished."""
+        """Where the run ran and what it cost; empty unless it is finished."""
         return (self.summary or {}).get("meta", {})
 
     @property
@@ -78,13 +78,13 @@ class Run:
 
     @property
     def total_steps(self) -> int | None:
-        """Optimiser steps of the whole run; None where neither summary nor config says."""
+        """Optimiser steps of the whole run; None if neither summary nor config says."""
         steps = self.meta.get("steps") or (self.config.get("trainer") or {}).get("max_steps")
         return None if steps is None else int(steps)
 
     @property
     def last_written(self) -> datetime:
-        """When its newest result was written."""
+        """When its summary was written, else its metrics, else its config."""
         files = [self.path / name for name in ("summary.json", "metrics.csv", "config.yaml")]
         return datetime.fromtimestamp(next(file for file in files if file.is_file()).stat().st_mtime)
 
@@ -94,16 +94,16 @@ class Run:
         if "step" not in self.metrics:
             return {}
         by_step = self.metrics.groupby("step").last()
-        # A run that was resumed may have logged a step twice; `last` keeps the newer value.
+        # A resumed run may have logged a step twice; `last` keeps the newer value.
         return {str(name): by_step[name].dropna() for name in by_step.columns if by_step[name].notna().any()}
 
 
 @dataclass
 class Found:
-    """What was found under the paths that were given.
+    """The runs found under the given paths.
 
     Args:
-        runs: in the order given, of a study in the order of its table.
+        runs: in the order given; those of a study in the order of its table.
         skipped: what could not be read, and stages that a study does not report, one sentence each.
     """
 
@@ -119,7 +119,7 @@ def find_runs(paths: Sequence[str]) -> Found:
             or globs of any of them.
 
     Raises:
-        ValueError: naming every path that does not exist or holds no run.
+        ValueError: names every path that does not exist or holds no run; or no run can be read.
     """
     found = Found()
     chosen: dict[Path, tuple[Path, str | None]] = {}
@@ -129,7 +129,7 @@ def find_runs(paths: Sequence[str]) -> Found:
         if not here:
             problems.append(_nothing(given))
         for path, label in here:
-            # The same run may be given twice, as itself and in its study, which has a label for it.
+            # A run may be given twice: itself, and in its study, which has a label for it.
             first, known = chosen.get(path.resolve(), (path, None))
             chosen[path.resolve()] = (first, known or label)
     if problems:
@@ -153,7 +153,7 @@ def _matches(given: str) -> list[Path]:
 
 
 def _natural(text: object) -> list[tuple[int, str]]:
-    """A sort key in which run 10 comes after run 9."""
+    """Return a sort key that puts run 10 after run 9."""
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", str(text))]
 
 
@@ -170,7 +170,7 @@ def _nothing(given: str) -> str:
 
 
 def _run_directories(path: Path, skipped: list[str]) -> list[tuple[Path, str | None]]:
-    """Run directories in and under ``path``, each with its study's label; stages left out go to ``skipped``."""
+    """Return run directories in and under ``path``, with their study labels; ``skipped`` gets stages left out."""
     if (path / "study.yaml").is_file():
         return _stages(path / "study.yaml", skipped)[0]
     if (path / "config.yaml").is_file():
@@ -192,13 +192,13 @@ def _walk(path: Path) -> Iterator[Path]:
 
 
 def _stages(file: Path, skipped: list[str]) -> tuple[list[tuple[Path, str | None]], list[Path]]:
-    """The runs of a study, those of its table first and under their labels there, and the runs that are left out.
+    """Return a study's runs, those of its table first and with their labels, and the runs left out.
 
-    A table says what is reported: runs of other stages, such as a screening, would be taken for repetitions of the
-    finals, since neither name nor seed make a method. Models that reported runs learnt from are shown all the same.
+    The table says what is reported: runs of other stages, such as a screening, would be taken for repetitions of the
+    finals, since name and seed do not tell methods apart. Models that reported runs learnt from are always shown.
 
     Raises:
-        ValueError: the file is no study.
+        ValueError: the file is not a study.
     """
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -210,7 +210,7 @@ def _stages(file: Path, skipped: list[str]) -> tuple[list[tuple[Path, str | None
     found: list[tuple[Path, str | None]] = []
     for stage, label in rows.items():
         for path in _walk(folder / stage):
-            # Below a stage lie the runs of its sweeps.
+            # The runs of a sweep are below their stage.
             name = path.relative_to(folder).as_posix()
             found.append((path, job_label(label, name)))
     others = [(stage, path) for stage in stages if stage not in rows for path in _walk(folder / stage)]
@@ -227,14 +227,14 @@ def _stages(file: Path, skipped: list[str]) -> tuple[list[tuple[Path, str | None
 
 
 def _models_of(runs: Iterable[Path]) -> set[str]:
-    """Directories of all models that the runs' configs name."""
+    """Return the paths of all models that the runs' configs name."""
     nodes = [node for run in runs for node in ((_config(run) or {}).get("model") or {}).values()]
     paths = [node["path"] for node in nodes if isinstance(node, Mapping) and node.get("path")]
     return {os.path.realpath(str(path)) for path in paths}
 
 
 def _config(run: Path) -> dict[str, Any] | None:
-    """The config of a run; None where it can't be read, which is said when the run itself is read."""
+    """Return the config of a run; None if it can't be read, which `_read_run` reports."""
     try:
         content = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
@@ -243,7 +243,7 @@ def _config(run: Path) -> dict[str, Any] | None:
 
 
 def _trains(path: Path) -> bool:
-    """Whether a directory is that of a training, not of a teacher's answers."""
+    """True for the directory of a run, not of a teacher's answers."""
     return _is_run(_config(path) or {})
 
 
@@ -252,10 +252,10 @@ def _is_run(config: Mapping[str, Any]) -> bool:
 
 
 def job_label(label: str, name: str) -> str:
-    """What to call a run of a study; runs of a stage that differ in their seed alone have the same label.
+    """Return the label of a study's run; runs of a stage that differ only in their seed share it.
 
     Args:
-        label: of its stage.
+        label: label of its stage.
         name: ``<stage>``, or ``<stage>/<key>=<value>,...`` where the stage has several runs.
     """
     varying = name.partition("/")[2]
@@ -266,7 +266,7 @@ def job_label(label: str, name: str) -> str:
 
 
 def _read_run(path: Path, label: str | None, skipped: list[str]) -> Run | None:
-    """One run; None where the directory is no run's, or config or summary are damaged, which ``skipped`` then says."""
+    """Read a run; None if the directory holds no run, or if config or summary are damaged (noted in ``skipped``)."""
     try:
         config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
         if not isinstance(config, dict):
@@ -304,7 +304,7 @@ def _read_metrics(file: Path) -> pd.DataFrame:
 def _read_answers(
     path: Path, config: Mapping[str, Any], summary: Mapping[str, Any], skipped: list[str]
 ) -> dict[str, dict[int, list[Record]]]:
-    """The scored answers behind the summary's scores; a file that is missing or damaged takes its set with it."""
+    """Return the scored answers behind the summary's scores; a missing or damaged file drops its whole set."""
     seeds = [int(seed) for seed in (config.get("evaluation") or {}).get("seeds") or []]
     scores = [key.rpartition("/") for key in summary if key.endswith(tuple(f"/{metric}" for metric in MAIN_METRICS))]
     sets = [name for name, _, _ in scores if name != "val"]
@@ -338,7 +338,7 @@ def _read_records(file: Path) -> list[Record]:
 
 
 def _tolerantly(file: Path, read: Callable[[Path], Any], skipped: list[str], consequence: str) -> Any:
-    """What ``read`` makes of a file; None where there is none, or it is damaged, which ``skipped`` then says."""
+    """Return ``read(file)``; None if the file is absent, or damaged (noted in ``skipped``)."""
     if not file.is_file():
         return None
     try:

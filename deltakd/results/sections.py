@@ -1,4 +1,4 @@
-"""What the parts of a report show beside its tables of scores: costs, runs, answers, and the token view."""
+"""The parts of a report besides its tables of scores: costs, runs, answers, and the token view."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from deltakd.results.figures import mean_and_error
 from deltakd.results.methods import Method, row_ids
 from deltakd.results.reading import Run
 
-#: Prompts of each set that are shown with all answers.
+#: Number of prompts of each set shown with all answers.
 EXAMPLES = 3
-#: Characters of a prompt in a title.
+#: Maximum characters of a prompt in a title.
 _TITLE = 90
 
 
 @dataclass(frozen=True)
 class CostRow:
-    """What a method's runs cost, on average; ``cells`` are texts, one for each of COST_COLUMNS."""
+    """The average cost of a method's runs; ``cells`` are texts, one for each of COST_COLUMNS."""
 
     label: str
     runs: int
     cells: list[str]
 
 
-#: Of the cost table: heading, key in the summary's ``meta``, decimals.
+#: Columns of the cost table: heading, key in the summary's ``meta``, decimals.
 _COSTS = (
     ("tokens/s", "tokens_per_second", 0),
     ("peak memory (MiB)", "peak_memory_mib", 0),
@@ -46,7 +46,7 @@ COST_COLUMNS = [heading for heading, _, _ in _COSTS]
 
 
 def cost_rows(methods: Sequence[Method]) -> list[CostRow]:
-    """The cost of every method of which a run was trained to its end."""
+    """Return the cost of every method with a finished training run."""
     rows = []
     for method in methods:
         metas = [run.meta for run in method.finished if not run.evaluation_only]
@@ -60,7 +60,7 @@ def _mean_of(metas: Sequence[Mapping[str, Any]], key: str, digits: int) -> str:
     return f"{np.mean(values):,.{digits}f}" if values else "–"
 
 
-#: Columns of the table of shift preservation: factor and decimals, as where the summaries' figures are shown.
+#: Columns of the table of shift preservation: factor and decimals, as in the tables of the summaries' measures.
 _PRESERVED = {
     "correlation": (1, MEASURES["shift_correlation"][1]),
     "kl_teacher": (1, MEASURES["kl_teacher"][1]),
@@ -80,7 +80,7 @@ class PreservedRow:
 
 
 def preserved_rows(measured: Mapping[str, Sequence[Preservation]]) -> list[PreservedRow]:
-    """One row for each method."""
+    """Return one row for each method."""
     return [_preserved_row(label, runs) for label, runs in measured.items()]
 
 
@@ -95,14 +95,14 @@ def _preserved_row(label: str, runs: Sequence[Preservation]) -> PreservedRow:
 
 
 def token_view(measured: Mapping[str, Sequence[Preservation]]) -> dict[str, Any] | None:
-    """What the page's script shows: of each method the rows of its first run, and where the colours end (nats)."""
+    """Return data for the page's script: the rows of one run per method, and the end of the colour scale in nats."""
     views = {label: next((run.token_view for run in runs if run.token_view), []) for label, runs in measured.items()}
     views = {label: rows for label, rows in views.items() if rows}
     if not views:
         return None
     tokens = [token for rows in views.values() for row in rows for token in row.tokens]
     shifts = [abs(s) for token in tokens for s in (token.teacher_shift, token.student_shift) if s is not None]
-    # The largest shifts are rare tokens'; with the scale at their end all others would look alike.
+    # Rare tokens have the largest shifts; a scale up to these would make all others look alike.
     scale = max(1, math.ceil(float(np.percentile(shifts, 95)))) if shifts else 1
     shown = [{"label": label, "rows": [_viewed(row) for row in rows]} for label, rows in views.items()]
     return {"scale": scale, "views": shown}
@@ -128,7 +128,7 @@ def _rounded(value: float | None) -> float | None:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a method's model said, and its score in per cent, by name (ROUGE-L, where it is scored so)."""
+    """An answer of a method's model, with the name of its main score (such as ROUGE-L) and the score in per cent."""
 
     label: str
     text: str
@@ -148,7 +148,7 @@ class Example:
 
 
 def examples(methods: Sequence[Method]) -> dict[str, list[Example]]:
-    """Set -> a few prompts, evenly spaced, with the answers of each method's first run and sampling seed."""
+    """Return set -> a few evenly spaced prompts, with the answers of each method's first run and sampling seed."""
     names = dict.fromkeys(name for method in methods for run in method.finished for name in run.answers)
     return {name: _examples_of(name, [m for m in methods if m.evaluated(name)]) for name in names}
 
@@ -176,16 +176,16 @@ def _by_row(run: Run, name: str) -> dict[int, dict[str, Any]]:
 
 
 def title_of(prompt: str) -> str:
-    """A line that tells prompts apart: the longest of its last paragraphs that is no heading of the template."""
+    """Return a line that tells prompts apart: the second that is no ``###`` heading, else the first, shortened."""
     lines = [line.strip() for line in prompt.splitlines() if line.strip() and not line.startswith("###")]
-    # Templates open with the same sentence for all rows.
+    # Templates open with the same sentence in every row.
     line = next(iter(lines[1:]), lines[0] if lines else "(empty prompt)")
     return line if len(line) <= _TITLE else line[: _TITLE - 1].rstrip() + "…"
 
 
 @dataclass(frozen=True)
 class RunRow:
-    """Where and from what a run was made."""
+    """Where a run ran, and from which commit."""
 
     path: str
     method: str
@@ -196,7 +196,7 @@ class RunRow:
 
 
 def run_rows(methods: Sequence[Method]) -> list[RunRow]:
-    """All runs, by method."""
+    """Return all runs, by method."""
     return [_run_row(method, run) for method in methods for run in method.runs]
 
 
@@ -208,7 +208,7 @@ def _run_row(method: Method, run: Run) -> RunRow:
 
 
 def state_of(run: Run) -> str:
-    """``finished 2026-11-22 07:20``, or how far it came."""
+    """Return ``finished 2026-11-22 07:20``, or how far the run came."""
     when = f"{run.last_written:%Y-%m-%d %H:%M}"
     if run.finished:
         return f"finished {when}"
@@ -217,7 +217,7 @@ def state_of(run: Run) -> str:
 
 
 def study_commands(methods: Sequence[Method]) -> list[str]:
-    """How to make whole studies again, where their folders are there."""
+    """Return the commands that repeat whole studies whose folders exist."""
     runs = [run for method in methods for run in method.runs]
     studies = dict.fromkeys(str(run.config.get("name") or "").partition("/")[0] for run in runs)
     folders = [Path("experiments") / study for study in studies if study]
@@ -225,7 +225,7 @@ def study_commands(methods: Sequence[Method]) -> list[str]:
 
 
 def run_commands(methods: Sequence[Method]) -> list[str]:
-    """How to train each run again, beside itself."""
+    """Return the command that repeats each training run, in a directory beside it."""
     trained = [run for method in methods for run in method.runs if not run.evaluation_only]
     return [
         f"python -m deltakd.train --config-dir {shlex.quote(str(run.path))} --config-name config "
@@ -235,7 +235,7 @@ def run_commands(methods: Sequence[Method]) -> list[str]:
 
 
 def versions(methods: Sequence[Method]) -> list[tuple[str, list[str]]]:
-    """Methods whose finished runs used the same packages, and these with their versions."""
+    """Return groups of methods with the same package versions, and these versions."""
     groups: dict[tuple[str, ...], dict[str, None]] = {}
     for method in methods:
         for run in method.finished:

@@ -1,4 +1,4 @@
-"""Spread over training seeds, and differences between methods that can be defended (DESIGN 4)."""
+"""Spread over training seeds, and sound tests of differences between methods (DESIGN 4)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
-#: What varies between the resamples: training seeds and prompts, or prompts alone where a method has one seed.
+#: What varies, in resamples or in standard errors; only prompts if there is a single seed.
 SEEDS_AND_PROMPTS = "training seeds and prompts"
 SEEDS = "training seeds"
 PROMPTS = "prompts"
 
-#: Resamples drawn at a time: counts of [resamples, prompts] stay within tens of MiB.
+#: Resamples drawn at a time, so that counts [resamples, prompts] take at most tens of MiB.
 _AT_ONCE = 2048
 
 
@@ -27,7 +27,7 @@ class Spread:
         mean: over training seeds and prompts.
         stderr: standard error of the mean; None for a single value.
         seeds: number of training seeds.
-        over: what ``stderr`` varies: ``training seeds``, or ``prompts`` where there is one seed.
+        over: what varies for ``stderr``: ``training seeds``, or ``prompts`` if there is one seed.
     """
 
     mean: float
@@ -38,16 +38,16 @@ class Spread:
 
 @dataclass(frozen=True)
 class Difference:
-    """A method's score less the baseline's.
+    """A method's score minus the baseline's.
 
     Args:
         method, baseline: names.
-        mean: of the difference, in the units of the scores.
+        mean: mean difference, in the units of the scores.
         low, high: 95 % bootstrap interval.
-        p: two-sided p-value of the same bootstrap, for the difference being 0: below 0.05 where the interval has no 0.
-        p_holm: the same, corrected over all methods that were compared (Holm 1979).
-        over: what was resampled: ``training seeds and prompts``, or ``prompts`` where one of the two has one training
-            seed; nothing is then known of other seeds.
+        p: two-sided p-value of the same bootstrap for a difference of 0: below 0.05 if the interval excludes 0.
+        p_holm: ``p`` corrected for all methods compared (Holm 1979).
+        over: what was resampled: ``training seeds and prompts``, or ``prompts`` if one of the two has a single training
+            seed, in which case nothing is known of other seeds.
     """
 
     method: str
@@ -61,7 +61,7 @@ class Difference:
 
 
 def spread(values_SR: NDArray[np.float64]) -> Spread:
-    """Mean and standard error of one method.
+    """Return mean and standard error of one method.
 
     Args:
         values_SR: [S, R] score of each training seed and prompt, averaged over sampling seeds.
@@ -85,32 +85,32 @@ def compare(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> list[Difference]:
-    """Hold every other method against the baseline by a paired bootstrap over prompts and training seeds.
+    """Compare every other method with the baseline by a paired bootstrap over prompts and training seeds.
 
-    In each resample prompts are drawn with replacement, the same for all methods, and training seeds are drawn with
-    replacement: the same ones for both methods where both have the same seeds (a seed fixes the order of the data for
-    both), else for each method on its own. The deviations of both draws from the observed difference add up. Where one
-    of the two methods has a single seed, prompts alone are drawn.
+    Each resample draws prompts with replacement, the same for all methods, and training seeds with replacement: paired
+    if both methods have the same seeds (a seed fixes the order of the data for both), else for each method
+    independently. The deviations of both draws from the observed difference are added. If one of the two methods has a
+    single seed, only prompts are drawn.
 
-    Percentiles of few resampled values lie too near to their mean: five seeds would give "95 %" intervals that hold
-    the truth in some 83 % of cases. Deviations are therefore expanded by √(n / (n − 1)) · t_{n−1} / z, at the
-    quantile wanted (expanded percentile interval: Hesterberg, The American Statistician 69, 2015,
-    doi 10.1080/00031305.2015.1089789). What varies from one pair of prompt and seed to the next, such as sampling
-    noise, is in both draws: where it outweighs all else, intervals are up to √2 too wide, never too narrow.
+    Percentiles of few resampled values are too close to their mean: with five seeds, "95 %" intervals would cover the
+    truth in some 83 % of cases. Deviations are therefore expanded by √(n / (n − 1)) · t_{n−1} / z, at the
+    desired quantile (expanded percentile interval: Hesterberg, The American Statistician 69, 2015,
+    doi 10.1080/00031305.2015.1089789). Variation between pairs of prompt and seed, such as sampling noise, enters both
+    draws: if it outweighs all else, intervals are up to √2 too wide, never too narrow.
 
     Args:
         scores: method -> [S, R] score of each training seed and prompt, averaged over sampling seeds; S may differ
-            between methods, the R prompts are the same ones in the same order.
+            between methods, the R prompts are the same in the same order.
         seeds: method -> its S training seeds, in the order of the scores' rows.
         baseline: the method that the others are compared with.
-        resamples: how many.
-        seed: draws them; equal input gives equal output, whatever other methods there are (but for ``p_holm``).
+        resamples: number of resamples.
+        seed: seed of the draws; results (except ``p_holm``) do not depend on the other methods.
 
     Returns:
         One difference for each other method, in the order given.
 
     Raises:
-        ValueError: naming every method whose prompts or seeds do not fit, or an unknown baseline.
+        ValueError: names every method whose prompts or seeds do not fit, or an unknown baseline; or too few resamples.
     """
     _check(scores, seeds, baseline, resamples)
     methods = [method for method in scores if method != baseline]
@@ -136,7 +136,7 @@ def compare(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction (Scand. J. Statist. 6, 1979): the family-wise error stays below a level.
+    """Apply Holm's step-down correction (Scand. J. Statist. 6, 1979), which controls the family-wise error rate.
 
     The k-th smallest of m becomes max over j ≤ k of (m − j + 1) · p_j, at most 1.
     """
@@ -183,7 +183,7 @@ def _check(
 def _sides(
     scores: Mapping[str, NDArray[np.float64]], seeds: Mapping[str, list[int]], method: str, baseline: str
 ) -> list[NDArray[np.float64]]:
-    """[S] means over prompts, whose sum of means is the difference: of seeds paired, or of each method on its own."""
+    """Return [S] means over prompts whose means sum to the difference: one of paired seeds, or one per method."""
     ours_S, theirs_S = (scores[name].mean(axis=1)[np.argsort(seeds[name])] for name in (method, baseline))
     if sorted(seeds[method]) == sorted(seeds[baseline]):
         return [ours_S - theirs_S]
@@ -191,7 +191,7 @@ def _sides(
 
 
 def _resampled_prompts(differences_KR: NDArray[np.float64], resamples: int, seed: int) -> NDArray[np.float64]:
-    """[K, B] how far the mean over prompts drawn with replacement is from that over all; the same draws for all K."""
+    """Return [K, B] deviations of the mean over resampled prompts from the mean over all; same draws for all K."""
     draw = np.random.Generator(np.random.PCG64([seed, 0]))
     prompts = differences_KR.shape[1]
     centred_RK = (differences_KR - differences_KR.mean(axis=1, keepdims=True)).T
@@ -203,26 +203,26 @@ def _resampled_prompts(differences_KR: NDArray[np.float64], resamples: int, seed
 
 
 def _resampled_seeds(means_S: NDArray[np.float64], resamples: int, draw: np.random.Generator) -> NDArray[np.float64]:
-    """[B] how far the mean over seeds drawn with replacement is from that over all."""
+    """Return [B] deviations of the mean over resampled seeds from the mean over all."""
     size = len(means_S)
     return draw.multinomial(size, np.full(size, 1 / size), size=resamples) @ (means_S - means_S.mean()) / size
 
 
 @dataclass(frozen=True)
 class _Resampled:
-    """A difference and its bootstrap: independent deviations, [B] each, with the number of things drawn for each."""
+    """A difference and its bootstrap: independent deviations, [B] each, with the sample size of each."""
 
     observed: float
     parts: list[tuple[NDArray[np.float64], int]]
 
     def interval(self, level: float) -> tuple[float, float]:
-        """The expanded percentile interval that covers 1 − level."""
+        """Return the expanded percentile interval that covers 1 − level."""
         total_B = sum((_expansion(size, level) * part_B for part_B, size in self.parts), np.array(self.observed))
         low, high = np.quantile(total_B, [level / 2, 1 - level / 2])
         return float(low), float(high)
 
     def p_value(self) -> float:
-        """The largest level whose interval still has 0 in it, found by bisection; never below what B can resolve."""
+        """Return the largest level whose interval contains 0, found by bisection; never below what B can resolve."""
         inside, outside = 2.0 / (len(self.parts[0][0]) + 1), 0.999
         if self._has_zero(outside):
             return 1.0
@@ -239,7 +239,7 @@ class _Resampled:
 
 
 def _expansion(size: int, level: float) -> float:
-    """By how much percentiles of the mean of ``size`` drawn values are too near to it: √(n / (n − 1)) · t / z."""
+    """Return √(n / (n − 1)) · t / z, the factor by which percentiles of the mean of n drawn values are too close."""
     if size == 1:
         return 0.0
     tail = 1 - level / 2

@@ -1,4 +1,4 @@
-"""The comparison of methods: scores with their spread, and paired differences to a baseline."""
+"""Compare methods: scores with their spread, and paired differences to a baseline."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from deltakd.results.methods import Method
 from deltakd.results.protocol_groups import ProtocolGroup, group_by_protocol
 from deltakd.results.statistics import PROMPTS, Difference, Spread, compare, spread
 
-#: Metrics of generated answers and what they are called.
+#: Metrics of generated answers -> titles.
 METRIC_NAMES = {name: f"{title} (%)" for name, title in METRIC_TITLES.items()}
 
 
@@ -20,10 +20,10 @@ class Score:
     """A method on a set, in per cent.
 
     Args:
-        spread: mean and standard error, over training seeds or, of one seed, over prompts.
-        difference: to the baseline; None for the baseline itself, for references, and where prompts are not the same.
-        best: whether it beats every other method with an interval that excludes 0.
-        sampling_std: standard deviation of the sampling seeds' means, the mean over training seeds; None of one seed.
+        spread: mean and standard error, over training seeds or, for a single seed, over prompts.
+        difference: to the baseline; None for the baseline itself, for references, and if prompts differ.
+        best: True if it beats every other method with an interval that excludes 0.
+        sampling_std: std of the sampling seeds' means, averaged over training seeds; None for a single sampling seed.
     """
 
     spread: Spread
@@ -37,7 +37,7 @@ class Row:
     """A method in a table.
 
     Args:
-        method: whose runs all follow the row's protocol.
+        method: the method, with runs of one protocol only.
         scores: set -> score; a set on which it was not evaluated is absent.
         mark: 1 for the first protocol of a mixed table, 2 for the next; None in a table of one protocol.
     """
@@ -58,11 +58,11 @@ class Comparison:
 
     Args:
         metric: one of METRIC_NAMES.
-        sets: the columns, those that are scored by it.
+        sets: the columns: the sets scored by it.
         rows: references first.
-        baseline: label of the row to which differences are taken; None where nothing can be compared.
-        protocol: what was asked of the models, one sentence each.
-        number: of the protocol, where there are tables of several.
+        baseline: label of the row that others are compared with; None if nothing can be compared.
+        protocol: how the models were evaluated, one sentence each.
+        number: number of the protocol, if there are several.
     """
 
     metric: str
@@ -74,17 +74,17 @@ class Comparison:
 
     @property
     def title(self) -> str:
-        """The metric's name, and which protocol it is where there are several."""
+        """The metric's name, and the protocol's number if there are several."""
         return METRIC_NAMES[self.metric] + (f", protocol {self.number}" if self.number else "")
 
     @property
     def mixed(self) -> bool:
-        """Whether the rows are of different protocols."""
+        """True if the rows have different protocols."""
         return any(row.mark for row in self.rows)
 
     @property
     def notes(self) -> list[str]:
-        """What ± and the differences mean here."""
+        """The meaning of ± and of the differences in this table."""
         rows = [row for row in self.rows if not row.method.role]
         scores = [score for row in rows for score in row.scores.values()]
         over = {score.spread.over for score in scores}
@@ -112,7 +112,7 @@ class Comparison:
         return notes
 
     def _about_sampling(self) -> str:
-        """Greedy answers are the same under all seeds, and not spoken of."""
+        """Return the note on sampling seeds, without greedy answers, which are the same under all seeds."""
         spreads = {
             row.label: [f"{name} {score.sampling_std:.2f}" for name, score in row.scores.items() if score.sampling_std]
             for row in self.rows
@@ -133,7 +133,7 @@ Member = tuple[Method, int | None]
 
 
 def notes_once(tables: Sequence[Comparison]) -> list[tuple[Comparison, list[str]]]:
-    """Each table with its notes and its protocol, less what stands under the table before it already."""
+    """Return each table with its notes and protocol, without those that the previous table has, too."""
     shown: list[tuple[Comparison, list[str]]] = []
     before: list[str] = []
     for table in tables:
@@ -144,15 +144,15 @@ def notes_once(tables: Sequence[Comparison]) -> list[tuple[Comparison, list[str]
 
 
 def make_comparisons(methods: Sequence[Method], baseline: str | None, mixed: bool) -> list[Comparison]:
-    """The tables: one for each protocol and metric, or for each metric where protocols may be mixed.
+    """Return a table for each protocol and metric, or for each metric if protocols may be mixed.
 
     Args:
         methods: references first.
-        baseline: label of a method; None: the one of ``sft``, else the first.
+        baseline: label of a method; None: the first labelled ``sft`` or with this loss, else the first method.
         mixed: put runs of different protocols into one table, marked.
 
     Raises:
-        ValueError: no method is called ``baseline``.
+        ValueError: no method has the label ``baseline``.
     """
     known = [method.label for method in methods]
     if baseline is not None and baseline not in known:
@@ -189,14 +189,14 @@ def _marked(groups: Sequence[ProtocolGroup]) -> list[str]:
 
 
 def _is_shown(methods: Sequence[Method], metric: str) -> bool:
-    """Main metrics are, wherever sets are scored by them; others only if they are not 0 everywhere."""
+    """True for a main metric that scores some set, and for another one unless it is 0 everywhere."""
     if metric in MAIN_METRICS:
         return bool(_sets(methods, metric))
     return any(bool(m.scores(name, metric).any()) for m in methods for name in _sets([m], metric))
 
 
 def _sets(methods: Sequence[Method], metric: str) -> list[str]:
-    """The sets that are scored by the metric."""
+    """Return the sets that the metric scores."""
     names = [name for method in methods for run in method.finished for name in run.answers if run.has(name, metric)]
     return list(dict.fromkeys(names))
 
@@ -206,7 +206,7 @@ def _comparison(metric: str, members: Sequence[Member], protocol: list[str], bas
     base = _baseline(rows, baseline)
     sets = _sets([method for method, _ in members], metric)
     for name in sets:
-        # In a mixed table another row's answers to the set may be scored by something else.
+        # In a mixed table other rows may be scored by another scorer on this set.
         answered = [row for row in rows if any(run.has(name, metric) for run in row.method.evaluated(name))]
         compared = _comparable(answered, base, name)
         differences = _differences(compared, base, name, metric)
@@ -231,7 +231,7 @@ def _baseline(rows: Sequence[Row], wanted: str | None) -> Row | None:
 
 
 def _comparable(answered: Sequence[Row], base: Row | None, name: str) -> list[Row]:
-    """Methods that answered the same prompts as the baseline; references are larger models, not methods."""
+    """Return the rows that answered the same prompts as the baseline, without references, which are larger models."""
     if base is None or base not in answered:
         return []
     return [
@@ -250,7 +250,7 @@ def _differences(compared: Sequence[Row], base: Row | None, name: str, metric: s
 
 
 def _best(compared: Sequence[Row], name: str, metric: str) -> str | None:
-    """The row that beats all others, if one does."""
+    """Return the label of the row that beats all others, if one does."""
     if len(compared) < 2:
         return None
     best = max(compared, key=lambda row: row.method.scores(name, metric).mean())

@@ -15,9 +15,9 @@ from deltakd.studies.study_file import Study
 
 
 def comparison(study: Study) -> Table:
-    """Return the comparison table of what is finished; runs of a stage that differ in their seed alone are one row.
+    """Return the comparison table of finished runs; runs of a stage that differ only in their seed are one row.
 
-    ± is one standard error: over training seeds where there are several, else over prompts where it is known.
+    ± is one standard error: over training seeds if there are several, else over prompts if known.
     """
     summaries = {label: found for label, found in finished_rows(study).items() if found}
     columns = study.columns or sorted(

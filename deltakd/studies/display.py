@@ -21,16 +21,16 @@ _STYLES = {"running": "bold", "waiting": "dim", "stopped": "yellow", "failed": "
 
 
 class Stages(Protocol):
-    """What a study tells of its runs, named ``<stage>`` or ``<stage>/<what varies>``."""
+    """Reports a study's runs, named ``<stage>`` or ``<stage>/<what varies>``."""
 
     def expect(self, minutes: Mapping[str, float | None]) -> None:
-        """Change how many minutes each of some waiting runs is expected to take; None: unknown."""
+        """Change the expected minutes of some waiting runs; None: unknown."""
 
     def start(self, name: str) -> None:
-        """A run begins."""
+        """Report that a run starts."""
 
     def finish(self, name: str, outcome: str, seconds: float, before: bool = False) -> None:
-        """A run is done.
+        """Report that a run is done.
 
         Args:
             name: of the run.
@@ -40,7 +40,7 @@ class Stages(Protocol):
         """
 
     def fail(self, name: str, problem: str, seconds: float) -> None:
-        """A run ended without a result, and others go on.
+        """Report that a run failed while others go on.
 
         Args:
             name: of the run.
@@ -51,11 +51,11 @@ class Stages(Protocol):
 
 @final
 class PlainStages:
-    """Two lines a run.
+    """Prints two lines per run.
 
     Args:
         console: where they go.
-        minutes: run -> minutes that it is expected to take, or None; in order.
+        minutes: run -> expected minutes, or None; in order.
     """
 
     def __init__(self, console: Console, minutes: Mapping[str, float | None]) -> None:
@@ -107,7 +107,7 @@ class _Row:
     done_then: int = 0
 
     def left(self, now: float) -> float | None:
-        """Seconds that the current work still takes at its speed so far."""
+        """Return the seconds left for the current work at its speed so far."""
         if self.state != "running" or self.done <= self.done_then:
             return None
         return (now - self.heard) / (self.done - self.done_then) * (self.total - self.done)
@@ -115,13 +115,13 @@ class _Row:
 
 @final
 class StageTable:
-    """The runs as a table that is drawn anew whenever it is looked at.
+    """The runs as a table, drawn anew on each refresh.
 
-    A stage of many runs is one line until its first run starts and after its last has ended.
+    A stage of many runs is one line until its first run starts and after its last ends.
 
     Args:
-        title: of the table.
-        minutes: run -> minutes that it is expected to take, or None; in order.
+        title: title of the table.
+        minutes: run -> expected minutes, or None; in order.
         clock: seconds.
     """
 
@@ -165,7 +165,7 @@ class StageTable:
         self._current = None
 
     def end(self, state: str) -> None:
-        """The run that is going on ends without a result."""
+        """End the current run without a result."""
         if self._current is not None:
             self._current.state, self._current.seconds = state, self.clock() - self._current.started
             self._current = None
@@ -194,7 +194,7 @@ class StageTable:
         return table
 
     def _minutes_left(self, now: float) -> float:
-        """Return how many minutes the waiting runs and the current one are expected to take."""
+        """Return the expected minutes of the waiting runs and the current one."""
         waiting = [row.expected or 0.0 for row in self._rows.values() if row.state == "waiting"]
         row = self._current
         going_on = 0.0 if row is None else max((row.expected or 0.0) - (now - row.started) / 60, 0.0)

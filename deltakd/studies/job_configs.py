@@ -16,7 +16,7 @@ from deltakd.types import TEACHER, is_reference_role
 
 
 def compose_jobs(study: Study, jobs: Sequence[Job]) -> dict[str, DictConfig]:
-    """Run -> its config; to W&B the runs of a study are one group, unless it names another.
+    """Return run -> its config; the runs of a study form one W&B group unless the study names another.
 
     Raises:
         ConfigError: an override has an unknown key or choice; the nearest one is named.
@@ -37,7 +37,7 @@ def check_predecessors(study: Study, jobs: Sequence[Job], configs: Mapping[str, 
     """Check that stages that are read are finished, or run before.
 
     Raises:
-        ConfigError: naming them all.
+        ConfigError: names all stages that are not.
     """
     waiting: dict[str, set[str]] = {}
     order = list(study.jobs)

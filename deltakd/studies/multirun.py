@@ -66,14 +66,14 @@ class Job:
 def run_job(job: Job, action: Callable[[], float]) -> float:
     """Run a job; a failed job does not stop the others.
 
-    Hydra would end the multirun at the first job that exits, and show nothing at the end where one raised.
+    Hydra would end the multirun at the first job that exits, and show nothing at the end if one raised.
 
     Args:
         job: the job.
         action: the training run; returns the objective, and raises SystemExit for errors that users can mend.
 
     Returns:
-        The objective; NaN where the job failed.
+        The objective; NaN if the job failed.
     """
     if is_main_process():
         job.write(UNFINISHED)
@@ -93,7 +93,7 @@ def run_job(job: Job, action: Callable[[], float]) -> float:
 
 
 def _hand_on(status: Any) -> None:
-    """Tell submitit of the signal by which SLURM has stopped the run: it puts its job back into the queue."""
+    """Pass on to submitit the signal by which SLURM stopped the run, so that it requeues the job."""
     if "SUBMITIT_EXECUTOR" in os.environ and status in (128 + signal.SIGUSR1, 128 + signal.SIGUSR2):
         signum = status - 128
         if callable(signal.getsignal(signum)):
@@ -104,7 +104,7 @@ def _hand_on(status: Any) -> None:
 class MultirunSummary(Callback):
     """Hydra's callback at both ends of a multirun: prints its best value, writes ``multirun.csv`` and ``.png``.
 
-    The process exits with status 2 where a job failed.
+    The process exits with status 2 if a job failed.
     """
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:

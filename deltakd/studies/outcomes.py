@@ -22,12 +22,12 @@ class Outcome:
     """The result of one run.
 
     Args:
-        number: of the trial or job.
+        number: number of the trial or job.
         settings: key -> value of the overrides that differ among the runs.
         state: finished, ended early, failed or unfinished.
         objective: name of the metric.
-        value: of the objective; None where there is none.
-        seconds: how long it took, of an interrupted run since its last start; None where that is unknown.
+        value: value of the objective, or None.
+        seconds: its duration, since its last start if it was interrupted; None if unknown.
         directory: the run directory.
     """
 
@@ -45,11 +45,11 @@ class Best:
     """The best setting.
 
     Args:
-        settings: key -> value; without the seed where a setting was run under several.
-        value: of the objective, the mean over seeds.
-        stderr: standard error over seeds; None with one.
-        seeds: how many runs are behind it.
-        directory: of the run, or of the best one of its seeds.
+        settings: key -> value; without the seed if a setting was run under several.
+        value: mean of the objective over seeds.
+        stderr: standard error over seeds; None for a single seed.
+        seeds: number of runs behind it.
+        directory: directory of the run, or of the best of its seeds.
     """
 
     settings: dict[str, str]
@@ -81,8 +81,7 @@ def _short(text: str) -> str:
 def find_best(outcomes: Sequence[Outcome], maximize: bool) -> Best | None:
     """Return the best finished setting; runs that differ only in their seed are one setting, and their mean counts.
 
-    Settings are compared only where their runs are as many as those of the most repeated one: else one lucky seed
-    would win against a mean.
+    Only the settings with the most runs are compared: otherwise one lucky seed would beat a mean.
     """
     groups: dict[tuple[tuple[str, str], ...], list[tuple[float, Outcome]]] = {}
     for outcome in outcomes:
@@ -102,7 +101,7 @@ def find_best(outcomes: Sequence[Outcome], maximize: bool) -> Best | None:
 
 
 def write_table(outcomes: Sequence[Outcome], path: Path) -> None:
-    """One row a run: number, state, settings, objective, value, seconds, directory."""
+    """Write one row per run: number, state, settings, objective, value, seconds, directory."""
     keys = keys_of(outcomes)
     with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -136,7 +135,7 @@ def keys_of(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def as_number(text: str) -> float | None:
-    """Return a setting's value as a number; None where it is a name."""
+    """Return a setting's value as a number; None if it is a name."""
     try:
         return float(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Running the stages of a study, one after the other."""
+"""Run the stages of a study, one after the other."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 def run_study(study: Study, console: Console, stages: Collection[str] = ()) -> None:
-    """Run what is not finished, then print what all of the study took so far and the comparison.
+    """Run what is not finished, then print the time that the study took so far and the comparison.
 
     Args:
         study: what to run.
@@ -121,7 +121,7 @@ def run_caching(cfg: DictConfig) -> dict[str, Any]:
         The content of its ``summary.json``.
 
     Raises:
-        ConfigError: everything that is wrong with the config, or what differs from the cache that is there.
+        ConfigError: lists all problems of the config, or its differences from the existing cache.
         ValueError: as ``fill_cache``.
     """
     path = OmegaConf.select(cfg, "reference.path")

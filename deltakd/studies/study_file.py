@@ -23,20 +23,20 @@ COMMANDS = ("train", "generate", "cache")
 
 _KEYS = ("name", "overrides", "stages", "table")
 _STAGE_KEYS = ("overrides", "command", "minutes")
-#: Longer names are more than file systems take.
+#: File systems do not take longer names.
 _LONGEST_NAME = 200
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One entry of a study: a run, or a set of runs where its overrides hold sweeps.
+    """One entry of a study: a run, or a set of runs if its overrides contain sweeps.
 
     Args:
         name: of its directory.
         overrides: Hydra overrides, those of the study first; ``loss=sft,kd seed=0,1`` are four runs, as in a multirun.
         command: ``train``; ``generate``: the teacher's answers, which a later stage trains on; or ``cache``: the
             references' outputs, which later stages read with ``reference=cached reference.path=outputs/...``.
-        minutes: how long one of its runs is expected to take, for the estimate; None: unknown.
+        minutes: expected minutes of one of its runs, for the estimate; None: unknown.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Study:
-    """What ``study.yaml`` says.
+    """The contents of ``study.yaml``.
 
     Args:
         name: outputs go to ``outputs/<name>/<stage>``.
@@ -99,7 +99,7 @@ def read_study(folder: Path) -> Study:
     """Read ``study.yaml`` of a folder.
 
     Raises:
-        ConfigError: it is absent, or everything that is wrong in it.
+        ConfigError: it is absent, or has problems; all are listed.
     """
     path = folder / "study.yaml"
     if not path.is_file():
@@ -140,7 +140,7 @@ def read_study(folder: Path) -> Study:
 
 
 def _jobs(study: str, stage: Stage) -> list[Job]:
-    """One run for every combination of the stage's sweeps, in the order of Hydra's basic sweeper.
+    """Return a run for every combination of the stage's sweeps, in the order of Hydra's basic sweeper.
 
     Raises:
         ConfigError: overrides that Hydra can't read, sweeps that do not list values, or names that can't be told apart.

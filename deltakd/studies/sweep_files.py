@@ -45,9 +45,9 @@ class Interval:
     Args:
         low: the smallest value.
         high: the largest value.
-        log: whether its logarithm is uniform.
-        step: distance of the values allowed; None: all of them.
-        integer: whether only whole numbers are allowed.
+        log: True if its logarithm is uniform.
+        step: distance between allowed values; None: no restriction.
+        integer: True if only whole numbers are allowed.
     """
 
     low: float
@@ -62,7 +62,7 @@ Parameter = Choices | Interval
 
 @dataclass(frozen=True)
 class Hyperband:
-    """When poor runs end early; a resource is one validation.
+    """Early termination of poor runs; one unit of resource is one validation.
 
     Args:
         min_resource: validations before a run may be ended.
@@ -198,7 +198,7 @@ def wandb_schema() -> Any:
     """Return the validator of W&B's own schema, from the package ``sweeps``; None if that is not installed."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of its age: it was written for an older pydantic
+            warnings.simplefilter("ignore")  # the package was written for an older pydantic
             from sweeps.config.schema import validator
     except ImportError:
         return None
@@ -221,7 +221,7 @@ def _schema_problems(content: dict[str, Any]) -> list[str]:
 
 
 def _parameter(entry: Any) -> Parameter:
-    """One parameter of the file.
+    """Return one parameter of the file.
 
     Raises:
         ValueError: it can't be searched over, or can't become an override.
@@ -299,7 +299,7 @@ def _command_overrides(command: Any) -> tuple[list[str], list[str]]:
 
 
 def _key_problems(fixed: Sequence[str], parameters: Mapping[str, Parameter]) -> list[str]:
-    """Keys and choices of the config that do not exist, under all combinations of the groups' choices."""
+    """Return keys and choices that do not exist in the config, under all combinations of the groups' choices."""
     groups = {key: p.values for key, p in parameters.items() if isinstance(p, Choices) and (CONF_DIR / key).is_dir()}
     rest = [override(key, p.values[0] if isinstance(p, Choices) else p.low) for key, p in parameters.items()]
     rest = [text for text in rest if text.split("=", 1)[0] not in groups]

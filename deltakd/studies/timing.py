@@ -1,4 +1,4 @@
-"""How long the runs of a study took, and how long those that are left will take."""
+"""Time that a study's runs took, and the expected time of the others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from deltakd.studies.study_file import Job, Study
 
 
 def seconds_of(directory: RunDirectory) -> float:
-    """Return what a finished run took since its last start."""
+    """Return the seconds that a finished run took since its last start."""
     return float(directory.read_summary().get("meta", {}).get("seconds", 0.0))
 
 
@@ -34,7 +34,7 @@ def expected_minutes(jobs: Sequence[Job], measured: Mapping[str, Sequence[float]
 
 
 def say_estimate(jobs: Sequence[Job], measured: Mapping[str, Sequence[float]], console: Console) -> None:
-    """Print how long what is left will take, by stage and in all; nothing where nothing is left."""
+    """Print the expected time of what is left, by stage and in all; nothing if nothing is left."""
     todo = [job for job in jobs if not job.directory.finished]
     if not todo:
         return
@@ -55,7 +55,7 @@ def say_estimate(jobs: Sequence[Job], measured: Mapping[str, Sequence[float]], c
 
 
 def say_hours(study: Study, console: Console) -> None:
-    """Print what all finished runs of the study took, whichever start of it ran them, by stage and in all."""
+    """Print the time of all finished runs of the study, over all its starts, by stage and in all."""
     measured = measured_seconds([job for jobs in study.jobs.values() for job in jobs])
     hours = {stage: sum(seconds) / 3600 for stage, seconds in measured.items() if seconds}
     if not hours:

@@ -1,4 +1,4 @@
-"""A search on this machine, without a server: the trials of a sweep file, chosen by Optuna, each one a run."""
+"""A local search without a server: Optuna chooses the trials of a sweep file, and each trial is a run."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ from deltakd.studies.sweep_files import Choices, Parameter, Scalar, Sweep, merge
 from deltakd.training.run import run_training
 from deltakd.training.settings import RESUME_POLICY
 
-#: Trials where neither the command line nor the file says how many.
+#: Number of trials if neither the command line nor the file gives one.
 DEFAULT_TRIALS = 20
 
-#: Trials drawn at random before a Bayesian search has seen enough.
+#: Random trials before a Bayesian search starts to model.
 _STARTUP_TRIALS = 10
 
-#: What ends a trial, but not the search.
+#: Errors that end a trial, but not the search.
 _FAILURES = (NonFiniteLossError, torch.OutOfMemoryError)
 
 _STATES = {TrialState.COMPLETE: FINISHED, TrialState.PRUNED: ENDED_EARLY, TrialState.FAIL: FAILED}
@@ -65,8 +65,8 @@ class Search:
 
     Args:
         sweep: the file's content.
-        storage: SQLite file with all trials; their run directories lie beside it.
-        trials: how many are to be done, those of former starts included; None: the file's ``run_cap``, the whole of
+        storage: SQLite file with all trials; their run directories are beside it.
+        trials: number of trials, including those of former starts; None: the file's ``run_cap``, the whole of
             a grid, or DEFAULT_TRIALS.
         train: trains one trial.
     """
@@ -88,7 +88,7 @@ class Search:
 
     @property
     def total(self) -> int:
-        """How many trials to run in all."""
+        """The total number of trials to run."""
         asked = self.trials or self.sweep.run_cap
         if self.sweep.method != "grid":
             return asked or DEFAULT_TRIALS
@@ -105,7 +105,7 @@ class Search:
 
 
 def run_search(search: Search, console: Console) -> list[Outcome]:
-    """Run the trials that are not done yet; a trial that was interrupted goes on from its checkpoint.
+    """Run the trials that are not done; an interrupted trial resumes from its checkpoint.
 
     Args:
         search: what to search, and where the trials go.
@@ -115,7 +115,7 @@ def run_search(search: Search, console: Console) -> list[Outcome]:
         All trials, those of former starts included.
 
     Raises:
-        ConfigError: everything that is wrong with the config, before anything starts; the storage holds another
+        ConfigError: all problems of the config, before anything starts; the storage holds another
             search; another process works on it.
         Stopped: SIGTERM or Ctrl-C came; the trial's state is saved.
         ValueError: data or models that can't be used.
@@ -178,7 +178,7 @@ def _only_process(search: Search) -> Iterator[None]:
 
 @contextmanager
 def _opened(search: Search) -> Iterator[optuna.Study]:
-    """Open the study in its storage, which is made if it is not there.
+    """Open the study in its storage, creating it if need be.
 
     Raises:
         ConfigError: the storage holds another search.
@@ -213,7 +213,7 @@ def _opened(search: Search) -> Iterator[optuna.Study]:
 
 
 def _identity(search: Search) -> dict[str, Any]:
-    """Return what makes it this search; as JSON, since the storage keeps that."""
+    """Return what identifies this search, as JSON for the storage."""
     sweep = search.sweep
     overrides = dict(text.lstrip("+").split("=", 1) for text in sweep.overrides)
     kept = {key: value for key, value in overrides.items() if not RESUME_POLICY.allows(key, finished=True)}
@@ -240,7 +240,7 @@ def _sampler(sweep: Sweep, number: int) -> optuna.samplers.BaseSampler:
 
 
 def suggest(trial: optuna.Trial, key: str, parameter: Parameter) -> Scalar:
-    """Return a value of the parameter: the one the trial has already, or one chosen by the study's sampler."""
+    """Return the parameter's value: the one that the trial already has, or one from the study's sampler."""
     if isinstance(parameter, Choices):
         chosen = trial.suggest_categorical(key, parameter.values)
         assert chosen is not None
@@ -296,7 +296,7 @@ def _outcomes(search: Search, study: optuna.Study) -> list[Outcome]:
             continue
         values = {key: override(key, value).split("=", 1)[1] for key, value in trial.params.items()}
         state = _STATES.get(trial.state, UNFINISHED)
-        # Of a trial that ended early the last validation is known.
+        # The value of a trial that ended early is that of its last validation.
         value = trial.value if state in (FINISHED, ENDED_EARLY) else None
         seconds = trial.user_attrs.get("seconds")
         directory = search.directory / str(trial.number)

@@ -1,1 +1,1 @@
-"""What is recorded of a run: loggers, W&B, the model card, the environment."""
+"""Records of a run: loggers, W&B, the model card, the environment."""

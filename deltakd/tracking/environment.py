@@ -1,4 +1,4 @@
-"""What is written down about a run: where it ran, with what, and at what cost."""
+"""The record of where a run ran, with which code and packages, and how much memory it took."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import torch
 
 from deltakd.distributed.devices import choose_device
 
-#: Of the checkout.
+#: Root of the checkout.
 ROOT = Path(__file__).resolve().parents[2]
 
-#: Characters of a checkout's changes that are kept.
+#: Maximum number of characters kept of a checkout's changes.
 CHANGES_LIMIT = 1_000_000
 
 PACKAGES = (
@@ -34,7 +34,7 @@ PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    """Git commit, package versions, machine and device."""
+    """Return Git commit, package versions, machine and device."""
     return {
         "git_commit": git_commit(),
         "packages": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
@@ -49,14 +49,14 @@ def _device_name() -> str:
 
 
 def git_commit() -> str | None:
-    """The checkout's commit, with ``-dirty`` where files differ from it; None outside a checkout."""
+    """Return the checkout's commit, with ``-dirty`` if files differ from it; None outside a checkout."""
     return _git("describe", "--always", "--abbrev=40", "--dirty").strip() or None
 
 
 def git_changes() -> str | None:
-    """What differs from the commit, as ``git apply`` takes it, then the names of new files; None: nothing does.
+    """Return the diff to the commit, fit for ``git apply``, then the names of new files; None if there are none.
 
-    What is beyond CHANGES_LIMIT characters is cut off, and said so.
+    Diff and names are each cut to CHANGES_LIMIT characters, and the text says so.
     """
     diff = _git("diff", "HEAD", "--no-ext-diff", "--no-color")
     new = _git("ls-files", "--others", "--exclude-standard")
@@ -67,7 +67,7 @@ def git_changes() -> str | None:
 
 
 def _git(*arguments: str) -> str:
-    """What git says of the checkout; empty outside of one."""
+    """Return git's output for the checkout; empty outside of one."""
     try:
         done = subprocess.run(
             ["git", *arguments], cwd=ROOT, capture_output=True, text=True, errors="replace", timeout=20

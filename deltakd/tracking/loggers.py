@@ -26,13 +26,13 @@ REACH_SECONDS = 3.0
 
 @final
 class RunCSVLogger(CSVLogger):
-    """``metrics.csv`` in the run directory, which a resumed run goes on with.
+    """Writes ``metrics.csv`` in the run directory; a resumed run continues the file.
 
-    Lightning's own logger deletes what an earlier process wrote.
+    Lightning's own logger deletes the rows of an earlier process.
 
     Args:
         directory: the run directory.
-        resume_step: rows up to this optimiser step are kept; later ones belong to work that was lost.
+        resume_step: keep rows up to this optimiser step; later ones belong to lost work.
     """
 
     def __init__(self, directory: Path, resume_step: int) -> None:
@@ -42,7 +42,7 @@ class RunCSVLogger(CSVLogger):
         kept = _read_metrics(former, resume_step)
         super().__init__(save_dir=directory, name="", version="", flush_logs_every_n_steps=20)
         with warnings.catch_warnings():
-            # The directory holds checkpoints and config; the metrics are taken over right here.
+            # The directory holds checkpoints and config; the metrics are carried over below.
             warnings.filterwarnings("ignore", message="Experiment logs directory")
             writer = self.experiment
         for row in kept:
@@ -52,10 +52,10 @@ class RunCSVLogger(CSVLogger):
         former.unlink(missing_ok=True)
 
     def save(self) -> None:
-        """Write out the rows so far; the file is whole at any time, and stays as it was where the disk is full.
+        """Write the rows so far; the file is complete at all times, and unchanged if the disk is full.
 
         Raises:
-            WriteError: the disk did not take them.
+            WriteError: the rows could not be written.
         """
         writer = self.experiment
         if not writer.metrics:
@@ -74,7 +74,7 @@ class RunCSVLogger(CSVLogger):
                 writer.metrics_file_path = str(path)
 
     def finalize(self, status: str) -> None:
-        """Write out the rest; of a run that has failed only what the disk still takes."""
+        """Write the remaining rows; after a failed run, ignore write errors."""
         try:
             super().finalize(status)
         except WriteError:
@@ -90,7 +90,7 @@ def _read_metrics(path: Path, last_step: int) -> list[dict[str, str]]:
     return [row for row in rows if int(row["step"]) <= last_step]
 
 
-#: Makes a logger of a run: (directory=, name=, config=, resume_step=) -> Logger.
+#: Makes a logger: (directory=, name=, config=, resume_step=) -> Logger.
 MakeLogger = Callable[..., Logger]
 
 
@@ -100,21 +100,21 @@ def make_loggers(
     """Make the loggers of a run.
 
     Args:
-        makers: what the group ``logger`` names.
-        name: of the run.
+        makers: the loggers that the group ``logger`` names.
+        name: the run's name.
         record: its resolved config, to be logged.
         directory: the run directory.
-        resume_step: the optimiser step that the run goes on from; the logs up to it are kept.
+        resume_step: the optimiser step that the run resumes from; logs up to it are kept.
     """
     return [make(directory=directory, name=name, config=dict(record), resume_step=resume_step) for make in makers]
 
 
 def finish_loggers(loggers: list[Logger], failed: bool = False) -> None:
-    """Write everything out; a W&B run left open would swallow the next run of this process.
+    """Flush and close the loggers; an open W&B run would swallow the next run of this process.
 
     Args:
-        loggers: all of the run.
-        failed: whether the run did not come to its end, which W&B shows.
+        loggers: all loggers of the run.
+        failed: True if the run did not finish; W&B shows it.
     """
     for logger in loggers:
         logger.finalize("failed" if failed else "success")
@@ -123,17 +123,17 @@ def finish_loggers(loggers: list[Logger], failed: bool = False) -> None:
 
 
 def csv_logger(*, directory: Path, name: str, config: dict[str, Any], resume_step: int) -> Logger:
-    """``metrics.csv``."""
+    """Return a logger that writes ``metrics.csv``."""
     return RunCSVLogger(directory, resume_step)
 
 
 def tensorboard_logger(*, directory: Path, name: str, config: dict[str, Any], resume_step: int) -> Logger:
-    """``tensorboard/``."""
+    """Return a logger that writes ``tensorboard/``."""
     logger = TensorBoardLogger(
         save_dir=directory,
         name="tensorboard",
         version="",
-        # A resumed run writes the steps after its checkpoint again.
+        # A resumed run repeats the steps after its checkpoint.
         purge_step=resume_step + 1 if resume_step else None,
     )
     logger.log_hyperparams(config)
@@ -151,18 +151,18 @@ def wandb_logger(
     group: str | None = None,
     log_model: bool = False,
 ) -> Logger:
-    """Weights & Biases: online only where that can work without asking anybody anything.
+    """Return a Weights & Biases logger, by default online only if that works without asking the user.
 
     Args:
-        directory: the run directory; offline runs lie in its ``wandb/``.
-        name: of the run.
-        config: recorded; without home directories and secrets, as all that W&B gets.
-        resume_step: unused here; W&B keeps its own history.
-        project: W&B's project.
-        mode: auto, online, offline or disabled. auto is WANDB_MODE if set; else online where a key is at hand and
+        directory: the run directory; offline runs are kept in its ``wandb/``.
+        name: the run's name.
+        config: recorded without home directories and secrets, like everything sent to W&B.
+        resume_step: unused; W&B keeps its own history.
+        project: the W&B project.
+        mode: auto, online, offline or disabled. auto is WANDB_MODE if set; else online if an API key is available and
             the server answers within REACH_SECONDS; else offline.
-        group: W&B's group, such as the study.
-        log_model: whether the exported student's weights are uploaded; its fingerprint and lineage always are.
+        group: the W&B group, such as the study.
+        log_model: upload the exported student's weights, too; its fingerprint and lineage are always uploaded.
 
     Raises:
         ValueError: unknown mode.
@@ -174,7 +174,7 @@ def wandb_logger(
         raise ValueError(f"logger.wandb.mode is {mode!r}; allowed: {', '.join(allowed)}")
     if mode == "auto":
         mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() and _server_answers() else "offline")
-    # One W&B run however often it is resumed; in a sweep it is the one that the agent was given.
+    # A resumed run stays one W&B run; in a sweep it is the one that the agent was given.
     id_file = directory / "wandb_id"
     agents = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
     if agents or not id_file.is_file():
@@ -191,7 +191,7 @@ def wandb_logger(
             mode=cast(Any, mode),
             silent=True,
             console="off",
-            # The metadata that W&B collects by itself hold host, user, command line and the interpreter's path.
+            # The metadata that W&B collects itself include host, user, command line and the interpreter's path.
             x_disable_meta=True,
             host="",
             git_root=str(ROOT),

@@ -1,4 +1,4 @@
-"""The model card of an exported student: how it was made, what it scored, how to make it again."""
+"""The model card of an exported student: how it was made, its scores, how to reproduce it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deltakd.models.identity import spec_of
 from deltakd.tracking.redaction import redacted
 from deltakd.types import STUDENT
 
-#: The run's config beside an exported model, for whoever wants to train it again.
+#: The run's config beside an exported model, for those who want to train it again.
 CONFIG_FILE = "training_config.yaml"
 _LIMITATIONS = (
     "The model copies what its teacher and its training data say, with their errors and biases, and was evaluated on "
@@ -26,15 +26,15 @@ _LIMITATIONS = (
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card says of a run beside its results.
+    """Facts of a run for its card, without its results.
 
     Args:
-        name: of the run.
+        name: the run's name.
         loss: the name of its loss.
-        seed: of training.
+        seed: the training seed.
         models: where the models come from.
-        data: what was trained on.
-        evaluation: how answers were asked for and scored.
+        data: the training data.
+        evaluation: how answers were generated and scored.
         hyperparameters: shown as YAML.
     """
 
@@ -48,11 +48,11 @@ class CardFacts:
 
 
 def model_card(facts: CardFacts, summary: Mapping[str, Any]) -> str:
-    """Return the Markdown of a student's card, without home directories and secrets.
+    """Return a student's card as Markdown, without home directories and secrets.
 
     Args:
-        facts: of the run.
-        summary: ``summary.json`` of the run; what it does not know (yet) is left out.
+        facts: facts of the run.
+        summary: ``summary.json`` of the run; what it lacks is left out.
     """
     summary = redacted(dict(summary))
     meta = summary.get("meta", {})

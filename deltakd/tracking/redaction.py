@@ -1,4 +1,4 @@
-"""What leaves this machine (W&B, model cards) without home directories and secrets."""
+"""Remove home directories and secrets from all that leaves this machine (W&B, model cards)."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import re
 from pathlib import Path
 from typing import Any
 
-#: Environment variables of which the value is never written down.
+#: Environment variables whose values are never written.
 _SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS)$", re.IGNORECASE)
-#: A shorter value would be found in innocent text.
+#: Shorter values would match innocent text.
 _SHORTEST_SECRET = 8
 _HIDDEN = "***"
 
 
 def redacted(value: Any) -> Any:
-    """A copy in which no text holds the home directory (``~`` stands for it) or a secret of the environment.
+    """Return a copy whose texts have ``~`` for the home directory and ``***`` for secrets.
 
-    Secrets are the values of variables whose names end in KEY, TOKEN, SECRET, PASSWORD or the like, and the user part
-    of URLs.
+    Secrets are the values of environment variables whose names end in KEY, TOKEN, SECRET, PASSWORD or the like (if at
+    least 8 characters long), and the user part of URLs.
 
     Args:
-        value: text, or lists, tuples and dicts (keys too) of anything; what is no text is returned as it is.
+        value: text, or lists, tuples (returned as lists) and dicts (keys, too); other values are returned unchanged.
     """
     return _apply(value, _home_pattern(), _secrets())
 
@@ -40,7 +40,7 @@ def _apply(value: Any, home: re.Pattern[str] | None, secrets: list[str]) -> Any:
 
 
 def _home_pattern() -> re.Pattern[str] | None:
-    """The home directory as written and as resolved, where a whole path component ends there."""
+    """Return a pattern of the home directory, as written and as resolved, that matches whole path components only."""
     home = Path.home()
     places = {str(place) for place in (home, home.resolve()) if place != Path(place.anchor)}
     if not places:
@@ -51,5 +51,5 @@ def _home_pattern() -> re.Pattern[str] | None:
 
 def _secrets() -> list[str]:
     found = {v for k, v in os.environ.items() if _SECRET_NAME.search(k) and len(v) >= _SHORTEST_SECRET}
-    # Where one secret holds another, the longer one goes first, or a part of it would stay.
+    # Longest first: if one secret contains another, part of it would remain.
     return sorted(found, key=len, reverse=True)

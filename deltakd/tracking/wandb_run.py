@@ -1,4 +1,4 @@
-"""What Weights & Biases gets of a run beyond numbers: where it comes from, its answers, its student."""
+"""What a run sends to Weights & Biases beyond numbers: its origin, its answers, its student."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from deltakd.tracking.environment import environment, git_changes
 from deltakd.tracking.redaction import redacted
 from deltakd.types import STUDENT
 
-#: Rows of a table of answers, and validation steps side by side in it; W&B keeps every version of a table.
+#: Maximum rows and validation steps in a table of answers; W&B keeps every version of a table.
 TABLE_ROWS = 32
 TABLE_STEPS = 12
-#: Files of a student that hold no weights.
+#: Suffixes of a student's files without weights.
 _SMALL_SUFFIXES = (".json", ".md", ".jinja", ".txt", ".model")
 
 
 @final
 class RunWandbLogger(WandbLogger):
-    """Lightning's logger, and what is no number.
+    """Lightning's logger, extended to origins, answers and the student.
 
-    Nothing that it records holds a home directory or a secret. Files of artifacts wait for their upload in the run
-    directory, not in the user's home.
+    What it adds is free of home directories and secrets. Artifact files wait for their upload in the run directory, not
+    in the user's home.
 
     Args:
         run: the W&B run.
         directory: the run directory.
-        log_model: whether the exported student's weights are uploaded, too.
+        log_model: upload the exported student's weights, too.
     """
 
     def __init__(self, run: Any, directory: Path, log_model: bool) -> None:
@@ -51,10 +51,10 @@ class RunWandbLogger(WandbLogger):
         self._origin: dict[str, Any] = {}
 
     def log_origin(self, origin: Mapping[str, Any]) -> None:
-        """Environment, changes of the checkout, and the data and models that the run starts from, for the lineage.
+        """Log the environment, the checkout's changes, and the data and models that the run starts from (its lineage).
 
         Args:
-            origin: what :func:`origin_of` gave.
+            origin: result of :func:`origin_of`.
         """
         run = self.experiment
         self._origin = dict(origin)
@@ -71,25 +71,25 @@ class RunWandbLogger(WandbLogger):
             self._use(f"model-{version[:12]}" if version else f"model-{role}", "fingerprint", _known(identity))
 
     def log_validation_answers(self, step: int) -> None:
-        """The table ``val/answers``: prompts, references, and the answers at the validation steps side by side."""
+        """Log the table ``val/answers``: prompts, references, and the answers at the validation steps side by side."""
         by_step = {k: records for k, records in read_validation_answers(self.directory).items() if k <= step}
         chosen = _spread(sorted(by_step), TABLE_STEPS)
         columns = {f"step {k}": [r["output"] for r in by_step[k][:TABLE_ROWS]] for k in chosen}
         self._table("val/answers", by_step[step], columns, step)
 
     def log_results(self, student: Path, scores: Mapping[str, float], step: int) -> None:
-        """The final answers, and the exported student as an artifact of type ``model`` that says how it was made.
+        """Log the final answers, and the exported student as an artifact of type ``model`` that says how it was made.
 
         Args:
-            student: its directory.
-            scores: of validation and evaluation.
+            student: the student's directory.
+            scores: scores of validation and evaluation.
             step: the last optimiser step.
         """
         self._log_evaluation_answers(step)
         self._log_student(student, scores)
 
     def _log_evaluation_answers(self, step: int) -> None:
-        """A table ``<set>/answers`` for each evaluation set, the sampling seeds side by side."""
+        """Log a table ``<set>/answers`` for each evaluation set, the sampling seeds side by side."""
         sets: dict[str, dict[str, list[dict[str, Any]]]] = {}
         for path in sorted((self.directory / "generations").glob("*_seed*.jsonl")):
             name, _, seed = path.stem.rpartition("_seed")
@@ -112,7 +112,7 @@ class RunWandbLogger(WandbLogger):
                 with self._staging():
                     artifact.add_file(str(path))
         self._send(artifact)
-        # The same name and content as where a later run starts from this student: W&B then joins the two runs.
+        # A later run that starts from this student logs the same name and content, so W&B links the two runs.
         self._send(self._fingerprint(f"model-{sha256[:12]}", "fingerprint", {"sha256": sha256, "commit": None}))
 
     def _table(self, key: str, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, list[Any]], step: int) -> None:
@@ -125,11 +125,11 @@ class RunWandbLogger(WandbLogger):
             self.experiment.log({key: table, "trainer/global_step": step})
 
     def _use(self, name: str, kind: str, content: Mapping[str, Any]) -> None:
-        # Not run.use_artifact: it refuses to work offline, and online it waits for the server.
+        # Not run.use_artifact: it fails offline, and waits for the server online.
         self._send(self._fingerprint(name, kind, content), use_after_commit=True)
 
     def _fingerprint(self, name: str, kind: str, content: Mapping[str, Any]) -> Any:
-        """An artifact of one small file; equal content is one version, whichever run sends it."""
+        """Return an artifact of one small file; equal content is one version, whichever run sends it."""
         artifact = self._artifact(name, kind, redacted(dict(content)))
         with self._staging(), artifact.new_file("fingerprint.json") as file:
             file.write(json.dumps(redacted(dict(content)), indent=2, sort_keys=True))
@@ -146,7 +146,7 @@ class RunWandbLogger(WandbLogger):
 
     @contextmanager
     def _staging(self) -> Iterator[None]:
-        """Let W&B keep what waits for its upload in the run directory."""
+        """Let W&B stage uploads in the run directory, unless WANDB_DATA_DIR is set."""
         if "WANDB_DATA_DIR" in os.environ:
             yield
             return
@@ -166,7 +166,7 @@ def origin_of(
 ) -> dict[str, Any]:
     """Return what a run's result depends on: ``data`` (fingerprints, counts), ``models`` (identity by role).
 
-    Models that only a cache of references has seen are among them.
+    Includes models that were read only through a reference cache.
     """
     specs = {role: spec_of(models, role) for role in sorted({STUDENT, *requires})}
     return {
@@ -176,18 +176,18 @@ def origin_of(
 
 
 def wandb_of(loggers: Sequence[Logger]) -> RunWandbLogger | None:
-    """The one among them that takes more than numbers; none where W&B is disabled."""
+    """Return the W&B logger; None if there is none or W&B is disabled."""
     found = (logger for logger in loggers if isinstance(logger, RunWandbLogger))
     return next((logger for logger in found if not logger.experiment.disabled), None)
 
 
 def _known(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """What tells one model from another, whatever its place and its use."""
+    """Return what identifies a model, wherever it is stored and however it is used."""
     return {"sha256": identity["sha256"], "commit": identity["commit"]}
 
 
 def _spread(steps: Sequence[int], count: int) -> list[int]:
-    """At most so many of the steps, evenly spread, the first and the last among them."""
+    """Return at most ``count`` of the steps, evenly spread, with the first and the last."""
     if len(steps) <= count:
         return list(steps)
     return [steps[round(i * (len(steps) - 1) / (count - 1))] for i in range(count)]

@@ -67,8 +67,7 @@ def run_answers(settings: RunSettings, run_dir: Path) -> dict[str, Any]:
 def _load(settings: RunSettings, path: str, directory: RunDirectory) -> Answering:
     data = settings.data
     assert isinstance(data, InstructionData)
-    if data.prepare is not None:
-        data.prepare()
+    data.make_files()
     tokenizer = open_tokenizer(settings.model, directory.path / "tokenizer")
     vocabulary = shared_vocabulary(settings.model, settings.specs, tokenizer)
     rows = data.read(tokenizer)

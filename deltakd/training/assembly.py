@@ -16,7 +16,7 @@ from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
 from deltakd.models import LanguageModel, add_lora, load_config
 from deltakd.models.roles import open_model, open_tokenizer, shared_vocabulary
-from deltakd.references import CachedReferences, CacheStore, LiveSettings, References
+from deltakd.references import CachedReferences, CacheStore, References, SourceSettings
 from deltakd.references.content import data_identity, data_problems, missing_problem, missing_rows
 from deltakd.training.settings import RunSettings
 from deltakd.types import STUDENT, STUDENT_RAW
@@ -72,8 +72,7 @@ def load_parts(settings: RunSettings, directory: RunDirectory) -> Parts:
     # Everything random is drawn from seeds given where it is drawn; this one is for libraries we do not know of.
     L.seed_everything(settings.seed, verbose=False)
     with main_process_first(f"data of {directory.path}"):
-        if settings.data.prepare is not None:
-            settings.data.prepare()
+        settings.data.make_files()
         tokenizer = open_tokenizer(settings.model, directory.path / "tokenizer")
         vocabulary = shared_vocabulary(settings.model, settings.specs, tokenizer)
         sets = settings.data.load(tokenizer)
@@ -165,7 +164,7 @@ def open_models(
     student = loaded[STUDENT] = _trainable(loaded[STUDENT], settings)
     references = cached
     if settings.loss.requires and cached is None:
-        assert isinstance(settings.reference, LiveSettings), "a cache that is to be read was not opened"
+        assert isinstance(settings.reference, SourceSettings), "a cache that is to be read was not opened"
         frozen = {role: model for role, model in loaded.items() if role != STUDENT}
         has_adapter = settings.model.lora is not None
         adapted = student if has_adapter and STUDENT_RAW in settings.loss.requires else None

@@ -64,8 +64,7 @@ def finished_cache(settings: RunSettings) -> dict[str, Any] | None:
     if settings.cache is None:
         return None
     path = Path(str(settings.cache.path))
-    if settings.data.prepare is not None:
-        settings.data.prepare()
+    settings.data.make_files()
     tokenizer = open_tokenizer(settings.model, path / "tokenizer")
     sets = settings.data.load(tokenizer)
     store = open_cache(settings, tokenizer, sets)
@@ -81,8 +80,7 @@ def _load(settings: RunSettings) -> tuple[Caching, CacheStore]:
     """Data and models; the cache that is there, or a new one."""
     assert settings.cache is not None
     path = Path(str(settings.cache.path))
-    if settings.data.prepare is not None:
-        settings.data.prepare()
+    settings.data.make_files()
     tokenizer = open_tokenizer(settings.model, path / "tokenizer")
     vocabulary = shared_vocabulary(settings.model, settings.specs, tokenizer)
     sets = settings.data.load(tokenizer)

@@ -150,10 +150,7 @@ def _make_validation(parts: Parts, data: DistillationData, loggers: list[Logger]
 
 def _validation_steps(data: DistillationData, every: int | None) -> frozenset[int]:
     """Every ``every`` steps, or at the end of each pass; and after the last step."""
-    if every:
-        chosen = [round(every * (k + 1)) for k in range(int(data.total_steps / every))]
-    else:
-        chosen = data.sampler().pass_ends
+    chosen = range(every, data.total_steps + 1, every) if every else data.sampler().pass_ends
     return frozenset({*chosen, data.total_steps}) - {0}
 
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt
+from pydantic import StringConstraints
 
 from deltakd.data import InstructionData, TextData
 from deltakd.distributed.settings import StrategySettings
@@ -19,7 +20,7 @@ from deltakd.io.keys import Resume, keys_with
 from deltakd.io.run_directory import ResumePolicy
 from deltakd.kernels import MEMORY_BUDGET
 from deltakd.models.settings import ModelSettings, ModelSpec
-from deltakd.references import CacheSettings, LiveSettings
+from deltakd.references import CacheSettings, LiveSettings, ReferenceSettings
 from deltakd.tracking.loggers import MakeLogger
 from deltakd.training.optim import AdamW
 from deltakd.types import Loss
@@ -28,6 +29,8 @@ from deltakd.types import Loss
 Precision = Literal["32-true", "64-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "32", "64", "16", "bf16"]
 
 Positive = Annotated[int, Ge(1)]
+#: Indices of devices as text.
+Indices = Annotated[str, StringConstraints(pattern=r"^\d+(,\d+)*$"), "indices such as '0,1'"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +58,7 @@ class TrainerSettings:
     """
 
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps", "xpu"] = "auto"
-    devices: Annotated[Positive | Literal["auto"] | list[Annotated[int, Ge(0)]] | str, Resume.UNFINISHED] = 1
+    devices: Annotated[Positive | Literal["auto"] | list[Annotated[int, Ge(0)]] | Indices, Resume.UNFINISHED] = 1
     num_nodes: Annotated[int, Ge(1), Resume.UNFINISHED] = 1
     precision: Precision | Literal[16, 32, 64] = "32-true"
     max_epochs: Annotated[float, Gt(0)] | None = 1
@@ -142,7 +145,7 @@ class RunSettings:
     trainer: TrainerSettings
     strategy: StrategySettings
     kernels: KernelSettings
-    reference: LiveSettings | CacheSettings
+    reference: LiveSettings | CacheSettings | ReferenceSettings
     evaluation: EvaluationSettings
     deviations: tuple[str, ...]
     optim: AdamW

@@ -1,1 +1,1 @@
-"""Invented data sets for the studies: written by functions, the same files every time."""
+"""Invented data sets for the studies, generated deterministically."""

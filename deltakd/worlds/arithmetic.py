@@ -1,8 +1,8 @@
 """Short stories that ask for several steps of arithmetic, with worked answers that end in ``#### n``.
 
-A problem is a first number and two to four operations on what there is. Its story says each operation in words,
-its answer works them out one by one. Problems, not wordings, are dealt to the splits: the numbers of a held-out story
-are never worked out in training rows or in the raw text, which tells the same kind of stories without questions.
+A problem is a first number and two to four operations. Its story puts each operation in words; its answer works them
+out one by one. Problems, not wordings, are dealt to the splits: neither the training rows nor the raw text, which tells
+the same kind of story without questions, ever work out the numbers of a held-out story.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from deltakd.worlds.made_files import write_made_files
 FORMAT_VERSION = 1
 MANIFEST = "arithmetic.json"
 FILES = ("pretrain.txt", "pretrain_val.txt", "train.jsonl", "val.jsonl", "test.jsonl")
-#: No number in a story or in an answer is larger.
+#: The largest number in any story or answer.
 LARGEST = 30
-#: Operations of a problem.
+#: Number of operations in a problem.
 STEPS = range(2, 5)
 
 NAMES = ("Ada", "Ben", "Cleo", "Dov", "Ema", "Finn", "Gia", "Hal", "Ida", "Jon", "Kim", "Leo")
 THINGS = ("apples", "beads", "books", "cards", "coins", "eggs", "nuts", "pens", "shells", "stamps")
-#: How a story says each operation; {who}, {n}, and {other}, who holds what comes out, or {who} where nobody else does.
+#: A story's wordings of each operation: {who} holds the number before it; {other}, if named, holds the result.
 SENTENCES = {
     "+": (
         "{who} finds {n} more.",
@@ -42,7 +42,7 @@ SENTENCES = {
     ),
     "*": ("{other} has {n} times as many as {who}.", "The number that {who} has grows to {n} times as many."),
 }
-#: How raw text says a step once it has told the operation.
+#: How raw text states the result of an operation.
 REMARKS = ("{a} {sign} {b} = {c}.", "That makes {c}.", "Now there are {c}.")
 
 
@@ -54,7 +54,7 @@ class Problem:
     operations: tuple[tuple[str, int], ...]
 
     def values(self) -> list[int]:
-        """The first number, then what each operation leaves."""
+        """Return the first number, then the result of each operation."""
         values = [self.start]
         for sign, n in self.operations:
             last = values[-1]
@@ -63,13 +63,13 @@ class Problem:
 
 
 def draw_problem(rng: random.Random) -> Problem:
-    """A problem in which no value is below 1 or above ``LARGEST``."""
+    """Draw a problem in which every value is from 1 to ``LARGEST``."""
     start = rng.randint(2, 12)
     value, operations = start, []
     for _ in range(rng.choice(STEPS)):
         choices = [("+", n) for n in range(1, 10) if value + n <= LARGEST]
         choices += [("-", n) for n in range(1, 10) if value - n >= 1]
-        # As likely as one sum in three, where it is possible at all.
+        # Counted twice, so that the few products are not drowned by sums and differences.
         choices += [("*", n) for n in (2, 3) if value * n <= LARGEST] * 2
         sign, n = rng.choice(choices)
         operations.append((sign, n))
@@ -78,14 +78,14 @@ def draw_problem(rng: random.Random) -> Problem:
 
 
 def worked(problem: Problem) -> str:
-    """The answer: every step, then the last value after ``####``."""
+    """Return the answer: every step, then the last value after ``####``."""
     values = problem.values()
     steps = [f"{a} {sign} {n} = {c}." for a, c, (sign, n) in zip(values, values[1:], problem.operations, strict=False)]
     return " ".join([*steps, f"#### {values[-1]}"])
 
 
 def _told(problem: Problem, rng: random.Random) -> tuple[list[str], str, str]:
-    """The story's sentences, who holds what is left, and what it is."""
+    """Return the story's sentences, the last holder, and the thing held."""
     who, thing = rng.choice(NAMES), rng.choice(THINGS)
     sentences = [f"{who} has {problem.start} {thing}."]
     for sign, n in problem.operations:
@@ -97,13 +97,13 @@ def _told(problem: Problem, rng: random.Random) -> tuple[list[str], str, str]:
 
 
 def story(problem: Problem, rng: random.Random) -> str:
-    """The problem in words, with its question."""
+    """Tell the problem in words, with its question."""
     sentences, who, thing = _told(problem, rng)
     return " ".join([*sentences, f"How many {thing} does {who} have?"])
 
 
 def _document(problem: Problem, rng: random.Random) -> str:
-    """The problem as raw text: told and worked out on the way, with nothing asked."""
+    """Tell the problem as raw text: worked out along the way, without a question."""
     sentences, who, thing = _told(problem, rng)
     values = problem.values()
     parts = sentences[:1]
@@ -135,21 +135,21 @@ def write_arithmetic(
     val_rows: int = 200,
     test_rows: int = 400,
 ) -> dict[str, Path]:
-    """Write raw text and rows, unless they are there already.
+    """Write raw text and rows, unless they already exist.
 
     Args:
-        directory: where; made if missing. Files of these names there, of other arguments, are overwritten.
-        seed: of everything random; the same arguments give the same bytes.
-        documents: of ``pretrain.txt``; ``pretrain_val.txt`` gets a fiftieth of it.
-        train_rows: rows with one ``output`` (string).
-        val_rows, test_rows: rows whose ``output`` is a list of one.
+        directory: created if missing; files there that were made with other arguments are overwritten.
+        seed: for everything random; the same arguments give the same bytes.
+        documents: number of documents in ``pretrain.txt``; ``pretrain_val.txt`` gets a fiftieth of it.
+        train_rows: rows whose ``output`` is a string.
+        val_rows, test_rows: rows whose ``output`` is a list of one string.
 
     Returns:
-        The path of each file by its name (``FILES``).
+        File name (``FILES``) -> path.
 
     Raises:
-        ValueError: an argument is out of range, or a file of this very set was edited since it was written.
-        OSError: the directory cannot be written to.
+        ValueError: an argument is out of range, or a file made with these arguments was edited since.
+        OSError: the directory is not writable.
     """
     arguments = {"seed": seed, "documents": documents, "train_rows": train_rows}
     arguments |= {"val_rows": val_rows, "test_rows": test_rows}
@@ -170,7 +170,7 @@ def write_arithmetic(
         while len(drawn) < sum(sizes.values()):
             drawn[draw_problem(rng)] = None
         problems, texts, at = list(drawn), {}, 0
-        # Drawn in this order, short problems would all be in the first files: few of them exist.
+        # Few short problems exist, so in the order drawn they would all be in the first files.
         rng.shuffle(problems)
         for name, size in sizes.items():
             own, words = problems[at : at + size], random.Random(f"{name} {seed}")

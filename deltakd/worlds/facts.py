@@ -1,8 +1,8 @@
 """A small invented world to distil from scratch: raw text that states facts, rows that ask for them.
 
-People have a home, a job, a pet, a food, a colour and a friend. The raw text states every fact in several
-forms. Facts are dealt to the splits in pairs (home and job, ...): no training row gives away a fact that a
-validation or test row asks for. To answer is to remember the raw text, and so the size of a model matters.
+People have a home, a job, a pet, a food, a colour and a friend. The raw text states the facts in several forms. Facts
+are dealt to the splits in pairs (home and job, ...): no training row gives away a fact that a validation or test row
+asks for. Answering means remembering the raw text, so the size of a model matters.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ FORMAT_VERSION = 1
 SEPARATOR = "<|endoftext|>"
 MANIFEST = "world.json"
 FILES = ("pretrain.txt", "pretrain_val.txt", "train.jsonl", "val.jsonl", "test.jsonl")
-#: The share of the facts (and of all other questions) that each split asks for.
+#: Each split's share of the facts (and of all other questions).
 SPLITS = {"train": 0.6, "val": 0.1, "test": 0.3}
-#: Lists drawn for each family that asks about a list; training rows repeat them if there are more rows.
+#: Lists drawn for each family that asks about lists; if there are more training rows than lists, rows repeat.
 LISTS = 700
 
 
 @dataclass(frozen=True)
 class Attribute:
-    """One thing to know about a person, and the words that raw text and instructions have for it."""
+    """One thing to know about a person, and its wording in raw text and instructions."""
 
-    #: What it can be; empty for the friend, who is a person.
+    #: Possible values; empty for the friend, who is a person.
     values: tuple[str, ...]
     verb: str
     participle: str
@@ -56,7 +56,7 @@ ATTRIBUTES = {
     "colour": Attribute(COLOURS, "wears", "wearing", "Tell what {who} wears."),
     "friend": Attribute((), "walks with", "walking with", "Tell who {who} walks with."),
 }
-#: Facts that one description gives together, and that go to the same split.
+#: Facts that are described together and go to the same split.
 PAIRS = (("home", "job"), ("pet", "food"), ("colour", "friend"))
 CATEGORIES = {
     "fruit": _words("apple banana cherry fig grape lemon mango peach"),
@@ -81,13 +81,13 @@ class World:
     splits: dict[tuple[str, tuple[str, str]], str]
 
     def split(self, who: str, attribute: str) -> str:
-        """The one split whose rows may give away or ask for this fact."""
+        """Return the one split whose rows may give away or ask for this fact."""
         return next(self.splits[who, pair] for pair in PAIRS if attribute in pair)
 
 
 @dataclass(frozen=True)
 class Question:
-    """An instruction with all of its good answers, and the split that it belongs to."""
+    """An instruction with all its good answers, and its split."""
 
     split: str
     instruction: str
@@ -95,21 +95,21 @@ class Question:
     input: str = ""
 
 
-#: Asks all of its questions about a world, each with its split.
+#: Yields all its questions about a world.
 Family = Callable[[World, random.Random], Iterator[Question]]
 
 
 def _deal(rng: random.Random, count: int) -> list[str]:
-    """The names of the splits in random order, each as often as its share of ``count``."""
+    """Return ``count`` names of splits in random order, each as often as its share."""
     val, test = round(SPLITS["val"] * count), round(SPLITS["test"] * count)
     return rng.sample(["val"] * val + ["test"] * test + ["train"] * (count - val - test), count)
 
 
 def make_world(seed: int, people: int) -> World:
-    """Invent the people and their facts; every value belongs to nearly equally many people.
+    """Invent the people and their facts; values are spread over people as evenly as possible.
 
     Raises:
-        ValueError: there are not names for so many people, or they are too few to own every value.
+        ValueError: there are more people than names, or too few people to use every value.
     """
     names = [start + end for start in NAME_STARTS for end in NAME_ENDS]
     if not 12 <= people <= len(names):
@@ -127,13 +127,13 @@ def make_world(seed: int, people: int) -> World:
 
 
 def statements(who: str, name: str, what: str) -> tuple[str, str, str]:
-    """The sentences in which raw text states a fact."""
+    """Return the sentences in which raw text states a fact."""
     verb, participle = ATTRIBUTES[name].verb, ATTRIBUTES[name].participle
     return f"{who} {verb} {what}.", f"The {name} of {who} is {what}.", f"One person {participle} {what} is {who}."
 
 
 def _lookup(world: World, rng: random.Random) -> Iterator[Question]:
-    """One attribute of a person, asked for by its verb."""
+    """Ask for one attribute of a person by its verb."""
     for who, facts in world.facts.items():
         for name, what in facts.items():
             instruction = ATTRIBUTES[name].question.format(who=who)
@@ -141,26 +141,26 @@ def _lookup(world: World, rng: random.Random) -> Iterator[Question]:
 
 
 def _named(world: World, rng: random.Random) -> Iterator[Question]:
-    """One attribute of a person, asked for by its name."""
+    """Ask for one attribute of a person by its name."""
     for who, facts in world.facts.items():
         for name, what in facts.items():
             yield Question(world.split(who, name), f"Name the {name} of {who}.", statements(who, name, what)[1:2])
 
 
 def describe(world: World, who: str, pair: tuple[str, str]) -> str:
-    """One sentence with two facts about a person."""
+    """State two facts about a person in one sentence."""
     first, second = (f"{ATTRIBUTES[name].verb} {world.facts[who][name]}" for name in pair)
     return f"{who} {first} and {second}."
 
 
 def _describe(world: World, rng: random.Random) -> Iterator[Question]:
-    """Two facts about a person in one sentence."""
+    """Ask for two facts about a person in one sentence."""
     for (who, pair), split in world.splits.items():
         yield Question(split, f"Describe the {pair[0]} and {pair[1]} of {who}.", (describe(world, who, pair),))
 
 
 def _any_person(world: World, rng: random.Random) -> Iterator[Question]:
-    """Somebody with a given value: several good answers."""
+    """Ask for somebody with a given value: several good answers."""
     groups = [(name, what) for name, attribute in ATTRIBUTES.items() for what in attribute.values]
     for (name, what), split in zip(groups, _deal(rng, len(groups)), strict=True):
         owners = [who for who in world.people if world.facts[who][name] == what]
@@ -171,7 +171,7 @@ def _any_person(world: World, rng: random.Random) -> Iterator[Question]:
 
 
 def _any_thing(world: World, rng: random.Random) -> Iterator[Question]:
-    """A member of a category: several good answers."""
+    """Ask for a member of a category: several good answers."""
     forms = ("Name a {}.", "Give a kind of {}.", "Say a kind of {}.", "What is a kind of {}?")
     asked = [(form.format(kind), members) for kind, members in CATEGORIES.items() for form in forms]
     for (instruction, members), split in zip(asked, _deal(rng, len(asked)), strict=True):
@@ -179,7 +179,7 @@ def _any_thing(world: World, rng: random.Random) -> Iterator[Question]:
 
 
 def _listed(instruction: str, words: tuple[str, ...], sizes: range, answer: Callable[[list[str]], str]) -> Family:
-    """A family that asks about lists of different words."""
+    """Make a family that asks about lists of distinct words."""
 
     def family(world: World, rng: random.Random) -> Iterator[Question]:
         drawn: dict[tuple[str, ...], None] = {}
@@ -191,7 +191,7 @@ def _listed(instruction: str, words: tuple[str, ...], sizes: range, answer: Call
     return family
 
 
-#: Each family of instructions, with its share of the rows.
+#: The families of instructions, each with its share of the rows.
 FAMILIES: dict[str, tuple[Family, float]] = {
     "lookup": (_lookup, 0.35),
     "named": (_named, 0.15),
@@ -206,7 +206,7 @@ FAMILIES: dict[str, tuple[Family, float]] = {
 
 
 def _person_document(world: World, rng: random.Random) -> str:
-    """All facts about one person, in any order and form, and a description."""
+    """State all facts about one person, in any order and form, and a description."""
     who = rng.choice(world.people)
     names = rng.sample(list(ATTRIBUTES), len(ATTRIBUTES))
     sentences = [rng.choice(statements(who, name, world.facts[who][name])) for name in names]
@@ -214,7 +214,7 @@ def _person_document(world: World, rng: random.Random) -> str:
 
 
 def _people_document(world: World, rng: random.Random) -> str:
-    """Facts and descriptions of different people, so that the sentences before do not help."""
+    """State facts about different people, so that earlier sentences do not help with later ones."""
     sentences = []
     for who in rng.sample(world.people, 6):
         name = rng.choice(list(ATTRIBUTES))
@@ -224,7 +224,7 @@ def _people_document(world: World, rng: random.Random) -> str:
 
 
 def _list_document(world: World, rng: random.Random) -> str:
-    """What the other families ask for, as statements."""
+    """State what the remaining families ask for."""
     kind = rng.choice(list(CATEGORIES))
     words, digits = rng.sample(THINGS, rng.randint(2, 4)), rng.sample(DIGITS, 3)
     sentences = [
@@ -239,17 +239,17 @@ def _list_document(world: World, rng: random.Random) -> str:
 
 
 def _documents(world: World, rng: random.Random, count: int) -> str:
-    """Raw text, one document a line: three of five about one person, one about several, one of lists."""
+    """Write raw text: on average three documents in five about one person, one about several, one of lists."""
     makers = rng.choices((_person_document, _people_document, _list_document), (0.6, 0.2, 0.2), k=count)
     return f"\n{SEPARATOR}\n".join(make(world, rng) for make in makers) + "\n"
 
 
 def _rows(world: World, seed: int, counts: dict[str, int]) -> dict[str, str]:
-    """The rows of each split as JSON lines: in training with one answer, elsewhere with all good ones."""
+    """Return each split's file as JSON lines: training rows have one answer, the others all good answers."""
     rows: dict[str, list[dict[str, object]]] = {split: [] for split in SPLITS}
     quotas = {split: {name: int(share * counts[split]) for name, (_, share) in FAMILIES.items()} for split in SPLITS}
     for split, quota in quotas.items():
-        quota["lookup"] += counts[split] - sum(quota.values())  # what rounding leaves
+        quota["lookup"] += counts[split] - sum(quota.values())  # the rounding remainder
     for family, (make, _) in FAMILIES.items():
         rng = random.Random(f"{family} {seed}")
         pools: dict[str, list[Question]] = defaultdict(list)
@@ -282,23 +282,23 @@ def write_world(
     val_rows: int = 60,
     test_rows: int = 180,
 ) -> dict[str, Path]:
-    """Write the raw text and the instruction rows of one invented world, unless they are there already.
+    """Write the raw text and instruction rows of one invented world, unless they already exist.
 
     Args:
-        directory: where; made if missing. Files of these names there, of other arguments, are overwritten.
-        seed: of everything random; the same arguments give the same bytes.
-        people: each has six facts.
-        documents: of ``pretrain.txt``; ``pretrain_val.txt`` gets a twentieth of it, freshly drawn.
-        train_rows: rows with one ``output`` (string); questions repeat where the world has fewer.
+        directory: created if missing; files there that were made with other arguments are overwritten.
+        seed: for everything random; the same arguments give the same bytes.
+        people: number of people; each has six facts.
+        documents: number of documents in ``pretrain.txt``; ``pretrain_val.txt`` gets a twentieth of it, freshly drawn.
+        train_rows: rows whose ``output`` is a string; questions repeat if the world has fewer.
         val_rows, test_rows: rows whose ``output`` is the list of all good answers; no question twice.
 
     Returns:
-        The path of each file by its name (``FILES``).
+        File name (``FILES``) -> path.
 
     Raises:
-        ValueError: an argument is out of range, the world has too few questions for the rows, or a file of this very
-            world was edited since it was written.
-        OSError: the directory cannot be written to.
+        ValueError: an argument is out of range, the world has too few questions for the rows, or a file made with these
+            arguments was edited since.
+        OSError: the directory is not writable.
     """
     directory = Path(directory)
     counts = {"train": train_rows, "val": val_rows, "test": test_rows}

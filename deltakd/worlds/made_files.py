@@ -1,4 +1,4 @@
-"""Files that are functions of some arguments: written once, atomically, and known again by their checksums."""
+"""Files that are functions of some arguments: written once, atomically, and recognised by their checksums."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ def write_made_files(
     names: tuple[str, ...],
     make: Callable[[], dict[str, str]],
 ) -> dict[str, Path]:
-    """Write what ``make`` makes, unless these very files are there already.
+    """Write what ``make`` returns, unless the files with this identity already exist.
 
     Args:
-        directory: where; made if missing. Files of these names there, of another identity, are overwritten.
+        directory: created if missing; files there with another identity are overwritten.
         manifest: name of the JSON file with identity and checksums, written last.
-        identity: what the files are functions of: arguments, and the version of their format.
-        names: of the files.
-        make: name -> text, for each name.
+        identity: what the files depend on: arguments, and the version of their format.
+        names: file names.
+        make: returns name -> text, for each name.
 
     Returns:
-        The path of each file by its name.
+        File name -> path.
 
     Raises:
-        ValueError: a file of this very identity was edited since it was written.
-        OSError: the directory cannot be written to.
+        ValueError: a file with this identity was edited since it was written.
+        OSError: the directory is not writable.
     """
     paths = {name: directory / name for name in names}
     if _is_written(directory, manifest, identity, names):
         return paths
     texts = make()
-    (directory / manifest).unlink(missing_ok=True)  # it never vouches for half of the files
+    (directory / manifest).unlink(missing_ok=True)  # so that it never vouches for half-written files
     for name, path in paths.items():
         write_text(path, texts[name])
     sha256 = {name: _sha256(path) for name, path in paths.items()}

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from deltakd.config.build import make_settings
 from deltakd.config.compose import compose_config
-from deltakd.training import fit
 from deltakd.training.run import run_training
 
 #: The step that is counted: by then the optimiser has its state, and ZeRO 3 knows the order of the layers.
@@ -92,11 +92,9 @@ def peak_in_step(record: profile) -> dict[str, int]:
 
 def main(out: Path, overrides: list[str]) -> None:
     measure = Measure()
-    make_trainer = fit._make_trainer
-    fit._make_trainer = lambda parts, callbacks, loggers: make_trainer(parts, [*callbacks, measure], loggers)
-    cfg = compose_config("train", overrides)
+    settings = replace(make_settings(compose_config("train", overrides)), callbacks={"measure": measure})
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        run_training(make_settings(cfg), Path(cfg.run_dir))
+        run_training(settings, Path(str(settings.run_dir)))
     found = peak_in_step(record) | {
         "collectives": dict(measure.collectives.bytes),
         "flops": measure.flops.get_total_flops(),

@@ -126,5 +126,7 @@ def test_errors_are_over_seeds_where_there_are_several() -> None:
     assert figures.mean_and_error([group(0.5), group(0.7), group(None)], "0", "correlation") == pytest.approx(
         (0.6, 0.1)
     )
+    # The error of the run that has the mean, not of the first.
+    assert figures.mean_and_error([group(None, 0.9), group(0.5)], "0", "correlation") == (0.5, 0.25)
     assert str(figures.mean_and_error([group(None)], "0", "correlation")) == "(nan, nan)"
     assert str(figures.mean_and_error([group(0.5)], "1", "correlation")) == "(nan, nan)"

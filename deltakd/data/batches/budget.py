@@ -1,4 +1,4 @@
-"""Micro-batches of as many rows of similar length as fit into a budget of tokens."""
+"""Fills micro-batches with rows of similar length, up to a token budget."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from deltakd.data.batches.stream import RowStream
 
 
 def check_budget(lengths: NDArray[np.int64], max_tokens: int, name: str = "training") -> None:
-    """Refuse a budget into which not every row fits.
+    """Check that every row fits the budget.
 
     Args:
         lengths: [n] tokens of each row.
-        max_tokens: the budget, in positions of a micro-batch.
+        max_tokens: the budget, in positions per micro-batch.
         name: of the set, for the message.
 
     Raises:
-        ValueError: naming the budget, the longest row and its length.
+        ValueError: a row is too long; names the budget, the longest row and its length.
     """
     longest = int(lengths.max(initial=0))
     if longest > max_tokens:
@@ -33,24 +33,24 @@ def check_budget(lengths: NDArray[np.int64], max_tokens: int, name: str = "train
 
 
 def pack(lengths: NDArray[np.int64], max_tokens: int) -> list[NDArray[np.int64]]:
-    """Rows as few micro-batches as can be, so that rows × longest row is at most the budget in each.
+    """Pack rows into the fewest micro-batches in which rows × longest row stays within the budget.
 
-    The longest row is together with as many of the next longest as fit beside it, and so on: any other packing can be
-    exchanged for this one without needing fewer micro-batches, so no more rows ever need fewer.
+    Greedy: the longest row, with as many of the next longest as fit, and so on. No packing needs fewer micro-batches
+    (by exchange), so more rows never need fewer.
 
     Args:
         lengths: [n] tokens of each row, none above ``max_tokens``.
         max_tokens: the budget, in positions.
 
     Returns:
-        [B] int64 indices into ``lengths`` of each micro-batch, longest rows first; of equal length in the order given.
+        For each micro-batch [B] int64 indices into ``lengths``, longest rows first; ties keep their order.
     """
     order = np.argsort(-lengths, kind="stable")
     return np.split(order, _starts(lengths[order], max_tokens)[1:]) if len(order) else []
 
 
 def _starts(sorted_lengths: NDArray[np.int64], max_tokens: int) -> list[int]:
-    """Where the micro-batches begin among rows from long to short."""
+    """Return where the micro-batches begin among rows sorted from long to short."""
     starts, start, count = [], 0, len(sorted_lengths)
     while start < count:
         starts.append(start)
@@ -59,7 +59,7 @@ def _starts(sorted_lengths: NDArray[np.int64], max_tokens: int) -> list[int]:
 
 
 class _Window(NamedTuple):
-    """A stretch of the stream that is sorted by length and cut into whole optimiser steps."""
+    """A stretch of the stream, to be sorted by length and cut into whole optimiser steps."""
 
     start: int
     rows: int
@@ -79,28 +79,28 @@ class _Window(NamedTuple):
 class TokenBudgetSampler:
     """Fills every micro-batch with rows of similar length up to a budget of positions, padding included.
 
-    Training is the same continuous stream of rows as StepSampler's. It is cut into windows: a window is the longest
-    stretch that packs into exactly WINDOW_STEPS * M micro-batches, M = accumulate * world_size; the last window of an
-    epoch has only as many steps as the rest of the epoch needs, and fills them with the next epoch's first rows.
-    Within a window, M micro-batches of neighbouring lengths make a step, and the order of the steps is shuffled. So
-    every row comes once an epoch, all steps are full, and their rows depend on M, not on how M is split.
+    Training is the same continuous stream of rows as StepSampler's, cut into windows. A window is the longest stretch
+    that packs into exactly WINDOW_STEPS * M micro-batches, M = accumulate * world_size. The last window of an epoch has
+    only as many steps as the rest of the epoch needs, and is filled up with the first rows of the next epoch. Within a
+    window, M micro-batches of neighbouring lengths form a step, and the steps are shuffled. So every row comes once per
+    epoch, all steps are full, and their rows depend on M, not on how M is split.
 
-    Where a window begins depends on the windows before it. They are found again from the start of the run when they
-    are needed, which takes some seconds for a million rows; nothing has to be saved.
+    Where a window begins depends on the windows before it. They are recomputed from the start of the run when needed,
+    a few seconds for a million rows; nothing has to be saved.
 
     Args:
         lengths: [n] tokens of each row.
         valid_tokens: [n] trained tokens of each row.
-        max_tokens: the most positions of a rank's micro-batch: rows times longest row.
-        accumulate: micro-batches of an optimiser step.
+        max_tokens: most positions in a rank's micro-batch: rows times longest row.
+        accumulate: micro-batches per optimiser step.
         world_size: number of ranks.
         rank: this rank, from 0.
-        seed: of the permutations.
-        epochs: passes over the data; None: as many as ``max_steps`` needs. A fraction is one of that epoch's steps.
+        seed: for the permutations.
+        epochs: passes over the data; None: as many as ``max_steps`` needs. A fraction is of the last epoch's steps.
         max_steps: most optimiser steps; None or -1: no limit.
 
     Raises:
-        ValueError: a number below 1, no rows, a row that is longer than the budget, or neither epochs nor max_steps.
+        ValueError: a number below 1, no rows, a row longer than the budget, or neither epochs nor max_steps.
     """
 
     def __init__(
@@ -139,12 +139,12 @@ class TokenBudgetSampler:
 
     @property
     def steps_per_epoch(self) -> float:
-        """Optimiser steps of the first pass over the data; later ones differ by few, since they pack differently."""
+        """Optimiser steps in the first pass over the data; later passes pack slightly differently."""
         return float(self._steps_until(self._rows))
 
     @property
     def pass_ends(self) -> list[int]:
-        """The steps (counted from 1) after which every row of a pass has been trained on, in this run."""
+        """Steps of this run, counted from 1, after which every row of a pass has been trained on."""
         ends: list[int] = []
         epoch = 1
         while (end := self._steps_until(epoch * self._rows)) <= self.total_steps:
@@ -153,25 +153,25 @@ class TokenBudgetSampler:
         return ends
 
     def __len__(self) -> int:
-        """Micro-batches of one rank in the whole run."""
+        """Return the number of micro-batches of one rank in the whole run."""
         return self.total_steps * self.accumulate
 
     def epoch_of_step(self, step: int) -> int:
-        """The epoch, from 0, in which the step's window begins."""
+        """Return the epoch, from 0, in which the step's window begins."""
         return self._window_of(step).start // self._rows
 
     def rows_of_step(self, step: int) -> NDArray[np.int64]:
-        """Positions of the step's rows in the data set, over all ranks, from long to short.
+        """Return the positions of the step's rows in the data set, over all ranks, from long to short.
 
         Raises:
-            IndexError: no such step in this run.
+            IndexError: there is no such step in this run.
         """
         return np.concatenate(self._micro_batches(step))
 
     def micro_batch(self, index: int) -> MicroBatch:
-        """This rank's micro-batch ``index`` = step * accumulate + number within the step.
+        """Return this rank's micro-batch ``index`` = step * accumulate + number within the step.
 
-        Ranks get neighbours in length, so that they wait little for each other.
+        Ranks get micro-batches of neighbouring lengths, so they wait little for each other.
         """
         step, number = divmod(index, self.accumulate)
         micro_batches = self._micro_batches(step)
@@ -183,7 +183,7 @@ class TokenBudgetSampler:
         return self.accumulate * self.world_size
 
     def _micro_batches(self, step: int) -> list[NDArray[np.int64]]:
-        """The rows of all micro-batches of a step."""
+        """Return the rows of each micro-batch of a step."""
         if not 0 <= step < self.total_steps:
             raise IndexError(f"step {step} of a run of {self.total_steps}")
         window = self._window_of(step)
@@ -203,7 +203,7 @@ class TokenBudgetSampler:
         return self._windows[bisect_right(self._windows, step, key=lambda window: window.first_step) - 1]
 
     def _steps_until(self, place: int) -> int:
-        """Steps after which all rows before a place of the stream have been trained on."""
+        """Return the number of steps after which all rows before a place in the stream have been trained on."""
         self._find_windows(lambda last: last.stop >= place)
         # The last window that begins before the place.
         return self._windows[bisect_right(self._windows, place - 1, key=lambda window: window.start) - 1].end_step
@@ -222,7 +222,7 @@ class TokenBudgetSampler:
         return steps if max_steps is None else min(steps, max_steps)
 
     def _find_windows(self, enough: Callable[[_Window], bool]) -> None:
-        """Go on until the last window is far enough."""
+        """Add windows until ``enough`` is true of the last one."""
         while not (self._windows and enough(self._windows[-1])):
             last = self._windows[-1] if self._windows else _Window(0, 0, 0, 0)
             self._windows.append(self._next_window(last.stop, last.end_step))
@@ -236,12 +236,12 @@ class TokenBudgetSampler:
         return _Window(start, self._fill(start, most, most, rest), first_step, WINDOW_STEPS)
 
     def _fill(self, start: int, micro_batches: int, least: int, most: int | None = None) -> int:
-        """The most rows from ``start`` on, from ``least`` to ``most``, that pack into so many micro-batches."""
+        """Return the most rows from ``start``, between ``least`` and ``most``, that pack into ``micro_batches``."""
         most = micro_batches * self._most_rows if most is None else most
         candidates = range(least, most + 1)
         return candidates[bisect_right(candidates, micro_batches, key=lambda rows: self._needed(start, rows)) - 1]
 
     def _needed(self, start: int, rows: int) -> int:
-        """Micro-batches that so many rows of the stream pack into."""
+        """Return the number of micro-batches that ``rows`` rows of the stream from ``start`` need."""
         lengths = np.sort(self._lengths[self._stream[start : start + rows]])[::-1]
         return len(_starts(lengths, self.max_tokens))

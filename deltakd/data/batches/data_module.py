@@ -1,4 +1,4 @@
-"""The data as Lightning wants it."""
+"""The data as a Lightning data module."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from deltakd.data.encoding.encoded_set import EncodedSet
 
 
 class DistillationData(lightning.LightningDataModule):
-    """Hands out the training stream of this rank.
+    """Hands out this rank's training stream.
 
     The whole run is one Lightning epoch: the sampler knows about passes over the data, Lightning does not. Use it with
-    ``use_distributed_sampler=False``. The rank comes from the trainer, once one is attached.
+    ``use_distributed_sampler=False``. The rank comes from the trainer once one is attached.
 
     Args:
         train: tokenised training rows.
         val: tokenised validation rows, if any.
         pad_id: the id to pad with.
-        batch_size: rows per process and micro-batch; None: as many as fit into ``max_tokens``.
-        accumulate: micro-batches of an optimiser step.
-        seed: of the order of the data.
+        batch_size: rows per process and micro-batch; None: as many as fit in ``max_tokens``.
+        accumulate: micro-batches per optimiser step.
+        seed: for the order of the data.
         max_epochs: passes over the data, or None.
         max_steps: most optimiser steps, or None.
-        val_batch_size: rows per process of a validation batch; None: as ``batch_size``.
-        group_by_length: whether steps are made of rows of similar length; with ``max_tokens`` they always are.
-        max_tokens: positions per process and micro-batch, padding included, where there is no ``batch_size``.
-        world_size: processes of the run, for what is asked before there is a trainer; None: as many as the trainer has.
+        val_batch_size: rows per process and validation batch; None: as ``batch_size``.
+        group_by_length: group rows of similar length into steps; with ``max_tokens`` always.
+        max_tokens: positions per process and micro-batch, padding included, if ``batch_size`` is None.
+        world_size: number of processes; None: the trainer's, or 1 before a trainer is attached.
     """
 
     def __init__(
@@ -70,12 +70,12 @@ class DistillationData(lightning.LightningDataModule):
 
     @property
     def step_size(self) -> int:
-        """Rows of an optimiser step over all ranks; positions where batches are filled up to ``max_tokens``."""
+        """Rows per optimiser step over all ranks; most positions if batches are filled up to ``max_tokens``."""
         _, world_size = self._place()
         return (self.batch_size or self.max_tokens or 0) * self.accumulate * world_size
 
     def sampler(self) -> Sampler:
-        """The order of the rows for this rank."""
+        """Return the order of the rows for this rank."""
         place = self._place()
         if place not in self._samplers:
             self._samplers[place] = self._make_sampler(*place)
@@ -99,11 +99,14 @@ class DistillationData(lightning.LightningDataModule):
         )
 
     def train_dataloader(self) -> StepLoader:
-        """Micro-batches of the whole run."""
+        """Return the micro-batches of the whole run."""
         return StepLoader(self.train, self.sampler(), self.pad_id)
 
     def val_loader(self) -> EvalLoader | None:
-        """Validation batches of this rank. Not Lightning's ``val_dataloader``: our own callback runs the validation."""
+        """Return this rank's validation batches, or None.
+
+        Not Lightning's ``val_dataloader``: a callback of ours runs the validation.
+        """
         if self.val is None:
             return None
         rank, world_size = self._place()

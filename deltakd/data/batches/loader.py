@@ -1,4 +1,4 @@
-"""Batches of tensors out of tokenised rows."""
+"""Turns tokenised rows into batches of tensors."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from deltakd.types import IGNORE_INDEX, Batch
 
 
 def collate(encoded: Sequence[Encoded], pad_id: int, step: int, step_tokens: int) -> Batch:
-    """Pad rows on the right to the longest of them.
+    """Pad rows on the right to the longest one.
 
-    Padding is told by ``attention_mask`` = 0 and labels of IGNORE_INDEX alone, never by the id, so ``pad_id`` may be
-    EOS.
+    Only ``attention_mask`` = 0 and labels of IGNORE_INDEX mark padding, never the id, so ``pad_id`` may be EOS.
 
     Args:
         encoded: B rows.
@@ -46,12 +45,12 @@ def collate(encoded: Sequence[Encoded], pad_id: int, step: int, step_tokens: int
 class StepLoader:
     """One rank's micro-batches of the whole run, resumable.
 
-    ``iter`` starts at the position that was loaded (0 at first), however far an earlier iterator came. ``len`` is the
-    total of the run, also after a resume. One iterator at a time: the position is that of the latest.
+    ``iter`` starts at the loaded position (initially 0), however far an earlier iterator got. ``len`` is the total of
+    the run, even after resuming. Use one iterator at a time: the position is that of the latest.
 
     Args:
         encoded: the data.
-        sampler: says which rows.
+        sampler: chooses the rows.
         pad_id: as for ``collate``.
     """
 
@@ -69,12 +68,12 @@ class StepLoader:
         for index in range(self._start, len(self)):
             micro = self.sampler.micro_batch(index)
             batch = collate([self.encoded[row] for row in micro.rows], self.pad_id, micro.step, micro.step_tokens)
-            # Before the batch is handed over: whoever saves while holding it has had it.
+            # Set before the batch is handed over: a checkpoint saved while the caller holds it counts it as consumed.
             self._position = index + 1
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """``position``: micro-batches handed over so far."""
+        """Return ``position``, the number of micro-batches handed over so far."""
         return {"position": self._position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -89,18 +88,18 @@ class StepLoader:
 
 
 class EvalLoader:
-    """All rows once, sorted by length, in batches; every rank gets as many batches.
+    """All rows once, sorted by length, in batches; every rank gets the same number of batches.
 
     Args:
         encoded: the data.
-        batch_size: rows of a batch; None: as many as fit into ``max_tokens``.
+        batch_size: rows per batch; None: as many as fit in ``max_tokens``.
         pad_id: as for ``collate``.
-        rank, world_size: batch i goes to rank i mod world_size. Where the batches run out, a rank gets a batch whose
-            labels are all masked, so that all ranks run the model equally often (sharded models wait for each other).
-        max_tokens: the most positions of a batch, padding included, where there is no ``batch_size``.
+        rank, world_size: batch i goes to rank i mod world_size. When the batches run out, a rank gets a batch whose
+            labels are all masked: the ranks of a sharded model wait for each other, so all must run equally often.
+        max_tokens: most positions per batch, padding included, if ``batch_size`` is None.
 
     Raises:
-        ValueError: a batch size below 1, or a row that is longer than ``max_tokens``.
+        ValueError: a batch size below 1, or a row longer than ``max_tokens``.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Which rows each optimiser step trains on: a pure function of seed, rows of a step and rows of the data set."""
+"""Chooses the rows of each optimiser step: a pure function of the seed, the rows per step and the data set."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from deltakd.data.batches.stream import RowStream
 
-#: Rows of similar length are brought together within so many optimiser steps.
+#: Rows are grouped by length within windows of this many optimiser steps.
 WINDOW_STEPS = 32
 
 
@@ -22,7 +22,7 @@ class MicroBatch:
     Args:
         rows: [B] int64 positions in the data set.
         step: the optimiser step, from 0.
-        step_tokens: valid tokens of the whole step, over all ranks and micro-batches.
+        step_tokens: valid tokens in the whole step, over all ranks and micro-batches.
     """
 
     rows: NDArray[np.int64]
@@ -31,11 +31,11 @@ class MicroBatch:
 
 
 class Sampler(Protocol):
-    """The order in which a rank sees the data: which rows make which micro-batch of which optimiser step.
+    """The order in which a rank sees the data: the rows of each micro-batch of each optimiser step.
 
-    It is a pure function of its arguments: nothing is kept between calls but caches, so a run can go on at any step.
-    Every step is made of ``accumulate`` micro-batches on each rank, and its rows do not depend on how its micro-batches
-    are split over ranks and accumulation.
+    A pure function of its arguments: it keeps only caches between calls, so a run can resume at any step. Every step
+    has ``accumulate`` micro-batches on each rank. Its rows do not depend on how its micro-batches are split over ranks
+    and accumulation.
     """
 
     @property
@@ -45,28 +45,28 @@ class Sampler(Protocol):
 
     @property
     def steps_per_epoch(self) -> float:
-        """Optimiser steps that one pass over the data takes."""
+        """Optimiser steps in one pass over the data."""
         ...
 
     @property
     def pass_ends(self) -> list[int]:
-        """The steps (counted from 1) after which a pass over the data is done, in this run."""
+        """Steps of this run, counted from 1, that complete a pass over the data."""
         ...
 
     def __len__(self) -> int:
-        """Micro-batches of one rank in the whole run."""
+        """Return the number of micro-batches of one rank in the whole run."""
         ...
 
     def epoch_of_step(self, step: int) -> int:
-        """The epoch, from 0, in which the step (from 0) begins."""
+        """Return the epoch, from 0, in which the step (from 0) begins."""
         ...
 
     def rows_of_step(self, step: int) -> NDArray[np.int64]:
-        """Positions of the step's rows in the data set, over all ranks; IndexError: no such step in this run."""
+        """Return the positions of the step's rows in the data set, over all ranks. IndexError: no such step."""
         ...
 
     def micro_batch(self, index: int) -> MicroBatch:
-        """This rank's micro-batch ``index`` = step * accumulate + number within the step."""
+        """Return this rank's micro-batch ``index`` = step * accumulate + number within the step."""
         ...
 
 
@@ -75,22 +75,22 @@ class StepSampler:
     """Fixes the rows of every optimiser step, then deals them out to micro-batches and ranks.
 
     Training is one continuous stream of rows: epoch after epoch, each a seeded permutation, cut into steps of
-    G = batch_size * accumulate * world_size rows. A step that begins in one epoch and ends in the next takes its last
-    rows from there, so all steps are full. With ``group_by_length`` the rows of up to WINDOW_STEPS steps of an epoch
-    are sorted by length, cut into steps, and the order of the steps is shuffled. The rows of a step depend on G, not
-    on how G is split. Nothing is kept between calls but caches, so any step can be asked for at any time.
+    G = batch_size * accumulate * world_size rows. A step that starts in one epoch may end in the next, so all steps
+    are full. With ``group_by_length``, the rows of up to WINDOW_STEPS steps of an epoch are sorted by length and cut
+    into steps, and the steps are shuffled. The rows of a step depend on G, not on how G is split. Only caches are kept
+    between calls, so steps can be requested in any order.
 
     Args:
         lengths: [n] tokens of each row.
         valid_tokens: [n] trained tokens of each row.
         batch_size: rows per rank and micro-batch.
-        accumulate: micro-batches of an optimiser step.
+        accumulate: micro-batches per optimiser step.
         world_size: number of ranks.
         rank: this rank, from 0.
-        seed: of the permutations.
-        epochs: passes over the data, a fraction is allowed; None: as many as ``max_steps`` needs.
+        seed: for the permutations.
+        epochs: passes over the data, may be fractional; None: as many as ``max_steps`` needs.
         max_steps: most optimiser steps; None or -1: no limit.
-        group_by_length: whether to sort within windows.
+        group_by_length: sort rows by length within windows.
 
     Raises:
         ValueError: a number below 1, no rows, or neither epochs nor max_steps.
@@ -131,7 +131,7 @@ class StepSampler:
         return self._total_steps
 
     def __len__(self) -> int:
-        """Micro-batches of one rank in the whole run."""
+        """Return the number of micro-batches of one rank in the whole run."""
         return self.total_steps * self.accumulate
 
     @property
@@ -141,24 +141,24 @@ class StepSampler:
 
     @property
     def steps_per_epoch(self) -> float:
-        """Optimiser steps that one pass over the data takes."""
+        """Optimiser steps in one pass over the data."""
         return self.rows / self.rows_per_step
 
     @property
     def pass_ends(self) -> list[int]:
-        """The steps (counted from 1) after which a pass over the data is done, to the nearest step."""
+        """Steps, counted from 1, that complete a pass over the data, to the nearest step."""
         count = int(self.total_steps / self.steps_per_epoch)
         return [round(self.steps_per_epoch * (k + 1)) for k in range(count)]
 
     def epoch_of_step(self, step: int) -> int:
-        """The epoch, from 0, in which the step begins."""
+        """Return the epoch, from 0, in which the step begins."""
         return step * self.rows_per_step // self.rows
 
     def rows_of_step(self, step: int) -> NDArray[np.int64]:
-        """[G] int64 positions of the step's rows in the data set, sorted by length if these are grouped.
+        """Return the [G] int64 positions of the step's rows in the data set, from short to long.
 
         Raises:
-            IndexError: no such step in this run.
+            IndexError: there is no such step in this run.
         """
         if not 0 <= step < self.total_steps:
             raise IndexError(f"step {step} of a run of {self.total_steps}")
@@ -171,9 +171,9 @@ class StepSampler:
         return self._window[1][step - first]
 
     def micro_batch(self, index: int) -> MicroBatch:
-        """This rank's micro-batch ``index`` = step * accumulate + number within the step.
+        """Return this rank's micro-batch ``index`` = step * accumulate + number within the step.
 
-        Ranks get neighbouring slices of the sorted rows, so that they wait little for each other.
+        Ranks get neighbouring slices of the sorted rows, so they wait little for each other.
         """
         step, number = divmod(index, self.accumulate)
         rows = self.rows_of_step(step)
@@ -181,8 +181,8 @@ class StepSampler:
         return MicroBatch(rows[start : start + self.batch_size], step, int(self._valid[rows].sum()))
 
     def _window_of(self, step: int) -> tuple[int, int]:
-        """First step and end of the step's window."""
-        # Windows end with the epoch: else its last rows could come after the run's last step.
+        """Return the first step of the step's window, and the step after its last."""
+        # Windows end with the epoch; otherwise its last rows could come after the run's last step.
         epoch = self.epoch_of_step(step)
         epoch_first = -(-epoch * self.rows // self.rows_per_step)
         epoch_end = -(-(epoch + 1) * self.rows // self.rows_per_step)
@@ -190,22 +190,18 @@ class StepSampler:
         return first, min(first + WINDOW_STEPS, epoch_end)
 
     def _make_window(self, first: int, end: int) -> NDArray[np.int64]:
-        """[steps, G] rows of the steps of a window."""
+        """Return [steps, G], the rows of a window's steps."""
         rows = self._stream[first * self.rows_per_step : end * self.rows_per_step]
         steps = self._by_length(rows).reshape(end - first, self.rows_per_step)
         return steps[self._stream.shuffled(end - first, first)]
 
     def _by_length(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        # Stable, and the stream is in random order: so are rows of equal length.
+        # The sort is stable and the stream random, so rows of equal length stay in random order.
         return rows[np.argsort(self._lengths[rows], kind="stable")]
 
 
 def check_split(accumulate: int, world_size: int, rank: int, **sizes: int) -> None:
-    """Refuse numbers below 1, and a rank that there is not.
-
-    Raises:
-        ValueError: naming the number.
-    """
+    """Raise a ValueError that names a number below 1, or a rank outside ``world_size``."""
     for name, value in {**sizes, "accumulate": accumulate, "world_size": world_size}.items():
         if value < 1:
             raise ValueError(f"{name} = {value}; it must be at least 1")
@@ -214,11 +210,7 @@ def check_split(accumulate: int, world_size: int, rank: int, **sizes: int) -> No
 
 
 def check_rows(lengths: NDArray[np.int64], valid_tokens: NDArray[np.int64]) -> None:
-    """Refuse an empty data set, and counts that don't belong together.
-
-    Raises:
-        ValueError: with both numbers of rows.
-    """
+    """Raise a ValueError for an empty data set, or if the two arrays differ in length."""
     if not len(lengths) or len(lengths) != len(valid_tokens):
         raise ValueError(
             f"{len(lengths)} lengths and {len(valid_tokens)} counts of valid tokens; there must be as many "
@@ -227,10 +219,10 @@ def check_rows(lengths: NDArray[np.int64], valid_tokens: NDArray[np.int64]) -> N
 
 
 def limits(epochs: float | None, max_steps: int | None) -> tuple[float | None, int | None]:
-    """(epochs, max_steps) with None for "no limit", which Lightning writes as -1.
+    """Return (epochs, max_steps) with None for "no limit", which Lightning writes as -1.
 
     Raises:
-        ValueError: one is not above 0, or both are None.
+        ValueError: either is not above 0, or neither is a limit.
     """
     epochs = None if epochs == -1 else epochs
     max_steps = None if max_steps == -1 else max_steps
@@ -243,7 +235,7 @@ def limits(epochs: float | None, max_steps: int | None) -> tuple[float | None, i
 
 
 def ceil(number: float) -> int:
-    """Rounded up, but not for a rounding error: 0.1 * 30 rows are 3.0000000000000004, and not a step more than 3."""
+    """Round up, ignoring floating-point error: 0.07 * 100 is 7.000000000000001, which must give 7, not 8."""
     return math.ceil(number - 1e-9)
 
 

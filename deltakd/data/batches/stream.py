@@ -7,7 +7,7 @@ from typing import final
 import numpy as np
 from numpy.typing import NDArray
 
-#: Permutations kept, so that neighbouring requests do not draw them again.
+#: Number of permutations cached, so that neighbouring requests do not draw them again.
 _KEPT = 4
 
 
@@ -16,8 +16,8 @@ class RowStream:
     """Epoch after epoch of row numbers; a pure function of seed and number of rows.
 
     Args:
-        rows: n, rows of the data set.
-        seed: of the permutations.
+        rows: number of rows in the data set.
+        seed: for the permutations.
     """
 
     def __init__(self, rows: int, seed: int) -> None:
@@ -26,7 +26,7 @@ class RowStream:
         self._permutations: dict[int, NDArray[np.int64]] = {}
 
     def __getitem__(self, part: slice) -> NDArray[np.int64]:
-        """[stop - start] int64 row numbers of the places ``start`` to ``stop`` of the stream."""
+        """Return [stop - start] int64 row numbers at places ``start`` to ``stop`` (exclusive) of the stream."""
         pieces = [np.empty(0, dtype=np.int64)]
         for epoch in range(part.start // self.rows, (part.stop - 1) // self.rows + 1):
             skipped = epoch * self.rows
@@ -34,8 +34,8 @@ class RowStream:
         return np.concatenate(pieces)
 
     def shuffled(self, count: int, first_step: int) -> NDArray[np.int64]:
-        """[count] the order of the steps of a window whose first step is ``first_step``."""
-        # The 1 keeps these draws apart from those of the permutations.
+        """Return [count], the shuffled order of the steps of the window that starts at ``first_step``."""
+        # The 1 keeps these draws apart from the permutations'.
         return np.random.Generator(np.random.PCG64([self.seed, first_step, 1])).permutation(count)
 
     def _permutation(self, epoch: int) -> NDArray[np.int64]:

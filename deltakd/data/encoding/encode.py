@@ -1,4 +1,4 @@
-"""From rows to tokens: prompt and response apart, the prompt masked, the response and its EOS trained."""
+"""Rows to tokens: prompt and response are tokenised separately; only the response and its EOS are trained."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = ["Encoded", "EncodedSet", "encode_prompt", "encode_row", "encode_rows"
 
 @dataclass(frozen=True)
 class _Outcome:
-    """A row after encoding: its tokens (None: dropped), its lengths before cutting, and what was cut."""
+    """An encoded row: its tokens (None if dropped), its lengths before cutting, and what was cut."""
 
     encoded: Encoded | None
     prompt_length: int
@@ -55,19 +55,20 @@ def encode_row(
 
     Args:
         row: the row.
-        template: writes it out.
+        template: renders it.
         tokenizer: must have an EOS token.
-        max_length: most tokens of prompt and response with EOS.
-        max_prompt_length: most tokens of the prompt (of a conversation: of what precedes its first answer).
+        max_length: most tokens of prompt and response, EOS included.
+        max_prompt_length: most tokens of the prompt; in a conversation, of everything before its first answer.
         overlong: ``cut`` shortens a long prompt (``prompt_tokens``), and a long response, which then has no EOS to
             learn; ``drop`` leaves the row out.
 
     Returns:
-        The tokens, or None for a row that is dropped or has nothing to train on.
+        The tokens, or None if the row is dropped or has nothing to train on.
 
     Raises:
-        ValueError: no EOS token, no response, or limits that contradict each other or leave no room for the tail;
-            RowError: the template can't write the row out, or leaves out a part of its answers.
+        RowError: the template can't render the row, or leaves out a part of its answers.
+        ValueError: there is no EOS token or no response, or the limits contradict each other or leave no room for the
+            tail.
     """
     check_limits(tokenizer, max_length, max_prompt_length, overlong)
     return _encode(row, template, tokenizer, max_length, max_prompt_length, overlong).encoded
@@ -76,9 +77,9 @@ def encode_row(
 def encode_prompt(
     row: Row, template: Template, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int
 ) -> list[int]:
-    """The prompt's tokens for generation, exactly those of training, cut to ``max_prompt_length``.
+    """Return the prompt's tokens for generation: the same as in training, cut to ``max_prompt_length``.
 
-    Of a conversation this is everything before its last answer (in training the limit holds for the first prompt).
+    In a conversation, the prompt is everything before the last answer; training limits only its first prompt.
 
     Raises:
         ValueError: the limit leaves no room for the template's tail.
@@ -89,10 +90,10 @@ def encode_prompt(
 def encode_prompts(
     rows: Sequence[Row], template: Template, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int
 ) -> tuple[list[list[int]], int]:
-    """The tokens of many prompts, as ``encode_prompt`` has them, and how many of them were cut.
+    """Return the tokens of many prompts, each as from ``encode_prompt``, and the number of prompts cut.
 
     Raises:
-        ValueError: see ``encode_prompt``; all rows that the template refuses together.
+        ValueError: as ``encode_prompt``; all rows that the template refuses are named together.
     """
     problems = Problems("prompts")
     cut = []
@@ -113,7 +114,7 @@ def _cut_prompt(
 
 
 def check_limits(tokenizer: PreTrainedTokenizerBase, max_length: int, max_prompt_length: int, overlong: str) -> None:
-    """Raise a ValueError for settings that cannot work."""
+    """Raise a ValueError if the settings cannot work."""
     if overlong not in ("cut", "drop"):
         raise ValueError(f"data.overlong = {overlong!r}; allowed: cut, drop")
     if not 0 < max_prompt_length < max_length:
@@ -148,13 +149,13 @@ def _encode(
     if overlong == "drop" and (cut_prompt or total_length > max_length):
         return _Outcome(None, prompt_length, total_length, False, False)
     ids, labels = _trim(ids[:max_length], labels[:max_length])
-    # Position 0 is predicted by nothing, so a label there trains nothing.
+    # Nothing predicts position 0, so a label there trains nothing.
     encoded = Encoded(ids, labels, row.id) if any(label != IGNORE_INDEX for label in labels[1:]) else None
     return _Outcome(encoded, prompt_length, total_length, cut_prompt, cut_response)
 
 
 def _trim(ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
-    """Leave out what follows the last trained token: it would cost time and teach nothing."""
+    """Drop everything after the last trained token: it would cost time and teach nothing."""
     stop = len(labels)
     while stop and labels[stop - 1] == IGNORE_INDEX:
         stop -= 1
@@ -171,15 +172,15 @@ def encode_rows(
     overlong: str = "cut",
     cache_dir: str | Path | None = None,
 ) -> EncodedSet:
-    """Tokenise rows once; each response becomes an example of its own, under the row's id.
+    """Tokenise rows once; each response becomes its own example, under the row's id.
 
     Args:
         rows: the rows.
         template, tokenizer, max_length, max_prompt_length, overlong: as for ``encode_row``.
-        cache_dir: folder where the tokens are kept for the next run; None keeps nothing.
+        cache_dir: folder that keeps the tokens for later runs; None keeps nothing.
 
     Raises:
-        ValueError: as ``encode_row`` (rows that the template can't write out are named together), or no row is left.
+        ValueError: as ``encode_row`` (all rows that the template can't render are named together), or no row is left.
     """
     check_limits(tokenizer, max_length, max_prompt_length, overlong)
     examples = _expand(rows)
@@ -232,7 +233,7 @@ def _tokenise(count: int, encode: Callable[[int], _Outcome], key: str) -> Datase
         {"input_ids": List(Value("int32")), "labels": List(Value("int32"))} | {name: Value("int64") for name in numbers}
     )
     with quiet(count):
-        # The fingerprint is ours: left to itself `datasets` would pickle tokenizer and rows to hash them.
+        # Our own fingerprint: by default `datasets` would pickle tokenizer and rows to hash them.
         return Dataset.from_dict({"index": list(range(count))}).map(
             batch,
             batched=True,
@@ -257,7 +258,7 @@ def _as_set(table: Dataset, key: str, max_length: int, max_prompt_length: int) -
         "cut_responses": int(plain_column(table, "cut_response").sum()),
         "dropped": int((~kept).sum()),
     }
-    # Dropped rows are empty, so leaving out their offsets leaves them out altogether.
+    # Dropped rows are empty, so dropping their offsets drops them altogether.
     starts = np.concatenate([offsets[:-1][kept], offsets[-1:]])
     return EncodedSet(input_ids, labels, starts, plain_column(table, "row_id")[kept], counts, key)
 

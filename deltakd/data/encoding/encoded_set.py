@@ -18,7 +18,7 @@ class Encoded:
 
     Args:
         input_ids: T token ids, prompt and response.
-        labels: T labels, the token itself where it is trained on, else IGNORE_INDEX. Not shifted.
+        labels: T labels, not shifted: the token itself if trained, else IGNORE_INDEX.
         row_id: the row's number in its data set.
     """
 
@@ -32,12 +32,12 @@ class EncodedSet:
     """Tokenised rows of one data set, as flat arrays.
 
     Args:
-        input_ids: [tokens] int32, all rows after one another.
+        input_ids: [tokens] int32, all rows concatenated.
         labels: [tokens] int32.
         offsets: [n + 1] int64; row i is ``offsets[i]:offsets[i + 1]``.
         row_ids: [n] int64.
         counts: what happened to the rows: ``rows`` read, ``cut_prompts``, ``cut_responses``, ``dropped``.
-        fingerprint: sha256 over everything that the tokens depend on (rows, tokenizer, template, limits).
+        fingerprint: sha256 of everything the tokens depend on (rows, tokenizer, template, limits).
     """
 
     input_ids: NDArray[np.int32]
@@ -67,12 +67,12 @@ class EncodedSet:
 
     @cached_property
     def valid_tokens(self) -> NDArray[np.int64]:
-        """[n] trained tokens of each row after the shift: position 0 has no position before it to predict it."""
+        """[n] trained tokens of each row after the shift, which leaves nothing to predict position 0."""
         return count_valid(self.labels, self.offsets)
 
 
 def count_valid(labels: NDArray[np.int32], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
-    """[n] labels of each row that are trained on, position 0 not counted."""
+    """Return [n], the number of trained labels in each row, not counting position 0."""
     trained = labels != IGNORE_INDEX
     trained[offsets[:-1][np.diff(offsets) > 0]] = False
     running = np.concatenate([[0], np.cumsum(trained, dtype=np.int64)])
@@ -80,7 +80,7 @@ def count_valid(labels: NDArray[np.int32], offsets: NDArray[np.int64]) -> NDArra
 
 
 def flatten(rows: Sequence[Sequence[int]]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """Rows of ids as (flat [tokens] int32, offsets [n + 1] int64)."""
+    """Return rows of ids as (flat [tokens] int32, offsets [n + 1] int64)."""
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows], dtype=np.int64)])
     flat = np.fromiter((token for row in rows for token in row), dtype=np.int32, count=int(offsets[-1]))
     return flat, offsets

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-#: Documents longer than so many blocks are taken apart, so that one book cannot use up a whole token budget.
+#: Documents longer than this many blocks are split, so that one book cannot use up a whole token budget.
 PIECE_BLOCKS = 20
-#: English text has about four characters a token; only the size of the pieces depends on it.
+#: English text has about four characters per token; only the size of the pieces depends on it.
 CHARACTERS_PER_TOKEN = 4
 SHUFFLE_SEED = 0
 
@@ -37,16 +37,16 @@ def pack_texts(
     Args:
         texts: the documents.
         tokenizer: must have an EOS token.
-        block_length: tokens of a block; a last block of at least 2 tokens is kept too.
-        cache_dir: folder where the tokens are kept for the next run; None keeps nothing.
-        max_tokens: stop after so many tokens. The documents, long ones in pieces of about PIECE_BLOCKS blocks, are then
-            shuffled first (always alike), so that all sources have their share; each piece ends with EOS.
+        block_length: tokens per block; the last block may be shorter, down to 2 tokens.
+        cache_dir: folder that keeps the tokens for later runs; None keeps nothing.
+        max_tokens: token budget. With one, documents are first shuffled with a fixed seed, so that every source gets
+            its share; long ones go in pieces of about PIECE_BLOCKS blocks, each closed by EOS.
 
     Returns:
         Blocks with labels = ids and row ids 0, 1, ...; ``counts`` has ``rows`` (documents) and ``tokens``.
 
     Raises:
-        ValueError: no EOS token, fewer than 2 tokens in all, or limits below 2.
+        ValueError: no EOS token, fewer than 2 tokens in all, or a limit below 2.
     """
     if block_length < 2:
         raise ValueError(f"block_length = {block_length}; a block needs at least 2 tokens to have one to predict")
@@ -69,7 +69,7 @@ def pack_texts(
 def _tokens(
     documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, block_length: int, max_tokens: int | None
 ) -> NDArray[np.int32]:
-    """All tokens in a row, [tokens] int32."""
+    """Return all tokens, concatenated: [tokens] int32."""
     end = eos_id(tokenizer)
     size = PIECE_BLOCKS * CHARACTERS_PER_TOKEN * block_length
     pieces = [piece for document in documents for piece in _pieces(document, size)]
@@ -91,7 +91,7 @@ def _tokens(
 
 
 def _pieces(document: str, size: int) -> Iterator[tuple[str, bool]]:
-    """(piece, whether it is the document's last), cut at line ends, or at spaces within a very long line."""
+    """Yield (piece, True if it is the document's last), cut at line ends, or at spaces within a very long line."""
     start = 0
     while len(document) - start > size:
         stop = start + size

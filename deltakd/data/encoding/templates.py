@@ -1,4 +1,4 @@
-"""How a row is written out as text: which pieces the model reads, which it learns to write."""
+"""Templates render a row as text: the pieces that the model reads, and those it learns to write."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _CLOCK = re.compile(r"""strftime_now\(\s*(?:"([^"]*)"|'([^']*)')\s*\)""")
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of text that is tokenised by itself.
+    """A piece of text that is tokenised on its own.
 
     Args:
         text: the piece.
-        trained: whether the model learns to write it.
-        special_tokens: whether the tokenizer adds its own special tokens (BOS), unless the text starts with BOS.
-        closed: whether EOS follows, trained, unless the text ends with it already.
+        trained: True if the model learns to write it.
+        special_tokens: let the tokenizer add its special tokens (BOS), unless the text already starts with BOS.
+        closed: append EOS, trained like the piece, unless the text already ends with it.
     """
 
     text: str
@@ -42,29 +42,29 @@ class Segment:
 
 @runtime_checkable
 class Template(Protocol):
-    """Writes rows out. Its ``repr`` is part of the key of cached tokens, so it must tell all that matters."""
+    """Renders rows. Its ``repr`` is part of the key of cached tokens, so it must include everything that matters."""
 
     def render(self, row: Row) -> list[Segment]:
-        """Prompt and answer pieces in turn; a row without an answer gives its prompt only."""
+        """Return prompt and answer pieces in turn; just the prompt if the row has no answer."""
         ...
 
     def tail(self, row: Row) -> str:
-        """The end of the prompt that must survive when a prompt is cut; "" where none is known."""
+        """Return the end of the prompt, which must survive when a prompt is cut; "" if it is not known."""
         ...
 
     def keeps_end(self, row: Row) -> bool:
-        """True if a prompt that is too long loses its beginning, False if it loses what stands before its tail."""
+        """True if a prompt that is too long loses its beginning, False if it loses what is before its tail."""
         ...
 
 
 @final
 @dataclass(frozen=True)
 class PlainTemplate:
-    """A prompt made by filling in a text; each answer is closed by EOS.
+    """Fills the row into a format string; EOS closes each answer.
 
     Args:
-        with_input: the prompt of rows that have an input, with the fields {instruction} and {input}.
-        without_input: the prompt of the others, with the field {instruction}.
+        with_input: the prompt of rows with an input; fields {instruction} and {input}.
+        without_input: the prompt of the others; field {instruction}.
         tail_text: the end of both, which survives when a prompt is cut.
 
     Raises:
@@ -83,7 +83,7 @@ class PlainTemplate:
                 raise ValueError(f"template.{name} must end with template.tail = {self.tail_text!r}")
 
     def render(self, row: Row) -> list[Segment]:
-        """Prompt and answer in turn (several times for a conversation), the first with BOS."""
+        """Return prompt and answer in turn (several times for a conversation); the first prompt gets BOS."""
         segments: list[Segment] = []
         for prompt, response in self._turns(row):
             segments.append(Segment(prompt, trained=False, special_tokens=not segments))
@@ -92,11 +92,11 @@ class PlainTemplate:
         return segments
 
     def tail(self, row: Row) -> str:
-        """The same for every row."""
+        """Return the tail, the same for every row."""
         return self.tail_text
 
     def keeps_end(self, row: Row) -> bool:
-        """True for a conversation, whose last question stands at its end; an instruction comes before its input."""
+        """True for a conversation, whose last question is at its end; an instruction comes before its input."""
         return row.messages is not None
 
     def _turns(self, row: Row) -> Iterator[tuple[str, str | None]]:
@@ -110,7 +110,7 @@ class PlainTemplate:
                 continue
             yield self.without_input.format(instruction="\n\n".join(asked)), message["content"]
             asked = []
-        # A question that nobody answers is a prompt only where nothing was answered before it.
+        # An unanswered question is a prompt only if nothing was answered before it.
         if asked and all(message["role"] != "assistant" for message in row.messages):
             yield self.without_input.format(instruction="\n\n".join(asked)), None
 
@@ -137,7 +137,7 @@ def _check_fields(name: str, text: str, needed: set[str]) -> None:
 _ALPACA_ASK = "Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}"
 _ALPACA_TAIL = "\n\n### Response:\n"
 
-#: The prompt of Stanford Alpaca, as MiniLLM (arXiv 2306.08543) writes it into its evaluation sets.
+#: Stanford Alpaca's prompt, as in MiniLLM's evaluation sets (arXiv 2306.08543).
 AlpacaTemplate = partial(
     PlainTemplate,
     with_input="Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -153,13 +153,10 @@ AlpacaTemplate = partial(
 class ChatTemplate:
     """The tokenizer's own chat template; assistant turns are trained with their end-of-turn token.
 
-    A template that writes the date gets that of the day on which the process began, which is part of its ``repr``.
-
-    Args:
-        tokenizer: a tokenizer with a chat template.
+    A template that writes the date always gets the day on which the process first asked; it is part of the ``repr``.
 
     Raises:
-        ValueError: the tokenizer has none, or it reads the clock in a way that can't be frozen.
+        ValueError: the tokenizer has no chat template, or one that reads the clock in a way that can't be frozen.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -175,10 +172,10 @@ class ChatTemplate:
         return f"ChatTemplate({self._text!r})"
 
     def render(self, row: Row) -> list[Segment]:
-        """Prompt and answer pieces in turn, found by rendering ever longer beginnings of the conversation.
+        """Return prompt and answer pieces in turn, found by rendering ever longer prefixes of the conversation.
 
         Raises:
-            RowError: the template refuses the row, or a longer beginning does not start with the shorter one, so
+            RowError: the template refuses the row, or a longer prefix does not start with the shorter one, so the
                 pieces cannot be told apart.
         """
         if row.prompt is not None:
@@ -193,7 +190,7 @@ class ChatTemplate:
             whole = self._write(row, messages[: number + 1], prompt=False)
             if not prompt.startswith(done) or not whole.startswith(prompt):
                 raise RowError(_not_a_prefix(row, number))
-            # White space after the end-of-turn token belongs to the next prompt: nobody waits for it when generating.
+            # White space after the end-of-turn token belongs to the next prompt: generation stops before it.
             answer = whole[len(prompt) :].rstrip()
             segments.append(Segment(prompt[len(done) :], trained=False))
             segments.append(Segment(answer, trained=True, closed=number == answers[-1]))
@@ -201,7 +198,7 @@ class ChatTemplate:
         return segments
 
     def tail(self, row: Row) -> str:
-        """What the template writes after the last turn before the answer; "" for a prompt of the user's own."""
+        """Return what the template writes between the last turn and the answer; "" if not found."""
         if row.prompt is not None:
             return ""
         messages = list(before_last_answer(_conversation(row)))
@@ -211,7 +208,7 @@ class ChatTemplate:
         return tail if found else ""
 
     def keeps_end(self, row: Row) -> bool:
-        """True: the last question stands before the tail."""
+        """True: the last question is right before the tail."""
         return True
 
     def _write(self, row: Row, messages: list[dict[str, str]], prompt: bool) -> str:
@@ -263,7 +260,7 @@ def _verbatim(row: Row) -> list[Segment]:
 
 
 def _conversation(row: Row) -> list[dict[str, str]]:
-    """The row as messages; turns after the last answer are left out, there is nothing to learn from them."""
+    """Return the row as messages, without the turns after the last answer: there is nothing to learn from them."""
     if row.messages is not None:
         messages = list(row.messages)
         answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
@@ -281,14 +278,14 @@ def _not_a_prefix(row: Row, number: int) -> str:
 
 
 def make_template(name: str | Mapping[str, Any] | Template, tokenizer: PreTrainedTokenizerBase) -> Template:
-    """The template that a config asks for.
+    """Make the template that a config asks for.
 
     Args:
-        name: ``alpaca``, ``chat``, a mapping {with_input, without_input, tail}, or a template, returned as it is.
-        tokenizer: gives the chat template.
+        name: ``alpaca``, ``chat``, a mapping {with_input, without_input, tail}, or a template, returned as is.
+        tokenizer: provides the chat template.
 
     Raises:
-        ValueError: unknown name or keys, or what the templates raise.
+        ValueError: unknown name or keys, or the template rejects them.
     """
     if name == "alpaca":
         return AlpacaTemplate()

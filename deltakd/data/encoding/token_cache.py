@@ -1,4 +1,4 @@
-"""Tables of tokens on disk: made once, found again by a key over everything that they depend on."""
+"""Token tables on disk: built once, found again by a hash of everything they depend on."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-#: To be raised when the same inputs give other tokens, or the table other columns, than before.
+#: Raise it when a change gives the same inputs different tokens, or the table different columns.
 FORMAT_VERSION = 1
-#: Fewer rows than this are tokenised in seconds and need no progress bar.
+#: Fewer rows than this take seconds to tokenise and need no progress bar.
 LONG_TABLE = 20_000
 
 
 def fingerprint(*parts: Any) -> str:
-    """sha256 (64 hex digits) over JSON-able parts and the format version."""
+    """Return the sha256 (64 hex digits) of JSON-able parts and the format version."""
     digest = hashlib.sha256(str(FORMAT_VERSION).encode())
     for part in parts:
         digest.update(json.dumps(part, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass"))
@@ -34,24 +34,23 @@ def fingerprint(*parts: Any) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 over all that decides how the tokenizer turns text into ids."""
+    """Return the sha256 of everything that decides how the tokenizer turns text into ids."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state: dict[str, Any] = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
-    # What the last call left behind, not part of the tokenizer: our calls set neither.
+    # Left over from the tokenizer's last call; our calls set neither.
     state = {key: value for key, value in state.items() if backend is None or key not in ("truncation", "padding")}
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     return fingerprint(type(tokenizer).__name__ if backend is None else "", state, special)
 
 
 def cached_table(key: str, cache_dir: str | Path | None, build: Callable[[], Dataset]) -> Dataset:
-    """The table of that key: from ``cache_dir``, or built and stored there.
+    """Load the table from ``cache_dir``, or build it and store it there.
 
-    A table appears under its final name only when it is complete, so an interrupted or a concurrent process can do no
-    harm.
+    A table gets its final name only when complete, so interrupted and concurrent processes do no harm.
 
     Args:
-        key: what the table depends on, as ``fingerprint`` gives it.
-        cache_dir: folder, made if need be; None keeps nothing.
+        key: ``fingerprint`` of what the table depends on.
+        cache_dir: folder, created if missing; None keeps nothing.
         build: makes the table.
     """
     if cache_dir is None:
@@ -73,7 +72,7 @@ def _store(table: Dataset, final: Path) -> None:
 
 @contextmanager
 def quiet(rows: int) -> Iterator[None]:
-    """No progress bars of ``datasets`` for tables of fewer than LONG_TABLE rows."""
+    """Hide the progress bars of ``datasets`` for tables of fewer than LONG_TABLE rows."""
     import datasets
 
     if rows >= LONG_TABLE or datasets.are_progress_bars_disabled():
@@ -87,7 +86,7 @@ def quiet(rows: int) -> Iterator[None]:
 
 
 def flat_column(table: Dataset, name: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """A column of lists as (flat [tokens] int32, offsets [n + 1] int64)."""
+    """Return a column of lists as (flat [tokens] int32, offsets [n + 1] int64)."""
     chunks = table.data.column(name).chunks
     lengths = np.concatenate([chunk.value_lengths().to_numpy(zero_copy_only=False) for chunk in chunks])
     flat = np.concatenate([chunk.flatten().to_numpy(zero_copy_only=False) for chunk in chunks])
@@ -95,5 +94,5 @@ def flat_column(table: Dataset, name: str) -> tuple[NDArray[np.int32], NDArray[n
 
 
 def plain_column(table: Dataset, name: str) -> NDArray[np.int64]:
-    """A column of integers as [n] int64."""
+    """Return a column of integers as [n] int64."""
     return table.data.column(name).to_numpy().astype(np.int64)

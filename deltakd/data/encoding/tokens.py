@@ -1,4 +1,4 @@
-"""From the pieces of a row to token ids: special tokens, the closing EOS, and how a long prompt is cut."""
+"""Turns the pieces of a row into token ids: special tokens, the closing EOS, and the cutting of long prompts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of the end-of-sequence token. Raises ValueError if the tokenizer has none."""
+    """Return the id of the EOS token. Raise a ValueError if the tokenizer has none."""
     if not isinstance(tokenizer.eos_token_id, int):
         raise ValueError("the tokenizer has no EOS token, so a model could not learn to stop; set tokenizer.eos_token")
     return tokenizer.eos_token_id
@@ -26,27 +26,27 @@ def prompt_tokens(
     tokenizer: PreTrainedTokenizerBase,
     max_prompt_length: int,
 ) -> tuple[list[int], int]:
-    """Tokens of a prompt, cut if there are too many, and how many there were.
+    """Return a prompt's tokens, cut if there are too many, and their number before the cut.
 
-    The template's tail always stays whole. Before it an instruction keeps its beginning; a conversation, and whatever
-    a chat template writes, keeps its end, where the last question stands. BOS stays.
+    The template's tail stays whole. Before it, an instruction keeps its beginning; a conversation, and every prompt of
+    a chat template, keeps its end, where the last question is. BOS stays.
 
     Args:
-        segments: the prompt's pieces.
-        row: which they are of.
-        template: has written them.
-        tokenizer: of the model.
-        max_prompt_length: tokens to keep.
+        segments: the prompt, as ``template`` rendered it.
+        row: what was rendered.
+        template: gives the tail.
+        tokenizer: the model's.
+        max_prompt_length: most tokens to keep.
 
     Raises:
-        ValueError: the limit leaves no room before the tail.
+        ValueError: the tail alone fills the limit.
     """
     ids = [token for segment in segments for token in segment_tokens(segment, tokenizer)]
     if len(ids) <= max_prompt_length:
         return ids, len(ids)
     last, tail = segments[-1], template.tail(row)
     if not tail or last.text == tail or not last.text.endswith(tail):
-        # A prompt of the user's own: what the answer follows on from is its end.
+        # A prompt without the template's tail: keep its end, from which the answer continues.
         return _keep_end(ids, tokenizer, max_prompt_length), len(ids)
     kept = _tail_length(last, tail, tokenizer)
     begun = int(template.keeps_end(row) and ids[0] == tokenizer.bos_token_id)
@@ -66,17 +66,17 @@ def _keep_end(ids: list[int], tokenizer: PreTrainedTokenizerBase, room: int) -> 
 
 
 def plain_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of a text without any special tokens added."""
-    # verbose: the warning about the model's longest input is not for us, rows are cut later.
+    """Return the ids of a text, without special tokens."""
+    # verbose=False: no warning about the model's longest input, since rows are cut later.
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def segment_tokens(segment: Segment, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of one piece, with BOS in front and EOS behind where the piece asks for them."""
+    """Return the ids of one piece, with BOS before and EOS after it if the piece asks for them."""
     end = eos_id(tokenizer)
     if _wants_special(segment, tokenizer):
         ids = list(tokenizer(segment.text, add_special_tokens=True, verbose=False)["input_ids"])
-        # Some tokenizers close every text with EOS; the prompt goes on.
+        # Some tokenizers close every text with EOS, but this one continues.
         if ids and ids[-1] == end and not segment.text.endswith(str(tokenizer.eos_token)):
             ids.pop()
     else:
@@ -92,7 +92,7 @@ def _wants_special(segment: Segment, tokenizer: PreTrainedTokenizerBase) -> bool
 
 
 def _tail_length(segment: Segment, tail: str, tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many of the segment's last tokens hold its tail (a token that straddles the border belongs to it)."""
+    """Return how many of the segment's last tokens hold its tail, including a token that straddles the border."""
     if not tokenizer.is_fast:
         return len(plain_tokens(tail, tokenizer))
     border = len(segment.text) - len(tail)

@@ -1,1 +1,1 @@
-"""Where rows come from, and which rows are the same task."""
+"""Reads rows from files and the hub, and finds rows of the same task."""

@@ -1,4 +1,4 @@
-"""Tasks of one set of rows that occur in another, word for word or nearly: a test set that was trained on."""
+"""Finds tasks of one set of rows in another, word for word or nearly: a test set that was trained on."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from deltakd.data.sources.near import Texts, near_duplicates
 from deltakd.data.sources.rows import Row
 from deltakd.io.progress import progress_bar
 
-#: An instruction that stands with more inputs than this ("Summarise this text.") says nothing without its input.
+#: An instruction with more different inputs than this ("Summarise this text.") says nothing without its input.
 GENERIC_INPUTS = 5
 #: Fewer rows than this are compared in a second and need no progress bar.
 LONG_SEARCH = 20_000
-#: The bar is told after so many rows.
+#: Rows between two updates of the bar.
 _STRIDE = 1_000
 
-#: The Alpaca frame around instruction and input, where a file holds whole prompts.
+#: The Alpaca frame around instruction and input, in files that hold whole prompts.
 _FRAME = re.compile(r"### Instruction:\n(.*?)(?:\n\n### Input:\n(.*?))?\n\n### Response:", re.DOTALL)
 
 #: Numbers of an instruction and of an input.
@@ -30,10 +30,10 @@ class Overlap:
     """A row whose task is in the other set, too.
 
     Args:
-        row_id: of the row that is asked.
-        other_id: of the row of the other set that is most like it.
-        similarity: of their instructions, 1.0 for the same words.
-        exact: whether the words of instructions and inputs are the same.
+        row_id: the row's id.
+        other_id: id of the most similar row of the other set.
+        similarity: of their instructions; 1.0 for the same words.
+        exact: True if instructions and inputs have the same words.
     """
 
     row_id: int
@@ -43,15 +43,15 @@ class Overlap:
 
 
 def find_overlaps(asked: Sequence[Row], others: Iterable[Row]) -> list[Overlap]:
-    """The rows of ``asked`` whose task occurs in ``others``, in their order, each with the row most like it.
+    """Return the rows of ``asked`` whose task occurs in ``others``, in their order, each with its most similar row.
 
-    Words are compared after case folding, without punctuation and reference marks; in scripts without spaces a
-    character is a word. Two tasks are the same where
+    Words are compared after case folding, without punctuation and reference marks; in scripts without spaces, a
+    character is a word. Two tasks are the same if
 
-    * their instructions have the same words, or are near duplicates (``near``: the same numbers, and shingles that are
-      alike, not because of a frame; instructions of fewer than SHINGLE words have to be the same), and
-    * their inputs have the same words, or are likewise near duplicates, or one of them is empty: a question asked with
-      a passage and without one. A generic instruction (with more than GENERIC_INPUTS inputs in both sets together)
+    * their instructions have the same words, or are near duplicates (``near``: problems of one form differ only in
+      their numbers; instructions shorter than SHINGLE words must be identical), and
+    * their inputs have the same words, or are near duplicates, or one of them is empty: a question asked with and
+      without a passage. A generic instruction (with more than GENERIC_INPUTS different inputs in both sets together)
       needs its input.
 
     Args:
@@ -72,18 +72,18 @@ def find_overlaps(asked: Sequence[Row], others: Iterable[Row]) -> list[Overlap]:
 
 
 def overlapping(rows: Sequence[Row], banned: Sequence[Row]) -> set[int]:
-    """Positions of the ``rows`` whose task is among ``banned``, by the rules of ``find_overlaps``."""
+    """Return the positions of the ``rows`` whose task is among ``banned``, by the rules of ``find_overlaps``."""
     search = _Search(banned, rows)
     return {at for task, found in search.others.items() if any(search.matches(task)) for at in found}
 
 
 def normal_form(text: str) -> str:
-    """Case folded, white space collapsed."""
+    """Fold case and collapse white space."""
     return " ".join(text.casefold().split())
 
 
 def generic_instructions(rows: Iterable[Row]) -> set[str]:
-    """The instructions, in normal form, that stand with more than GENERIC_INPUTS different inputs."""
+    """Return the instructions, in normal form, that occur with more than GENERIC_INPUTS different inputs."""
     inputs: defaultdict[str, set[str]] = defaultdict(set)
     for row in rows:
         instruction, given = task_texts(row)
@@ -92,9 +92,9 @@ def generic_instructions(rows: Iterable[Row]) -> set[str]:
 
 
 def task_texts(row: Row) -> tuple[str, str]:
-    """Instruction and input; of a whole prompt in Alpaca's frame what stands in it.
+    """Return instruction and input, taken out of Alpaca's frame if the row holds a whole prompt in it.
 
-    Of a conversation the last question, and all turns before it, the system prompt's among them.
+    Of a conversation, return its last question, and all turns before it, the system prompt included.
     """
     if row.messages is not None:
         last = len(row.asked)

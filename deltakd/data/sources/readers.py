@@ -1,9 +1,9 @@
-"""Reads rows of instructions and documents of plain text from files and hub data sets.
+"""Reads instruction rows and plain-text documents from files and hub data sets.
 
 A source is a path (``.jsonl``, ``.jsonl.gz``, ``.json``; for texts also ``.txt``, ``.txt.gz``), a hub data set
 ``org/name`` (its train split), or one file of it, ``org/name:file.jsonl``. ``source#field=value`` keeps the records
-whose field has that value. A subset ``split.json#train`` keeps the 0-based line numbers listed in that file
-under that key.
+whose field has that value. A subset ``split.json#train`` keeps the 0-based line numbers that the file lists under that
+key.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ def read_rows(
     Args:
         source: one source or several, read in order.
         subset: ``split.json#key`` for a single source, or a mapping from source (as written) to subset.
-        need_response: whether a row without an answer is an error.
-        strip_answers: a regular expression; what it matches is taken out of answers (not of conversations).
-        limit: keep the first so many rows only (for debugging; what follows is not read).
+        need_response: True if a row without an answer is an error.
+        strip_answers: a regular expression; matches are removed from answers (not from conversations).
+        limit: keep only the first ``limit`` rows (for debugging; the rest is not read).
 
     Returns:
-        Rows whose ids are the 0-based line numbers of the source, running over the concatenation of several.
+        Rows whose ids are 0-based line numbers, counted over the concatenation of all sources.
 
     Raises:
-        ValueError: a source that cannot be read, bad lines (all of one source together), or nothing left.
+        ValueError: a source cannot be read, has bad lines (reported together, per source), or has no rows left.
     """
     rows: list[Row] = []
     first = 0
@@ -90,13 +90,13 @@ def read_texts(
 ) -> list[str]:
     """Read plain-text documents for pre-training.
 
-    A text file is cut into documents at lines that are exactly ``<|endoftext|>``; a record gives its ``text`` field,
-    or, where it is an instruction row, instruction, input and first response on lines of their own.
+    A text file is split at lines that are exactly ``<|endoftext|>``. A record's document is its ``text`` field, or, for
+    an instruction row, the lines instruction, input and first response.
 
     Args:
         source: one source or several.
         subset: source (as written) -> ``split.json#key``, for sources of records.
-        limit: keep the first so many documents only.
+        limit: keep only the first ``limit`` documents.
 
     Raises:
         ValueError: as ``read_rows``.
@@ -138,7 +138,7 @@ def _subsets(subset: str | Mapping[str, str] | None, entries: Sequence[str]) -> 
 
 
 def read_subset(subset: str) -> set[int]:
-    """The 0-based line numbers that ``split.json#key`` lists (nulls skipped).
+    """Return the 0-based line numbers that ``split.json#key`` lists, without nulls.
 
     Raises:
         ValueError: no such file or key, or the key does not hold a list of line numbers.
@@ -160,7 +160,7 @@ def read_subset(subset: str) -> set[int]:
 
 
 class _Reader:
-    """Iterates over the records of one source that pass its filter and subset; keeps its problems."""
+    """Iterates over the records of one source that pass its filter and subset; collects the problems."""
 
     def __init__(self, source: Source, subset: str | None) -> None:
         self.problems = Problems(source.entry)

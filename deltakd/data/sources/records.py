@@ -1,4 +1,4 @@
-"""Where records come from: local files, data sets of the Hugging Face hub, single files of those."""
+"""Reads records from local files, Hugging Face hub data sets, and single files of those."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from deltakd.io.hub import hub_reachable
 
 RECORD_SUFFIXES = (".jsonl", ".jsonl.gz", ".json")
 TEXT_SUFFIXES = (".txt", ".txt.gz")
-#: So many bad lines of a file are shown in one error.
+#: An error shows at most this many bad lines of a file.
 SHOWN_PROBLEMS = 10
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -49,13 +49,13 @@ class Record:
 
 @dataclass
 class Problems:
-    """Collects what is wrong with the lines of one source, so that all of it is reported at once."""
+    """Collects the bad lines of one source, so that all are reported at once."""
 
     name: str
     messages: list[str] = field(default_factory=list)
 
     def add(self, message: str) -> None:
-        """Note one bad line."""
+        """Record one bad line."""
         self.messages.append(message)
 
     @contextmanager
@@ -67,7 +67,7 @@ class Problems:
             self.messages.append(str(error))
 
     def raise_any(self) -> None:
-        """Raise a ValueError if anything was noted."""
+        """Raise a ValueError if there were bad lines."""
         if self.messages:
             shown = "\n  ".join(self.messages[:SHOWN_PROBLEMS])
             more = len(self.messages) - SHOWN_PROBLEMS
@@ -76,7 +76,7 @@ class Problems:
 
 
 def parse_source(entry: str) -> Source:
-    """Split ``location#field=value``. Raises ValueError for a ``#`` that is not such a filter."""
+    """Split ``location#field=value``. Raise a ValueError if what follows ``#`` is not such a filter."""
     location, mark, condition = entry.partition("#")
     if not mark:
         return Source(entry, location, None)
@@ -90,18 +90,18 @@ def parse_source(entry: str) -> Source:
 
 
 def is_text(location: str) -> bool:
-    """Whether the location is a plain text file."""
+    """True if the location is a plain text file."""
     return location.endswith(TEXT_SUFFIXES)
 
 
 def missing_sources(sources: Mapping[str, str | Sequence[str] | None]) -> list[str]:
-    """What can be told without opening anything: entries that are no source, and local files that do not exist.
+    """Return the problems visible without opening anything: malformed sources and missing local files.
 
     Args:
-        sources: config key -> source(s), None where there are none.
+        sources: config key -> source(s), or None.
 
     Returns:
-        One sentence for each problem, beginning with the key.
+        One sentence per problem, beginning with the key.
     """
     found = []
     for key, entries in sources.items():
@@ -119,10 +119,10 @@ def _check_exists(location: str) -> None:
 
 
 def iter_records(source: Source, problems: Problems) -> Iterator[Record]:
-    """All records of a source, unfiltered; lines that are not JSON objects are noted in ``problems``.
+    """Iterate over all records of a source, unfiltered; lines that are not JSON objects go to ``problems``.
 
     Raises:
-        ValueError: no such file, unknown kind of file, unreadable file, or a hub that cannot be reached.
+        ValueError: the file is missing, unreadable or of an unknown kind, or the hub cannot be reached.
     """
     if _is_hub_id(source.location):
         return _hub_records(source.location)
@@ -136,7 +136,7 @@ def iter_records(source: Source, problems: Problems) -> Iterator[Record]:
 
 
 def local_path(location: str) -> Path:
-    """The local file of a location, fetched from the hub (or its local cache) for ``org/name:file``."""
+    """Return the local file of a location; ``org/name:file`` comes from the hub or its local cache."""
     path = Path(location).expanduser()
     if path.exists():
         if path.is_dir():
@@ -151,7 +151,7 @@ def local_path(location: str) -> Path:
 
 
 def read_lines(path: Path, name: str) -> Iterator[str]:
-    """Lines of a text file, gzipped or not, without their ends. Raises ValueError if it cannot be read."""
+    """Yield the lines of a text file, gzipped or not, without line ends. Raise a ValueError if it cannot be read."""
     opener = gzip.open if path.name.endswith(".gz") else open
     try:
         # utf-8-sig: editors of Windows put a byte order mark at the start of a file; it is no text.
@@ -231,7 +231,7 @@ def _hub_records(name: str) -> Iterator[Record]:
     try:
         only_local = datasets.DownloadConfig(local_files_only=not hub_reachable())
         table = datasets.load_dataset(name, split="train", download_config=only_local)
-    # Whatever the hub's client raises (a dozen types, several libraries), the user needs one line and a way out.
+    # The hub's client raises a dozen types from several libraries; the user needs one line and a remedy.
     except Exception as error:
         raise ValueError(_unreachable(name, error)) from error
     for number, value in enumerate(table):

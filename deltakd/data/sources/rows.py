@@ -1,4 +1,4 @@
-"""A row of instruction data, and how a record of a file becomes one."""
+"""A row of instruction data, and how to parse one from a record."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class Row:
     """One example: a task and its reference answers.
 
     Args:
-        id: the row's number in its data set (0-based line number; running over several sources).
+        id: the row's number in its data set (0-based line number, counted over all sources).
         instruction: what is asked.
-        input: what the instruction is about; empty where there is nothing of the kind.
-        responses: the reference answers, best first; empty where the data set has none.
-        prompt: a prompt to be used verbatim, instead of instruction and input.
+        input: what the instruction is about; may be empty.
+        responses: the reference answers, best first; may be empty.
+        prompt: a prompt to use verbatim, instead of instruction and input.
         messages: a conversation of {role, content} turns, instead of instruction, input and responses.
-        category: the kind of task, where the data set says.
+        category: the kind of task, if the data set gives one.
         where: the row's place (file:line), for error messages; no part of the row.
     """
 
@@ -43,7 +43,7 @@ class Row:
 
     @property
     def question(self) -> str:
-        """What is asked, in whichever form the row holds it (a conversation: all turns before its last answer)."""
+        """The instruction, the prompt, or a conversation's turns before its last answer, whichever the row has."""
         if self.messages is not None:
             return "\n\n".join(m["content"] for m in self.asked)
         return self.instruction if self.prompt is None else self.prompt
@@ -55,7 +55,7 @@ class Row:
 
     @property
     def references(self) -> tuple[str, ...]:
-        """The answers to score against; of a conversation, its last assistant turn."""
+        """The answers to score against; in a conversation, the last assistant turn."""
         if self.messages is None:
             return self.responses
         answers = [m["content"] for m in self.messages if m["role"] == "assistant"]
@@ -82,9 +82,9 @@ def before_last_answer(messages: Sequence[dict[str, str]]) -> tuple[dict[str, st
 
 
 def with_answer(row: Row, answer: str) -> Row:
-    """The row with this one answer to its prompt.
+    """Return the row with this answer as its only one.
 
-    Of a conversation the last assistant turn is replaced; earlier turns stay, and what follows it is left out.
+    In a conversation, it replaces the last assistant turn; earlier turns stay, later ones are dropped.
     """
     if row.messages is None:
         return replace(row, responses=(answer,))
@@ -92,9 +92,9 @@ def with_answer(row: Row, answer: str) -> Row:
 
 
 def row_record(row: Row) -> dict[str, Any]:
-    """The record that ``parse_row`` reads as this row again.
+    """Return a record that ``parse_row`` turns back into this row.
 
-    The row's id stands in it as ``row_id``, for people: a reader numbers the lines of the file that it reads.
+    Its ``row_id`` is for people: readers number the lines of the file themselves.
     """
     record: dict[str, Any] = {"row_id": row.id}
     if row.category is not None:
@@ -106,15 +106,14 @@ def row_record(row: Row) -> dict[str, Any]:
 
 
 def parse_row(record: Mapping[str, Any], where: str, id: int, need_response: bool = True) -> Row:
-    """Make a row of a record.
+    """Parse a record.
 
     Args:
-        record: what a line of the file holds: instruction | question, input | context,
-            response | output | answer (a string or a list of strings), or prompt (verbatim, unless an instruction
-            stands beside it), or messages.
-        where: place of the record (file:line), for the error.
+        record: with instruction | question or prompt (verbatim; ignored beside an instruction), input | context, and
+            response | output | answer (a string or a list of strings); or with messages.
+        where: place of the record (file:line), for errors.
         id: the row's number.
-        need_response: whether a record without an answer is an error.
+        need_response: True if a record without an answer is an error.
 
     Raises:
         ValueError: a field is missing, empty, ambiguous or of the wrong type.
@@ -161,7 +160,7 @@ def _missing(record: Mapping[str, Any], where: str, what: str, allowed: Sequence
 
 
 def _one_text(record: Mapping[str, Any], keys: Sequence[str], where: str) -> str:
-    """The one non-blank text among ``keys``; "" if there is none."""
+    """Return the one non-blank text among ``keys``, or "" if there is none."""
     texts = {key: record[key] for key in keys if record.get(key) is not None}
     for key, text in texts.items():
         if not isinstance(text, str):

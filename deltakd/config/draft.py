@@ -1,0 +1,177 @@
+"""Settings in the making: the groups of a config, each built if it can be, and what is wrong with them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from typing import Annotated, Any, final
+
+from annotated_types import Ge
+
+from deltakd.config.check import model_problems, objective_problems, role_problems, specs_to_load, try_loss
+from deltakd.config.compose import CONF_DIR
+from deltakd.config.instantiate import built
+from deltakd.config.loss_names import loss_name, read_losses
+from deltakd.config.problems import Problems
+from deltakd.config.protocols import deviations, make_evaluation
+from deltakd.data import InstructionData, TextData
+from deltakd.distributed.devices import training_problems
+from deltakd.distributed.launchers import alone_problems, read_launch
+from deltakd.distributed.settings import StrategySettings
+from deltakd.io.errors import ConfigError
+from deltakd.io.typed import mismatch, typed
+from deltakd.models import LoraSpec, ModelSettings, ModelSpec
+from deltakd.models.settings import TokenizerSettings
+from deltakd.references import CacheSettings, ReferenceSettings
+from deltakd.references.settings import device_problems
+from deltakd.training.optim import AdamW
+from deltakd.training.settings import KernelSettings, RunSettings, TrainerSettings
+from deltakd.types import Loss, is_reference_role, require_kind
+
+#: Keys of ``model`` that are no role.
+_NO_ROLES = ("tokenizer", "lora", "attn_implementation", "gradient_checkpointing", "trust_remote_code")
+
+#: Keys of the config itself, beside its groups.
+_OWN_KEYS = {
+    "name": str,
+    "seed": Annotated[int, Ge(0)],
+    "delta_weight": float | Mapping[str, Any],
+    "objective": str | None,
+    "run_dir": str | None,
+    "resume": bool,
+}
+
+
+@final
+class Draft:
+    """Settings in the making: each group built if it can be, and the problems so far."""
+
+    def __init__(self, config: dict[str, Any], copies: Collection[str] = ()) -> None:
+        self.config = config
+        problems = self.problems = Problems(copies)
+        for key, hint in _OWN_KEYS.items():
+            problems += mismatch(hint, config[key], key)
+        self.loss: Any = _built(Loss, config["loss"], "loss", problems)
+        self.optim: Any = _built(AdamW, config["optim"], "optim", problems)
+        self.data: Any = _built((InstructionData, TextData), config["data"], "data", problems)
+        self.reference: Any = _built(ReferenceSettings, config["reference"], "reference", problems)
+        self.evaluation = make_evaluation(config["evaluation"], problems)
+        self.model = make_model_settings(config["model"], problems)
+        self.trainer = typed(TrainerSettings, config["trainer"], "trainer", problems)
+        self.strategy = typed(StrategySettings, config["strategy"], "strategy", problems)
+        self.kernels = typed(KernelSettings, config["kernels"], "kernels", problems)
+        self.logger = _built_each(config["logger"], "logger", problems)
+        self.callbacks = _built_each(config["callbacks"], "callbacks", problems)
+        problems.close_types()
+
+    @property
+    def cache(self) -> CacheSettings | None:
+        """The cache of references that the config names."""
+        return self.reference if isinstance(self.reference, CacheSettings) else None
+
+    @property
+    def dry_run(self) -> bool:
+        """True if only the memory of the run is asked for."""
+        return self.trainer is not None and self.trainer.dry_run
+
+    def check_devices(self) -> None:
+        """Add the devices that the config names and this machine lacks."""
+        if self.trainer is not None:
+            self.problems += training_problems(self.trainer.accelerator)
+        if self.reference is not None and self.reference.placement != "auto":
+            self.problems += device_problems("reference.placement", self.reference.placement)
+
+    def check_alone(self) -> None:
+        """Add what stands against a command that is one process and trains nothing."""
+        if self.dry_run:
+            self.problems.append("trainer.dry_run says what a training will need; give it to deltakd.train")
+        self.problems += alone_problems(read_launch(os.environ))
+
+    def settings(self, roles: Collection[str] | None, has_adapter: bool) -> RunSettings:
+        """Check what concerns several groups, and put everything together.
+
+        Raises:
+            ConfigError: everything that is wrong.
+        """
+        problems = self.problems
+        problems += role_problems(self.model.specs, () if self.loss is None else self.loss.requires)
+        known = roles if roles is None else [role for role in roles if is_reference_role(role)]
+        specs = specs_to_load(self.model, known, has_adapter, problems)
+        problems += model_problems(self.model, specs)
+        if self.evaluation is not None:
+            problems += self.evaluation.problems(self.data)
+        if self.reference is not None:
+            problems += self.reference.problems(specs)
+        for part in (self.optim, self.data, self.trainer, self.strategy):
+            problems += part.problems() if part is not None else []
+        parts = try_loss(self.loss, problems)
+        objective = self.config["objective"]
+        if objective is None or isinstance(objective, str):
+            problems += objective_problems(objective, self.data, self.evaluation, self.loss, parts)
+        if problems:
+            raise ConfigError(problems.told())
+        return self.made(specs)
+
+    def made(self, specs: Mapping[str, ModelSpec]) -> RunSettings:
+        """Put everything together; every group has been built."""
+        # A group without a problem is built.
+        assert self.trainer is not None
+        assert self.strategy is not None
+        assert self.kernels is not None
+        assert self.evaluation is not None
+        return RunSettings(
+            **{key: self.config[key] for key in _OWN_KEYS},
+            model=self.model,
+            specs=specs,
+            data=self.data,
+            trainer=self.trainer,
+            strategy=self.strategy,
+            kernels=self.kernels,
+            reference=self.reference,
+            evaluation=self.evaluation,
+            deviations=deviations(self.evaluation),
+            optim=self.optim,
+            loss=self.loss,
+            loss_name=loss_name(self.config["loss"], read_losses(CONF_DIR / "loss")),
+            logger=self.logger,
+            callbacks=self.callbacks,
+            record=self.config,
+        )
+
+
+def make_model_settings(node: Mapping[str, Any], problems: list[str]) -> ModelSettings:
+    """Make the settings of the group ``model``; values of another type are left out, and become problems."""
+    specs = {
+        role: typed(ModelSpec, entry, f"model.{role}", problems)
+        for role, entry in node.items()
+        if role not in _NO_ROLES
+    }
+    own = {key: node[key] for key in _NO_ROLES if key in node}
+    for key, kind in (("tokenizer", TokenizerSettings), ("lora", LoraSpec)):
+        if own.get(key) is not None:
+            own[key] = typed(kind, own[key], f"model.{key}", problems)
+    own = {key: value for key, value in own.items() if value is not None or key not in ("tokenizer", "lora")}
+    made = typed(ModelSettings, own | {"specs": {r: s for r, s in specs.items() if s is not None}}, "model", problems)
+    assert made is not None, "every field has a default"
+    return made
+
+
+def _built(kind: type | tuple[type, ...], node: Any, key: str, problems: list[str]) -> Any:
+    """Build a group; None where that fails, or where something of another kind comes out."""
+    made = built(node, key, problems)
+    try:
+        if made is not None:
+            require_kind(made, kind, key)
+    except ValueError as error:
+        problems.append(str(error))
+        return None
+    return made
+
+
+def _built_each(node: Any, key: str, problems: list[str]) -> dict[str, Any]:
+    """Build the entries of a group that is a mapping of names; None and an empty mapping are nothing."""
+    if node is not None and not isinstance(node, Mapping):
+        problems.append(f"{key} is {node!r}; it must be a mapping of names, or null")
+        return {}
+    made = {str(name): built(entry, f"{key}.{name}", problems) for name, entry in (node or {}).items()}
+    return {name: one for name, one in made.items() if one is not None}

@@ -1,0 +1,51 @@
+"""What is wrong with a config, collected while its groups are built."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+from typing import final
+
+
+@final
+class Problems(list[str]):
+    """Sentences that open with the key they are about, such as ``optim.lr is 0; it must be ...``.
+
+    A value of another type is left out, so that the rest of its group can still be checked. What is then said of that
+    group would mislead; ``told`` leaves it out.
+
+    Args:
+        copies: keys whose values are copied from other keys.
+    """
+
+    def __init__(self, copies: Collection[str] = ()) -> None:
+        super().__init__()
+        self._copies = copies
+        self._refused: frozenset[str] = frozenset()
+
+    def close_types(self) -> None:
+        """End the check of types: values named so far were left out. A copied one is told where it was given."""
+        self._refused = frozenset(map(_key, self))
+        given = {_value(problem) for problem in self if _key(problem) not in self._copies}
+        self[:] = [p for p in self if _key(p) not in self._copies or _value(p) not in given]
+
+    def told(self) -> list[str]:
+        """Return each problem once, without those that only come of a value that was left out."""
+        first: dict[str, str] = {}
+        for problem in self:
+            first.setdefault(_key(problem), problem)
+        of_types = {first[key] for key in self._refused - set(self._copies) if key in first}
+        return [p for p in dict.fromkeys(self) if p in of_types or not _names_any(p, self._refused)]
+
+
+def _key(problem: str) -> str:
+    return problem.partition(" ")[0]
+
+
+def _value(problem: str) -> str:
+    return problem.partition(" is ")[2].partition(";")[0]
+
+
+def _names_any(problem: str, keys: Iterable[str]) -> bool:
+    # A key without a dot, such as `name`, is also a word.
+    return any("." in key and re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.])", problem) for key in keys)
