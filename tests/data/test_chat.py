@@ -117,9 +117,7 @@ def test_all_rows_of_which_the_answer_would_not_be_trained_are_named(make_tokeni
 def test_reasoning_that_a_template_drops_is_named(make_tokenizer: Factory) -> None:
     tokenizer = make_tokenizer(chat_template=THOUGHTLESS, eos_token="<|im_end|>")
     row = Row(4, messages=chat("Who?", "<think>\nShe did.\n</think>\n\nAusten"))
-    with pytest.raises(
-        ValueError, match=r"row 4: the template leaves out .*'<think>' is not in .*'Austen<\|im_end\|>'"
-    ):
+    with pytest.raises(ValueError, match=r"row 4: the template leaves out .*'<think>' is not in .*Austen<\|im_end\|>'"):
         encoded([row], tokenizer)
     assert encoded([Row(4, messages=chat("Who?", " Austen\n"))], tokenizer).counts["rows"] == 1
 

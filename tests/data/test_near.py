@@ -7,7 +7,7 @@ import pytest
 
 from deltakd.data import find_overlaps
 from deltakd.data.sources import near
-from deltakd.data.sources.near import COMMON, NEAR, Texts, Words, near_duplicates, words_of
+from deltakd.data.sources.near import NEAR, Texts, Words, common, near_duplicates, words_of
 from deltakd.data.sources.overlap import GENERIC_INPUTS, Overlap, overlapping
 from deltakd.data.sources.rows import Row
 
@@ -24,15 +24,18 @@ def numerals(words: Words) -> list[str]:
     return [word for word in words if word.isdigit()]
 
 
-def by_definition(texts: list[Words], a: int, b: int) -> float | None:
-    """The similarity of two texts by the words of the definition, or None."""
+def counted(texts: list[Words]) -> Counter[Words]:
+    return Counter(gram for text in texts for gram in grams(text))
+
+
+def by_definition(a: Words, b: Words, count: Counter[Words], texts: int) -> float | None:
+    """The similarity of two of so many texts by the words of the definition, or None."""
     if a == b:
         return 1.0
-    count = Counter(gram for text in texts for gram in grams(text))
-    one, other = grams(texts[a]), grams(texts[b])
-    if numerals(texts[a]) != numerals(texts[b]) or likeness(one, other) < NEAR:
+    one, other = grams(a), grams(b)
+    if numerals(a) != numerals(b) or likeness(one, other) < NEAR:
         return None
-    rare = [{gram for gram in own if count[gram] <= COMMON} for own in (one, other)]
+    rare = [{gram for gram in own if count[gram] <= common(texts)} for own in (one, other)]
     framed = any(2 * len(own & few) <= len(own) for own, few in zip((one, other), rare, strict=True))
     return likeness(one, other) if not framed or likeness(*rare) >= NEAR else None
 
@@ -40,8 +43,8 @@ def by_definition(texts: list[Words], a: int, b: int) -> float | None:
 def random_text(rng: np.random.Generator) -> str:
     """A text out of a few stems, framed or not, with an edit or none."""
     stems = np.random.default_rng(0).integers(0, 400, (40, 30))
-    words = [f"w{word}" for word in stems[rng.integers(40)][: rng.integers(3, 31)]]
-    for _ in range(rng.integers(3)):
+    words = [f"w{word}" for word in stems[rng.integers(40)][: rng.choice([4, 27, 28, 29, 30])]]
+    for _ in range(rng.integers(2)):
         words[rng.integers(len(words))] = f"w{rng.integers(60)}"
     frame = [f"f{word}" for word in range(60)]
     if rng.random() < 0.4:
@@ -56,9 +59,9 @@ def test_the_search_finds_what_the_definition_finds_and_nothing_else(seed: int) 
     rng = np.random.default_rng(seed)
     texts = Texts()
     left, right = ({texts.number(random_text(rng)) for _ in range(count)} for count in (60, 100))
-    expected = {
-        (a, b): similarity for a in left for b in right if (similarity := by_definition(texts.words, a, b)) is not None
-    }
+    words, count = texts.words, counted(texts.words)
+    every = {(a, b): by_definition(words[a], words[b], count, len(words)) for a in left for b in right}
+    expected = {pair: similarity for pair, similarity in every.items() if similarity is not None}
     found = near_duplicates(texts.words, left, right)
     assert {(a, b): similarity for b, some in found.items() for a, similarity in some.items()} == expected
     assert any(similarity < 1 for similarity in expected.values())
@@ -76,16 +79,24 @@ def test_overlaps_are_those_of_comparing_every_row_with_every_other(seed: int) -
     asked, others = rows(50), rows(120)
     every = [*asked, *others]
     asks = list(dict.fromkeys(words_of(row.instruction) for row in every))
-    gives = list(dict.fromkeys(words_of(row.input) for row in every))
+    counts = [counted(asks)]
+
+    def meets(row: Row, rows: list[Row]) -> bool:
+        a, alike = words_of(row.instruction), {words_of(other.instruction) for other in rows}
+        return any(by_definition(a, b, counts[0], len(asks)) is not None for b in alike)
+
+    met = [row for row in asked if meets(row, others)] + [row for row in others if meets(row, asked)]
+    gives = list(dict.fromkeys([*(words_of(row.input) for row in met), ()]))
+    counts.append(counted(gives))
     about: dict[Words, set[Words]] = {words: set() for words in asks}
     for row in every:
         about[words_of(row.instruction)].add(words_of(row.input))
 
     def same(one: Row, other: Row) -> tuple[bool, float] | None:
         a, b, x, y = map(words_of, (one.instruction, other.instruction, one.input, other.input))
-        similarity = by_definition(asks, asks.index(a), asks.index(b))
+        similarity = by_definition(a, b, counts[0], len(asks))
         generic = max(len(about[a]), len(about[b])) > GENERIC_INPUTS
-        alike = by_definition(gives, gives.index(x), gives.index(y)) is not None
+        alike = by_definition(x, y, counts[1], len(gives)) is not None
         if similarity is None or not (alike or (not generic and () in (x, y))):
             return None
         return (a, x) == (b, y), similarity

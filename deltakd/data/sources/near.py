@@ -3,13 +3,13 @@
 Two texts are near duplicates as Lee et al. (arXiv 2107.06499) tell them in training sets: their 5-grams of words
 (Broder's shingles, 1997) have a Jaccard similarity of 0.8 or more. Beside that they must have the same numbers, and
 they must not be alike because of a frame alone: a prompt's fixed text, or one instruction over many inputs. A shingle
-of more than COMMON different texts belongs to a frame; where half of a text's shingles or more do, the others must be
+of many different texts (``common``) belongs to a frame; where half of a text's shingles or more do, the others must be
 as similar by themselves.
 
 The search is exact, by prefix filtering (Chaudhuri et al. 2006; Bayardo et al. 2007): let every text's shingles be
 ordered from the rarest to the most common. Texts of a similarity t or more share one of their first
 n - ceil(t n) + 1 shingles, so these alone are looked up. By the rule of frames none of them is common, so each leads to
-COMMON texts at most.
+a bounded number of texts.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +27,9 @@ from numpy.typing import NDArray
 SHINGLE = 5
 #: The least Jaccard similarity of near duplicates.
 NEAR = 0.8
-#: A shingle of more different texts than this belongs to a frame.
-COMMON = 5
+#: A shingle of more than this share of the texts belongs to a frame, within the bounds of the next line.
+COMMON_SHARE = 0.01
+LEAST_COMMON, MOST_COMMON = 5, 100
 
 Words = tuple[str, ...]
 
@@ -45,6 +47,11 @@ _MARK = re.compile(r"\[\d+\]")
 def words_of(text: str) -> Words:
     """Return the words of a text, case folded, without punctuation and reference marks."""
     return tuple(map(sys.intern, _WORD.findall(_MARK.sub(" ", text.casefold()))))
+
+
+def common(texts: int) -> int:
+    """Return the number of different texts, out of so many, beyond which a shingle belongs to a frame."""
+    return min(max(int(COMMON_SHARE * texts), LEAST_COMMON), MOST_COMMON)
 
 
 class Texts:
@@ -109,17 +116,20 @@ class _Shingles:
 
     def __init__(self, texts: Sequence[Words]) -> None:
         owners, hashes = _hashed(texts)
-        names, dense = np.unique(hashes, return_inverse=True)
-        count = max(len(names), 1)
+        order = np.argsort(hashes)
+        dense = np.empty(len(hashes), np.int64)
+        dense[order] = np.cumsum(_first_of_its_kind(hashes[order])) - 1
+        count = int(dense.max(initial=0)) + 1
         # A shingle counts once for a text, however often it stands there.
-        once = np.unique(owners * count + dense)
+        once = _distinct(owners * count + dense)
         frequency = np.bincount(once % count, minlength=count)
         ranks = np.empty(count, np.int64)
         ranks[np.argsort(frequency, kind="stable")] = np.arange(count)
         ordered = np.sort(once // count * count + ranks[once % count])
         self._owners, self._ranks = ordered // count, ordered % count
-        #: Shingles of lower rank are rare.
-        self._rare = int((frequency <= COMMON).sum())
+        # Shingles of lower rank than this are rare.
+        self._common = common(len(texts))
+        self._rare = int((frequency <= self._common).sum())
         self._starts = np.searchsorted(self._owners, np.arange(len(texts) + 1))
         sizes = np.diff(self._starts)
         rare = np.bincount(self._owners[self._ranks < self._rare], minlength=len(texts))
@@ -137,12 +147,14 @@ class _Shingles:
         owners, ranks = owners[order], ranks[order]
         total = max(len(self._framed), 1)
         pairs = [np.empty(0, np.int64)]
-        for step in range(1, COMMON):
+        for step in range(1, self._common):
             same = ranks[step:] == ranks[:-step]
+            if not same.any():
+                break
             one, other = owners[:-step][same], owners[step:][same]
             across = (left[one] & right[other]) | (left[other] & right[one])
             pairs.append(one[across] * total + other[across])
-        for pair in np.unique(np.concatenate(pairs)).tolist():
+        for pair in _distinct(np.concatenate(pairs)).tolist():
             yield divmod(pair, total)
 
     def similarity(self, a: int, b: int) -> float | None:
@@ -176,6 +188,17 @@ def _hashed(texts: Sequence[Words]) -> tuple[NDArray[np.int64], NDArray[np.uint6
         # Bits of its own for each word at each place; sums wrap around.
         hashes += bits[flat[starts + place], place]
     return owners[starts], hashes
+
+
+def _first_of_its_kind(ordered: NDArray[Any]) -> NDArray[np.bool_]:
+    """True for each value that differs from the one before it."""
+    return np.concatenate([np.ones(min(len(ordered), 1), np.bool_), ordered[1:] != ordered[:-1]])
+
+
+def _distinct(values: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the different values in order; ``np.unique`` hashes them, which is slower."""
+    ordered = np.sort(values)
+    return ordered[_first_of_its_kind(ordered)]
 
 
 def _jaccard(one: set[int], other: set[int]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from deltakd.data.sources.near import Texts, near_duplicates
@@ -107,7 +107,7 @@ def task_texts(row: Row) -> tuple[str, str]:
 
 
 class _Search:
-    """The tasks of both sets by the numbers of their texts, and which of these texts are alike.
+    """The tasks of both sets whose instructions are alike, by the numbers of their texts, and which texts are alike.
 
     Args:
         asked: rows whose tasks are looked for.
@@ -118,16 +118,16 @@ class _Search:
         instructions, inputs = Texts(), Texts()
         rows = len(asked) + len(others)
         with progress_bar("looking for near duplicates", rows, rows >= LONG_SEARCH) as advance:
-            self.asked = _by_task(asked, instructions, inputs, advance)
-            self.others = _by_task(others, instructions, inputs, lambda done: advance(len(asked) + done))
-        generic = generic_instructions([*asked, *others])
-        self._generic = {instructions.number(text) for text in generic}
+            left = _numbered(asked, instructions, advance)
+            right = _numbered(others, instructions, lambda done: advance(len(asked) + done))
+        self._generic = {instructions.number(text) for text in generic_instructions([*asked, *others])}
+        self._alike = near_duplicates(instructions.words, {one for one, _ in left}, {one for one, _ in right})
+        # Most inputs are never compared, since their instructions are unlike all others.
+        self.asked = _by_task(left, {one for found in self._alike.values() for one in found}, inputs)
+        self.others = _by_task(right, self._alike.keys(), inputs)
         self._empty = inputs.number("")
-        self._alike = near_duplicates(
-            instructions.words, {task[0] for task in self.asked}, {task[0] for task in self.others}
-        )
         self._alike_inputs = near_duplicates(
-            inputs.words, {task[1] for task in self.asked}, {task[1] for task in self.others}
+            inputs.words, {given for _, given in self.asked}, {given for _, given in self.others}
         )
         self._inputs: defaultdict[int, list[int]] = defaultdict(list)
         for instruction, given in self.asked:
@@ -148,14 +148,21 @@ class _Search:
         return [found for found in counting if (instruction, found) in self.asked]
 
 
-def _by_task(
-    rows: Sequence[Row], instructions: Texts, inputs: Texts, advance: Callable[[int], None]
-) -> dict[_Task, list[int]]:
-    """Task -> positions of its rows, in their order."""
-    found: dict[_Task, list[int]] = {}
+def _numbered(rows: Sequence[Row], instructions: Texts, advance: Callable[[int], None]) -> list[tuple[int, str]]:
+    """Return number of the instruction and input of each row."""
+    found = []
     for at, row in enumerate(rows):
         instruction, given = task_texts(row)
-        found.setdefault((instructions.number(instruction), inputs.number(given)), []).append(at)
+        found.append((instructions.number(instruction), given))
         if at and at % _STRIDE == 0:
             advance(at)
     return found
+
+
+def _by_task(rows: Iterable[tuple[int, str]], wanted: Collection[int], inputs: Texts) -> dict[_Task, list[int]]:
+    """Return task -> positions of its rows in order, for the instructions that are wanted."""
+    found: defaultdict[_Task, list[int]] = defaultdict(list)
+    for at, (instruction, given) in enumerate(rows):
+        if instruction in wanted:
+            found[instruction, inputs.number(given)].append(at)
+    return dict(found)
