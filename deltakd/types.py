@@ -1,4 +1,4 @@
-"""The types that every part of deltakd speaks, and the legend of tensor names.
+"""The types that all parts of deltakd share, and the legend of tensor names.
 
 Tensor names end in their shape:
 
@@ -30,12 +30,12 @@ _NUMBERED = re.compile(r"teacher(_raw)?_([2-9]|[1-9]\d+)")
 
 
 def is_reference_role(name: str) -> bool:
-    """Whether a loss may ask for a frozen model under this name."""
+    """True if a loss may ask for a frozen model of this name."""
     return name in ROLES[1:] or _NUMBERED.fullmatch(name) is not None
 
 
 def teacher_pair(number: int) -> tuple[str, str]:
-    """The roles of the pair (teacher, raw teacher) of this number, from 1: the first pair has no number."""
+    """Return the roles (teacher, raw teacher) of a pair, counted from 1: the first pair's roles carry no number."""
     suffix = "" if number == 1 else f"_{number}"
     return TEACHER + suffix, TEACHER_RAW + suffix
 
@@ -56,7 +56,7 @@ def in_float64(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Head:
-    """Logits that have not been multiplied out yet.
+    """Logits that are not computed yet: hidden states and output embedding.
 
     logits = softcap · tanh(scale · (hidden · weightᵀ + bias) / softcap), without the tanh where ``softcap`` is None.
 
@@ -78,16 +78,16 @@ class Head:
         return self.hidden.shape[0]
 
     def rows(self, start: int, stop: int) -> Head:
-        """The head of tokens ``start`` to ``stop`` (exclusive)."""
+        """Return the head of tokens ``start`` to ``stop`` (exclusive)."""
         return Head(self.hidden[start:stop], self.weight, self.bias, self.softcap, self.scale)
 
     def upcast(self) -> Head:
-        """The same head with weight and bias in at least float32, so that chunks do not each convert them again."""
+        """Return the head with weight and bias in at least float32, so that chunks need not each convert them."""
         bias = None if self.bias is None else at_least_float32(self.bias)
         return Head(self.hidden, at_least_float32(self.weight), bias, self.softcap, self.scale)
 
     def logits(self) -> Tensor:
-        """Multiply out: [N, V] in at least float32, with autocast off (DESIGN 3.6)."""
+        """Return the logits, [N, V] in at least float32, computed with autocast off (DESIGN 3.6)."""
         with torch.autocast(self.hidden.device.type, enabled=False):
             weight_VD = at_least_float32(self.weight)
             logits_NV = at_least_float32(self.hidden).to(weight_VD.dtype) @ weight_VD.T
@@ -100,7 +100,7 @@ class Head:
         return logits_NV
 
     def add_logits(self, total: Tensor | None, factor: float) -> Tensor:
-        """``total + factor · logits()``, in place in ``total`` and inside the product where the head is linear."""
+        """Return ``total + factor · logits()``, added in place; a linear head adds inside the matrix product."""
         with torch.autocast(self.hidden.device.type, enabled=False):
             if self.softcap is not None:
                 logits_NV = self.logits()
@@ -120,10 +120,10 @@ class Head:
 
 @final
 class HeadLogits(Mapping[str, Tensor]):
-    """Logits by role that are multiplied out when they are asked for, and sums of them in one go.
+    """Logits by role, computed on first access, and weighted sums of them.
 
-    A loss may read it like a dict. What is read by name is kept; a ``combined`` sum of roles that nobody reads by name
-    costs the memory of one tensor of logits, whatever the number of roles.
+    A loss may read it like a dict. Logits read by name are kept. A ``combined`` sum of roles that nobody reads by name
+    takes the memory of one tensor of logits, for any number of roles.
 
     Args:
         student: [N, V] the student's logits, on the graph.
@@ -148,9 +148,9 @@ class HeadLogits(Mapping[str, Tensor]):
 
     @torch.no_grad()
     def combined(self, coefficients: Mapping[str, float]) -> Tensor:
-        """Σ coefficient · logits[role]: [N, V], a new tensor, detached; −inf where a head's bias rules a token out."""
+        """Return Σ coefficient · logits[role]: [N, V], new and detached; −inf where a head's bias rules a token out."""
         total: Tensor | None = None
-        # What is there already first, so that the products can be added on top of it.
+        # Computed logits first: the other heads' products are then added in place.
         for role in sorted(coefficients, key=lambda role: role not in self._made):
             factor = coefficients[role]
             if role in self._made:
@@ -172,7 +172,7 @@ class Progress:
 
     Args:
         step: optimiser steps done.
-        total_steps: optimiser steps of the whole run.
+        total_steps: optimiser steps in the whole run.
     """
 
     step: int
@@ -181,7 +181,7 @@ class Progress:
 
 @runtime_checkable
 class Schedule(Protocol):
-    """A number inside a loss that changes with training; it moves once per optimiser step."""
+    """A number in a loss that changes during training, once per optimiser step."""
 
     @property
     def value(self) -> float:
@@ -198,7 +198,7 @@ class Schedule(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs to continue exactly."""
+        """Return the state that a resumed run needs to continue exactly."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -211,7 +211,7 @@ class LossOutput:
     """The value of a loss on N tokens.
 
     Args:
-        per_token: [N] nats, at least float32; training minimises its mean.
+        per_token: [N] nats, at least float32; training minimises the mean.
         parts: name -> [N] nats: the terms of ``per_token``, for the log.
     """
 
@@ -221,7 +221,7 @@ class LossOutput:
 
 @dataclass(frozen=True)
 class LinearForwardKL:
-    """λ · CE + (1 − λ) · scale · KL(softmax(Σ c_r z_r / τ) ‖ softmax(z_student / τ)), given by its numbers.
+    """The coefficients of λ · CE + (1 − λ) · scale · KL(softmax(Σ c_r z_r / τ) ‖ softmax(z_student / τ)).
 
     Args:
         coefficients: role -> c_r; empty if λ = 1.
@@ -239,22 +239,22 @@ class LinearForwardKL:
 
 
 class Loss(ABC):
-    """A loss plug-in: what Hydra makes of ``conf/loss/<name>.yaml``.
+    """A loss plug-in, built by Hydra from ``conf/loss/<name>.yaml``.
 
     To write your own, subclass it and define ``requires`` and ``__call__``. Everything else has a default. The config,
-    the kernels and the stores of references ask a loss what it can do; they never ask for its type.
+    the kernels and the reference stores ask a loss what it can do, never what type it is.
     """
 
-    #: τ, the temperature at which the loss reads the references; a top-K store holds log-probs at this temperature.
+    #: τ at which the loss reads the references; a top-K store holds log-probs at this temperature.
     temperature: float = 1.0
 
-    #: True if the loss scores whole sequences, not one token at a time: its ``per_token`` then depends on the other
-    #: tokens of the row, and tokens must not be cut into chunks or dropped. For losses on sampled answers (policy
-    #: gradients, sequence-level KL). Whoever cuts tokens into chunks will read it; so far no loss needs it.
+    #: True if the loss scores whole sequences, such as a policy gradient or a sequence-level KL on sampled answers:
+    #: ``per_token`` then depends on the other tokens of the row, so tokens must not be cut into chunks or dropped.
+    #: No loss sets it yet, and nothing reads it yet.
     needs_whole_sequences: bool = False
 
-    #: True if the loss compares models whose tokenizers differ: it then reads an alignment of their tokens, and logits
-    #: may differ in V. Whoever encodes rows and checks that vocabularies agree will read it; so far no loss needs it.
+    #: True if the loss compares models with different tokenizers: it then reads an alignment of their tokens, and
+    #: logits may differ in V. No loss sets it yet, and nothing reads it yet.
     needs_alignment: bool = False
 
     @property
@@ -273,26 +273,20 @@ class Loss(ABC):
 
     @property
     def schedules(self) -> Mapping[str, Schedule]:
-        """The numbers that change with training, by name.
-
-        They move once per optimiser step, are logged under their name, and are kept in the checkpoint.
-        """
+        """The schedules inside the loss, by the name under which they are logged; checkpoints hold their state."""
         return {}
 
     @property
     def fused_form(self) -> LinearForwardKL | None:
-        """The same loss in the form that ``deltakd.kernels.fused`` computes by hand, for the coming step.
-
-        None if there is no such form; autograd then computes the gradients.
-        """
+        """The loss at the coming step as ``deltakd.kernels.fused`` computes it; None: autograd does."""
         return None
 
     @property
     def whole_vocabulary_reasons(self) -> tuple[str, ...]:
-        """Why K tokens and one bucket for all others are not enough to compute the loss, one clause per reason.
+        """Why the loss needs more than K tokens and one bucket for the rest, one clause per reason.
 
-        Empty if they are enough; a top-K store of references then serves this loss. By default that holds at
-        temperature 1 only: at another τ the logits over buckets are τ · log-probs at τ, and a loss has to know that.
+        Empty if a top-K store of references can serve the loss. By default only temperature 1 allows that: at another τ
+        the logits over buckets are τ · log-probs at τ, which the loss must take into account.
         """
         if self.temperature == 1.0:
             return ()
@@ -301,7 +295,7 @@ class Loss(ABC):
     @property
     @final
     def needs_whole_vocabulary(self) -> bool:
-        """True if the loss can't be computed over K tokens and one bucket for all others."""
+        """True if the loss can't be computed over K tokens and one bucket for the rest."""
         return bool(self.whole_vocabulary_reasons)
 
 
@@ -314,7 +308,7 @@ def require_kind(thing: object, kind: type | tuple[type, ...], key: str) -> None
         key: the config key, for the message.
 
     Raises:
-        ValueError: it is something else; says what, and what to do.
+        ValueError: it is something else; the message says what, and what to do.
     """
     if isinstance(thing, kind):
         return
@@ -342,7 +336,7 @@ class Batch:
             is predicted from the hidden state at t − 1.
         row_ids: [B] int64, the row's number in its data set.
         step: the optimiser step (from 0) that this micro-batch belongs to.
-        step_tokens: valid tokens of that whole optimiser step, over all ranks and micro-batches.
+        step_tokens: valid tokens in that whole optimiser step, over all ranks and micro-batches.
     """
 
     input_ids: Tensor
@@ -355,14 +349,14 @@ class Batch:
 
     @property
     def valid_BT(self) -> Tensor:
-        """[B, T−1] bool: positions whose *next* token is a trained one."""
+        """[B, T−1] bool: True where the *next* token is trained on."""
         return self.labels[:, 1:] != IGNORE_INDEX
 
     @property
     def valid_N(self) -> Tensor:
-        """[N] int64, where in the flattened [B, T] the valid tokens are predicted, in row-major order.
+        """[N] int64: indices into the flattened [B, T] where the valid tokens are predicted, in row-major order.
 
-        Searched for once, before the batch moves: on a GPU each search waits until all work before it is done.
+        Computed once, before the batch moves: on a GPU the search forces a synchronisation.
         """
         if self._valid is None:
             row_N, position_N = torch.where(self.valid_BT)
@@ -371,15 +365,15 @@ class Batch:
 
     @property
     def labels_N(self) -> Tensor:
-        """[N] the trained tokens, in row-major order."""
+        """[N] int64: the tokens trained on, in row-major order."""
         return self.labels.flatten()[self.valid_N + 1]
 
     def at_valid(self, values_BTD: Tensor) -> Tensor:
-        """[N, D] the values at the positions from which the trained tokens are predicted."""
+        """Return [N, D], the values at the positions that predict the valid tokens."""
         return values_BTD.flatten(0, 1)[self.valid_N]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """The same batch with its tensors on ``device``."""
+        """Return the batch with its tensors on ``device``."""
         return replace(
             self,
             input_ids=self.input_ids.to(device, non_blocking=non_blocking),

@@ -1,1 +1,1 @@
-"""Configs: composed by Hydra, checked, and made into objects."""
+"""Configs: composed by Hydra, checked, and turned into objects."""

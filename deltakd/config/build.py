@@ -1,6 +1,6 @@
 """From a composed config to typed settings: the only place where a config becomes objects.
 
-Everything that is wrong is reported at once, before any weight is loaded.
+All problems are reported at once, before any weights are loaded.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def make_settings(cfg: DictConfig, *, on_this_machine: bool = True) -> RunSettin
 
     Args:
         cfg: the config.
-        on_this_machine: the devices that it names have to be here; False for estimates.
+        on_this_machine: require its devices to be on this machine; False for estimates.
 
     Raises:
         ConfigError: every problem found, one sentence each.
@@ -53,7 +53,7 @@ def make_settings(cfg: DictConfig, *, on_this_machine: bool = True) -> RunSettin
 
 
 def make_caching_settings(cfg: DictConfig) -> RunSettings:
-    """Check a composed config for ``deltakd.cache``: the references of its loss are loaded, to be stored.
+    """Check a composed config for ``deltakd.cache``, which loads the references of the loss and stores their output.
 
     Raises:
         ConfigError: every problem found, one sentence each.
@@ -61,12 +61,12 @@ def make_caching_settings(cfg: DictConfig) -> RunSettings:
     draft = Draft(resolved(cfg), copied_keys(cfg))
     draft.problems += caching_problems(draft.reference, draft.model, draft.loss)
     draft.check_alone()
-    # The raw student of a cache is a model of its own: there is no adapter to switch off.
+    # A cache's raw student is a model of its own, not a student with its adapter off.
     return draft.settings(None if draft.loss is None else draft.loss.requires, has_adapter=False)
 
 
 def make_answering_settings(cfg: DictConfig) -> RunSettings:
-    """Check a composed config for ``deltakd.generate``: the teacher is loaded, to answer the training prompts.
+    """Check a composed config for ``deltakd.generate``, in which the teacher answers the training prompts.
 
     Raises:
         ConfigError: every problem found, one sentence each.
@@ -81,7 +81,7 @@ def make_answering_settings(cfg: DictConfig) -> RunSettings:
 
 
 def make_evaluation_settings(cfg: DictConfig) -> RunSettings:
-    """Check a composed config for ``deltakd.evaluate``: nothing is trained, and no reference has to be there.
+    """Check a composed config for ``deltakd.evaluate``, which trains nothing and requires no references.
 
     Raises:
         ConfigError: every problem found, one sentence each.
@@ -98,10 +98,10 @@ def make_evaluation_settings(cfg: DictConfig) -> RunSettings:
 
 
 def make_step_settings(cfg: DictConfig) -> StepSettings:
-    """Make what the cost of a step depends on; paths of models and data are not looked at.
+    """Make the settings that the cost of a step depends on; paths of models and data are not checked.
 
     Raises:
-        ConfigError: values of another type.
+        ConfigError: values of the wrong type.
     """
     draft = Draft(resolved(cfg), copied_keys(cfg))
     if draft.problems:
@@ -124,7 +124,7 @@ def stored_settings(path: Path) -> RunSettings:
     """Make the settings of a finished run from its ``config.yaml``; its models and data may be gone.
 
     Raises:
-        ConfigError: the file can't be read, or is not one that this version writes.
+        ConfigError: the file can't be read, or this version does not write such files.
     """
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -137,10 +137,10 @@ def stored_settings(path: Path) -> RunSettings:
 
 
 def resolved(cfg: DictConfig) -> dict[str, Any]:
-    """Return a config as plain dicts and lists, without interpolations; the sets of the data stand for none given.
+    """Return a config as plain dicts and lists, interpolations resolved; ``data.sets`` fill in for no evaluation sets.
 
     Raises:
-        ConfigError: an interpolation leads nowhere, or a mandatory value is missing.
+        ConfigError: an interpolation can't be resolved, or a mandatory value is missing.
     """
     try:
         config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)

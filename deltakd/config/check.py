@@ -1,4 +1,4 @@
-"""What is wrong with a config across its groups, one sentence each; no weight is loaded."""
+"""Checks of a config across its groups, one sentence per problem; no weights are loaded."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from deltakd.types import ROLES, STUDENT, STUDENT_RAW, Loss, LossOutput, is_refe
 
 log = logging.getLogger(__name__)
 
-#: Where a study puts the models that its later stages start from.
+#: Where a study's stages put the models for its later stages.
 _STAGE_STUDENT = re.compile(r"outputs/(?P<study>[^/]+)/[^/]+/student")
 
 
 def specs_to_load(
     models: ModelSettings, roles: Collection[str] | None, has_adapter: bool, problems: list[str]
 ) -> dict[str, ModelSpec]:
-    """Return role -> model of those to load, the student among them, in the order of the roles.
+    """Return role -> model to load, the student included, in the order of the roles.
 
     Args:
-        models: all that the config names.
-        roles: the references wanted; None: not known, since the loss could not be built.
+        models: all models in the config.
+        roles: the references wanted; None: unknown, since the loss could not be built.
         has_adapter: the student serves as ``student_raw`` with its LoRA adapter off.
-        problems: a sentence is added for each role that the config lacks.
+        problems: gets one sentence per role that the config lacks.
     """
     if roles is None:
         return {}
@@ -51,7 +51,7 @@ def specs_to_load(
 
 
 def role_problems(named: Collection[str], requires: Collection[str]) -> list[str]:
-    """Return names that are no roles, in ``model`` and in what the loss reads."""
+    """Return a sentence if ``model`` has names that are no roles, and one if the loss reads such names."""
     allowed = f"{', '.join(ROLES)}, and further pairs teacher_2, teacher_raw_2, ..."
     found = []
     unknown = [role for role in named if role != STUDENT and not is_reference_role(role)]
@@ -98,7 +98,7 @@ def model_problems(models: ModelSettings, specs: Mapping[str, ModelSpec]) -> lis
 
 
 def _unmade_stages(specs: Mapping[str, ModelSpec]) -> dict[str, str]:
-    """Role -> path, where the path is a stage's student of a study that has not been run yet."""
+    """Return role -> path for each path that is a student of a study not run yet."""
     return {
         role: spec.path
         for role, spec in specs.items()
@@ -107,7 +107,7 @@ def _unmade_stages(specs: Mapping[str, ModelSpec]) -> dict[str, str]:
 
 
 def _say_how_to_make(unmade: dict[str, str]) -> list[str]:
-    """One sentence a study: which of its models are missing, and the command that makes them."""
+    """Return one sentence per study: which models are missing, and the command that makes them."""
     studies: dict[str, list[str]] = {}
     for role, path in unmade.items():
         found = _STAGE_STUDENT.fullmatch(path)
@@ -121,7 +121,7 @@ def _say_how_to_make(unmade: dict[str, str]) -> list[str]:
 
 
 def _unreachable(specs: Mapping[str, ModelSpec], trust_remote_code: bool) -> list[str]:
-    """Fetch each configuration; the models that can't be had are named together in one sentence."""
+    """Fetch each configuration; name all models that need an unreachable hub in one sentence."""
     missing: dict[str, ValueError] = {}
     for role, spec in specs.items():
         if spec.init == "pretrained":
@@ -140,7 +140,7 @@ def _unreachable(specs: Mapping[str, ModelSpec], trust_remote_code: bool) -> lis
 
 
 def caching_problems(cache: Any, models: ModelSettings, loss: Loss | None) -> list[str]:
-    """Return why no cache can be made; what is there already must be of the same content."""
+    """Return why no cache can be made; an existing cache must have the same content."""
     if not isinstance(cache, CacheSettings):
         return ["reference is not a cache; add reference=cached reference.path=DIR"]
     if loss is None:
@@ -153,13 +153,13 @@ def caching_problems(cache: Any, models: ModelSettings, loss: Loss | None) -> li
 
 
 def try_loss(loss: Loss | None, problems: list[str]) -> list[str]:
-    """Return the names of the loss's parts, from a try on random logits; a broken contract becomes a problem."""
+    """Try the loss on random logits and return the names of its parts; a broken contract becomes a problem."""
     if loss is None:
         return []
     logits = {role: torch.randn(2, 8) for role in (STUDENT, *loss.requires)}
     try:
         output = loss(logits, torch.tensor([1, 2]))
-    # A plug-in may raise anything; here it costs a sentence, in the first step it would cost the loading of models.
+    # A plug-in may raise anything; better here than in the first step, after all models are loaded.
     except Exception as error:
         problems.append(f"loss: it fails on random logits [2, 8] for {sorted(logits)}: {type(error).__name__}: {error}")
         return []
@@ -176,7 +176,7 @@ def objective_problems(
     loss: Loss | None,
     parts: Collection[str],
 ) -> list[str]:
-    """Return why an objective that the user gave can't choose the best checkpoint.
+    """Return why the user's objective can't choose the best checkpoint.
 
     Args:
         objective: what was given; None: the run chooses.

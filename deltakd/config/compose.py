@@ -1,4 +1,4 @@
-"""Composing configs with Hydra, and naming the nearest key where an override has a typo."""
+"""Composing configs with Hydra; for a typo in an override, naming the nearest key."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 #: conf/ of the installed wheel, or of the checkout.
 CONF_DIR = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
 
-#: Keys that have been renamed, and what they are called now.
+#: Renamed keys: old -> new.
 RENAMED_KEYS = {
     "loss.target.alpha": "loss.target.delta_weight",
     "loss.target.beta": "loss.target.delta_weight",
@@ -40,7 +40,7 @@ def compose_config(name: str, overrides: Sequence[str], checked: bool = False) -
     Args:
         name: of the base config.
         overrides: Hydra overrides.
-        checked: whether ``check_overrides`` has seen these keys already: it takes longer than composing.
+        checked: skip ``check_overrides``, which takes longer than composing: these keys have passed it.
 
     Raises:
         ConfigError: an override has an unknown key or choice; the nearest one is named.
@@ -60,7 +60,7 @@ def _compose(name: str, overrides: Sequence[str]) -> DictConfig:
 
 
 def read_mapping(text: str) -> dict[str, Any]:
-    """Read a mapping from text as in a config, where ``1e-5`` is a number.
+    """Parse a mapping as in a config, where ``1e-5`` is a number.
 
     Raises:
         ValueError: it is no mapping.
@@ -75,10 +75,10 @@ def read_mapping(text: str) -> dict[str, Any]:
 
 
 def check_overrides(name: str, overrides: Sequence[str]) -> None:
-    """Check the keys of all overrides at once, sweeps too.
+    """Check the keys of all overrides at once, sweeps included.
 
     Raises:
-        ConfigError: every unknown key with the nearest one that exists.
+        ConfigError: lists every unknown key with the nearest existing one.
     """
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
@@ -111,7 +111,7 @@ def check_overrides(name: str, overrides: Sequence[str]) -> None:
 
 
 def _choice_problems(override: Override) -> list[str]:
-    """Unknown choices of a config group, with the ones that exist."""
+    """Return a sentence for each unknown choice of a config group, with the existing ones."""
     if override.is_sweep_override() or override.is_delete():
         return []
     value: Any = override.value()
@@ -135,7 +135,7 @@ def _group_names() -> list[str]:
 
 
 def _is_group(key: str) -> bool:
-    # Choices of Hydra's own groups are also in its plugins: Hydra checks them.
+    # Hydra checks its own groups: some of their choices come from plugins.
     return (CONF_DIR / key).is_dir() if "." not in key and not key.startswith("hydra/") else False
 
 

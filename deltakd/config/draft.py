@@ -1,4 +1,4 @@
-"""Settings in the making: the groups of a config, each built if it can be, and what is wrong with them."""
+"""Settings under construction: the groups of a config, each built if possible, and the problems found."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from deltakd.training.optim import AdamW
 from deltakd.training.settings import KernelSettings, RunSettings, TrainerSettings
 from deltakd.types import Loss, is_reference_role, require_kind
 
-#: Keys of ``model`` that are no role.
+#: Keys of ``model`` that are not roles.
 _NO_ROLES = ("tokenizer", "lora", "attn_implementation", "gradient_checkpointing", "trust_remote_code")
 
-#: Keys of the config itself, beside its groups.
+#: Top-level keys of the config that are not groups.
 _OWN_KEYS = {
     "name": str,
     "seed": Annotated[int, Ge(0)],
@@ -44,7 +44,7 @@ _OWN_KEYS = {
 
 @final
 class Draft:
-    """Settings in the making: each group built if it can be, and the problems so far."""
+    """Settings under construction: each group, built if possible, and the problems so far."""
 
     def __init__(self, config: dict[str, Any], copies: Collection[str] = ()) -> None:
         self.config = config
@@ -88,10 +88,10 @@ class Draft:
         self.problems += alone_problems(read_launch(os.environ))
 
     def settings(self, roles: Collection[str] | None, has_adapter: bool) -> RunSettings:
-        """Check what concerns several groups, and put everything together.
+        """Check across groups, and make the settings.
 
         Raises:
-            ConfigError: everything that is wrong.
+            ConfigError: lists all problems.
         """
         problems = self.problems
         problems += role_problems(self.model.specs, () if self.loss is None else self.loss.requires)
@@ -113,8 +113,7 @@ class Draft:
         return self.made(specs)
 
     def made(self, specs: Mapping[str, ModelSpec]) -> RunSettings:
-        """Put everything together; every group has been built."""
-        # A group without a problem is built.
+        """Make the settings; there must be no problems, so that every group is built."""
         assert self.trainer is not None
         assert self.strategy is not None
         assert self.kernels is not None
@@ -140,7 +139,7 @@ class Draft:
 
 
 def make_model_settings(node: Mapping[str, Any], problems: list[str]) -> ModelSettings:
-    """Make the settings of the group ``model``; values of another type are left out, and become problems."""
+    """Make the settings of the group ``model``; values of the wrong type are left out and become problems."""
     specs = {
         role: typed(ModelSpec, entry, f"model.{role}", problems)
         for role, entry in node.items()
@@ -169,7 +168,7 @@ def _built(kind: type | tuple[type, ...], node: Any, key: str, problems: list[st
 
 
 def _built_each(node: Any, key: str, problems: list[str]) -> dict[str, Any]:
-    """Build the entries of a group that is a mapping of names; None and an empty mapping are nothing."""
+    """Build the entries of a group that maps names to nodes; None stands for no entries."""
     if node is not None and not isinstance(node, Mapping):
         problems.append(f"{key} is {node!r}; it must be a mapping of names, or null")
         return {}

@@ -1,4 +1,4 @@
-"""Nodes of a config with a ``_target_``: their values are checked against its annotations, then Hydra builds them."""
+"""Config nodes with a ``_target_``: values are checked against its annotations, then Hydra builds the object."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from deltakd.io.typed import mismatch
 
 
 def built(node: Any, key: str, problems: list[str]) -> Any:
-    """Instantiate a node with a ``_target_``; None where that fails.
+    """Instantiate a node with a ``_target_``; return None if that fails.
 
     Args:
-        node: what Hydra instantiates; other nodes with a ``_target_`` may stand in it.
-        key: where the node stands.
-        problems: one sentence is added for each value of another type than the target's annotation says (it is left
-            out, so that the others can still be checked), or for what the target refuses.
+        node: what Hydra instantiates; it may contain other nodes with a ``_target_``.
+        key: the node's key.
+        problems: gets one sentence for each value that does not match the target's annotation (it is left out, so that
+            the others can still be checked), and for an error that the target raises.
     """
     if not isinstance(node, Mapping) or "_target_" not in node:
         problems.append(
@@ -35,10 +35,10 @@ def built(node: Any, key: str, problems: list[str]) -> Any:
         return instantiate(sound, _convert_="all")
     except InstantiationException as error:
         if found:
-            # What is missing now was named already.
+            # Values that were left out may be missing now; they are reported already.
             return None
         cause = error.__cause__ or error
-        # Hydra knows which node it was: the constructor's message names its argument alone.
+        # Hydra's error names the node; the constructor's message names only its argument.
         inner = re.search(r"full_key: (\S+)", str(error))
         where = f"{key}.{inner[1]}" if inner else key
         problems.append(f"{where}: {' '.join(str(cause).split())}")
@@ -46,7 +46,7 @@ def built(node: Any, key: str, problems: list[str]) -> Any:
 
 
 def _sound(node: Mapping[str, Any], key: str) -> tuple[dict[str, Any], list[str]]:
-    """Return the node without the values that are of another type than its target says, and a sentence for each."""
+    """Return the node without values that do not match the target's annotations, and a sentence for each."""
     hints = argument_hints(str(node["_target_"]))
     sound: dict[str, Any] = {}
     found: list[str] = []
@@ -65,7 +65,7 @@ def _sound(node: Mapping[str, Any], key: str) -> tuple[dict[str, Any], list[str]
 
 
 def _holds_target(value: Any) -> bool:
-    """True if something inside a list or mapping is still to be instantiated."""
+    """True if anything in a list or mapping has a ``_target_``."""
     if isinstance(value, Mapping):
         return "_target_" in value or any(_holds_target(inner) for inner in value.values())
     return isinstance(value, Sequence) and not isinstance(value, str) and any(map(_holds_target, value))
@@ -73,13 +73,13 @@ def _holds_target(value: Any) -> bool:
 
 @cache
 def argument_hints(target: str) -> Mapping[str, Any]:
-    """Return the annotations of a target's arguments; none where there is no such target, or they can't be read."""
+    """Return the annotations of a target's arguments; empty if the target or its annotations can't be read."""
     try:
         what: Any = get_object(target)
         if dataclasses.is_dataclass(what):
             return get_type_hints(what, include_extras=True)
         call = cast(Callable[..., Any], what.__init__) if inspect.isclass(what) else what
         return get_type_hints(call, include_extras=True)
-    # Importing a user's module may raise anything; Hydra's own attempt will say it.
+    # Importing a user's module may raise anything; Hydra's own attempt will report it.
     except Exception:
         return {}

@@ -1,4 +1,4 @@
-"""Names for resolved loss configs: the YAML in ``conf/loss`` that one was composed from, and the parts chosen in it."""
+"""Names for resolved loss configs: the YAML in ``conf/loss`` that a config comes from, and the parts chosen in it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-#: Dotted key -> value. Interpolations stay as they are written.
+#: Dotted key -> value, with interpolations unresolved.
 Settings = Mapping[str, Any]
 
 
@@ -32,7 +32,7 @@ def read_losses(folder: Path) -> KnownLosses:
     Args:
         folder: one YAML per loss; a part that its ``defaults`` name is in ``<folder>/<part>/<choice>.yaml``.
     """
-    # Read as plain YAML: composing all of them takes seconds, and a report needs no more than this.
+    # Read as plain YAML: composing all of them takes seconds, and a report needs only this.
     losses = {file.stem: flat(_composed(file, folder)) for file in sorted(folder.glob("*.yaml"))}
     choices = {
         part.name: {file.stem: flat(_composed(file, folder), part.name) for file in sorted(part.glob("*.yaml"))}
@@ -43,7 +43,7 @@ def read_losses(folder: Path) -> KnownLosses:
 
 
 def _composed(file: Path, folder: Path) -> dict[str, Any]:
-    """A YAML merged with those that its ``defaults`` name; of one for the whole config, what it says of the loss."""
+    """Return a YAML merged with its ``defaults``; for a ``_global_`` package only its loss section."""
     text = file.read_text(encoding="utf-8")
     own = yaml.safe_load(text) or {}
     defaults = own.pop("defaults", [])
@@ -69,7 +69,7 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested mapping as dotted keys; lists are values."""
+    """Flatten a nested mapping to dotted keys; lists are values."""
     if not isinstance(config, Mapping):
         return {prefix: config}
     return {
@@ -80,20 +80,20 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def loss_name(loss: Mapping[str, Any], known: KnownLosses) -> str:
-    """Name a resolved loss config: ``delta_kd``, or ``delta_kd + todi`` with a part that the YAML does not choose.
+    """Name a resolved loss config: ``delta_kd``, or ``delta_kd + todi`` if a part differs from the YAML's choice.
 
-    A part that is none of the known choices is called by its class; so is a loss of none of the known classes.
+    Unknown parts and losses are named by their class.
     """
     return _identify(flat(loss), known)[0]
 
 
 def delta_weight_keys(loss: Mapping[str, Any], known: KnownLosses) -> frozenset[str]:
-    """The keys of a resolved loss config that take the config's ``delta_weight``; empty if it has no use for one."""
+    """Return the keys of a resolved loss config that copy the config's ``delta_weight``."""
     return frozenset(key for key, value in _identify(flat(loss), known)[1].items() if value == "${delta_weight}")
 
 
 def _identify(given: Settings, known: KnownLosses) -> tuple[str, Settings]:
-    """The name of a loss, and its settings as they are written."""
+    """Return a loss's name, and its settings as the YAML writes them."""
     candidates = [
         (name, settings) for name, settings in known.losses.items() if settings.get("_target_") == given.get("_target_")
     ]
@@ -102,7 +102,7 @@ def _identify(given: Settings, known: KnownLosses) -> tuple[str, Settings]:
         return "/".join(classes) or "unknown loss", _as_named(given)
 
     def distance(of: tuple[str, Settings]) -> tuple[int, list[str], int, int]:
-        # The alphabet suits: a loss keeps its name under another divergence rather than under another target.
+        # Alphabetical order of the parts works: a loss keeps its name with another divergence, not with another target.
         name, settings = of
         others = [part for part in sorted(known.choices) if _differ(part, given, settings)]
         return len(others), others, -_common(given, _without(others, settings)), len(name)
@@ -132,7 +132,7 @@ def _choice(part: str, given: Settings, known: KnownLosses) -> tuple[str, Settin
 
 
 def _as_named(given: Settings, prefix: str = "") -> dict[str, Any]:
-    """Settings whose YAML is not known, as far as their names say how they are written there."""
+    """Guess from the keys of settings without a known YAML which of them copy ``delta_weight``."""
     keys = [key for key in given if key.startswith(prefix) and f".{key}".endswith(".delta_weight")]
     return dict.fromkeys(keys, "${delta_weight}")
 

@@ -15,11 +15,11 @@ from deltakd.io.typed import typed
 
 
 def make_evaluation(node: Mapping[str, Any], problems: list[str]) -> EvaluationSettings | None:
-    """Make the settings of an evaluation group; None where values are missing.
+    """Make the settings of an evaluation group; None if values are missing.
 
     Args:
         node: the group, as plain dicts and lists.
-        problems: one sentence is added for each thing that is wrong.
+        problems: gets one sentence for each problem.
     """
     given = {key: value for key, value in node.items() if key != "sets"}
     settings = typed(EvaluationSettings, given | {"sets": _sets(node.get("sets"), problems)}, "evaluation", problems)
@@ -48,20 +48,20 @@ def _sets(node: Any, problems: list[str]) -> dict[str, SetSource]:
 
 
 def protocols() -> list[str]:
-    """Return the names of the files of ``conf/evaluation`` that are protocols."""
+    """Return the names of the protocols in ``conf/evaluation``."""
     names = sorted(path.stem for path in (CONF_DIR / "evaluation").glob("*.yaml"))
     return [name for name in names if evaluation_group(name).get("protocol") == name]
 
 
 def evaluation_group(name: str) -> DictConfig:
-    """Return a file of ``conf/evaluation`` with what it builds on, which are files of that folder alone."""
+    """Return a file of ``conf/evaluation``, merged with its bases, which are in the same folder."""
     node = cast(DictConfig, OmegaConf.load(CONF_DIR / "evaluation" / f"{name}.yaml"))
     bases = [evaluation_group(base) for base in node.pop("defaults", [])]
     return cast(DictConfig, OmegaConf.merge(*bases, node))
 
 
 def deviations(settings: EvaluationSettings) -> tuple[str, ...]:
-    """Return in what an evaluation differs from the protocol that it names, one phrase each."""
+    """Return how an evaluation deviates from the protocol that it names, one phrase each."""
     if settings.protocol is None or settings.protocol not in protocols():
         return ()
     published: Any = OmegaConf.to_container(evaluation_group(settings.protocol))
@@ -79,7 +79,7 @@ def deviations(settings: EvaluationSettings) -> tuple[str, ...]:
 
 
 def _pairs(key: str, given: Any, wanted: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Yield (key, given, wanted) of a field, or of each field inside it."""
+    """Yield (key, given, wanted) for a field, or for each field inside it."""
     own, fixed = getattr(given, key), getattr(wanted, key)
     if is_dataclass(own):
         yield from ((f"{key}.{one.name}", getattr(own, one.name), getattr(fixed, one.name)) for one in fields(own))

@@ -1,4 +1,4 @@
-"""The one way to choose a device: where Lightning would train, also for commands that run no trainer."""
+"""The one way to choose a device: the one on which Lightning would train, also for commands without a trainer."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 
-#: What ``trainer.accelerator`` may be. Lightning 2.6 trains on all but ``xpu``: it has no accelerator of that name, so
-#: XPUs serve the commands that run no trainer.
+#: Values of ``trainer.accelerator``. Lightning 2.6 has no accelerator ``xpu``, so XPUs serve only the commands that run
+#: no trainer.
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "xpu")
 
 
@@ -19,13 +19,13 @@ def choose_device(
 ) -> torch.device:
     """Return the device of this process.
 
-    ``auto`` is Lightning's choice: MPS, else CUDA, else the CPU; ``gpu`` is the same without the CPU. On a machine with
-    several GPUs each process has its own, by its local rank.
+    ``auto`` is Lightning's choice: MPS, else CUDA, else the CPU; ``gpu`` is the same without the CPU. With several GPUs
+    each process has its own, by local rank.
 
     Args:
         accelerator: ``trainer.accelerator``, one of ACCELERATORS.
         devices: ``trainer.devices``: a list (or ``"2,3"``) names the GPUs of the local ranks; a number does not.
-        environ: the environment, which says the local rank.
+        environ: the environment, which holds the local rank.
 
     Raises:
         ValueError: the accelerator is unknown, or this machine does not have it.
@@ -35,7 +35,7 @@ def choose_device(
         return torch.device(kind)
     count = torch.cuda.device_count() if kind == "cuda" else torch.xpu.device_count()
     rank, named = local_rank(environ), _named(devices)
-    # Some launchers show each process its own GPU alone.
+    # Modulo the count: some launchers show each process only its own GPU.
     return torch.device(kind, (named[rank % len(named)] if named else rank) % count)
 
 
@@ -54,16 +54,16 @@ def training_problems(accelerator: str) -> list[str]:
 
 
 def local_rank(environ: Mapping[str, str] = os.environ) -> int:
-    """Return the number of this process on its machine, as Lightning, torchrun or SLURM set it."""
+    """Return the rank of this process on its machine, as Lightning, torchrun or SLURM set it."""
     return int(environ.get("LOCAL_RANK") or environ.get("SLURM_LOCALID") or 0)
 
 
 def _kind(accelerator: str) -> str:
-    """One of ``cpu``, ``cuda``, ``mps`` and ``xpu``, which is there."""
+    """Return ``cpu``, ``cuda``, ``mps`` or ``xpu``, whichever is chosen and available."""
     if accelerator not in ACCELERATORS:
         raise ValueError(f"trainer.accelerator is {accelerator!r}; allowed: {', '.join(ACCELERATORS)}")
     there = {"mps": MPSAccelerator.is_available(), "cuda": CUDAAccelerator.is_available(), "cpu": True}
-    # An XPU is taken only where it is asked for: "auto" means the device of the training, which can't be one.
+    # Only "xpu" itself chooses an XPU: "auto" is the device of training, and Lightning can't train on one.
     found = [kind for kind, is_there in there.items() if is_there] + (["xpu"] if torch.xpu.is_available() else [])
     wanted = {"auto": ("mps", "cuda", "cpu"), "gpu": ("mps", "cuda")}.get(accelerator, (accelerator,))
     chosen = next((kind for kind in wanted if kind in found), None)

@@ -1,4 +1,4 @@
-"""torchrun and SLURM start all ranks of a run: what they say about it in the environment of each process."""
+"""What torchrun and SLURM, which start all ranks of a run, say about it in each process's environment."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-#: Job names under which SLURM has given out an interactive shell: what runs in it was started by a person.
+#: Names of SLURM's interactive jobs, whose processes a person started, not srun.
 _INTERACTIVE = ("bash", "interactive")
 
-#: Choice of ``hydra/launcher`` -> the package that has it.
+#: Choice of ``hydra/launcher`` -> the package that provides it.
 _LAUNCHERS = {
     "slurm": "hydra_submitit_launcher",
     "submitit_slurm": "hydra_submitit_launcher",
@@ -21,7 +21,7 @@ _LAUNCHERS = {
 
 @dataclass(frozen=True)
 class Launch:
-    """How the processes of a run were started, where Lightning does not start them.
+    """How the processes of a run were started, if not by Lightning.
 
     Args:
         name: ``torchrun`` or ``SLURM``.
@@ -30,7 +30,7 @@ class Launch:
         nodes: machines (torchrun: agents).
         id: the same for all ranks, and for a later start of the same job; None if there is none.
         restarted: True if the launcher started the same job before.
-        problem: why the ranks cannot be joined as they were started; empty: they can.
+        problem: why the ranks can't be joined as they were started; empty if they can.
     """
 
     name: str
@@ -43,13 +43,13 @@ class Launch:
 
 
 def read_launch(environ: Mapping[str, str]) -> Launch | None:
-    """Read what torchrun or, failing that, SLURM says about this process; Lightning looks in the same order.
+    """Read what torchrun or else SLURM says about this process, in Lightning's order.
 
     Args:
         environ: the environment.
 
     Returns:
-        None if neither has started it.
+        None if neither started it.
     """
     if "TORCHELASTIC_RUN_ID" in environ:
         run = environ["TORCHELASTIC_RUN_ID"]
@@ -96,7 +96,7 @@ def launch_problems(launch: Launch | None, devices: Any, num_nodes: int) -> list
     """Return how ``trainer.devices`` and ``trainer.num_nodes`` differ from what was started, one sentence each.
 
     Args:
-        launch: as ``read_launch`` gives it.
+        launch: from ``read_launch``.
         devices: ``trainer.devices``; ``auto`` and -1 are left to Lightning, which looks for GPUs.
         num_nodes: ``trainer.num_nodes``.
     """
@@ -120,7 +120,7 @@ def launch_problems(launch: Launch | None, devices: Any, num_nodes: int) -> list
 
 
 def alone_problems(launch: Launch | None) -> list[str]:
-    """Return why a command that is one process cannot run as many."""
+    """Return why a single-process command can't run as it was started: as several processes."""
     if launch is None or launch.world_size == 1:
         return []
     return [
@@ -130,7 +130,7 @@ def alone_problems(launch: Launch | None) -> list[str]:
 
 
 def launcher_problems(choices: Sequence[str]) -> list[str]:
-    """Return the choices of ``hydra/launcher`` whose package is not installed, one sentence each."""
+    """Return one sentence for each choice of ``hydra/launcher`` whose package is not installed."""
     return [
         f"hydra/launcher={choice} needs the package {_LAUNCHERS[choice].replace('_', '-')}, which is not installed: "
         "pip install 'deltakd[launchers]'"
@@ -140,7 +140,7 @@ def launcher_problems(choices: Sequence[str]) -> list[str]:
 
 
 def count_devices(devices: Any) -> int | None:
-    """Return how many devices of a machine that is; None: all there are."""
+    """Return how many devices of a machine ``trainer.devices`` asks for; None: all of them."""
     if isinstance(devices, str) and "," in devices:
         return len([part for part in devices.split(",") if part.strip()])
     if isinstance(devices, list | tuple):

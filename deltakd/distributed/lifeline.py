@@ -1,12 +1,12 @@
-"""A line from every process of a run to the first one: when one dies, the others learn which it was, and end.
+"""A connection from every rank to rank 0: when a process dies, the others learn which one, and exit.
 
-Collective operations don't tell: gloo says that some connection was closed, NCCL waits for many minutes. Here each
-rank holds a TCP connection to a hub in rank 0. The system closes the connections of a process that is killed, so its
-end shows at once, while one that is merely busy is never suspected; keep-alive probes find a machine that is gone.
+Collective operations don't say: gloo reports that some connection was closed, NCCL waits for many minutes. Here each
+rank holds a TCP connection to a hub in rank 0. The operating system closes the connections of a killed process, so its
+death shows at once; a busy process is never suspected. Keep-alive probes detect a machine that is gone.
 
-Messages are JSON objects, one a line. From a rank: ``hello`` (the run's token) with ``rank``, ``failed`` (what its
-exception says), ``bye``. From the hub: ``welcome``; ``verdict``, the reason why the receiver ends; ``settled``, after
-which a failed rank may end by its own error; ``closing``, once rank 0 has said ``bye``.
+Messages are JSON objects, one per line. From a rank: ``hello`` (the run's token) with ``rank``; ``failed`` (its
+exception's message); ``bye``. From the hub: ``welcome``; ``verdict``, the reason why the receiver must exit;
+``settled``, after which a failed rank may exit with its own error; ``closing``, once rank 0 has said ``bye``.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
-#: Seconds that the other ranks have to fail, too, once one has: what stops all of them is told by each of them.
+#: Seconds after a failure in which other ranks may fail by themselves: each then reports its own error.
 GRACE_SECONDS = 3.0
 #: Seconds to wait for the hub to answer.
 CONNECT_SECONDS = 30.0
-#: Seconds that a failed rank waits for rank 0 to end before it.
+#: Seconds that a failed rank waits for rank 0 to exit first.
 LAST_SECONDS = 120.0
-#: Seconds without traffic before probes, between two probes, and how many of them may be lost.
+#: Seconds without traffic before the first probe, seconds between probes, and how many may be lost.
 _KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 _LONGEST_MESSAGE = 1 << 16
 
@@ -63,7 +63,7 @@ class Process:
 
     @classmethod
     def this(cls, rank: int) -> Process:
-        """The one that calls."""
+        """Return the calling process."""
         return cls(rank, socket.gethostname(), os.getpid())
 
     def __str__(self) -> str:
@@ -71,12 +71,12 @@ class Process:
 
 
 def listen(address: str, processes: int) -> socket.socket:
-    """A socket on a free port that the other ranks reach under ``address``."""
+    """Return a socket on a free port that the other ranks reach under ``address``."""
     family = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)[0][0]
     try:
         listener = socket.create_server((address, 0), family=family, backlog=processes + 16)
     except OSError:
-        # A name that only the others resolve to this machine.
+        # The name resolves to this machine only elsewhere: listen on all interfaces.
         listener = socket.create_server(("", 0), backlog=processes + 16)
     _open.add(listener)
     return listener
@@ -96,14 +96,14 @@ class _Channel:
         _open.add(connection)
 
     def send(self, **message: Any) -> None:
-        """Send, or do nothing: a receiver that is gone is noticed where messages are received."""
+        """Send; ignore a receiver that is gone, since ``receive`` notices that."""
         try:
             self.connection.sendall(json.dumps(message).encode() + b"\n")
         except OSError:
             return
 
     def receive(self) -> list[dict[str, Any]] | None:
-        """Wait for data; the messages that are whole, or None where the other end is gone."""
+        """Wait for data; return the complete messages, or None if the other end is gone."""
         try:
             data = self.connection.recv(_LONGEST_MESSAGE)
             *lines, self._received = (self._received + data).split(b"\n")
@@ -116,12 +116,12 @@ class _Channel:
 
 @final
 class Hub(threading.Thread):
-    """What rank 0 keeps for all ranks (its own, too): finds who is gone, and tells those that are left.
+    """Runs in rank 0 with a line from every rank, its own too; finds out who is gone and tells the rest.
 
     Args:
         listener: from :func:`listen`.
         token: the run's secret; connections that don't begin with it are closed.
-        processes: all of the run, in the order of their ranks.
+        processes: all processes of the run, by rank.
     """
 
     def __init__(self, listener: socket.socket, token: str, processes: Sequence[Process]) -> None:
@@ -137,7 +137,7 @@ class Hub(threading.Thread):
         self._over = False
 
     def run(self) -> None:
-        """Until rank 0 says ``bye``; in a run that has failed, as long as the process lives."""
+        """Serve until rank 0 says ``bye``; after a failure, as long as the process lives."""
         while self._listener.fileno() != -1:
             left = None if self._deadline is None or self._over else max(self._deadline - time.monotonic(), 0.0)
             for key, _ in self._selector.select(left):
@@ -184,7 +184,7 @@ class Hub(threading.Thread):
                 return
 
     def _judge(self) -> None:
-        """Decide whether all ranks have failed, or some have and the others must hear of it."""
+        """Conclude once all ranks have failed, or once the others must be told that some have."""
         if self._deadline is None:
             return
         if all(rank in self._failed for rank in self._lines):
@@ -194,9 +194,9 @@ class Hub(threading.Thread):
             self._conclude(f"{self._processes[rank]} has failed ({reason})", excepted=self._failed)
 
     def _conclude(self, verdict: str, excepted: Collection[int] = ()) -> None:
-        """Tell all ranks why they end, but for some that end by an error of their own."""
+        """Tell all ranks why they must exit, except those that exit with an error of their own."""
         self._over = True
-        # Rank 0 last: with it this hub ends.
+        # Rank 0 last: the hub dies with it.
         for rank in sorted(self._lines, reverse=True):
             if rank in excepted:
                 self._lines[rank].send(settled=True)
@@ -218,15 +218,15 @@ class Hub(threading.Thread):
 
 @final
 class Line(threading.Thread):
-    """A rank's end of its line; when the hub says so, or is gone, the process ends with status 1 and one message.
+    """A rank's end of its line. If the hub says so, or is gone, the process exits with status 1 and one message.
 
     Args:
         address: where the hub listens.
         port: its port.
         token: the run's secret.
         rank: of this process.
-        processes: all of the run; asked when one of them is to be named.
-        epilogue: what the message says at its end, such as how to go on; asked then.
+        processes: all processes of the run, by rank.
+        epilogue: returns the end of that message, such as how to resume.
 
     Raises:
         OSError: the hub can't be reached.
@@ -249,7 +249,7 @@ class Line(threading.Thread):
         self._channel.connection.settimeout(None)
 
     def run(self) -> None:
-        """Wait for the hub's word."""
+        """Wait for messages from the hub."""
         while (messages := self._channel.receive()) is not None:
             for message in messages:
                 if "verdict" in message:
@@ -263,7 +263,7 @@ class Line(threading.Thread):
         self._settled.set()
 
     def _end(self, verdict: str) -> None:
-        # In one piece, so that the ranks' lines don't mix; and the main thread may hang, so that only this ends it.
+        # One write, so that the ranks' lines don't mix. os._exit, since the main thread may hang.
         text = f"rank {self._rank} ends: {verdict}; {self._epilogue()}\n"
         try:
             os.write(2, text.encode(errors="replace"))
@@ -272,12 +272,12 @@ class Line(threading.Thread):
             os._exit(1)
 
     def fail(self, reason: str) -> None:
-        """Tell that this rank is about to end by an exception; returns once the others know what they have to.
+        """Report that this rank is about to exit with an exception; return once the others know.
 
-        Where another rank's death is the cause, it does not return. Further calls do nothing.
+        Does not return if another rank's death is the cause. Further calls do nothing.
 
         Args:
-            reason: what the exception says.
+            reason: the exception's message.
         """
         if self._is_failed:
             return
@@ -285,11 +285,11 @@ class Line(threading.Thread):
         self._channel.send(failed=reason)
         self._settled.wait(GRACE_SECONDS + CONNECT_SECONDS)
         if self._rank != 0:
-            # Who has started the ranks may kill rank 0 as soon as another one ends, in the middle of its own message.
+            # A launcher may kill rank 0 as soon as another rank exits, even in the middle of rank 0's message.
             atexit.register(self.join, LAST_SECONDS)
 
     def close(self) -> None:
-        """The normal end: say goodbye. After :meth:`fail` the line is kept until the process ends."""
+        """Close the line of a run that succeeded. After :meth:`fail` it stays open until the process exits."""
         if self._is_failed:
             return
         self._is_closed = True

@@ -1,7 +1,7 @@
-"""Which process this is, and what all ranks do together before any trainer exists.
+"""Which process this is, and how ranks coordinate before there is a trainer.
 
-Lightning's own launcher starts the other ranks once rank 0 is ready to train. torchrun and SLURM start all of them at
-once: they would make the same files at the same time, and wait in vain for one that has given up.
+Lightning's own launcher starts the other ranks once rank 0 is ready to train. torchrun and SLURM start all at once:
+without coordination they would write the same files at the same time, and wait forever for a rank that gave up.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from deltakd.distributed.launchers import Launch, read_launch
 
 #: How long the last of all ranks may take to start after the first, as in torch's own process groups.
 START_TIMEOUT = timedelta(minutes=30)
-#: Seconds between two looks at what the other ranks have said.
+#: Seconds between polls of what the other ranks said.
 POLL_SECONDS = 0.1
-#: How long rank 0, which may serve the store, waits for the others to have heard why it ends.
+#: Seconds that rank 0, which may serve the store, waits for the others to learn why it exits.
 FAREWELL_SECONDS = 10.0
 
 _DONE, _FAILED = b"done", b"failed"
 
-#: Where launchers leave the rank, in Lightning's order.
+#: Where launchers put the rank, in Lightning's order.
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 
 
 def is_main_process() -> bool:
-    """Return True in the process that writes: rank 0, from what the launcher left in the environment."""
-    # Lightning takes seconds to import. Where it is there, it may have been told the rank since.
+    """True in the process that writes: rank 0, by the launcher's environment variables."""
+    # Lightning takes seconds to import, so ask it only if it is imported: it may have learnt the rank since.
     lightning = sys.modules.get("lightning.fabric.utilities.rank_zero")
     if lightning is not None:
         return int(getattr(lightning.rank_zero_only, "rank", 0)) == 0
@@ -41,34 +41,34 @@ def is_main_process() -> bool:
 
 
 def external_launch() -> Launch | None:
-    """Return who started all ranks of this run; None if it is one process, or Lightning starts the others."""
+    """Return the launch that started all ranks; None for one process, or if Lightning starts the others."""
     launch = read_launch(os.environ)
     return launch if launch is not None and launch.world_size > 1 and not launch.problem else None
 
 
 def launch_id() -> str | None:
-    """Return a name that all ranks of this job share, and later starts of it; None if it has none."""
+    """Return a name shared by all ranks and all restarts of this job; None if there is none."""
     launch = read_launch(os.environ)
     return None if launch is None else launch.id
 
 
 def is_restarted() -> bool:
-    """True if a launcher has started this job again: requeued by SLURM, or restarted by torchrun."""
+    """True if SLURM requeued this job or torchrun restarted it."""
     launch = read_launch(os.environ)
     return launch is not None and launch.restarted
 
 
 @contextmanager
 def main_process_first(what: str) -> Iterator[None]:
-    """Let rank 0 go through the block first, then the others; nobody goes on until all have. Collective.
+    """Run the block on rank 0, then on the others; all continue together. Collective: call on every rank.
 
-    If Lightning starts the other ranks, there is nothing to do.
+    Does nothing if Lightning starts the other ranks.
 
     Args:
-        what: a name of the block, the same on all ranks, and used once in a process.
+        what: names the block; the same on all ranks, and used once per process.
 
     Raises:
-        SystemExit: with status 2, if another rank did not get through.
+        SystemExit: with status 2, if another rank failed in the block.
     """
     launch = external_launch()
     if launch is None:
@@ -93,7 +93,7 @@ def agreed(what: str, value: str) -> str:
     """Return rank 0's value on all ranks. Collective: call on every rank.
 
     Args:
-        what: a name of the value, the same on all ranks, and used once in a process.
+        what: names the value; the same on all ranks, and used once per process.
         value: this rank's own.
     """
     launch = external_launch()
@@ -113,16 +113,16 @@ def agreed(what: str, value: str) -> str:
 def _store(launch: Launch) -> Any:
     """Return the store over which the process group will be joined later: torchrun's, or one that rank 0 serves.
 
-    Several users in a process can share it at the same address, Lightning among them.
+    Others in this process, such as Lightning, can share it at the same address.
     """
-    # Where one process is all there is, neither library is needed yet.
+    # Imported here: a single process needs neither library yet.
     from torch.distributed.rendezvous import rendezvous
 
     if launch.name == "SLURM":
         from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
         environment = SLURMEnvironment(auto_requeue=False)
-        # Asked for, they are put into the environment.
+        # Reading them sets MASTER_ADDR and MASTER_PORT.
         assert environment.main_address
         assert environment.main_port
     url = f"env://?rank={launch.rank}&world_size={launch.world_size}"
@@ -137,7 +137,7 @@ def _give_up(rank: int) -> NoReturn:
 
 @final
 class _Meeting:
-    """What the ranks tell each other at one place of the program."""
+    """What the ranks tell each other at one point of the program."""
 
     def __init__(self, store: Any, launch: Launch, what: str) -> None:
         self._store = store
@@ -146,12 +146,12 @@ class _Meeting:
 
     def say(self, word: bytes, of: str = "word") -> None:
         """Tell all others."""
-        # Where the process that serves the store is gone, the others hear of it by themselves.
+        # If the process that serves the store is gone, the others notice by themselves.
         with suppress(RuntimeError):
             self._store.set(self._key(self._launch.rank, of), word)
 
     def hear(self, rank: int, of: str = "word", seconds: float = math.inf) -> bytes | None:
-        """Return what a rank has said; None if it is gone. Waits in a way that lets signals through."""
+        """Wait for a rank's word and return it; None if it is gone or too slow. Signals can interrupt the wait."""
         deadline = time.monotonic() + seconds
         try:
             while not self._store.check([self._key(rank, of)]):
@@ -163,12 +163,12 @@ class _Meeting:
             return None
 
     def expect(self, rank: int) -> None:
-        """Go on only if that rank does."""
+        """Continue only if that rank does."""
         if self.hear(rank) != _DONE:
             _give_up(rank)
 
     def leave(self, seconds: float = math.inf) -> None:
-        """Leave; rank 0, which may serve the store, waits until the others leave, at most ``seconds``."""
+        """Leave; rank 0, which may serve the store, waits for each other rank, at most ``seconds`` each."""
         self.say(_DONE, "farewell")
         if self._launch.rank == 0:
             for rank in range(1, self._launch.world_size):

@@ -8,18 +8,18 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge
 
-#: ZeRO 3 keeps parameters of fewer numbers whole on every rank (DeepSpeed's default).
+#: ZeRO 3 keeps parameters with fewer elements whole on every rank (DeepSpeed's default).
 PERSISTENCE_THRESHOLD = 100_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class StrategySettings:
-    """What ``conf/strategy/*.yaml`` says.
+    """The group ``strategy`` (``conf/strategy/*.yaml``).
 
     Args:
-        name: ``auto`` is one process where there is one device, and Lightning's choice where there are several.
+        name: ``auto`` is one process on one device, and Lightning's choice on several.
         stage: of DeepSpeed's ZeRO.
-        persistence_threshold: ZeRO 3 keeps parameters of fewer numbers whole on every rank; sharded references, too.
+        persistence_threshold: ZeRO 3 keeps parameters with fewer elements whole on every rank, references' included.
         offload: keep ZeRO 3's parameters and optimiser state in CPU memory.
     """
 
@@ -30,7 +30,7 @@ class StrategySettings:
 
     @property
     def shards_parameters(self) -> bool:
-        """True if no rank holds the student whole."""
+        """True if no rank holds the whole student."""
         return self.name == "fsdp" or (self.name == "deepspeed" and self.stage == 3)
 
     def problems(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""Parameters that no rank holds whole, and values that each rank holds a part of."""
+"""Sharded parameters, and values gathered from all ranks."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ def place() -> tuple[int, int]:
 
 
 def shard_by_blocks(root: nn.Module, mesh: DeviceMesh, reshard_after_forward: bool | None = None) -> None:
-    """Shard a module in place by FSDP2: each transformer block by itself, and all else with the root.
+    """Shard a module in place by FSDP2: each transformer block by itself, all else with the root.
 
-    Blocks are gathered as they run. What is the root's own, embeddings and head among it, is whole for as long as the
-    root's ``forward`` runs.
+    Blocks are gathered as they run. The root's own parameters, such as embeddings and head, are whole while the root's
+    ``forward`` runs.
 
     Args:
         root: the module whose ``forward`` will be called.
         mesh: the ranks, in one dimension.
-        reshard_after_forward: True if the root gives its own parameters back after each forward pass; None: after the
-            backward pass, as FSDP2 does by default.
+        reshard_after_forward: True: the root reshards its own parameters after each forward pass; None: after the
+            backward pass, FSDP2's default.
     """
     for block in transformer_blocks(root):
         fully_shard(block, mesh=mesh)
@@ -57,12 +57,12 @@ def shard_by_blocks(root: nn.Module, mesh: DeviceMesh, reshard_after_forward: bo
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """True if each rank holds a part of each parameter: FSDP2, or ZeRO 3."""
+    """True if FSDP2 or ZeRO 3 shards the parameters."""
     return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())
 
 
 def whole_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield name and whole value of every parameter (tied ones once), one at a time.
+    """Yield each parameter's name and whole value, one at a time, tied ones once.
 
     Collective if the model is sharded: call on every rank.
     """
@@ -79,20 +79,20 @@ def whole_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def resident_bytes(model: nn.Module) -> int:
-    """Return the bytes of parameters on this rank between two uses: tied ones once, its part of sharded ones."""
+    """Return the bytes of parameters on this rank while idle: its shard of sharded ones, tied ones once."""
     return sum(_held(parameter).nbytes for parameter in model.parameters())
 
 
 def _held(parameter: Tensor) -> Tensor:
     if isinstance(parameter, DTensor):
         return parameter.to_local()
-    # A partitioned parameter of ZeRO 3 is empty, and its part hangs on it; one kept whole has both.
+    # ZeRO 3 empties a partitioned parameter and attaches this rank's part; one kept whole has both.
     part = getattr(parameter, "ds_tensor", None)
     return parameter if part is None or parameter.numel() > part.numel() else part
 
 
 def gradient_norm(model: nn.Module) -> float | None:
-    """Return the gradient's norm over all trained parameters and all ranks; None if DeepSpeed holds the gradients."""
+    """Return the gradient norm over all trained parameters and ranks; None if DeepSpeed holds the gradients."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     if not gradients:
         return None
@@ -102,12 +102,12 @@ def gradient_norm(model: nn.Module) -> float | None:
 
 @final
 class Shell:
-    """A model's structure and buffers without its parameters, to be filled with those of its sharded twin.
+    """A copy of a model without parameters, to be filled with those of its sharded twin.
 
     Generation and export need a model that one rank can run by itself, at its own pace.
 
     Args:
-        model: the model before it is sharded; it is copied and left as it is.
+        model: the model before it is sharded; it is copied and left unchanged.
     """
 
     def __init__(self, model: LanguageModel) -> None:
@@ -127,7 +127,7 @@ class Shell:
         Collective: call on every rank.
 
         Args:
-            sharded: the model whose parameters to fill in.
+            sharded: the model that gives the parameters.
         """
         for name, value in whole_parameters(sharded):
             self._parameters[name].data = value

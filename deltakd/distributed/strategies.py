@@ -1,4 +1,4 @@
-"""The strategy that a config names, and what depends on it."""
+"""Lightning's strategy for a config, and everything that depends on it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ from deltakd.distributed.zero import ZeroStrategy, make_zero
 
 
 def count_ranks(accelerator: str, devices: Any, num_nodes: int) -> int:
-    """Return the processes of a training run over all machines, as Lightning will count them.
+    """Return the number of processes of a training run over all machines, as Lightning will count them.
 
-    They are needed before there is a trainer: its callbacks depend on the number of optimiser steps, and that depends
-    on the number of processes.
+    It is needed before there is a trainer: callbacks need the number of optimiser steps, which depends on it.
 
     Args:
         accelerator: ``trainer.accelerator``.
@@ -37,12 +36,12 @@ def count_ranks(accelerator: str, devices: Any, num_nodes: int) -> int:
     if per_machine is None:
         has_gpus = accelerator in ("auto", "gpu", "cuda") and CUDAAccelerator.is_available()
         per_machine = CUDAAccelerator.auto_device_count() if has_gpus else 1
-    # Lightning refuses none at all, in a sentence of its own.
+    # Lightning itself rejects 0 devices, with its own message.
     return max(1, per_machine) * num_nodes
 
 
 def check_ranks(trainer: L.Trainer, expected: int) -> None:
-    """Compare the processes of a trainer with those that were counted before it was made.
+    """Check a trainer's number of processes against ``count_ranks``.
 
     Raises:
         ValueError: they differ.
@@ -55,7 +54,7 @@ def check_ranks(trainer: L.Trainer, expected: int) -> None:
 
 
 def make_strategy(settings: StrategySettings) -> str | Strategy:
-    """Make Lightning's strategy, or name one that Lightning makes."""
+    """Return Lightning's strategy, as an object or by name."""
     if settings.name == "deepspeed":
         assert settings.stage is not None, "ZeRO without a stage"
         return make_zero(settings.stage, settings.persistence_threshold, settings.offload)
@@ -65,16 +64,16 @@ def make_strategy(settings: StrategySettings) -> str | Strategy:
 
 
 def make_plugins(settings: StrategySettings) -> list[Any]:
-    """Make what Lightning's strategies take besides their options: how files are written, how SLURM is read."""
+    """Return Lightning's plugins for a strategy: how files are written, how SLURM is read."""
     files = [WholeFiles()] if settings.name in ("auto", "ddp") else []
     slurm = cluster_plugin()
     return files if slurm is None else [*files, slurm]
 
 
 def cluster_plugin() -> SLURMEnvironment | None:
-    """Return Lightning's plugin for processes that SLURM started; None where it chooses well by itself.
+    """Return Lightning's plugin for processes that SLURM started; None where Lightning's own choice is right.
 
-    On SIGUSR1 its own choice would save a checkpoint that is none of ours, and requeue the job.
+    On SIGUSR1 Lightning's default would save a checkpoint of its own format and requeue the job.
     """
     if TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
         return None
@@ -83,13 +82,13 @@ def cluster_plugin() -> SLURMEnvironment | None:
 
 @final
 class WholeFiles(TorchCheckpointIO):
-    """Checkpoints of one file, written where they belong.
+    """Single-file checkpoints, written directly to their place.
 
-    Lightning's own go through the system's temporary directory, and stay there where the disk is full.
+    Lightning's own go through the system's temporary directory, and are left there if the disk is full.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write it, through Python's own file, which says why the disk does not take it."""
+        """Write through a Python file, whose errors say why the disk failed."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(path, "wb") as file:
             torch.save(checkpoint, file)
@@ -100,13 +99,13 @@ class ShardedDataParallel(ModelParallelStrategy):
     """FSDP2 over all ranks; the module shards itself in ``configure_model``."""
 
     def setup_environment(self) -> None:
-        """All ranks are data-parallel."""
+        """Make all ranks data-parallel."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
 
 def optimizer_class(strategy: Strategy) -> type[torch.optim.Optimizer]:
-    """Return the AdamW that steps the student: DeepSpeed's if its state is in CPU memory, else PyTorch's."""
+    """Return the AdamW class for the student: DeepSpeed's if its state is in CPU memory, else PyTorch's."""
     if isinstance(strategy, ZeroStrategy) and strategy.offloads_optimizer:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
@@ -115,10 +114,10 @@ def optimizer_class(strategy: Strategy) -> type[torch.optim.Optimizer]:
 
 
 def loss_factor(trainer: L.Trainer) -> int:
-    """Return the factor for a micro-batch's share in the loss of its whole optimiser step.
+    """Return the factor that undoes what Lightning and the strategy divide a micro-batch's loss by.
 
-    Lightning divides by the number of micro-batches, DeepSpeed does so once more, and all strategies average over
-    ranks; the denominator of the share already covers all of it.
+    Lightning divides by the number of micro-batches, DeepSpeed does so again, and all strategies average over ranks;
+    the denominator of the loss already covers the whole optimiser step.
     """
     micro_batches = trainer.accumulate_grad_batches
     return micro_batches * trainer.world_size * (micro_batches if isinstance(trainer.strategy, ZeroStrategy) else 1)

@@ -1,4 +1,4 @@
-"""DeepSpeed's checkpoints on another number of ranks than wrote them."""
+"""Reading DeepSpeed's checkpoints on another number of ranks than wrote them."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ TAG = "checkpoint"
 
 
 def ranks_of(checkpoint: Path) -> int:
-    """Return how many ranks wrote a checkpoint of DeepSpeed: each wrote its part of the optimiser's state."""
+    """Return how many ranks wrote a DeepSpeed checkpoint: each wrote its part of the optimiser state."""
     return len(list((checkpoint / TAG).glob("*_optim_states.pt")))
 
 
 @contextlib.contextmanager
 def for_any_ranks(checkpoint: Path, strategy: DeepSpeedStrategy) -> Iterator[Path]:
-    """Lend the checkpoint in DeepSpeed's universal format, kept beside it for as long as it is read.
+    """Convert a checkpoint to DeepSpeed's universal format, next to it and only for the duration of the context.
 
     Collective: call on every rank.
 
     Raises:
-        OSError: there is no room for it; it takes as much as the checkpoint itself.
+        OSError: no room on the disk; it is as large as the checkpoint itself.
     """
     universal = checkpoint.with_name(f"{checkpoint.name}.universal")
-    # No barrier where one rank fails: the others are elsewhere.
+    # No barrier in `finally`: if one rank fails, the others may never reach it.
     try:
         if strategy.is_global_zero:
             ranks = ranks_of(checkpoint)
@@ -54,13 +54,13 @@ def _convert(source: Path, target: Path) -> None:
     options = Namespace(
         input_folder=str(source),
         output_folder=str(target),
-        # More workers would be forked from a process with threads, and hold several parts in memory.
+        # More workers would fork a process with threads, and hold several parts in memory.
         num_extract_workers=1,
         num_merge_workers=1,
         keep_temp_folder=False,
         strict=True,
         inject_missing_state=True,
     )
-    # It prints its progress, and a bar for each of its steps.
+    # Silence its messages and progress bars.
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         ds_to_universal.main(options)

@@ -1,1 +1,1 @@
-"""Memory and cost of a run before it starts."""
+"""Estimates of a run's memory and cost before it starts."""

@@ -1,4 +1,4 @@
-"""Estimates for models that need not be there: architectures, numbers of GPUs, strategies (``deltakd.plan``)."""
+"""Estimates without models at hand: by architecture, number of GPUs and strategy (``deltakd.plan``)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _qwen(*sizes: int, vocabulary: int, tied: bool = False) -> dict[str, Any]:
     )
 
 
-#: Name -> architecture, as the model cards of Qwen2.5 (arXiv 2412.15115) have it.
+#: Name -> architecture, from the model cards of Qwen2.5 (arXiv 2412.15115).
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen2.5-0.5b": _qwen(896, 24, 14, 2, 4864, vocabulary=151_936, tied=True),
     "qwen2.5-1.5b": _qwen(1536, 28, 12, 2, 8960, vocabulary=151_936, tied=True),
@@ -41,9 +41,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen2.5-32b": _qwen(5120, 64, 40, 8, 27_648, vocabulary=152_064),
     "qwen2.5-72b": _qwen(8192, 80, 64, 8, 29_568, vocabulary=152_064),
 }
-#: Of the paper: students, teacher (and raw teacher), GPUs.
+#: The paper's students, teacher (and raw teacher), and numbers of GPUs.
 PAPER = (("qwen2.5-7b", "qwen2.5-1.5b"), "qwen2.5-72b", (8, 16, 64))
-#: What is set where no model is at hand, before the user's own overrides.
+#: Overrides for plans without models at hand; the user's own replace them.
 BASE = (
     "experiment=none",
     "trainer.precision=bf16-mixed",
@@ -57,7 +57,7 @@ REFERENCES = {"replicate": "replicated", "shard": "sharded", "cached": "cached"}
 
 
 class Way(NamedTuple):
-    """How a training is spread.
+    """How a training run is spread.
 
     Args:
         strategy: a name in ``conf/strategy``.
@@ -83,7 +83,7 @@ class Case:
     """One row of the tables.
 
     Args:
-        gpus: how many.
+        gpus: number of GPUs.
         way: how they are used.
         setting: what the costs depend on.
     """
@@ -94,25 +94,25 @@ class Case:
 
     @property
     def references(self) -> str:
-        """What happens to the references, in a word."""
+        """How the references are held, in a word."""
         return REFERENCES[self.way.references] if self.setting.references or self.setting.cached_heads else "none"
 
 
 def strategies() -> list[str]:
-    """The names in ``conf/strategy``."""
+    """Return the names in ``conf/strategy``."""
     return sorted(path.stem for path in (CONF_DIR / "strategy").glob("*.yaml"))
 
 
 def default_ways() -> list[Way]:
-    """The sensible ones among the strategies that there are."""
+    """Return the sensible ways among the available strategies."""
     return [way for way in WAYS if way.strategy in strategies()]
 
 
 def read_ways(text: str) -> list[Way]:
-    """``fsdp+shard,ddp`` as ways; without ``+`` the references are replicated.
+    """Parse ways such as ``fsdp+shard,ddp``; without ``+`` the references are replicated.
 
     Raises:
-        ConfigError: every name that is unknown.
+        ConfigError: lists every unknown name.
     """
     ways, problems, known = [], [], strategies()
     for part in text.split(","):
@@ -129,7 +129,7 @@ def read_ways(text: str) -> list[Way]:
 
 
 def read_architecture(text: str, option: str) -> tuple[str, dict[str, Any]]:
-    """(name, architecture): a built-in name, or a mapping ``{model_type: ..., vocab_size: ..., ...}``.
+    """Return (name, architecture) from a built-in name or a mapping ``{model_type: ..., vocab_size: ..., ...}``.
 
     Raises:
         ValueError: it is neither.
@@ -146,7 +146,7 @@ def read_architecture(text: str, option: str) -> tuple[str, dict[str, Any]]:
         given = read_mapping(text)
         kind, vocabulary = str(given["model_type"]), int(given["vocab_size"])
         AutoConfig.for_model(kind)
-    # Whatever YAML, a missing key or an unknown type raise, it is the text that is wrong.
+    # Whatever bad YAML, a missing key or an unknown type raises: the text is wrong.
     except Exception as error:
         raise ValueError(f"{how} ({type(error).__name__}: {' '.join(str(error).split())[:120]})") from None
     return f"{kind}, {vocabulary} tokens", {str(key): value for key, value in given.items()}
@@ -159,17 +159,17 @@ def make_cases(
     ways: Sequence[Way],
     overrides: Sequence[str],
 ) -> list[Case]:
-    """The setting of each number of GPUs and each way.
+    """Make a case for each number of GPUs and each way.
 
     Args:
-        student: its architecture; the raw student's, too.
+        student: architecture of student and raw student.
         teacher: architecture of all other references.
-        gpus: how many.
+        gpus: numbers of GPUs.
         ways: strategies.
-        overrides: of the training, as for ``deltakd.train``; what they do not say is that of ``BASE``.
+        overrides: as for ``deltakd.train``, on top of ``BASE``.
 
     Raises:
-        ValueError: overrides that can't be, or architectures that can't be built.
+        ValueError: invalid overrides, or an architecture that can't be built.
     """
     given = {override.split("=", 1)[0] for override in overrides}
     base = [override for override in BASE if override.split("=", 1)[0] not in given]
@@ -206,7 +206,7 @@ def _skeleton(architecture: Mapping[str, Any], dtype: str, trained: bool = False
 
 @cache
 def _build(architecture: str, dtype: str, trained: bool) -> Any:
-    """The model on ``meta``; some models are in many cases.
+    """Build the model on ``meta``; cached, since many cases share a model.
 
     Raises:
         ValueError: transformers can't build it.
@@ -216,6 +216,6 @@ def _build(architecture: str, dtype: str, trained: bool) -> Any:
         config = AutoConfig.for_model(given.pop("model_type"), **given)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]).requires_grad_(trained)
-    # transformers raises all sorts of things at sizes that do not go together.
+    # transformers raises all sorts of errors for sizes that don't fit together.
     except Exception as error:
         raise ValueError(f"no model can be built of {given}: {type(error).__name__}: {error}") from None

@@ -1,4 +1,4 @@
-"""What an optimiser step costs a rank: memory, floating-point operations, bytes moved."""
+"""The cost of an optimiser step on a rank: memory, floating-point operations, bytes moved."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MIB = 2**20
 
 
 class Need(NamedTuple):
-    """What one thing takes on one device.
+    """The memory of one thing on one device.
 
     Args:
         what: its name in the table.
@@ -28,7 +28,7 @@ class Need(NamedTuple):
 
 
 class Amount(NamedTuple):
-    """A part of a step and how much of something it is.
+    """The amount of work or traffic in one part of a step.
 
     Args:
         what: its name in the table.
@@ -41,25 +41,25 @@ class Amount(NamedTuple):
 
 @dataclass(frozen=True)
 class Setting:
-    """All that the costs of a step depend on.
+    """Everything that the costs of a step depend on.
 
     Args:
         student: its sizes.
-        references: role -> sizes of the models that run beside it.
-        layout: how it is spread over ranks.
-        positions: of a micro-batch of one rank, padding included.
-        row: positions of its longest row.
-        valid: its valid tokens: those that reach the heads.
-        accumulate: micro-batches of a step.
+        references: role -> sizes of the live references.
+        layout: how the run is spread over ranks.
+        positions: in a micro-batch of one rank, padding included.
+        row: positions in its longest row.
+        valid: its valid tokens, those that reach the heads.
+        accumulate: micro-batches per step.
         precision: of the trainer.
         device: the student's.
         home: the references'.
-        checkpointed: whether activations are made again in the backward pass.
+        checkpointed: activations are recomputed in the backward pass.
         budget: MiB for a chunk of logits.
-        form: ``fused`` or ``autograd``: how the loss is made (kernels/chunked.py).
-        adapted: whether the raw student is the student with its adapter off.
-        cached_heads: (numbers, bytes of a number) of the heads of references that are read from disk.
-        cached_bytes: bytes of a valid token that are read from disk.
+        form: ``fused`` or ``autograd``: how the loss is computed (kernels/chunked.py).
+        adapted: the raw student is the student with its adapter off.
+        cached_heads: (elements, bytes per element) of the heads of cached references.
+        cached_bytes: bytes read from disk per valid token.
     """
 
     student: Skeleton
@@ -81,22 +81,22 @@ class Setting:
 
     @property
     def tokens(self) -> int:
-        """Positions of a step over all ranks."""
+        """Positions in a step over all ranks."""
         return self.positions * self.accumulate * self.layout.ranks
 
 
 def memory(setting: Setting) -> list[Need]:
-    """What a rank has in memory at the peak of a step: the hungriest of four moments on the student's device.
+    """Return a rank's memory at the peak of a step, the largest of four moments on the student's device.
 
-    These are: the references run (before the student, on its device); the end of the student's forward pass, with the
-    loss; the start of the backward pass, with buffers for collectives; and the optimiser's step.
+    The moments: the references run (before the student, on its device); the student's forward pass ends, with the loss;
+    the backward pass starts, with buffers for collectives; the optimiser steps.
 
-    Weights, gradients and optimiser state are exact, as ``Layout.held`` has them. Activations are an **estimate** by
-    ``Skeleton.layer_elements``, for a micro-batch without any room to spare; with gradient checkpointing each layer
-    keeps its input alone, and one layer at a time all. The loss takes ``kernels.memory_budget``, the gradient of the
-    head in float32, and float32 copies of half-precision heads (kernels/chunked.py). Not counted: the libraries' own
-    memory (a CUDA context, NCCL, the interpreter), validation and generation (where sharded students are whole on
-    each rank), and memory that is free but not given back.
+    Weights, gradients and optimiser state are exact (``Layout.held``). Activations are an **estimate** by
+    ``Skeleton.layer_elements`` for a full micro-batch; with gradient checkpointing each layer keeps only its input, and
+    one layer at a time everything. The loss takes ``kernels.memory_budget``, the head's gradient in float32, and
+    float32 copies of half-precision heads (kernels/chunked.py). Not counted: the libraries' own memory (CUDA context,
+    NCCL, the interpreter), validation and generation (where each rank holds a sharded student whole), and memory that
+    is free but not returned.
     """
     standing = _standing(setting)
     moments = [_while_references_run(setting), _after_forward(setting), _before_backward(setting), _in_update(setting)]
@@ -113,12 +113,12 @@ def _held(setting: Setting) -> Held:
 
 
 def _shard_device(setting: Setting) -> str:
-    """Where the student's weights, gradients and optimiser state stay."""
+    """Return the device of the student's weights, gradients and optimiser state."""
     return "cpu" if setting.layout.offload else setting.device
 
 
 def _standing(setting: Setting) -> list[Need]:
-    """What is there all the time."""
+    """Return what is in memory all the time."""
     held, device, home = _held(setting), setting.device, setting.home
     needs = [
         Need("weights of the student", _shard_device(setting), held.weights),
@@ -137,7 +137,7 @@ def _standing(setting: Setting) -> list[Need]:
 
 
 def _given(setting: Setting) -> list[Need]:
-    """What the references have given for the loss."""
+    """Return what the references hand to the loss."""
     gathered = sum(setting.layout.held_of_reference(s)[1] for s in setting.references.values())
     hidden = sum(setting.valid * s.config.hidden_size * s.head_itemsize for s in setting.references.values())
     return [
@@ -189,20 +189,20 @@ def _in_update(setting: Setting) -> list[Need]:
 
 
 def activations(setting: Setting) -> int:
-    """Bytes that the student keeps for its backward pass."""
+    """Return the bytes that the student keeps for its backward pass."""
     student, positions = setting.student, setting.positions
     matrix = student.makes_attention_matrix(setting.device, training=True)
     layer = student.layer_elements(positions, setting.row, matrix)
     layers, hidden = student.config.num_hidden_layers, student.config.hidden_size
     elements = layer + layers * positions * hidden if setting.checkpointed else layers * layer
     itemsize = student.head_itemsize
-    # Under autocast norms and the residual stream stay in float32: measured, three quarters of it all is left.
+    # Autocast halves all but norms and the residual stream; measured, three quarters of the float32 bytes remain.
     share = 0.75 if setting.layout.casts(setting.precision) and itemsize > 2 else 1
     return int((elements + 2 * positions * hidden) * itemsize * share)
 
 
 def _reference_activations(setting: Setting) -> int:
-    """Bytes of the hungriest layer of the references, which run one after the other and keep nothing."""
+    """Return the bytes of the references' largest layer: they run one after the other and keep nothing."""
     return max(
         s.layer_elements(setting.positions, setting.row, s.makes_attention_matrix("", training=False)) * s.head_itemsize
         for s in setting.references.values()
@@ -228,12 +228,12 @@ def _float32_heads(setting: Setting) -> int:
 
 
 def operations(setting: Setting) -> list[Amount]:
-    """Floating-point operations of a rank in an optimiser step: all its micro-batches.
+    """Return a rank's floating-point operations in an optimiser step, over all its micro-batches.
 
-    Forward 2 a weight and position, backward twice that (``Skeleton.forward_flops``); with gradient checkpointing the
-    forward pass once more. Heads: 2 V D a valid token for each model, and twice that again for the student's gradients
-    (to hidden states and to the head, where it is trained). Norms, softmax and the optimiser are left out: they are
-    bound by memory, not by arithmetic.
+    Forward: 2 per weight and position; backward: twice that (``Skeleton.forward_flops``); with gradient checkpointing
+    the forward pass once more. Heads: 2 V D per valid token and model, and twice that again for the student's gradients
+    (of hidden states and, if trained, the head). Norms, softmax and the optimiser are left out: they are bound by
+    memory, not arithmetic.
     """
     student, sizes = setting.student, (setting.positions, setting.row)
     forward = student.forward_flops(*sizes)
@@ -252,10 +252,10 @@ def operations(setting: Setting) -> list[Amount]:
 
 
 def traffic(setting: Setting) -> list[Amount]:
-    """Bytes that a rank sends in an optimiser step, or reads from disk: all its micro-batches.
+    """Return the bytes that a rank sends or reads from disk in an optimiser step, over all its micro-batches.
 
-    The student's and the references' collectives are those of ``Layout.sent`` and ``Layout.sent_of_reference``. The
-    weights' gathers for validation and the few bytes of metrics are left out.
+    Collectives come from ``Layout.sent`` and ``Layout.sent_of_reference``. Gathering weights for validation and the few
+    bytes of metrics are left out.
     """
     layout, accumulate = setting.layout, setting.accumulate
     own = layout.sent(setting.student, accumulate)
@@ -274,25 +274,25 @@ def traffic(setting: Setting) -> list[Amount]:
     return [part for part in parts if part.amount]
 
 
-#: Traffic that is not between ranks.
+#: Names of traffic that is not between ranks.
 HOST, HIDDEN, DISK = "weights and gradients, from and to RAM", "hidden states of references", "references from disk"
 
 
 def between_ranks(parts: Sequence[Amount]) -> float:
-    """Bytes of ``traffic`` that go from rank to rank."""
+    """Return the bytes of ``traffic`` between ranks."""
     return sum(part.amount for part in parts if part.what not in (HOST, HIDDEN, DISK))
 
 
 def seconds(setting: Setting, tflops: float, interconnect: float | None) -> float:
-    """Seconds of an optimiser step: the arithmetic at the given rate and, after it, the collectives.
+    """Return the seconds of an optimiser step: arithmetic at the given rate, then the collectives.
 
-    Nothing overlaps here, as it does in part in truth: with an interconnect it is an upper bound at this rate, but for
-    what offloading and a cache move between GPU, RAM and disk, which is left out.
+    Real steps overlap the two in part, so with an interconnect this is an upper bound at that rate, except that
+    transfers between GPU, CPU memory and disk (offloading, caches) are left out.
 
     Args:
         setting: the step.
-        tflops: TFLOP/s (10¹² operations a second) that a GPU really reaches.
-        interconnect: GB/s (10⁹ bytes a second) that a GPU sends; None: collectives cost no time.
+        tflops: TFLOP/s (10¹² operations per second) that a GPU really reaches.
+        interconnect: GB/s (10⁹ bytes per second) that a GPU sends; None: collectives cost no time.
     """
     arithmetic = sum(part.amount for part in operations(setting)) / (tflops * 1e12)
     sending = between_ranks(traffic(setting)) / (interconnect * 1e9) if interconnect else 0.0

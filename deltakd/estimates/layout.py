@@ -1,8 +1,8 @@
-"""What a strategy leaves on each rank, and what it sends between them: one place for all strategies.
+"""What each strategy keeps on a rank and sends between ranks.
 
-Ψ are the trained numbers, N the ranks. All collectives are counted as rings do them: an all-reduce sends 2 (N − 1)/N of
-its bytes from each rank, a reduce-scatter and an all-gather (N − 1)/N (Rajbhandari et al., ZeRO, arXiv 1910.02054,
-section 7). What each strategy does was read in the libraries and measured (tests/estimates/test_costs.py).
+N is the number of ranks. Collectives are counted as rings: from each rank an all-reduce sends 2 (N − 1)/N of its bytes,
+a reduce-scatter and an all-gather (N − 1)/N (Rajbhandari et al., ZeRO, arXiv 1910.02054, section 7). What each strategy
+does was read in the libraries' code and measured (tests/estimates/test_costs.py).
 """
 
 from __future__ import annotations
@@ -13,28 +13,28 @@ from typing import NamedTuple
 from deltakd.distributed.settings import StrategySettings
 from deltakd.estimates.sizes import Skeleton
 
-#: What Lightning tells DeepSpeed: numbers of a bucket of gradients.
+#: Elements in a bucket of gradients, as Lightning sets it for DeepSpeed.
 REDUCE_BUCKET = 200_000_000
-#: DeepSpeed's own: numbers that are gathered ahead, and within how many numbers a parameter is kept for its next use.
+#: DeepSpeed's defaults: elements gathered ahead, and elements until the next use within which a parameter is kept.
 PREFETCH, REUSE_DISTANCE = 50_000_000, 1_000_000_000
-#: Bytes of a number in float32.
+#: Bytes per float32 element.
 SINGLE = 4
 
 
 class Held(NamedTuple):
-    """Bytes of a model that is trained, on one rank.
+    """Bytes of a trained model on one rank.
 
     Args:
         weights: resident.
-        gathered: weights of other ranks that are here at the end of the forward pass.
-        kept: gradients that are there in the forward pass, from the step or the micro-batch before.
-        early: gradients that are there when the backward pass begins.
+        gathered: weights of other ranks present at the end of the forward pass.
+        kept: gradients present in the forward pass, from the previous step or micro-batch.
+        early: gradients present when the backward pass begins.
         made: gradients at the end of the backward pass.
-        standing: buffers for collectives, all the time.
+        standing: permanent buffers for collectives.
         buffers: further ones in the backward pass.
         optimiser: master copy and moments.
-        update: made for the optimiser's step and gone after it.
-        half: half-precision copies that autocast makes.
+        update: temporaries of the optimiser's step.
+        half: half-precision copies made by autocast.
     """
 
     weights: int
@@ -54,7 +54,7 @@ class Sent(NamedTuple):
 
     Args:
         all_reduce, reduce_scatter, all_gather: between ranks.
-        host: between a GPU and the memory of its machine, both ways.
+        host: between a GPU and CPU memory, both ways.
     """
 
     all_reduce: float = 0.0
@@ -71,9 +71,9 @@ class Layout:
         engine: ``one`` (a process alone), ``ddp``, ``deepspeed`` or ``fsdp``.
         ranks: N.
         stage: of ZeRO; 0 elsewhere.
-        threshold: parameters of fewer numbers stay whole in ZeRO 3.
-        offload: whether ZeRO 3 keeps its shares of weights, gradients and optimiser state in the RAM.
-        shards_references: whether the references are sharded over the ranks, too.
+        threshold: ZeRO 3 keeps parameters with fewer elements whole.
+        offload: ZeRO 3 keeps its shards of weights, gradients and optimiser state in CPU memory.
+        shards_references: the references are sharded over the ranks, too.
     """
 
     engine: str = "one"
@@ -85,7 +85,7 @@ class Layout:
 
     @classmethod
     def of(cls, strategy: StrategySettings, ranks: int, shards_references: bool) -> Layout:
-        """Return the layout of a strategy over so many ranks."""
+        """Return the layout of a strategy over ``ranks`` ranks."""
         alone = "ddp" if ranks > 1 else "one"
         return cls(
             alone if strategy.name == "auto" else strategy.name,
@@ -98,34 +98,34 @@ class Layout:
 
     @property
     def name(self) -> str:
-        """As it is called in a table."""
+        """The name in tables."""
         names = {"one": "one process", "ddp": "DDP", "fsdp": "FSDP2"}
         return names.get(self.engine) or f"ZeRO {self.stage}{' offload' if self.offload else ''}"
 
     def casts(self, precision: str) -> bool:
-        """Whether autocast makes half-precision copies; DeepSpeed converts the weights instead and keeps a master."""
+        """True if autocast makes half-precision copies; DeepSpeed converts the weights and keeps a master copy."""
         return precision.endswith("-mixed") and self.engine != "deepspeed"
 
     def whole_dtype(self, precision: str) -> str | None:
-        """The dtype to which all parameters of the student are converted."""
+        """Return the dtype that all parameters of the student are converted to; None: they keep their own."""
         if self.engine == "deepspeed" and precision != "32-true":
             return "float16" if precision.startswith("16") else "bfloat16"
         return {"bf16-true": "bfloat16", "16-true": "float16", "64-true": "float64"}.get(precision)
 
     def held(self, student: Skeleton, accumulate: int, precision: str, fused_update: bool) -> Held:
-        """Bytes of the student on one rank.
+        """Return the student's bytes on one rank.
 
-        One process has AdamW's two moments in the dtype of each trained parameter. DDP has a second copy of the
-        gradients, in its buckets. FSDP2 shards all, holds what is in no block whole from the forward to the backward
-        pass, and two blocks at a time. ZeRO keeps moments in float32 and shards them, with a master copy in float32
-        (stages 1 and 2 in all precisions, stage 3 where the weights are not float32) that is as large as 2 + 2 + 12
-        bytes a number in half precision (arXiv 1910.02054, section 3.1).
+        A single process has AdamW's two moments in each trained parameter's dtype. DDP adds a second copy of the
+        gradients, in its buckets. FSDP2 shards everything; from the forward to the backward pass it holds parameters
+        outside blocks whole, and two blocks at a time. ZeRO keeps sharded moments in float32, and a sharded float32
+        master copy (stages 1 and 2 always, stage 3 if the weights are not float32 or with offloading); in half
+        precision that makes 2 + 2 + 12 bytes per parameter in all (arXiv 1910.02054, section 3.1).
 
         Args:
             student: its sizes.
-            accumulate: micro-batches of a step.
+            accumulate: micro-batches per step.
             precision: of the trainer.
-            fused_update: whether AdamW goes through all parameters at one time, with a temporary of their size.
+            fused_update: AdamW updates all parameters at once, with a temporary of their size.
         """
         weights, trained = student.weight_bytes, student.trained_bytes
         half = 2 * student.linear_elements if self.casts(precision) else 0
@@ -171,18 +171,18 @@ class Layout:
         return Held(resident, moments, made, kept=made, early=made, gathered=gathered, standing=bucket, update=update)
 
     def _reused(self, student: Skeleton) -> int:
-        """Bytes of the last layers, which ZeRO 3 keeps for the backward pass: they are used again soon enough."""
+        """Return the bytes of the last layers, which ZeRO 3 keeps for the backward pass: their next use is near."""
         share = min(1.0, REUSE_DISTANCE / 2 / student.parameters)
         return int(share * student.weight_bytes)
 
     def sent(self, student: Skeleton, accumulate: int) -> Sent:
-        """Bytes that one rank sends for the student in an optimiser step, over all its micro-batches.
+        """Return the bytes that one rank sends for the student in an optimiser step, over all its micro-batches.
 
-        DDP all-reduces gradients once a step. ZeRO 1 and 2 all-reduce them, too (DeepSpeed does so with the slices of
-        several ranks, where the paper has a reduce-scatter), stage 2 for every micro-batch, and all-gather the updated
-        parameters. ZeRO 3 and FSDP2 all-gather parameters for the forward and again for the backward pass, and
-        reduce-scatter gradients, for every micro-batch; what ZeRO 3 keeps in between is gathered once. Offloaded, the
-        shares go from the RAM to each gather, and those of gradients come back.
+        DDP all-reduces gradients once per step. So do ZeRO 1 and, for every micro-batch, ZeRO 2 (where the paper has a
+        reduce-scatter, DeepSpeed all-reduces slices of several ranks); both all-gather the updated parameters. ZeRO 3
+        and FSDP2 all-gather parameters for the forward and again for the backward pass, and reduce-scatter gradients,
+        for every micro-batch; what ZeRO 3 keeps in between is gathered once. With offloading, parameter shards move
+        from CPU memory for each gather, and gradient shards move back.
         """
         weights, gradients = student.weight_bytes, student.trained_bytes
         part = (self.ranks - 1) / self.ranks
@@ -199,23 +199,20 @@ class Layout:
         return Sent(reduce_scatter=part * accumulate * gradients, all_gather=part * accumulate * gathers, host=host)
 
     def held_of_reference(self, reference: Skeleton) -> tuple[int, int]:
-        """(resident, gathered) bytes of a frozen model on one rank.
-
-        Sharded, its head has to be whole in the loss, and two layers are whole while it runs.
-        """
+        """Return a frozen model's (resident, gathered) bytes on a rank; the loss needs a sharded head whole."""
         if not self.shards_references:
             return reference.weight_bytes, 0
         return reference.weight_bytes // self.ranks, reference.head_bytes
 
     def running(self, reference: Skeleton) -> int:
-        """Bytes of a sharded frozen model's layers that are gathered while it runs."""
+        """Return a sharded frozen model's bytes gathered while it runs: two layers, and all but blocks and head."""
         if not self.shards_references:
             return 0
         outside = reference.weight_bytes - reference.blocks_bytes
         return min(reference.weight_bytes, 2 * reference.block_bytes + outside - reference.head_bytes)
 
     def sent_of_reference(self, reference: Skeleton, accumulate: int) -> Sent:
-        """Bytes that one rank sends for a frozen model: sharded, all of it is gathered for every micro-batch."""
+        """Return the bytes that one rank sends for a frozen model; a sharded one is gathered for every micro-batch."""
         if not self.shards_references:
             return Sent()
         return Sent(all_gather=(self.ranks - 1) / self.ranks * accumulate * reference.weight_bytes)

@@ -1,4 +1,4 @@
-"""How much memory a run will need, from its config alone, beside how much there is: ``trainer.dry_run=true``."""
+"""How much memory a run needs, from its config alone, and how much there is: ``trainer.dry_run=true``."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ log = logging.getLogger(__name__)
 
 
 def show_memory(settings: RunSettings, console: Console | None = None) -> None:
-    """Print the table of :func:`estimate`, and warn where more is needed than there is.
+    """Print the table of :func:`estimate`, and warn if there is too little memory.
 
     Raises:
-        ValueError: a model's configuration can't be had.
+        ValueError: a model's configuration is not available.
     """
     needs = estimate(settings)
     devices = list(dict.fromkeys(need.device for need in needs))
@@ -50,7 +50,7 @@ def show_memory(settings: RunSettings, console: Console | None = None) -> None:
     table.add_row("there is", *(_mib(size) if (size := there[device]) is not None else "?" for device in devices))
     (console or Console()).print(table)
     for device in devices:
-        # Processes share the RAM, but each has a GPU of its own.
+        # Processes share CPU memory, but each has a GPU of its own.
         wanted = total[device] * (together if device == "cpu" else 1)
         has = there[device]
         if has is not None and wanted > has:
@@ -70,23 +70,22 @@ def _mib(size: int) -> str:
 
 
 def estimate(settings: RunSettings) -> list[Need]:
-    """What each process of the plan has in memory at the peak of a training step (``costs.memory`` says how).
+    """Return each process's memory at the peak of a training step (see ``costs.memory``).
 
-    Strategies that shard, and ``reference.sharding``, are counted as they are; measured on CPUs, the sum is within 25 %
-    of what the tensors take (tests/estimates/test_costs.py). glibc keeps so much freed memory that a process on a CPU
-    grows by up to 1.3 times that.
+    Sharding of student and references is counted. Measured on CPUs, the sum is within 25 % of what the tensors take
+    (tests/estimates/test_costs.py). glibc keeps freed memory, so a process on a CPU grows by up to 1.3 times that.
 
     Raises:
-        ValueError: a model's configuration can't be had.
+        ValueError: a model's configuration is not available.
     """
     return memory(setting_of(settings, *_devices(settings)))
 
 
 def planned_setting(settings: RunSettings) -> Setting:
-    """The same for GPUs that need not be there: those of ``trainer.devices``, unless ``trainer.accelerator`` is a CPU.
+    """Return the setting of a plan for ``trainer.devices`` GPUs (or CPUs, with that accelerator), present or not.
 
     Raises:
-        ValueError: a model's configuration can't be had, or there is no GPU.
+        ValueError: a model's configuration is not available, or the number of devices or machines is 0.
     """
     for key in ("devices", "num_nodes"):
         if getattr(settings.trainer, key) in (0, []):
@@ -97,15 +96,15 @@ def planned_setting(settings: RunSettings) -> Setting:
 
 
 def setting_of(settings: RunSettings, device: str, home: str) -> Setting:
-    """What the costs of the plan's steps depend on.
+    """Return what the costs of the run's steps depend on.
 
     Args:
         settings: of the run.
         device: the student's device.
-        home: the references'.
+        home: the references' device.
 
     Raises:
-        ValueError: a model's configuration can't be had.
+        ValueError: a model's configuration is not available.
     """
     shards = settings.reference.shards
     layout = Layout.of(settings.strategy, processes(settings) * settings.trainer.num_nodes, shards)
@@ -132,7 +131,7 @@ def make_setting(
     references: Mapping[str, Skeleton],
     **others: Any,
 ) -> Setting:
-    """Return what the costs of a step depend on; ``others`` are further fields of it."""
+    """Return what the costs of a step depend on; ``others`` are further fields of ``Setting``."""
     fused = settings.loss.fused_form is not None
     return Setting(
         student,
@@ -151,10 +150,10 @@ def make_setting(
 
 
 def _skeleton(settings: RunSettings, role: str, layout: Layout) -> Skeleton:
-    """The model of a role as it will be in training."""
+    """Return the sizes of a role's model as it will be in training."""
     spec = settings.specs[role]
     if role == STUDENT and spec.quantization is not None:
-        # What is not quantised is made float32 for training (models/lora.py).
+        # Unquantised weights become float32 for training (models/lora.py).
         spec = replace(spec, dtype="float32")
     model: Any = load_skeleton(
         role,
@@ -173,7 +172,7 @@ def _skeleton(settings: RunSettings, role: str, layout: Layout) -> Skeleton:
 
 
 def _vocabulary(settings: RunSettings) -> int:
-    """Tokens of a model from scratch; about, where its tokenizer has still to be trained."""
+    """Return V of a model from scratch, or its upper limit if the tokenizer is still to be trained."""
     spec = settings.specs[STUDENT]
     if not spec.tokenizer:
         return settings.model.tokenizer.vocabulary
@@ -183,7 +182,7 @@ def _vocabulary(settings: RunSettings) -> int:
 
 
 def _cached(settings: RunSettings) -> tuple[list[tuple[int, int]], int]:
-    """Of the cache that the references are read from: (numbers, bytes of a number) of each head, bytes of a token."""
+    """Return the cached heads as (elements, bytes per element), and the cache's bytes per token."""
     if settings.cache is None or settings.cache.path is None:
         return [], 0
     manifest = CacheStore.open(Path(settings.cache.path)).manifest
@@ -200,16 +199,16 @@ def _cached(settings: RunSettings) -> tuple[list[tuple[int, int]], int]:
 
 
 def processes(settings: RunSettings) -> int:
-    """Processes of this machine, as far as the config says."""
+    """Return the number of processes on this machine, by the config or else its GPUs."""
     return count_devices(settings.trainer.devices) or max(1, torch.cuda.device_count())
 
 
 def _devices(settings: RunSettings) -> tuple[str, str]:
-    """(the student's device, the references'), of the first process."""
+    """Return (the student's device, the references') of the first process."""
     try:
         student = str(choose_device(settings.trainer.accelerator))
     except ValueError:
-        # The training will say that there is no such device; what it needs is the same.
+        # Training itself will report the missing device; the memory it needs is the same.
         student = "cpu"
     placement = placement_of(settings)
     home = student if placement == "auto" else placement
@@ -222,7 +221,7 @@ def placement_of(settings: RunSettings) -> str:
 
 
 def available(device: str) -> int | None:
-    """Free bytes of a GPU, or the RAM that can still be had; None: unknown."""
+    """Return the free bytes of a GPU, or the available CPU memory; None: unknown."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0] if torch.cuda.is_available() else None
     try:

@@ -1,4 +1,4 @@
-"""The tables of ``deltakd.plan``: what a step takes, in GiB, PFLOP, GB and hours."""
+"""The tables of ``deltakd.plan``: the costs of a step in GiB, PFLOP, GB and hours."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from deltakd.estimates.costs import (
 )  # fmt: skip
 
 GIB = 2**30
-#: Share of a GPU's memory that is left to tensors: a CUDA context, NCCL and fragmentation take the rest, about.
+#: Fraction of a GPU's memory available to tensors; CUDA context, NCCL and fragmentation take about the rest.
 USABLE = 0.9
-#: Columns of the memory table, by the beginnings of the needs' names.
+#: Columns of the memory table -> prefixes of the needs' names.
 _GROUPS = {
     "student": ("weights", "gradients", "optimiser", "half-precision", "update"),
     "references": ("reference ", "heads of the"),
@@ -39,13 +39,13 @@ _GROUPS = {
 
 @dataclass(frozen=True)
 class Rates:
-    """What turns work into hours.
+    """The rates and the length of a run, which turn work into hours.
 
     Args:
-        tflops: TFLOP/s (10¹² a second) that a GPU really reaches; None: no hours.
-        interconnect: GB/s (10⁹ bytes a second) that a GPU sends; None: sending costs no time.
-        steps: optimiser steps of the run; None: see ``tokens``.
-        tokens: positions of the run, over all GPUs; None: no hours but seconds a step.
+        tflops: TFLOP/s (10¹² per second) that a GPU really reaches; None: no hours.
+        interconnect: GB/s (10⁹ bytes per second) that a GPU sends; None: sending costs no time.
+        steps: optimiser steps in the run.
+        tokens: positions in the run, over all GPUs; takes precedence over ``steps``. Neither: seconds per step only.
     """
 
     tflops: float | None = None
@@ -55,22 +55,22 @@ class Rates:
 
     @property
     def length(self) -> str:
-        """How long the run is, in words."""
+        """The length of the run, in words."""
         return f"{self.tokens:,.0f} tokens" if self.tokens else f"{self.steps:,} steps" if self.steps else ""
 
     def step_seconds(self, setting: Setting) -> float:
-        """Seconds of a step; needs a rate."""
+        """Return the seconds of a step; requires ``tflops``."""
         assert self.tflops is not None
         return seconds(setting, self.tflops, self.interconnect)
 
     def hours(self, setting: Setting) -> float | None:
-        """Of the whole run; None where its length is not known."""
+        """Return the hours of the whole run; None if its length is unknown."""
         steps = self.tokens / setting.tokens if self.tokens else self.steps
         return None if steps is None else steps * self.step_seconds(setting) / 3600
 
 
 def show_setting(title: str, setting: Setting, rates: Rates, console: Console) -> None:
-    """One training in detail: every part of its memory, operations and traffic."""
+    """Print one run in detail: every part of its memory, operations and traffic."""
     layout = setting.layout
     console.print(f"[bold]{title}[/]: {layout.name} on {layout.ranks}, {setting.tokens:,} positions a step (estimates)")
     needs = memory(setting)
@@ -102,7 +102,7 @@ def _parts(title: str, parts: Iterable[Amount]) -> Table:
 
 
 def show_cases(title: str, cases: Sequence[Case], gpu_memory: float, rates: Rates, console: Console) -> None:
-    """Many settings side by side: a table of memory, and one of work."""
+    """Print many settings side by side: a table of memory, and one of work."""
     console.print(f"[bold]{title}[/]")
     console.print(_memory_table(cases, gpu_memory))
     console.print(_work_table(cases, rates))
@@ -136,7 +136,7 @@ def _memory_table(cases: Sequence[Case], gpu_memory: float) -> Table:
 
 
 def fits(total: float, gpu_memory: float) -> str:
-    """Whether so many GiB fit: ``yes``, ``tight`` (where nothing is left for the libraries) or ``no``."""
+    """Return whether ``total`` GiB fit: ``yes``, ``tight`` (too little is left for the libraries) or ``no``."""
     return "yes" if total <= USABLE * gpu_memory else "tight" if total <= gpu_memory else "no"
 
 
@@ -175,7 +175,7 @@ def _table(title: str) -> Table:
 
 
 def _with_breaks(cases: Sequence[Case]) -> list[tuple[Case, bool]]:
-    """Each case, and whether it is the first of its number of GPUs."""
+    """Return each case, with True for the first of its number of GPUs."""
     return [(case, index == 0 or cases[index - 1].gpus != case.gpus) for index, case in enumerate(cases)]
 
 
@@ -184,7 +184,7 @@ def _gib(needs: Iterable[Need]) -> float:
 
 
 def _number(value: float) -> str:
-    """Three digits that matter, and no powers of ten."""
+    """Format to about three significant digits, and 0 as nothing."""
     if value == 0:
         return ""
     return f"{value:,.0f}" if value >= 100 else f"{value:,.1f}" if value >= 10 else f"{value:.3g}"

@@ -1,4 +1,4 @@
-"""A model's sizes without its weights: bytes, numbers kept for the backward pass, floating-point operations."""
+"""A model's sizes without its weights: bytes, elements kept for the backward pass, floating-point operations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from deltakd.models import ModelSpec, transformer_blocks
 from deltakd.models.quantization import weight_bits
 
-#: Activations that gelu_new and its like, which are made of several operations, keep of each inner unit.
+#: Activation functions made of several operations, which keep more elements per inner unit.
 _COMPOSITE = ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "quick_gelu")
 
 
@@ -21,9 +21,9 @@ class Skeleton:
     """A model's sizes.
 
     Args:
-        model: the model on ``meta``, with its adapter where it has one.
+        model: the model on ``meta``, with its adapter if it has one.
         spec: where it comes from.
-        dtype: what its parameters are converted to, or None.
+        dtype: what its parameters are converted to; None: they keep their own.
     """
 
     model: PreTrainedModel | Any
@@ -32,17 +32,17 @@ class Skeleton:
 
     @property
     def parameters(self) -> int:
-        """Numbers of all parameters, tied ones once."""
+        """Number of parameters, tied ones once."""
         return sum(p.numel() for p in self.model.parameters())
 
     @property
     def trained(self) -> int:
-        """Numbers that are trained."""
+        """Number of trained parameters."""
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all parameters, tied ones once; quantised layers at their few bits a weight."""
+        """Bytes of all parameters, tied ones once; quantised layers at their bits per weight."""
         bits = weight_bits(self.spec.quantization or getattr(self.config, "quantization_config", None))
         packed = {id(weight) for weight in self._linear_weights()} if bits is not None else set()
         return sum(
@@ -52,12 +52,12 @@ class Skeleton:
 
     @property
     def trained_bytes(self) -> int:
-        """Bytes of the parameters that are trained."""
+        """Bytes of the trained parameters."""
         return sum(p.numel() * self._itemsize(p) for p in self.model.parameters() if p.requires_grad)
 
     @property
     def blocks_bytes(self) -> int:
-        """Bytes of the parameters in transformer blocks; the rest is embeddings, the last norm and the head."""
+        """Bytes of the parameters in transformer blocks; the rest are embeddings, the last norm and the head."""
         return sum(p.numel() * self._itemsize(p) for block in self._blocks for p in block.parameters())
 
     @property
@@ -66,12 +66,12 @@ class Skeleton:
         return max((sum(p.numel() * self._itemsize(p) for p in b.parameters()) for b in self._blocks), default=0)
 
     def small_bytes(self, below: int) -> int:
-        """Bytes of the parameters of fewer numbers than ``below``."""
+        """Return the bytes of the parameters with fewer than ``below`` elements."""
         return sum(p.numel() * self._itemsize(p) for p in self.model.parameters() if p.numel() < below)
 
     @property
     def linear_elements(self) -> int:
-        """Weights of linear layers, the head among them: what autocast makes half-precision copies of."""
+        """Elements of all linear weights and the head, which autocast copies to half precision."""
         return sum(w.numel() for w in self._linear_weights()) + self.head.numel()
 
     @property
@@ -81,12 +81,12 @@ class Skeleton:
 
     @property
     def head(self) -> torch.Tensor:
-        """[V, D] the output embedding."""
+        """[V, D]: the output embedding."""
         return self.model.get_output_embeddings().weight
 
     @property
     def head_itemsize(self) -> int:
-        """Bytes of a number of the head."""
+        """Bytes per element of the head."""
         return self._itemsize(self.head)
 
     @property
@@ -95,12 +95,11 @@ class Skeleton:
         return self.head.numel() * self.head_itemsize
 
     def forward_flops(self, positions: int, row: int) -> int:
-        """Floating-point operations of the body's forward pass, the head left out.
+        """Return the floating-point operations of the body's forward pass, without the head.
 
-        2 for each weight of a linear layer at each position (a multiplication and an addition), and 4 T for each
-        number of a query: its products with T keys, and the weighted sum of T values. Every pair of positions counts,
-        as in the usual figures of utilisation (Korthikanti et al., arXiv 2205.05198, appendix A); a kernel that leaves
-        the masked half out does half of the 4 T.
+        2 per linear weight and position (a multiplication and an addition), and 4 T per query element: products with T
+        keys and the weighted sum of T values. Every pair of positions counts, as is usual for utilisation (Korthikanti
+        et al., arXiv 2205.05198, appendix A); a kernel that skips the masked half does half of the 4 T.
 
         Args:
             positions: B · T.
@@ -109,24 +108,24 @@ class Skeleton:
         return positions * 2 * sum(w.numel() for w in self._multiplied()) + self._attention_flops(positions, row)
 
     def backward_flops(self, positions: int, row: int) -> int:
-        """Of the body's backward pass: as often the forward pass as a product has operands that want a gradient.
+        """Return the same for the backward pass: each product counts once per operand that needs a gradient.
 
-        That is twice where all is trained; frozen weights want none, and their inputs do.
+        That is twice if everything is trained, once for frozen weights, whose inputs still need a gradient.
         """
         linear = sum(w.numel() * (1 + w.requires_grad) for w in self._multiplied())
         return positions * 2 * linear + 2 * self._attention_flops(positions, row)
 
     def layer_elements(self, positions: int, row: int, attention_matrix: bool) -> int:
-        """Numbers that one layer keeps for its backward pass, after Korthikanti et al. (arXiv 2205.05198).
+        """Return the elements that one layer keeps for its backward pass, after Korthikanti et al. (arXiv 2205.05198).
 
-        10 h a position for norms, projections and dropout; and of each inner unit of the MLP 2 (input and output of
-        the activation), 4 where it is gated, 5 where the activation is made of several operations. Where the attention
-        matrix is made, 3 numbers (softmax, dropout and their product) of it for each head.
+        Per position: 10 h for norms, projections and dropout; per inner unit of the MLP 2 (input and output of the
+        activation), 4 if it is gated, 5 if the activation is made of several operations. If the attention matrix is
+        materialised, 3 elements per entry and head (softmax, dropout and their product).
 
         Args:
             positions: B · T.
             row: T.
-            attention_matrix: whether attention is not one fused operation.
+            attention_matrix: attention is not one fused operation.
         """
         config = self.config
         hidden = config.hidden_size
@@ -140,7 +139,7 @@ class Skeleton:
         return positions * (10 * hidden + per_unit * inner + matrix)
 
     def makes_attention_matrix(self, device: str, training: bool) -> bool:
-        """Whether [heads, T, T] exists: in eager attention, with soft-capping, and with dropout on a CPU."""
+        """True if [heads, T, T] is materialised: eager attention, soft-capping, or training with dropout on a CPU."""
         config = self.config
         dropout = getattr(config, "attn_pdrop", None) or getattr(config, "attention_dropout", None) or 0.0
         eager = config._attn_implementation == "eager" or bool(getattr(config, "attn_logit_softcapping", None))
@@ -159,11 +158,11 @@ class Skeleton:
         return tensor.itemsize if self.dtype is None else self.dtype.itemsize
 
     def _linear_weights(self) -> list[torch.Tensor]:
-        """Frozen or trained weights of the linear layers but the head and adapters."""
+        """Return the weights of all linear layers except head and adapters."""
         layers = [(name, m) for name, m in self.model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D)]
         return [m.weight for name, m in layers if m.weight is not self.head and "lora_" not in name]
 
     def _multiplied(self) -> list[torch.Tensor]:
-        """Weights of all linear layers but the head, adapters among them."""
+        """Return the weights of all linear layers except the head, adapters included."""
         layers = [m for m in self.model.modules() if isinstance(m, torch.nn.Linear | Conv1D)]
         return [m.weight for m in layers if m.weight is not self.head]

@@ -1,1 +1,1 @@
-"""Files, run directories, progress and errors: what every part may need, and what needs no part."""
+"""Files, run directories, progress and errors: used by every part of deltakd, dependent on none."""

@@ -1,6 +1,6 @@
-"""Errors that users can mend, and the one way in which a training run ends early.
+"""Errors that users can fix, and the exception that ends a training run early.
 
-:class:`deltakd.io.files.WriteError` is the disk's. What a process makes of them is said once, in ``deltakd.cli``.
+Disk errors are :class:`deltakd.io.files.WriteError`. ``deltakd.cli`` turns all of them into messages and statuses.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The one way to write a file or a directory: whole or not at all, and said plainly where the disk does not take it.
+"""The one way to write a file or a directory: whole or not at all, with a clear message if the disk fails.
 
-Everything is written beside its place, brought to the disk (fsync), and renamed. So a reader sees the former content or
-the new one, a killed process leaves nothing half written under a name that counts, and processes that write the same
-file do not meet: each has a partial file of its own. What killed processes left behind goes with the next write.
+Content is written to a partial file next to its target, flushed to disk (fsync), and renamed. Readers see the old
+content or the new, and a killed process leaves nothing half-written under a final name. Processes that write the same
+file do not collide: each has its own partial file. The next write removes what killed processes left behind.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-#: What only room on the disk, or another disk, can cure: full, over the user's share, over a limit, broken, read-only.
+#: Errors that need space or another disk: disk full, over quota, file too large, I/O error, read-only.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
-#: How a name ends while its content is being written; such files count as not there.
+#: Suffix of names whose content is still being written; such files count as absent.
 PARTIAL = ".partial"
-#: Seconds after which a partial file of another machine is taken for a leftover: its process can't be asked.
+#: Seconds after which another machine's partial file counts as a leftover, since its process can't be checked.
 _ABANDONED = 7 * 24 * 3600.0
 _written = itertools.count()
 
 
 class WriteError(OSError):
-    """The disk did not take something; what was there before is as it was.
+    """The disk failed; what was there before is unchanged.
 
     Args:
         message: what, where, why, and what is kept.
@@ -44,15 +44,15 @@ class WriteError(OSError):
 
     @property
     def is_full(self) -> bool:
-        """True if there is no room left, on the disk or in the user's share of it."""
+        """True if the disk is full or the user's quota is used up."""
         return self.reason in (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
 
 
 def disk_reason(error: BaseException) -> str | None:
-    """Why the disk did not take it, in a few words; None where the error is none of the disk's.
+    """Return why the disk failed, in a few words; None if the error has another cause.
 
-    torch and safetensors put errors of their own in the place of the system's, and sharded checkpoints gather those
-    of all ranks in one.
+    torch and safetensors replace the system's errors with their own, and sharded checkpoints wrap those of all ranks
+    in one.
     """
     seen: list[BaseException] = []
     waiting = [error]
@@ -71,14 +71,14 @@ def disk_reason(error: BaseException) -> str | None:
         failures = getattr(found, "failures", None)
         of_ranks = [wrapped[0] for wrapped in failures.values()] if isinstance(failures, dict) else []
         waiting += [e for e in (found.__cause__, found.__context__, *of_ranks) if e is not None]
-    # What torch.save makes of a short write, with nothing of the system's error in it.
+    # torch.save reports a short write without the system's error.
     torch_says = [str(e) for e in seen if isinstance(e, RuntimeError)]
     short = any(word in said for said in torch_says for word in ("PytorchStreamWriter", "inline_container"))
     return "only a part of it could be written" if short else None
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a directory, if it is there."""
+    """Remove a file or a directory, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -87,15 +87,15 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def telling(what: str, path: Path, kept: str = "") -> Iterator[None]:
-    """Say what could not be written, and why, where the disk is the reason.
+    """Turn disk errors into a ``WriteError`` that says what could not be written, and why.
 
     Args:
-        what: that is being written.
+        what: what is being written.
         path: where.
-        kept: what stays as it was.
+        kept: what stays unchanged.
 
     Raises:
-        WriteError: the disk did not take it.
+        WriteError: the disk failed.
     """
     try:
         yield
@@ -109,24 +109,24 @@ def telling(what: str, path: Path, kept: str = "") -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path, what: str = "", *, first_wins: bool = False) -> Iterator[Path]:
-    """Give a path beside ``path`` to write a file or a directory to; then it takes the place of ``path``.
+    """Yield a path next to ``path`` for a new file or directory, then move it to ``path``.
 
-    Whatever happens, nothing half written is left, and what was there stays until the new one is whole and on the disk.
+    Nothing half-written is ever left, and the old content stays until the new is complete and on disk.
 
     Args:
-        path: where it belongs; missing parents are made.
+        path: the target; missing parents are created.
         what: what it is, for the message; its name by default.
-        first_wins: what another process put there in the meantime stays: for what all of them would write alike.
+        first_wins: keep what another process put there in the meantime, for content that is the same from all.
 
     Raises:
-        WriteError: the disk did not take it.
+        WriteError: the disk failed.
     """
     kept = f"the former {path.name}" if path.exists() else ""
     with telling(what or path.name, path, kept):
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(path)
         partial = path_beside(path)
-        # A container that starts again has the process ids of the one that was killed.
+        # A restarted container has the same process ids as the killed one.
         remove(partial)
         try:
             yield partial
@@ -141,35 +141,35 @@ def write_bytes(path: str | Path, content: bytes, what: str = "") -> None:
     """Write a file.
 
     Raises:
-        WriteError: the disk did not take it.
+        WriteError: the disk failed.
     """
     with replacing(Path(path), what) as partial:
         partial.write_bytes(content)
 
 
 def write_text(path: str | Path, text: str, what: str = "") -> None:
-    """Write a text file: UTF-8, its line ends as they are.
+    """Write a text file in UTF-8, with line ends unchanged.
 
     Raises:
-        WriteError: the disk did not take it.
+        WriteError: the disk failed.
     """
     write_bytes(path, text.encode("utf-8"), what)
 
 
 def write_json(path: str | Path, value: Any, *, indent: int | None = 2) -> None:
-    """Write a value as JSON, with a line end.
+    """Write a value as JSON with a final newline.
 
     Raises:
-        WriteError: the disk did not take it.
+        WriteError: the disk failed.
     """
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
 
 
 def write_json_lines(path: str | Path, records: Iterable[dict[str, Any]], what: str = "") -> None:
-    """Write records, one JSON object a line.
+    """Write records, one JSON object per line.
 
     Raises:
-        WriteError: the disk did not take them.
+        WriteError: the disk failed.
     """
     with (
         replacing(Path(path), what) as partial,
@@ -179,10 +179,10 @@ def write_json_lines(path: str | Path, records: Iterable[dict[str, Any]], what: 
 
 
 def read_json_lines(path: str | Path) -> list[dict[str, Any]] | None:
-    """Return the records of a file that ``write_json_lines`` wrote, or None where there is no file.
+    """Return the records that ``write_json_lines`` wrote; None if there is no file.
 
     Raises:
-        ValueError: naming the file and the line that is not JSON.
+        ValueError: a line is not JSON; the message names file and line.
     """
     path = Path(path)
     if not path.exists():
@@ -206,8 +206,8 @@ def _machine() -> str:
 def path_beside(path: Path, process: int | None = None) -> Path:
     """Return a path in the same folder that no other writer uses.
 
-    A rename is atomic only within a file system. The name says which process of which machine writes there, so that
-    what it leaves behind when it is killed can be told from what is being written.
+    A rename is atomic only within a file system. The name holds the writer's machine and process, so that leftovers of
+    killed processes can be told from files in progress.
 
     Args:
         path: where the content will go.
@@ -241,7 +241,7 @@ def _is_running(process: int) -> bool:
 
 
 def _put(partial: Path, path: Path, first_wins: bool) -> None:
-    """Rename; a directory does not take the place of another by a rename, so that one goes aside first."""
+    """Rename. A rename can't replace a directory that is not empty, so the old one moves aside first."""
     former = path_beside(path)
     while not (first_wins and path.exists()):
         if path.is_dir():
@@ -255,7 +255,7 @@ def _put(partial: Path, path: Path, first_wins: bool) -> None:
                 if former.exists():
                     os.replace(former, path)
                 raise
-            # Another process has put its directory there since.
+            # Another process has put its directory there meanwhile.
             remove(former)
     remove(former)
 
@@ -270,7 +270,7 @@ def _to_disk(path: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Bring the new name to the disk; some network file systems can't, and need not be asked."""
+    """Flush the folder's entries to disk; ignore network file systems that can't."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""Whether the Hugging Face hub can be asked at all."""
+"""A quick test whether the Hugging Face hub is reachable."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ REACH_SECONDS = 3.0
 
 @lru_cache(maxsize=1)
 def hub_reachable() -> bool:
-    """Try the hub once per process.
+    """True if the hub is reachable; tried once per process.
 
-    Without it, the hub's client retries every file for half a minute even where all of them are in the local cache.
-    Behind a proxy the answer is yes: only the client knows how to go through it.
+    Offline, the hub's client would retry every file for half a minute, even if all are in the local cache. Behind a
+    proxy the answer is always True: only the client knows how to go through it.
     """
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
         return False

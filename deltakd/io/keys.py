@@ -1,10 +1,10 @@
-"""What a config key promises beside its type, said where the key is defined.
+"""Marks that say more about a config key than its type, at the place where the key is defined.
 
 A settings dataclass marks its fields by ``Annotated``::
 
     limit: Annotated[int | None, Ge(1), Resume.UNFINISHED, Cache.FREE] = None
 
-and ``keys_with`` collects the keys with a mark, so that no list of key names stands elsewhere.
+and ``keys_with`` collects the keys with a mark, so that no other file lists key names.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 
 class Resume(Enum):
-    """When a key may differ between a run and its resumption. A key without this mark never may."""
+    """When a key may change on resume. A key without this mark never may."""
 
-    #: Always: it does not change what is trained or measured.
+    #: Always: it does not affect what is trained or measured.
     FREE = "free"
-    #: Until the run is finished: it says what is asked of the trained student, or how the work is spread.
+    #: Until the run is finished: it only affects the evaluation of the trained student or how the work is spread.
     UNFINISHED = "unfinished"
 
 
 class Cache(Enum):
-    """How a key of ``data`` relates to a cache of references. A key without this mark decides what the cache holds."""
+    """How a key of ``data`` relates to a cache of references. Without this mark it affects what the cache holds."""
 
-    #: It changes neither a row's tokens nor the set that the row belongs to.
+    #: It affects neither a row's tokens nor the set that the row belongs to.
     FREE = "free"
 
 
@@ -40,11 +40,11 @@ class Protocol(Enum):
 
 
 def keys_with(kind: Any, mark: Enum, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted keys of all fields of ``kind`` that carry ``mark``, those of nested dataclasses included.
+    """Yield the dotted keys of all fields with ``mark``, nested dataclasses included.
 
     Args:
-        kind: a dataclass, or a union of which the dataclasses count.
-        mark: such as ``Resume.FREE``. A marked field stands for everything below it.
+        kind: a dataclass, or a union, whose dataclasses count.
+        mark: such as ``Resume.FREE``. A marked field covers everything below it.
         prefix: put before each key.
     """
     for dataclass in _dataclasses(kind):
@@ -56,7 +56,7 @@ def keys_with(kind: Any, mark: Enum, prefix: str = "") -> Iterator[str]:
 
 
 def marks(hint: Any) -> tuple[Any, ...]:
-    """Return what ``Annotated`` adds to a type."""
+    """Return the metadata that ``Annotated`` adds to a type."""
     return tuple(get_args(hint)[1:]) if get_origin(hint) is Annotated else ()
 
 

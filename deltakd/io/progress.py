@@ -1,4 +1,4 @@
-"""Progress of a run: on disk for lists of runs, and on a display that several runs share."""
+"""Progress of a run: on disk for ``deltakd.runs``, and on a display that several runs may share."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _TOTAL_STEPS = "total_steps"
 
 
 class Display(Protocol):
-    """Shows the progress of the current work, in place of a bar of its own."""
+    """Shows the progress of the current work, in place of a progress bar."""
 
     def progress(self, what: str, done: int, total: int, note: str = "") -> None:
-        """Show it.
+        """Show progress.
 
         Args:
             what: the work, such as ``training``.
-            done: how much of it is done.
+            done: how much is done.
             total: how much there is.
-            note: a few words more.
+            note: extra text.
         """
 
 
@@ -35,7 +35,7 @@ _display: ContextVar[Display | None] = ContextVar("display", default=None)
 
 @contextmanager
 def shown_on(display: Display) -> Iterator[None]:
-    """Let all work inside report to ``display`` instead of drawing bars."""
+    """Send all progress inside the context to ``display`` instead of bars."""
     token = _display.set(display)
     try:
         yield
@@ -44,15 +44,15 @@ def shown_on(display: Display) -> Iterator[None]:
 
 
 def current_display() -> Display | None:
-    """Return where to report; None: draw a bar."""
+    """Return the display to report to; None: draw a bar."""
     return _display.get()
 
 
 @contextmanager
 def progress_bar(description: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A progress bar on a terminal; what it gives is called with the number of rows done so far.
+    """Show a bar on a terminal, or report to the shared display if there is one.
 
-    Where a display is shared by several runs, the progress goes there.
+    Yields a function to call with the amount done so far.
     """
     display = current_display()
     if display is not None:
@@ -72,11 +72,11 @@ def progress_bar(description: str, total: int, shown: bool) -> Iterator[Callable
 
 
 def write_total_steps(run_dir: Path, steps: int) -> None:
-    """Keep how many optimiser steps the whole run has: a run that is under way knows it, its config may not."""
+    """Store the total number of optimiser steps: the config alone may not tell it."""
     write_text(run_dir / _TOTAL_STEPS, f"{steps}\n")
 
 
 def read_total_steps(run_dir: Path) -> int | None:
-    """Return what :func:`write_total_steps` kept; None if there is nothing."""
+    """Return what :func:`write_total_steps` stored; None if nothing was."""
     file = run_dir / _TOTAL_STEPS
     return int(file.read_text(encoding="utf-8")) if file.is_file() else None

@@ -1,4 +1,4 @@
-"""The run directory: who owns it, what it holds, and whether it is finished."""
+"""The run directory: its owner, its files, and whether its run is finished."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
 @dataclass(frozen=True)
 class ResumePolicy:
-    """Which keys of a run's config may differ when the run is resumed; a key stands for all keys below it.
+    """Which keys of a run's config may change on resume; a key covers all keys below it.
 
     Args:
-        always: they do not change what is trained.
-        until_finished: they only say what is asked of the trained student, or how the work is spread.
+        always: keys that do not affect what is trained.
+        until_finished: keys that only affect the evaluation of the trained student or how the work is spread.
     """
 
     always: Collection[str] = ()
     until_finished: Collection[str] = ()
 
     def allows(self, key: str, finished: bool) -> bool:
-        """True if ``key`` may differ."""
+        """True if ``key`` may change."""
         free = self.always if finished else (*self.always, *self.until_finished)
         return any(key == name or key.startswith(f"{name}.") for name in free)
 
@@ -47,12 +47,12 @@ class RunDirectory:
 
     @property
     def config(self) -> Path:
-        """The resolved config; its presence makes the directory a run's."""
+        """The resolved config; its presence marks the directory as a run's."""
         return self.path / "config.yaml"
 
     @property
     def summary(self) -> Path:
-        """The results; its presence means that the run is finished."""
+        """The results; their presence marks the run as finished."""
         return self.path / "summary.json"
 
     @property
@@ -62,7 +62,7 @@ class RunDirectory:
 
     @property
     def last_checkpoint(self) -> Path:
-        """The state to go on from."""
+        """The state to resume from."""
         return self.checkpoints / LAST
 
     @property
@@ -82,16 +82,16 @@ class RunDirectory:
 
     @property
     def finished(self) -> bool:
-        """Whether the run came to its end."""
+        """True if the run is finished."""
         return self.summary.is_file()
 
     def claim(self, config: Mapping[str, Any], resume: bool, policy: ResumePolicy | None = None) -> None:
-        """Make the directory this run's: write its config, or check that it goes on with the same one.
+        """Claim the directory for this run: write its config, or check that a resumed run has the same one.
 
         Args:
             config: resolved, as plain dicts and lists.
-            resume: go on where a run in this directory stopped.
-            policy: which keys may differ then; None: none may.
+            resume: continue a run in this directory.
+            policy: which keys may then differ; None: none.
 
         Raises:
             ConfigError: it holds another run, or this run with another config.
@@ -127,7 +127,7 @@ class RunDirectory:
         write_text(self.config, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
 
     def read_summary(self) -> dict[str, Any]:
-        """The content of ``summary.json``."""
+        """Return the content of ``summary.json``."""
         return json.loads(self.summary.read_text(encoding="utf-8"))
 
     def write_summary(self, summary: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
-"""Values against the annotations of the dataclass that is made of them; every mismatch becomes a sentence.
+"""Building settings dataclasses from config values; every mismatch with an annotation becomes a sentence.
 
-pydantic decides, in strict mode: ``no`` is not ``False``, ``1e2`` is no whole number, ``0.5`` is no count of rows.
+pydantic checks in strict mode: ``no`` is not ``False``, ``1e2`` is no whole number, ``0.5`` is no count of rows.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ _NOT_CHECKABLE = (PydanticSchemaGenerationError, PydanticUndefinedAnnotation, Py
 
 
 def typed(kind: type[T], node: Any, key: str, problems: list[str]) -> T | None:
-    """Make a settings dataclass of a node of the config.
+    """Make a settings dataclass from a config node.
 
     Args:
         kind: the dataclass. Its annotations say what is allowed.
         node: a mapping.
-        key: where the node stands, such as ``model.student``.
-        problems: one sentence is added for each key that ``kind`` does not know and each value of another type. Such
-            a value is left out, so that the others can still be checked.
+        key: the node's key, such as ``model.student``.
+        problems: gets one sentence for each unknown key and each value of the wrong type. Such values are left out, so
+            that the others can still be checked.
 
     Returns:
-        The dataclass, or None where a field without a default has no usable value.
+        The dataclass; None if a field without a default has no usable value.
     """
     if not isinstance(node, Mapping):
         problems.append(f"{key} is {node!r}; it must be a mapping with {', '.join(_names(kind))}")
@@ -59,11 +59,11 @@ def typed(kind: type[T], node: Any, key: str, problems: list[str]) -> T | None:
 
 
 def mismatches(settings: Any, key: str) -> list[str]:
-    """Return a sentence for each field of a dataclass whose value is not what its annotation says.
+    """Return a sentence for each field of a dataclass whose value does not match its annotation.
 
     Args:
-        settings: made without ``typed``, by code.
-        key: where it stands in a config.
+        settings: made by code, not by ``typed``.
+        key: its config key.
     """
     hints = get_type_hints(type(settings), include_extras=True)
     values = {name: getattr(settings, name) for name in _names(type(settings))}
@@ -71,7 +71,7 @@ def mismatches(settings: Any, key: str) -> list[str]:
 
 
 def mismatch(hint: Any, value: Any, key: str) -> list[str]:
-    """Return a sentence if ``value`` is not of the annotated type: what is given, what is allowed, what to do."""
+    """Return a sentence if ``value`` does not match ``hint``: what is given, what is allowed, what to do."""
     adapter = _adapter(hint)
     if adapter is None:
         return []
@@ -152,7 +152,7 @@ def _length(marks: Sequence[Any]) -> str:
 
 
 def _shown(value: Any) -> str:
-    """Return a value as it would be written in YAML, so that text and numbers can be told apart."""
+    """Return a value about as YAML writes it, so that text and numbers can be told apart."""
     if value is None:
         return "null"
     return repr(value).lower() if isinstance(value, bool) else repr(value)
@@ -182,7 +182,7 @@ def _is_required(one: dataclasses.Field[Any]) -> bool:
 
 
 def _nested_kind(hint: Any) -> type | None:
-    """Return the dataclass that a mapping is made into where the annotation names exactly one."""
+    """Return the dataclass to build from a mapping, if the annotation names exactly one."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return _nested_kind(arguments[0])

@@ -1,4 +1,4 @@
-"""Language models as (body, head), their loading, their tokenizers, adapters and export."""
+"""Language models as (body, head): loading, tokenizers, adapters, quantisation and export."""
 
 from deltakd.models.language_model import LanguageModel, transformer_blocks
 from deltakd.models.loading import load_config, load_model, load_skeleton, spec_problems

@@ -1,4 +1,4 @@
-"""Which model a role has: its place, the checksum of its files, its commit on the hub, and its size."""
+"""Which model a role has: its path, its files' checksum, its commit on the hub, and its size."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from deltakd.types import STUDENT, STUDENT_RAW
 
 
 def spec_of(models: ModelSettings, role: str) -> ModelSpec | None:
-    """Return where a role's model comes from; with LoRA the raw student is the student's own base."""
+    """Return where a role's model comes from; with LoRA the raw student is the student's base model."""
     return models.specs.get(STUDENT if role == STUDENT_RAW and models.lora is not None else role)
 
 
 def model_identity(spec: ModelSpec) -> dict[str, Any]:
-    """Return which model it is: ``path``, how it is loaded, the ``sha256`` of its files, its ``commit`` on the hub."""
+    """Return what identifies a model: ``path``, ``dtype``, ``quantization``, files' ``sha256``, hub ``commit``."""
     path = str(spec.path)
     snapshot = None if Path(path).is_dir() else hub_snapshot(path)
     files = Path(path) if Path(path).is_dir() else snapshot
@@ -36,15 +36,15 @@ def model_identity(spec: ModelSpec) -> dict[str, Any]:
 
 
 def model_version(path: str) -> str | None:
-    """Return the fingerprint of a local directory, or the commit of the hub's model; None: it is not here."""
+    """Return the fingerprint of a local directory or the commit of a cached hub model; None if neither is here."""
     snapshot = None if Path(path).is_dir() else hub_snapshot(path)
     return model_fingerprint(path) if snapshot is None else snapshot.name
 
 
 def model_fingerprint(path: str | Path) -> str | None:
-    """Return the sha256 over a local model's weights and configuration; None where there is no such directory.
+    """Return the sha256 over a local model's weights and configuration; None if the directory has none.
 
-    It tells another model in the same place from the one that was there before.
+    It shows when another model has taken the place of an earlier one.
     """
     digest = hashlib.sha256()
     files = sorted(p for p in Path(path).glob("*") if p.suffix in (".safetensors", ".bin") or p.name == "config.json")
@@ -55,9 +55,9 @@ def model_fingerprint(path: str | Path) -> str | None:
 
 
 def hub_snapshot(name: str) -> Path | None:
-    """Return the folder of the local hub cache that holds the model ``name``; the folder is called as its commit.
+    """Return the folder of a model in the local hub cache, named after its commit.
 
-    None: it is not there, or the hub could have no model of that name.
+    None if it is not cached, or ``name`` is no valid hub id.
     """
     try:
         config = try_to_load_from_cache(name, "config.json")
@@ -72,8 +72,8 @@ def count_parameters(models: Mapping[str, nn.Module]) -> dict[str, int]:
 
 
 def _count(parameter: torch.Tensor) -> int:
-    # Weights of 4 bits are packed by two; what they were is kept beside them.
+    # 4-bit weights are packed in pairs; quant_state keeps the original shape.
     packed = getattr(parameter, "quant_state", None)
-    # ZeRO 3 leaves an empty tensor, and its number of elements beside it.
+    # ZeRO 3 leaves an empty tensor with the number of elements in an attribute.
     whole = int(getattr(parameter, "ds_numel", parameter.numel()))
     return math.prod(packed.shape) if packed is not None else whole

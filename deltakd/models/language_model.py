@@ -16,11 +16,11 @@ from deltakd.types import Batch, Head
 
 @final
 class LanguageModel(nn.Module):
-    """Wraps a transformers causal model so that it gives heads, not logits.
+    """Wraps a transformers causal model so that it returns heads, not logits.
 
     Args:
         hf: the model, or a PEFT model around it.
-        vocabulary: V: rows of the output embedding beyond it are padding and are cut from every head.
+        vocabulary: V; rows of the output embedding beyond it are padding and are cut from every head.
 
     Raises:
         ValueError: the model has fewer rows than the tokenizer has tokens, or its output embedding is quantised.
@@ -52,7 +52,7 @@ class LanguageModel(nn.Module):
 
     @property
     def quantized(self) -> bool:
-        """True if its linear layers are quantised: they stay on the device where they were made."""
+        """True if its linear layers are quantised; they stay on the device where they were made."""
         return bool(getattr(self.causal_lm, "is_quantized", False))
 
     @property
@@ -60,26 +60,26 @@ class LanguageModel(nn.Module):
         return self.causal_lm.get_output_embeddings()
 
     def hidden_states(self, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
-        """[B, T, D] last hidden states, after the final norm: what the head multiplies."""
+        """Return [B, T, D], the last hidden states after the final norm: the head's input."""
         body = self.causal_lm.base_model
         accepted = inspect.signature(body.forward).parameters
         options = {"use_cache": False} if "use_cache" in accepted or "kwargs" in accepted else {}
         return body(input_ids=input_ids_BT, attention_mask=attention_mask_BT, **options).last_hidden_state
 
     def forward(self, batch: Batch) -> Head:
-        """Run the body and return the head of the batch's N valid tokens: prompt and padding are never multiplied."""
+        """Run the body; return the head of the batch's N valid tokens, without prompt and padding."""
         return self.head(batch)
 
     def head(self, batch: Batch) -> Head:
-        """As ``forward``, for a caller that is the sharded module itself.
+        """As ``forward``, for callers that are the sharded module themselves.
 
-        Of a sharded model the head is whole in the ``forward`` of the module that calls this, until that returns.
+        A sharded model's head is then whole until the caller's ``forward`` returns.
         """
         hidden_BTD = self.hidden_states(batch.input_ids, batch.attention_mask)
         return self.head_of(batch.at_valid(hidden_BTD))
 
     def head_of(self, hidden_ND: Tensor) -> Head:
-        """The head over given hidden states, cut to the vocabulary."""
+        """Return the head over given hidden states, cut to the vocabulary."""
         bias = getattr(self._output_embedding, "bias", None)
         softcap, scale = _logit_transform(self.causal_lm.config)
         return Head(
@@ -92,7 +92,7 @@ class LanguageModel(nn.Module):
 
     @contextmanager
     def adapter_off(self) -> Iterator[None]:
-        """The model as it was before its LoRA adapter, in eval mode; restored on leaving."""
+        """Switch the LoRA adapter off and eval mode on; restore both on exit."""
         was_training = self.training
         model: Any = self.hf
         self.eval()
@@ -106,7 +106,7 @@ class LanguageModel(nn.Module):
     def check_head(self) -> None:
         """Compare body and head with the model's own logits on a few tokens.
 
-        An architecture that does more to its logits than a head can say would otherwise train on wrong ones.
+        Otherwise an architecture with a transform of its logits that ``Head`` lacks would train on wrong ones.
 
         Raises:
             ValueError: they differ.
@@ -120,7 +120,7 @@ class LanguageModel(nn.Module):
         own_NV = self.causal_lm(input_ids=ids_BT, attention_mask=mask_BT).logits[0, :, : self.vocabulary].float()
         ours_NV = self.head_of(self.hidden_states(ids_BT, mask_BT)[0]).logits().float()
         self.train(was_training)
-        # Half-precision models round their own logits; ours are made in float32 from the same hidden states.
+        # Half-precision models round their own logits; ours are computed in float32 from the same hidden states.
         tolerance = 1e-4 if self._output_embedding.weight.dtype in (torch.float32, torch.float64) else 3e-2
         error = (own_NV - ours_NV).abs().max().item()
         if not error <= tolerance * max(1.0, own_NV.abs().max().item()):
@@ -131,14 +131,14 @@ class LanguageModel(nn.Module):
 
 
 def _logit_transform(config: Any) -> tuple[float | None, float]:
-    """(softcap, scale) of the architectures that transform their logits: Gemma2, Cohere, Granite."""
+    """Return (softcap, scale) for architectures that transform their logits: Gemma2, Cohere, Granite."""
     scale = float(getattr(config, "logit_scale", None) or 1.0)
     divisor = float(getattr(config, "logits_scaling", None) or 1.0)
     return getattr(config, "final_logit_softcapping", None), scale / divisor
 
 
 def _effective_weight(layer: Any) -> Tensor:
-    """The weight [V, D] that the layer multiplies by, LoRA's part included where an adapter sits on the head."""
+    """Return the layer's weight [V, D], including LoRA's update if the head has an adapter."""
     if not hasattr(layer, "get_delta_weight"):
         return layer.weight
     weight = layer.get_base_layer().weight
@@ -148,6 +148,6 @@ def _effective_weight(layer: Any) -> Tensor:
 
 
 def transformer_blocks(model: nn.Module) -> list[nn.Module]:
-    """The layers of a transformers model: the longest list of modules of one class in it."""
+    """Return the layers of a transformers model: its longest ``ModuleList``."""
     lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
     return max(lists, key=len, default=[])

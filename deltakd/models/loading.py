@@ -1,4 +1,4 @@
-"""Models from the Hugging Face hub, from a local directory, or from scratch by a configuration."""
+"""Loading models from the Hugging Face hub or a local directory, or building them from a configuration."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _path_problems(key: str, path: str) -> list[str]:
 
 
 def _reason(path: str, error: Exception) -> str:
-    """One line saying why a model could not be had and what to do."""
+    """Say in one line why a model is not available."""
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if Path(path).is_dir():
         return first
@@ -55,7 +55,7 @@ def _reason(path: str, error: Exception) -> str:
 def load_config(
     role: str, spec: ModelSpec, *, vocabulary: int = 0, trust_remote_code: bool = False
 ) -> PretrainedConfig:
-    """The configuration alone: cheap, and tells early whether the model can be had.
+    """Load the configuration alone: cheap, and an early test that the model is available.
 
     Args:
         role: for the messages.
@@ -64,7 +64,7 @@ def load_config(
         trust_remote_code: passed on.
 
     Raises:
-        ValueError: in one line: the model, why it can't be had, and how to give a local path.
+        ValueError: in one line: the model, why it is not available, and how to give a local path.
     """
     if spec.init == "random":
         return _architecture(spec, vocabulary, None)
@@ -95,14 +95,14 @@ def load_model(
     Args:
         role: for the messages.
         spec: where it comes from.
-        vocabulary: number of tokens; a model from scratch gets exactly so many rows.
+        vocabulary: number of tokens, and of embedding rows in a model from scratch.
         eos_token_id: the tokenizer's, for a model from scratch.
-        seed: draws the weights of a model from scratch.
+        seed: for the weights of a model from scratch.
         attn_implementation: passed on to transformers (sdpa, eager, flash_attention_2, ...).
         trust_remote_code: passed on; off unless the user asks.
 
     Raises:
-        ValueError: the model can't be had, or its weights don't fit its architecture.
+        ValueError: the model is not available, or its weights don't fit its architecture.
     """
     if spec.init == "random":
         return _build_model(spec, vocabulary, eos_token_id, seed, attn_implementation)
@@ -142,13 +142,13 @@ def load_skeleton(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The role's model without weights, on the device ``meta``: exact in its parameters' shapes, dtypes and ties.
+    """Return the role's model without weights, on ``meta``: its parameters' shapes, dtypes and ties are exact.
 
     Raises:
         ValueError: as ``load_config``.
     """
     config = load_config(role, spec, vocabulary=vocabulary, trust_remote_code=trust_remote_code)
-    # Quantised layers are not built: they are what from_pretrained makes of these.
+    # Built unquantised: from_pretrained quantises layers only as it loads them.
     config.__dict__.pop("quantization_config", None)
     options: dict[str, Any] = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
     with torch.device("meta"):
@@ -156,7 +156,7 @@ def load_skeleton(
 
 
 def _architecture(spec: ModelSpec, vocabulary: int, eos_token_id: int | None) -> PretrainedConfig:
-    # The defaults of a model type are the special tokens of its best-known checkpoint, not of this tokenizer.
+    # A model type's default special tokens are those of its best-known checkpoint, not of this tokenizer.
     special = {"bos_token_id": eos_token_id, "eos_token_id": eos_token_id, "pad_token_id": None}
     architecture = special | dict(spec.architecture or {})
     return AutoConfig.for_model(architecture.pop("model_type"), vocab_size=vocabulary, **architecture)

@@ -29,7 +29,7 @@ class LoraSpec:
         r: rank.
         alpha: the adapter is scaled by alpha / r.
         dropout: on the adapter's input.
-        target_modules: peft's names of the layers to adapt; ``all-linear`` is every linear layer but the head.
+        target_modules: peft's names of the layers to adapt; ``all-linear``: every linear layer except the head.
     """
 
     r: Annotated[int, Ge(1)] = 16
@@ -39,12 +39,12 @@ class LoraSpec:
 
 
 def add_lora(model: PreTrainedModel, spec: LoraSpec) -> PeftModel:
-    """Wrap the model: its own weights are frozen, the adapter's are trained.
+    """Wrap the model in an adapter: the adapter is trained, the model's own weights are frozen.
 
-    A quantised model (QLoRA, arXiv 2305.14314) is prepared as peft documents: what is not quantised is made float32.
+    A quantised model (QLoRA, arXiv 2305.14314) is prepared as peft documents: unquantised weights become float32.
     """
     if getattr(model, "is_quantized", False):
-        # Gradient checkpointing is switched on, or not, for all students in one place.
+        # Gradient checkpointing is switched on elsewhere, in one place for all students.
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     modules = spec.target_modules if isinstance(spec.target_modules, str) else list(spec.target_modules)
     config = LoraConfig(
@@ -61,17 +61,17 @@ def add_lora(model: PreTrainedModel, spec: LoraSpec) -> PeftModel:
 
 
 def merged(adapted: PeftModel) -> PreTrainedModel:
-    """A copy of the model with its adapter merged; ``adapted`` stays as it is.
+    """Return a copy of the model with its adapter merged; ``adapted`` is unchanged.
 
-    Adding small numbers to quantised weights would round most of them away: the adapter of a quantised model is merged
-    into its weights as they were before, read again from where they came from, in the dtype of the config.
+    Quantised weights would round most of the adapter's small updates away. The adapter of a quantised model is
+    therefore merged into the unquantised weights, read again from their source in the dtype of the model's config.
 
     Raises:
-        ValueError: they are no longer there.
+        ValueError: those weights are no longer there.
     """
     base: Any = adapted.get_base_model()
     if not getattr(base, "is_quantized", False):
-        # Merging changes the weights in place, and the run may still go on with the adapter.
+        # Merging works in place, and the run may still need the adapter.
         return copy.deepcopy(adapted).merge_and_unload()  # type: ignore[operator]
     try:
         fresh = AutoModelForCausalLM.from_pretrained(base.name_or_path, dtype=base.config.dtype)
@@ -89,5 +89,5 @@ def merged(adapted: PeftModel) -> PreTrainedModel:
 
 
 def _is_transposed(model: PreTrainedModel) -> bool:
-    """Whether the linear layers are Conv1D, which stores its weight transposed: GPT-2's, unless they are quantised."""
+    """True if it has Conv1D layers, which store their weight transposed: GPT-2, unless quantised."""
     return any(isinstance(layer, Conv1D) for layer in model.modules())

@@ -1,4 +1,4 @@
-"""Quantised models, by transformers' own quantisation configs."""
+"""Quantised models, through transformers' own quantisation configs."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from transformers.quantizers.auto import (
     AutoQuantizationConfig,
 )
 
-#: transformers names bitsandbytes twice; ``load_in_8bit`` and ``load_in_4bit`` tell which.
+#: transformers lists bitsandbytes twice; ``load_in_8bit`` or ``load_in_4bit`` says which one.
 _BITSANDBYTES = "bitsandbytes"
 
 
 def quantization_problems(key: str, settings: Any) -> list[str]:
-    """What is wrong with a quantisation config; nothing is loaded.
+    """Return what is wrong with a quantisation config; nothing is loaded.
 
     Args:
-        key: where it stands, such as ``model.teacher.quantization``.
+        key: its config key, such as ``model.teacher.quantization``.
         settings: the mapping; None: not quantised.
     """
     if settings is None:
@@ -34,7 +34,7 @@ def quantization_problems(key: str, settings: Any) -> list[str]:
     if method == _BITSANDBYTES and not (settings.get("load_in_8bit") or settings.get("load_in_4bit")):
         return [f"{key}: bitsandbytes needs load_in_8bit: true or load_in_4bit: true"]
     try:
-        # transformers names the packages that are absent, and what the method can't do on this machine.
+        # transformers says which packages are missing, and what the method can't do on this machine.
         AutoHfQuantizer.from_config(quantization_config(settings), pre_quantized=False).validate_environment(
             device_map=None
         )
@@ -44,7 +44,7 @@ def quantization_problems(key: str, settings: Any) -> list[str]:
 
 
 def student_problems(settings: Any, has_adapter: bool) -> list[str]:
-    """Why a student can't be trained with these quantised weights, one sentence each; None: not quantised."""
+    """Return why a student can't be trained with these quantised weights, one sentence each."""
     if settings is None:
         return []
     found = []
@@ -54,7 +54,7 @@ def student_problems(settings: Any, has_adapter: bool) -> list[str]:
             "model/lora=default, or remove it"
         )
     if isinstance(settings, Mapping) and settings.get("load_in_4bit") and not torch.cuda.is_available():
-        # After the first pass in eval mode it computes with repacked weights, past autograd: seen in 0.50.2.
+        # After a first pass in eval mode bitsandbytes (0.50.2) uses repacked weights and bypasses autograd.
         found.append(
             "model.student.quantization: on a CPU bitsandbytes gives no gradients through 4-bit weights once the "
             "model has been evaluated; give load_in_8bit: true, or train on a GPU"
@@ -63,12 +63,12 @@ def student_problems(settings: Any, has_adapter: bool) -> list[str]:
 
 
 def quantization_config(settings: Mapping[str, Any]) -> Any:
-    """transformers' config object; unknown options raise what transformers raises."""
+    """Return transformers' config object; unknown options raise transformers' own errors."""
     return AutoQuantizationConfig.from_dict(dict(settings))
 
 
 def weight_bits(settings: Any) -> int | None:
-    """About how many bits a weight of a linear layer takes; None: not quantised, or not known."""
+    """Return the approximate bits per weight of a linear layer; None: not quantised, or unknown."""
     given = settings.to_dict() if hasattr(settings, "to_dict") else dict(settings or {})
     if given.get("load_in_8bit"):
         return 8

@@ -1,4 +1,4 @@
-"""The one way to open what a role needs: its tokenizer, its model, and the student that a run exported."""
+"""The one way to open a role's tokenizer and model, and an exported student."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def open_tokenizer(models: ModelSettings, directory: Path) -> PreTrainedTokenize
 
     Args:
         models: of the run.
-        directory: of a trained tokenizer; made if need be.
+        directory: of a trained tokenizer; created if needed.
 
     Raises:
         ValueError: there is none, or it has no EOS.
@@ -48,16 +48,16 @@ def open_tokenizer(models: ModelSettings, directory: Path) -> PreTrainedTokenize
 
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return V, one more than the highest id: not ``len(tokenizer)``, since ids may have gaps."""
+    """Return V, the highest id plus 1; ``len(tokenizer)`` is wrong when ids have gaps."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def shared_vocabulary(models: ModelSettings, specs: Mapping[str, ModelSpec], tokenizer: PreTrainedTokenizerBase) -> int:
-    """Prove that all references speak the student's tokenizer; return the number of tokens they share.
+    """Check that all references use the student's tokenizer; return the number of tokens they share.
 
     Args:
         models: of the run.
-        specs: role -> model, the student and the references in question.
+        specs: role -> model, of the student and the references in question.
         tokenizer: the student's.
 
     Raises:
@@ -94,10 +94,10 @@ def open_model(
         role: for the messages.
         spec: where it comes from.
         models: how the models of the run are opened.
-        vocabulary: V, tokens of the heads.
+        vocabulary: V of its head.
         eos_token_id: the tokenizer's, for a model from scratch.
-        seed: draws the weights of a model from scratch.
-        max_length: tokens of the longest row (``data.max_length``); None: it is not known yet.
+        seed: for the weights of a model from scratch.
+        max_length: tokens of the longest row (``data.max_length``); None: not known yet.
 
     Raises:
         ValueError: it is not available, has too few positions or tokens, or transforms its logits in an unknown way.
@@ -125,14 +125,14 @@ def open_model(
 def open_reference(
     role: str, spec: ModelSpec, models: ModelSettings, tokenizer: PreTrainedTokenizerBase, vocabulary: int
 ) -> LanguageModel:
-    """Open a model that a finished student is measured against, in eval mode; the config may never have been checked.
+    """Open a model to measure a finished student against, in eval mode; its config is checked here.
 
     Args:
         role: for the messages.
         spec: where it comes from.
         models: how the models of the run are opened.
-        tokenizer: the student's, which it has to speak.
-        vocabulary: tokens of the student; its own head has those that it shares.
+        tokenizer: the student's, which it must share.
+        vocabulary: V of the student; the reference's head is cut to the tokens that they share.
 
     Raises:
         ValueError: it is not available or does not fit.
@@ -146,12 +146,12 @@ def open_reference(
 
 
 def open_exported(path: str | Path, models: ModelSettings, vocabulary: int, device: torch.device) -> nn.Module:
-    """Open a trained student as its users will: by its path alone, in the dtype of its file, in eval mode.
+    """Open a trained student as its users will: by path alone, in its file's dtype, in eval mode.
 
     Args:
-        path: model directory, or hub id.
+        path: model directory or hub id.
         models: how the models of the run are opened.
-        vocabulary: V, tokens of its tokenizer.
+        vocabulary: V of its tokenizer.
         device: where it goes.
 
     Raises:
@@ -169,5 +169,5 @@ def open_exported(path: str | Path, models: ModelSettings, vocabulary: int, devi
         raise ValueError(f"model={path}: no model can be loaded from there ({first}); give a model directory") from None
     model.to(device)
     LanguageModel(model, vocabulary).check_head()
-    # The wrapper was made in training mode, which its check restores.
+    # The wrapper starts in training mode, and its check restores that.
     return model.eval()

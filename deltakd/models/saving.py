@@ -1,4 +1,4 @@
-"""The product: a Hugging Face model directory that opens without any code of ours."""
+"""Exporting the student as a Hugging Face model directory, which opens without deltakd."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ def save_student(model: LanguageModel, tokenizer: PreTrainedTokenizerBase, direc
     """Write weights (safetensors, LoRA merged), configuration, tokenizer and model card; all of it or nothing.
 
     Args:
-        model: the trained student; it stays as it is.
+        model: the trained student, left unchanged.
         tokenizer: its tokenizer.
         directory: replaced if it exists.
         card: Markdown text of the model card.
 
     Raises:
-        WriteError: the disk did not take it.
+        WriteError: the disk failed.
     """
     causal_lm: Any = model.hf
     if hasattr(causal_lm, "merge_and_unload"):
         causal_lm = merged(causal_lm)
     known = causal_lm.generation_config.eos_token_id
     if not (isinstance(known, list) and tokenizer.eos_token_id in known):
-        # A list holds further ends of a turn, which chat models need.
+        # Keep a list that contains EOS: chat models need its further end-of-turn tokens.
         causal_lm.generation_config.eos_token_id = tokenizer.eos_token_id
     causal_lm.generation_config.bos_token_id = tokenizer.bos_token_id
     with replacing(directory, "the student") as partial:

@@ -1,4 +1,4 @@
-"""The group ``model`` of the config: which models play the roles, and how they are opened."""
+"""The group ``model`` of the config: which model each role has, and how the models are opened."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class ModelSpec:
         path: hub id or local directory; None only with ``init="random"``.
         dtype: of the weights.
         init: ``pretrained``, or ``random``: built from ``architecture`` with weights drawn from the seed.
-        architecture: for ``random``: ``model_type`` and what that type's transformers configuration takes.
+        architecture: for ``random``: ``model_type`` and options of its transformers configuration.
         tokenizer: where the role's tokenizer is, if not at ``path``.
-        quantization: transformers' quantisation config as a mapping with ``quant_method``; None: as the checkpoint is.
+        quantization: transformers' quantisation config, a mapping with ``quant_method``; None: as the checkpoint is.
     """
 
     path: str | None = None
@@ -41,8 +41,8 @@ class TokenizerSettings:
     Args:
         train_on: text files or instruction files; None: the student's own tokenizer is loaded.
         train_subset: source -> ``split.json#key``, for sources of records.
-        vocabulary: tokens, at most.
-        add_prefix_space: a word at the start of a text is then the token that it is inside a text.
+        vocabulary: maximum number of tokens.
+        add_prefix_space: a word gets the same token at the start of a text as inside it.
     """
 
     train_on: str | Sequence[str] | None = None
@@ -56,7 +56,7 @@ class ModelSettings:
     """The models of a run.
 
     Args:
-        specs: role -> where its model comes from, for every role that the config names.
+        specs: role -> where its model comes from, for every role in the config.
         tokenizer: the tokenizer to train, if any.
         lora: the student's adapter, or None.
         attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``; None: transformers' choice.

@@ -1,4 +1,4 @@
-"""Tokenizers: loading, training on given text, and the proof that two models speak the same one."""
+"""Tokenizers: loading, training on text, and checking that two models share one."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from deltakd.io.hub import hub_reachable
 
 log = logging.getLogger(__name__)
 
-#: A text with spaces, digits, punctuation, case and non-ASCII letters: equal vocabularies with other merges or
-#: another normaliser show up here.
+#: Spaces, digits, punctuation, case and non-ASCII letters: the ids of this text differ if only the merges or the
+#: normaliser do.
 PROBE = "Below is an instruction.\n\n### Response:\n  Été 2024: 1,234.5 café's “naïve” tokens — don’t split THIS!"
 
 
@@ -21,7 +21,7 @@ def load_tokenizer(path: str, key: str, *, trust_remote_code: bool = False) -> P
     """Load a tokenizer from a hub id or a directory.
 
     Raises:
-        ValueError: there is none, in one line that names the config key to set.
+        ValueError: there is none; the message names the config key to set.
     """
     try:
         return AutoTokenizer.from_pretrained(
@@ -35,15 +35,15 @@ def load_tokenizer(path: str, key: str, *, trust_remote_code: bool = False) -> P
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int, add_prefix_space: bool = False) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer (as GPT-2's: no unknown token) with ``<|endoftext|>`` as its EOS.
+    """Train a byte-level BPE tokenizer (like GPT-2's, without an unknown token) with ``<|endoftext|>`` as EOS and BOS.
 
     Args:
         texts: documents.
-        vocabulary: number of tokens, the 256 bytes and EOS among them; fewer where the text has not so many pairs.
-        add_prefix_space: begin every text with a space, so that a word at its start is the token that it is inside.
+        vocabulary: number of tokens, including the 256 bytes and EOS; fewer if the text has too few pairs to merge.
+        add_prefix_space: begin every text with a space, so that its first word gets the same token as inside a text.
 
     Raises:
-        ValueError: fewer than 257 tokens asked for.
+        ValueError: ``vocabulary`` is below 257.
     """
     if vocabulary < 257:
         raise ValueError(f"model.tokenizer.vocabulary is {vocabulary}; a byte-level BPE needs at least 257 tokens")
@@ -61,13 +61,13 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, add_prefix_space: boo
 
 
 def common_vocabulary(student: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, role: str) -> int:
-    """Prove that a reference speaks the student's tokenizer; return the number of tokens they share.
+    """Check that a reference uses the student's tokenizer; return the number of tokens they share.
 
-    Compared are token strings by id, the special tokens that appear in a row (BOS, EOS, UNK) and the ids of a probe
-    text. Padded rows of the models play no part. A pad token that one side appended is cut: no label is ever one.
+    Compares token strings by id, the special tokens that appear in rows (BOS, EOS, UNK), and the ids of a probe text.
+    Padding rows of the models' embeddings are ignored. A pad token that only one side has is cut: no label is one.
 
     Raises:
-        ValueError: showing the first tokens that differ.
+        ValueError: the message shows the first tokens that differ.
     """
     ours, theirs = _tokens_by_id(student), _tokens_by_id(other)
     shared = min(len(ours), len(theirs))
@@ -111,6 +111,6 @@ def _probe_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> int:
-    """Any id that all models know will do under an attention mask: the tokenizer's own, if they do, else 0."""
+    """Return the tokenizer's pad id if all models know it, else 0: under the attention mask any id will do."""
     own = tokenizer.pad_token_id
     return own if own is not None and own < vocabulary else 0

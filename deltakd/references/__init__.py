@@ -1,4 +1,4 @@
-"""References: the frozen companions of the student, as sources of heads."""
+"""References: the frozen models that the student learns from, as sources of heads."""
 
 from deltakd.references.base import References
 from deltakd.references.cached import CachedReferences

@@ -1,4 +1,4 @@
-"""The contract of a source of references."""
+"""The interface of a source of references."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from deltakd.types import Batch, Head
 
 
 class References(Protocol):
-    """Gives the head of each frozen model, or log-probs of a few tokens, for the valid tokens of a batch.
+    """Returns the head of each frozen model, or log-probs of a few tokens, for the valid tokens of a batch.
 
-    It is no ``nn.Module``: never part of a checkpoint or of the optimiser, and nothing that is done to the student's
-    module (training mode, device, precision) reaches it.
+    Not an ``nn.Module``: it never enters a checkpoint or the optimiser, and changes to the student's module (training
+    mode, device, precision) do not reach it.
     """
 
     @property
     def roles(self) -> frozenset[str]:
-        """The roles it can give."""
+        """The roles it can serve."""
         ...
 
     def to(self, device: torch.device) -> None:
-        """Give heads on ``device`` from now on: the student is there."""
+        """Return heads on ``device``, the student's, from now on."""
         ...
 
     def start(self, batch: Batch) -> Callable[[], dict[str, Head] | Buckets]:
-        """As a call, in two phases: what can run beside the student is left to the returned function.
+        """Start a call; the returned function finishes it and returns the result.
 
-        The student's forward pass belongs between the two.
+        Run the student's forward pass in between: the two can then overlap.
         """
         ...
 
     def __call__(self, batch: Batch) -> dict[str, Head] | Buckets:
-        """Return role -> head of the batch's N valid tokens, in the order of ``batch.labels_N``; or buckets of them."""
+        """Return role -> head of the batch's N valid tokens, in the order of ``batch.labels_N``; or their buckets."""
         ...

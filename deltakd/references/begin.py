@@ -1,4 +1,4 @@
-"""The beginning of a cache: what a stored token looks like, and for log-probs of K tokens, which K."""
+"""Creating a cache: the format of a stored token and, for a top-K store, the choice of K."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from deltakd.types import STUDENT, Batch, Head, Loss
 
 log = logging.getLogger(__name__)
 
-#: Valid tokens of the sample on which K is chosen and errors are measured.
+#: Valid tokens in the sample on which K is chosen and errors are measured.
 SAMPLE_TOKENS = 2048
 
 
 @dataclass(frozen=True)
 class Caching:
-    """What caching needs once everything is loaded.
+    """Everything loaded that caching needs.
 
     Args:
         settings: the group ``reference``.
@@ -40,11 +40,11 @@ class Caching:
         data: the group ``data``.
         loss: the loss that will be trained.
         tokenizer: the student's.
-        vocabulary: tokens that all models share.
+        vocabulary: number of tokens that all models share.
         sets: tokenised rows.
-        references: the models, on the device where they run.
-        device: that device.
-        open_student: load the student as it starts; errors of ``topk`` are measured on it.
+        references: the models, on ``device``.
+        device: where they run.
+        open_student: loads the untrained student, on which the errors of ``topk`` are measured.
         show_progress: show a progress bar.
     """
 
@@ -61,13 +61,13 @@ class Caching:
     show_progress: bool = True
 
     def batch(self, encoded: EncodedSet, rows: NDArray[np.int64]) -> Batch:
-        """Rows of a set as one batch on the device."""
+        """Return rows of a set as one batch on the device."""
         chosen = [encoded[row] for row in rows]
         return collate(chosen, pad_id(self.tokenizer, self.vocabulary), 0, 0).to(self.device)
 
 
 def begin_store(caching: Caching, given: Mapping[str, Any]) -> CacheStore:
-    """An empty cache for the config, on disk.
+    """Create an empty cache on disk.
 
     Args:
         caching: everything loaded.
@@ -107,7 +107,7 @@ def _model_content(caching: Caching, role: str, head: Head) -> dict[str, Any]:
 
 
 def token_tensors(heads: Mapping[str, Head], labels: Tensor, content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What is stored of N tokens: name -> [N, ...] on the CPU.
+    """Return the arrays to store for N tokens: name -> [N, ...] on the CPU.
 
     Args:
         heads: of the references.
@@ -124,10 +124,10 @@ def token_tensors(heads: Mapping[str, Head], labels: Tensor, content: Mapping[st
 
 
 def _choose_k(caching: Caching) -> tuple[list[dict[str, Any]], int]:
-    """What each K would get wrong on a sample, and the K to take.
+    """Return the errors of each K on a sample, and the K to use.
 
     Raises:
-        ValueError: none is good enough.
+        ValueError: no K is good enough.
     """
     settings = caching.settings
     vocabulary = caching.vocabulary
@@ -163,7 +163,7 @@ def _shown(entry: Mapping[str, Any]) -> str:
 
 @torch.no_grad()
 def _sample(caching: Caching) -> tuple[Head, dict[str, Head], Tensor]:
-    """Heads of the student as it starts and of the references, and labels, over rows of all lengths."""
+    """Return the untrained student's head, the references' heads, and labels, over rows of all lengths."""
     encoded = caching.sets.train
     student = caching.open_student().eval().to(caching.device)
     count = min(len(encoded), max(1, SAMPLE_TOKENS * len(encoded) // max(1, int(encoded.valid_tokens.sum()))))

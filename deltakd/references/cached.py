@@ -1,4 +1,4 @@
-"""References that were run once, and are read from disk."""
+"""References that were run once and are read from disk."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 
 @final
 class CachedReferences:
-    """Reads the references of each batch's rows from a cache.
+    """Reads the references for each batch's rows from a cache.
 
     Args:
-        store: the cache; its files are as they were written (``CacheStore.check``).
-        roles: those to give; the cache may hold more.
+        store: the cache, already verified (``CacheStore.check``).
+        roles: the roles to serve; the cache may hold more.
     """
 
     def __init__(self, store: CacheStore, roles: Collection[str]) -> None:
         content: dict[str, Any] = store.manifest.content
         self._models: dict[str, dict[str, Any]] = {role: content["models"][role] for role in sorted(roles)}
         self._path = store.path
-        #: Tokens that the cached models share: what every head is cut to.
+        #: Number of tokens that the cached models share; every head is cut to it.
         self.vocabulary: int = content["vocabulary"]
         self._is_topk = content["store"] == "topk"
         self._temperature = float(content["temperature"] or 1.0)
@@ -40,21 +40,21 @@ class CachedReferences:
 
     @property
     def roles(self) -> frozenset[str]:
-        """The roles that it gives."""
+        """The roles it serves."""
         return frozenset(self._models)
 
     @property
     def index(self) -> RowIndex:
-        """Which rows it has."""
+        """The index of cached rows."""
         return self._index
 
     def to(self, device: torch.device) -> None:
-        """Give heads on ``device`` from now on."""
+        """Return heads on ``device`` from now on."""
         self._device = device
         self._heads = {name: tensor.to(device) for name, tensor in self._heads.items()}
 
     def start(self, batch: Batch) -> Callable[[], dict[str, Head] | Buckets]:
-        """Look the rows up now; read them when they are asked for.
+        """Look the rows up now; the returned function reads them.
 
         Raises:
             StoreError: a row is not in the cache.
@@ -63,7 +63,7 @@ class CachedReferences:
         return lambda: self._read(places)
 
     def __call__(self, batch: Batch) -> dict[str, Head] | Buckets:
-        """Role -> head of the batch's N valid tokens, or buckets of them.
+        """Return role -> head of the batch's N valid tokens, or their buckets.
 
         Raises:
             StoreError: a row is not in the cache.

@@ -1,4 +1,4 @@
-"""What the content of a cache depends on, and whether a run may use it; every difference is named."""
+"""What the content of a cache depends on, and whether a run may use it. Every difference is reported."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from deltakd.types import STUDENT, STUDENT_RAW, Loss
 
 
 def data_identity(data: DataConfig, tokenizer: PreTrainedTokenizerBase, sets: LoadedSets) -> dict[str, Any]:
-    """Return what decides which rows there are, and their tokens."""
+    """Return fingerprints of everything that determines the rows and their tokens."""
     return {
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "template": fingerprint(repr(data.make_template(tokenizer))),
@@ -31,13 +31,13 @@ def data_identity(data: DataConfig, tokenizer: PreTrainedTokenizerBase, sets: Lo
 
 
 def cache_problems(models: ModelSettings, loss: Loss, settings: CacheSettings, adding: bool = False) -> list[str]:
-    """Why a run may not use its cache, as far as the config tells, one sentence each.
+    """Return why a run may not use its cache, as far as the config tells, one sentence each.
 
     Args:
         models: the group ``model``.
         loss: of the run.
-        settings: the reference group.
-        adding: whether rows are to be added to the cache, which needs the models of all its roles.
+        settings: the group ``reference``.
+        adding: True if rows will be added to the cache, which needs the models of all its roles.
     """
     if not settings.path:
         return []
@@ -66,7 +66,7 @@ def cache_problems(models: ModelSettings, loss: Loss, settings: CacheSettings, a
 
 
 def _store_problems(content: Mapping[str, Any], loss: Loss, settings: CacheSettings) -> list[str]:
-    """Those of the kind of store, of K and of the temperature."""
+    """Return mismatches in the kind of store, K and temperature."""
     found = []
     if settings.store is not None and settings.store != content["store"]:
         found.append(differs("reference.store", settings.store, content["store"], settings.path))
@@ -83,7 +83,7 @@ def _store_problems(content: Mapping[str, Any], loss: Loss, settings: CacheSetti
 
 
 def model_problems(role: str, spec: ModelSpec | None, held: Mapping[str, Any], path: str) -> list[str]:
-    """A model that the config names has to be the cached one; where it is gone, its name has to be the same."""
+    """Return how the config's model differs from the cached one; if it is not on this machine, compare the paths."""
     if spec is None or not spec.path:
         return []
     given = model_identity(spec)
@@ -103,7 +103,7 @@ def model_problems(role: str, spec: ModelSpec | None, held: Mapping[str, Any], p
 
 
 def differs(key: str, here: object, there: object, path: object) -> str:
-    """One sentence: what is given, what the cache was made with, and what to do."""
+    """Say in one sentence what the config gives, what the cache was made with, and what to do."""
     return (
         f"{key} is {here}, but the cache reference.path={path} was made with {there}; give the same, or make another "
         "cache in another directory"
@@ -111,9 +111,9 @@ def differs(key: str, here: object, there: object, path: object) -> str:
 
 
 def data_problems(content: Mapping[str, Any], given: Mapping[str, Any], path: object) -> list[str]:
-    """Differences of tokenizer, template and data, one sentence each.
+    """Return differences in tokenizer, template and data, one sentence each.
 
-    Sets with the cached fingerprints hold the very same tokens, whatever the files are called.
+    Sets with the cached fingerprints hold the same tokens, whatever the files are called.
 
     Args:
         content: of the cache.
@@ -138,22 +138,22 @@ def data_problems(content: Mapping[str, Any], given: Mapping[str, Any], path: ob
 
 
 def missing_rows(index: RowIndex, sets: LoadedSets) -> dict[str, NDArray[np.int64]]:
-    """Set -> positions of its rows that the cache lacks; those without a valid token are never needed."""
+    """Return set -> positions of the rows that the cache lacks; rows without a valid token are never needed."""
     return {name: rows_lacking(index, encoded) for name, encoded in named_sets(sets).items()}
 
 
 def rows_lacking(index: RowIndex, encoded: EncodedSet) -> NDArray[np.int64]:
-    """[m] positions of the rows of a set that have a valid token and are not in the cache."""
+    """Return [m], positions of a set's rows that have a valid token and are not in the cache."""
     return np.flatnonzero((index.find(keys_of_set(encoded)) < 0) & (encoded.valid_tokens > 0))
 
 
 def named_sets(sets: LoadedSets) -> dict[str, EncodedSet]:
-    """``train``, and ``val`` where there is one."""
+    """Return ``train`` and, if there is one, ``val``."""
     return {"train": sets.train} | ({} if sets.val is None else {"val": sets.val})
 
 
 def missing_problem(missing: Mapping[str, NDArray[np.int64]], sets: LoadedSets, path: object) -> list[str]:
-    """One sentence that counts the missing rows and lists the first; empty where none is missing."""
+    """Return one sentence that counts the missing rows and lists the first ones; empty if none are missing."""
     shown = [
         f"{len(rows)} of {len(encoded)} rows of data.{name} (rows {_listed(encoded.row_ids[rows])})"
         for name, encoded in named_sets(sets).items()

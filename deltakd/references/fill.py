@@ -1,4 +1,4 @@
-"""Running the references once over a data set, for the rows that a cache lacks."""
+"""Running the references once over the rows that a cache lacks."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from deltakd.references.store import OFFSETS, ROW_KEYS
 
 log = logging.getLogger(__name__)
 
-#: A shard ends with the batch that would exceed one of these: what an interruption costs at most.
+#: A shard ends before the batch that would exceed one of these; an interruption loses at most one shard.
 SHARD_ROWS = 4096
 SHARD_BYTES = 64 * 2**20
-#: Bytes of a row's key and offset.
+#: Bytes per row for its key and offset.
 ROW_BYTES = 24
 
 
 def summary_of(store: CacheStore) -> dict[str, Any]:
-    """Return what a cache holds, for its ``summary.json``."""
+    """Return the ``summary.json`` of a cache."""
     content, shards = store.manifest.content, store.manifest.shards
     return {
         "store": content["store"],
@@ -49,7 +49,7 @@ def summary_of(store: CacheStore) -> dict[str, Any]:
 
 
 def drop_damaged(store: CacheStore) -> None:
-    """Remove damaged files from the cache, so that they are made again."""
+    """Remove damaged files from the cache; filling it makes them again."""
     bad = store.bad_files(checksum=True)
     for file, problem in bad.items():
         log.info("%s %s; it is made again.", store.path / file, problem)
@@ -57,10 +57,10 @@ def drop_damaged(store: CacheStore) -> None:
 
 
 def make_missing(caching: Caching, store: CacheStore) -> float | None:
-    """Run the references over all rows that the store lacks; a shard is written as soon as it is full.
+    """Run the references over all rows that the store lacks. Each shard is written as soon as it is full.
 
     Returns:
-        The speed, valid tokens/s; None where nothing was left to do.
+        The speed in valid tokens/s; None if nothing was left to do.
     """
     content = store.manifest.content
     heads = _head_tensors(caching) if content["store"] == "hidden" and store.manifest.heads is None else {}
@@ -90,7 +90,7 @@ def _from(advance: Callable[[int], None], start: int) -> Callable[[int], None]:
 
 
 def _head_tensors(caching: Caching) -> dict[str, Tensor]:
-    """``<role>.weight`` and ``<role>.bias``, copied: a file holds no views, and tied weights once for each role."""
+    """Return copies of ``<role>.weight`` and ``<role>.bias``: a file holds no views, so each role stores its own."""
     row = np.argsort(caching.sets.train.lengths, kind="stable")[:1]
     heads = caching.references(caching.batch(caching.sets.train, row))
     parts = {f"{role}.weight": head.weight for role, head in heads.items()}
@@ -99,7 +99,7 @@ def _head_tensors(caching: Caching) -> dict[str, Tensor]:
 
 
 def _rows_to_run(missing: dict[str, NDArray[np.int64]], sets: LoadedSets) -> dict[str, NDArray[np.int64]]:
-    """Set -> the missing rows, those of equal content once."""
+    """Return set -> missing rows; of rows with equal content only one."""
     seen: set[bytes] = set()
     todo = {}
     for name, encoded in named_sets(sets).items():
@@ -116,15 +116,15 @@ def _rows_to_run(missing: dict[str, NDArray[np.int64]], sets: LoadedSets) -> dic
 def plan_shards(
     encoded: EncodedSet, rows: NDArray[np.int64], batch_size: int, bytes_per_token: int
 ) -> Iterator[list[NDArray[np.int64]]]:
-    """Batches of rows of similar length, shard by shard.
+    """Yield the batches of each shard; the rows of a batch have similar lengths.
 
-    A shard ends where a batch does, so that what remains after an interruption falls into the same batches.
+    Shards end at batch boundaries, so that an interrupted run continues with the same batches.
 
     Args:
         encoded: the set.
         rows: positions in it.
-        batch_size: rows of a batch.
-        bytes_per_token: of a stored token.
+        batch_size: rows per batch.
+        bytes_per_token: bytes per stored token.
     """
     ordered = rows[np.argsort(encoded.lengths[rows], kind="stable")]
     shard: list[NDArray[np.int64]] = []
@@ -150,7 +150,7 @@ def _run_shard(
     content: dict[str, Any],
     progress: Callable[[int], None],
 ) -> dict[str, Tensor]:
-    """The arrays of a shard."""
+    """Return the arrays of a shard."""
     parts: list[dict[str, Tensor]] = []
     done = 0
     for rows in batches:
@@ -167,7 +167,7 @@ def _run_shard(
 
 
 def _announce(store: CacheStore, valid_tokens: dict[str, NDArray[np.int64]], heads: dict[str, Tensor]) -> None:
-    """Say how large what is still to be stored will be: tokens of rows, keys of rows, output embeddings.
+    """Log how much will be stored: the rows' tokens and keys, and the output embeddings.
 
     Raises:
         StoreError: the disk has less room than that.
@@ -197,7 +197,7 @@ def _announce(store: CacheStore, valid_tokens: dict[str, NDArray[np.int64]], hea
 
 
 def in_units(size: float) -> str:
-    """Bytes as a number that can be read: KiB, MiB or GiB."""
+    """Format bytes as KiB, MiB or GiB."""
     for unit, factor in (("GiB", 2**30), ("MiB", 2**20)):
         if size >= factor:
             return f"{size / factor:.2f} {unit}"
@@ -206,10 +206,10 @@ def in_units(size: float) -> str:
 
 @contextmanager
 def _disk_full(store: CacheStore, sets: LoadedSets) -> Iterator[None]:
-    """Turn the system's word that there is no room left into what is done and what to do.
+    """Turn "no space left" into a message that says what is done and what to do.
 
     Raises:
-        StoreError: the disk, or the user's share of it, is full.
+        StoreError: the disk or the user's quota is full.
     """
     try:
         yield

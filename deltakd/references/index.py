@@ -1,4 +1,4 @@
-"""Rows of a cache, found by their content: order, batch size and number of ranks play no part."""
+"""Rows of a cache, looked up by content: order, batch size and number of ranks do not matter."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from deltakd.data import EncodedSet
 from deltakd.references.store import OFFSETS, ROW_KEYS, CacheStore, StoreError, map_arrays
 from deltakd.types import Batch
 
-#: Bytes of a row's key.
+#: Bytes per row key.
 KEY_BYTES = 16
 
 
 def row_key(input_ids: NDArray[Any], labels: NDArray[Any]) -> bytes:
-    """A 128-bit hash of a row's T token ids and labels, without padding."""
+    """Return a 128-bit hash of a row's T token ids and labels, without padding."""
     digest = hashlib.blake2b(input_ids.astype("<i4", copy=False).tobytes(), digest_size=KEY_BYTES)
     digest.update(labels.astype("<i4", copy=False).tobytes())
     return digest.digest()
 
 
 def keys_of_set(encoded: EncodedSet) -> NDArray[np.uint8]:
-    """[n, 16] the keys of all rows of a set."""
+    """Return [n, 16], the keys of all rows of a set."""
     bounds = encoded.offsets.tolist()
     return as_keys(row_key(encoded.input_ids[a:b], encoded.labels[a:b]) for a, b in pairwise(bounds))
 
 
 def keys_of_batch(batch: Batch) -> NDArray[np.uint8]:
-    """[r, 16] the keys of the rows of a batch that have a valid token, in their order."""
+    """Return [r, 16], the keys of the batch's rows that have a valid token, in order."""
     labelled = batch.valid_BT.any(1).cpu().numpy()
     lengths = batch.attention_mask.sum(1).cpu().numpy()
     ids_BT, labels_BT = batch.input_ids.cpu().numpy(), batch.labels.cpu().numpy()
@@ -42,13 +42,13 @@ def keys_of_batch(batch: Batch) -> NDArray[np.uint8]:
 
 
 def as_keys(keys: Iterable[bytes]) -> NDArray[np.uint8]:
-    """[n, 16] uint8."""
+    """Return the keys as [n, 16] uint8."""
     return np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, KEY_BYTES)
 
 
 @final
 class RowIndex:
-    """Where each row of a cache is; its arrays stay on disk until they are read.
+    """Finds rows in a cache; their arrays stay on disk until they are read.
 
     Args:
         store: the cache.
@@ -63,7 +63,7 @@ class RowIndex:
         offsets = [np.array(arrays[OFFSETS]) for arrays in self._shards]
         pairs = _halves(np.concatenate([np.empty((0, KEY_BYTES), np.uint8), *keys]))
         order = np.argsort(pairs[:, 0], kind="stable")
-        #: The first halves, rising, and the second ones with them.
+        #: The keys' first halves in ascending order, and the second halves with them.
         self._first, self._second = pairs[order, 0], pairs[order, 1]
         if (self._first[1:] == self._first[:-1]).any():
             raise StoreError(f"reference.path={store.path} holds a row twice; remove it and make the cache again")
@@ -77,7 +77,7 @@ class RowIndex:
         return len(self._first)
 
     def find(self, keys: NDArray[np.uint8]) -> NDArray[np.int64]:
-        """[n] the places of rows given by keys [n, 16]; −1 where a row is not in the cache."""
+        """Return [n], the places of the rows with keys [n, 16]; −1 where a row is not in the cache."""
         pairs = _halves(keys)
         if not len(self):
             return np.full(len(pairs), -1, np.int64)
@@ -86,10 +86,10 @@ class RowIndex:
         return np.where(there, places, -1)
 
     def read(self, places: NDArray[np.int64], names: Sequence[str]) -> dict[str, NDArray[Any]]:
-        """The tokens' arrays of rows at their places, one after another: name -> [N, ...], copied out of the files."""
+        """Return the arrays of the rows at ``places``, concatenated: name -> [N, ...], copied out of the files."""
         where = zip(self._shard[places], self._start[places], self._stop[places], strict=True)
         spans = [(int(shard), slice(int(start), int(stop))) for shard, start, stop in where]
-        # An empty piece first: rows without a valid token leave nothing to put together.
+        # An empty piece first: concatenate needs at least one, and rows without a valid token give none.
         return {
             name: np.concatenate(
                 [self._shards[0][name][:0], *(self._shards[shard][name][span] for shard, span in spans)]

@@ -1,4 +1,4 @@
-"""References that run beside the student."""
+"""References that run alongside the student."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from deltakd.types import STUDENT_RAW, Batch, Head
 
 @final
 class LiveReferences:
-    """Frozen models, run on every batch; hidden states travel to the student's device, never logits.
+    """Frozen models, run on every batch. Hidden states travel to the student's device, logits never do.
 
     Args:
-        models: role -> model; frozen here, in eval mode for good.
+        models: role -> model; frozen here and put in eval mode for good.
         adapted_student: a LoRA student that serves ``student_raw`` with its adapter switched off. If it is sharded,
-            its head is whole in the ``forward`` of the module that was sharded: call the references from there.
-        placement: ``auto`` follows the student's device; else the name of a device where the references stay.
-        sharding: ``replicate``: each rank holds all of them; ``shard``: a part, and layers are gathered as they run.
+            its head is whole only in the ``forward`` of the sharded module: call the references from there.
+        placement: ``auto``: the student's device; else the name of the device where the references stay.
+        sharding: ``replicate``: each rank holds all of them; ``shard``: each holds a part and gathers layer by layer.
         engine: what shards them.
-        persistence_threshold: ZeRO 3 keeps parameters of fewer numbers whole on each rank.
+        persistence_threshold: ZeRO 3 keeps parameters with fewer elements whole on each rank.
     """
 
     def __init__(
@@ -42,26 +42,26 @@ class LiveReferences:
         self._sharding = sharding
         self._engine = engine
         self._persistence_threshold = persistence_threshold
-        #: What is run: the models, or functions that gather their parts.
+        #: The callables to run: the models, or wrappers that gather their shards.
         self._runners: dict[str, Callable[[Batch], Head]] = dict(models)
         self._adapted_student = adapted_student
         self._placement = placement
         self._device = torch.device("cpu")
-        #: Heads of models that stay elsewhere, sent to the student's device once.
+        #: Output embeddings of models on another device, copied to the student's once.
         self._remote_weights: dict[str, torch.Tensor] = {}
         for model in self._models.values():
             model.eval().requires_grad_(False)
 
     @property
     def roles(self) -> frozenset[str]:
-        """The roles it can give."""
+        """The roles it can serve."""
         extra = {STUDENT_RAW} if self._adapted_student is not None else set()
         return frozenset(self._models) | extra
 
     def to(self, device: torch.device) -> None:
         """Follow the student to ``device``, or stay where ``placement`` says and send hidden states there.
 
-        Sharded references are divided here. Collective then: call on every rank.
+        Sharded references are sharded here; it is then collective: call on every rank.
         """
         self._device = device
         home = self._home
@@ -72,7 +72,7 @@ class LiveReferences:
             }
             return
         for model in self._models.values():
-            # Most kinds of quantised weights can't be moved, or only from CPU memory to where they are packed.
+            # Most quantised weights can't be moved, or only once, from CPU memory to the device that packs them.
             if not (model.quantized and next(model.parameters()).device.type == home.type):
                 model.to(home)
 
@@ -81,10 +81,10 @@ class LiveReferences:
         return self._device if self._placement == "auto" else torch.device(self._placement)
 
     def start(self, batch: Batch) -> Callable[[], dict[str, Head]]:
-        """Run now what shares the student's device: its activations are freed before the student's exist.
+        """On the student's device, run now: the activations are freed before the student makes its own.
 
-        What runs elsewhere is sent its batch now and runs after the student's forward pass has been queued: both
-        devices then work at the same time, and only the loss waits.
+        On another device, send the batch now and run once the student's forward pass is queued: both devices then work
+        at the same time, and only the loss waits.
         """
         if self._home == self._device:
             heads = self(batch)
@@ -93,16 +93,16 @@ class LiveReferences:
         return lambda: self._heads(batch, batch_there)
 
     def __call__(self, batch: Batch) -> dict[str, Head]:
-        """Role -> head of the batch's N valid tokens."""
+        """Return role -> head of the batch's N valid tokens."""
         return self._heads(batch, batch.to(self._home))
 
     @torch.no_grad()
     def _heads(self, batch: Batch, batch_there: Batch) -> dict[str, Head]:
         there = {role: self._run(runner, batch_there) for role, runner in self._runners.items()}
-        # After all of them have been queued: a copy to the student's device waits for what it copies.
+        # Only once all are queued: a copy to the student's device waits for its source.
         heads = {role: self._brought(role, head) for role, head in there.items()}
         if self._adapted_student is not None:
-            # Not called as a module: ZeRO 3 would free the head on return, and it is still to be multiplied by.
+            # Not called as a module: ZeRO 3 would free the head on return, and the loss still multiplies by it.
             with self._adapted_student.adapter_off():
                 head = self._adapted_student.head(batch)
             heads[STUDENT_RAW] = replace(head, weight=head.weight.detach())

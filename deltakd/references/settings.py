@@ -69,8 +69,8 @@ class LiveSettings(SourceSettings):
     """The references run beside the student on every batch (``conf/reference/live.yaml``).
 
     Args:
-        placement: ``auto``: the student's device; else the name of a device where they stay, such as ``cuda:1``.
-        sharding: ``replicate``: each process holds all of them; ``shard``: a part, gathered layer by layer.
+        placement: ``auto``: the student's device; else the name of the device where they stay, such as ``cuda:1``.
+        sharding: ``replicate``: each process holds all of them; ``shard``: each a part, gathered layer by layer.
     """
 
     placement: str = "auto"
@@ -119,13 +119,13 @@ class CacheSettings(ReferenceSettings):
 
     Args:
         path: the directory of the cache.
-        store: ``hidden``: last hidden states, exact, for every loss; or ``topk``: log-probs of K tokens and the rest,
-            small, approximate, for one τ. None: whichever is there; ``hidden`` where a cache is made.
-        k: tokens of a support of ``topk``; None chooses by ``target_error``.
-        target_error: the relative error of loss and gradient that the chosen K has at most on a sample.
-        dtype: of what is stored; None: the models' own for ``hidden``, float16 for ``topk``.
-        verify: verify all checksums when the cache is opened; sizes are always verified.
-        remake: make damaged files again (where a cache is made).
+        store: ``hidden``: last hidden states, exact, for every loss; ``topk``: log-probs of K tokens and of the rest,
+            small, approximate, for one τ. None: whichever is there, or ``hidden`` for a new cache.
+        k: tokens in the support of ``topk``; None: chosen by ``target_error``.
+        target_error: the largest relative error of loss and gradient that the chosen K may have on a sample.
+        dtype: of the stored numbers; None: the models' own for ``hidden``, float16 for ``topk``.
+        verify: check all checksums when the cache is opened; sizes are always checked.
+        remake: make damaged files again (``deltakd.cache`` only).
     """
 
     path: str | None = None
@@ -144,7 +144,7 @@ class CacheSettings(ReferenceSettings):
 
 
 def device_problems(key: str, name: str) -> list[str]:
-    """Return why a device that the config names is not available, if so."""
+    """Return why the device that a config key names is not available; empty if it is."""
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -1,6 +1,6 @@
-"""A frozen model of which each rank holds a part: by FSDP2, or by DeepSpeed's ZeRO 3.
+"""A frozen model sharded over the ranks by FSDP2 or by DeepSpeed's ZeRO 3.
 
-Its parameters are gathered layer by layer while it runs, and freed again. All ranks have to run it together.
+Its parameters are gathered layer by layer as it runs, then freed. All ranks must run it together.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from deltakd.distributed.sharding import shard_by_blocks
 from deltakd.models import LanguageModel
 from deltakd.types import Batch, Head
 
-#: What shards the references: what shards the student, or could.
+#: What shards the references.
 Engine = Literal["fsdp", "deepspeed"]
 
 
 @final
 class _WholeHead(nn.Module):
-    """Runs a model and copies its output embedding, which is whole inside ``forward`` only.
+    """Runs a model and copies its output embedding, which is whole only inside ``forward``.
 
-    It returns tensors and no ``Head``: DeepSpeed warns of modules in whose outputs it finds none.
+    It returns tensors, not a ``Head``: DeepSpeed warns about modules whose outputs contain no tensors it can find.
 
     Args:
         model: the frozen model.
@@ -45,17 +45,17 @@ def sharded(
 ) -> Callable[[Batch], Head]:
     """Shard a frozen model over all ranks. Collective: call on every rank.
 
-    The model's parameters shrink to this rank's part one block at a time, so that the device never holds all of them.
-    Until then a model loaded in the dtype of its file is that file, memory-mapped and shared by a machine's ranks.
+    The parameters shrink to this rank's shard one block at a time, so that the device never holds all of them. Until
+    then a model loaded in its file's dtype is that memory-mapped file, shared by the ranks of a machine.
 
     Args:
         model: whole, on the CPU or on ``device``; sharded in place.
         engine: what shards it.
         device: of this rank.
-        persistence_threshold: ZeRO 3 keeps parameters of fewer numbers whole.
+        persistence_threshold: ZeRO 3 keeps parameters with fewer elements whole.
 
     Returns:
-        A function from a batch to its head, whose output embedding is whole for as long as the head is held.
+        A function from a batch to its head, whose output embedding stays whole as long as the head is referenced.
     """
     transform = model.head_of(next(model.parameters()).new_zeros(0))
     whole = _WholeHead(model)
@@ -70,7 +70,7 @@ def sharded(
 
 def _by_fsdp(whole: _WholeHead, device: torch.device) -> Any:
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    # The root's own parameters would otherwise stay gathered until a backward pass that never comes.
+    # Otherwise the root's own parameters would stay gathered until a backward pass that never comes.
     shard_by_blocks(whole, mesh, reshard_after_forward=True)
     return whole
 
@@ -85,7 +85,7 @@ def _by_zero(whole: _WholeHead, device: torch.device, persistence_threshold: int
         "bf16": {"enabled": dtype == torch.bfloat16},
         "fp16": {"enabled": dtype == torch.float16},
     }
-    # First, since a model that is not partitioned yet is moved to the device as a whole.
+    # First: initialize() moves a model that is not partitioned yet to the device as a whole.
     deepspeed.zero.Init(module=whole, config_dict_or_path=config, dtype=dtype)
     for buffer in whole.buffers():
         buffer.data = buffer.data.to(device)

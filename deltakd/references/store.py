@@ -1,4 +1,4 @@
-"""A cache of references on disk: shards that are written whole or not at all, and the manifest that lists them."""
+"""A cache of references on disk: shards, written whole or not at all, and the manifest that lists them."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from torch import Tensor
 
 from deltakd.io.files import PARTIAL, write_bytes, write_json
 
-#: To be raised when files of a former version can't be read any more.
+#: Raise it when older files can no longer be read.
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-#: Arrays of a shard that are not a role's.
+#: Arrays of a shard that belong to no role.
 ROW_KEYS, OFFSETS, SUPPORT = "row_keys", "offsets", "support"
-#: Safetensors' names of dtypes; numpy has no bfloat16, whose bits are kept in 16-bit integers.
+#: Safetensors dtype -> numpy dtype; numpy lacks bfloat16, so its bits are read as 16-bit integers.
 _NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<i2", "U8": "u1", "U16": "<u2", "I32": "<i4", "I64": "<i8"}
 
 
 class StoreError(ValueError):
-    """A cache that can't be used as it is; the message says what to do."""
+    """The cache can't be used as it is; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class StoredFile:
         file: its name.
         bytes: its size.
         sha256: over its content.
-        rows, tokens: what it holds (of a shard).
+        rows, tokens: how many it holds, if it is a shard.
     """
 
     file: str
@@ -48,11 +48,11 @@ class StoredFile:
     tokens: int = 0
 
     def problem(self, folder: Path, checksum: bool) -> str | None:
-        """What is wrong with the file, in a few words; None: nothing.
+        """Return what is wrong with the file, in a few words; None if nothing is.
 
         Args:
             folder: where it is.
-            checksum: whether to read it all.
+            checksum: also check its sha256, which reads the whole file.
         """
         path = folder / self.file
         if not path.is_file():
@@ -69,13 +69,13 @@ class StoredFile:
 
 @dataclass
 class Manifest:
-    """What a cache holds and what that depends on.
+    """What a cache holds, and what its content depends on.
 
     Args:
-        content: everything that decides what the files hold (see ``deltakd.references.content``).
+        content: everything that determines the files' content (see ``deltakd.references.content``).
         heads: the file of the output embeddings; None in a top-K store, which needs none.
         shards: in the order of their names.
-        sample: what ``sample_errors`` found where a top-K store was begun.
+        sample: the result of ``sample_errors`` when a top-K store was created.
     """
 
     content: dict[str, Any]
@@ -85,7 +85,7 @@ class Manifest:
 
     @property
     def files(self) -> list[StoredFile]:
-        """All files but the manifest itself."""
+        """All files except the manifest itself."""
         return [*([] if self.heads is None else [self.heads]), *self.shards]
 
 
@@ -103,7 +103,7 @@ class CacheStore:
 
     @classmethod
     def create(cls, path: Path, content: dict[str, Any], sample: list[dict[str, Any]]) -> CacheStore:
-        """An empty cache in ``path``, on disk.
+        """Create an empty cache on disk.
 
         Raises:
             StoreError: the directory holds something else.
@@ -117,7 +117,7 @@ class CacheStore:
 
     @classmethod
     def open(cls, path: Path) -> CacheStore:
-        """The cache that is there.
+        """Open an existing cache.
 
         Raises:
             StoreError: there is none, or its manifest can't be read.
@@ -145,7 +145,7 @@ class CacheStore:
 
     @staticmethod
     def is_at(path: Path) -> bool:
-        """Whether a cache was begun there."""
+        """True if the directory holds a cache, complete or not."""
         return (path / MANIFEST).is_file()
 
     def save(self) -> None:
@@ -164,7 +164,7 @@ class CacheStore:
         """Write a shard under the first free number, then the manifest.
 
         Args:
-            tensors: ``row_keys`` [rows, 16] uint8, ``offsets`` [rows + 1] int64, and what the tokens have.
+            tensors: ``row_keys`` [rows, 16] uint8, ``offsets`` [rows + 1] int64, and the tokens' arrays.
 
         Raises:
             WriteError: the disk is full; no part of the shard is left.
@@ -178,7 +178,7 @@ class CacheStore:
         return shard
 
     def set_heads(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write the output embeddings, ``<role>.weight`` and ``<role>.bias``, then the manifest."""
+        """Write the output embeddings ``<role>.weight`` and ``<role>.bias``, then the manifest."""
         self.manifest.heads = self._write("heads.safetensors", tensors, 0, 0)
         self.save()
 
@@ -188,15 +188,15 @@ class CacheStore:
         return StoredFile(name, len(content), hashlib.sha256(content).hexdigest(), rows, tokens)
 
     def bad_files(self, checksum: bool) -> dict[str, str]:
-        """File -> what is wrong with it."""
+        """Return file -> what is wrong with it."""
         problems = {entry.file: entry.problem(self.path, checksum) for entry in self.manifest.files}
         return {file: problem for file, problem in problems.items() if problem is not None}
 
     def check(self, checksum: bool) -> None:
-        """Raise if a file is not as it was written.
+        """Check that all files are as they were written.
 
         Raises:
-            StoreError: naming every such file, and the command that makes it again.
+            StoreError: names every damaged file and the command that makes it again.
         """
         bad = self.bad_files(checksum)
         if bad:
@@ -207,7 +207,7 @@ class CacheStore:
             )
 
     def drop(self, files: Mapping[str, str]) -> None:
-        """Forget files, so that they are made again."""
+        """Delete files and their manifest entries; filling the cache makes them again."""
         for file in files:
             (self.path / file).unlink(missing_ok=True)
         if self.manifest.heads is not None and self.manifest.heads.file in files:
@@ -216,7 +216,7 @@ class CacheStore:
         self.save()
 
     def read_heads(self) -> dict[str, Tensor]:
-        """The output embeddings; empty where the store has none."""
+        """Return the output embeddings; empty if the store has none."""
         entry = self.manifest.heads
         return {} if entry is None else load_file(self.path / entry.file)
 
@@ -226,7 +226,7 @@ def _shard_name(number: int) -> str:
 
 
 def map_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """The arrays of a safetensors file, mapped into memory: read when touched. bfloat16 comes as its bits, int16."""
+    """Return the arrays of a safetensors file, memory-mapped; bfloat16 comes as its bits in int16."""
     with path.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(size))
@@ -240,6 +240,6 @@ def map_arrays(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def as_tensor(array: NDArray[Any], dtype: torch.dtype) -> Tensor:
-    """A tensor over a fresh array; int16 that are the bits of bfloat16 become it again."""
+    """Return a tensor that shares the array's memory; int16 holding bfloat16 bits becomes bfloat16 again."""
     tensor = torch.from_numpy(array)
     return tensor.view(torch.bfloat16) if dtype == torch.bfloat16 else tensor

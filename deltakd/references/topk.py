@@ -1,4 +1,4 @@
-"""From heads to buckets, which losses they can serve, and what that costs in accuracy."""
+"""From heads to buckets; which losses buckets can serve, and at what cost in accuracy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from deltakd.kernels import Buckets, chunk_size_for, chunked_loss, row_blocks
 from deltakd.types import STUDENT, STUDENT_RAW, TEACHER, TEACHER_RAW, Head, Loss, at_least_float32, in_float64
 
-#: The values of K to try if the config gives none.
+#: Values of K to try if the config gives none.
 CANDIDATES = (8, 16, 32, 64, 128, 256, 512, 1024)
 #: MiB for the log-probs of a chunk of tokens.
 _MEMORY_BUDGET = 256.0
@@ -21,17 +21,17 @@ _MEMORY_BUDGET = 256.0
 
 @torch.no_grad()
 def make_buckets(heads: Mapping[str, Head], labels: Tensor, k: int, temperature: float) -> Buckets:
-    """Keep the label and the k − 1 tokens with the highest probability under any model or the delta target at α = 1.
+    """Keep the label and the k − 1 tokens most probable under any model or the delta target at α = 1.
 
     Args:
         heads: role -> Head over the same N tokens.
         labels: [N] int64.
-        k: tokens in each support; at most the whole vocabulary.
+        k: tokens in each support, at most the whole vocabulary.
         temperature: τ of the log-probs.
 
     Returns:
-        Buckets in at least float32, each support in descending order of the highest probability. The bucket of the
-        rest is summed over its own tokens, never as 1 − kept.
+        Buckets in at least float32, each support in descending order of that highest probability. The rest bucket is
+        summed over its own tokens, never computed as 1 − kept.
     """
     vocabulary = next(iter(heads.values())).weight.shape[0]
     heads = {role: head.upcast() for role, head in heads.items()}
@@ -54,7 +54,7 @@ def make_buckets(heads: Mapping[str, Head], labels: Tensor, k: int, temperature:
 
 
 def _delta(log_probs: Mapping[str, Tensor]) -> list[Tensor]:
-    """The delta target at α = 1 (arXiv 2509.14526), [N, V] log-probs, if its three models are given; else nothing."""
+    """Return the delta target at α = 1 (arXiv 2509.14526), [N, V] log-probs; nothing if a model of it is missing."""
     if not log_probs.keys() >= {TEACHER, STUDENT_RAW, TEACHER_RAW}:
         return []
     composed_NV = log_probs[TEACHER] + (log_probs[STUDENT_RAW] - log_probs[TEACHER_RAW])
@@ -63,7 +63,7 @@ def _delta(log_probs: Mapping[str, Tensor]) -> list[Tensor]:
 
 
 def topk_problems(loss: Loss) -> list[str]:
-    """Why a loss can't be computed over buckets, one sentence per reason that the loss gives; empty if it can."""
+    """Return why a loss can't be computed over buckets, one sentence per reason that the loss gives."""
     return [
         f"loss: {reason}, which log-probs of a few tokens can't give; reference.store=hidden is exact for every loss"
         for reason in dict.fromkeys(loss.whole_vocabulary_reasons)
@@ -80,7 +80,7 @@ def sample_errors(
         student, heads: the heads of the student and of the references over the same N tokens.
         labels: [N] int64.
         ks: the values of K, ascending.
-        dtype: that of the stored log-probs; its rounding is part of the errors.
+        dtype: of the stored log-probs; its rounding is part of the errors.
 
     Returns:
         For each K: ``k``; ``kept_mass`` by role, the mean probability of the support at τ; ``loss_error``, the relative
@@ -117,6 +117,6 @@ def _loss_and_gradients(
 
 
 def _relative(value: Tensor, exact: Tensor) -> float:
-    """‖value − exact‖ / ‖exact‖."""
+    """Return ‖value − exact‖ / ‖exact‖; for an exact value of 0, whether ``value`` differs, as 0 or 1."""
     size = float(in_float64(exact).norm())
     return float(in_float64(value - exact).norm()) / size if size else float(bool(value.any()))

@@ -1,1 +1,1 @@
-"""The training run: the step, the LightningModule, callbacks, and the fit."""
+"""The training run: step, LightningModule, callbacks and fit."""

@@ -24,16 +24,16 @@ log = logging.getLogger(__name__)
 def run_answers(settings: RunSettings, run_dir: Path) -> dict[str, Any]:
     """Let the teacher answer every prompt that a training run with these settings would train on.
 
-    The prompts are those of ``data`` (its exclusions, subset and limit applied, held-out validation rows left out),
-    tokenised as in training. They are decoded by ``evaluation.decoding`` under the first of ``evaluation.seeds``. Of
-    a conversation the prompt of the last answer is answered; earlier answers stay.
+    The prompts are those of ``data`` (with its exclusions, subset and limit, without held-out validation rows),
+    tokenised as in training. Decoding follows ``evaluation.decoding`` with the first of ``evaluation.seeds``. In a
+    conversation only the last answer is replaced; earlier answers stay.
 
-    Into ``run_dir`` go ``answers/`` (every answer; what is there already is not made again), ``train.jsonl`` (the
-    rows with their new answers, those left out that are empty or did not end by EOS), ``val.jsonl`` (the rows held out
-    by ``data.val_size``, as they were) and, last, ``summary.json``. A finished directory is only read.
+    Writes to ``run_dir``: ``answers/`` (every answer; existing ones are kept), ``train.jsonl`` (the rows with new
+    answers, without those that are empty or lack EOS), ``val.jsonl`` (the rows held out by ``data.val_size``,
+    unchanged) and finally ``summary.json``. A finished directory is only read.
 
     Args:
-        settings: of the answering.
+        settings: of the run.
         run_dir: the directory.
 
     Returns:
@@ -53,7 +53,7 @@ def run_answers(settings: RunSettings, run_dir: Path) -> dict[str, Any]:
     started = time.perf_counter()
     parts = _load(settings, teacher, directory)
     counts, speed = answer_prompts(parts, directory.path, holds_out=settings.data.val is None)
-    # Of this start alone: what a former one cost is not known.
+    # Costs of this start alone: those of earlier ones are unknown.
     costs = {
         "seconds": round(time.perf_counter() - started, 3),
         "tokens_per_second": speed,

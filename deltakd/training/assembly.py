@@ -1,4 +1,4 @@
-"""What a run is made of: data, tokenizer, vocabulary, cache, evaluation sets and models, opened in this order."""
+"""The parts of a run: data, tokenizer, vocabulary, cache, evaluation sets and models, opened in this order."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Models:
 
     Args:
         student: the one to train.
-        references: the frozen ones, or None where the loss reads none.
-        loaded: role -> model, the student among them, for counting.
+        references: the frozen ones, or None if the loss reads none.
+        loaded: role -> model, including the student.
     """
 
     student: LanguageModel
@@ -41,7 +41,7 @@ class Models:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run is made of once everything is loaded.
+    """The loaded parts of a run.
 
     Args:
         settings: of the run.
@@ -49,8 +49,8 @@ class Parts:
         tokenizer: the student's.
         vocabulary: number of tokens that all models share.
         sets: tokenised rows.
-        evaluation: what to answer at the end; read before anything is trained, since a mistake in a file must not
-            cost a run. None: nothing is generated.
+        evaluation: the sets to answer at the end; read before training, so that a mistake in a file does not cost a
+            run. None: nothing is generated.
         models: student and references.
     """
 
@@ -64,12 +64,12 @@ class Parts:
 
 
 def load_parts(settings: RunSettings, directory: RunDirectory) -> Parts:
-    """Make or read the data, then open tokenizer and models.
+    """Prepare or read the data, then open tokenizer and models.
 
     Raises:
-        ValueError: data or models that can't be used, or that don't belong together.
+        ValueError: data or models that can't be used or don't fit together.
     """
-    # Everything random is drawn from seeds given where it is drawn; this one is for libraries we do not know of.
+    # Our own random draws have explicit seeds; this global one is for libraries.
     L.seed_everything(settings.seed, verbose=False)
     with main_process_first(f"data of {directory.path}"):
         settings.data.make_files()
@@ -82,7 +82,7 @@ def load_parts(settings: RunSettings, directory: RunDirectory) -> Parts:
             cached = _cached_references(settings, tokenizer, sets)
             vocabulary = cached.vocabulary
         evaluation = _read_evaluation(settings, tokenizer, vocabulary, sets) if settings.evaluation.generate else None
-    # They were needed for that alone.
+    # Only the evaluation sets needed the raw rows.
     sets = sets._replace(train_rows=[])
     models = open_models(settings, tokenizer, vocabulary, cached)
     return Parts(settings, directory, tokenizer, vocabulary, sets, evaluation, models)
@@ -102,10 +102,10 @@ def _read_evaluation(
 
 
 def open_cache(settings: RunSettings, tokenizer: PreTrainedTokenizerBase, sets: LoadedSets) -> CacheStore:
-    """Open the cache of a run, and prove that it is of this data; rows may be missing.
+    """Open a run's cache, and check that it was made from this data; rows may be missing.
 
     Raises:
-        ConfigError: every difference by name.
+        ConfigError: names every difference.
         StoreError: a file is not as it was written.
     """
     assert settings.cache is not None
@@ -115,7 +115,7 @@ def open_cache(settings: RunSettings, tokenizer: PreTrainedTokenizerBase, sets: 
     problems = data_problems(store.manifest.content, given, store.path)
     if problems:
         raise ConfigError(problems)
-    # One process reads all of it once; the sizes are cheap.
+    # Checksums read the whole cache, so one process does it; sizes are cheap.
     store.check(checksum=settings.cache.verify and is_main_process())
     return store
 
@@ -149,13 +149,13 @@ def open_role(settings: RunSettings, role: str, tokenizer: PreTrainedTokenizerBa
 def open_models(
     settings: RunSettings, tokenizer: PreTrainedTokenizerBase, vocabulary: int, cached: References | None = None
 ) -> Models:
-    """Open every model of the run, make the student trainable as asked, and freeze the references.
+    """Open every model of the run, prepare the student for training, and freeze the references.
 
     Args:
         settings: of the run.
         tokenizer: the student's.
         vocabulary: number of tokens that all models share.
-        cached: the references where they were run before.
+        cached: cached references, if the run reads them.
 
     Raises:
         ValueError: a model is not available or does not fit.
@@ -173,7 +173,7 @@ def open_models(
 
 
 def _trainable(student: LanguageModel, settings: RunSettings) -> LanguageModel:
-    """The student with its adapter, gradient checkpointing and compilation, as far as asked for.
+    """Return the student with adapter, gradient checkpointing and compilation, as configured.
 
     Raises:
         ValueError: its weights are quantised, and there is no adapter to train.
@@ -188,7 +188,7 @@ def _trainable(student: LanguageModel, settings: RunSettings) -> LanguageModel:
         student = LanguageModel(add_lora(student.causal_lm, lora), student.vocabulary)
     if settings.model.gradient_checkpointing:
         student.causal_lm.gradient_checkpointing_enable()
-        # With LoRA nothing before the first adapter needs a gradient, and a checkpointed block would cut the graph.
+        # With LoRA nothing before the first adapter needs a gradient, and a checkpointed block would detach the graph.
         student.causal_lm.enable_input_require_grads()
     if settings.trainer.compile:
         student.causal_lm.base_model.compile()

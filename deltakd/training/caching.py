@@ -26,21 +26,21 @@ log = logging.getLogger(__name__)
 
 
 def fill_cache(settings: RunSettings) -> dict[str, Any]:
-    """Run the references of a loss over its training and validation rows, and store what they give.
+    """Run the references of a loss over its training and validation rows, and store their output.
 
-    The directory ``reference.path`` gets ``manifest.json``, shards, the output embeddings (``hidden``) and, last,
-    ``summary.json``. Rows that are there already are not run again: an interrupted cache goes on, and one that was made
-    with ``data.limit`` grows.
+    Writes to ``reference.path``: ``manifest.json``, shards, the output embeddings (``hidden``) and finally
+    ``summary.json``. Rows already stored are not run again, so an interrupted cache continues, and one made with
+    ``data.limit`` can grow.
 
     Args:
-        settings: as ``make_caching_settings`` makes them.
+        settings: from ``make_caching_settings``.
 
     Returns:
         The content of ``summary.json``.
 
     Raises:
-        ConfigError: what differs from the cache that is there.
-        StoreError: a damaged cache, or a disk that is full.
+        ConfigError: the existing cache is of other data; names every difference.
+        StoreError: a damaged cache, or a full disk.
         ValueError: data or models that can't be used, or no K that meets ``reference.target_error``.
     """
     started = time.perf_counter()
@@ -57,9 +57,9 @@ def fill_cache(settings: RunSettings) -> dict[str, Any]:
 
 
 def finished_cache(settings: RunSettings) -> dict[str, Any] | None:
-    """Return the summary of a cache that has all rows of a run; None where rows are missing.
+    """Return the summary of a cache that has all rows of a run; None if rows are missing.
 
-    No model needs to be there: the cache is read as a training run reads it.
+    Needs no model: the cache is read as a training run reads it.
     """
     if settings.cache is None:
         return None
@@ -77,7 +77,7 @@ def finished_cache(settings: RunSettings) -> dict[str, Any] | None:
 
 
 def _load(settings: RunSettings) -> tuple[Caching, CacheStore]:
-    """Data and models; the cache that is there, or a new one."""
+    """Load data and models, and open the cache or create it."""
     assert settings.cache is not None
     path = Path(str(settings.cache.path))
     settings.data.make_files()

@@ -1,4 +1,4 @@
-"""The training of a run: from the start or from ``last.ckpt``, to the best student."""
+"""The training of a run, from the start or from ``last.ckpt``, to the best student."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Fitted:
-    """A trained student and what is known of its training.
+    """A trained student and the facts of its training.
 
     Args:
         student: with the best weights, or the last ones if nothing was validated; whole on the main process.
-        module: what was trained.
-        checkpoints: which step was best, and its metrics.
-        training_log: what was trained on, and how fast.
+        module: the trained module.
+        checkpoints: the best step and its metrics.
+        training_log: token counts and speed.
     """
 
     student: LanguageModel
@@ -52,18 +52,18 @@ class Fitted:
 
 
 def fit(parts: Parts, loggers: list[Logger], state: SavedState | None, lifeline: Lifeline) -> Fitted:
-    """Train; what a former start of the same run has done is not done again.
+    """Train; a resumed run continues from ``state``.
 
     Args:
         parts: of the run.
         loggers: of the main process.
-        state: the checkpoint to go on from.
-        lifeline: is tied to the ranks.
+        state: the checkpoint to resume from.
+        lifeline: becomes a callback that joins the ranks.
 
     Raises:
         NonFiniteLossError: the loss diverged.
         Stopped: a signal came; the state is saved.
-        ValueError: the checkpoint is of another architecture, or of optimiser steps of another size.
+        ValueError: the checkpoint has another architecture, or another size of optimiser step.
     """
     settings = parts.settings.trainer
     ranks = count_ranks(settings.accelerator, settings.devices, settings.num_nodes)
@@ -89,11 +89,11 @@ def fit(parts: Parts, loggers: list[Logger], state: SavedState | None, lifeline:
 
 
 def make_data(parts: Parts, ranks: int) -> DistillationData:
-    """Make the batches of a run, in their order.
+    """Make the data module of a run.
 
     Args:
         parts: of the run.
-        ranks: processes that share an optimiser step.
+        ranks: number of processes that share an optimiser step.
     """
     settings = parts.settings.trainer
     return DistillationData(
@@ -111,7 +111,7 @@ def make_data(parts: Parts, ranks: int) -> DistillationData:
 
 
 def make_module(parts: Parts, total_steps: int) -> DistillationModule:
-    """Make of student, references and loss of a run what Lightning trains."""
+    """Make the LightningModule of a run."""
     settings = parts.settings
     return DistillationModule(
         parts.models.student,
@@ -149,13 +149,13 @@ def _make_validation(parts: Parts, data: DistillationData, loggers: list[Logger]
 
 
 def _validation_steps(data: DistillationData, every: int | None) -> frozenset[int]:
-    """Every ``every`` steps, or at the end of each pass; and after the last step."""
+    """Return the steps to validate after: every ``every`` steps, or each pass's last; and the run's last."""
     chosen = range(every, data.total_steps + 1, every) if every else data.sampler().pass_ends
     return frozenset({*chosen, data.total_steps}) - {0}
 
 
 def _make_generate(parts: Parts, loggers: list[Logger]) -> Generate:
-    """Make what answers the first validation rows under the first sampling seed, scores the answers and keeps them."""
+    """Return a function that answers the first validation rows with the first seed, scores and keeps the answers."""
     evaluation = parts.settings.evaluation
     rows = parts.sets.val_rows[: evaluation.val_limit]
     val_set = make_set("val", rows, evaluation.prompts_of(parts.settings.data), parts.tokenizer, evaluation.val_scorer)
@@ -177,10 +177,10 @@ def _make_generate(parts: Parts, loggers: list[Logger]) -> Generate:
 
 def _train(trainer: L.Trainer, module: DistillationModule, data: DistillationData, state: SavedState | None) -> None:
     if state:
-        # Before Lightning does: a checkpoint of another architecture deserves a sentence, not a traceback.
+        # Before Lightning does, so that a checkpoint of another architecture gives a clear message.
         restore_weights(module, state)
     with warnings.catch_warnings():
-        # Lightning warns of what is on purpose here: few loader workers, no validation loop of its own.
+        # Lightning warns about deliberate choices: few loader workers, no validation loop.
         warnings.filterwarnings("ignore", module="lightning")
         trainer.fit(module, datamodule=data, ckpt_path=state.path if state else None, weights_only=True)
 

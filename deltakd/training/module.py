@@ -32,17 +32,17 @@ from deltakd.types import Batch, Loss, Progress
 
 @final
 class DistillationModule(L.LightningModule):
-    """Trains a student by a loss, with or without references; any ``lightning.Trainer`` can fit it.
+    """Trains a student with a loss, with or without references; any ``lightning.Trainer`` can fit it.
 
     Args:
         student: the model to train.
         references: the frozen models, or None for a loss that reads none.
         loss: the loss plug-in.
         optim: optimiser and schedule.
-        total_steps: optimiser steps of the whole run.
-        seed: with the number of the micro-batch it draws the student's dropout.
-        memory_budget: MiB for a chunk of logits and everything made of them.
-        will_be_sharded: True if the strategy leaves no rank a whole student.
+        total_steps: optimiser steps in the whole run.
+        seed: seeds the student's dropout, together with the micro-batch number and the rank.
+        memory_budget: MiB for a chunk of logits and everything computed from them.
+        will_be_sharded: True if no rank will hold the whole student.
     """
 
     def __init__(
@@ -57,34 +57,34 @@ class DistillationModule(L.LightningModule):
         will_be_sharded: bool = False,
     ) -> None:
         super().__init__()
-        # from_pretrained returns eval mode, and Lightning leaves models in the mode in which they arrive.
+        # from_pretrained returns models in eval mode, and Lightning keeps the mode.
         self.step = DistillationStep(student.train(), references, loss, memory_budget)
         self.optim = optim
         self.total_steps = total_steps
         self.seed = seed
-        # DeepSpeed's checkpoints hold only what is trained; frozen weights come from their source.
+        # DeepSpeed's checkpoints hold only trained weights; frozen ones come from their source.
         self.strict_loading = all(p.requires_grad for p in student.parameters())
         self.shell = Shell(student) if will_be_sharded else None
         #: ``train/...`` of the last whole optimiser step, over all ranks.
         self.step_metrics: dict[str, float] = {}
-        #: The optimiser step at work, on this rank: sums of the loss and its parts over its micro-batches, its rows.
+        #: Of the current optimiser step on this rank: sums of the loss and its parts over micro-batches, and the rows.
         self._sums: dict[str, Tensor] = {}
         self._row_ids: list[int] = []
         self._batch_idx = 0
 
     @property
     def student(self) -> LanguageModel:
-        """The model that is trained, this rank's part of it where it is sharded."""
+        """The model being trained; this rank's shard if it is sharded."""
         return self.step.student
 
     def configure_model(self) -> None:
-        """Shard the step where the strategy is FSDP2."""
+        """Shard the step if the strategy is FSDP2."""
         if self.device_mesh is not None and not is_sharded(self.step):
             shard_by_blocks(self.step, self.device_mesh["data_parallel"])
 
     @contextmanager
     def whole_student(self) -> Iterator[LanguageModel]:
-        """Lend the student as a model that this rank can run by itself, in eval mode.
+        """Yield the student in eval mode, as a model that this rank can run by itself.
 
         Collective: call on every rank.
         """
@@ -97,7 +97,7 @@ class DistillationModule(L.LightningModule):
             self.student.train(was_training)
 
     def whole_state(self) -> dict[str, Tensor]:
-        """Return the state of the step with the student whole, on the CPU if it is sharded.
+        """Return the step's state with the whole student, on the CPU if it is sharded.
 
         Collective: call on every rank.
         """
@@ -106,30 +106,30 @@ class DistillationModule(L.LightningModule):
         return self._kept(self.step, self.step.state_dict())
 
     def _kept(self, module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Of a module's state what a checkpoint keeps."""
+        """Return the entries of a module's state that a checkpoint keeps."""
         if not self.student.quantized:
             return state
-        # Its frozen weights come from their source, and packed ones can't be loaded from a state dict.
+        # Frozen weights come from their source, and packed ones can't be loaded from a state dict.
         trained = {name for name, p in module.named_parameters() if p.requires_grad}
         return {name: value for name, value in state.items() if name in trained}
 
     def on_fit_start(self) -> None:
-        """Let the references follow the student to its device."""
+        """Move the references to the student's device."""
         if self.step.references is not None:
             self.step.references.to(self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """One micro-batch: its summed loss over the valid tokens of the *whole* optimiser step.
+        """Return a micro-batch's summed loss, divided by the valid tokens of the *whole* optimiser step.
 
         Raises:
-            NonFiniteLossError: naming the step and the rows.
+            NonFiniteLossError: names the step and the rows.
         """
         assert batch.step == self.global_step, f"batch of step {batch.step} arrived at step {self.global_step}"
-        # Dropout depends on the micro-batch alone, so that a resumed run draws what an uninterrupted one would.
+        # Dropout depends only on seed, micro-batch and rank, so that a resumed run draws the same.
         torch.manual_seed(_mix(self.seed, batch_idx, self.global_rank))
         total, parts = self.step(batch)
         share = total / batch.step_tokens
-        # Of many ranks one alone may not leave the others: they all raise together at the end of the step.
+        # With several ranks all raise together at the end of the step: one alone would leave the others waiting.
         if self.trainer.world_size == 1 and not torch.isfinite(share):
             raise _non_finite("loss", share.item(), batch.step, batch.row_ids.tolist())
         shares = {name: value / batch.step_tokens for name, value in parts.items()}
@@ -146,13 +146,13 @@ class DistillationModule(L.LightningModule):
             self._sums[name] = self._sums[name] + share if name in self._sums else share
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Gather what is to be logged of this optimiser step; the gradient's norm is that before clipping.
+        """Collect the metrics of this optimiser step, with the gradient norm before clipping; move the schedules.
 
         Raises:
-            NonFiniteLossError: the gradient is not finite, though the loss is; the weights are untouched yet.
+            NonFiniteLossError: the loss or the gradient is not finite; the weights are still unchanged.
         """
         if not self._ends_step:
-            return  # DeepSpeed is asked for a step after every micro-batch, and knows by itself which ones count
+            return  # Lightning calls DeepSpeed's step after every micro-batch; DeepSpeed knows which ones count
         norm = gradient_norm(self.student)
         sums = self._summed_over_ranks()
         if norm is not None:
@@ -161,17 +161,17 @@ class DistillationModule(L.LightningModule):
             "train/grad_norm": math.nan if norm is None else norm,
             "train/lr": optimizer.param_groups[0]["lr"],
         }
-        # Here and not after the optimiser's step: checkpoints are written there, and must hold the moved schedules.
+        # Here, not after the optimiser's step: checkpoints written there must hold the moved schedules.
         progress = Progress(self.global_step + 1, self.total_steps)
         for name, schedule in self.step.loss.schedules.items():
             self.step_metrics[f"train/{name}"] = schedule.value
             schedule.on_step(progress, self.step_metrics["train/loss"])
 
     def _summed_over_ranks(self) -> dict[str, float]:
-        """Return loss and parts of the optimiser step: each rank holds its share over the same denominator.
+        """Return the optimiser step's loss and parts, the sums of all ranks' shares over the same denominator.
 
         Raises:
-            NonFiniteLossError: on every rank, naming the rows of those whose loss is not finite.
+            NonFiniteLossError: on every rank; names the rows of the ranks whose loss is not finite.
         """
         if self.trainer.world_size == 1:
             return {name: float(value) for name, value in self._sums.items()}
@@ -184,10 +184,10 @@ class DistillationModule(L.LightningModule):
         return sums
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """As inherited; then the gradient's norm, where DeepSpeed alone knows it.
+        """As inherited; then read the gradient norm if only DeepSpeed knows it.
 
         Raises:
-            NonFiniteLossError: it is not finite; the weights are spoilt, but nothing was saved since.
+            NonFiniteLossError: it is not finite; the weights are spoilt, but not saved.
         """
         super().optimizer_step(*args, **kwargs)
         strategy = self.trainer.strategy
@@ -197,11 +197,11 @@ class DistillationModule(L.LightningModule):
 
     @property
     def _ends_step(self) -> bool:
-        """True if the micro-batch at work is the last of its optimiser step."""
+        """True if the current micro-batch is the last of its optimiser step."""
         return (self._batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
 
     def _check_norm(self, norm: float) -> None:
-        # In 16-mixed the scaler, which DeepSpeed has in its engine, skips such steps by itself and lowers its scale.
+        # In float16 the scaler (DeepSpeed's is in its engine) skips such steps and lowers its scale.
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None or (
             isinstance(self.trainer.strategy, ZeroStrategy) and str(self.trainer.precision).startswith("16")
         )
@@ -209,25 +209,25 @@ class DistillationModule(L.LightningModule):
             raise _non_finite("gradient's norm", norm, self.global_step, self._row_ids)
 
     def configure_optimizers(self) -> Any:
-        """AdamW and its schedule, stepped per optimiser step."""
+        """Make AdamW and its schedule, stepped once per optimiser step."""
         kind = optimizer_class(self.trainer.strategy)
         optimizer, scheduler = self.optim.build(self.student, self.total_steps, kind)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the last step's metrics (its loss is the result of a run without validation data) and the schedules."""
+        """Save the schedules and the last step's metrics (a run without validation data reports its loss)."""
         checkpoint["state_dict"] = self._kept(self, checkpoint["state_dict"])
         checkpoint["step_metrics"] = self.step_metrics
         checkpoint["schedules"] = {name: s.state_dict() for name, s in self.step.loss.schedules.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take them back."""
+        """Restore the metrics and the schedules."""
         self.step_metrics = checkpoint["step_metrics"]
         for name, schedule in self.step.loss.schedules.items():
             schedule.load_state_dict(checkpoint["schedules"][name])
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Batches know how to move themselves."""
+        """Move a batch by its own ``to``."""
         return batch.to(device, non_blocking=True)
 
 
@@ -239,7 +239,7 @@ def _non_finite(what: str, value: float, step: int, row_ids: list[int]) -> NonFi
 
 
 def _mix(seed: int, micro_batch: int, rank: int) -> int:
-    """A 63-bit seed from three small numbers (SplitMix64's finaliser, so that neighbours are unrelated)."""
+    """Return a 63-bit seed from three small numbers; SplitMix64's finaliser makes neighbours unrelated."""
     z = (seed * 0x9E3779B97F4A7C15 + micro_batch * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) % 2**64
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64

@@ -19,11 +19,11 @@ class AdamW:
     Args:
         lr: peak learning rate.
         weight_decay: on matrices (embeddings too), not on vectors.
-        betas: decay of the moments.
+        betas: decay rates of the moments.
         eps: added to the root of the second moment.
-        schedule: a name of transformers' ``get_scheduler``: cosine, linear, constant_with_warmup, ...
-        schedule_options: what that schedule takes, such as ``min_lr_rate`` of cosine_with_min_lr.
-        warmup_steps: optimiser steps from 0 to ``lr``; a number below 1 is a share of all steps.
+        schedule: a name for transformers' ``get_scheduler``: cosine, linear, constant_with_warmup, ...
+        schedule_options: options of that schedule, such as ``min_lr_rate`` for cosine_with_min_lr.
+        warmup_steps: optimiser steps from 0 to ``lr``; a number below 1 is a fraction of all steps.
     """
 
     lr: Annotated[float, Gt(0)] = 5e-4
@@ -35,7 +35,7 @@ class AdamW:
     warmup_steps: Annotated[float, Ge(0)] = 0
 
     def problems(self) -> list[str]:
-        """What is wrong with ``optim``, one sentence each."""
+        """Return what is wrong with ``optim``, one sentence each."""
         found = []
         try:
             probe = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
@@ -47,12 +47,12 @@ class AdamW:
     def build(
         self, model: nn.Module, total_steps: int, kind: type[torch.optim.Optimizer] = torch.optim.AdamW
     ) -> tuple[torch.optim.Optimizer, Any]:
-        """The optimiser over the trainable parameters and its scheduler, stepped once per optimiser step.
+        """Return the optimiser over the trainable parameters, and its scheduler, stepped once per optimiser step.
 
         Args:
             model: the student.
-            total_steps: optimiser steps of the whole run.
-            kind: an implementation of AdamW with the arguments of PyTorch's.
+            total_steps: optimiser steps in the whole run.
+            kind: an implementation of AdamW with PyTorch's arguments.
         """
         trainable = [p for p in model.parameters() if p.requires_grad]
         groups = [

@@ -1,4 +1,4 @@
-"""Going on with a run: what a former start has saved, and weights put back where they belong."""
+"""Resuming a run: reading the saved state, and restoring the weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SavedState:
-    """What a former start of the run has saved.
+    """A checkpoint of an earlier start of the run.
 
     Args:
         path: the checkpoint.
@@ -42,7 +42,7 @@ class SavedState:
 
 
 def read_state(directory: RunDirectory) -> SavedState | None:
-    """Read the newest checkpoint that is as it was written; None if the run has not saved anything yet.
+    """Read the newest undamaged checkpoint; None if the run has not saved one yet.
 
     Raises:
         ValueError: both checkpoints are damaged.
@@ -65,10 +65,10 @@ def read_state(directory: RunDirectory) -> SavedState | None:
 
 
 def check_step_size(state: SavedState, checkpoints: Checkpoints, data: DistillationData) -> None:
-    """Compare the size of an optimiser step over all ranks with that of the checkpoint.
+    """Compare the optimiser step's size over all ranks with the checkpoint's.
 
     Raises:
-        ValueError: they differ, so the checkpoint can't be resumed with these ranks.
+        ValueError: they differ, so these ranks can't resume the checkpoint.
     """
     saved = state.content["callbacks"][checkpoints.state_key]
     if saved["step_size"] != data.step_size:
@@ -81,7 +81,7 @@ def check_step_size(state: SavedState, checkpoints: Checkpoints, data: Distillat
 
 
 def restore(module: DistillationModule, callbacks: Sequence[Checkpoints | TrainingLog], state: SavedState) -> None:
-    """Take over the state of a run whose training is done, without a trainer that has nothing left to do."""
+    """Restore the state of a run whose training is done, without a trainer."""
     restore_weights(module, state)
     module.on_load_checkpoint(state.content)
     for callback in callbacks:
@@ -89,7 +89,7 @@ def restore(module: DistillationModule, callbacks: Sequence[Checkpoints | Traini
 
 
 def restore_weights(module: DistillationModule, state: SavedState) -> None:
-    """Load the weights of a checkpoint, unless it is sharded: only its strategy can read it then.
+    """Load a checkpoint's weights, unless it is sharded: then only its strategy can read it.
 
     Raises:
         ValueError: it is of another architecture.
@@ -110,7 +110,7 @@ def final_student(module: DistillationModule, checkpoints: Checkpoints) -> Langu
 
 
 def _load(target: DistillationModule | DistillationStep, state: dict[str, torch.Tensor], strict: bool) -> None:
-    """Load a state dict; tied weights and buffers may be absent, as they are where a sharded student was saved."""
+    """Load a state dict; tied weights and buffers may be absent, as in the state of a sharded student."""
     wanted = {name for name, p in target.named_parameters() if p.requires_grad or strict}
     absent, foreign = sorted(wanted - set(state)), sorted(set(state) - set(target.state_dict()))
     problem = f"it has no {absent[0]}" if absent else f"it has {foreign[0]}" if foreign else ""

@@ -1,4 +1,4 @@
-"""One run from plan to summary: train, export, evaluate, record."""
+"""One run, from settings to summary: train, export, evaluate, record."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run_training(settings: RunSettings, run_dir: Path, how_to_resume: str = "") 
     Args:
         settings: of the run.
         run_dir: the run directory.
-        how_to_resume: what a user does to go on, where that is not the same command with this directory.
+        how_to_resume: how a user resumes; by default: the same command with this directory.
 
     Returns:
         The value of the objective at the best checkpoint.
@@ -80,7 +80,7 @@ def _run(settings: RunSettings, directory: RunDirectory, lifeline: Lifeline) -> 
         fitted = fit(parts, loggers, state, lifeline)
         metrics = fitted.metrics
         if not main and place()[1] == 1:
-            # Training was done before, and no ranks were joined for it: the main process does the rest alone.
+            # Training was already done, so no ranks were joined: the main process does the rest alone.
             return _objective_value(settings, metrics)
         summary: dict[str, Any] = {**metrics, "meta": _meta(parts, fitted, started)}
         if main:
@@ -123,7 +123,7 @@ def _objective_value(settings: RunSettings, summary: Mapping[str, Any]) -> float
 
 
 def _evaluate_student(parts: Parts) -> tuple[dict[str, float], Measured]:
-    """Evaluate what was exported, opened as its users will open it: its answers, and what is measured beyond them.
+    """Evaluate the exported student, opened as its users will open it: its answers and the other measures.
 
     Returns:
         All scores, and the measures among them.
@@ -134,7 +134,7 @@ def _evaluate_student(parts: Parts) -> tuple[dict[str, float], Measured]:
         return {}, Measured()
     device = choose_device(settings.trainer.accelerator, settings.trainer.devices)
     model = open_exported(parts.directory.student, settings.model, parts.vocabulary, device)
-    # First: it takes seconds, and what is wrong shows before the answers, which take longer, are generated.
+    # Measured first: it takes seconds, so errors show before the slower generation of answers.
     measured = measure(
         Subject(
             settings.model,
@@ -164,7 +164,7 @@ def _evaluate_student(parts: Parts) -> tuple[dict[str, float], Measured]:
 
 
 def _meta(parts: Parts, fitted: Fitted, started: float) -> dict[str, Any]:
-    """Where the run ran, with what, and what it cost; ``seconds`` are of this process, the others of the run.
+    """Return where the run ran, on what, and its costs; ``seconds`` covers this process, the others the run.
 
     Args:
         started: when this process began, by ``time.perf_counter``.

@@ -1,4 +1,4 @@
-"""A whole run as typed settings: what ``conf/train.yaml`` and its groups say, checked.
+"""A whole run as typed, checked settings: ``conf/train.yaml`` and its groups.
 
 ``deltakd.config.build.make_settings`` makes them; below ``config`` nothing else of the config is read.
 """
@@ -25,7 +25,7 @@ from deltakd.tracking.loggers import MakeLogger
 from deltakd.training.optim import AdamW
 from deltakd.types import Loss
 
-#: What ``trainer.precision`` may be: Lightning's names.
+#: Values of ``trainer.precision``: Lightning's names.
 Precision = Literal["32-true", "64-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "32", "64", "16", "bf16"]
 
 Positive = Annotated[int, Ge(1)]
@@ -39,22 +39,22 @@ class TrainerSettings:
 
     Args:
         accelerator: auto, cpu, gpu, cuda, mps or xpu.
-        devices: a number of processes on this machine, the indices of its devices, or ``auto``.
-        num_nodes: machines.
+        devices: number of processes on this machine, indices of its devices, or ``auto``.
+        num_nodes: number of machines.
         precision: Lightning's name.
         max_epochs: passes over the training rows; may be a fraction.
-        max_steps: optimiser steps; the run ends with whichever of the two comes first.
-        accumulate_grad_batches: micro-batches of an optimiser step.
-        gradient_clip_val: the largest norm of the gradient; None or 0: no clipping.
-        log_every_n_steps: optimiser steps between two entries of the log.
-        val_every_n_steps: optimiser steps between two validations; None: once a pass, and always at the end.
-        checkpoint_every_n_steps: beside the checkpoint after each validation.
+        max_steps: optimiser steps; the run ends with whichever limit comes first.
+        accumulate_grad_batches: micro-batches per optimiser step.
+        gradient_clip_val: maximum gradient norm; None or 0: no clipping.
+        log_every_n_steps: optimiser steps between log entries.
+        val_every_n_steps: optimiser steps between validations; None: once per pass. The last step is always validated.
+        checkpoint_every_n_steps: in addition to the checkpoint after each validation.
         checkpoint_every_n_minutes: the same by the clock.
         compile: ``torch.compile`` the student.
-        dry_run: print how much memory the run needs, and do nothing else.
+        dry_run: only print how much memory the run needs.
         profiler: one of Lightning's.
         enable_progress_bar: show a progress bar.
-        detect_anomaly: PyTorch's search for the operation that made a NaN.
+        detect_anomaly: let PyTorch find the operation that made a NaN.
     """
 
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps", "xpu"] = "auto"
@@ -87,7 +87,7 @@ class KernelSettings:
     """The group ``kernels``.
 
     Args:
-        memory_budget: MiB that the logits of a chunk of tokens, and all that is made of them, may take.
+        memory_budget: MiB for the logits of a chunk of tokens and everything computed from them.
     """
 
     memory_budget: Annotated[float, Gt(0)] = MEMORY_BUDGET
@@ -95,7 +95,7 @@ class KernelSettings:
 
 @dataclass(frozen=True)
 class StepSettings:
-    """The groups of the config on which the cost of a step depends."""
+    """The config groups that the cost of a step depends on."""
 
     loss: Loss
     data: InstructionData | TextData
@@ -122,15 +122,15 @@ class RunSettings:
         strategy: how the run is spread over processes.
         kernels: memory of the chunked loss.
         reference: where the references' hidden states come from.
-        evaluation: what the trained student is asked.
-        deviations: in what the evaluation differs from the protocol that it claims to follow.
+        evaluation: how the trained student is evaluated.
+        deviations: how the evaluation deviates from the protocol that it names.
         optim: optimiser and schedule.
         loss: the loss.
         loss_name: the name of its YAML.
-        logger: name -> what makes the logger.
-        callbacks: name -> a Lightning callback of the user's.
-        record: the resolved config as plain dicts and lists: written to ``config.yaml``, logs and the model card, and
-            read by nobody below ``config``.
+        logger: name -> factory of a logger.
+        callbacks: name -> one of the user's Lightning callbacks.
+        record: the resolved config as plain dicts and lists, for ``config.yaml``, logs and the model card; no code
+            below ``config`` depends on it.
     """
 
     name: Annotated[str, Resume.FREE]
@@ -157,20 +157,20 @@ class RunSettings:
 
     @property
     def cache(self) -> CacheSettings | None:
-        """The cache that the references are read from, or stored in; None: they are live, or not read."""
+        """The cache to read the references from or store them in; None: they are live, or the loss reads none."""
         return self.reference if isinstance(self.reference, CacheSettings) and self.loss.requires else None
 
     @property
     def generates_on_validation(self) -> bool:
-        """True if answers are generated during training: text data has no prompts to answer."""
+        """True if answers are generated during training; text data has no prompts to answer."""
         return self.evaluation.generate and isinstance(self.data, InstructionData)
 
     @property
     def metric(self) -> str:
-        """The metric that chooses the best checkpoint: the objective asked for, else the best there is.
+        """The metric that chooses the best checkpoint: the user's objective, else the best one available.
 
-        That is the main score of the answers to the validation rows; a loss where nothing is generated; and
-        ``train/loss`` without validation data, whatever was asked for.
+        That is the main score of answers to the validation rows, or a validation loss if nothing is generated. Without
+        validation data it is ``train/loss``, whatever the objective.
         """
         if not self.data.validates:
             return "train/loss"
@@ -183,7 +183,7 @@ class RunSettings:
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
-        """What a reader of the model card looks for, as it stands in the config."""
+        """The settings that the model card lists."""
         groups = {
             key: value for key, value in self.record.items() if key in ("delta_weight", "loss", "optim", "trainer")
         }
@@ -197,7 +197,7 @@ class RunSettings:
         return "max" if self.metric in SCORES else "min"
 
 
-#: Which keys of a run's config may differ when it is resumed.
+#: Which keys of a run's config may change on resume.
 RESUME_POLICY = ResumePolicy(
     always=tuple(keys_with(RunSettings, Resume.FREE)),
     until_finished=tuple(keys_with(RunSettings, Resume.UNFINISHED)),

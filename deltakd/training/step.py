@@ -1,4 +1,4 @@
-"""One step: the heads of student and references, and the loss summed over them."""
+"""One step: the heads of student and references, and the summed loss."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from deltakd.types import STUDENT, Batch, Loss
 class DistillationStep(nn.Module):
     """Student, references and loss: the one module that a strategy shards, in training and in validation.
 
-    The head is multiplied chunk by chunk inside the loss, outside the layer that owns it. A strategy that shards has to
-    keep it whole until then, and for its gradient. Two things see to that:
+    The loss multiplies the head chunk by chunk, outside the layer that owns it. A sharding strategy must keep the head
+    whole until then, and again for its gradient. Two properties ensure that:
 
-    * From the references' first layer to the loss, everything happens in this module's ``forward``. FSDP2 gathers the
-      head, which belongs to the root, before ``forward`` and keeps it; ZeRO 3 gathers a parameter that is read outside
-      its layer for the innermost module that is running, which is this one, and frees it when its ``forward`` returns.
-    * What comes out are tensors. By hooks on them ZeRO 3 and FSDP2 know when the backward pass comes back, and gather
-      the head again; tensors inside a ``Head`` would go unseen.
+    * Everything from the references' first layer to the loss runs in this module's ``forward``. FSDP2 gathers the head,
+      which belongs to the root, before ``forward`` and keeps it. ZeRO 3 gathers a parameter read outside its layer for
+      the innermost running module, which is this one, and frees it when ``forward`` returns.
+    * The outputs are tensors. ZeRO 3 and FSDP2 place hooks on them to detect the backward pass and gather the head
+      again; they would miss tensors inside a ``Head``.
 
     Args:
-        student: the model to train, its only submodule.
+        student: the model to train, the only submodule.
         references: the frozen models, or None for a loss that reads none. They are no submodule: not in the
             checkpoint, not in the optimiser, untouched by ``train()`` and ``to()``.
         loss: the loss plug-in.
-        memory_budget: MiB for a chunk of logits and everything made of them.
+        memory_budget: MiB for a chunk of logits and everything computed from them.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Lightning's Trainer as a run's settings ask for it."""
+"""Lightning's Trainer, configured by a run's settings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def make_trainer(parts: Parts, callbacks: list[L.Callback], loggers: list[Logger
 
     Args:
         parts: of the run.
-        callbacks: that every run has; those that the config names are called before them.
+        callbacks: those of every run; the config's own are called before them.
         loggers: of the main process.
     """
     run, settings = parts.settings, parts.settings.trainer
@@ -35,7 +35,7 @@ def make_trainer(parts: Parts, callbacks: list[L.Callback], loggers: list[Logger
         precision=settings.precision,
         strategy=make_strategy(run.strategy),
         plugins=make_plugins(run.strategy),
-        # Training is one stream of micro-batches of known length (see the sampler): one epoch to Lightning.
+        # Training is one stream of micro-batches of known length (data/batches/sampler.py), one epoch to Lightning.
         max_epochs=1,
         accumulate_grad_batches=settings.accumulate_grad_batches,
         gradient_clip_val=settings.gradient_clip_val,

@@ -45,7 +45,7 @@ WEIGHTS = "0.25,0.5,0.75,1.0,1.25,1.5,1.75,2.0"
 
 
 def make_teachers(models: Path, folder: Path, layers: int, width: int) -> None:
-    """A random teacher and raw teacher with the study's tokenizer: a step of theirs takes the time of trained ones."""
+    """Make a random teacher and raw teacher with the study's tokenizer; they are as fast as trained ones."""
     tokenizer = AutoTokenizer.from_pretrained(models / "pretrain_student" / "student")
     shape = {"n_layer": layers, "n_embd": width, "n_head": width // 32, "n_positions": 256}
     ends = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos_token_id)
@@ -57,7 +57,7 @@ def make_teachers(models: Path, folder: Path, layers: int, width: int) -> None:
 
 
 def common(models: Path, folder: Path, rows: int, loss: str = "delta_kd") -> list[str]:
-    """Overrides that all ways share."""
+    """Return the overrides that all ways share."""
     stages = {"student": "pretrain_student", "teacher": "sft_teacher", "teacher_raw": "pretrain_teacher"}
     paths = {role: models / stage / "student" for role, stage in stages.items()}
     paths |= {role: folder / role for role in paths if (folder / role).is_dir()}
@@ -75,12 +75,12 @@ def common(models: Path, folder: Path, rows: int, loss: str = "delta_kd") -> lis
 
 
 def cached(path: Path) -> list[str]:
-    """Overrides of a training from a cache."""
+    """Return the overrides for training from a cache."""
     return ["reference=cached", f"reference.path={path}"]
 
 
 def make(store: str, folder: Path, overrides: Sequence[str]) -> Path:
-    """A new cache."""
+    """Make a new cache."""
     path = folder / store
     shutil.rmtree(path, ignore_errors=True)
     make_cache([*overrides, *cached(path), *STORES[store]])
@@ -88,28 +88,30 @@ def make(store: str, folder: Path, overrides: Sequence[str]) -> Path:
 
 
 def load(overrides: Sequence[str], folder: Path, batches: int) -> tuple[DistillationModule, list[Batch]]:
-    """A module and its first batches."""
+    """Return a module and its first batches."""
     parts = load_parts(make_settings(compose_config("train", list(overrides))), RunDirectory(folder / "none"))
-    data = make_data(parts)
+    data = make_data(parts, ranks=1)
     return make_module(parts, data.total_steps), list(islice(iter(data.train_dataloader()), batches))
 
 
 def step(module: DistillationModule, batch: Batch) -> None:
-    """Forward, loss, backward."""
-    total, _ = module.loss_of(batch)
+    """Run forward, loss and backward."""
+    total, _ = module.step(batch)
     (total / batch.step_tokens).backward()
     module.zero_grad()
 
 
 def operations(live: DistillationModule, batches: Sequence[Batch]) -> dict[str, int]:
-    """Floating-point operations of the matrix products of each way.
+    """Return the floating-point operations of each way's matrix products.
 
-    A forward pass through a body as torch counts it, twice that for the way back; every head multiplied once, and the
-    student's twice more for its gradients.
+    Bodies: the forward pass as torch counts it, and twice that for the backward pass. Heads: one product each, and two
+    more for the student's gradients.
     """
-    student, references, heads = 0, 0, dict.fromkeys([STUDENT, *live.references.roles], 0)
+    sources = live.step.references
+    assert sources is not None, "a loss that reads no references"
+    student, references, heads = 0, 0, dict.fromkeys([STUDENT, *sources.roles], 0)
     for batch in batches:
-        for count, run in (("student", live.student), ("references", live.references)):
+        for count, run in (("student", live.student), ("references", sources)):
             with FlopCounterMode(display=False) as counter:
                 found = run(batch)
             if count == "student":
@@ -124,7 +126,7 @@ def operations(live: DistillationModule, batches: Sequence[Batch]) -> dict[str, 
 
 
 def steps(options: argparse.Namespace) -> None:
-    """Measure steps."""
+    """Time training steps and print the table."""
     overrides = common(options.models, options.folder, options.rows)
     caches = {store: make(store, options.folder, overrides) for store in STORES}
     ways = {
@@ -157,14 +159,14 @@ def steps(options: argparse.Namespace) -> None:
 
 
 def timed(run: Callable[[], object]) -> float:
-    """Seconds."""
+    """Return the seconds that ``run`` takes."""
     started = time.perf_counter()
     run()
     return time.perf_counter() - started
 
 
 def weights(options: argparse.Namespace) -> None:
-    """Measure the sweep."""
+    """Time the sweep over delta weights, with and without a cache."""
     overrides = [*common(options.models, options.folder, options.rows), "trainer.max_epochs=3"]
 
     def multirun(name: str, extra: Sequence[str]) -> float:

@@ -53,7 +53,7 @@ class Work:
 
 
 def random_model(vocab_size: int, eos: int, mean_length: float) -> PreTrainedModel:
-    """The student of experiments/dolly_cpu, untrained: nearly equal logits, and a bias that makes EOS likely enough."""
+    """Return the untrained student of experiments/dolly_cpu, with a bias that makes EOS likely enough."""
     torch.manual_seed(0)
     shape = {"n_layer": 4, "n_embd": 64, "n_head": 2, "n_positions": POSITIONS, "vocab_size": vocab_size}
     model = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=eos, eos_token_id=eos, pad_token_id=0))
@@ -64,7 +64,7 @@ def random_model(vocab_size: int, eos: int, mean_length: float) -> PreTrainedMod
 
 
 def load(options: argparse.Namespace) -> Work:
-    """The work that the command line asks for."""
+    """Load the work that the command line asks for."""
     if not options.prompts.exists():
         raise SystemExit(f"{options.prompts} is not there: give --prompts FILE (JSON lines as data.train takes them).")
     rows = read_rows(str(options.prompts), limit=options.rows)
@@ -87,7 +87,7 @@ def load(options: argparse.Namespace) -> Work:
 
 @torch.no_grad()
 def plain(work: Work, new_tokens: int, seeds: Sequence[int], do_sample: bool = True) -> list[list[list[int]]]:
-    """The answers of a loop of ``model.generate``, without EOS, for each seed."""
+    """Return the answers of a ``model.generate`` loop, without EOS, for each seed."""
     found: list[list[list[int]]] = []
     for seed in seeds:
         torch.manual_seed(seed)
@@ -112,7 +112,7 @@ def _without_eos(tokens: list[int], eos_ids: frozenset[int]) -> list[int]:
 
 
 def ours(work: Work, new_tokens: int, seeds: Sequence[int], do_sample: bool = True) -> list[list[list[int]]]:
-    """The answers of deltakd, for each seed."""
+    """Return deltakd's answers for each seed."""
     return generate(
         work.model,
         work.prompts,
@@ -127,14 +127,14 @@ def ours(work: Work, new_tokens: int, seeds: Sequence[int], do_sample: bool = Tr
 
 
 def kept(work: Work, answers: list[list[list[int]]], new_tokens: int) -> int:
-    """Tokens of all answers, with the EOS of those that have one."""
+    """Count the tokens of all answers, with the EOS of those that have one."""
     return sum(min(len(tokens) + 1, new_tokens) for of_seed in answers for tokens in of_seed)
 
 
 def compare_greedy(work: Work, new_tokens: int) -> tuple[int, int]:
-    """Answers that are the same, of how many.
+    """Return the number of equal answers, and of all answers.
 
-    A batch of the plain loop ends where its longest row meets the last position, so only as much is compared.
+    A batch of the plain loop ends when its longest row reaches the last position; answers are compared up to there.
     """
     pairs = list(
         zip(ours(work, new_tokens, [0], False)[0], plain(work, new_tokens, [0], do_sample=False)[0], strict=True)
@@ -147,7 +147,7 @@ def compare_greedy(work: Work, new_tokens: int) -> tuple[int, int]:
 
 
 def measure(work: Work, new_tokens: int, rounds: int) -> Table:
-    """Both ways in turn."""
+    """Measure both ways in turn."""
     ways: dict[str, Callable[..., list[list[list[int]]]]] = {"plain": plain, "ours": ours}
     wall: dict[str, list[float]] = {name: [] for name in ways}
     cpu: dict[str, list[float]] = {name: [] for name in ways}

@@ -40,7 +40,7 @@ from deltakd.types import STUDENT, Head, Loss
 
 
 def make_loss(name: str) -> Loss:
-    """A ready-made loss by its name."""
+    """Return a ready-made loss by name."""
     config = compose_config("train", ["experiment=none", "data.train=none", f"loss={name}"])
     loss: Loss = instantiate(OmegaConf.to_container(config.loss, resolve=True), _convert_="all")
     return loss
@@ -55,7 +55,7 @@ def make_heads(
     dtype: torch.dtype,
     device: str = "cpu",
 ) -> dict[str, Head]:
-    """Random heads; logits have a standard deviation of about 3."""
+    """Return random heads whose logits have a standard deviation of about 3."""
     generator = torch.Generator().manual_seed(0)
     heads = {}
     for role in roles:
@@ -74,7 +74,7 @@ def reset_peak() -> None:
 
 
 def resident(key: str) -> float:
-    """``VmRSS`` (now) or ``VmHWM`` (peak since the reset) of this process in MiB."""
+    """Return ``VmRSS`` (now) or ``VmHWM`` (peak since the reset) of this process in MiB."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith(key):
             return int(line.split()[1]) / 1024
@@ -82,13 +82,13 @@ def resident(key: str) -> float:
 
 
 def wait() -> None:
-    """Until the GPU, where there is one at work, is done."""
+    """Wait for the GPU, if one is in use."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
 def fastest(forms: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Form -> its fastest round (s), the forms taking turns."""
+    """Return form -> its fastest round (s); the forms take turns."""
     for run in forms.values():
         run()
     times: dict[str, list[float]] = {name: [] for name in forms}
@@ -103,7 +103,7 @@ def fastest(forms: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, f
 
 
 def extra_memory(run: Callable[[], None]) -> float:
-    """Peak memory of a run beyond what was there before, in MiB; gradients that it returns are in it."""
+    """Return the peak memory of a run beyond what was there before, in MiB, returned gradients included."""
     run()
     if torch.cuda.is_initialized():
         wait()
@@ -119,7 +119,7 @@ def extra_memory(run: Callable[[], None]) -> float:
 
 
 def extra_memory_in_own_process(line: str, argv: Sequence[str]) -> float:
-    """``extra_memory`` where the allocator gives every large block back at once, so that the system sees each one."""
+    """Return ``extra_memory`` with an allocator that returns large blocks at once, so that the system sees each."""
     command = [sys.executable, __file__, *argv, "--memory-of", line]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}
     done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
@@ -127,7 +127,7 @@ def extra_memory_in_own_process(line: str, argv: Sequence[str]) -> float:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--losses", nargs="+", default=["kd", "delta_kd"])
     parser.add_argument("--forms", nargs="+", default=["chunked"], choices=list(FORMS))
@@ -187,19 +187,19 @@ def main(argv: Sequence[str]) -> None:
 def make_run(
     line: str, loss: Loss, heads: Mapping[str, Head], labels: Tensor, chunk_size: int | None
 ) -> Callable[[], None]:
-    """One forward and backward of ``<loss> <form>``."""
+    """Return a function that runs forward and backward of ``<loss> <form>``."""
     used = {role: heads[role] for role in (STUDENT, *sorted(loss.requires))}
     return lambda: FORMS[line.split()[1]](loss, used, labels, chunk_size)
 
 
 def chunked(loss: Loss, heads: Mapping[str, Head], labels: Tensor, chunk_size: int | None) -> None:
-    """What trains."""
+    """Run the form that trains."""
     total, _ = chunked_loss(loss, heads, labels, chunk_size)
     torch.autograd.grad(total, [heads[STUDENT].hidden, heads[STUDENT].weight])
 
 
 def plain(loss: Loss, heads: Mapping[str, Head], labels: Tensor, chunk_size: int | None) -> None:
-    """All logits, autograd."""
+    """Compute all logits, and gradients by autograd."""
     with torch.no_grad():
         logits = {role: head.logits() for role, head in heads.items() if role != STUDENT}
     logits[STUDENT] = heads[STUDENT].logits()
@@ -209,7 +209,7 @@ def plain(loss: Loss, heads: Mapping[str, Head], labels: Tensor, chunk_size: int
 
 @torch.no_grad()
 def products(loss: Loss, heads: Mapping[str, Head], labels: Tensor, chunk_size: int | None) -> None:
-    """Every head times its hidden states, and the two products of the student's gradient."""
+    """Multiply every head by its hidden states, and run the two products of the student's gradient."""
     size = chunk_size or 256
     used = {role: head.upcast() for role, head in heads.items()}
     student = used[STUDENT]
@@ -225,7 +225,7 @@ def products(loss: Loss, heads: Mapping[str, Head], labels: Tensor, chunk_size: 
 
 
 def liger(loss: Loss, heads: Mapping[str, Head], labels: Tensor, chunk_size: int | None) -> None:
-    """Liger's fused linear JSD at beta 0: the forward KL of two heads, whatever the loss."""
+    """Run Liger's fused linear JSD at beta 0: the forward KL of two heads, whatever the loss."""
     from liger_kernel.transformers import LigerFusedLinearJSD
 
     student, teacher = heads[STUDENT], heads["teacher"]
@@ -234,8 +234,11 @@ def liger(loss: Loss, heads: Mapping[str, Head], labels: Tensor, chunk_size: int
 
 
 def floor(loss: Loss, heads: Mapping[str, Head], dtype: torch.dtype) -> float:
-    """Seconds that no implementation can beat here: the loss's products at the matrix rate, or its bytes at the
-    bandwidth, whichever takes longer; both rates are measured on the spot."""
+    """Return the seconds that no implementation can beat on this machine.
+
+    They are the loss's products at the matrix rate or its bytes at the bandwidth, whichever takes longer; both rates
+    are measured here.
+    """
     used = [heads[role] for role in (STUDENT, *sorted(loss.requires))]
     products = [2 * len(head) * head.weight.numel() for head in used]
     operations = sum(products) + 2 * products[0]

@@ -37,7 +37,7 @@ CONTESTANTS = {
 
 
 def run(name: str, folder: Path, steps: int, precision: str) -> dict[str, float]:
-    """What one contestant measured."""
+    """Run one contestant and return its measurements."""
     script, extra = CONTESTANTS[name]
     command = [sys.executable, str(HERE / script), str(folder), str(steps), precision, *extra]
     done = subprocess.run(command, capture_output=True, text=True, cwd=HERE)

@@ -17,7 +17,7 @@ SIZES = {
 
 
 def make_models(folder: Path, tokenizer_path: Path, sizes: dict[str, tuple[int, int, int]]) -> None:
-    """One directory a role, with layers, width and heads of ``sizes``; what is there already stays."""
+    """Make one directory per role, with layers, width and heads from ``sizes``; existing ones are kept."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
     for seed, (role, (layers, width, heads)) in enumerate(sizes.items()):
         if (folder / role / "config.json").is_file():
@@ -29,7 +29,7 @@ def make_models(folder: Path, tokenizer_path: Path, sizes: dict[str, tuple[int, 
 
 
 def make_rows(source: Path, target: Path, most_words: int, number: int) -> None:
-    """The first ``number`` Dolly rows of fewer words (instruction, context and response) than ``most_words``."""
+    """Write the first ``number`` Dolly rows with fewer than ``most_words`` words (instruction, context, response)."""
     with gzip.open(source, "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     short = [r for r in rows if len(f"{r['instruction']} {r['context']} {r['response']}".split()) < most_words]

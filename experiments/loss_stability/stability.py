@@ -82,7 +82,7 @@ class Result:
 
 
 def make_loss(name: str, treatment: Mapping[str, Any]) -> Loss | None:
-    """A ready-made loss without cross-entropy under a treatment; None where it has nothing to treat."""
+    """Return a ready-made loss without cross-entropy under a treatment; None if it has nothing to treat."""
     name, _, option = name.partition(" ")
     overrides = ["experiment=none", "data.train=none", f"loss={name}", "loss.ce_weight=0"]
     config: Any = OmegaConf.to_container(
@@ -131,7 +131,7 @@ def _ratio_side(loss: Any, logits: HeadLogits, student_NV: Tensor) -> Tensor:
 
 
 def mean_loss(loss: Loss, world: World, contexts_ND: Tensor, parameter: Tensor) -> Tensor:
-    """Nats per token."""
+    """Return the mean loss in nats per token."""
     heads: dict[str, Head] = world.heads(contexts_ND, parameter)
     total, _ = chunked_loss(loss, heads, torch.zeros(len(contexts_ND), dtype=torch.long), CHUNK)
     return total / len(contexts_ND)
@@ -139,14 +139,14 @@ def mean_loss(loss: Loss, world: World, contexts_ND: Tensor, parameter: Tensor) 
 
 @torch.no_grad()
 def held_out_kl(world: World, parameter: Tensor) -> tuple[float, float]:
-    """KL to the delta(1) target and to the teacher."""
+    """Return the KL to the delta(1) target and to the teacher."""
     losses = [Distillation(target, ForwardKL(), ce_weight=0.0) for target in (delta_target(1.0), teacher_target())]
     to_delta, to_teacher = (float(mean_loss(loss, world, world.held_out, parameter)) for loss in losses)
     return to_delta, to_teacher
 
 
 def train(loss: Loss, world: World, trained: str, learning_rate: float) -> Tensor:
-    """Fifty AdamW steps from the raw student: the trained tensor afterwards."""
+    """Run fifty AdamW steps from the raw student and return the trained tensor."""
     parameter = world.untrained(trained).requires_grad_()
     optimizer = torch.optim.AdamW([parameter], lr=learning_rate, weight_decay=0.0)
     for step in range(STEPS):
@@ -161,7 +161,7 @@ def train(loss: Loss, world: World, trained: str, learning_rate: float) -> Tenso
 
 
 def study(world_name: str, world: World, name: str, treatment: str, trained: str) -> Result | None:
-    """One line of the table, or None where the treatment does not apply."""
+    """Return one line of the table, or None if the treatment does not apply."""
     loss = make_loss(name, TREATMENTS[treatment])
     if loss is None:
         return None
@@ -179,7 +179,7 @@ def study(world_name: str, world: World, name: str, treatment: str, trained: str
 
 
 def markdown(results: Sequence[Result]) -> str:
-    """The results of one world as a table."""
+    """Return the results of one world as a Markdown table."""
     lines = [
         "| loss | treatment | gradient norm | tail mass | learning rate | KL to delta(1) | KL to teacher |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",

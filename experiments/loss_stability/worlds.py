@@ -36,12 +36,12 @@ class World:
         return len(self.weights[TEACHER])
 
     def untrained(self, trained: str) -> Tensor:
-        """What is trained, as it starts: the raw student's ``head`` [V, D], or a linear ``body`` [D, D] before it."""
+        """Return the tensor to train: the raw student's ``head`` [V, D], or a linear ``body`` [D, D] before it."""
         weight_VD = self.weights[STUDENT_RAW]
         return weight_VD.clone() if trained == "head" else torch.eye(weight_VD.shape[1])
 
     def heads(self, contexts_ND: Tensor, parameter: Tensor) -> dict[str, Head]:
-        """Role -> head over the contexts; ``parameter`` is the student's head, or its body where it is square."""
+        """Return role -> head over the contexts; ``parameter`` is the student's head, or its body if square."""
         narrow_ND = torch.cat([contexts_ND[:, :STUDENT_WIDTH], contexts_ND[:, -1:]], 1)
         heads = {
             role: Head(narrow_ND if role == STUDENT_RAW else contexts_ND, weight)
@@ -53,7 +53,7 @@ class World:
 
 
 def heavy_tail(vocabulary: int = 50_257, seed: int = 0) -> World:
-    """A large vocabulary, most of which no model would ever say."""
+    """Make a world with a large vocabulary, most of which no model would ever say."""
     draw = torch.Generator().manual_seed(seed)
     rank = torch.arange(1, vocabulary + 1, dtype=torch.float32)
     rarity = (rank.log() / torch.tensor(float(vocabulary)).log())[:, None]
@@ -83,7 +83,7 @@ def heavy_tail(vocabulary: int = 50_257, seed: int = 0) -> World:
 
 
 def unseen_token(vocabulary: int = 1_000, seed: int = 0) -> World:
-    """A small vocabulary with one token (the last) that the raw teachers give e^-30, whatever the context.
+    """Make a world with a small vocabulary, whose last token has e^-30 under the raw teachers in every context.
 
     Fine-tuning moves it to about e^-23 in the teachers (still nothing that is ever said); the raw student gives it
     about e^-9.

@@ -1,4 +1,4 @@
-"""One training under every strategy, beside one process: ``python experiments/scale/compare.py OVERRIDE...``."""
+"""Compare every strategy with a single process: ``python experiments/scale/compare.py OVERRIDE...``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CONTESTANTS = (
 
 
 class Outcome(NamedTuple):
-    """What a run came to.
+    """The outcome of a run.
 
     Args:
         losses: of each logged step and each validation.
@@ -63,7 +63,7 @@ def train(name: str, overrides: list[str]) -> Outcome:
 
 
 def row(name: str, outcome: Outcome, one: Outcome) -> list[str]:
-    """Its line in the table."""
+    """Return a run's line in the table."""
     pairs = list(zip(outcome.losses, one.losses, strict=True))
     loss = max(abs(a - b) / abs(b) for a, b in pairs)
     weights = max(float((outcome.student[k].float() - one.student[k].float()).abs().max()) for k in one.student)

@@ -142,7 +142,6 @@ def test_a_real_step_takes_and_sends_what_is_estimated(strategy: str, larger_wor
         tmp_path / "run",
         "delta_kd",
         "data.val=null",
-        "objective=val/loss",
         "trainer.accelerator=cpu",
         f"strategy={strategy}",
         *STRATEGIES[strategy],

@@ -119,8 +119,8 @@ def test_text_of_a_label_is_text(tmp_path: Path) -> None:
 
 
 def test_errors_are_over_seeds_where_there_are_several() -> None:
-    def group(mean: float | None) -> dict[str, Group]:
-        return {"0": Group(5, 2, 0, {"correlation": Estimate(mean, 0.25)})}
+    def group(mean: float | None, stderr: float = 0.25) -> dict[str, Group]:
+        return {"0": Group(5, 2, 0, {"correlation": Estimate(mean, stderr)})}
 
     assert figures.mean_and_error([group(0.5)], "0", "correlation") == (0.5, 0.25)
     assert figures.mean_and_error([group(0.5), group(0.7), group(None)], "0", "correlation") == pytest.approx(

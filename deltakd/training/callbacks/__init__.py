@@ -1,4 +1,4 @@
-"""What happens around the training step: validation, checkpoints, throughput, signals, the progress bar."""
+"""Callbacks around the training step: validation, checkpoints, log, signals, lifeline, progress bar."""
 
 from deltakd.training.callbacks.checkpoints import Checkpoints
 from deltakd.training.callbacks.progress_bar import DisplayedTraining, ProgressBar

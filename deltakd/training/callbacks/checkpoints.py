@@ -1,8 +1,7 @@
-"""Checkpoints: the last state, to go on from, and the best student, to keep.
+"""Checkpoints: the last state, to resume from, and the best student, to keep.
 
-``last.ckpt`` is a file, or a directory where the strategy shards (each rank writes its part). It is written under
-another name and renamed once it is whole; the one before stays as ``previous.ckpt``, in case the disk damages the newer
-one.
+``last.ckpt`` is a file, or a directory if the strategy shards (each rank writes its part). It is written under another
+name and renamed once complete; the one before stays as ``previous.ckpt``, in case the disk damages the newer one.
 """
 
 from __future__ import annotations
@@ -40,10 +39,10 @@ class Checkpoints(Checkpoint):
 
     Args:
         directory: where the files go.
-        validation: whose metrics decide what is best; None: only ``last.ckpt``.
+        validation: its metrics decide which student is best; None: only ``last.ckpt``.
         objective: name of the metric, such as ``val/rougeL``.
         mode: ``max`` or ``min``.
-        step_size: rows (or positions) of an optimiser step over all ranks; kept, for a later start to compare with.
+        step_size: rows (or positions) per optimiser step over all ranks; saved, for a resumed run to compare with.
         every_n_steps: optimiser steps between two saves of ``last.ckpt``; None: by time alone.
         every_n_minutes: minutes between two saves of ``last.ckpt``.
     """
@@ -68,7 +67,7 @@ class Checkpoints(Checkpoint):
         self.best_metrics: dict[str, float] = {}
         self.best_step: int | None = None
         self._saved_at = time.monotonic()
-        #: Optimiser steps done in ``last.ckpt``, as far as there is one.
+        #: Optimiser steps done in ``last.ckpt``; 0 if there is none.
         self._saved_step = 0
 
     @property
@@ -86,7 +85,7 @@ class Checkpoints(Checkpoint):
         return self.directory / BEST
 
     def state_dict(self) -> dict[str, Any]:
-        """The best step and its metrics."""
+        """Return the best step, its metrics and the step size."""
         return {
             "best_metrics": self.best_metrics,
             "best_step": self.best_step,
@@ -94,16 +93,16 @@ class Checkpoints(Checkpoint):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave."""
+        """Restore the best step and its metrics."""
         self.best_metrics = state_dict["best_metrics"]
         self.best_step = state_dict["best_step"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note that the step the run goes on from is saved."""
+        """Record that the step the run resumes from is saved."""
         self._saved_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        """Save at the end of an optimiser step if there is a reason to: the last step of the run is always saved."""
+        """Save at the end of an optimiser step if due; the last step of the run is always saved."""
         step = trainer.global_step
         if not at_step_end(trainer):
             return
@@ -113,7 +112,7 @@ class Checkpoints(Checkpoint):
         if validated:
             self._keep_best(trainer)
         elif self.validation is None and is_last and is_sharded(pl_module):
-            # Once training is over no rank can put the student together any more.
+            # Once training is over, no rank can gather the student any more.
             self._save_student(trainer)
         by_steps = self.every_n_steps is not None and step % self.every_n_steps == 0
         by_time = time.monotonic() - self._saved_at >= 60 * self.every_n_minutes
@@ -122,10 +121,10 @@ class Checkpoints(Checkpoint):
             self.save_last(trainer)
 
     def save_last(self, trainer: L.Trainer) -> None:
-        """Write ``last.ckpt`` now, and before it what the loggers hold: a resumed run logs only what comes after.
+        """Flush the loggers, since a resumed run logs only later steps; then write ``last.ckpt``.
 
         Raises:
-            WriteError: the disk did not take it; the checkpoints are those that were there.
+            WriteError: the disk failed; the old checkpoints are kept.
         """
         partial = self._partial
         if trainer.is_global_zero:
@@ -149,9 +148,9 @@ class Checkpoints(Checkpoint):
         self._saved_at, self._saved_step = time.monotonic(), step
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Free the room that half a checkpoint takes.
+        """Delete a half-written checkpoint.
 
-        Any rank may be the one that failed. Lifeline comes before: by now no other rank is writing.
+        Any rank may have failed. Lifeline's hook runs first, so no other rank is writing any more.
         """
         remove(self._partial)
 
@@ -177,14 +176,14 @@ class Checkpoints(Checkpoint):
 
 
 def _seal(path: Path) -> None:
-    """Record how large the files of a sharded checkpoint are, so that a missing or short one is noticed."""
+    """Record the file sizes of a sharded checkpoint, so that a missing or short file is noticed."""
     if path.is_dir():
         sizes = {str(f.relative_to(path)): f.stat().st_size for f in sorted(path.rglob("*")) if f.is_file()}
         (path / SIZES).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Load a checkpoint's content on the CPU, tensors and plain values only; all but the shards of a sharded one.
+    """Load a checkpoint's content, without shards, on the CPU; only tensors and plain values are allowed.
 
     Raises:
         ValueError: it is damaged.

@@ -1,4 +1,4 @@
-"""Progress of a training run: a bar of its own, or reports to a display that several runs share."""
+"""Progress of a training run: its own bar, or reports to a display that several runs share."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from deltakd.training.module import DistillationModule
 
 @final
 class ProgressBar(RichProgressBar):
-    """Lightning's Rich bar, counting optimiser micro-batches of the whole run, with loss, tokens/s and time left.
+    """Lightning's Rich bar over all micro-batches of the run, with loss, tokens/s and time left.
 
     Args:
-        description: what stands before the bar, such as the name of the run.
+        description: text before the bar, such as the run's name.
     """
 
     def __init__(self, description: str = "training") -> None:
@@ -25,11 +25,11 @@ class ProgressBar(RichProgressBar):
         self.description = description
 
     def _get_train_description(self, current_epoch: int) -> str:
-        # Training is one stream of steps (see data/sampler.py), so Lightning's "Epoch 0/0" would mislead.
+        # Training is one stream of steps (data/batches/sampler.py), so Lightning's "Epoch 0/0" would mislead.
         return self.description
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """Short names and round numbers: ``loss 2.345  tokens/s 12345``."""
+        """Return short names and rounded numbers: ``loss 2.3450  tokens/s 12345``."""
         items = super().get_metrics(trainer, pl_module)
         shown: dict[str, Any] = {}
         for name, value in items.items():
@@ -42,10 +42,10 @@ class ProgressBar(RichProgressBar):
 
 @final
 class DisplayedTraining(L.Callback):
-    """Reports optimiser steps, with loss and speed, to a display.
+    """Reports optimiser steps and their loss to a display.
 
     Args:
-        display: where to.
+        display: the display.
     """
 
     def __init__(self, display: Display) -> None:

@@ -1,4 +1,4 @@
-"""The ranks of a training watch over each other from the moment they can talk to the end of the run."""
+"""Ranks of a training run watch each other, from the moment they are joined to the end of the run."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ log = logging.getLogger(__name__)
 
 @final
 class Lifeline(L.Callback):
-    """Ends all ranks, with a message that names the culprit, when one of them dies or fails by itself.
+    """Ends all ranks when one of them dies or fails, with a message that names it.
 
-    A context manager around all that the ranks do together; as a callback it learns when there are ranks at all. A
-    process that is alone needs none, and gets none.
+    A context manager around everything the ranks do together; as a callback it learns when the ranks are joined. A
+    single process needs no lifeline and gets none.
 
     Args:
-        how_to_resume: what a user does to go on from the last checkpoint.
+        how_to_resume: how a user resumes from the last checkpoint.
     """
 
     def __init__(self, how_to_resume: str) -> None:
@@ -44,12 +44,12 @@ class Lifeline(L.Callback):
             self._line.close()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Join all ranks; where one can't reach rank 0, they go on without, and say so."""
+        """Connect all ranks; if one can't reach rank 0, continue without a lifeline and warn."""
         rank, world_size = place()
         if world_size == 1 or self._line is not None:
             return
         self._trainer = trainer
-        # Set by whatever made the process group.
+        # Set by the creator of the process group.
         address = os.environ["MASTER_ADDR"]
         listener = listen(address, world_size) if rank == 0 else None
         port = listener.getsockname()[1] if listener else 0

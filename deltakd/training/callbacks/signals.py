@@ -14,7 +14,7 @@ from deltakd.io.errors import Stopped
 from deltakd.training.callbacks.checkpoints import Checkpoints
 from deltakd.training.callbacks.steps import at_step_end
 
-#: SLURM sends the last two some time before it ends a job: SIGUSR1 by #SBATCH --signal, SIGUSR2 as submitit asks for.
+#: SLURM sends the last two before it ends a job: SIGUSR1 for #SBATCH --signal, SIGUSR2 for submitit.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -22,11 +22,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 class StopOnSignal(Checkpoint):
     """Turns SIGNALS into a saved checkpoint and :class:`Stopped`, at the end of the optimiser step.
 
-    A second SIGINT acts at once. It is a ``Checkpoint`` because Lightning runs those after all other callbacks, in
-    the order given: it has to come after :class:`Checkpoints`.
+    A SIGINT after another signal acts at once. It is a ``Checkpoint`` because Lightning runs those after all other
+    callbacks, in the order given: it must come after :class:`Checkpoints`.
 
     Args:
-        checkpoints: what saves.
+        checkpoints: saves the state.
     """
 
     def __init__(self, checkpoints: Checkpoints) -> None:
@@ -35,7 +35,7 @@ class StopOnSignal(Checkpoint):
         self._previous: dict[int, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take over the signals: after Lightning's own handlers, which would not wait for the step's end."""
+        """Install the handlers, after Lightning's own, which would not wait for the end of the step."""
         for signum in SIGNALS:
             self._previous[signum] = signal.signal(signum, self._receive)
 
@@ -45,17 +45,17 @@ class StopOnSignal(Checkpoint):
         self._received = signum
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        """Save and stop if a signal came, once the optimiser step is whole."""
+        """Save and stop if a signal came, at the end of the optimiser step."""
         if not at_step_end(trainer):
             return
-        # Saving is collective, and maybe not every rank got the signal.
+        # Saving is collective, and not every rank may have got the signal.
         if trainer.strategy.reduce_boolean_decision(self._received is not None, all=False):
             self.checkpoints.save_last(trainer)
-            # All ranks end with the same status, for the launcher to make sense of.
+            # All ranks exit with the same status, so that the launcher can interpret it.
             raise Stopped(max(signum for signum in gathered(self._received) if signum), trainer.global_step)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Give the signals back."""
+        """Restore the previous handlers."""
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
         self._previous = {}

@@ -1,4 +1,4 @@
-"""Where optimiser steps end among micro-batches."""
+"""Which micro-batches end an optimiser step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is logged of training: losses, and how fast and how much, across interruptions."""
+"""The training log: losses, token counts and speed, continued across interruptions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from deltakd.training.callbacks.steps import at_step_end
 from deltakd.training.module import DistillationModule
 from deltakd.types import Batch
 
-#: tokens/s is shown over about so many seconds of training.
+#: tokens/s is averaged over about this many seconds of training.
 WINDOW_SECONDS = 5.0
 
 
@@ -21,11 +21,11 @@ WINDOW_SECONDS = 5.0
 class TrainingLog(L.Callback):
     """Counts valid tokens, padding and seconds of training, and logs them with the step's losses.
 
-    Lightning passes what a step logs to the loggers after the callbacks of the step's end, where checkpoints are
-    written: an interrupted run would lose a row. So the loggers are called from here.
+    The loggers are called directly: Lightning would call them after the end-of-step callbacks, which write checkpoints,
+    and an interrupted run would lose a row.
 
     Args:
-        every_n_steps: optimiser steps between two rows; the last step of the run has one, too.
+        every_n_steps: optimiser steps between rows; the last step of the run always gets one.
     """
 
     def __init__(self, every_n_steps: int) -> None:
@@ -38,7 +38,7 @@ class TrainingLog(L.Callback):
         self._window = (0, 0.0)
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts so far."""
+        """Return the counts so far."""
         return {
             "valid_tokens": self.valid_tokens,
             "positions": self.positions,
@@ -47,14 +47,14 @@ class TrainingLog(L.Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting from there."""
+        """Restore the counts."""
         for name, value in state_dict.items():
             setattr(self, name, value)
         self._window = (self.valid_tokens, self.seconds)
 
     @property
     def tokens_per_second(self) -> float:
-        """Valid tokens trained on per second of training, over the whole run, all ranks."""
+        """Valid tokens per second of training, over the whole run and all ranks."""
         return self.valid_tokens / self.seconds if self.seconds else 0.0
 
     def on_train_batch_start(
@@ -66,7 +66,7 @@ class TrainingLog(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Stop the clock; at the end of an optimiser step show and log it."""
+        """Stop the clock; at the end of an optimiser step, show and log its metrics."""
         self.seconds += time.perf_counter() - self._started
         self.positions += batch.attention_mask.numel()
         self.real_positions += int(batch.attention_mask.sum())
@@ -89,7 +89,7 @@ class TrainingLog(L.Callback):
                 logger.log_metrics(pl_module.step_metrics | speed, step=step)
 
     def _rate(self) -> float:
-        """Valid tokens per second over the last WINDOW_SECONDS of training."""
+        """Return valid tokens per second over about the last WINDOW_SECONDS of training."""
         tokens, seconds = self._window
         rate = (self.valid_tokens - tokens) / max(self.seconds - seconds, 1e-9)
         if self.seconds - seconds > WINDOW_SECONDS:
@@ -98,7 +98,7 @@ class TrainingLog(L.Callback):
 
 
 def _memory_mib() -> float:
-    """Return MiB of this process: the most its GPU held so far, or what it holds in CPU memory now without a GPU."""
+    """Return this process's MiB: the peak so far on its GPU, or without a GPU its CPU memory now."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     return float(psutil.Process().memory_info().rss) / 2**20

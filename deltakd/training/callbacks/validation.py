@@ -21,14 +21,14 @@ Generate = Callable[[DistillationModule], dict[str, float]]
 class Validation(L.Callback):
     """Runs at chosen optimiser steps, outside Lightning's validation loop.
 
-    Lightning validates at multiples of an interval within its epoch and re-enters its loop on resume by rules that
-    depend on where the checkpoint was written. Here the steps are given (the last one always among them), and a
-    resumed run validates exactly where the uninterrupted one would.
+    Lightning validates at multiples of an interval within its epoch, and on resume re-enters its loop by rules that
+    depend on where the checkpoint was written. Here the steps are given (always including the last one), and a resumed
+    run validates exactly where an uninterrupted one would.
 
     Args:
-        batches: returns the validation batches of this rank, in a fixed order; called once the ranks are joined.
+        batches: returns this rank's validation batches, in a fixed order; called once the ranks are joined.
         steps: optimiser steps (counted from 1) after which to validate.
-        generate: answers and scores, or None: the loss alone.
+        generate: answers and scores; None: the loss alone.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Validation(L.Callback):
     def run(self, module: DistillationModule) -> dict[str, float]:
         """Return ``val/loss``, its parts (nats per valid token), and ``val/<metric>`` of the generated answers.
 
-        Collective: call on every rank. Each takes its batches; the sums are over all ranks.
+        Collective: call on every rank. Each rank runs its own batches; sums are over all ranks.
         """
         module.student.eval()
         sums = {"loss": 0.0}
@@ -69,7 +69,7 @@ class Validation(L.Callback):
                     sums[name] = sums.get(name, 0.0) + float(value)
         of_ranks = gathered((tokens, sums))
         tokens = sum(count for count, _ in of_ranks)
-        # A rank whose batches are all masked has no parts.
+        # A rank whose batches are all masked has no parts: take the names from all ranks.
         names = dict.fromkeys(name for _, found in of_ranks for name in found)
         metrics = {f"val/{name}": sum(found.get(name, 0.0) for _, found in of_ranks) / tokens for name in names}
         if self.generate is not None:
