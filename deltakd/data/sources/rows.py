@@ -139,8 +139,8 @@ def unread_keys(record: Mapping[str, Any]) -> list[str]:
     """Return the keys of a record, and of its messages (``messages[].key``), that hold something nobody reads."""
     if record.get("messages") is not None:
         found = [f"messages[].{key}" for turn in record["messages"] for key in _filled(turn)]
-        read = ("messages", "messages[].role", "messages[].content")
-        return [key for key in dict.fromkeys([*_filled(record), *found]) if key not in read]
+        known = ("messages", "messages[].role", "messages[].content")
+        return [key for key in dict.fromkeys([*_filled(record), *found]) if key not in known]
     read = {*INSTRUCTION_KEYS, *RESPONSE_KEYS, "prompt"}
     if any(record.get(key) for key in INSTRUCTION_KEYS):
         read |= {*INPUT_KEYS}
