@@ -67,10 +67,10 @@ def read_checked_sets(
     for name, entry in evaluation.sets.items():
         try:
             rows = read_rows(entry.source, strip_answers=data.strip_answers, limit=evaluation.limit_of(name))
+            one = make_set(name, rows, asked, tokenizer, evaluation.scorer_of(name), evaluation.rouge_tokenizer)
         except ValueError as error:
             problems.append(f"evaluation.sets.{name}: {error}")
             continue
-        one = make_set(name, rows, asked, tokenizer, evaluation.scorer_of(name), evaluation.rouge_tokenizer)
         overlaps = None if train_rows is None else find_overlaps(rows, train_rows)
         short = _short_of_room(one, positions, evaluation.decoding.max_new_tokens)
         problems += _reference_problems(name, rows, one.scorer, evaluation)

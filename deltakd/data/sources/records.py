@@ -7,6 +7,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,14 @@ class Problems:
     def add(self, message: str) -> None:
         """Record one bad line."""
         self.messages.append(message)
+
+    @contextmanager
+    def noting(self, kind: type[ValueError]) -> Iterator[None]:
+        """Note an error of this kind, and go on."""
+        try:
+            yield
+        except kind as error:
+            self.messages.append(str(error))
 
     def raise_any(self) -> None:
         """Raise a ValueError if there were bad lines."""
@@ -146,7 +155,8 @@ def read_lines(path: Path, name: str) -> Iterator[str]:
     """Yield the lines of a text file, gzipped or not, without line ends. Raise a ValueError if it cannot be read."""
     opener = gzip.open if path.name.endswith(".gz") else open
     try:
-        with opener(path, "rt", encoding="utf-8", newline="\n") as stream:
+        # utf-8-sig: editors of Windows put a byte order mark at the start of a file; it is no text.
+        with opener(path, "rt", encoding="utf-8-sig", newline="\n") as stream:
             for line in stream:
                 yield line.rstrip("\r\n")
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
@@ -167,10 +177,29 @@ def _is_hub_id(location: str) -> bool:
 
 
 def _as_record(number: int, where: str, value: Any, problems: Problems) -> Iterator[Record]:
-    if isinstance(value, dict):
-        yield Record(number, where, value)
-    else:
+    if not isinstance(value, dict):
         problems.add(f"{where}: expected a JSON object, got {type(value).__name__}")
+        return
+    broken = [key for key, part in value.items() if _has_surrogate([key, part])]
+    for key in broken:
+        problems.add(
+            f"{where}: {key!a} has half a character (a lone surrogate, such as \\ud83d, of a text that was cut inside "
+            f"an emoji), which is no Unicode text; write the whole character, or remove it"
+        )
+    if not broken:
+        yield Record(number, where, value)
+
+
+def _has_surrogate(value: Any) -> bool:
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return True
+        return False
+    if isinstance(value, dict):
+        return any(_has_surrogate(part) for pair in value.items() for part in pair)
+    return isinstance(value, list) and any(map(_has_surrogate, value))
 
 
 def _jsonl_records(path: Path, name: str, problems: Problems) -> Iterator[Record]:
