@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from deltakd.io.errors import NonFiniteLossError, Stopped
-from deltakd.io.files import WriteError, disk_reason
+from deltakd.io.files import WriteError, disk_reason, way_out
 
 T = TypeVar("T")
 
@@ -142,8 +142,10 @@ def _in_one_line(error: Exception, how_to_resume: str) -> str | None:
     reason = disk_reason(error)
     if reason is None:
         return None
-    said = str(error) if isinstance(error, WriteError) else f"the disk failed ({reason})"
-    return f"{said}. Make room, then: {how_to_resume or 'the same command'}"
+    where = getattr(error, "filename", None)
+    raw = f"{where}: {reason}" if where else f"the disk failed ({reason})"
+    said = str(error) if isinstance(error, WriteError) else raw
+    return f"{said}. {way_out(reason, how_to_resume or 'the same command')}"
 
 
 def is_users(error: Exception) -> bool:

@@ -19,10 +19,12 @@ from deltakd.config.compose import CONF_DIR
 from deltakd.config.draft import Draft
 from deltakd.data import TextData
 from deltakd.distributed.launchers import alone_problems, launch_problems, read_launch
+from deltakd.distributed.ranks import is_main_process
 from deltakd.distributed.settings import StrategySettings
 from deltakd.io.errors import ConfigError
 from deltakd.io.typed import typed
 from deltakd.references.content import cache_problems
+from deltakd.tracking.loggers import logger_problems
 from deltakd.training.settings import RunSettings, StepSettings
 from deltakd.types import TEACHER
 
@@ -46,6 +48,8 @@ def make_settings(cfg: DictConfig, *, on_this_machine: bool = True) -> RunSettin
     if not draft.dry_run:
         if on_this_machine:
             draft.check_devices()
+            # Other ranks log nothing, and need no key.
+            draft.problems += logger_problems(draft.logger) if is_main_process() else []
         launch = read_launch(os.environ)
         if draft.trainer is not None:
             draft.problems += launch_problems(launch, draft.trainer.devices, draft.trainer.num_nodes)

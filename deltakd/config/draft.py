@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
-from typing import Annotated, Any, final
+from typing import Annotated, Any, Literal, final
 
 from annotated_types import Ge
 
@@ -44,7 +44,7 @@ _OWN_KEYS = {
     "delta_weight": float | Mapping[str, Any],
     "objective": str | None,
     "run_dir": str | None,
-    "resume": bool,
+    "resume": bool | Literal["force"],
 }
 
 

@@ -199,7 +199,8 @@ def without_tasks_of(rows: Sequence[Row], banned: Sequence[Row]) -> list[Row]:
 
     Tasks are compared by instruction alone, in normal form (case folded, white space collapsed), because copies of a
     data set differ in the small print of the inputs. An instruction that occurs with more than
-    ``overlap.GENERIC_INPUTS`` different inputs among all these rows is compared together with its input.
+    ``overlap.GENERIC_INPUTS`` different inputs among all these rows is compared together with its input. In a
+    conversation, all turns before the last answer are compared.
     """
     generic = generic_instructions([*rows, *banned])
     tasks = {_task(row, generic) for row in banned}
@@ -208,7 +209,7 @@ def without_tasks_of(rows: Sequence[Row], banned: Sequence[Row]) -> list[Row]:
 
 def _task(row: Row, generic: Collection[str]) -> tuple[str, str]:
     instruction, given = map(normal_form, task_texts(row))
-    return instruction, given if instruction in generic else ""
+    return instruction, given if row.messages is not None or instruction in generic else ""
 
 
 def _hold_out(rows: Sequence[Row], size: int, seed: int) -> list[Row]:

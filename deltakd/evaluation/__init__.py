@@ -1,7 +1,15 @@
 """Evaluation: sets, protocol, scorers, and measures beyond scores of answers."""
 
 from deltakd.evaluation.protocol import EvaluationSet, answer_set, end_tokens, evaluate_set, matches, scored, summarise
-from deltakd.evaluation.scoring import MAIN_METRICS, METRIC_TITLES, METRICS, SCORERS, main_metric, score
+from deltakd.evaluation.scoring import (
+    MAIN_METRICS,
+    METRIC_TITLES,
+    METRICS,
+    SCORERS,
+    find_scorer,
+    main_metric,
+    score,
+)
 
 __all__ = [
     "MAIN_METRICS",
@@ -12,6 +20,7 @@ __all__ = [
     "answer_set",
     "end_tokens",
     "evaluate_set",
+    "find_scorer",
     "main_metric",
     "matches",
     "score",

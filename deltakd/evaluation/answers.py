@@ -25,7 +25,12 @@ log = logging.getLogger(__name__)
 
 
 def make_set(
-    name: str, rows: Sequence[Row], data: DataConfig, tokenizer: PreTrainedTokenizerBase, scorer: str = "rouge"
+    name: str,
+    rows: Sequence[Row],
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    scorer: str = "rouge",
+    rouge_tokenizer: str = "default",
 ) -> EvaluationSet:
     """Return prompts tokenised exactly as in training, with all their references.
 
@@ -35,6 +40,7 @@ def make_set(
         data: gives the template and the maximum prompt length.
         tokenizer: the student's.
         scorer: scores the answers.
+        rouge_tokenizer: the words that ROUGE compares.
     """
     template = data.make_template(tokenizer)
     prompt_ids, cut = encode_prompts(rows, template, tokenizer, data.max_prompt_length)
@@ -47,6 +53,7 @@ def make_set(
         prompt_ids=prompt_ids,
         references=[row.references for row in rows],
         scorer=scorer,
+        rouge_tokenizer=rouge_tokenizer,
         asked={"template": data.template, "max_prompt_length": data.max_prompt_length},
         cut=cut,
     )

@@ -18,6 +18,9 @@ from deltakd.generation.model_step import position_limit
 
 Record = dict[str, Any]
 
+#: Where a record's ``protocol`` says which words ROUGE compared, if they were not the default ones.
+ROUGE_WORDS = "rouge_tokenizer"
+
 
 @dataclass(frozen=True)
 class EvaluationSet:
@@ -30,6 +33,7 @@ class EvaluationSet:
         prompt_ids: their token ids, as the model gets them.
         references: at least one good answer to each prompt.
         scorer: the scorer of the answers, one of ``SCORERS``.
+        rouge_tokenizer: the words that ROUGE compares.
         asked: how the prompts were made (template, length limit), for the record only.
         cut: how many prompts were longer than the length limit, for the record only.
 
@@ -43,6 +47,7 @@ class EvaluationSet:
     prompt_ids: list[list[int]]
     references: list[tuple[str, ...]]
     scorer: str = "rouge"
+    rouge_tokenizer: str = "default"
     asked: Mapping[str, Any] = field(default_factory=dict)
     cut: int = 0
 
@@ -65,7 +70,11 @@ class EvaluationSet:
     @property
     def protocol(self) -> dict[str, Any]:
         """How prompts are made and answers scored, decoding aside, as each record holds it."""
-        return {**self.asked, "scorer": self.scorer}
+        protocol = {**self.asked, "scorer": self.scorer}
+        if self.scorer == "rouge" and self.rouge_tokenizer != "default":
+            # The default is not recorded, so that answers scored before there was a choice need not be scored anew.
+            protocol[ROUGE_WORDS] = self.rouge_tokenizer
+        return protocol
 
 
 def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -161,7 +170,8 @@ def scored(records: Sequence[Record], eval_set: EvaluationSet) -> list[Record]:
     Raises:
         ValueError: see ``score``.
     """
-    scores = score([record["output"] for record in records], eval_set.references, eval_set.scorer)
+    outputs = [record["output"] for record in records]
+    scores = score(outputs, eval_set.references, eval_set.scorer, eval_set.rouge_tokenizer)
     return [
         {key: value for key, value in record.items() if key not in METRICS} | {"protocol": eval_set.protocol} | own
         for record, own in zip(records, scores, strict=True)

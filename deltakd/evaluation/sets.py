@@ -10,9 +10,8 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from deltakd.data import DataConfig, Overlap, Row, find_overlaps, read_rows
-from deltakd.evaluation import SCORERS, EvaluationSet
+from deltakd.evaluation import EvaluationSet, find_scorer
 from deltakd.evaluation.answers import make_set
-from deltakd.evaluation.final_number import expected_number
 from deltakd.evaluation.settings import EvaluationSettings
 from deltakd.io.errors import ConfigError
 
@@ -42,8 +41,11 @@ def read_checked_sets(
     tokenizer: PreTrainedTokenizerBase,
     model: PretrainedConfig,
     train_rows: Sequence[Row] | None,
+    val_rows: Sequence[Row] = (),
 ) -> CheckedSets:
     """Read every evaluation set; report all problems at once.
+
+    References of the validation rows are checked alike: their answers are scored during training.
 
     Args:
         evaluation: the group ``evaluation``.
@@ -52,25 +54,27 @@ def read_checked_sets(
         tokenizer: the student's.
         model: the student's configuration.
         train_rows: the training rows; None if unknown or absent.
+        val_rows: the rows that the student answers during training.
 
     Raises:
-        ConfigError: lists every problem: unreadable files and rows, references that are missing, empty or without a
-            number to compare with, prompts that fill the model's context, rows that are also trained on.
+        ConfigError: lists every problem: unreadable files and rows, references that are missing, empty or without
+            anything that their scorer compares, prompts that fill the model's context, rows that are also trained on.
     """
     asked = evaluation.prompts_of(data)
     positions: int | None = getattr(model, "max_position_embeddings", None)
-    problems: list[str] = []
+    problems = _reference_problems("val", val_rows[: evaluation.val_limit], evaluation.val_scorer, evaluation)
     sets, described = [], {}
     for name, entry in evaluation.sets.items():
         try:
             rows = read_rows(entry.source, strip_answers=data.strip_answers, limit=evaluation.limit_of(name))
+            one = make_set(name, rows, asked, tokenizer, evaluation.scorer_of(name), evaluation.rouge_tokenizer)
         except ValueError as error:
             problems.append(f"evaluation.sets.{name}: {error}")
             continue
-        one = make_set(name, rows, asked, tokenizer, evaluation.scorer_of(name))
         overlaps = None if train_rows is None else find_overlaps(rows, train_rows)
         short = _short_of_room(one, positions, evaluation.decoding.max_new_tokens)
-        problems += _reference_problems(one) + _context_problems(one, positions, asked.max_prompt_length)
+        problems += _reference_problems(name, rows, one.scorer, evaluation)
+        problems += _context_problems(one, positions, asked.max_prompt_length)
         if overlaps and evaluation.allow_overlap:
             log.warning("%s; evaluation.allow_overlap=true lets it pass.", _overlapping(name, len(rows), overlaps))
         elif overlaps:
@@ -112,27 +116,37 @@ def _record(
         "strip_answers": asked.strip_answers,
         "seeds": list(evaluation.seeds),
         "decoding": asdict(evaluation.decoding),
-        "scorers": {name: SCORERS[name].description for name in scorers},
+        "rouge_tokenizer": evaluation.rouge_tokenizer,
+        "scorers": {name: find_scorer(name, evaluation.rouge_tokenizer).description for name in scorers},
         "sets": dict(sets),
     }
 
 
-def _reference_problems(one: EvaluationSet) -> list[str]:
-    """Return the problem of references without a number if numbers are compared; other checks are made on reading."""
-    if one.scorer != "final_number":
-        return []
-    bad = [
-        row
-        for row, texts in zip(one.row_ids, one.references, strict=True)
-        if any(expected_number(text) is None for text in texts)
-    ]
+def _reference_problems(name: str, rows: Sequence[Row], scorer: str, evaluation: EvaluationSettings) -> list[str]:
+    """Return why answers to the rows can't be scored; what only lowers scores, for every method alike, is warned of."""
+    reads = find_scorer(scorer, evaluation.rouge_tokenizer).reads
+    # Numbers are compared with those of all references; ROUGE takes the best reference of a row.
+    enough = any if scorer == "rouge" else all
+    bad = [row for row in rows if not enough(map(reads, row.references))]
     if not bad:
         return []
-    return [
-        f"evaluation set {one.name}: {len(bad)} of {len(one)} rows have a reference without a number (rows "
-        f'{_listed(bad)}), and it is scored by final_number; give references that end in "#### <number>", or '
-        f"evaluation.sets.{one.name}={{source: ..., scorer: rouge}}"
-    ]
+    where = "the validation rows" if name == "val" else f"evaluation set {name}"
+    told = f"{where}: {len(bad)} of {len(rows)} rows have "
+    shown = f"(rows {_listed([row.id for row in bad])})"
+    if scorer == "final_number":
+        key = "evaluation.scorer=rouge" if name == "val" else f"evaluation.sets.{name}={{source: ..., scorer: rouge}}"
+        return [
+            f"{told}a reference without a number {shown}, and it is scored by final_number; give references that end "
+            f'in "#### <number>", or {key}'
+        ]
+    told += f"references in which ROUGE finds no word {shown}, so that every answer scores 0 there"
+    in_all_scripts = find_scorer(scorer, "unicode").reads
+    cured = sum(any(map(in_all_scripts, row.references)) for row in bad)
+    remedy = f"; evaluation.rouge_tokenizer=unicode reads {cured} of them, with other numbers than published ones"
+    if cured and len(bad) == len(rows):
+        return [f"{told}{remedy}"]
+    log.warning("%s%s.", told, remedy if cured else "; exact match compares them")
+    return []
 
 
 def _context_problems(one: EvaluationSet, positions: int | None, limit: int) -> list[str]:

@@ -10,7 +10,7 @@ from annotated_types import Ge, Len
 
 from deltakd.data import DataConfig
 from deltakd.data.sources.records import missing_sources
-from deltakd.evaluation.scoring import MAIN_METRICS, METRICS
+from deltakd.evaluation.scoring import MAIN_METRICS, METRICS, RougeTokenizer
 from deltakd.generation import Decoding
 from deltakd.io.keys import Protocol, Resume
 
@@ -62,6 +62,8 @@ class EvaluationSettings:
         val_limit: validation rows answered during training.
         decoding: how tokens are chosen.
         scorer: scorer of validation answers and of sets that name none; None: ``rouge``.
+        rouge_tokenizer: the words that ROUGE compares: ``default`` (a-z and 0-9, as in published numbers) or
+            ``unicode`` (letters and digits of all scripts).
         template: template of the prompts; None: that of the data.
         max_prompt_length: maximum tokens of a prompt; None: that of the data.
         protocol: the published protocol that the group claims to follow, a file of ``conf/evaluation``; None: none.
@@ -77,6 +79,7 @@ class EvaluationSettings:
     val_limit: Annotated[int, Ge(1)] = 64
     decoding: Annotated[Decoding, Protocol.FIXED] = field(default_factory=Decoding)
     scorer: Annotated[ScorerName | None, Protocol.FIXED] = None
+    rouge_tokenizer: Annotated[RougeTokenizer, Protocol.FIXED] = "default"
     template: Annotated[str | Mapping[str, str] | None, Protocol.FIXED] = None
     max_prompt_length: Annotated[Annotated[int, Ge(1)] | None, Protocol.FIXED] = None
     protocol: str | None = None

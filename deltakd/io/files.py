@@ -21,8 +21,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-#: Errors that need space or another disk: disk full, over quota, file too large, I/O error, read-only.
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+#: Errors that need space or another disk: disk full, over quota, file too large, I/O error.
+_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+#: Errors that need permission or another place: no access, not permitted, read-only.
+_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 #: Suffix of names whose content is still being written; such files count as absent.
 PARTIAL = ".partial"
 #: Seconds after which another machine's partial file counts as a leftover, since its process can't be checked.
@@ -48,6 +50,18 @@ class WriteError(OSError):
         return self.reason in (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
 
 
+def way_out(reason: str, how_to_resume: str) -> str:
+    """Return what to do where the disk did not take something, as a sentence.
+
+    Args:
+        reason: what ``disk_reason`` said.
+        how_to_resume: what a user does to go on.
+    """
+    if reason in map(os.strerror, _PERMISSION):
+        return f"Get access to it, then: {how_to_resume}; or give another place"
+    return f"Make room, then: {how_to_resume}"
+
+
 def disk_reason(error: BaseException) -> str | None:
     """Return why the disk failed, in a few words; None if the error has another cause.
 
@@ -66,7 +80,7 @@ def disk_reason(error: BaseException) -> str | None:
         number = found.errno if isinstance(found, OSError) else None
         quoted = re.search(r"\(os error (\d+)\)", str(found)) if type(found).__name__ == "SafetensorError" else None
         number = int(quoted[1]) if quoted else number
-        if number in _DISK:
+        if number in (*_ROOM, *_PERMISSION):
             return os.strerror(number)
         failures = getattr(found, "failures", None)
         of_ranks = [wrapped[0] for wrapped in failures.values()] if isinstance(failures, dict) else []
@@ -135,6 +149,20 @@ def replacing(path: Path, what: str = "", *, first_wins: bool = False) -> Iterat
             _sync_folder(path.parent)
         finally:
             remove(partial)
+
+
+def make_folder(path: Path, what: str) -> None:
+    """Make a folder and its parents, as far as they are not there.
+
+    Args:
+        path: the folder.
+        what: it is for, for the message.
+
+    Raises:
+        WriteError: the disk did not take it.
+    """
+    with telling(what, path):
+        path.mkdir(parents=True, exist_ok=True)
 
 
 def write_bytes(path: str | Path, content: bytes, what: str = "") -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from deltakd.io.errors import ConfigError
-from deltakd.io.files import PARTIAL, write_json, write_text
+from deltakd.io.files import PARTIAL, make_folder, write_json, write_text
 
 #: Files of ``checkpoints/``.
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
@@ -120,7 +120,7 @@ class RunDirectory:
             return
         if self.path.is_dir() and any(p for p in self.path.iterdir() if p.suffix != PARTIAL):
             raise ConfigError([f"run_dir={self.path} is not empty and holds no run of ours; give another run_dir"])
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path, "the run directory")
         self._write_config(config)
 
     def _write_config(self, config: Mapping[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Language models as (body, head): loading, tokenizers, adapters, quantisation and export."""
 
+from deltakd.models.export_check import ExportCheck
 from deltakd.models.language_model import LanguageModel, transformer_blocks
 from deltakd.models.loading import load_config, load_model, load_skeleton, spec_problems
 from deltakd.models.lora import LoraSpec, add_lora
@@ -8,6 +9,7 @@ from deltakd.models.settings import ModelSettings, ModelSpec
 from deltakd.models.tokenizers import common_vocabulary, load_tokenizer, train_tokenizer
 
 __all__ = [
+    "ExportCheck",
     "LanguageModel",
     "LoraSpec",
     "ModelSettings",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import torch
 from annotated_types import Ge, Lt
 from peft import (
     LoraConfig,
@@ -17,6 +19,8 @@ from peft import (
     prepare_model_for_kbit_training,
     set_peft_model_state_dict,
 )
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -42,6 +46,9 @@ def add_lora(model: PreTrainedModel, spec: LoraSpec) -> PeftModel:
     """Wrap the model in an adapter: the adapter is trained, the model's own weights are frozen.
 
     A quantised model (QLoRA, arXiv 2305.14314) is prepared as peft documents: unquantised weights become float32.
+
+    Raises:
+        ValueError: the adapter would be on a tied head or embedding of an architecture that can't untie them.
     """
     if getattr(model, "is_quantized", False):
         # Gradient checkpointing is switched on elsewhere, in one place for all students.
@@ -55,13 +62,19 @@ def add_lora(model: PreTrainedModel, spec: LoraSpec) -> PeftModel:
         task_type=TaskType.CAUSAL_LM,
         fan_in_fan_out=_is_transposed(model),
     )
-    adapted = get_peft_model(model, config)
-    assert isinstance(adapted, PeftModel)
+    adapted = _wrapped(model, config)
+    if _adapts_a_tied_layer(model) and not _can_be_untied(model):
+        raise ValueError(
+            f"model.lora.target_modules={modules}: head and embedding of {type(model).__name__} are one matrix, and it "
+            "can't be exported with two, so an adapter on one of them would be lost; leave them out, or give all-linear"
+        )
     return adapted
 
 
 def merged(adapted: PeftModel) -> PreTrainedModel:
     """Return a copy of the model with its adapter merged; ``adapted`` is unchanged.
+
+    An adapter on a tied head or embedding changes that one alone. In the copy they are untied, and its config says so.
 
     Quantised weights would round most of the adapter's small updates away. The adapter of a quantised model is
     therefore merged into the unquantised weights, read again from their source in the dtype of the model's config.
@@ -72,7 +85,7 @@ def merged(adapted: PeftModel) -> PreTrainedModel:
     base: Any = adapted.get_base_model()
     if not getattr(base, "is_quantized", False):
         # Merging works in place, and the run may still need the adapter.
-        return copy.deepcopy(adapted).merge_and_unload()  # type: ignore[operator]
+        return _merge(copy.deepcopy(adapted))
     try:
         fresh = AutoModelForCausalLM.from_pretrained(base.name_or_path, dtype=base.config.dtype)
     except OSError as error:
@@ -83,9 +96,60 @@ def merged(adapted: PeftModel) -> PreTrainedModel:
     config = copy.copy(adapted.peft_config[adapted.active_adapter])
     assert isinstance(config, LoraConfig)
     config.fan_in_fan_out = _is_transposed(fresh)
-    whole = get_peft_model(fresh, config)
-    set_peft_model_state_dict(whole, get_peft_model_state_dict(adapted))
-    return whole.merge_and_unload()  # type: ignore[operator,return-value]
+    whole = _wrapped(fresh, config)
+    set_peft_model_state_dict(whole, get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    return _merge(whole)
+
+
+def _wrapped(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    with warnings.catch_warnings():
+        # ``merged`` unties layers with an adapter; the head of a model of Conv1D is a Linear, and peft sees that.
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to True but the target module is")
+        adapted = get_peft_model(model, config)
+    assert isinstance(adapted, PeftModel)
+    return adapted
+
+
+def _merge(adapted: Any) -> PreTrainedModel:
+    """Merge the adapter into its model, in place."""
+    model = adapted.get_base_model()
+    if _adapts_a_tied_layer(model):
+        head = _plain(model.get_output_embeddings())
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        _say_untied(model.config)
+    return adapted.merge_and_unload()
+
+
+def _adapts_a_tied_layer(model: Any) -> bool:
+    """True if an adapter sits on a head or an embedding that share their matrix.
+
+    Not if they are one layer: then its adapter is part of both.
+    """
+    pair = (model.get_input_embeddings(), model.get_output_embeddings())
+    if pair[1] is None or pair[0] is pair[1] or not any(isinstance(layer, BaseTunerLayer) for layer in pair):
+        return False
+    return _plain(pair[0]).weight is _plain(pair[1]).weight
+
+
+def _can_be_untied(model: PreTrainedModel) -> bool:
+    """True if the architecture has a matrix each for head and embedding when its config says so; nothing is loaded."""
+    config = copy.deepcopy(model.config)
+    _say_untied(config)
+    with torch.device("meta"):
+        apart: Any = type(model)(config)
+    return apart.get_input_embeddings().weight is not apart.get_output_embeddings().weight
+
+
+def _say_untied(config: Any) -> None:
+    # Models of text and images keep the language model's config inside their own.
+    for part in (config, config.get_text_config()):
+        part.tie_word_embeddings = False
+
+
+def _plain(layer: Any) -> Any:
+    """Return the layer itself, without its adapter."""
+    return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
 
 
 def _is_transposed(model: PreTrainedModel) -> bool:

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from deltakd.io.files import replacing
+from deltakd.models.export_check import ExportCheck
 from deltakd.models.language_model import LanguageModel
 from deltakd.models.lora import merged
 
+log = logging.getLogger(__name__)
 
-def save_student(model: LanguageModel, tokenizer: PreTrainedTokenizerBase, directory: Path, card: str) -> None:
+
+def save_student(
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    card: str,
+    check: ExportCheck | None = None,
+) -> None:
     """Write weights (safetensors, LoRA merged), configuration, tokenizer and model card; all of it or nothing.
 
     Args:
@@ -20,9 +30,11 @@ def save_student(model: LanguageModel, tokenizer: PreTrainedTokenizerBase, direc
         tokenizer: its tokenizer.
         directory: replaced if it exists.
         card: Markdown text of the model card.
+        check: compares what was written with the student before it takes its place; None: nothing is compared.
 
     Raises:
         WriteError: the disk failed.
+        ValueError: what was written is another student; it is removed.
     """
     causal_lm: Any = model.hf
     if hasattr(causal_lm, "merge_and_unload"):
@@ -36,3 +48,10 @@ def save_student(model: LanguageModel, tokenizer: PreTrainedTokenizerBase, direc
         causal_lm.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
+        if check is not None:
+            # A quantised student is exported with its weights as they were before, which give other logits.
+            compared = causal_lm if model.quantized else model.hf
+            if model.quantized:
+                log.info("The export is compared with the adapter merged into the weights before quantising.")
+            del causal_lm  # a merged copy is as large as the student, and a third one is about to be opened
+            check.check(compared, tokenizer, partial)

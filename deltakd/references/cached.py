@@ -28,6 +28,8 @@ class CachedReferences:
 
     def __init__(self, store: CacheStore, roles: Collection[str]) -> None:
         content: dict[str, Any] = store.manifest.content
+        #: What decides the numbers that are read (``deltakd.references.content``).
+        self.content = content
         self._models: dict[str, dict[str, Any]] = {role: content["models"][role] for role in sorted(roles)}
         self._path = store.path
         #: Number of tokens that the cached models share; every head is cut to it.

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from deltakd.io.files import PARTIAL, write_bytes, write_json
+from deltakd.io.files import PARTIAL, make_folder, write_bytes, write_json
 
 #: Raise it when older files can no longer be read.
 FORMAT_VERSION = 1
@@ -110,7 +110,7 @@ class CacheStore:
         """
         if path.is_dir() and any(p for p in path.iterdir() if p.suffix != PARTIAL and p.name != "tokenizer"):
             raise StoreError(f"reference.path={path} is not empty and holds no cache; give another directory")
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path, "the cache of references")
         store = cls(path, Manifest(content, sample=sample))
         store.save()
         return store

@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from deltakd.evaluation.token_groups import Preservation
-from deltakd.io.files import write_text
+from deltakd.io.files import make_folder, write_text
 from deltakd.results import figures, sections
 from deltakd.results.beyond import NOTES, beyond_tables
 from deltakd.results.delta_weights import delta_weights
@@ -200,7 +200,7 @@ def write_report(page: Page, folder: Path, tidy: Callable[[str], str] = str) -> 
         The files written, the page first.
     """
     drawings = folder / "figures"
-    drawings.mkdir(parents=True, exist_ok=True)
+    make_folder(drawings, "the report")
     for old in drawings.glob("*.pdf"):
         old.unlink()
     texts = {

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deltakd.evaluation import SCORERS
+from deltakd.evaluation.protocol import ROUGE_WORDS
 from deltakd.results.reading import Record, Run
 
 #: Set -> aspect -> text to compare for equality and to show.
@@ -72,8 +73,10 @@ def _of_set(by_seed: Mapping[int, Sequence[Record]]) -> dict[str, str]:
 
 
 def _scorer(record: Record) -> str:
-    """Return the scorer of a record, identified by its scores."""
-    return next(name for name, scorer in SCORERS.items() if scorer.main in record)
+    """Return the scorer of a record, identified by its scores; and the words of its ROUGE if not the default ones."""
+    name = next(name for name, scorer in SCORERS.items() if scorer.main in record)
+    words = record.get("protocol", {}).get(ROUGE_WORDS)
+    return f"{name} ({words} words)" if words else name
 
 
 def _decoding(options: Mapping[str, Any], seeds: Sequence[int]) -> str:

@@ -201,8 +201,12 @@ def run_rows(methods: Sequence[Method]) -> list[RunRow]:
 
 
 def _run_row(method: Method, run: Run) -> RunRow:
-    commit = str(run.meta.get("git_commit") or "–")
-    shown = commit[:10] + ("-dirty" if commit.endswith("-dirty") else "")
+    commit, version = run.meta.get("git_commit"), run.meta.get("packages", {}).get("deltakd")
+    if commit:
+        shown = commit[:10] + ("-dirty" if commit.endswith("-dirty") else "")
+    else:
+        # Installed, not a checkout.
+        shown = f"deltakd {version}" if version else "–"
     machine = ", ".join(str(run.meta[key]) for key in ("machine", "device") if run.meta.get(key)) or "–"
     return RunRow(str(run.path), method.label, run.seed, state_of(run), shown, machine)
 

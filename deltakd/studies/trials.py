@@ -22,6 +22,7 @@ from rich.console import Console
 from deltakd.config.build import make_settings
 from deltakd.config.compose import compose_config
 from deltakd.io.errors import ConfigError, NonFiniteLossError
+from deltakd.io.files import make_folder
 from deltakd.studies.outcome_plots import write_plot
 from deltakd.studies.outcomes import (
     ENDED_EARLY,
@@ -121,7 +122,7 @@ def run_search(search: Search, console: Console) -> list[Outcome]:
         ValueError: data or models that can't be used.
     """
     _check(search)
-    search.directory.mkdir(parents=True, exist_ok=True)
+    make_folder(search.directory, "the search")
     with _only_process(search), _opened(search) as study:
         warning = incomparable(search.sweep.metric, list(search.sweep.parameters))
         if warning:

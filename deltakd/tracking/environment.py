@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import resource
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,14 @@ import torch
 
 from deltakd.distributed.devices import choose_device
 
-#: Root of the checkout.
+#: Where the package is: a checkout, or the site-packages of an environment.
 ROOT = Path(__file__).resolve().parents[2]
 
 #: Maximum number of characters kept of a checkout's changes.
 CHANGES_LIMIT = 1_000_000
+
+#: Variables by which git takes another repository than that of the folder.
+_OTHER_REPOSITORY = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR")
 
 PACKAGES = (
     "deltakd",
@@ -48,16 +53,35 @@ def _device_name() -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+def checkout() -> Path | None:
+    """Return the checkout of this project that the package runs from; None where it is installed.
+
+    Packages are often installed inside a repository of the user's, whose commit and changes are none of ours.
+    """
+    top = _git("rev-parse", "--show-toplevel").strip()
+    if not top or Path(top).resolve() != ROOT.resolve():
+        return None
+    try:
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8")).get("project", {})
+    except (OSError, ValueError):
+        return None
+    return ROOT if project.get("name") == "deltakd" else None
+
+
 def git_commit() -> str | None:
-    """Return the checkout's commit, with ``-dirty`` if files differ from it; None outside a checkout."""
+    """Return our checkout's commit, with ``-dirty`` if files differ from it; None outside a checkout of ours."""
+    if checkout() is None:
+        return None
     return _git("describe", "--always", "--abbrev=40", "--dirty").strip() or None
 
 
 def git_changes() -> str | None:
     """Return the diff to the commit, fit for ``git apply``, then the names of new files; None if there are none.
 
-    Diff and names are each cut to CHANGES_LIMIT characters, and the text says so.
+    Diff and names are each cut to CHANGES_LIMIT characters, and the text says so. None outside a checkout of ours, too.
     """
+    if checkout() is None:
+        return None
     diff = _git("diff", "HEAD", "--no-ext-diff", "--no-color")
     new = _git("ls-files", "--others", "--exclude-standard")
     named = "".join(f"# new file, not in this diff: {name}\n" for name in new.splitlines())
@@ -67,10 +91,18 @@ def git_changes() -> str | None:
 
 
 def _git(*arguments: str) -> str:
-    """Return git's output for the checkout; empty outside of one."""
+    """Return git's output for the folder of the package; empty outside a repository."""
+    # In a hook, git's own variables name the user's repository.
+    variables = {key: value for key, value in os.environ.items() if key not in _OTHER_REPOSITORY}
     try:
         done = subprocess.run(
-            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, errors="replace", timeout=20
+            ["git", *arguments],
+            cwd=ROOT,
+            env=variables,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=20,
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""

@@ -9,19 +9,32 @@ import socket
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, cast, final
+from typing import Any, Literal, cast, final, get_args
 from urllib.parse import urlparse
 
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from deltakd.io.files import WriteError, replacing, write_text
-from deltakd.tracking.environment import ROOT
+from deltakd.io.home import home_directory
+from deltakd.tracking.environment import checkout
 from deltakd.tracking.redaction import redacted
 from deltakd.tracking.wandb_run import RunWandbLogger
 
 #: Seconds to wait for the W&B server before going on offline.
 REACH_SECONDS = 3.0
+
+Mode = Literal["auto", "online", "offline", "disabled"]
+#: What W&B takes for WANDB_MODE, and whether it is online then.
+_MODES_OF_WANDB = {
+    "online": True,
+    "run": True,
+    "shared": True,
+    "offline": False,
+    "dryrun": False,
+    "disabled": False,
+}
 
 
 @final
@@ -147,7 +160,7 @@ def wandb_logger(
     config: dict[str, Any],
     resume_step: int,
     project: str,
-    mode: str = "auto",
+    mode: Mode = "auto",
     group: str | None = None,
     log_model: bool = False,
 ) -> Logger:
@@ -169,16 +182,20 @@ def wandb_logger(
     """
     import wandb  # not at the top: it costs over a second, and runs without it should not pay
 
-    allowed = ("auto", "online", "offline", "disabled")
-    if mode not in allowed:
-        raise ValueError(f"logger.wandb.mode is {mode!r}; allowed: {', '.join(allowed)}")
+    if mode not in get_args(Mode):
+        raise ValueError(f"logger.wandb.mode is {mode!r}; allowed: {', '.join(get_args(Mode))}")
+    chosen: str = mode
     if mode == "auto":
-        mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() and _server_answers() else "offline")
+        chosen = os.environ.get("WANDB_MODE") or ("online" if _logged_in() and _server_answers() else "offline")
     # A resumed run stays one W&B run; in a sweep it is the one that the agent was given.
     id_file = directory / "wandb_id"
     agents = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
     if agents or not id_file.is_file():
         write_text(id_file, agents or uuid.uuid4().hex[:8])
+    if home_directory() is None:
+        # W&B looks there in many places, whether it needs anything or not, and fails in each.
+        os.environ["HOME"] = str(directory / "wandb")
+    root = checkout()
     run = wandb.init(
         name=name,
         project=project,
@@ -188,13 +205,15 @@ def wandb_logger(
         dir=directory,
         config=redacted(config),
         settings=wandb.Settings(
-            mode=cast(Any, mode),
+            mode=cast(Any, chosen),
             silent=True,
             console="off",
             # The metadata that W&B collects itself include host, user, command line and the interpreter's path.
             x_disable_meta=True,
             host="",
-            git_root=str(ROOT),
+            git_root=None if root is None else str(root),
+            # Else it takes the repository around the run directory, which is the user's.
+            disable_git=root is None,
             disable_code=True,
             disable_job_creation=True,
         ),
@@ -202,15 +221,49 @@ def wandb_logger(
     return RunWandbLogger(run, directory, log_model)
 
 
+def logger_problems(makers: Mapping[str, MakeLogger]) -> list[str]:
+    """Return why a logger could not start, one sentence each; W&B asks for its key when models are loaded already.
+
+    Args:
+        makers: name in the config -> what makes the logger.
+    """
+    found = []
+    for name, make in makers.items():
+        if isinstance(make, partial) and make.func is wandb_logger:
+            mode = make.keywords.get("mode", "auto")
+            told = "WANDB_MODE" if mode == "auto" else f"logger.{name}.mode"
+            found += _wandb_problems(told, os.environ.get("WANDB_MODE") if mode == "auto" else mode, name)
+    return found
+
+
+def _wandb_problems(told: str, mode: str | None, name: str) -> list[str]:
+    """Problems of a mode that is given; none is chosen by what is at hand."""
+    if not mode:
+        return []
+    if mode not in _MODES_OF_WANDB:
+        return [f"{told} is {mode!r}; allowed: {', '.join(_MODES_OF_WANDB)}"]
+    if not _MODES_OF_WANDB[mode] or _logged_in():
+        return []
+    return [
+        f"{told} is {mode}, but there is no W&B key for {_server()[0]}; run `wandb login`, set WANDB_API_KEY, or give "
+        f"logger.{name}.mode=offline"
+    ]
+
+
 def _logged_in() -> bool:
     import netrc
 
-    if os.environ.get("WANDB_API_KEY"):
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    try:
-        return netrc.netrc().authenticators(_server()[0]) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+    # Where W&B looks; without a home directory these stay as they are, and are not there.
+    named = os.environ.get("NETRC")
+    for place in [named] if named else ["~/.netrc", "~/_netrc"]:
+        try:
+            if netrc.netrc(os.path.expanduser(place)).authenticators(_server()[0]) is not None:
+                return True
+        except (OSError, netrc.NetrcParseError):
+            continue
+    return False
 
 
 def _server() -> tuple[str, int]:

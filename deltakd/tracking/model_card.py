@@ -127,7 +127,8 @@ def _settings(facts: CardFacts) -> str:
 
 def _again(meta: Mapping[str, Any]) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in meta.get("packages", {}).items() if version)
-    where = f"Commit `{meta.get('git_commit')}`; {packages}; {meta.get('machine')}, {meta.get('device')}.\n\n"
+    commit = f"Commit `{meta['git_commit']}`; " if meta.get("git_commit") else ""
+    where = f"{commit}{packages}; {meta.get('machine')}, {meta.get('device')}.\n\n"
     command = f"python -m deltakd.train --config-dir . --config-name {CONFIG_FILE.removesuffix('.yaml')}"
     return (
         f"## To train it again\n\n{where}`{CONFIG_FILE}` is what `python -m deltakd.export` puts beside the weights: "

@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from deltakd.io.home import home_directory
+
 #: Environment variables whose values are never written.
 _SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS)$", re.IGNORECASE)
 #: Shorter values would match innocent text.
@@ -41,7 +43,9 @@ def _apply(value: Any, home: re.Pattern[str] | None, secrets: list[str]) -> Any:
 
 def _home_pattern() -> re.Pattern[str] | None:
     """Return a pattern of the home directory, as written and as resolved, that matches whole path components only."""
-    home = Path.home()
+    home = home_directory()
+    if home is None:
+        return None
     places = {str(place) for place in (home, home.resolve()) if place != Path(place.anchor)}
     if not places:
         return None

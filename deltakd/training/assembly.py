@@ -18,6 +18,7 @@ from deltakd.models import LanguageModel, add_lora, load_config
 from deltakd.models.roles import open_model, open_tokenizer, shared_vocabulary
 from deltakd.references import CachedReferences, CacheStore, References, SourceSettings
 from deltakd.references.content import data_identity, data_problems, missing_problem, missing_rows
+from deltakd.training.inputs import check_inputs, read_inputs
 from deltakd.training.settings import RunSettings
 from deltakd.types import STUDENT, STUDENT_RAW
 
@@ -67,7 +68,7 @@ def load_parts(settings: RunSettings, directory: RunDirectory) -> Parts:
     """Prepare or read the data, then open tokenizer and models.
 
     Raises:
-        ValueError: data or models that can't be used or don't fit together.
+        ValueError: data or models that can't be used, don't fit together, or have changed since the run began.
     """
     # Our own random draws have explicit seeds; this global one is for libraries.
     L.seed_everything(settings.seed, verbose=False)
@@ -81,6 +82,9 @@ def load_parts(settings: RunSettings, directory: RunDirectory) -> Parts:
         if settings.cache is not None:
             cached = _cached_references(settings, tokenizer, sets)
             vocabulary = cached.vocabulary
+        if is_main_process():
+            inputs = read_inputs(settings, tokenizer, sets, cached)
+            check_inputs(directory.path, inputs, force=settings.resume == "force")
         evaluation = _read_evaluation(settings, tokenizer, vocabulary, sets) if settings.evaluation.generate else None
     # Only the evaluation sets needed the raw rows.
     sets = sets._replace(train_rows=[])
@@ -98,7 +102,10 @@ def _read_evaluation(
         trust_remote_code=settings.model.trust_remote_code,
     )
     train_rows = sets.train_rows if isinstance(settings.data, InstructionData) else None
-    return read_checked_sets(settings.evaluation, settings.deviations, settings.data, tokenizer, student, train_rows)
+    answered = sets.val_rows if settings.generates_on_validation else []
+    return read_checked_sets(
+        settings.evaluation, settings.deviations, settings.data, tokenizer, student, train_rows, answered
+    )
 
 
 def open_cache(settings: RunSettings, tokenizer: PreTrainedTokenizerBase, sets: LoadedSets) -> CacheStore:

@@ -28,6 +28,9 @@ from deltakd.training.trainer import make_trainer
 
 log = logging.getLogger(__name__)
 
+#: Rows of the next pass, as a share of a pass, that its last step takes without a word in the log.
+BORROWED_SHARE = 0.1
+
 
 @dataclass(frozen=True)
 class Fitted:
@@ -158,7 +161,8 @@ def _make_generate(parts: Parts, loggers: list[Logger]) -> Generate:
     """Return a function that answers the first validation rows with the first seed, scores and keeps the answers."""
     evaluation = parts.settings.evaluation
     rows = parts.sets.val_rows[: evaluation.val_limit]
-    val_set = make_set("val", rows, evaluation.prompts_of(parts.settings.data), parts.tokenizer, evaluation.val_scorer)
+    asked = evaluation.prompts_of(parts.settings.data)
+    val_set = make_set("val", rows, asked, parts.tokenizer, evaluation.val_scorer, evaluation.rouge_tokenizer)
     seed = evaluation.seeds[0]
     tracker = wandb_of(loggers)
 
@@ -194,3 +198,13 @@ def _announce(parts: Parts, data: DistillationData, state: SavedState | None) ->
         int(parts.sets.train.valid_tokens.sum()),
         f"; going on from step {state.step}" if state else "",
     )
+    rows, borrowed = len(parts.sets.train), data.sampler().borrowed_rows
+    if borrowed > BORROWED_SHARE * rows:
+        log.warning(
+            "All steps are full: the last one of the first pass over %d rows takes %d rows of the next pass (%.0f %% "
+            "of a pass). Smaller steps keep passes apart: data.batch_size or data.max_tokens_per_batch, "
+            "trainer.accumulate_grad_batches.",
+            rows,
+            borrowed,
+            100 * borrowed / rows,
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,9 +26,11 @@ from deltakd.io.errors import NonFiniteLossError
 from deltakd.kernels import MEMORY_BUDGET
 from deltakd.models import LanguageModel
 from deltakd.references import References
-from deltakd.training.optim import AdamW
+from deltakd.training.optim import AdamW, rounding_warning
 from deltakd.training.step import DistillationStep
 from deltakd.types import Batch, Loss, Progress
+
+log = logging.getLogger(__name__)
 
 
 @final
@@ -210,9 +213,19 @@ class DistillationModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Make AdamW and its schedule, stepped once per optimiser step."""
+        self._warn_of_rounding()
         kind = optimizer_class(self.trainer.strategy)
         optimizer, scheduler = self.optim.build(self.student, self.total_steps, kind)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _warn_of_rounding(self) -> None:
+        # In half precision DeepSpeed adds the updates to float32 weights of its own.
+        half = str(self.trainer.precision).startswith(("16", "bf16"))
+        if isinstance(self.trainer.strategy, ZeroStrategy) and half:
+            return
+        found = rounding_warning(self.student.parameters(), self.optim.lr)
+        if found and self.trainer.is_global_zero:
+            log.warning("%s.", found)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the schedules and the last step's metrics (a run without validation data reports its loss)."""

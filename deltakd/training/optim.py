@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -10,6 +10,27 @@ import torch
 from annotated_types import Ge, Gt, Len, Lt
 from torch import nn
 from transformers import get_scheduler
+
+#: An update of AdamW is about ``lr``. Below this it is mostly smaller than half of the last of bfloat16's 8 bits in a
+#: usual weight (0.02), and rounded away.
+_LEAST_LR_IN_HALF = 1e-4
+
+
+def rounding_warning(parameters: Iterable[nn.Parameter], lr: float) -> str | None:
+    """Return what to do where updates are added to half-precision weights and mostly lost; None: nothing.
+
+    Args:
+        parameters: of the student, as the optimiser will change them.
+        lr: peak learning rate.
+    """
+    half = {p.dtype for p in parameters if p.requires_grad} & {torch.bfloat16, torch.float16}
+    if not half or lr >= _LEAST_LR_IN_HALF:
+        return None
+    named = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in half))
+    return (
+        f"the student's weights are {named}, and with optim.lr={lr:g} most updates are too small for it: they are "
+        "rounded away. Give model.student.dtype=float32 with trainer.precision=bf16-mixed, or a higher optim.lr"
+    )
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from deltakd.evaluation.answers import evaluate_sets, shown
 from deltakd.evaluation.measures import Measured, Subject, measure
 from deltakd.io.files import write_text
 from deltakd.io.run_directory import RunDirectory
-from deltakd.models import save_student
+from deltakd.models import ExportCheck, LanguageModel, save_student
 from deltakd.models.identity import count_parameters
 from deltakd.models.roles import open_exported
 from deltakd.tracking.environment import environment, peak_memory_mib
@@ -27,6 +27,7 @@ from deltakd.tracking.wandb_run import origin_of, wandb_of
 from deltakd.training.assembly import Parts, load_parts
 from deltakd.training.callbacks import Lifeline
 from deltakd.training.fit import Fitted, fit
+from deltakd.training.inputs import changed_inputs
 from deltakd.training.resume import read_state
 from deltakd.training.settings import RESUME_POLICY, RunSettings
 from deltakd.types import STUDENT
@@ -47,14 +48,14 @@ def run_training(settings: RunSettings, run_dir: Path, how_to_resume: str = "") 
 
     Raises:
         ConfigError: the directory holds another run.
-        ValueError: data or models that can't be used.
+        ValueError: data or models that can't be used or have changed since, or an export that is another student.
         NonFiniteLossError: the loss diverged.
         Stopped: SIGTERM or Ctrl-C came; the state is saved.
     """
     directory = RunDirectory(run_dir)
     with main_process_first(f"claim of {run_dir}"):
         if is_main_process():
-            directory.claim(settings.record, resume=settings.resume or is_restarted(), policy=RESUME_POLICY)
+            directory.claim(settings.record, resume=bool(settings.resume) or is_restarted(), policy=RESUME_POLICY)
     if directory.finished:
         log.info("%s is finished already; nothing to do.", run_dir)
         return _objective_value(settings, directory.read_summary())
@@ -84,7 +85,7 @@ def _run(settings: RunSettings, directory: RunDirectory, lifeline: Lifeline) -> 
             return _objective_value(settings, metrics)
         summary: dict[str, Any] = {**metrics, "meta": _meta(parts, fitted, started)}
         if main:
-            save_student(fitted.student, parts.tokenizer, directory.student, model_card(card, summary))
+            _export(parts, fitted.student, model_card(card, summary))
         gathered("exported")
         scores, measured = _evaluate_student(parts)
         if not main:
@@ -100,6 +101,12 @@ def _run(settings: RunSettings, directory: RunDirectory, lifeline: Lifeline) -> 
         finish_loggers(loggers, failed)
     directory.write_summary(summary)
     return _objective_value(settings, summary)
+
+
+def _export(parts: Parts, student: LanguageModel, card: str) -> None:
+    rows = parts.sets.train if parts.sets.val is None else parts.sets.val
+    check = ExportCheck.on(rows, parts.settings.model, parts.vocabulary)
+    save_student(student, parts.tokenizer, parts.directory.student, card, check)
 
 
 def _make_loggers(settings: RunSettings, directory: RunDirectory, resume_step: int) -> list[Logger]:
@@ -180,6 +187,7 @@ def _meta(parts: Parts, fitted: Fitted, started: float) -> dict[str, Any]:
         "parameters": count_parameters(parts.models.loaded),
         "resident_mib": {role: round(resident_bytes(m) / 2**20, 3) for role, m in sorted(parts.models.loaded.items())},
         "data_sha256": parts.sets.train.fingerprint,
+        "changed_inputs": changed_inputs(parts.directory.path),
         "data": parts.sets.counts,
         "valid_tokens": training.valid_tokens,
         "training_seconds": round(training.seconds, 3),

@@ -36,7 +36,7 @@ def told(world: World, path: Path, *overrides: str, loss: str = "delta_kd") -> l
 )  # fmt: skip
 def test_only_true_and_false_are_booleans(key: str, word: str, world: World, tmp_path: Path) -> None:
     (problem,) = told(world, tmp_path, f"{key}={word}")
-    assert re.fullmatch(rf"{re.escape(key)} is .*; it must be true or false", problem)
+    assert re.fullmatch(rf"{re.escape(key)} is .*; it must be true or false( or force)?", problem)
 
 
 def test_an_unsafe_loss_is_not_made_safe_by_the_word_no(world: World, tmp_path: Path) -> None:
@@ -88,6 +88,64 @@ def test_a_value_of_another_type_is_told_alone(override: str, message: str, worl
     extra = ["strategy=deepspeed_zero2"] if override.startswith("strategy") else []
     (problem,) = told(world, tmp_path, *extra, override)
     assert problem.startswith(message), problem
+
+
+@pytest.mark.parametrize(
+    ("overrides", "variables", "message"),
+    [
+        (["mode=on"], {}, "logger.wandb.mode is 'on'; it must be auto, online, offline, disabled"),
+        (
+            ["mode=online"],
+            {},
+            "logger.wandb.mode is online, but there is no W&B key for api.wandb.ai; run",
+        ),
+        (["mode=auto"], {"WANDB_MODE": "online"}, "WANDB_MODE is online, but there is no W&B key for api.wandb.ai; "),
+        (["mode=auto"], {"WANDB_MODE": "on"}, "WANDB_MODE is 'on'; allowed: online, run, shared, offline, dryrun"),
+        (
+            ["mode=online"],
+            {"WANDB_BASE_URL": "https://own.host"},
+            "there is no W&B key for own.host; run",
+        ),
+    ],
+)
+def test_what_keeps_wandb_from_starting_is_told_with_the_other_problems(
+    overrides: list[str],
+    variables: dict[str, str],
+    message: str,
+    world: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    no_account(monkeypatch, tmp_path)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    own = [f"logger.wandb.{override}" for override in overrides]
+    first, second = sorted(told(world, tmp_path, "logger=[csv,wandb]", *own, "seed=-1"), key=lambda p: "seed" in p)
+    assert message in first
+    assert second.startswith("seed is -1")
+
+
+@pytest.mark.parametrize("place", ["variable", "netrc", "named", "offline", "unset"])
+def test_wandb_has_no_problem_with_a_key_or_without_a_server(
+    place: str, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_account(monkeypatch, tmp_path)
+    netrc = tmp_path / (".netrc" if place == "netrc" else "own_netrc")
+    netrc.write_text("machine api.wandb.ai login user password " + "0" * 40)
+    netrc.chmod(0o600)
+    variables = {"variable": {"WANDB_API_KEY": "0" * 40}, "named": {"NETRC": str(netrc)}}
+    for name, value in variables.get(place, {}).items():
+        monkeypatch.setenv(name, value)
+    mode = {"offline": "offline", "unset": "auto"}.get(place, "online")
+    options = world.overrides(tmp_path / "run", "sft", "logger=[csv,wandb]", f"logger.wandb.mode={mode}")
+    assert set(make_settings(compose_config("train", options)).logger) == {"csv", "wandb"}
+
+
+def no_account(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    """Neither key nor mode of whoever runs the tests."""
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(home))
 
 
 def test_an_objective_that_is_given_is_taken_or_refused(world: World, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from deltakd.data.load import LoadedSets, load_instruction_sets, load_text_sets, without_tasks_of
+from deltakd.data.load import LoadedSets, load_instruction_sets, load_text_sets, split_rows, without_tasks_of
 from deltakd.data.sources.overlap import GENERIC_INPUTS
 from deltakd.data.sources.rows import Row
 
@@ -76,3 +76,15 @@ def test_text_sets(write: Write, tokenizer: PreTrainedTokenizerFast, tmp_path: P
     assert (len(sets.train), len(sets.val), sets.val_rows) == (5, 2, [])
     assert sets.counts["train/tokens"] == 50
     assert load_text_sets(train, None, tokenizer, 10).val is None
+
+
+def test_conversations_that_begin_alike_are_different_tasks(write: Write) -> None:
+    def talk(n: int, **system: str) -> dict[str, Any]:
+        turns = [("user", "Hi"), ("assistant", "Hello"), ("user", f"Tell me of river {n}"), ("assistant", f"It is {n}")]
+        return {"messages": [{"role": role, "content": text} for role, text in [*system.items(), *turns]]}
+
+    split = split_rows(write("a.jsonl", [talk(n) for n in range(200)]), val_size=20)
+    assert (len(split.train), len(split.val), split.excluded) == (180, 20, 0)
+    rows = [talk(1, system=f"You are clerk {n}") for n in range(200)]
+    assert split_rows(write("b.jsonl", rows), val_size=20).excluded == 0
+    assert split_rows(write("c.jsonl", [*rows, *rows]), val_size=20, seed=1).excluded > 0

@@ -69,3 +69,33 @@ def test_minillms_split_of_dolly_and_the_whole_of_dolly(shared_dir: Path) -> Non
     assert [(o.row_id, o.exact) for o in found] == [(40, False), (183, False), (238, False), (246, False)]
     whole = find_overlaps(test, read_rows(source))
     assert (sum(o.exact for o in whole), len(whole)) == (494, 500)
+
+
+def chat(*contents: str, system: str = "") -> tuple[dict[str, str], ...]:
+    turns = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(contents)]
+    return tuple([{"role": "system", "content": system}] * bool(system) + turns)
+
+
+def test_a_frame_that_is_not_alpacas_makes_no_near_duplicates() -> None:
+    frame = "You are a careful assistant who answers in one short sentence and never says more than was asked of you . "
+    rows = [Row(n, prompt=f"[INST] {frame * 3} What is made in {city}? [/INST]") for n, city in enumerate("abcdefghij")]
+    assert pairs(rows[:5], rows[5:]) == []
+    assert pairs(rows[:5], [*rows[5:], Row(20, prompt=rows[2].prompt)]) == [(2, 20, True)]
+
+
+def test_conversations_are_compared_by_their_last_question_and_what_precedes_it() -> None:
+    asked = [Row(0, messages=chat("Hi", "Hello", "What is Linux?", "A kernel"))]
+    assert pairs(asked, [Row(1, messages=chat("Hi", "Hello", "Who wrote Emma?", "Jane Austen"))]) == []
+    assert pairs(asked, [Row(1, messages=chat("hi", "Hello!", "What is Linux?", "Another answer"))]) == [(0, 1, True)]
+    assert pairs(asked, [Row(1, messages=chat("Bye", "Why?", "What is Linux?", "A kernel"))]) == []
+    asked = [Row(0, "Who wrote Emma?")]
+    assert pairs(asked, [Row(1, messages=chat("Who wrote Emma?", "Austen", system="Be brief."))]) == [(0, 1, False)]
+
+
+def test_text_without_spaces_is_compared_by_its_characters() -> None:
+    question = "请写一封信给小镇的镇长,请求在河边多放几张长椅,并说明为什么这对镇上的老人和孩子都很重要"
+    other = "请写一首诗献给远方的朋友,描述秋天的山林和飘落的红叶,并表达你对他长久的思念和真诚的祝福"
+    assert pairs([Row(0, question)], [Row(1, question + "吗"), Row(2, other)]) == [(0, 1, False)]
+    assert pairs([Row(0, "東京は何曜日ですか")], [Row(1, "東京は何月ですか")]) == []
+    thai = "เขียนจดหมายถึงนายกเทศมนตรีเพื่อขอม้านั่งเพิ่มริมแม่น้ำ"
+    assert pairs([Row(0, thai)], [Row(1, thai + "ค")]) == [(0, 1, False)]

@@ -167,3 +167,43 @@ def test_shared_split_matches_its_file(shared_dir: Path) -> None:
     rows = read_rows(str(folder / "databricks-dolly-15k.jsonl.gz"), subset=f"{folder / 'minillm_split.json'}#train")
     assert len(rows) == 13450
     assert [row.id for row in rows[:3]] == [0, 1, 3]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json"])
+def test_a_byte_order_mark_is_no_text(write: Write, name: str) -> None:
+    path = write(name, "\ufeff" + (json.dumps(records(2)) if name == "a.json" else json.dumps(records(2)[0])))
+    assert read_rows(path)[0].instruction == "i0"
+    assert read_texts(write("a.txt", "\ufeffone")) == ["one"]
+    split = write("split.json", "\ufeff" + json.dumps({"train": [0]}))
+    assert len(read_rows(path, subset=f"{split}#train")) == 1
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_half_a_character_is_named_with_file_and_row(write: Write, name: str) -> None:
+    bad = [{"instruction": "a", "output": "cut \ud83d"}, {"messages": [{"role": "user", "content": "\udc00"}]}]
+    rows = [*records(1), *bad]
+    with pytest.raises(ValueError, match=r"2 bad record\(s\)") as caught:
+        read_rows(write(name, json.dumps(rows) if name == "a.json" else rows))
+    first, second = ("a.json[1]", "a.json[2]") if name == "a.json" else ("a.jsonl:2", "a.jsonl:3")
+    assert f"{first}: 'output' has half a character" in str(caught.value)
+    assert f"{second}: 'messages' has half a character" in str(caught.value)
+    str(caught.value).encode()
+    whole = write("whole.jsonl", '{"instruction": "\\ud83d\\ude00", "output": "b"}')
+    assert read_rows(whole)[0].instruction == "\U0001f600"
+
+
+def test_keys_that_nobody_reads_are_named_once_for_a_file(write: Write, caplog: pytest.LogCaptureFixture) -> None:
+    user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}
+    chats = [
+        {"messages": [user, answer], "tools": [{"name": "f"}]},
+        {"messages": [user, answer | {"weight": None, "tool_calls": [1]}, user, answer], "tools": []},
+    ]
+    plain = [{"instruction": "a", "output": "b", "system": "s", "history": [["q", "r"]], "prompt": "P", "part": "x"}]
+    first, second = write("chat.jsonl", chats), write("plain.jsonl", plain)
+    for _ in range(2):
+        read_rows([first, f"{second}#part=x"])
+    texts = [record.getMessage() for record in caplog.records]
+    assert texts == [
+        f"{first}: these keys are not read: messages[].tool_calls (1 row), messages[].weight (2 rows), tools (1 row).",
+        f"{second}: these keys are not read: history (1 row), system (1 row).",
+    ]

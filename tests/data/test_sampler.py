@@ -117,3 +117,18 @@ def test_refusals(changes: dict[str, Any], message: str) -> None:
 def test_no_step_beyond_the_run() -> None:
     with pytest.raises(IndexError, match="step 251 of a run of 251"):
         make().rows_of_step(251)
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "borrowed"),
+    [
+        (1000, {}, 0),
+        (1003, {}, 5),
+        (10, {}, 6),
+        (10, {"accumulate": 8}, 22),
+        (10, {"epochs": None, "max_steps": 1}, 0),
+        (10, {"epochs": None, "max_steps": 2}, 6),
+    ],
+)
+def test_rows_that_the_first_pass_takes_of_the_next(rows: int, changes: dict[str, Any], borrowed: int) -> None:
+    assert make(LENGTHS[:rows], **changes).borrowed_rows == borrowed

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from deltakd.data.encoding import templates
 from deltakd.data.encoding.templates import AlpacaTemplate, ChatTemplate, PlainTemplate, Segment, make_template
 from deltakd.data.sources.readers import read_rows
 from deltakd.data.sources.records import Problems, iter_records, parse_source
@@ -103,3 +105,44 @@ def test_repr_tells_templates_apart(chat: PreTrainedTokenizerFast, make_tokenize
     other = make_tokenizer(chat_template=CHAT + " ")
     assert repr(ChatTemplate(chat)) != repr(ChatTemplate(other))
     assert repr(PLAIN) != repr(AlpacaTemplate())
+
+
+def test_what_a_template_refuses_is_said_with_row_and_remedy(make_tokenizer: Factory) -> None:
+    refusing = (
+        "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}" + CHAT
+    )
+    template = ChatTemplate(make_tokenizer(chat_template=refusing))
+    system = {"role": "system", "content": "s"}
+    row = Row(7, messages=(system, *talk("a", "b")), where="x.jsonl:8")
+    with pytest.raises(ValueError, match="roles must alternate") as caught:
+        template.render(row)
+    assert str(caught.value).startswith("row 7 (x.jsonl:8): the chat template refuses the turns system, user: roles")
+    assert "data.template=alpaca" in str(caught.value)
+
+
+def test_a_template_with_a_clock_has_one_date_for_the_whole_run(
+    make_tokenizer: Factory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Day(date):
+        day_of_month = 26
+
+        @classmethod
+        def today(cls) -> date:
+            return date(2026, 11, cls.day_of_month)
+
+    monkeypatch.setattr(templates, "date", Day)
+    clock = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }} {{ strftime_now( \"%Y\" ) }}\n{% endif %}"
+    tokenizer = make_tokenizer(chat_template=clock + CHAT)
+    templates._today.cache_clear()
+    first = ChatTemplate(tokenizer)
+    Day.day_of_month = 27
+    later = ChatTemplate(tokenizer)
+    for template in (first, later):
+        assert template.render(Row(0, "a"))[0].text.startswith("26 Nov 2026 2026\n<|im_start|>user")
+    assert repr(first) == repr(later)
+    templates._today.cache_clear()
+    assert repr(ChatTemplate(tokenizer)) != repr(first)
+    templates._today.cache_clear()
+    with pytest.raises(ValueError, match=r"reads the clock .* write the date into the template"):
+        ChatTemplate(make_tokenizer(chat_template="{{ strftime_now(format) }}" + CHAT))

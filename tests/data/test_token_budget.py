@@ -147,3 +147,10 @@ def test_a_row_beyond_the_budget_is_found_before_a_model_is_loaded(
     monkeypatch.setattr("deltakd.training.assembly.open_models", lambda *_: pytest.fail("models were loaded"))
     with pytest.raises(ValueError, match=r"data.max_tokens_per_batch is 20, but training row \d+ has \d+ tokens"):
         train("sft", "data.batch_size=null", "data.max_tokens_per_batch=20")
+
+
+@pytest.mark.parametrize("rows", [1, 20, 300])
+def test_rows_that_the_first_pass_takes_of_the_next(rows: int) -> None:
+    sampler = make(LENGTHS[:rows], epochs=1)
+    assert sampler.borrowed_rows == sum(map(len, steps(sampler))) - rows
+    assert make(LENGTHS[:300], epochs=None, max_steps=1).borrowed_rows == 0

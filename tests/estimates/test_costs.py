@@ -76,8 +76,8 @@ def test_operations_are_those_that_pytorch_counts(tmp_path: Path, checkpointed: 
 
 def test_adapters_spare_gradients_of_weights_and_the_second_student(world: World, tmp_path: Path) -> None:
     def parts(*extra: str) -> dict[str, float]:
-        plan = make_settings(compose_config("train", world.overrides(tmp_path / "run", "delta_kd", *extra)))
-        return {part.what: part.amount for part in operations(setting_of(plan, "cpu", "cpu"))}
+        settings = make_settings(compose_config("train", world.overrides(tmp_path / "run", "delta_kd", *extra)))
+        return {part.what: part.amount for part in operations(setting_of(settings, "cpu", "cpu"))}
 
     plain, adapted = parts(), parts("model/lora=default", "model.lora.r=1")
     assert plain["student, backward"] == 2 * plain["student, forward"]
@@ -152,13 +152,13 @@ def test_a_real_step_takes_and_sends_what_is_estimated(strategy: str, larger_wor
         env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=larger_world.root, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    plan: RunSettings = make_settings(compose_config("train", overrides))
-    estimated = sum(need.bytes for need in estimate(plan))
-    expected = sum(part.amount for part in traffic(setting_of(plan, "cpu", "cpu")))
+    settings: RunSettings = make_settings(compose_config("train", overrides))
+    estimated = sum(need.bytes for need in estimate(settings))
+    expected = sum(part.amount for part in traffic(setting_of(settings, "cpu", "cpu")))
     # DeepSpeed's buckets have one size whatever the model's: here they would hide all else.
     buckets = REDUCE_BUCKET * 4 * {"deepspeed_zero3": 1, "deepspeed_zero1": 2, "deepspeed_zero2": 2}.get(strategy, 0)
     files = sorted(tmp_path.glob("[0-9].json"))
-    assert len(files) == plan.config["trainer"]["devices"]
+    assert len(files) == settings.trainer.devices
     for file in files:
         measured = json.loads(file.read_text())
         assert estimated - buckets == pytest.approx(measured["peak"] - buckets, rel=0.25)

@@ -98,3 +98,45 @@ def test_numbers_are_scored_chosen_by_and_recorded(train: Train, world: World, t
     assert again["numbers/final_number"] == summary["numbers/final_number"]
     assert again["numbers/final_number_seed_std"] == 0
     assert again["meta"]["evaluation"]["deviations"][0] == "seeds is [10, 20] instead of [10]"
+
+
+RUSSIAN = ("Москва", "Казань", "Тверь")
+
+
+def test_references_that_no_scorer_reads_are_told_before_training(
+    train: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Validation rows among them: their answers choose the best checkpoint."""
+    russian = write_rows(tmp_path / "russian.jsonl", [row(f"{n}?", city) for n, city in enumerate(RUSSIAN)])
+    mixed = write_rows(tmp_path / "mixed.jsonl", [row("a", "Москва"), row("b", ["Казань", "Kazan"]), row("c", "…")])
+    rouge = ("sft", "evaluation=default", f"data.val={russian}", f"evaluation.sets={{mixed: {mixed}}}")
+    with pytest.raises(ConfigError) as caught:
+        train(*rouge, f"evaluation.sets={{cities: {russian}, mixed: {mixed}}}")
+    said = (
+        "3 of 3 rows have references in which ROUGE finds no word (rows 0, 1, 2), so that every answer scores 0 there; "
+        "evaluation.rouge_tokenizer=unicode reads 3 of them, with other numbers than published ones"
+    )
+    assert caught.value.problems == [f"the validation rows: {said}", f"evaluation set cities: {said}"]
+    assert "evaluation set mixed: 2 of 3 rows have references in which ROUGE finds no word (rows 0, 2)" in caplog.text
+    with pytest.raises(ConfigError, match=r"the validation rows: 3 of 3 rows have a reference without a number"):
+        train("sft", "evaluation=gsm8k", f"data.val={russian}", name="numbers")
+
+
+def test_the_words_of_rouge_are_recorded_and_answers_scored_by_others_are_scored_anew(
+    train: Train, tmp_path: Path
+) -> None:
+    texts = write_rows(tmp_path / "set.jsonl", [row("Repeat 1", "red Москва")])
+    options = ("sft", "evaluation=minillm", f"evaluation.sets={{mine: {texts}}}", "evaluation.seeds=[10]")
+    options += ("data.template=alpaca", "evaluation.max_prompt_length=90", "trainer.max_steps=1")
+    run = train(*options, "evaluation.rouge_tokenizer=unicode")
+    record = run.read_summary()["meta"]["evaluation"]
+    assert record["rouge_tokenizer"] == "unicode"
+    assert "rouge_tokenizer is unicode instead of default" in record["deviations"]
+    assert "letters and digits of all scripts" in record["scorers"]["rouge"]
+    (scored,) = read_json_lines(run.generations / "mine_seed10.jsonl") or [{}]
+    assert scored["protocol"]["rouge_tokenizer"] == "unicode"
+    # The same answer under the words of published numbers; the run's files stay.
+    run_evaluation([f"run={run.path}", "evaluation.rouge_tokenizer=default", f"run_dir={run.path / 'again'}"])
+    (again,) = read_json_lines(run.path / "again" / "generations" / "mine_seed10.jsonl") or [{}]
+    assert again["output"] == scored["output"]
+    assert "rouge_tokenizer" not in again["protocol"]

@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,9 +17,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import save_file
 
 from deltakd.cli import guarded
+from deltakd.data.encoding.token_cache import cached_table
 from deltakd.io.files import (
     WriteError,
     disk_reason,
@@ -30,6 +33,8 @@ from deltakd.io.files import (
     write_json_lines,
     write_text,
 )
+from deltakd.io.run_directory import RunDirectory
+from deltakd.references.store import CacheStore
 from deltakd.tracking.loggers import RunCSVLogger
 
 
@@ -226,3 +231,73 @@ def test_users_get_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     said = "error: the disk failed (No space left on device). Make room, then: the same command with resume=true\n"
     assert capsys.readouterr().err == said
     assert disk_reason(OSError(errno.ENOENT, "no such file")) is None
+
+
+@contextmanager
+def no_permission() -> Iterator[Path]:
+    """A folder in which this process may read, and not write; the superuser becomes somebody else for the time."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "held.json").write_text("{}")
+        folder.chmod(0o555)
+        is_super = os.geteuid() == 0
+        if is_super:
+            os.seteuid(54321)
+        try:
+            yield folder
+        finally:
+            if is_super:
+                os.seteuid(0)
+            folder.chmod(0o755)
+
+
+def _claimed_run(folder: Path) -> None:
+    RunDirectory(folder / "new").claim({"seed": 1}, resume=False)
+
+
+def _cache_of_references(folder: Path) -> None:
+    CacheStore.create(folder / "new", {}, [])
+
+
+def _table_of_tokens(folder: Path) -> None:
+    cached_table("key", folder / "new", lambda: Dataset.from_dict({"ids": [[1]]}))
+
+
+def _exported_student(folder: Path) -> None:
+    with replacing(folder / "new", "the student") as partial:
+        partial.mkdir()
+
+
+def _text_over_another(folder: Path) -> None:
+    write_text(folder / "held.json", "[]")
+
+
+@pytest.mark.parametrize(
+    "write", [_claimed_run, _cache_of_references, _table_of_tokens, _exported_student, _text_over_another]
+)
+def test_a_place_that_may_not_be_written_to_is_told_with_what_to_do(
+    write: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with no_permission() as folder:
+        with pytest.raises(SystemExit) as caught:
+            guarded(lambda: write(folder), "the same command")
+        assert (folder / "held.json").read_text() == "{}"
+        assert [path.name for path in folder.iterdir()] == ["held.json"]
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert f" could not be written to {folder}/" in said
+    assert said.endswith("Get access to it, then: the same command; or give another place\n")
+    assert "Permission denied" in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_what_may_not_be_touched_is_named(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    def touch() -> None:
+        raise OSError(number, os.strerror(number), "/data/rows.jsonl")
+
+    with pytest.raises(SystemExit):
+        guarded(touch, "")
+    reason = os.strerror(number)
+    expected = f"error: /data/rows.jsonl: {reason}. Get access to it, then: the same command; or give another place\n"
+    assert capsys.readouterr().err == expected

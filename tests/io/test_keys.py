@@ -43,6 +43,6 @@ def test_what_a_cache_does_not_depend_on() -> None:
 
 
 def test_what_a_protocol_fixes() -> None:
-    fixed = {"limit", "seeds", "decoding", "scorer", "template", "max_prompt_length"}
+    fixed = {"limit", "seeds", "decoding", "scorer", "rouge_tokenizer", "template", "max_prompt_length"}
     assert set(keys_with(EvaluationSettings, Protocol.FIXED)) == fixed
     assert fixed < set(get_type_hints(EvaluationSettings))

@@ -70,6 +70,7 @@ def test_one_seed_is_said_to_be_one(tmp_path: Path) -> None:
         ({"record": GREEDY}, "test: greedy (max_new_tokens 64) instead of sampled under seed 10"),
         ({"rows": 20}, "test: 20 prompts instead of 30 prompts"),
         ({"record": {"prompt": "Another template"}}, "test: other prompt texts (template, length limit or tokenizer)"),
+        ({"record": {"protocol": {"rouge_tokenizer": "unicode"}}}, "test: rouge (unicode words) instead of rouge"),
         ({"record": {"reference": ["Other"]}}, "test: other reference answers"),
     ],
 )

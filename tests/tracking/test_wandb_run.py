@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 from wandb.proto import wandb_internal_pb2 as pb
 
 from deltakd.config.build import make_settings
 from deltakd.config.compose import compose_config
+from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
 from deltakd.models.identity import model_fingerprint
 from deltakd.tracking import environment, wandb_run
@@ -218,7 +220,8 @@ def test_changes_of_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert environment.git_changes() is None
     git("init")
     (tmp_path / "file.py").write_text("a = 1\n")
-    git("add", "file.py")
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "deltakd"\n')
+    git("add", "file.py", "pyproject.toml")
     git("commit", "-m", "first")
     assert environment.git_changes() is None
     (tmp_path / "file.py").write_text("a = 2\n")
@@ -230,3 +233,53 @@ def test_changes_of_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     cut = environment.git_changes() or ""
     assert "more characters were left out" in cut
     assert len(cut) < 120
+
+
+@pytest.mark.parametrize(
+    ("inner", "name"),
+    [("lib/python3.11/site-packages", "deltakd"), ("vendor/deltakd", "deltakd"), (".", "a_users_project")],
+)
+def test_a_repository_of_the_users_is_not_recorded(
+    inner: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / inner
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "pyproject.toml").write_text(f'[project]\nname = "{name}"\n')
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for arguments in (["init"], ["add", "."], ["commit", "-m", "first"]):
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
+    (root / "secret.py").write_text("a = 1\n")
+    monkeypatch.setattr(environment, "ROOT", root)
+    # What git tells its hooks.
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
+    assert environment.checkout() is None
+    assert environment.git_changes() is None
+    recorded = environment.environment()
+    assert recorded["git_commit"] is None
+    assert recorded["packages"]["deltakd"]
+
+
+def test_this_checkout_is_ours() -> None:
+    folder = Path(environment.__file__).parents[2]
+    if (folder / ".git").exists():
+        assert environment.checkout() == folder
+        assert (environment.git_commit() or "").removesuffix("-dirty").isalnum()
+
+
+def test_a_run_without_a_home_directory_comes_to_its_end(
+    train: Callable[..., RunDirectory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(user: int) -> Any:
+        raise KeyError(user)
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    with pytest.raises(RuntimeError):
+        Path.home()
+    with pytest.raises(ConfigError, match="this process has none"):
+        train("sft", "data.train='~/rows.jsonl'", name="other")
+    # W&B reads its own settings once a process.
+    wandb.teardown()
+    run = train("sft", "logger=[csv,wandb]", "logger.wandb.mode=offline", "trainer.max_steps=1")
+    assert run.finished
+    assert redacted("/root/x") == "/root/x"

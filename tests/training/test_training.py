@@ -278,10 +278,10 @@ def test_a_checkpoint_of_another_architecture(train: Train, world: World, tmp_pa
     with pytest.raises(
         ValueError, match=r"the checkpoint is of another architecture than model.student \(.*size mismatch"
     ):
-        train("sft", path, "resume=true")
+        train("sft", path, "resume=force")
     (run.checkpoints / "last.ckpt").write_bytes(b"cut in half")
     with pytest.raises(ValueError, match=r"last.ckpt can't be read .*; remove it to start again"):
-        train("sft", path, "resume=true")
+        train("sft", path, "resume=force")
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,13 @@ class TokenBudgetSampler:
             epoch += 1
         return ends
 
+    @property
+    def borrowed_rows(self) -> int:
+        """Rows of the next pass that the last window of the first pass takes; 0 where the run ends before."""
+        if self._steps_until(self._rows) > self.total_steps:
+            return 0
+        return next(window.stop for window in self._windows if window.stop >= self._rows) - self._rows
+
     def __len__(self) -> int:
         """Return the number of micro-batches of one rank in the whole run."""
         return self.total_steps * self.accumulate

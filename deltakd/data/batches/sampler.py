@@ -53,6 +53,11 @@ class Sampler(Protocol):
         """Steps of this run, counted from 1, that complete a pass over the data."""
         ...
 
+    @property
+    def borrowed_rows(self) -> int:
+        """Rows of the next pass that the last step of the first pass takes; 0 where the run ends before."""
+        ...
+
     def __len__(self) -> int:
         """Return the number of micro-batches of one rank in the whole run."""
         ...
@@ -149,6 +154,12 @@ class StepSampler:
         """Steps, counted from 1, that complete a pass over the data, to the nearest step."""
         count = int(self.total_steps / self.steps_per_epoch)
         return [round(self.steps_per_epoch * (k + 1)) for k in range(count)]
+
+    @property
+    def borrowed_rows(self) -> int:
+        """Rows of the next pass that the last step of the first pass takes; 0 where the run ends before."""
+        ahead = -self.rows % self.rows_per_step
+        return ahead if self.rows + ahead <= self.total_steps * self.rows_per_step else 0
 
     def epoch_of_step(self, step: int) -> int:
         """Return the epoch, from 0, in which the step begins."""

@@ -20,7 +20,9 @@ from deltakd.data.encoding.token_cache import (
     tokenizer_fingerprint,
 )
 from deltakd.data.encoding.tokens import eos_id, prompt_tokens, segment_tokens
-from deltakd.data.sources.rows import Row
+from deltakd.data.encoding.trained_text import check_trained
+from deltakd.data.sources.records import Problems
+from deltakd.data.sources.rows import Row, RowError
 from deltakd.types import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -57,13 +59,14 @@ def encode_row(
         tokenizer: must have an EOS token.
         max_length: most tokens of prompt and response, EOS included.
         max_prompt_length: most tokens of the prompt; in a conversation, of everything before its first answer.
-        overlong: ``cut`` shortens a long prompt before the template's tail, and a long response, which then has no
-            EOS to learn; ``drop`` leaves the row out.
+        overlong: ``cut`` shortens a long prompt (``prompt_tokens``), and a long response, which then has no EOS to
+            learn; ``drop`` leaves the row out.
 
     Returns:
         The tokens, or None if the row is dropped or has nothing to train on.
 
     Raises:
+        RowError: the template can't render the row, or leaves out a part of its answers.
         ValueError: there is no EOS token or no response, or the limits contradict each other or leave no room for the
             tail.
     """
@@ -90,9 +93,14 @@ def encode_prompts(
     """Return the tokens of many prompts, each as from ``encode_prompt``, and the number of prompts cut.
 
     Raises:
-        ValueError: as ``encode_prompt``.
+        ValueError: as ``encode_prompt``; all rows that the template refuses are named together.
     """
-    cut = [_cut_prompt(row, template, tokenizer, max_prompt_length) for row in rows]
+    problems = Problems("prompts")
+    cut = []
+    for row in rows:
+        with problems.noting(RowError):
+            cut.append(_cut_prompt(row, template, tokenizer, max_prompt_length))
+    problems.raise_any()
     return [ids for ids, _ in cut], sum(whole > len(ids) for ids, whole in cut)
 
 
@@ -102,7 +110,7 @@ def _cut_prompt(
     segments = template.render(row)
     answers = [number for number, segment in enumerate(segments) if segment.trained]
     prompt = segments[: answers[-1]] if answers else segments
-    return prompt_tokens(prompt, template.tail(row), tokenizer, max_prompt_length)
+    return prompt_tokens(prompt, row, template, tokenizer, max_prompt_length)
 
 
 def check_limits(tokenizer: PreTrainedTokenizerBase, max_length: int, max_prompt_length: int, overlong: str) -> None:
@@ -128,8 +136,9 @@ def _encode(
     segments = template.render(row)
     answer = next((number for number, segment in enumerate(segments) if segment.trained), None)
     if answer is None:
-        raise ValueError(f"row {row.id} has no response to train on")
-    ids, prompt_length = prompt_tokens(segments[:answer], template.tail(row), tokenizer, max_prompt_length)
+        raise ValueError(f"{row.label} has no response to train on")
+    check_trained(row, segments)
+    ids, prompt_length = prompt_tokens(segments[:answer], row, template, tokenizer, max_prompt_length)
     labels = [IGNORE_INDEX] * len(ids)
     for segment in segments[answer:]:
         tokens = segment_tokens(segment, tokenizer)
@@ -171,19 +180,29 @@ def encode_rows(
         cache_dir: folder that keeps the tokens for later runs; None keeps nothing.
 
     Raises:
-        ValueError: as ``encode_row``, or no row is left.
+        ValueError: as ``encode_row`` (all rows that the template can't render are named together), or no row is left.
     """
     check_limits(tokenizer, max_length, max_prompt_length, overlong)
     examples = _expand(rows)
     limits: list[Any] = [max_length, max_prompt_length, overlong]
-    contents = [asdict(row) for row in examples]
+    if any(template.keeps_end(row) for row in examples):
+        # Tables without this mark were cut at the end of the prompt, and had lost the last question.
+        limits.append("end")
+    contents = [{key: value for key, value in asdict(row).items() if key != "where"} for row in examples]
     key = fingerprint("rows", contents, tokenizer_fingerprint(tokenizer), repr(template), limits)
+    problems = Problems("data")
 
     def encode(index: int) -> _Outcome:
-        return _encode(examples[index], template, tokenizer, max_length, max_prompt_length, overlong)
+        with problems.noting(RowError):
+            return _encode(examples[index], template, tokenizer, max_length, max_prompt_length, overlong)
+        return _Outcome(None, 0, 0, False, False)
 
-    table = cached_table(key, cache_dir, lambda: _tokenise(len(examples), encode, key))
-    return _as_set(table, key, max_length, max_prompt_length)
+    def build() -> Dataset:
+        table = _tokenise(len(examples), encode, key)
+        problems.raise_any()
+        return table
+
+    return _as_set(cached_table(key, cache_dir, build), key, max_length, max_prompt_length)
 
 
 def _expand(rows: Sequence[Row]) -> list[Row]:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from datetime import date
+from functools import cache, partial
 from string import Formatter
 from typing import TYPE_CHECKING, Any, Protocol, final, runtime_checkable
 
-from deltakd.data.sources.rows import Row
+from deltakd.data.sources.rows import Row, RowError, before_last_answer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TEMPLATE_NAMES = ("alpaca", "chat")
+
+#: Stands in for the last question, to find what the template writes after it; in no template and no question.
+_MARK = "deltakdquestionmark"
+#: A call of a chat template to the clock, with its format written out.
+_CLOCK = re.compile(r"""strftime_now\(\s*(?:"([^"]*)"|'([^']*)')\s*\)""")
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,11 @@ class Template(Protocol):
         ...
 
     def tail(self, row: Row) -> str:
-        """Return the end of the prompt, which must survive when a prompt is cut."""
+        """Return the end of the prompt, which must survive when a prompt is cut; "" if it is not known."""
+        ...
+
+    def keeps_end(self, row: Row) -> bool:
+        """True if a prompt that is too long loses its beginning, False if it loses what is before its tail."""
         ...
 
 
@@ -83,6 +94,10 @@ class PlainTemplate:
     def tail(self, row: Row) -> str:
         """Return the tail, the same for every row."""
         return self.tail_text
+
+    def keeps_end(self, row: Row) -> bool:
+        """True for a conversation, whose last question is at its end; an instruction comes before its input."""
+        return row.messages is not None
 
     def _turns(self, row: Row) -> Iterator[tuple[str, str | None]]:
         if row.messages is None:
@@ -149,8 +164,10 @@ AlpacaTemplate = partial(
 class ChatTemplate:
     """The tokenizer's own chat template; assistant turns are trained with their end-of-turn token.
 
+    A template that writes the date always gets the day on which the process first asked; it is part of the ``repr``.
+
     Raises:
-        ValueError: the tokenizer has no chat template.
+        ValueError: the tokenizer has no chat template, or one that reads the clock in a way that can't be frozen.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -160,16 +177,17 @@ class ChatTemplate:
                 f"template=alpaca or the tokenizer of a chat model"
             )
         self._tokenizer = tokenizer
+        self._text = _frozen(tokenizer.get_chat_template())
 
     def __repr__(self) -> str:
-        return f"ChatTemplate({self._tokenizer.chat_template!r})"
+        return f"ChatTemplate({self._text!r})"
 
     def render(self, row: Row) -> list[Segment]:
         """Return prompt and answer pieces in turn, found by rendering ever longer prefixes of the conversation.
 
         Raises:
-            ValueError: a longer prefix does not start with the shorter one, so the pieces cannot be told apart; or
-                the template refuses the conversation.
+            RowError: the template refuses the row, or a longer prefix does not start with the shorter one, so the
+                pieces cannot be told apart.
         """
         if row.prompt is not None:
             return _verbatim(row)
@@ -182,7 +200,7 @@ class ChatTemplate:
             prompt = self._write(row, messages[:number], prompt=True)
             whole = self._write(row, messages[: number + 1], prompt=False)
             if not prompt.startswith(done) or not whole.startswith(prompt):
-                raise ValueError(_not_a_prefix(row, number))
+                raise RowError(_not_a_prefix(row, number))
             # White space after the end-of-turn token belongs to the next prompt: generation stops before it.
             answer = whole[len(prompt) :].rstrip()
             segments.append(Segment(prompt[len(done) :], trained=False))
@@ -191,29 +209,59 @@ class ChatTemplate:
         return segments
 
     def tail(self, row: Row) -> str:
-        """Return what the template writes between the last turn and the answer, or the whole prompt if not found."""
+        """Return what the template writes between the last turn and the answer; "" if not found."""
         if row.prompt is not None:
-            return row.prompt
-        messages = _conversation(row)
-        while messages[-1]["role"] == "assistant":
-            messages = messages[:-1]
-        prompt = self._write(row, messages, prompt=True)
-        content = messages[-1]["content"].strip()
-        return prompt[prompt.rindex(content) + len(content) :] if content in prompt else prompt
+            return ""
+        messages = list(before_last_answer(_conversation(row)))
+        # The question itself can't be looked for: "start" stands in "<|im_start|>", too.
+        marked = [*messages[:-1], messages[-1] | {"content": _MARK}]
+        _, found, tail = self._write(row, marked, prompt=True).rpartition(_MARK)
+        return tail if found else ""
+
+    def keeps_end(self, row: Row) -> bool:
+        """True: the last question is right before the tail."""
+        return True
 
     def _write(self, row: Row, messages: list[dict[str, str]], prompt: bool) -> str:
+        from jinja2 import TemplateError
+
         try:
-            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-        # A chat template is a program of its own: many refuse system turns, or two user turns in a row.
-        except Exception as error:
-            roles = ", ".join(message["role"] for message in messages)
-            said = " ".join(str(error).split())
-            raise ValueError(
-                f"row {row.id}: the tokenizer's chat template refuses the turns {roles}: {said}; change the row, or "
-                "use another template"
-            ) from error
+            text = self._tokenizer.apply_chat_template(
+                messages, chat_template=self._text, tokenize=False, add_generation_prompt=prompt
+            )
+        except (TemplateError, TypeError) as error:
+            raise RowError(_refused(row, messages, error)) from error
         assert isinstance(text, str)
         return text
+
+
+@cache
+def _today() -> date:
+    """The day on which the process first asked: a run past midnight keeps its date."""
+    return date.today()
+
+
+def _frozen(template: str) -> str:
+    """The template with the date in place of its calls to the clock.
+
+    Raises:
+        ValueError: a call whose format is not written out.
+    """
+    text = _CLOCK.sub(lambda call: repr(_today().strftime(call[1] or call[2] or "")), template)
+    if re.search(r"strftime_now\s*\(", text):
+        raise ValueError(
+            "the chat template reads the clock (strftime_now) with a format that is not written out, so its date can't "
+            "be kept the same for the whole run; write the date into the template"
+        )
+    return text
+
+
+def _refused(row: Row, messages: list[dict[str, str]], error: Exception) -> str:
+    roles = ", ".join(message["role"] for message in messages)
+    return (
+        f"{row.label}: the chat template refuses the turns {roles}: {error}; let user and assistant alternate, write "
+        f"the system prompt into the first user turn, or use another template, such as data.template=alpaca"
+    )
 
 
 def _verbatim(row: Row) -> list[Segment]:
@@ -235,7 +283,7 @@ def _conversation(row: Row) -> list[dict[str, str]]:
 
 def _not_a_prefix(row: Row, number: int) -> str:
     return (
-        f"row {row.id}: the chat template rewrites earlier turns when turn {number} is added, so the tokens to train "
+        f"{row.label}: the chat template rewrites earlier turns when turn {number} is added, so the tokens to train "
         f"on cannot be found; use single-turn data or another template"
     )
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltakd.io.files import replacing
+from deltakd.io.home import expanded
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -55,7 +56,7 @@ def cached_table(key: str, cache_dir: str | Path | None, build: Callable[[], Dat
     """
     if cache_dir is None:
         return build()
-    final = Path(cache_dir).expanduser() / f"tokens-{key}"
+    final = expanded(cache_dir) / f"tokens-{key}"
     if not final.is_dir():
         _store(build(), final)
     from datasets import Dataset, load_from_disk

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from deltakd.data.encoding.templates import Segment
+from deltakd.data.encoding.templates import Segment, Template
+from deltakd.data.sources.rows import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,9 +20,23 @@ def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def prompt_tokens(
-    segments: Sequence[Segment], tail: str, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int
+    segments: Sequence[Segment],
+    row: Row,
+    template: Template,
+    tokenizer: PreTrainedTokenizerBase,
+    max_prompt_length: int,
 ) -> tuple[list[int], int]:
-    """Return a prompt's tokens, cut before its tail if there are too many, and their number before the cut.
+    """Return a prompt's tokens, cut if there are too many, and their number before the cut.
+
+    The template's tail stays whole. Before it, an instruction keeps its beginning; a conversation, and every prompt of
+    a chat template, keeps its end, where the last question is. BOS stays.
+
+    Args:
+        segments: the prompt, as ``template`` rendered it.
+        row: what was rendered.
+        template: gives the tail.
+        tokenizer: the model's.
+        max_prompt_length: most tokens to keep.
 
     Raises:
         ValueError: the tail alone fills the limit.
@@ -29,16 +44,19 @@ def prompt_tokens(
     ids = [token for segment in segments for token in segment_tokens(segment, tokenizer)]
     if len(ids) <= max_prompt_length:
         return ids, len(ids)
-    last = segments[-1]
+    last, tail = segments[-1], template.tail(row)
     if not tail or last.text == tail or not last.text.endswith(tail):
         # A prompt without the template's tail: keep its end, from which the answer continues.
         return _keep_end(ids, tokenizer, max_prompt_length), len(ids)
     kept = _tail_length(last, tail, tokenizer)
-    if kept >= max_prompt_length:
+    begun = int(template.keeps_end(row) and ids[0] == tokenizer.bos_token_id)
+    if kept + begun >= max_prompt_length:
         raise ValueError(
             f"data.max_prompt_length = {max_prompt_length} leaves no room before the end of the template, {tail!r}, of "
             f"{kept} tokens; raise it"
         )
+    if template.keeps_end(row):
+        return _keep_end(ids, tokenizer, max_prompt_length), len(ids)
     return ids[: max_prompt_length - kept] + ids[len(ids) - kept :], len(ids)
 
 

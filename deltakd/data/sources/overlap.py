@@ -1,33 +1,28 @@
-"""Finds tasks of one set of rows in another, word for word or nearly: a test set that was trained on.
-
-Near duplicates are defined as Lee et al. (arXiv 2107.06499) define them in training sets: the word 5-grams (Broder's
-shingles, 1997) have a Jaccard similarity of 0.8 or more. The similarity is exact, counted through an inverted index of
-one of the sets, not estimated by MinHash.
-"""
+"""Finds tasks of one set of rows in another, word for word or nearly: a test set that was trained on."""
 
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from deltakd.data.sources.near import Texts, near_duplicates
 from deltakd.data.sources.rows import Row
+from deltakd.io.progress import progress_bar
 
 #: An instruction with more different inputs than this ("Summarise this text.") says nothing without its input.
 GENERIC_INPUTS = 5
-#: Words in a shingle.
-SHINGLE = 5
-#: Smallest Jaccard similarity of near duplicates.
-NEAR = 0.8
+#: Fewer rows than this are compared in a second and need no progress bar.
+LONG_SEARCH = 20_000
+#: Rows between two updates of the bar.
+_STRIDE = 1_000
 
-_WORD = re.compile(r"\w+")
-#: Wikipedia's reference marks, which are in some releases of a data set but not in others.
-_MARK = re.compile(r"\[\d+\]")
 #: The Alpaca frame around instruction and input, in files that hold whole prompts.
 _FRAME = re.compile(r"### Instruction:\n(.*?)(?:\n\n### Input:\n(.*?))?\n\n### Response:", re.DOTALL)
 
-Words = tuple[str, ...]
+#: Numbers of an instruction and of an input.
+_Task = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -50,32 +45,36 @@ class Overlap:
 def find_overlaps(asked: Sequence[Row], others: Iterable[Row]) -> list[Overlap]:
     """Return the rows of ``asked`` whose task occurs in ``others``, in their order, each with its most similar row.
 
-    Words are compared after case folding, without punctuation and reference marks. Two tasks are the same if
+    Words are compared after case folding, without punctuation and reference marks; in scripts without spaces, a
+    character is a word. Two tasks are the same if
 
-    * their instructions have the same words, or the same numbers and a shingle similarity of at least NEAR (problems
-      of one form differ only in their numbers; instructions shorter than SHINGLE words must be identical), and
-    * their inputs have the same words, or the same numbers and a shingle similarity of at least NEAR, or one of them is
-      empty: a question asked with and without a passage. A generic instruction (with more than GENERIC_INPUTS different
-      inputs in both sets together) needs its input.
+    * their instructions have the same words, or are near duplicates (``near``: problems of one form differ only in
+      their numbers; instructions shorter than SHINGLE words must be identical), and
+    * their inputs have the same words, or are near duplicates, or one of them is empty: a question asked with and
+      without a passage. A generic instruction (with more than GENERIC_INPUTS different inputs in both sets together)
+      needs its input.
 
     Args:
-        asked: an evaluation set; it is indexed.
+        asked: an evaluation set.
         others: training rows.
     """
     others = list(others)
-    index = _Index(asked, generic_instructions([*asked, *others]))
-    best: dict[int, Overlap] = {}
-    for row in others:
-        for at, overlap in index.matches(row):
-            if at not in best or (overlap.exact, overlap.similarity) > (best[at].exact, best[at].similarity):
-                best[at] = overlap
-    return [best[at] for at in sorted(best)]
+    search = _Search(asked, others)
+    best: dict[_Task, Overlap] = {}
+    for task, at in search.others.items():
+        for match, similarity in search.matches(task):
+            overlap = Overlap(0, others[at[0]].id, similarity, task == match)
+            held = best.get(match)
+            if held is None or (overlap.exact, overlap.similarity) > (held.exact, held.similarity):
+                best[match] = overlap
+    found = {at: overlap for task, overlap in best.items() for at in search.asked[task]}
+    return [Overlap(asked[at].id, found[at].other_id, found[at].similarity, found[at].exact) for at in sorted(found)]
 
 
 def overlapping(rows: Sequence[Row], banned: Sequence[Row]) -> set[int]:
     """Return the positions of the ``rows`` whose task is among ``banned``, by the rules of ``find_overlaps``."""
-    index = _Index(banned, generic_instructions([*rows, *banned]))
-    return {at for at, row in enumerate(rows) if any(True for _ in index.matches(row))}
+    search = _Search(banned, rows)
+    return {at for task, found in search.others.items() if any(search.matches(task)) for at in found}
 
 
 def normal_form(text: str) -> str:
@@ -92,70 +91,78 @@ def generic_instructions(rows: Iterable[Row]) -> set[str]:
     return {instruction for instruction, texts in inputs.items() if len(texts) > GENERIC_INPUTS}
 
 
-class _Index:
-    """An index of rows by the words and by the shingles of their instructions."""
-
-    def __init__(self, rows: Sequence[Row], generic: Iterable[str]) -> None:
-        self._rows = rows
-        self._generic = {_words(text) for text in generic}
-        self._asked = [_words(task_texts(row)[0]) for row in rows]
-        self._about = [_words(task_texts(row)[1]) for row in rows]
-        self._sizes = [len(_shingles(words)) for words in self._asked]
-        self._by_words: defaultdict[Words, list[int]] = defaultdict(list)
-        self._by_shingle: defaultdict[Words, list[int]] = defaultdict(list)
-        for at, words in enumerate(self._asked):
-            self._by_words[words].append(at)
-            for shingle in _shingles(words):
-                self._by_shingle[shingle].append(at)
-
-    def matches(self, row: Row) -> Iterable[tuple[int, Overlap]]:
-        """Yield the position of each indexed row whose task ``row`` repeats, with the overlap."""
-        instruction, given = task_texts(row)
-        words = _words(instruction)
-        similar = self._similar(words)
-        if not similar:
-            return
-        about = _words(given)
-        for at, similarity in similar.items():
-            if self._same_input(at, words, about):
-                exact = self._asked[at] == words and self._about[at] == about
-                yield at, Overlap(self._rows[at].id, row.id, similarity, exact)
-
-    def _similar(self, words: Words) -> dict[int, float]:
-        found = dict.fromkeys(self._by_words.get(words, ()), 1.0)
-        shingles = _shingles(words)
-        shared = Counter(at for shingle in shingles for at in self._by_shingle.get(shingle, ()))
-        for at, count in shared.items():
-            similarity = count / (len(shingles) + self._sizes[at] - count)
-            if at not in found and similarity >= NEAR and _numbers(words) == _numbers(self._asked[at]):
-                found[at] = similarity
-        return found
-
-    def _same_input(self, at: int, asked: Words, about: Words) -> bool:
-        other = self._about[at]
-        if about == other:
-            return True
-        if not about or not other:
-            return asked not in self._generic and self._asked[at] not in self._generic
-        if _numbers(about) != _numbers(other):
-            return False
-        a, b = _shingles(about), _shingles(other)
-        return len(a & b) >= NEAR * len(a | b) > 0
-
-
 def task_texts(row: Row) -> tuple[str, str]:
-    """Return instruction and input, taken out of Alpaca's frame if the row holds a whole prompt in it."""
+    """Return instruction and input, taken out of Alpaca's frame if the row holds a whole prompt in it.
+
+    Of a conversation, return its last question, and all turns before it, the system prompt included.
+    """
+    if row.messages is not None:
+        last = len(row.asked)
+        while last and row.asked[last - 1]["role"] == "user":
+            last -= 1
+        asked, before = row.asked[last:], row.asked[:last]
+        return "\n\n".join(m["content"] for m in asked), "\n\n".join(m["content"] for m in before)
     framed = None if row.prompt is None else _FRAME.search(row.prompt)
     return (framed[1], framed[2] or "") if framed else (row.question, row.input)
 
 
-def _words(text: str) -> Words:
-    return tuple(_WORD.findall(_MARK.sub(" ", text.casefold())))
+class _Search:
+    """The tasks of both sets whose instructions are alike, by the numbers of their texts, and which texts are alike.
+
+    Args:
+        asked: rows whose tasks are looked for.
+        others: rows by whose tasks they are looked for.
+    """
+
+    def __init__(self, asked: Sequence[Row], others: Sequence[Row]) -> None:
+        instructions, inputs = Texts(), Texts()
+        rows = len(asked) + len(others)
+        with progress_bar("looking for near duplicates", rows, rows >= LONG_SEARCH) as advance:
+            left = _numbered(asked, instructions, advance)
+            right = _numbered(others, instructions, lambda done: advance(len(asked) + done))
+        self._generic = {instructions.number(text) for text in generic_instructions([*asked, *others])}
+        self._alike = near_duplicates(instructions.words, {one for one, _ in left}, {one for one, _ in right})
+        # Most inputs are never compared, since their instructions are unlike all others.
+        self.asked = _by_task(left, {one for found in self._alike.values() for one in found}, inputs)
+        self.others = _by_task(right, self._alike.keys(), inputs)
+        self._empty = inputs.number("")
+        self._alike_inputs = near_duplicates(
+            inputs.words, {given for _, given in self.asked}, {given for _, given in self.others}
+        )
+        self._inputs: defaultdict[int, list[int]] = defaultdict(list)
+        for instruction, given in self.asked:
+            self._inputs[instruction].append(given)
+
+    def matches(self, task: _Task) -> Iterator[tuple[_Task, float]]:
+        """Yield each of the asked tasks that ``task`` repeats, with the similarity of their instructions."""
+        instruction, given = task
+        for other, similarity in self._alike.get(instruction, {}).items():
+            for found in self._same_inputs(other, given, {instruction, other}.isdisjoint(self._generic)):
+                yield (other, found), similarity
+
+    def _same_inputs(self, instruction: int, given: int, may_lack: bool) -> Iterable[int]:
+        """Inputs of an asked instruction that count as ``given``; ``may_lack``: whether an empty one does."""
+        if given == self._empty and may_lack:
+            return self._inputs[instruction]
+        counting = {*self._alike_inputs.get(given, ()), *([self._empty] if may_lack else ())}
+        return [found for found in counting if (instruction, found) in self.asked]
 
 
-def _numbers(words: Words) -> list[str]:
-    return [word for word in words if word.isdigit()]
+def _numbered(rows: Sequence[Row], instructions: Texts, advance: Callable[[int], None]) -> list[tuple[int, str]]:
+    """Return number of the instruction and input of each row."""
+    found = []
+    for at, row in enumerate(rows):
+        instruction, given = task_texts(row)
+        found.append((instructions.number(instruction), given))
+        if at and at % _STRIDE == 0:
+            advance(at)
+    return found
 
 
-def _shingles(words: Words) -> set[Words]:
-    return {words[at : at + SHINGLE] for at in range(len(words) - SHINGLE + 1)}
+def _by_task(rows: Iterable[tuple[int, str]], wanted: Collection[int], inputs: Texts) -> dict[_Task, list[int]]:
+    """Return task -> positions of its rows in order, for the instructions that are wanted."""
+    found: defaultdict[_Task, list[int]] = defaultdict(list)
+    for at, (instruction, given) in enumerate(rows):
+        if instruction in wanted:
+            found[instruction, inputs.number(given)].append(at)
+    return dict(found)

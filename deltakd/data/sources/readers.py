@@ -9,11 +9,12 @@ key.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from functools import cache
 
 from deltakd.data.sources.records import (
     Problems,
@@ -25,7 +26,10 @@ from deltakd.data.sources.records import (
     parse_source,
     read_lines,
 )
-from deltakd.data.sources.rows import Row, parse_row, whole_characters
+from deltakd.data.sources.rows import Row, parse_row, unread_keys, whole_characters
+from deltakd.io.home import expanded
+
+log = logging.getLogger(__name__)
 
 DOCUMENT_END = "<|endoftext|>"
 
@@ -64,10 +68,12 @@ def read_rows(
                 break
             try:
                 row = parse_row(record.value, record.where, first + record.number, need_response)
+                reader.note_unread(record)
                 rows.append(_stripped(row, strip_answers, record.where) if strip_answers else row)
             except ValueError as error:
                 reader.problems.add(str(error))
         reader.problems.raise_any()
+        reader.report_unread()
         first += reader.last + 1
     return rows
 
@@ -141,8 +147,8 @@ def read_subset(subset: str) -> set[int]:
     if not mark or not name or not key:
         raise ValueError(f"subset {subset!r} must be file.json#key, such as split.json#train")
     try:
-        splits = json.loads(Path(name).expanduser().read_text(encoding="utf-8"))
-    except (OSError, ValueError, RuntimeError) as error:
+        splits = json.loads(expanded(name).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
         raise ValueError(f"cannot read subset file {name}: {error}") from error
     keys = [k for k, v in splits.items() if isinstance(v, list)] if isinstance(splits, dict) else []
     if key not in keys:
@@ -162,6 +168,17 @@ class _Reader:
         self._source = source
         self._subset = subset
         self._lines = None if subset is None else read_subset(subset)
+        self._unread: Counter[str] = Counter()
+
+    def note_unread(self, record: Record) -> None:
+        """Count the keys of a record that nobody reads; the filter reads its field."""
+        filtered = None if self._source.filter is None else self._source.filter[0]
+        self._unread.update(key for key in unread_keys(record.value) if key != filtered)
+
+    def report_unread(self) -> None:
+        """Warn of them, once per file."""
+        if self._unread:
+            _warn_once(f"{self._source.location}: these keys are not read: {_counted(self._unread)}")
 
     def __iter__(self) -> Iterator[Record]:
         kept = 0
@@ -202,6 +219,16 @@ class _Reader:
         field, wanted = self._source.filter or ("", "")
         values = ", ".join(value for value, _ in seen.most_common(10))
         return f"{entry}: no record has {field} = {wanted!r}; values found: {values}"
+
+
+@cache
+def _warn_once(message: str) -> None:
+    """The sets of an evaluation are read several times by one process."""
+    log.warning("%s.", message)
+
+
+def _counted(keys: Counter[str]) -> str:
+    return ", ".join(f"{key} ({count} row{'' if count == 1 else 's'})" for key, count in sorted(keys.items()))
 
 
 def _texts_of(source: Source, subset: str | None) -> list[str]:

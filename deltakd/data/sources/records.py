@@ -8,10 +8,12 @@ import os
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from deltakd.io.home import expanded
 from deltakd.io.hub import hub_reachable
 
 RECORD_SUFFIXES = (".jsonl", ".jsonl.gz", ".json")
@@ -57,6 +59,14 @@ class Problems:
     def add(self, message: str) -> None:
         """Record one bad line."""
         self.messages.append(message)
+
+    @contextmanager
+    def noting(self, kind: type[ValueError]) -> Iterator[None]:
+        """Note an error of this kind, and go on."""
+        try:
+            yield
+        except kind as error:
+            self.messages.append(str(error))
 
     def raise_any(self) -> None:
         """Raise a ValueError if there were bad lines."""
@@ -106,7 +116,7 @@ def missing_sources(sources: Mapping[str, str | Sequence[str] | None]) -> list[s
 
 
 def _check_exists(location: str) -> None:
-    if not _is_hub_id(location) and (os.path.exists(_expanded(location)) or not _HUB_FILE.fullmatch(location)):
+    if not _is_hub_id(location) and (os.path.exists(expanded(location)) or not _HUB_FILE.fullmatch(location)):
         local_path(location)
 
 
@@ -129,7 +139,7 @@ def iter_records(source: Source, problems: Problems) -> Iterator[Record]:
 
 def local_path(location: str) -> Path:
     """Return the local file of a location; ``org/name:file`` comes from the hub or its local cache."""
-    path = _expanded(location)
+    path = expanded(location)
     if os.path.exists(path):
         if path.is_dir():
             raise ValueError(f"{location} is a folder; name a file in it ({_known()})")
@@ -142,16 +152,12 @@ def local_path(location: str) -> Path:
     raise ValueError(f"no such file: {location} (looked in {Path.cwd()}); give an existing path or a hub data set")
 
 
-def _expanded(location: str) -> Path:
-    """Return the path; unlike pathlib's, these functions of ``os`` take any text, such as one too long for a name."""
-    return Path(os.path.expanduser(location))
-
-
 def read_lines(path: Path, name: str) -> Iterator[str]:
     """Yield the lines of a text file, gzipped or not, without line ends. Raise a ValueError if it cannot be read."""
     opener = gzip.open if path.name.endswith(".gz") else open
     try:
-        with opener(path, "rt", encoding="utf-8", newline="\n") as stream:
+        # utf-8-sig: editors of Windows put a byte order mark at the start of a file; it is no text.
+        with opener(path, "rt", encoding="utf-8-sig", newline="\n") as stream:
             for line in stream:
                 yield line.rstrip("\r\n")
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
@@ -172,10 +178,29 @@ def _is_hub_id(location: str) -> bool:
 
 
 def _as_record(number: int, where: str, value: Any, problems: Problems) -> Iterator[Record]:
-    if isinstance(value, dict):
-        yield Record(number, where, value)
-    else:
+    if not isinstance(value, dict):
         problems.add(f"{where}: expected a JSON object, got {type(value).__name__}")
+        return
+    broken = [key for key, part in value.items() if _has_surrogate([key, part])]
+    for key in broken:
+        problems.add(
+            f"{where}: {key!a} has half a character (a lone surrogate, such as \\ud83d, of a text that was cut inside "
+            f"an emoji), which is no Unicode text; write the whole character, or remove it"
+        )
+    if not broken:
+        yield Record(number, where, value)
+
+
+def _has_surrogate(value: Any) -> bool:
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return True
+        return False
+    if isinstance(value, dict):
+        return any(_has_surrogate(part) for pair in value.items() for part in pair)
+    return isinstance(value, list) and any(map(_has_surrogate, value))
 
 
 def _jsonl_records(path: Path, name: str, problems: Problems) -> Iterator[Record]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 INSTRUCTION_KEYS = ("instruction", "question")
@@ -27,6 +27,7 @@ class Row:
         prompt: a prompt to use verbatim, instead of instruction and input.
         messages: a conversation of {role, content} turns, instead of instruction, input and responses.
         category: the kind of task, if the data set gives one.
+        where: the row's place (file:line), for error messages; no part of the row.
     """
 
     id: int
@@ -36,13 +37,24 @@ class Row:
     prompt: str | None = None
     messages: tuple[dict[str, str], ...] | None = None
     category: str | None = None
+    where: str = field(default="", compare=False)
+
+    @property
+    def label(self) -> str:
+        """The row's number and, where it is known, its place, for error messages."""
+        return f"row {self.id}" + (f" ({self.where})" if self.where else "")
 
     @property
     def question(self) -> str:
-        """The instruction, the prompt, or a conversation's first user turn, whichever the row has."""
+        """The instruction, the prompt, or a conversation's turns before its last answer, whichever the row has."""
         if self.messages is not None:
-            return next((m["content"] for m in self.messages if m["role"] == "user"), "")
+            return "\n\n".join(m["content"] for m in self.asked)
         return self.instruction if self.prompt is None else self.prompt
+
+    @property
+    def asked(self) -> tuple[dict[str, str], ...]:
+        """Of a conversation, the turns before its last answer; all turns where there is none."""
+        return before_last_answer(self.messages or ())
 
     @property
     def references(self) -> tuple[str, ...]:
@@ -62,6 +74,16 @@ class Row:
         return "\n".join(part for part in (self.instruction, self.input, *self.responses[:1]) if part)
 
 
+class RowError(ValueError):
+    """A row that its template can't write out as it must be; says which, where it stands, and what to do."""
+
+
+def before_last_answer(messages: Sequence[dict[str, str]]) -> tuple[dict[str, str], ...]:
+    """Return the turns before the last assistant turn; all turns where there is none."""
+    answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    return tuple(messages[: answers[-1]] if answers else messages)
+
+
 def with_answer(row: Row, answer: str) -> Row:
     """Return the row with this answer as its only one.
 
@@ -69,9 +91,7 @@ def with_answer(row: Row, answer: str) -> Row:
     """
     if row.messages is None:
         return replace(row, responses=(answer,))
-    turns = [m["role"] for m in row.messages]
-    last = len(turns) - 1 - turns[::-1].index("assistant") if "assistant" in turns else len(turns)
-    return replace(row, messages=(*row.messages[:last], {"role": "assistant", "content": answer}))
+    return replace(row, messages=(*row.asked, {"role": "assistant", "content": answer}))
 
 
 def row_record(row: Row) -> dict[str, Any]:
@@ -106,7 +126,7 @@ def parse_row(record: Mapping[str, Any], where: str, id: int, need_response: boo
     if record.get("messages") is not None:
         _refuse_both(record, where)
         messages = _messages(record["messages"], where, need_response)
-        return Row(id, messages=messages, category=category)
+        return Row(id, messages=messages, category=category, where=where)
     instruction = _one_text(record, INSTRUCTION_KEYS, where)
     prompt = None if instruction else _one_text(record, ("prompt",), where)
     if not instruction and not prompt:
@@ -115,7 +135,24 @@ def parse_row(record: Mapping[str, Any], where: str, id: int, need_response: boo
     if need_response and not responses:
         raise ValueError(_missing(record, where, "response", (*RESPONSE_KEYS, "messages")))
     text = _one_text(record, INPUT_KEYS, where) if prompt is None else ""
-    return Row(id, instruction, text, responses, prompt or None, None, category)
+    return Row(id, instruction, text, responses, prompt or None, None, category, where)
+
+
+def unread_keys(record: Mapping[str, Any]) -> list[str]:
+    """Return the keys of a record, and of its messages (``messages[].key``), that hold something nobody reads."""
+    if record.get("messages") is not None:
+        found = [f"messages[].{key}" for turn in record["messages"] for key in _filled(turn)]
+        known = ("messages", "messages[].role", "messages[].content")
+        return [key for key in dict.fromkeys([*_filled(record), *found]) if key not in known]
+    read = {*INSTRUCTION_KEYS, *RESPONSE_KEYS, "prompt"}
+    if any(record.get(key) for key in INSTRUCTION_KEYS):
+        read |= {*INPUT_KEYS}
+    return [key for key in _filled(record) if key not in read]
+
+
+def _filled(record: Mapping[str, Any]) -> list[str]:
+    """Keys that hold something (0 and False are something), without those that are for people alone."""
+    return [key for key in record if key not in ("category", "row_id") and record[key] not in (None, "", [], {})]
 
 
 def _missing(record: Mapping[str, Any], where: str, what: str, allowed: Sequence[str]) -> str:

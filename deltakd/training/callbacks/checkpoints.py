@@ -10,6 +10,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, final
 
@@ -40,7 +41,8 @@ class Checkpoints(Checkpoint):
     Args:
         directory: where the files go.
         validation: its metrics decide which student is best; None: only ``last.ckpt``.
-        objective: name of the metric, such as ``val/rougeL``.
+        objective: name of the metric, such as ``val/rougeL``. Ties go to the lower ``val/ce``, then to the earlier
+            step.
         mode: ``max`` or ``min``.
         step_size: rows (or positions) per optimiser step over all ranks; saved, for a resumed run to compare with.
         every_n_steps: optimiser steps between two saves of ``last.ckpt``; None: by time alone.
@@ -157,17 +159,23 @@ class Checkpoints(Checkpoint):
     def _keep_best(self, trainer: L.Trainer) -> None:
         assert self.validation is not None
         metrics = self.validation.last_metrics
-        score, best = metrics[self.objective], self.best_metrics.get(self.objective)
-        better = best is None or (score > best if self.mode == "max" else score < best)
-        if better and math.isfinite(score):
+        score = metrics[self.objective]
+        if math.isfinite(score) and (not self.best_metrics or self._rank(metrics) < self._rank(self.best_metrics)):
             self.best_metrics, self.best_step = dict(metrics), trainer.global_step
             self._save_student(trainer)
+
+    def _rank(self, metrics: Mapping[str, float]) -> tuple[float, float]:
+        """Return what is lower for the better student: the objective and, where it ties, as scores of 0 do, its CE.
+
+        A loss of the user's may have no part ``ce``; then it is the loss itself.
+        """
+        score = metrics[self.objective]
+        return (-score if self.mode == "max" else score, metrics.get("val/ce", metrics.get("val/loss", math.inf)))
 
     def _save_student(self, trainer: L.Trainer) -> None:
         assert isinstance(trainer.lightning_module, DistillationModule)
         state = trainer.lightning_module.whole_state()
         if trainer.is_global_zero:
-            self.directory.mkdir(parents=True, exist_ok=True)
             with (
                 replacing(self.best_path, f"the best student, that of step {trainer.global_step},") as partial,
                 partial.open("wb") as file,

@@ -1,0 +1,109 @@
+"""What a run reads, as fingerprints: a run that is gone on with has to read the same.
+
+A config names files, not their content. ``inputs.json`` in the run directory keeps what the first start has read.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from deltakd.data import LoadedSets, tokenizer_fingerprint
+from deltakd.data.encoding.token_cache import fingerprint
+from deltakd.io.errors import ConfigError
+from deltakd.io.files import write_json
+from deltakd.models.identity import model_version
+from deltakd.references import CachedReferences
+from deltakd.training.settings import RunSettings
+
+log = logging.getLogger(__name__)
+
+#: In the run directory.
+INPUTS = "inputs.json"
+
+#: How an input differs; a model's files are others.
+_HOW = {
+    "data.train": "the rows are others",
+    "data.val": "the rows are others",
+    "tokenizer": "the tokens are others",
+    "reference": "the cache is another",
+}
+
+
+def read_inputs(
+    settings: RunSettings, tokenizer: PreTrainedTokenizerBase, sets: LoadedSets, cached: CachedReferences | None
+) -> dict[str, str | None]:
+    """Return input -> sha256 or commit; None where it can't be told.
+
+    Args:
+        settings: of the run.
+        tokenizer: the student's.
+        sets: tokenised rows; what is trained on depends on the tokenizer, too.
+        cached: the references where they were run before: then their models are not read.
+    """
+    inputs = {
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "data.train": sets.train.fingerprint or None,
+        "data.val": None if sets.val is None else sets.val.fingerprint or None,
+    }
+    inputs |= {
+        f"model.{role}": model_version(spec.path) if spec.init == "pretrained" and spec.path else None
+        for role, spec in settings.specs.items()
+    }
+    return inputs if cached is None else inputs | {"reference": fingerprint(_lasting(cached.content))}
+
+
+def check_inputs(directory: Path, inputs: Mapping[str, str | None], *, force: bool) -> None:
+    """Keep what the run reads, or compare it with what its first start has read.
+
+    Args:
+        directory: of the run.
+        inputs: as ``read_inputs`` gives them.
+        force: go on with other inputs; ``changed_inputs`` tells of them from then on.
+
+    Raises:
+        ConfigError: every input that is another one than then.
+        WriteError: the disk did not take it.
+    """
+    held = _read(directory)
+    before: dict[str, str | None] = held.get("inputs", {})
+    changed = [
+        f"{name}: {_HOW.get(name, 'its files are others')} than when this run began "
+        f"({before[name]!s:.12} there, {value:.12} now)"
+        for name, value in inputs.items()
+        if value is not None and before.get(name) not in (None, value)
+    ]
+    if changed and not force:
+        remedy = (
+            f"put back what was there, give another run_dir, or go on in run_dir={directory} with what is there now by "
+            "resume=force"
+        )
+        raise ConfigError([f"{sentence}; {remedy}" for sentence in changed])
+    for sentence in changed:
+        log.warning("%s; the run goes on with it (resume=force).", sentence)
+    # What can't be told now may have been told before.
+    known = before | {name: value for name, value in inputs.items() if value is not None or name not in before}
+    changed = [*held.get("changed", []), *changed]
+    if {"inputs": known, "changed": changed} != held:
+        write_json(directory / INPUTS, {"inputs": known, "changed": changed})
+
+
+def changed_inputs(directory: Path) -> list[str]:
+    """Return what the run has gone on with though it was another, one sentence each."""
+    return list(_read(directory).get("changed", []))
+
+
+def _read(directory: Path) -> dict[str, Any]:
+    path = directory / INPUTS
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _lasting(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a cache's content what makes the numbers that are read; where its models lay then plays no part."""
+    models = {role: {k: v for k, v in model.items() if k != "path"} for role, model in content["models"].items()}
+    return {key: content[key] for key in ("store", "vocabulary", "k", "temperature")} | {"models": models}
