@@ -20,7 +20,7 @@ from deltakd.models import LanguageModel, ModelSettings, load_config, spec_probl
 from deltakd.models.identity import spec_of
 from deltakd.models.roles import open_reference
 from deltakd.references import CachedReferences, CacheSettings, CacheStore, LiveReferences, References
-from deltakd.references.content import model_problems
+from deltakd.references.content import cached_model_problems
 from deltakd.references.index import keys_of_set
 from deltakd.types import STUDENT, STUDENT_RAW, TEACHER, TEACHER_RAW, Batch, Head
 
@@ -177,7 +177,9 @@ class MeasuredReferences:
                 return None
             held = content["models"]
             specs = {role: spec_of(self._models, role) for role in WANTED if role in held}
-            roles = [role for role, spec in specs.items() if not model_problems(role, spec, held[role], str(path))]
+            roles = [
+                role for role, spec in specs.items() if not cached_model_problems(role, spec, held[role], str(path))
+            ]
             # No checksums: if the loss reads this cache, they were verified before training.
             store.check(checksum=False)
             return CachedReferences(store, roles) if roles else None

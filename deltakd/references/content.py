@@ -59,7 +59,7 @@ def cache_problems(models: ModelSettings, loss: Loss, settings: CacheSettings, a
             "give a loss that reads them all"
         )
     for role in sorted(loss.requires & set(held)):
-        problems += model_problems(role, spec_of(models, role), held[role], settings.path)
+        problems += cached_model_problems(role, spec_of(models, role), held[role], settings.path)
     if STUDENT_RAW in loss.requires and models.specs[STUDENT].init == "random":
         problems.append("the loss reads student_raw, but a student with init=random has no raw self; give it a path")
     return problems
@@ -82,7 +82,7 @@ def _store_problems(content: Mapping[str, Any], loss: Loss, settings: CacheSetti
     return found + topk_problems(loss)
 
 
-def model_problems(role: str, spec: ModelSpec | None, held: Mapping[str, Any], path: str) -> list[str]:
+def cached_model_problems(role: str, spec: ModelSpec | None, held: Mapping[str, Any], path: str) -> list[str]:
     """Return how the config's model differs from the cached one; if it is not on this machine, compare the paths."""
     if spec is None or not spec.path:
         return []

@@ -8,6 +8,7 @@ import platform
 import resource
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -122,3 +123,17 @@ def peak_memory_mib() -> float:
         return torch.cuda.max_memory_allocated() / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def costs_since(started: float, speed: float | None) -> dict[str, Any]:
+    """Return what a run without a trainer took, for its ``summary.json``.
+
+    Args:
+        started: when it began, by ``time.perf_counter``.
+        speed: tokens/s; None if nothing was left to do.
+    """
+    return {
+        "seconds": round(time.perf_counter() - started, 3),
+        "tokens_per_second": speed,
+        "peak_memory_mib": round(peak_memory_mib(), 1),
+    }

@@ -13,7 +13,7 @@ from deltakd.evaluation.teacher_answers import Answering, answer_prompts, answer
 from deltakd.io.run_directory import RunDirectory
 from deltakd.models.identity import model_version
 from deltakd.models.roles import open_tokenizer, shared_vocabulary
-from deltakd.tracking.environment import environment, peak_memory_mib
+from deltakd.tracking.environment import costs_since, environment
 from deltakd.training.assembly import open_role
 from deltakd.training.settings import RESUME_POLICY, RunSettings
 from deltakd.types import TEACHER
@@ -54,11 +54,7 @@ def run_answers(settings: RunSettings, run_dir: Path) -> dict[str, Any]:
     parts = _load(settings, teacher, directory)
     counts, speed = answer_prompts(parts, directory.path, holds_out=settings.data.val is None)
     # Costs of this start alone: those of earlier ones are unknown.
-    costs = {
-        "seconds": round(time.perf_counter() - started, 3),
-        "tokens_per_second": speed,
-        "peak_memory_mib": round(peak_memory_mib(), 1),
-    }
+    costs = costs_since(started, speed)
     summary = counts | {"meta": environment() | answering_record(parts) | costs}
     directory.write_summary(summary)
     return summary

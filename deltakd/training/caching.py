@@ -17,7 +17,7 @@ from deltakd.references.begin import Caching, begin_store
 from deltakd.references.content import data_identity, data_problems, missing_rows
 from deltakd.references.fill import drop_damaged, make_missing, summary_of
 from deltakd.references.index import RowIndex
-from deltakd.tracking.environment import environment, peak_memory_mib
+from deltakd.tracking.environment import costs_since, environment
 from deltakd.training.assembly import open_cache, open_role
 from deltakd.training.settings import RunSettings
 from deltakd.types import STUDENT
@@ -46,11 +46,7 @@ def fill_cache(settings: RunSettings) -> dict[str, Any]:
     started = time.perf_counter()
     caching, store = _load(settings)
     speed = make_missing(caching, store)
-    costs = {
-        "seconds": round(time.perf_counter() - started, 3),
-        "tokens_per_second": speed,
-        "peak_memory_mib": round(peak_memory_mib(), 1),
-    }
+    costs = costs_since(started, speed)
     summary = summary_of(store) | {"meta": environment() | costs}
     RunDirectory(store.path).write_summary(summary)
     return summary
