@@ -1,4 +1,4 @@
-"""Spread over training seeds, and sound tests of differences between methods (DESIGN 4)."""
+"""Spread over training seeds, and sound tests of differences between methods (docs/design.md#evaluation)."""
 
 from __future__ import annotations
 
