@@ -150,12 +150,12 @@ def test_an_answer_of_weight_0_is_read_and_not_trained(tokenizer: PreTrainedToke
     turns = chat("a", "no", "b", "yes", "c", "no")
     row = Row(0, messages=tuple(turn | {"weight": 0} if turn["content"] == "no" else turn for turn in turns))
     for template in (PLAIN, ChatTemplate(tokenizer)):
-        (ids, labels) = (encoded([row], tokenizer, template)[0])[:2]
-        trained = tokenizer.decode([label for label in labels if label != -100])
-        assert trained == "yes<|im_end|>"
-        assert "no<|im_end|>" in tokenizer.decode(ids)
-        assert tokenizer.decode(ids).endswith("yes<|im_end|>")
-        assert tokenizer.decode(encode_prompt(row, template, tokenizer, 300)) in tokenizer.decode(ids)
+        one = encoded([row], tokenizer, template)[0]
+        text = tokenizer.decode(one.input_ids)
+        assert tokenizer.decode([label for label in one.labels if label != -100]) == "yes<|im_end|>"
+        assert "no<|im_end|>" in text
+        assert text.endswith("yes<|im_end|>")
+        assert text.startswith(tokenizer.decode(encode_prompt(row, template, tokenizer, 300)))
 
 
 @pytest.mark.parametrize(
