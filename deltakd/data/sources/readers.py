@@ -17,6 +17,8 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
+from deltakd.data.sources.messages import whole_characters
+from deltakd.data.sources.parsing import parse_row, unread_keys
 from deltakd.data.sources.records import (
     Problems,
     Record,
@@ -27,7 +29,7 @@ from deltakd.data.sources.records import (
     parse_source,
     read_lines,
 )
-from deltakd.data.sources.rows import Row, parse_row, unread_keys, whole_characters
+from deltakd.data.sources.rows import Row
 from deltakd.io.home import expanded
 
 log = logging.getLogger(__name__)
