@@ -17,10 +17,11 @@ from deltakd.data.sources.stored_rows import rows_digest, store_rows
 
 Write = Callable[[str, Any], str]
 TURNS = ({"role": "user", "content": "tab\there"}, {"role": "assistant", "content": "line\nend"})
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"z": 1, "a": None}}}
 ROWS = [
     Row(3, "Wer schrieb “Emma”?", "é\t\n", ("Austen", "Jane \\ Austen"), category="qa", where="a\tb.jsonl:4"),
     Row(5, prompt="verbatim", responses=("yes",), where="a.jsonl:6"),
-    Row(8, messages=TURNS),
+    Row(8, messages=(*TURNS, {"role": "assistant", "content": "", "tool_calls": [CALL]}), tools=({"b": 1, "a": [2]},)),
     Row(9, "no answer"),
 ]
 
@@ -32,6 +33,8 @@ def test_rows_come_back_from_disk_as_they_were(tmp_path: Path) -> None:
         assert [row.where for row in rows] == [row.where for row in ROWS]
         assert list(rows[1:3]) == ROWS[1:3]
         assert list(rows.take(np.array([3, 0]))) == [ROWS[3], ROWS[0]]
+        # A template may write a call's arguments in their order.
+        assert str(list(rows)) == str(ROWS)
         assert rows.ids.tolist() == [3, 5, 8, 9]
         assert rows_digest(rows) == rows_digest(ROWS)
     assert rows_digest(stored[:3]) == rows_digest(ROWS[:3]) != rows_digest(ROWS)
