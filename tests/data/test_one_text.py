@@ -49,7 +49,7 @@ def test_an_answer_has_no_dummy_prefix(name: str) -> None:
 
 def test_a_word_that_begins_in_the_prompt_goes_on_in_the_answer() -> None:
     tokenizer = TOKENIZERS["wordpiece"]
-    prompt, answer = both(encode_row(Row(0, "c", "", ("ab a",)), BARE, tokenizer, 99, 50))
+    _prompt, answer = both(encode_row(Row(0, "c", "", ("ab a",)), BARE, tokenizer, 99, 50))
     assert tokenizer.convert_ids_to_tokens(answer) == ["##ab", "a", "</s>"]
 
 
@@ -132,7 +132,8 @@ def test_each_answer_of_a_conversation_follows_its_prompt(name: str, kind: str) 
     shorter = [Row(row.id, messages=row.messages[:stop]) for row in rows for stop in (2, 4, 6)]
     prompts, _ = encode_prompts(shorter, template, tokenizer, 500)
     for n, outcome in enumerate(encode_batch(rows, template, tokenizer, 900, 500)):
-        assert outcome.problem is None and outcome.encoded is not None
+        assert outcome.problem is None
+        assert outcome.encoded is not None
         ids, labels = outcome.encoded.input_ids, outcome.encoded.labels
         starts = [m for m in range(1, len(ids)) if labels[m] != IGNORE_INDEX and labels[m - 1] == IGNORE_INDEX]
         assert len(starts) == 3
