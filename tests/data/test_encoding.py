@@ -11,7 +11,8 @@ from deltakd.data.encoding import token_table
 from deltakd.data.encoding.encode import encode_prompt, encode_row
 from deltakd.data.encoding.templates import AlpacaTemplate, ChatTemplate, PlainTemplate, make_template
 from deltakd.data.encoding.token_table import encode_rows
-from deltakd.data.sources.rows import Row, parse_row, row_record, with_answer
+from deltakd.data.sources.parsing import parse_row
+from deltakd.data.sources.rows import Row, row_record, with_answer
 from deltakd.types import IGNORE_INDEX
 from tests.data.conftest import CHAT, Factory
 
