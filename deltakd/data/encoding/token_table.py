@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deltakd.data.encoding.encode import Outcome, check_limits, outcome_of
+from deltakd.data.encoding.encode import Outcome, check_limits, encode_batch
 from deltakd.data.encoding.encoded_set import EncodedSet
 from deltakd.data.encoding.templates import Template
 from deltakd.data.encoding.token_cache import fingerprint, tokenizer_fingerprint
 from deltakd.data.sources.records import Problems
-from deltakd.data.sources.rows import Row, RowError
+from deltakd.data.sources.rows import Row
 from deltakd.data.sources.stored_rows import rows_digest
 from deltakd.io.arrays import Arrays, ArrayWriter, kept_arrays
 from deltakd.io.progress import progress_bar
@@ -29,7 +29,7 @@ LONG_TABLE = 20_000
 BATCH = 1_000
 _DTYPES = {"input_ids": "<i4", "labels": "<i4", "lengths": "<i8", "row_ids": "<i8"}
 #: What happens to rows, counted.
-_COUNTS = ("cut_prompts", "cut_responses", "dropped")
+_COUNTS = ("cut_prompts", "cut_responses", "dropped", "kept_borders")
 
 
 def encode_rows(
@@ -59,10 +59,12 @@ def encode_rows(
     key = fingerprint("rows", rows_digest(rows), tokenizer_fingerprint(tokenizer), repr(template), limits)
     problems = Problems("data")
 
-    def encode(row: Row) -> Outcome:
-        with problems.noting(RowError):
-            return outcome_of(row, template, tokenizer, max_length, max_prompt_length, overlong)
-        return Outcome(None, 0, 0, False, False)
+    def encode(batch: Sequence[Row]) -> list[Outcome]:
+        outcomes = encode_batch(batch, template, tokenizer, max_length, max_prompt_length, overlong)
+        for outcome in outcomes:
+            if outcome.problem is not None:
+                problems.add(str(outcome.problem))
+        return outcomes
 
     def build(writer: ArrayWriter) -> None:
         _tokenise(rows, encode, writer)
@@ -81,11 +83,11 @@ def _examples(rows: Sequence[Row]) -> Iterator[tuple[int, Row]]:
             yield from ((place, replace(row, responses=(response,))) for response in row.responses)
 
 
-def _tokenise(rows: Sequence[Row], encode: Callable[[Row], Outcome], writer: ArrayWriter) -> None:
+def _tokenise(rows: Sequence[Row], encode: Callable[[Sequence[Row]], list[Outcome]], writer: ArrayWriter) -> None:
     counts, spans = dict.fromkeys(("rows", *_COUNTS), 0), _Spans()
     with progress_bar("tokenising", len(rows), len(rows) >= LONG_TABLE) as advance:
         for batch in _batches(_examples(rows)):
-            outcomes = [encode(row) for _, row in batch]
+            outcomes = encode([row for _, row in batch])
             spans.add(outcomes)
             kept = [outcome.encoded for outcome in outcomes if outcome.encoded is not None]
             for name in ("input_ids", "labels"):
@@ -96,6 +98,7 @@ def _tokenise(rows: Sequence[Row], encode: Callable[[Row], Outcome], writer: Arr
             counts["dropped"] += len(outcomes) - len(kept)
             counts["cut_prompts"] += sum(outcome.cut_prompt for outcome in outcomes)
             counts["cut_responses"] += sum(outcome.cut_response for outcome in outcomes)
+            counts["kept_borders"] += sum(outcome.kept_border for outcome in outcomes)
             advance(batch[-1][0] + 1)
     writer.meta |= {"counts": counts, "spans": spans.found}
 
