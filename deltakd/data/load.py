@@ -64,6 +64,7 @@ def split_rows(
     val_size: int = 0,
     exclude: Sequence[str] = (),
     strip_answers: str | None = None,
+    columns: Mapping[str, str] | None = None,
     limit: int | None = None,
     seed: int = 0,
 ) -> SplitRows:
@@ -74,15 +75,16 @@ def split_rows(
         val, val_subset: likewise. If ``val`` is None, ``val_size`` training rows drawn with ``seed`` are held out.
         exclude: sources whose tasks must not be trained on, such as test sets; their near duplicates are dropped, too
             (``overlapping``). So are tasks of validation rows, by the rule of ``without_tasks_of``.
-        strip_answers: as for ``read_rows``.
+        strip_answers, columns: as for ``iter_rows``; of ``columns``, excluded sources need have none.
         limit: keep only the first ``limit`` rows of train and of val (for debugging).
 
     Raises:
         ValueError: as ``read_rows``, or nothing is left to train on.
     """
-    options: dict[str, Any] = {"strip_answers": strip_answers, "limit": limit}
+    options: dict[str, Any] = {"strip_answers": strip_answers, "columns": columns, "limit": limit}
     rows = read_rows(train, subset=train_subset, **options)
-    allowed = _without_sets(rows, [row for source in exclude for row in read_rows(source, need_response=False)])
+    lenient: dict[str, Any] = {"need_response": False, "columns": columns, "need_columns": False}
+    allowed = _without_sets(rows, [row for source in exclude for row in read_rows(source, **lenient)])
     val_rows = _hold_out(allowed, val_size, seed) if val is None else read_rows(val, subset=val_subset, **options)
     kept = without_tasks_of(allowed, val_rows)
     if not kept:
@@ -107,6 +109,7 @@ def load_instruction_sets(
     val_size: int = 0,
     exclude: Sequence[str] = (),
     strip_answers: str | None = None,
+    columns: Mapping[str, str] | None = None,
     limit: int | None = None,
     cache_dir: str | Path | None = None,
     seed: int = 0,
@@ -114,7 +117,8 @@ def load_instruction_sets(
     """Read and tokenise instruction data.
 
     Args:
-        train, val, train_subset, val_subset, val_size, exclude, strip_answers, limit, seed: as for ``split_rows``.
+        train, val, train_subset, val_subset, val_size, exclude, strip_answers, columns, limit, seed: as for
+            ``split_rows``.
         template: as for ``make_template``.
         tokenizer, max_length, max_prompt_length, overlong, cache_dir: as for ``encode_rows``.
 
@@ -130,6 +134,7 @@ def load_instruction_sets(
         val_size=val_size,
         exclude=exclude,
         strip_answers=strip_answers,
+        columns=columns,
         limit=limit,
         seed=seed,
     )
@@ -152,13 +157,14 @@ def load_text_sets(
     cache_dir: str | Path | None = None,
     *,
     train_subset: Mapping[str, str] | None = None,
+    columns: Mapping[str, str] | None = None,
     val_max_tokens: int | None = None,
     limit: int | None = None,
 ) -> LoadedSets:
     """Read and pack plain text.
 
     Args:
-        train, train_subset: sources and subsets as for ``read_texts``.
+        train, train_subset, columns: sources, subsets and columns as for ``read_texts``.
         val: validation sources, or None.
         max_tokens, val_max_tokens: tokens to take from each, as for ``pack_texts``.
         limit: keep only the first ``limit`` documents of each (for debugging).
@@ -167,11 +173,11 @@ def load_text_sets(
     Raises:
         ValueError: as ``read_texts`` and ``pack_texts``.
     """
-    texts = read_texts(train, subset=train_subset, limit=limit)
+    texts = read_texts(train, subset=train_subset, columns=columns, limit=limit)
     train_set = pack_texts(texts, tokenizer, block_length, cache_dir, max_tokens)
     val_set = None
     if val is not None:
-        val_texts = read_texts(val, limit=limit)
+        val_texts = read_texts(val, columns=columns, limit=limit)
         val_set = pack_texts(val_texts, tokenizer, block_length, cache_dir, val_max_tokens)
     log.info(
         "text: %d blocks of %d tokens out of %d documents to train on, %d blocks to validate on",
