@@ -1,0 +1,121 @@
+"""Rows of sources on disk, found again as long as neither the sources nor the code that reads them have changed."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from deltakd.data.sources.readers import iter_rows
+from deltakd.data.sources.records import parse_source, source_files
+from deltakd.data.sources.rows import Row
+from deltakd.data.sources.stored_rows import StoredRows, store_rows
+from deltakd.io.home import expanded
+from deltakd.io.progress import progress_bar
+
+#: Fewer rows than this are read in seconds and need no progress bar.
+LONG_READ = 20_000
+_CHUNK = 1 << 20
+
+
+def prepared_rows(
+    source: str | Sequence[str],
+    *,
+    subset: str | Mapping[str, str] | None = None,
+    strip_answers: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    limit: int | None = None,
+    cache_dir: str | Path | None = None,
+) -> tuple[StoredRows, str | None]:
+    """Read rows, or find them where an earlier run has put them.
+
+    Args:
+        source, subset, strip_answers, columns, limit: as for ``iter_rows``.
+        cache_dir: folder that keeps the rows for later runs; None: they are only in a temporary place.
+
+    Returns:
+        The rows, and a key that tells them from others (64 hex digits); None if a change of the source can't be seen.
+
+    Raises:
+        ValueError: as ``read_rows``.
+    """
+    options: dict[str, Any] = {"subset": subset, "strip_answers": strip_answers, "limit": limit}
+    options["columns"] = dict(columns or {})
+    key = reading_key(source, **options)
+
+    def read() -> Iterator[Row]:
+        total = _records(source)
+        with progress_bar("reading rows", total or 0, (total or 0) >= LONG_READ) as advance:
+            for row in iter_rows(source, **options):
+                if row.id % 1_000 == 0:
+                    advance(row.id)
+                yield row
+
+    return store_rows(read(), f"rows-{key}", None if key is None else cache_dir), key
+
+
+def reading_key(source: str | Sequence[str], **options: Any) -> str | None:
+    """Return the sha256 of sources and of how they are read; None if one of them has no files on this machine.
+
+    The content of files counts, not their times: a file that is copied, or written again, is the same, and a change
+    that leaves size and time alone is seen.
+
+    Args:
+        source: one source or several.
+        options: ``subset``, ``columns`` and whatever else the rows depend on; must be JSON.
+    """
+    sources = [source] if isinstance(source, str) else list(source)
+    subset = options.get("subset") or {}
+    listed = [subset] if isinstance(subset, str) else list(subset.values())
+    found = [_files_of(entry) for entry in sources]
+    files = [file for one in found for file in one or ()] + [expanded(entry.rpartition("#")[0]) for entry in listed]
+    if None in found or not all(file.is_file() for file in files):
+        return None
+    parts = [reading_code(), sources, options, list(map(file_sha256, files))]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _files_of(entry: str) -> list[Path] | None:
+    try:
+        return source_files(parse_source(entry).location)
+    except ValueError:
+        # A data set of the hub; or the reader says what is wrong.
+        return None
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file's content, as 64 hex digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@cache
+def reading_code() -> str:
+    """Return the sha256 of the code of this package: rows that other code has read are read again."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _records(source: str | Sequence[str]) -> int | None:
+    """Return the number of lines of sources that are files of lines; None if there are others."""
+    found = [_files_of(entry) for entry in ([source] if isinstance(source, str) else source)]
+    files = [file for one in found for file in one or [Path()]]
+    if not all(file.name.endswith((".jsonl", ".jsonl.gz")) for file in files):
+        return None
+    try:
+        return sum(map(_lines, files))
+    except (OSError, EOFError):
+        # The reader says what is wrong.
+        return None
+
+
+def _lines(file: Path) -> int:
+    opener: Callable[..., Any] = gzip.open if file.suffix == ".gz" else open
+    with opener(file, "rb") as stream:
+        return sum(chunk.count(b"\n") for chunk in iter(lambda: stream.read(_CHUNK), b""))
