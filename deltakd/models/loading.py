@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from deltakd.io.hub import hub_reachable
+from deltakd.models.causal import check_causal
 from deltakd.models.quantization import quantization_config, quantization_problems
 from deltakd.models.settings import ModelSpec
 
@@ -65,13 +66,16 @@ def load_config(
         trust_remote_code: passed on.
 
     Raises:
+        NotCausalError: it is an encoder, or another model that does not predict the next token.
         ValueError: in one line: the model, why it is not available, and how to give a local path.
     """
     if spec.init == "random":
-        return _architecture(spec, vocabulary, None)
+        config = _architecture(spec, vocabulary, None)
+        check_causal(f"model.{role}.architecture", config)
+        return config
     assert spec.path is not None
     try:
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             spec.path, trust_remote_code=trust_remote_code, local_files_only=not hub_reachable()
         )
     except (OSError, ValueError, KeyError) as error:
@@ -79,6 +83,8 @@ def load_config(
             f"model.{role}.path={spec.path}: {_reason(spec.path, error)}; "
             f"to use a local copy give model.{role}.path=/path/to/model_directory"
         ) from None
+    check_causal(f"model.{role}.path={spec.path}", config)
+    return config
 
 
 def load_model(
