@@ -22,6 +22,8 @@ from deltakd.references.content import cache_problems
 from deltakd.references.topk import topk_problems
 from deltakd.types import ROLES, STUDENT, STUDENT_RAW, Loss, LossOutput, is_reference_role
 
+#: Tokens of a model from scratch, while its architecture is checked and no tokenizer is open.
+_ANY_VOCABULARY = 2**18
 #: Where a study's stages put the models for its later stages.
 _STAGE_STUDENT = re.compile(r"outputs/(?P<study>[^/]+)/[^/]+/student")
 
@@ -127,7 +129,7 @@ def _config_problems(specs: Mapping[str, ModelSpec], trust_remote_code: bool) ->
     for role, spec in specs.items():
         if spec.init == "pretrained" or (spec.architecture or {}).get("model_type"):
             try:
-                load_config(role, spec, trust_remote_code=trust_remote_code)
+                load_config(role, spec, vocabulary=_ANY_VOCABULARY, trust_remote_code=trust_remote_code)
             except NotCausalError as error:
                 not_causal.append(str(error))
             except ValueError as error:
