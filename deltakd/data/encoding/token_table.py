@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deltakd.data.encoding.encode import Outcome, check_limits, outcome_of
+from deltakd.data.encoding.encode import Outcome, check_limits, encode_batch
 from deltakd.data.encoding.encoded_set import EncodedSet
 from deltakd.data.encoding.templates import Template
 from deltakd.data.encoding.token_cache import (
@@ -21,7 +21,7 @@ from deltakd.data.encoding.token_cache import (
     tokenizer_fingerprint,
 )
 from deltakd.data.sources.records import Problems
-from deltakd.data.sources.rows import Row, RowError
+from deltakd.data.sources.rows import Row
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -58,10 +58,13 @@ def encode_rows(
     key = fingerprint("rows", contents, tokenizer_fingerprint(tokenizer), repr(template), limits)
     problems = Problems("data")
 
-    def encode(index: int) -> Outcome:
-        with problems.noting(RowError):
-            return outcome_of(examples[index], template, tokenizer, max_length, max_prompt_length, overlong)
-        return Outcome(None, 0, 0, False, False)
+    def encode(indices: Sequence[int]) -> list[Outcome]:
+        chosen = [examples[index] for index in indices]
+        outcomes = encode_batch(chosen, template, tokenizer, max_length, max_prompt_length, overlong)
+        for outcome in outcomes:
+            if outcome.problem is not None:
+                problems.add(str(outcome.problem))
+        return outcomes
 
     def build() -> Dataset:
         table = _tokenise(len(examples), encode, key)
@@ -79,11 +82,11 @@ def _expand(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
-def _tokenise(count: int, encode: Callable[[int], Outcome], key: str) -> Dataset:
+def _tokenise(count: int, encode: Callable[[Sequence[int]], list[Outcome]], key: str) -> Dataset:
     from datasets import Dataset, Features, List, Value
 
     def batch(columns: dict[str, list[int]]) -> dict[str, list[Any]]:
-        outcomes = [encode(index) for index in columns["index"]]
+        outcomes = encode(columns["index"])
         return {
             "input_ids": [o.encoded.input_ids if o.encoded else [] for o in outcomes],
             "labels": [o.encoded.labels if o.encoded else [] for o in outcomes],
@@ -92,9 +95,10 @@ def _tokenise(count: int, encode: Callable[[int], Outcome], key: str) -> Dataset
             "total_length": [o.total_length for o in outcomes],
             "cut_prompt": [int(o.cut_prompt) for o in outcomes],
             "cut_response": [int(o.cut_response) for o in outcomes],
+            "kept_border": [int(o.kept_border) for o in outcomes],
         }
 
-    numbers = ("row_id", "prompt_length", "total_length", "cut_prompt", "cut_response")
+    numbers = ("row_id", "prompt_length", "total_length", "cut_prompt", "cut_response", "kept_border")
     features = Features(
         {"input_ids": List(Value("int32")), "labels": List(Value("int32"))} | {name: Value("int64") for name in numbers}
     )
@@ -123,6 +127,7 @@ def _as_set(table: Dataset, key: str, max_length: int, max_prompt_length: int) -
         "cut_prompts": int(plain_column(table, "cut_prompt").sum()),
         "cut_responses": int(plain_column(table, "cut_response").sum()),
         "dropped": int((~kept).sum()),
+        "kept_borders": int(plain_column(table, "kept_border").sum()),
     }
     # Dropped rows are empty, so dropping their offsets drops them altogether.
     starts = np.concatenate([offsets[:-1][kept], offsets[-1:]])
