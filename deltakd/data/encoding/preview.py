@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Literal
@@ -93,7 +92,7 @@ def _stretches(row: Encoded) -> list[_Stretch]:
     return found
 
 
-def _decoded(ids: Sequence[int], start: int, stop: int, tokenizer: PreTrainedTokenizerBase) -> str:
+def _decoded(ids: list[int], start: int, stop: int, tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the share of tokens ``start:stop`` in the text: alone, some tokenizers decode them otherwise."""
     first = max(0, start - _CONTEXT)
     before, whole = (str(tokenizer.decode(ids[first:end], clean_up_tokenization_spaces=False)) for end in (start, stop))
@@ -105,7 +104,7 @@ def _decoded(ids: Sequence[int], start: int, stop: int, tokenizer: PreTrainedTok
     return str(tokenizer.decode(ids[start:stop], clean_up_tokenization_spaces=False))
 
 
-def _as_text(ids: Sequence[int], stretch: _Stretch, tokenizer: PreTrainedTokenizerBase) -> str:
+def _as_text(ids: list[int], stretch: _Stretch, tokenizer: PreTrainedTokenizerBase) -> str:
     text = _decoded(ids, stretch.start, stretch.stop, tokenizer)
     left_out = len(text) - TEXT_LIMIT
     if left_out <= 0:
@@ -114,7 +113,7 @@ def _as_text(ids: Sequence[int], stretch: _Stretch, tokenizer: PreTrainedTokeniz
     return f"{_escaped(text[:half])} … {left_out:,} more characters … {_escaped(text[-half:])}"
 
 
-def _with_ids(ids: Sequence[int], stretch: _Stretch, tokenizer: PreTrainedTokenizerBase) -> str:
+def _with_ids(ids: list[int], stretch: _Stretch, tokenizer: PreTrainedTokenizerBase) -> str:
     places = range(stretch.start, stretch.stop)
     half, left_out = IDS_LIMIT // 2, len(places) - IDS_LIMIT
     parts = [places] if left_out <= 0 else [places[:half], places[-half:]]
