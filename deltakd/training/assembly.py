@@ -16,8 +16,9 @@ from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
 from deltakd.models import LanguageModel, add_lora, load_config
 from deltakd.models.roles import open_model, open_tokenizer, shared_vocabulary
+from deltakd.models.vocabulary import unknown_token_problems
 from deltakd.references import CachedReferences, CacheStore, References, SourceSettings
-from deltakd.references.content import data_identity, data_problems, missing_problem, missing_rows
+from deltakd.references.content import data_identity, data_problems, missing_problem, missing_rows, named_sets
 from deltakd.training.inputs import check_inputs, read_inputs
 from deltakd.training.settings import RunSettings
 from deltakd.types import STUDENT, STUDENT_RAW
@@ -78,6 +79,7 @@ def load_parts(settings: RunSettings, directory: RunDirectory) -> Parts:
         vocabulary = shared_vocabulary(settings.model, settings.specs, tokenizer)
         sets = settings.data.load(tokenizer)
         settings.data.check_lengths(sets)
+        check_tokens(sets, tokenizer, vocabulary)
         cached = None
         if settings.cache is not None:
             cached = _cached_references(settings, tokenizer, sets)
@@ -106,6 +108,17 @@ def _read_evaluation(
     return read_checked_sets(
         settings.evaluation, settings.deviations, settings.data, tokenizer, student, train_rows, answered
     )
+
+
+def check_tokens(sets: LoadedSets, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
+    """Raise a ConfigError if rows hold tokens that not all models have."""
+    problems = [
+        problem
+        for name, encoded in named_sets(sets).items()
+        for problem in unknown_token_problems(name, encoded, tokenizer, vocabulary)
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def open_cache(settings: RunSettings, tokenizer: PreTrainedTokenizerBase, sets: LoadedSets) -> CacheStore:
