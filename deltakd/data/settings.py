@@ -13,6 +13,8 @@ from annotated_types import Ge
 from transformers import PreTrainedTokenizerBase
 
 from deltakd.data.batches.budget import check_budget
+from deltakd.data.encoding.preview import Preview
+from deltakd.data.encoding.template_problems import template_problems
 from deltakd.data.encoding.templates import Template, make_template
 from deltakd.data.encoding.token_table import encode_rows
 from deltakd.data.load import LoadedSets, SplitRows, load_instruction_sets, load_text_sets, split_rows
@@ -44,6 +46,7 @@ class DataConfig(ABC):
         strip_answers: a regular expression; matches are removed from all answers, including those of evaluation sets.
         columns: our name of a column -> its name in ``train`` and ``val``. Evaluation sets and ``exclude`` may be
             written otherwise: there, it counts where a record lacks our name.
+        preview: what the log shows of the first training row: ``text``, ``ids`` (each token with its id), ``none``.
     """
 
     train: Sources | None
@@ -59,6 +62,7 @@ class DataConfig(ABC):
     prepare: Annotated[Callable[[], Any] | None, Cache.FREE] = None
     strip_answers: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
+    preview: Annotated[Preview, Resume.FREE, Cache.FREE] = "text"
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -113,6 +117,7 @@ class DataConfig(ABC):
         """Return what is wrong with ``data``, one sentence per problem."""
         found = self.own_problems()
         found += self._batch_problems()
+        found += template_problems("data.template", self.template)
         if not self.train:
             found.append("data.train is missing; give a file, a list of files or a hub data set: data.train=...")
         if self.strip_answers is not None:
