@@ -34,7 +34,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(home / "my.jsonl", numbered_rows(80, 1))
     write_rows(home / "test.jsonl", numbered_rows(6, 2))
     (home / "corpus.txt").write_text("\n".join(" ".join(WORDS[i % 9 :]) for i in range(400)))
-    for name in ("conf", "experiments", "sweeps"):
+    for name in ("experiments", "sweeps"):
         (home / name).symlink_to(ROOT / name)
     (home / ".venv" / "bin").mkdir(parents=True)
     (home / ".venv" / "bin" / "activate").touch()
