@@ -10,6 +10,7 @@ from rich.console import Console
 
 from deltakd.cli import guarded, make_parser, parse
 from deltakd.config.compose import compose_config
+from deltakd.io.console import make_console
 from deltakd.io.errors import ConfigError
 
 USAGE = """Estimate memory, floating-point operations and bytes moved in an optimiser step, without any weights.
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=_count, help="optimiser steps of the run")
     parser.add_argument("--tokens", type=_positive, help="positions of the run, all GPUs together, in place of --steps")
     given = parse(parser, argv)
-    guarded(lambda: plan(given, Console()), "")
+    guarded(lambda: plan(given, make_console()), "")
 
 
 def plan(given: argparse.Namespace, console: Console) -> None:
@@ -55,7 +56,7 @@ def plan(given: argparse.Namespace, console: Console) -> None:
     cfg = None if sizes else compose_config("train", [*given.overrides, "trainer.dry_run=true"])
     # They import torch and all models, which --help and a mistyped key need not wait for.
     from deltakd.config.build import make_settings
-    from deltakd.estimates.clusters import PAPER, default_ways, make_cases, read_architecture, read_ways
+    from deltakd.estimates.clusters import PAPER, assumed, default_ways, make_cases, read_architecture, read_ways
     from deltakd.estimates.memory import planned_setting
     from deltakd.estimates.plan_tables import Rates, show_cases, show_setting
 
@@ -74,7 +75,7 @@ def plan(given: argparse.Namespace, console: Console) -> None:
         cases = make_cases(shape, teacher_shape, given.gpus or gpus, ways, given.overrides)
         setting = cases[0].setting
         title = f"{name} learns from {teacher_name}: {setting.positions:,} positions a micro-batch, {setting.precision}"
-        show_cases(title, cases, given.gpu_memory, rates, console)
+        show_cases(title, cases, assumed(given.overrides), given.gpu_memory, rates, console)
 
 
 def _check(given: argparse.Namespace, sizes: bool) -> None:
