@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from deltakd.data.encoding.encoded_set import EncodedSet
 from deltakd.data.encoding.packing import pack_texts
-from deltakd.data.encoding.templates import Template, make_template
+from deltakd.data.encoding.segments import Template
+from deltakd.data.encoding.templates import make_template
 from deltakd.data.encoding.token_cache import fingerprint
 from deltakd.data.encoding.token_table import encode_rows
 from deltakd.data.sources.overlap import overlapping

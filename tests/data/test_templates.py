@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from deltakd.data.encoding import templates
-from deltakd.data.encoding.templates import AlpacaTemplate, ChatTemplate, PlainTemplate, Segment, make_template
+from deltakd.data.encoding import chat_template
+from deltakd.data.encoding.chat_template import ChatTemplate
+from deltakd.data.encoding.segments import Segment
+from deltakd.data.encoding.templates import AlpacaTemplate, PlainTemplate, make_template
 from deltakd.data.sources.readers import read_rows
 from deltakd.data.sources.records import Problems, iter_records, parse_source
 from deltakd.data.sources.rows import Row
@@ -131,18 +133,18 @@ def test_a_template_with_a_clock_has_one_date_for_the_whole_run(
         def today(cls) -> date:
             return date(2026, 11, cls.day_of_month)
 
-    monkeypatch.setattr(templates, "date", Day)
+    monkeypatch.setattr(chat_template, "date", Day)
     clock = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }} {{ strftime_now( \"%Y\" ) }}\n{% endif %}"
     tokenizer = make_tokenizer(chat_template=clock + CHAT)
-    templates._today.cache_clear()
+    chat_template._today.cache_clear()
     first = ChatTemplate(tokenizer)
     Day.day_of_month = 27
     later = ChatTemplate(tokenizer)
     for template in (first, later):
         assert template.render(Row(0, "a"))[0].text.startswith("26 Nov 2026 2026\n<|im_start|>user")
     assert repr(first) == repr(later)
-    templates._today.cache_clear()
+    chat_template._today.cache_clear()
     assert repr(ChatTemplate(tokenizer)) != repr(first)
-    templates._today.cache_clear()
+    chat_template._today.cache_clear()
     with pytest.raises(ValueError, match=r"reads the clock .* write the date into the template"):
         ChatTemplate(make_tokenizer(chat_template="{{ strftime_now(format) }}" + CHAT))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from deltakd.data.encoding.encoded_set import Encoded
 from deltakd.data.encoding.one_text import OneText, TextError, Tokenised, join, tokenise
-from deltakd.data.encoding.templates import Segment, Template
+from deltakd.data.encoding.segments import Segment, Template
 from deltakd.data.encoding.tokens import TextEncoder, eos_id
 from deltakd.data.encoding.trained_text import check_trained
 from deltakd.data.sources.records import Problems

@@ -12,7 +12,7 @@ import numpy as np
 
 from deltakd.data.encoding.encode import Outcome, check_limits, encode_batch
 from deltakd.data.encoding.encoded_set import EncodedSet
-from deltakd.data.encoding.templates import Template
+from deltakd.data.encoding.segments import Template
 from deltakd.data.encoding.token_cache import fingerprint, tokenizer_fingerprint
 from deltakd.data.sources.records import Problems
 from deltakd.data.sources.rows import Row

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from deltakd.data.encoding.templates import Segment
+from deltakd.data.encoding.segments import Segment
 from deltakd.data.sources.rows import Row, RowError, content_text, is_answer
 
 #: So many characters of what is missing are shown.
