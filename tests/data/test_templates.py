@@ -68,10 +68,10 @@ def test_chat_conversation(chat: PreTrainedTokenizerFast) -> None:
     assert [s.text for s in segments if s.trained] == ["b<|im_end|>", "d<|im_end|>"]
 
 
-def test_chat_refuses_a_template_that_rewrites_history(make_tokenizer: Factory) -> None:
+def test_chat_refuses_a_template_whose_prompt_is_another_one_once_it_is_answered(make_tokenizer: Factory) -> None:
     counting = "{{ messages|length }}" + CHAT
     template = ChatTemplate(make_tokenizer(chat_template=counting))
-    with pytest.raises(ValueError, match="row 7: the chat template rewrites earlier turns"):
+    with pytest.raises(ValueError, match="row 7: what the chat template writes for turn 1 does not begin with"):
         template.render(Row(7, messages=talk("a", "b")))
 
 

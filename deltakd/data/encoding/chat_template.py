@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
+from collections.abc import Sequence
 from datetime import date
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, final
@@ -32,8 +32,8 @@ _READ_AS = {
 }
 
 
-class RewritesHistory(RowError):
-    """A template that writes earlier turns in another way once later ones follow."""
+class HistoryError(RowError):
+    """The template writes earlier turns in another way once later ones follow."""
 
 
 class _Turn(NamedTuple):
@@ -75,7 +75,7 @@ class ChatTemplate:
         """Return prompt and answer pieces in turn, one of each for every answer that is trained.
 
         Raises:
-            RewritesHistory: the template writes an earlier answer in another way once later turns follow, so one text
+            HistoryError: the template writes an earlier answer in another way once later turns follow, so one text
                 can't hold them all as the model sees them.
             RowError: the template refuses the row, or does not write an answer after the prompt for it.
         """
@@ -90,7 +90,7 @@ class ChatTemplate:
         segments, done = [], ""
         for place, turn in enumerate(turns):
             if not turn.prompt.startswith(done):
-                raise RewritesHistory(_rewritten(row, answers[place - 1]))
+                raise HistoryError(_rewritten(row, answers[place - 1]))
             answer = turn.answer
             if place + 1 < len(turns):
                 answer = self._as_continued(row, messages[answers[place]], turn, turns[place + 1].prompt)
@@ -129,11 +129,11 @@ class ChatTemplate:
         """The answer as it is before a later turn; some templates end the last answer in another way (Phi-3)."""
         if following.startswith(turn.prompt + turn.answer):
             return turn.answer
-        common = os.path.commonprefix([turn.prompt + turn.answer, following])
+        common = _common(turn.prompt + turn.answer, following)
         ends = [match.end() for match in self._added.finditer(common, min(len(turn.prompt), len(common)))]
         answer = common[len(turn.prompt) : ends[-1]] if ends else ""
         if not _dense(answer) or _dense(content_text(message)) not in _dense(answer):
-            raise RewritesHistory(_rewritten(row, (row.messages or ()).index(message)))
+            raise HistoryError(_rewritten(row, (row.messages or ()).index(message)))
         return answer
 
     def _after_thinking(self, row: Row, messages: list[Message], number: int, prompt: str) -> str:
@@ -168,39 +168,44 @@ class ChatTemplate:
 
     def _write(self, row: Row, messages: list[Message], prompt: bool) -> tuple[str, list[tuple[int, int]] | None]:
         """Render messages; with them, where the assistant's parts are, if the template says so."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         template = self._with_tools if row.tools else self._text
         spans = _GENERATION.search(template) is not None and not prompt
         form = _as_parts if self._reads_parts else _as_text
         try:
-            rendered, found = render_jinja_template(
-                [[form(message) for message in messages]],
-                tools=list(row.tools or ()) or None,
-                chat_template=template,
-                return_assistant_tokens_mask=spans,
-                add_generation_prompt=prompt,
-                **self._tokenizer.special_tokens_map,
-            )
+            return self._render(template, [form(message) for message in messages], row.tools, prompt, spans)
         # Whatever the template's own code may raise on data that it does not expect.
         except _template_errors() as error:
             raise RowError(_refused(row, messages, error)) from error
-        return rendered[0], found[0] if spans else None
+
+    def _render(
+        self, template: str, messages: list[dict[str, Any]], tools: Sequence[Any] | None, prompt: bool, spans: bool
+    ) -> tuple[str, list[tuple[int, int]] | None]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        special: dict[str, Any] = dict(self._tokenizer.special_tokens_map)
+        # The library's annotation leaves out the second part.
+        rendered: Any = render_jinja_template(
+            [messages],
+            tools=list(tools) if tools else None,
+            chat_template=template,
+            return_assistant_tokens_mask=spans,
+            add_generation_prompt=prompt,
+            **special,
+        )
+        texts, found = rendered
+        return texts[0], list(found[0]) if spans else None
 
     @cached_property
     def _reads_parts(self) -> bool:
         """True if the template reads a content as a list of parts alone, as those of image models do."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         for form in (_as_text, _as_parts):
             message = form({"role": "user", "content": _MARK})
             try:
-                [text], _ = render_jinja_template(
-                    [[message]], chat_template=self._text, **self._tokenizer.special_tokens_map
-                )
+                text, _ = self._render(self._text, [message], None, prompt=True, spans=False)
             except _template_errors():
                 continue
-            if _MARK in text:
+            # A template that reads a text may write a list out as Python or JSON does.
+            if _MARK in text and "'text'" not in text and '"text"' not in text:
                 return form is _as_parts
         return False
 
@@ -300,6 +305,10 @@ def _rewritten(row: Row, number: int) -> str:
         f"reasoning or its end, for instance), so one row can't train all its answers as the model would see them; set "
         f"data.split_turns=true, which makes a row of each answer, or use single-turn data"
     )
+
+
+def _common(a: str, b: str) -> str:
+    return a[: next((n for n, (left, right) in enumerate(zip(a, b, strict=False)) if left != right), len(a))][: len(b)]
 
 
 def _dense(text: str) -> str:
