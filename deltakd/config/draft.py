@@ -8,7 +8,14 @@ from typing import Annotated, Any, Literal, final
 
 from annotated_types import Ge
 
-from deltakd.config.check import model_problems, objective_problems, role_problems, specs_to_load, try_loss
+from deltakd.config.check import (
+    model_problems,
+    objective_problems,
+    role_problems,
+    specs_to_load,
+    stream_problems,
+    try_loss,
+)
 from deltakd.config.compose import CONF_DIR
 from deltakd.config.instantiate import built
 from deltakd.config.loss_names import loss_name, read_losses
@@ -113,6 +120,8 @@ class Draft:
             problems += self.reference.problems(specs)
         for part in (self.optim, self.data, self.trainer, self.strategy):
             problems += part.problems() if part is not None else []
+        if self.data is not None:
+            problems += stream_problems(self.data, self.trainer, self.reference)
         parts = try_loss(self.loss, problems)
         objective = self.config["objective"]
         if objective is None or isinstance(objective, str):

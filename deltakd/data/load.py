@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from deltakd.data.encoding.encoded_set import EncodedSet
+from deltakd.data.encoding.examples import Stream
 from deltakd.data.encoding.packing import pack_texts
 from deltakd.data.encoding.templates import Template, make_template
 from deltakd.data.encoding.token_table import encode_rows
@@ -46,6 +47,7 @@ class LoadedSets(NamedTuple):
         val_rows: validation rows before tokenising, for generation; empty for plain text.
         train_rows: training rows before tokenising; empty for plain text.
         counts: ``train_rows``, ``val_rows``, ``excluded``, and each set's own counts as ``train/...``, ``val/...``.
+        stream: what is trained on in place of ``train`` and ``train_rows``, which then hold its first rows or nothing.
     """
 
     train: EncodedSet
@@ -53,6 +55,7 @@ class LoadedSets(NamedTuple):
     val_rows: list[Row]
     train_rows: list[Row]
     counts: dict[str, int]
+    stream: Stream | None = None
 
 
 def split_rows(

@@ -101,7 +101,9 @@ def _read_evaluation(
         vocabulary=vocabulary,
         trust_remote_code=settings.model.trust_remote_code,
     )
-    train_rows = sets.train_rows if isinstance(settings.data, InstructionData) else None
+    train_rows = sets.train_rows if isinstance(settings.data, InstructionData) and sets.stream is None else None
+    if sets.stream is not None and settings.evaluation.sets:
+        log.info("The evaluation sets are not looked for in a stream; what data.exclude names is left out of it.")
     answered = sets.val_rows if settings.generates_on_validation else []
     return read_checked_sets(
         settings.evaluation, settings.deviations, settings.data, tokenizer, student, train_rows, answered
