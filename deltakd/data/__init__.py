@@ -23,8 +23,9 @@ from deltakd.data.encoding.token_table import encode_rows
 from deltakd.data.load import LoadedSets, SplitRows, load_instruction_sets, load_text_sets, split_rows
 from deltakd.data.settings import DataConfig, InstructionData, TextData
 from deltakd.data.sources.overlap import Overlap, find_overlaps
+from deltakd.data.sources.parsing import parse_row
 from deltakd.data.sources.readers import read_rows, read_texts
-from deltakd.data.sources.rows import Row, parse_row, row_record, with_answer
+from deltakd.data.sources.rows import Row, row_record, with_answer
 
 __all__ = [
     "AlpacaTemplate",

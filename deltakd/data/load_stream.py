@@ -15,11 +15,13 @@ from deltakd.data.encoding.packing import pack_texts
 from deltakd.data.encoding.templates import Template
 from deltakd.data.encoding.token_cache import fingerprint, tokenizer_fingerprint
 from deltakd.data.encoding.token_table import encode_rows
-from deltakd.data.load import LoadedSets, _without_sets, without_tasks_of
+from deltakd.data.load import LoadedSets
+from deltakd.data.sources.overlap import overlapping
 from deltakd.data.sources.passes import Passes, Read
 from deltakd.data.sources.readers import _stripped, read_rows
 from deltakd.data.sources.rows import Row
 from deltakd.data.sources.shards import Shard, list_shards, read_shard_rows, read_shard_texts
+from deltakd.data.sources.tasks import Tasks, task_digests, unlike
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,6 +69,7 @@ def open_instruction_stream(
     """
     shards = list_shards(train)
     banned = [row for source in exclude for row in read_rows(source, need_response=False)]
+    banned_tasks, val_tasks = task_digests(banned), task_digests(val_rows)
     encoding: dict[str, Any] = {"max_length": max_length, "max_prompt_length": max_prompt_length, "overlong": overlong}
 
     def read(shard: Shard, start: int) -> Iterator[tuple[int, Row]]:
@@ -74,7 +77,9 @@ def open_instruction_stream(
             yield number, _stripped(row, strip_answers, row.where) if strip_answers else row
 
     def keep(rows: list[Row]) -> list[Row]:
-        return without_tasks_of(_without_sets(rows, banned), val_rows)
+        rows = _unlike(rows, banned_tasks)
+        repeated = overlapping(rows, banned) if banned else set()
+        return _unlike([row for at, row in enumerate(rows) if at not in repeated], val_tasks)
 
     def start(seed: int) -> RowExamples:
         passes = Passes(
@@ -156,6 +161,11 @@ def _first(shards: Sequence[Shard], read: Read[T], count: int) -> list[T]:
     if not items:
         raise ValueError(f"{shards[0].name} and the other shards are empty; give data with at least one row")
     return items
+
+
+def _unlike(rows: list[Row], tasks: Tasks) -> list[Row]:
+    kept = unlike(task_digests(rows), tasks)
+    return [row for row, keep in zip(rows, kept, strict=True) if keep]
 
 
 def _own(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -8,11 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal, final
 
+import numpy as np
 from annotated_types import Ge
 from transformers import PreTrainedTokenizerBase
 
 from deltakd.data.batches.budget import check_budget
 from deltakd.data.encoding.packing import pack_texts
+from deltakd.data.encoding.preview import Preview
+from deltakd.data.encoding.template_problems import template_problems
 from deltakd.data.encoding.templates import Template, make_template
 from deltakd.data.encoding.token_table import encode_rows
 from deltakd.data.load import LoadedSets, SplitRows, load_instruction_sets, load_text_sets, split_rows
@@ -46,6 +49,7 @@ class DataConfig(ABC):
         cache_dir: folder for tokenised sets; None keeps nothing.
         prepare: called first; makes the files if they are missing.
         strip_answers: a regular expression; matches are removed from all answers, including those of evaluation sets.
+        preview: what the log shows of the first training row: ``text``, ``ids`` (each token with its id), ``none``.
     """
 
     train: Sources | None
@@ -62,6 +66,7 @@ class DataConfig(ABC):
     cache_dir: Annotated[str | None, Cache.FREE] = None
     prepare: Annotated[Callable[[], Any] | None, Cache.FREE] = None
     strip_answers: str | None = None
+    preview: Annotated[Preview, Resume.FREE, Cache.FREE] = "text"
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -116,6 +121,7 @@ class DataConfig(ABC):
         """Return what is wrong with ``data``, one sentence per problem."""
         found = self.own_problems()
         found += self._batch_problems()
+        found += template_problems("data.template", self.template)
         if not self.train:
             found.append("data.train is missing; give a file, a list of files or a hub data set: data.train=...")
         if self.strip_answers is not None:
@@ -241,7 +247,7 @@ class InstructionData(DataConfig):
         Raises:
             ValueError: as ``split_rows``.
         """
-        return split_rows(**self._choice())
+        return split_rows(**self._choice(), cache_dir=self.cache_dir)
 
     def read(self, tokenizer: PreTrainedTokenizerBase) -> SplitRows:
         """Return the validation rows, and exactly those training rows that ``load`` turns into examples.
@@ -251,8 +257,7 @@ class InstructionData(DataConfig):
         """
         split = self.split()
         encoded = encode_rows(split.train, self.make_template(tokenizer), tokenizer, **self._limits())
-        trained = set(encoded.row_ids.tolist())
-        return split._replace(train=[row for row in split.train if row.id in trained])
+        return split._replace(train=split.train.take(np.isin(split.train.ids, encoded.row_ids)))
 
     def _choice(self) -> dict[str, Any]:
         return {

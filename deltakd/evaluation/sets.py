@@ -13,7 +13,9 @@ from deltakd.data import DataConfig, Overlap, Row, find_overlaps, read_rows
 from deltakd.evaluation import EvaluationSet, find_scorer
 from deltakd.evaluation.answers import make_set
 from deltakd.evaluation.settings import EvaluationSettings
+from deltakd.generation.model_step import positions_of
 from deltakd.io.errors import ConfigError
+from deltakd.models.vocabulary import head_rows, unknown_prompt_problems
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +63,7 @@ def read_checked_sets(
             anything that their scorer compares, prompts that fill the model's context, rows that are also trained on.
     """
     asked = evaluation.prompts_of(data)
-    positions: int | None = getattr(model, "max_position_embeddings", None)
+    positions = positions_of(model)
     problems = _reference_problems("val", val_rows[: evaluation.val_limit], evaluation.val_scorer, evaluation)
     sets, described = [], {}
     for name, entry in evaluation.sets.items():
@@ -74,6 +76,9 @@ def read_checked_sets(
         overlaps = None if train_rows is None else find_overlaps(rows, train_rows)
         short = _short_of_room(one, positions, evaluation.decoding.max_new_tokens)
         problems += _reference_problems(name, rows, one.scorer, evaluation)
+        problems += unknown_prompt_problems(
+            f"evaluation set {name}", one.prompt_ids, one.row_ids, tokenizer, head_rows(model)
+        )
         problems += _context_problems(one, positions, asked.max_prompt_length)
         if overlaps and evaluation.allow_overlap:
             log.warning("%s; evaluation.allow_overlap=true lets it pass.", _overlapping(name, len(rows), overlaps))

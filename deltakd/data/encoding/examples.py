@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, final
 import numpy as np
 from numpy.typing import NDArray
 
-from deltakd.data.encoding.encode import Outcome, check_limits, outcome_of
+from deltakd.data.encoding.encode import Outcome, check_limits, encode_batch
 from deltakd.data.encoding.packing import CHARACTERS_PER_TOKEN, PIECE_BLOCKS, _pieces
 from deltakd.data.encoding.templates import Template
-from deltakd.data.encoding.token_table import _expand
-from deltakd.data.encoding.tokens import eos_id, plain_tokens
+from deltakd.data.encoding.token_table import _examples
+from deltakd.data.encoding.tokens import Request, TextEncoder
 from deltakd.data.sources.passes import Passes, Place
 from deltakd.data.sources.rows import Row
 from deltakd.data.sources.shards import Shard
@@ -37,7 +37,7 @@ class Counts(NamedTuple):
         tokens: their tokens.
         excluded: rows left out because their task must not be trained on.
         dropped: rows left out as too long, or with nothing to train on.
-        cut_prompts, cut_responses: rows that were cut.
+        cut_prompts, cut_responses, kept_borders, control_tokens: rows to which that happened; see ``Outcome``.
     """
 
     rows: int = 0
@@ -47,6 +47,8 @@ class Counts(NamedTuple):
     dropped: int = 0
     cut_prompts: int = 0
     cut_responses: int = 0
+    kept_borders: int = 0
+    control_tokens: int = 0
 
     def plus(self, **more: int) -> Counts:
         """Return the counts with these added."""
@@ -200,7 +202,14 @@ class RowExamples(ExampleStream[Row, list[Outcome]]):
         self._how = (template, tokenizer, max_length, max_prompt_length, overlong)
 
     def _encode(self, rows: list[Row]) -> list[list[Outcome]]:
-        return [[outcome_of(example, *self._how) for example in _expand([row])] for row in rows]
+        examples = list(_examples(rows))
+        outcomes: list[list[Outcome]] = [[] for _ in rows]
+        encoded = encode_batch([row for _, row in examples], *self._how)
+        for (place, _), outcome in zip(examples, encoded, strict=True):
+            if outcome.problem is not None:
+                raise outcome.problem
+            outcomes[place].append(outcome)
+        return outcomes
 
     def _taking(self, counts: Counts) -> _Taking[list[Outcome]]:
         return _TakingRows(counts)
@@ -219,6 +228,8 @@ class _TakingRows(_Taking[list[Outcome]]):
             dropped=len(row) - len(kept),
             cut_prompts=sum(outcome.cut_prompt for outcome in row),
             cut_responses=sum(outcome.cut_response for outcome in row),
+            kept_borders=sum(outcome.kept_border for outcome in row),
+            control_tokens=sum(outcome.control_tokens for outcome in row),
         )
 
 
@@ -249,18 +260,16 @@ class BlockExamples(ExampleStream[str, NDArray[np.int32]]):
         max_tokens: int | None = None,
     ) -> None:
         super().__init__(passes, block_length, block_length, max_tokens)
-        self._end = eos_id(tokenizer)
-        self._tokenizer = tokenizer
+        self._encoder = TextEncoder(tokenizer)
         self._length = block_length
 
     def _encode(self, rows: list[str]) -> list[NDArray[np.int32]]:
         size = PIECE_BLOCKS * CHARACTERS_PER_TOKEN * self._length
-        return [
-            np.concatenate(
-                [*(_flat(plain_tokens(piece, self._tokenizer)) for piece, _ in _pieces(row, size)), _flat([self._end])]
-            )
-            for row in rows
-        ]
+        pieces = [(place, piece) for place, row in enumerate(rows) for piece, _ in _pieces(row, size)]
+        tokens: list[list[int]] = [[] for _ in rows]
+        for (place, _), ids in zip(pieces, self._encoder.ids([Request(piece) for _, piece in pieces]), strict=True):
+            tokens[place] += ids
+        return [_flat([*ids, self._encoder.end]) for ids in tokens]
 
     def _taking(self, counts: Counts) -> _Taking[NDArray[np.int32]]:
         return _TakingTokens(counts, self._length)

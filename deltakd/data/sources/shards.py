@@ -15,6 +15,7 @@ from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
+from deltakd.data.sources.parsing import parse_row, unread_keys
 from deltakd.data.sources.readers import _documents, _text_of
 from deltakd.data.sources.records import (
     RECORD_SUFFIXES,
@@ -29,7 +30,7 @@ from deltakd.data.sources.records import (
     local_path,
     parse_source,
 )
-from deltakd.data.sources.rows import Row, parse_row, unread_keys
+from deltakd.data.sources.rows import Row
 from deltakd.io.home import expanded
 from deltakd.io.hub import hub_reachable
 

@@ -74,5 +74,5 @@ class StreamEnd(L.Callback):
 
 def _named(loader: StreamLoader) -> dict[str, int]:
     counts = loader.counts._asdict()
-    of_set = {f"train/{name}": counts[name] for name in ("rows", "tokens", "dropped", "cut_prompts", "cut_responses")}
-    return {"train_rows": counts["rows"], "excluded": counts["excluded"], "train/examples": counts["examples"]} | of_set
+    excluded = counts.pop("excluded")
+    return {"train_rows": counts["rows"], "excluded": excluded} | {f"train/{name}": n for name, n in counts.items()}
