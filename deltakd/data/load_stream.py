@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,10 +15,10 @@ from deltakd.data.encoding.packing import pack_texts
 from deltakd.data.encoding.templates import Template
 from deltakd.data.encoding.token_cache import fingerprint, tokenizer_fingerprint
 from deltakd.data.encoding.token_table import encode_rows
-from deltakd.data.load import LoadedSets
+from deltakd.data.load import LoadedSets, banned_rows
 from deltakd.data.sources.overlap import overlapping
 from deltakd.data.sources.passes import Passes, Read
-from deltakd.data.sources.readers import _stripped, read_rows
+from deltakd.data.sources.readers import _stripped
 from deltakd.data.sources.rows import Row
 from deltakd.data.sources.shards import Shard, list_shards, read_shard_rows, read_shard_texts
 from deltakd.data.sources.tasks import Tasks, task_digests, unlike
@@ -45,6 +45,7 @@ def open_instruction_stream(
     exclude: Sequence[str] = (),
     val_rows: Sequence[Row] = (),
     strip_answers: str | None = None,
+    columns: Mapping[str, str] | None = None,
     limit: int | None = None,
 ) -> tuple[Stream, EncodedSet]:
     """Open a stream of instruction rows.
@@ -54,7 +55,7 @@ def open_instruction_stream(
     buffer.
 
     Args:
-        train: as for ``list_shards``.
+        train, columns: as for ``list_shards``.
         template, tokenizer, max_length, max_prompt_length, overlong: as for ``encode_row``.
         shuffle_buffer: rows that are shuffled in memory.
         exclude, strip_answers: as for ``split_rows``.
@@ -67,8 +68,8 @@ def open_instruction_stream(
     Raises:
         ValueError: a source can't be read, or one of the first rows can't be used.
     """
-    shards = list_shards(train)
-    banned = [row for source in exclude for row in read_rows(source, need_response=False)]
+    shards = list_shards(train, columns)
+    banned = banned_rows(exclude, columns)
     banned_tasks, val_tasks = task_digests(banned), task_digests(val_rows)
     encoding: dict[str, Any] = {"max_length": max_length, "max_prompt_length": max_prompt_length, "overlong": overlong}
 
@@ -100,12 +101,13 @@ def open_text_stream(
     block_length: int,
     shuffle_buffer: int,
     max_tokens: int | None = None,
+    columns: Mapping[str, str] | None = None,
     limit: int | None = None,
 ) -> tuple[Stream, EncodedSet]:
     """Open a stream of documents.
 
     Args:
-        train, shuffle_buffer, limit: as for ``open_instruction_stream``.
+        train, shuffle_buffer, columns, limit: as for ``open_instruction_stream``.
         tokenizer, block_length: as for ``pack_texts``.
         max_tokens: tokens to train on in all.
 
@@ -115,7 +117,7 @@ def open_text_stream(
     Raises:
         ValueError: as ``open_instruction_stream``.
     """
-    shards = list_shards(train)
+    shards = list_shards(train, columns)
 
     def start(seed: int) -> BlockExamples:
         passes = Passes(shards, read_shard_texts, seed=seed, size=shuffle_buffer, limit=limit)
@@ -151,7 +153,7 @@ def streamed_sets(
 def _fingerprint(
     shards: Sequence[Shard], tokenizer: PreTrainedTokenizerBase, size: int, limit: int | None, rules: list[Any]
 ) -> str:
-    versions = [(shard.name, shard.source.filter, shard.version) for shard in shards]
+    versions = [(shard.name, shard.source.filter, dict(shard.source.columns), shard.version) for shard in shards]
     return fingerprint("stream", versions, tokenizer_fingerprint(tokenizer), size, limit, rules)
 
 

@@ -20,9 +20,9 @@ from deltakd.data.encoding.templates import Template, make_template
 from deltakd.data.encoding.token_table import encode_rows
 from deltakd.data.load import LoadedSets, SplitRows, load_instruction_sets, load_text_sets, split_rows
 from deltakd.data.load_stream import open_instruction_stream, open_text_stream, streamed_sets
+from deltakd.data.sources.parsing import COLUMNS
 from deltakd.data.sources.readers import read_rows, read_texts
 from deltakd.data.sources.records import missing_sources
-from deltakd.data.sources.shards import shard_problems
 from deltakd.io.keys import Cache, Resume, keys_with
 
 Sources = str | Sequence[str]
@@ -49,6 +49,8 @@ class DataConfig(ABC):
         cache_dir: folder for tokenised sets; None keeps nothing.
         prepare: called first; makes the files if they are missing.
         strip_answers: a regular expression; matches are removed from all answers, including those of evaluation sets.
+        columns: our name of a column -> its name in ``train`` and ``val``. Evaluation sets and ``exclude`` may be
+            written otherwise: there, it counts where a record lacks our name.
         preview: what the log shows of the first training row: ``text``, ``ids`` (each token with its id), ``none``.
     """
 
@@ -66,6 +68,7 @@ class DataConfig(ABC):
     cache_dir: Annotated[str | None, Cache.FREE] = None
     prepare: Annotated[Callable[[], Any] | None, Cache.FREE] = None
     strip_answers: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
     preview: Annotated[Preview, Resume.FREE, Cache.FREE] = "text"
 
     @property
@@ -131,6 +134,11 @@ class DataConfig(ABC):
                 found.append(f"data.strip_answers is {self.strip_answers!r}, which is no regular expression: {error}")
         if self.streaming:
             found += self._stream_problems()
+        found += [
+            f"data.columns has {name!r}, which is no name of ours; allowed: {', '.join(COLUMNS)}"
+            for name in self.columns
+            if name not in COLUMNS
+        ]
         if self.prepare is None:
             found += missing_sources(self.sources())
         return found
@@ -144,8 +152,6 @@ class DataConfig(ABC):
                 f"{self.max_length} tokens, and data.streaming=true can't look at all rows first; give "
                 f"{self.max_length} or more"
             )
-        if self.prepare is None:
-            found += shard_problems("data.train", self.train)
         return found
 
     def _batch_problems(self) -> list[str]:
@@ -164,8 +170,8 @@ class DataConfig(ABC):
         """Return the problems specific to this kind of data."""
 
     def sources(self) -> dict[str, Sources | None]:
-        """Return config key -> sources that must be there before anything is loaded; the shards of a stream apart."""
-        return {"data.train": None if self.streaming else self.train, "data.val": self.val}
+        """Return config key -> sources that must exist before anything is loaded."""
+        return {"data.train": self.train, "data.val": self.val}
 
 
 @final
@@ -224,7 +230,7 @@ class InstructionData(DataConfig):
 
     def _open(self, template: Template, tokenizer: PreTrainedTokenizerBase) -> LoadedSets:
         assert self.train is not None, "checked by problems()"
-        options: dict[str, Any] = {"strip_answers": self.strip_answers, "limit": self.limit}
+        options: dict[str, Any] = {"strip_answers": self.strip_answers, "columns": self.columns, "limit": self.limit}
         val_rows = [] if self.val is None else read_rows(self.val, subset=self.val_subset, **options)
         stream, first = open_instruction_stream(
             self.train,
@@ -268,6 +274,7 @@ class InstructionData(DataConfig):
             "val_size": self.val_size,
             "exclude": self.exclude,
             "strip_answers": self.strip_answers,
+            "columns": self.columns,
             "limit": self.limit,
             "seed": self.split_seed,
         }
@@ -312,6 +319,7 @@ class TextData(DataConfig):
         return load_text_sets(
             train=self.train,
             train_subset=self.train_subset,
+            columns=self.columns,
             val=self.val,
             tokenizer=tokenizer,
             block_length=self.max_length,
@@ -328,11 +336,12 @@ class TextData(DataConfig):
             block_length=self.max_length,
             shuffle_buffer=self.shuffle_buffer,
             max_tokens=self.max_tokens,
+            columns=self.columns,
             limit=self.limit,
         )
         val = None
         if self.val is not None:
-            texts = read_texts(self.val, limit=self.limit)
+            texts = read_texts(self.val, columns=self.columns, limit=self.limit)
             val = pack_texts(texts, tokenizer, self.max_length, self.cache_dir, self.val_max_tokens)
         return streamed_sets(stream, first, val)
 

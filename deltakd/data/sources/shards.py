@@ -6,32 +6,30 @@ its records on, so a stream of terabytes starts and resumes in seconds.
 
 from __future__ import annotations
 
-import glob
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
+from deltakd.data.sources.formats import without_gaps
 from deltakd.data.sources.parsing import parse_row, unread_keys
-from deltakd.data.sources.readers import _documents, _text_of
+from deltakd.data.sources.readers import _text_of, documents
 from deltakd.data.sources.records import (
-    RECORD_SUFFIXES,
-    TEXT_SUFFIXES,
     Problems,
     Record,
     Source,
     _is_hub_id,
+    _renamed,
     _unreachable,
     is_text,
     iter_records,
-    local_path,
     parse_source,
+    source_files,
 )
 from deltakd.data.sources.rows import Row
-from deltakd.io.home import expanded
 from deltakd.io.hub import hub_reachable
 
 log = logging.getLogger(__name__)
@@ -87,7 +85,8 @@ class Shard:
         """
         records = self._hub_records(start) if self.part is not None else iter_records(self.source, _First(self.name))
         for record in dropwhile(lambda record: record.number < start, records):
-            if self.source.filter is None or str(record.value.get(self.source.filter[0])) == self.source.filter[1]:
+            chosen = self.source.filter
+            if chosen is None or self.source.value_of(record, chosen[0]) == chosen[1]:
                 yield record
 
     def row_id(self, number: int) -> int:
@@ -100,7 +99,7 @@ class Shard:
         part = data.shard(num_shards=data.num_shards, index=self.part).skip(start)
         try:
             for number, value in enumerate(part, start):
-                yield Record(number, f"{self.name}[{number}]", dict(value))
+                yield Record(number, f"{self.name}[{number}]", _renamed(without_gaps(dict(value)), self.source))
         # As in ``records``: a dozen types from several libraries.
         except Exception as error:
             raise ValueError(_unreachable(self.name, error)) from error
@@ -114,12 +113,12 @@ class _First(Problems):
         raise ValueError(message)
 
 
-def list_shards(sources: str | Sequence[str]) -> list[Shard]:
+def list_shards(sources: str | Sequence[str], columns: Mapping[str, str] | None = None) -> list[Shard]:
     """Return the shards of the sources, in their order; those of a folder or glob are sorted by path.
 
     Args:
-        sources: a file, a folder (read with all folders in it), a glob (``data/*.jsonl.gz``, ``**`` for any depth), or
-            a hub data set; or several. Each may end in ``#field=value``.
+        sources: a file, a folder, a glob, or a hub data set, each with or without ``#field=value``; or several.
+        columns: as in ``Source``.
 
     Raises:
         ValueError: a source has no file that can be read, or the hub can't be reached; all such sources together.
@@ -128,7 +127,7 @@ def list_shards(sources: str | Sequence[str]) -> list[Shard]:
     problems = []
     for entry in [sources] if isinstance(sources, str) else sources:
         try:
-            for name, source, version, part in _parts(parse_source(entry)):
+            for name, source, version, part in _parts(parse_source(entry, columns)):
                 shards.append(Shard(len(shards), name, source, version, part))
         except ValueError as error:
             problems.append(str(error))
@@ -138,19 +137,6 @@ def list_shards(sources: str | Sequence[str]) -> list[Shard]:
     if problems:
         raise ValueError("; ".join(problems))
     return shards
-
-
-def shard_problems(key: str, sources: str | Sequence[str] | None) -> list[str]:
-    """Return what is wrong with sources as a listing of local files tells, one sentence each; no hub is asked."""
-    found = []
-    for entry in [sources] if isinstance(sources, str) else sources or ():
-        try:
-            source = parse_source(entry)
-            if not _is_hub_id(source.location):
-                _files(source.location)
-        except ValueError as error:
-            found.append(f"{key}: {error}")
-    return found
 
 
 def read_shard_rows(shard: Shard, start: int) -> Iterator[tuple[int, Row]]:
@@ -173,7 +159,7 @@ def read_shard_texts(shard: Shard, start: int) -> Iterator[tuple[int, str]]:
         ValueError: as ``Shard.records``, or a record without a text.
     """
     if is_text(shard.source.location):
-        numbered = enumerate(_documents(shard.source.location))
+        numbered = enumerate(documents(Path(shard.source.location), shard.name))
         yield from dropwhile(lambda document: document[0] < start, numbered)
         return
     for record in shard.records(start):
@@ -187,37 +173,10 @@ def _parts(source: Source) -> Iterator[tuple[str, Source, str, int | None]]:
         for part in range(data.num_shards):
             yield f"{source.location} (shard {part} of {data.num_shards})", source, version, part
         return
-    for path in _files(source.location):
-        if is_text(path.name) and source.filter is not None:
+    for path in source_files(source.location):
+        if is_text(str(path)) and source.filter is not None:
             raise ValueError(f"{source.entry}: a plain text file has no records to choose from; remove the filter")
-        yield str(path), Source(source.entry, str(path), source.filter), _version(path), None
-
-
-def _files(location: str) -> list[Path]:
-    """Return the files of a folder, glob or file.
-
-    Raises:
-        ValueError: there are none.
-    """
-    path = expanded(location)
-    if path.is_dir():
-        found = [file for file in sorted(path.rglob("*")) if _is_shard(file, path)]
-        what = "has no file that can be read"
-    elif glob.has_magic(location) and not path.exists():
-        found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if _is_shard(Path(name), path)]
-        what = "matches no file that can be read"
-    else:
-        return [local_path(location)]
-    if not found:
-        raise ValueError(f"{location} {what}; known are {', '.join(RECORD_SUFFIXES + TEXT_SUFFIXES)}")
-    return found
-
-
-def _is_shard(file: Path, root: Path) -> bool:
-    """Tell data from what lies beside it, as Spark's ``_SUCCESS`` and hidden files do."""
-    inside = file.relative_to(root).parts if file.is_relative_to(root) else (file.name,)
-    hidden = any(part.startswith((".", "_")) for part in inside)
-    return not hidden and file.name.endswith(RECORD_SUFFIXES + TEXT_SUFFIXES) and file.is_file()
+        yield str(path), replace(source, location=str(path)), _version(path), None
 
 
 def _version(path: Path) -> str:
