@@ -10,9 +10,9 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from deltakd.data.encoding.encoded_set import EncodedSet
-from deltakd.data.encoding.examples import BlockExamples, RowExamples, Stream
+from deltakd.data.encoding.example_stream import BlockExamples, RowExamples, Stream
 from deltakd.data.encoding.packing import pack_texts
-from deltakd.data.encoding.templates import Template
+from deltakd.data.encoding.segments import Template
 from deltakd.data.encoding.token_cache import fingerprint, tokenizer_fingerprint
 from deltakd.data.encoding.token_table import encode_rows
 from deltakd.data.load import LoadedSets, banned_rows
@@ -41,6 +41,7 @@ def open_instruction_stream(
     max_length: int,
     max_prompt_length: int,
     overlong: str,
+    split_turns: bool,
     shuffle_buffer: int,
     exclude: Sequence[str] = (),
     val_rows: Sequence[Row] = (),
@@ -56,7 +57,7 @@ def open_instruction_stream(
 
     Args:
         train, columns: as for ``list_shards``.
-        template, tokenizer, max_length, max_prompt_length, overlong: as for ``encode_row``.
+        template, tokenizer, max_length, max_prompt_length, overlong, split_turns: as for ``encode_rows``.
         shuffle_buffer: rows that are shuffled in memory.
         exclude, strip_answers: as for ``split_rows``.
         val_rows: rows to validate on.
@@ -71,7 +72,12 @@ def open_instruction_stream(
     shards = list_shards(train, columns)
     banned = banned_rows(exclude, columns)
     banned_tasks, val_tasks = task_digests(banned), task_digests(val_rows)
-    encoding: dict[str, Any] = {"max_length": max_length, "max_prompt_length": max_prompt_length, "overlong": overlong}
+    encoding: dict[str, Any] = {
+        "max_length": max_length,
+        "max_prompt_length": max_prompt_length,
+        "overlong": overlong,
+        "split_turns": split_turns,
+    }
 
     def read(shard: Shard, start: int) -> Iterator[tuple[int, Row]]:
         for number, row in read_shard_rows(shard, start):

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from deltakd.data import InstructionData, LoadedSets, TextData
 from deltakd.data.batches.data_module import DistillationData
-from deltakd.data.encoding.examples import Counts
+from deltakd.data.encoding.example_stream import Counts
 from deltakd.data.sources.shards import ROW_BITS
 from deltakd.types import Batch
 

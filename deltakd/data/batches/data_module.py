@@ -12,7 +12,7 @@ from deltakd.data.batches.sampler import WINDOW_STEPS, Sampler, StepSampler, lim
 from deltakd.data.batches.stream_loader import StreamLoader
 from deltakd.data.batches.windows import BudgetWindows, RowWindows, Windows
 from deltakd.data.encoding.encoded_set import EncodedSet
-from deltakd.data.encoding.examples import ExampleStream
+from deltakd.data.encoding.example_stream import ExampleStream
 
 
 class DistillationData(lightning.LightningDataModule):

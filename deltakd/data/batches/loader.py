@@ -10,7 +10,7 @@ import torch
 from deltakd.data.batches.budget import check_budget, pack
 from deltakd.data.batches.sampler import Sampler
 from deltakd.data.encoding.encoded_set import Encoded, EncodedSet
-from deltakd.data.encoding.examples import Example
+from deltakd.data.encoding.example_stream import Example
 from deltakd.types import IGNORE_INDEX, Batch
 
 

@@ -10,7 +10,7 @@ from typing import Any, final
 
 from deltakd.data.batches.loader import collate
 from deltakd.data.batches.windows import Pool, Windows
-from deltakd.data.encoding.examples import Counts, Example, ExampleStream, Mark
+from deltakd.data.encoding.example_stream import Counts, Example, ExampleStream, Mark
 from deltakd.types import Batch
 
 #: Optimiser steps that wait, tokenised and padded, for the training.

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from deltakd.data.batches.budget import pack, starts_of
 from deltakd.data.batches.sampler import WINDOW_STEPS
 from deltakd.data.batches.stream import shuffled_steps
-from deltakd.data.encoding.examples import Drawn, Example, Mark
+from deltakd.data.encoding.example_stream import Drawn, Example, Mark
 
 #: The micro-batches of an optimiser step, over all ranks.
 Step = list[list[Example]]
