@@ -16,9 +16,8 @@ from deltakd.config.check import (
     stream_problems,
     try_loss,
 )
-from deltakd.config.compose import CONF_DIR
 from deltakd.config.instantiate import built
-from deltakd.config.loss_names import loss_name, read_losses
+from deltakd.config.loss_names import known_losses, loss_name
 from deltakd.config.problems import Problems
 from deltakd.config.protocols import deviations, make_evaluation
 from deltakd.data import InstructionData, TextData
@@ -149,7 +148,7 @@ class Draft:
             deviations=deviations(self.evaluation),
             optim=self.optim,
             loss=self.loss,
-            loss_name=loss_name(self.config["loss"], read_losses(CONF_DIR / "loss")),
+            loss_name=loss_name(self.config["loss"], known_losses()),
             logger=self.logger,
             callbacks=self.callbacks,
             record=self.config,
