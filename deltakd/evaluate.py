@@ -78,8 +78,9 @@ def run_evaluation(arguments: Sequence[str]) -> dict[str, Any]:
     checked = read_checked_sets(evaluation, settings.deviations, data, tokenizer, student, _train_rows(data))
     directory = RunDirectory(Path(settings.run_dir or f"outputs/evaluate/{datetime.now():%Y-%m-%d_%H-%M-%S}"))
     evaluated = {"evaluated_model": model_path, "evaluated_model_sha256": model_fingerprint(model_path)}
-    directory.claim(evaluated | dict(settings.record), resume=directory.config.is_file(), policy=RESUME_POLICY)
-    model = open_exported(model_path, settings.model, vocabulary, choose_device(settings.trainer.accelerator))
+    claim = directory.claim(evaluated | dict(settings.record), resume=directory.config.is_file(), policy=RESUME_POLICY)
+    with claim:
+        model = open_exported(model_path, settings.model, vocabulary, choose_device(settings.trainer.accelerator))
     subject = Subject(settings.model, evaluation, data, tokenizer, vocabulary, model, settings.reference)
     measured = measure(subject, _validation(data, tokenizer) if evaluation.measures.rows != 0 else None)
     metrics = evaluate_sets(model, tokenizer, checked.sets, evaluation, vocabulary, directory.generations)

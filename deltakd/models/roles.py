@@ -61,14 +61,15 @@ def shared_vocabulary(models: ModelSettings, specs: Mapping[str, ModelSpec], tok
         ValueError: one does not, or a model has too few tokens.
     """
     vocabulary = vocabulary_of(tokenizer)
-    for role, spec in specs.items():
-        if spec.init == "pretrained":
-            config = load_config(role, spec, trust_remote_code=models.trust_remote_code)
-            vocabulary = min(vocabulary, vocabulary_of(tokenizer, config, role))
     own = specs[STUDENT].tokenizer or (None if models.tokenizer.train_on else specs[STUDENT].path)
     for role, spec in specs.items():
         if role != STUDENT and (spec.tokenizer or spec.path) != own:
             vocabulary = min(vocabulary, _vocabulary_with(role, spec, tokenizer, f"model.{role}.tokenizer", models))
+    # After the tokenizers: a model of another one lacks rows, too, and that is not what to tell.
+    for role, spec in specs.items():
+        if spec.init == "pretrained":
+            config = load_config(role, spec, trust_remote_code=models.trust_remote_code)
+            vocabulary = min(vocabulary, vocabulary_of(tokenizer, config, role))
     return vocabulary
 
 

@@ -14,6 +14,7 @@ from deltakd.io.run_directory import RunDirectory
 from deltakd.models.identity import model_version
 from deltakd.models.roles import open_tokenizer, shared_vocabulary
 from deltakd.tracking.environment import costs_since, environment
+from deltakd.training.announce import warn_of_verbatim_prompts
 from deltakd.training.assembly import open_role
 from deltakd.training.settings import RESUME_POLICY, RunSettings
 from deltakd.types import TEACHER
@@ -46,12 +47,13 @@ def run_answers(settings: RunSettings, run_dir: Path) -> dict[str, Any]:
     directory = RunDirectory(run_dir)
     teacher = str(settings.specs[TEACHER].path)
     answering = {"answering_teacher": model_version(teacher)} | dict(settings.record)
-    directory.claim(answering, resume=directory.config.is_file(), policy=RESUME_POLICY)
+    claim = directory.claim(answering, resume=directory.config.is_file(), policy=RESUME_POLICY)
     if directory.finished:
         log.info("%s is finished already; nothing to do.", run_dir)
         return directory.read_summary()
     started = time.perf_counter()
-    parts = _load(settings, teacher, directory)
+    with claim:
+        parts = _load(settings, teacher, directory)
     counts, speed = answer_prompts(parts, directory.path, holds_out=settings.data.val is None)
     # Costs of this start alone: those of earlier ones are unknown.
     costs = costs_since(started, speed)
@@ -67,6 +69,7 @@ def _load(settings: RunSettings, path: str, directory: RunDirectory) -> Answerin
     tokenizer = open_tokenizer(settings.model, directory.path / "tokenizer")
     vocabulary = shared_vocabulary(settings.model, settings.specs, tokenizer)
     rows = data.read(tokenizer)
+    warn_of_verbatim_prompts(data, rows.train)
     teacher = open_role(settings, TEACHER, tokenizer, vocabulary).to(choose_device(settings.trainer.accelerator))
     shown = settings.trainer.enable_progress_bar
     return Answering(path, data, settings.evaluation, rows, tokenizer, vocabulary, teacher, shown)

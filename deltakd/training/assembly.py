@@ -20,6 +20,7 @@ from deltakd.models.roles import open_model, open_tokenizer, shared_vocabulary
 from deltakd.models.vocabulary import unknown_token_problems
 from deltakd.references import CachedReferences, CacheStore, References, SourceSettings
 from deltakd.references.content import data_identity, data_problems, missing_problem, missing_rows, named_sets
+from deltakd.training.announce import announce_models, preview_data, warn_of_verbatim_prompts
 from deltakd.training.inputs import check_inputs, read_inputs
 from deltakd.training.settings import RunSettings
 from deltakd.types import STUDENT, STUDENT_RAW
@@ -74,6 +75,8 @@ def load_parts(settings: RunSettings, directory: RunDirectory) -> Parts:
     """
     # Our own random draws have explicit seeds; this global one is for libraries.
     L.seed_everything(settings.seed, verbose=False)
+    if is_main_process():
+        announce_models(settings)
     with main_process_first(f"data of {directory.path}"):
         settings.data.make_files()
         tokenizer = open_tokenizer(settings.model, directory.path / "tokenizer")
@@ -88,6 +91,8 @@ def load_parts(settings: RunSettings, directory: RunDirectory) -> Parts:
         if is_main_process():
             inputs = read_inputs(settings, tokenizer, sets, cached)
             check_inputs(directory.path, inputs, force=settings.resume == "force")
+            preview_data(settings.data, sets.train, tokenizer)
+            warn_of_verbatim_prompts(settings.data, sets.train_rows)
         evaluation = _read_evaluation(settings, tokenizer, vocabulary, sets) if settings.evaluation.generate else None
     # Only the evaluation sets needed the raw rows.
     sets = sets._replace(train_rows=[])
