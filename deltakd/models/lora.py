@@ -154,7 +154,7 @@ def _wrapped(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to True but the target module is")
         # peft has patterns for experts that are one matrix, whether they are adapted or not.
-        warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
         adapted = get_peft_model(model, config)
     assert isinstance(adapted, PeftModel)
     return adapted
