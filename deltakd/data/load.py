@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from deltakd.data.encoding.encoded_set import EncodedSet
 from deltakd.data.encoding.packing import pack_texts
-from deltakd.data.encoding.templates import Template, make_template
+from deltakd.data.encoding.segments import Template
+from deltakd.data.encoding.templates import make_template
 from deltakd.data.encoding.token_cache import fingerprint
 from deltakd.data.encoding.token_table import encode_rows
 from deltakd.data.sources.overlap import overlapping
@@ -142,6 +143,7 @@ def load_instruction_sets(
     max_length: int,
     max_prompt_length: int,
     overlong: str = "cut",
+    split_turns: bool = False,
     train_subset: str | Mapping[str, str] | None = None,
     val_subset: str | Mapping[str, str] | None = None,
     val_size: int = 0,
@@ -158,7 +160,7 @@ def load_instruction_sets(
         train, val, train_subset, val_subset, val_size, exclude, strip_answers, columns, limit, seed: as for
             ``split_rows``.
         template: as for ``make_template``.
-        tokenizer, max_length, max_prompt_length, overlong, cache_dir: as for ``encode_rows``.
+        tokenizer, max_length, max_prompt_length, overlong, split_turns, cache_dir: as for ``encode_rows``.
 
     Raises:
         ValueError: as ``split_rows`` and ``encode_rows``.
@@ -178,7 +180,7 @@ def load_instruction_sets(
         cache_dir=cache_dir,
     )
     options: dict[str, Any] = {"max_length": max_length, "max_prompt_length": max_prompt_length}
-    options |= {"overlong": overlong, "cache_dir": cache_dir}
+    options |= {"overlong": overlong, "split_turns": split_turns, "cache_dir": cache_dir}
     train_set = encode_rows(kept, written, tokenizer, **options)
     val_set = encode_rows(val_rows, written, tokenizer, **options) if val_rows else None
     counts = {"train_rows": len(kept), "val_rows": len(val_rows), "excluded": excluded}

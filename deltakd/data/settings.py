@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from deltakd.data.batches.budget import check_budget
 from deltakd.data.encoding.preview import Preview
+from deltakd.data.encoding.segments import Template
 from deltakd.data.encoding.template_problems import template_problems
-from deltakd.data.encoding.templates import Template, make_template
+from deltakd.data.encoding.templates import make_template
 from deltakd.data.encoding.token_table import encode_rows
 from deltakd.data.load import LoadedSets, SplitRows, load_instruction_sets, load_text_sets, split_rows
 from deltakd.data.sources.parsing import COLUMNS
@@ -166,6 +167,8 @@ class InstructionData(DataConfig):
         split_seed: draws the held-out rows, independently of the run's seed.
         exclude: sources whose tasks must not be trained on, such as test sets.
         overlong: ``cut`` or ``drop`` rows that are too long.
+        split_turns: make an example of each answer of a conversation, for chat templates that write earlier turns in
+            another way once later ones follow; earlier turns are then read as the model would see them.
     """
 
     train_subset: str | None = None
@@ -174,6 +177,7 @@ class InstructionData(DataConfig):
     split_seed: Annotated[int, Ge(0)] = 0
     exclude: Sequence[str] = ()
     overlong: Literal["cut", "drop"] = "cut"
+    split_turns: bool = False
 
     @property
     def validates(self) -> bool:
@@ -236,6 +240,7 @@ class InstructionData(DataConfig):
             "max_length": self.max_length,
             "max_prompt_length": self.max_prompt_length,
             "overlong": self.overlong,
+            "split_turns": self.split_turns,
             "cache_dir": self.cache_dir,
         }
 
