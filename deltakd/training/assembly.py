@@ -15,6 +15,7 @@ from deltakd.evaluation.sets import CheckedSets, read_checked_sets
 from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
 from deltakd.models import LanguageModel, add_lora, load_config
+from deltakd.models.experts import balance_warning
 from deltakd.models.roles import open_model, open_tokenizer, shared_vocabulary
 from deltakd.models.vocabulary import unknown_token_problems
 from deltakd.references import CachedReferences, CacheStore, References, SourceSettings
@@ -211,6 +212,9 @@ def _trainable(student: LanguageModel, settings: RunSettings) -> LanguageModel:
             f"model.student.path={settings.specs[STUDENT].path} is a quantised checkpoint, whose weights can't be "
             "trained; add model/lora=default"
         )
+    unbalanced = balance_warning(student.causal_lm.config)
+    if unbalanced and is_main_process():
+        log.warning("%s.", unbalanced[0].upper() + unbalanced[1:])
     if lora is not None:
         student = LanguageModel(add_lora(student.causal_lm, lora), student.vocabulary)
     if settings.model.gradient_checkpointing:
