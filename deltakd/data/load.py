@@ -11,8 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltakd.data.encoding.encoded_set import EncodedSet
+from deltakd.data.encoding.example_stream import Stream
 from deltakd.data.encoding.packing import pack_texts
-from deltakd.data.encoding.templates import Template, make_template
+from deltakd.data.encoding.segments import Template
+from deltakd.data.encoding.templates import make_template
 from deltakd.data.encoding.token_cache import fingerprint
 from deltakd.data.encoding.token_table import encode_rows
 from deltakd.data.sources.overlap import overlapping
@@ -52,6 +54,7 @@ class LoadedSets(NamedTuple):
         val_rows: validation rows before tokenising, for generation, read when asked for; empty for plain text.
         train_rows: training rows before tokenising, likewise.
         counts: ``train_rows``, ``val_rows``, ``excluded``, and each set's own counts as ``train/...``, ``val/...``.
+        stream: what is trained on in place of ``train`` and ``train_rows``, which then hold its first rows or nothing.
     """
 
     train: EncodedSet
@@ -59,6 +62,7 @@ class LoadedSets(NamedTuple):
     val_rows: Sequence[Row]
     train_rows: Sequence[Row]
     counts: dict[str, int]
+    stream: Stream | None = None
 
 
 def split_rows(
@@ -70,6 +74,7 @@ def split_rows(
     val_size: int = 0,
     exclude: Sequence[str] = (),
     strip_answers: str | None = None,
+    columns: Mapping[str, str] | None = None,
     limit: int | None = None,
     seed: int = 0,
     cache_dir: str | Path | None = None,
@@ -81,20 +86,21 @@ def split_rows(
         val, val_subset: likewise. If ``val`` is None, ``val_size`` training rows drawn with ``seed`` are held out.
         exclude: sources whose tasks must not be trained on, such as test sets; their near duplicates are dropped, too
             (``overlapping``). So are tasks of validation rows, by the rule of ``unlike``.
-        strip_answers: as for ``read_rows``.
+        strip_answers, columns: as for ``iter_rows``; of ``columns``, excluded sources need have none.
         limit: keep only the first ``limit`` rows of train and of val (for debugging).
         cache_dir: folder that keeps the rows and the choice for later runs; None: they are only in a temporary place.
 
     Raises:
         ValueError: as ``read_rows``, or nothing is left to train on.
     """
-    options: dict[str, Any] = {"strip_answers": strip_answers, "limit": limit, "cache_dir": cache_dir}
+    options: dict[str, Any] = {"strip_answers": strip_answers, "columns": columns, "limit": limit}
+    options["cache_dir"] = cache_dir
     rows, key = prepared_rows(train, subset=train_subset, **options)
     given, val_key = (None, "") if val is None else prepared_rows(val, subset=val_subset, **options)
-    keys = [key, val_key, *(reading_key(source) for source in exclude)]
+    keys = [key, val_key, *(reading_key(source, columns=columns) for source in exclude)]
 
     def build(writer: ArrayWriter) -> None:
-        kept, held = _chosen(rows, given, exclude, val_size, seed)
+        kept, held = _chosen(rows, given, banned_rows(exclude, columns), val_size, seed)
         writer.append("train", kept)
         writer.append("held", held)
         writer.meta["digest"] = rows.take(kept).digest()
@@ -106,12 +112,17 @@ def split_rows(
     return SplitRows(kept, val_rows, len(rows) - len(kept) - len(split.arrays["held"]))
 
 
+def banned_rows(exclude: Sequence[str], columns: Mapping[str, str] | None) -> list[Row]:
+    """Return the rows whose tasks must not be trained on."""
+    lenient: dict[str, Any] = {"need_response": False, "columns": columns, "need_columns": False}
+    return [row for source in exclude for row in read_rows(source, **lenient)]
+
+
 def _chosen(
-    rows: StoredRows, given: StoredRows | None, exclude: Sequence[str], val_size: int, seed: int
+    rows: StoredRows, given: StoredRows | None, banned: Sequence[Row], val_size: int, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the places of the rows to train on, and of those held out."""
     allowed = np.arange(len(rows))
-    banned = [row for source in exclude for row in read_rows(source, need_response=False)]
     if banned:
         allowed = allowed[unlike(rows.tasks, task_digests(banned))]
         repeated = overlapping(rows.take(allowed), banned)
@@ -136,11 +147,13 @@ def load_instruction_sets(
     max_length: int,
     max_prompt_length: int,
     overlong: str = "cut",
+    split_turns: bool = False,
     train_subset: str | Mapping[str, str] | None = None,
     val_subset: str | Mapping[str, str] | None = None,
     val_size: int = 0,
     exclude: Sequence[str] = (),
     strip_answers: str | None = None,
+    columns: Mapping[str, str] | None = None,
     limit: int | None = None,
     cache_dir: str | Path | None = None,
     seed: int = 0,
@@ -148,9 +161,10 @@ def load_instruction_sets(
     """Read and tokenise instruction data.
 
     Args:
-        train, val, train_subset, val_subset, val_size, exclude, strip_answers, limit, seed: as for ``split_rows``.
+        train, val, train_subset, val_subset, val_size, exclude, strip_answers, columns, limit, seed: as for
+            ``split_rows``.
         template: as for ``make_template``.
-        tokenizer, max_length, max_prompt_length, overlong, cache_dir: as for ``encode_rows``.
+        tokenizer, max_length, max_prompt_length, overlong, split_turns, cache_dir: as for ``encode_rows``.
 
     Raises:
         ValueError: as ``split_rows`` and ``encode_rows``.
@@ -164,12 +178,13 @@ def load_instruction_sets(
         val_size=val_size,
         exclude=exclude,
         strip_answers=strip_answers,
+        columns=columns,
         limit=limit,
         seed=seed,
         cache_dir=cache_dir,
     )
     options: dict[str, Any] = {"max_length": max_length, "max_prompt_length": max_prompt_length}
-    options |= {"overlong": overlong, "cache_dir": cache_dir}
+    options |= {"overlong": overlong, "split_turns": split_turns, "cache_dir": cache_dir}
     train_set = encode_rows(kept, written, tokenizer, **options)
     val_set = encode_rows(val_rows, written, tokenizer, **options) if val_rows else None
     counts = {"train_rows": len(kept), "val_rows": len(val_rows), "excluded": excluded}
@@ -187,13 +202,14 @@ def load_text_sets(
     cache_dir: str | Path | None = None,
     *,
     train_subset: Mapping[str, str] | None = None,
+    columns: Mapping[str, str] | None = None,
     val_max_tokens: int | None = None,
     limit: int | None = None,
 ) -> LoadedSets:
     """Read and pack plain text.
 
     Args:
-        train, train_subset: sources and subsets as for ``read_texts``.
+        train, train_subset, columns: sources, subsets and columns as for ``read_texts``.
         val: validation sources, or None.
         max_tokens, val_max_tokens: tokens to take from each, as for ``pack_texts``.
         limit: keep only the first ``limit`` documents of each (for debugging).
@@ -202,11 +218,11 @@ def load_text_sets(
     Raises:
         ValueError: as ``read_texts`` and ``pack_texts``.
     """
-    texts = read_texts(train, subset=train_subset, limit=limit)
+    texts = read_texts(train, subset=train_subset, columns=columns, limit=limit)
     train_set = pack_texts(texts, tokenizer, block_length, cache_dir, max_tokens)
     val_set = None
     if val is not None:
-        val_texts = read_texts(val, limit=limit)
+        val_texts = read_texts(val, columns=columns, limit=limit)
         val_set = pack_texts(val_texts, tokenizer, block_length, cache_dir, val_max_tokens)
     log.info(
         "text: %d blocks of %d tokens out of %d documents to train on, %d blocks to validate on",

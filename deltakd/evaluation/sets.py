@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from deltakd.data import DataConfig, Overlap, Row, find_overlaps, read_rows
+from deltakd.data import DataConfig, Overlap, Row, find_overlaps
 from deltakd.evaluation import EvaluationSet, find_scorer
 from deltakd.evaluation.answers import make_set
 from deltakd.evaluation.settings import EvaluationSettings
@@ -68,7 +68,7 @@ def read_checked_sets(
     sets, described = [], {}
     for name, entry in evaluation.sets.items():
         try:
-            rows = read_rows(entry.source, strip_answers=data.strip_answers, limit=evaluation.limit_of(name))
+            rows = evaluation.rows_of(name, data)
             one = make_set(name, rows, asked, tokenizer, evaluation.scorer_of(name), evaluation.rouge_tokenizer)
         except ValueError as error:
             problems.append(f"evaluation.sets.{name}: {error}")
@@ -119,6 +119,7 @@ def _record(
         "max_prompt_length": asked.max_prompt_length,
         "padding": "left",
         "strip_answers": asked.strip_answers,
+        "columns": dict(asked.columns),
         "seeds": list(evaluation.seeds),
         "decoding": asdict(evaluation.decoding),
         "rouge_tokenizer": evaluation.rouge_tokenizer,

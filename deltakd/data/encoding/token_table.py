@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,7 +13,8 @@ from numpy.typing import NDArray
 
 from deltakd.data.encoding.encode import Outcome, check_limits, encode_batch
 from deltakd.data.encoding.encoded_set import EncodedSet
-from deltakd.data.encoding.templates import Template
+from deltakd.data.encoding.examples import examples
+from deltakd.data.encoding.segments import Template
 from deltakd.data.encoding.token_cache import fingerprint, tokenizer_fingerprint
 from deltakd.data.encoding.workers import in_order, usable_processes
 from deltakd.data.sources.records import Problems
@@ -41,6 +41,7 @@ def encode_rows(
     max_length: int,
     max_prompt_length: int,
     overlong: str = "cut",
+    split_turns: bool = False,
     cache_dir: str | Path | None = None,
 ) -> EncodedSet:
     """Tokenise rows once; each response becomes its own example, under the row's id.
@@ -48,6 +49,7 @@ def encode_rows(
     Args:
         rows: the rows.
         template, tokenizer, max_length, max_prompt_length, overlong: as for ``encode_row``.
+        split_turns: make an example of each answer of a conversation (``examples``).
         cache_dir: folder that keeps the tokens for later runs; None: they are only in a temporary place.
 
     Raises:
@@ -57,10 +59,11 @@ def encode_rows(
     if not len(rows):
         raise ValueError("there are no rows to tokenise")
     limits = [max_length, max_prompt_length, overlong]
-    key = fingerprint("rows", rows_digest(rows), tokenizer_fingerprint(tokenizer), repr(template), limits)
+    key = fingerprint("rows", rows_digest(rows), tokenizer_fingerprint(tokenizer), repr(template), limits, split_turns)
 
     def tokenise(number: int) -> _Piece:
-        batch = _examples(rows[number * BATCH : (number + 1) * BATCH])
+        some = rows[number * BATCH : (number + 1) * BATCH]
+        batch = [example for row in some for example in examples(row, split_turns)]
         return _piece(encode_batch(batch, template, tokenizer, max_length, max_prompt_length, overlong))
 
     def build(writer: ArrayWriter) -> None:
@@ -68,15 +71,6 @@ def encode_rows(
 
     table = kept_arrays(f"tokens-{key}", cache_dir, _DTYPES, build, "tokens")
     return _as_set(table, key, max_length, max_prompt_length)
-
-
-def _examples(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows, those of several responses once with each."""
-    return [
-        row if len(row.responses) < 2 else replace(row, responses=(response,))
-        for row in rows
-        for response in (row.responses or ("",))
-    ]
 
 
 class _Piece(NamedTuple):
