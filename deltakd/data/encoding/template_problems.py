@@ -9,12 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from deltakd.data.encoding.templates import plain_template
+
 #: A line break as it is written, not as it is read.
 _WRITTEN_BREAK = "\\n"
 
 
 def template_problems(key: str, template: str | Mapping[str, Any]) -> list[str]:
-    """Return one sentence for each text of the template that spells a line break as backslash and n."""
+    """Return why the template is none, and one sentence for each of its texts that spells a line break as \\n."""
+    try:
+        plain_template(template)
+    except ValueError as error:
+        return [f"{key}: {error}"]
     if isinstance(template, str):
         return []
     return [
