@@ -16,16 +16,18 @@ _WRITTEN_BREAK = "\\n"
 
 
 def template_problems(key: str, template: str | Mapping[str, Any]) -> list[str]:
-    """Return why the template is none, and one sentence for each of its texts that spells a line break as \\n."""
+    """Return one sentence for each text that spells a line break as backslash and n; else why it is no template."""
+    texts = {} if isinstance(template, str) else template
+    found = [
+        f"{key}.{name} contains a backslash and an n, not a line break; write a real one: in YAML in double quotes, "
+        f"{name}: \"...\\n...\", or in the shell by $'...\\n...'"
+        for name, text in texts.items()
+        if _WRITTEN_BREAK in str(text)
+    ]
+    if found:
+        return found
     try:
         plain_template(template)
     except ValueError as error:
         return [f"{key}: {error}"]
-    if isinstance(template, str):
-        return []
-    return [
-        f"{key}.{name} contains a backslash and an n, not a line break; write a real one: in YAML in double quotes, "
-        f"{name}: \"...\\n...\", or in the shell by $'...\\n...'"
-        for name, text in template.items()
-        if _WRITTEN_BREAK in str(text)
-    ]
+    return []
