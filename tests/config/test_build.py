@@ -225,3 +225,23 @@ def test_templates_patterns_and_seeds_are_checked_with_the_rest(world: World, tm
     assert "seed is 4294967296; it must be a whole number from 0 to 4294967295" in said
     assert "evaluation.seeds is [4294967296]; it must be a list (each a whole number from 0 to 4294967295)" in said
     assert "data.columns has 'answers', which is no name of ours" in said
+
+
+def test_what_a_stream_needs_is_said_at_once(world: World, tmp_path: Path) -> None:
+    options = ["trainer.max_steps=null", "trainer.max_epochs=0.5", "data.val_size=3", "data.train_subset='a.json#b'"]
+    options += ["data.max_tokens_per_batch=100", "data.batch_size=null", "reference=cached", "reference.path=x"]
+    found = "\n".join(told(world, tmp_path, "data.streaming=true", *options))
+    for part in (
+        "hold rows out in a file of their own: data.val=... data.val_size=0",
+        "data.train_subset names lines of an indexed file",
+        "data.max_tokens_per_batch is 100, but a row may have data.max_length=120 tokens",
+        "give reference=live, or data.streaming=false",
+        "the schedules need to know the last one; give trainer.max_steps=N",
+        "trainer.max_epochs is 0.5",
+        "give trainer.val_every_n_steps=N",
+    ):
+        assert part in found
+    assert told(world, tmp_path, "data.streaming=true", "data.train=nowhere/*.parquet", "data.val=null") == [
+        "data.train: nowhere/*.parquet matches no file that can be read (.jsonl, .json, .csv, .tsv, .txt, .parquet, "
+        ".arrow; text also as .gz and .zst)"
+    ]
