@@ -18,8 +18,8 @@ LLAMA2 = (
 )
 PARTS = (
     "<|im_start|>{% for m in messages %}{{ m.role | capitalize }}:{% for part in m.content %}"
-    "{% if part.type == 'image' %}<image>{% else %} {{ part.text }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
-    "{% if add_generation_prompt %}Assistant:{% endif %}"
+    "{% if part.type == 'image' %}<image>{% else %} {{ part.text }}{% endif %}{% endfor %}"
+    "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 GEMMA = by_role(
     "<start_of_turn>%\n",
