@@ -8,10 +8,16 @@ from typing import Annotated, Any, Literal, final
 
 from annotated_types import Ge
 
-from deltakd.config.check import model_problems, objective_problems, role_problems, specs_to_load, try_loss
-from deltakd.config.compose import CONF_DIR
+from deltakd.config.check import (
+    model_problems,
+    objective_problems,
+    role_problems,
+    specs_to_load,
+    stream_problems,
+    try_loss,
+)
 from deltakd.config.instantiate import built
-from deltakd.config.loss_names import loss_name, read_losses
+from deltakd.config.loss_names import known_losses, loss_name
 from deltakd.config.problems import Problems
 from deltakd.config.protocols import deviations, make_evaluation
 from deltakd.data import InstructionData, TextData
@@ -113,6 +119,8 @@ class Draft:
             problems += self.reference.problems(specs)
         for part in (self.optim, self.data, self.trainer, self.strategy):
             problems += part.problems() if part is not None else []
+        if self.data is not None:
+            problems += stream_problems(self.data, self.trainer, self.reference)
         parts = try_loss(self.loss, problems)
         objective = self.config["objective"]
         if objective is None or isinstance(objective, str):
@@ -140,7 +148,7 @@ class Draft:
             deviations=deviations(self.evaluation),
             optim=self.optim,
             loss=self.loss,
-            loss_name=loss_name(self.config["loss"], read_losses(CONF_DIR / "loss")),
+            loss_name=loss_name(self.config["loss"], known_losses()),
             logger=self.logger,
             callbacks=self.callbacks,
             record=self.config,
