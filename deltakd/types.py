@@ -128,11 +128,14 @@ class HeadLogits(Mapping[str, Tensor]):
     Args:
         student: [N, V] the student's logits, on the graph.
         heads: role -> Head of the references, over the same N tokens.
+        sampled_log_probs: [N] nats, the log-probs that the labels had when an earlier student sampled them; None: they
+            were not sampled, or by the student as it is.
     """
 
-    def __init__(self, student: Tensor, heads: Mapping[str, Head]) -> None:
+    def __init__(self, student: Tensor, heads: Mapping[str, Head], sampled_log_probs: Tensor | None = None) -> None:
         self._heads = heads
         self._made = {STUDENT: student}
+        self.sampled_log_probs = sampled_log_probs
 
     def __getitem__(self, role: str) -> Tensor:
         if role not in self._made:
@@ -252,6 +255,9 @@ class Loss(ABC):
     #: ``per_token`` then depends on the other tokens of the row, so tokens must not be cut into chunks or dropped.
     #: No loss sets it yet, and nothing reads it yet.
     needs_whole_sequences: bool = False
+
+    #: True if the labels must be tokens that the student sampled itself (``rollout=student``).
+    needs_sampled_tokens: bool = False
 
     #: True if the loss compares models with different tokenizers: it then reads an alignment of their tokens, and
     #: logits may differ in V. No loss sets it yet, and nothing reads it yet.
