@@ -164,7 +164,7 @@ def target_policy_gradient(
 
 
 def extrapolated_policy_gradient(
-    reference: Literal["student_raw", "teacher_raw"] = STUDENT_RAW,
+    reference: Literal["student_raw", "teacher_raw"] = "student_raw",
     scale: float = 1.25,
     ce_weight: float = 0.0,
     advantage_clip: float | None = None,
