@@ -6,22 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from deltakd.generation import key_values
+from deltakd.generation.noise import NoiseKey
 
 
 @dataclass
 class Row:
-    """One answer in progress; ``stream`` is None for greedy decoding."""
+    """One answer in progress; ``noise`` is None for greedy decoding."""
 
     row_id: int
     prompt: Sequence[int]
     budget: int
-    stream: np.random.Generator | None
+    noise: NoiseKey | None
     tokens: list[int] = field(default_factory=list)
     finished: bool = False
 

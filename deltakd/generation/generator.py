@@ -17,7 +17,8 @@ from deltakd.generation.decoding import Decoding
 from deltakd.generation.full_batch import DecodingState, Row
 from deltakd.generation.key_values import can_select
 from deltakd.generation.model_step import Step, evaluating, position_limit
-from deltakd.generation.sampling import TokenChoice, row_stream
+from deltakd.generation.noise import NoiseKey
+from deltakd.generation.sampling import TokenChoice
 
 #: New prompts are run once this share of the batch is free. Less would cost more passes; more would leave rows idle.
 REFILL = 1 / 8
@@ -144,9 +145,11 @@ class _Decoder:
         return before - state.live
 
     def _take(self, state: DecodingState, logits_BV: Tensor) -> None:
-        greedy = state.rows[0].stream is None
-        streams = None if greedy else [None if row.finished else row.stream for row in state.rows]
-        tokens_B = self._choose(logits_BV, streams)
+        if state.rows[0].noise is None:
+            tokens_B = self._choose(logits_BV, None)
+        else:
+            keys = [None if row.finished else row.noise for row in state.rows]
+            tokens_B = self._choose(logits_BV, keys, [len(row.tokens) for row in state.rows])
         state.take(tokens_B, self._eos_ids)
 
 
@@ -200,7 +203,7 @@ def _rows(
                 row_id,
                 prompt,
                 answer_budget(prompt, row_id, decoding.max_new_tokens, limit),
-                None if seed is None else row_stream(seed, row_id),
+                None if seed is None else NoiseKey(seed, row_id),
             )
             for seed in noises
         ]

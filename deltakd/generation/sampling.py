@@ -1,4 +1,4 @@
-"""Samples each row's next token, with noise that depends on (seed, row, position) alone."""
+"""Samples each row's next token, with noise that depends on the row's key and the position alone (``noise.py``)."""
 
 from __future__ import annotations
 
@@ -6,18 +6,10 @@ from collections.abc import Callable, Sequence
 from math import isqrt
 from typing import final
 
-import numpy as np
 import torch
 from torch import Tensor
 
-
-def row_stream(seed: int, row_id: int) -> np.random.Generator:
-    """Return the random stream of one row under one seed; position t uses the t-th group of draws.
-
-    NumPy's generator, not torch's: torch's CPU generator reads only 32 bits of its seed, so rows of a large study would
-    share streams, and a GPU's generator has different streams.
-    """
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(row_id,))))
+from deltakd.generation.noise import NoiseKey, uniform
 
 
 @final
@@ -38,17 +30,19 @@ class TokenChoice:
         self._block = isqrt(max(vocab_size - 1, 0)) + 1
         self._blocks = -(-vocab_size // self._block)
 
-    def __call__(self, logits_BV: Tensor, streams: Sequence[np.random.Generator | None] | None) -> Tensor:
+    def __call__(
+        self, logits_BV: Tensor, keys: Sequence[NoiseKey | None] | None, positions: Sequence[int] = ()
+    ) -> Tensor:
         """Return [B] int64 token ids; −1 if a logit of the row is NaN.
 
         Args:
             logits_BV: at least float32; −∞ is a probability of 0.
-            streams: one per row; None for a row whose token will not be used. None instead of the list: take the most
-                probable tokens.
+            keys: whose noise each row gets; None for a row whose token will not be used. None instead of the list:
+                take the most probable tokens.
+            positions: for each row the number of new tokens before this one; unused without keys.
         """
-        block_BN = self._of_blocks(logits_BV, torch.amax if streams is None else torch.logsumexp)
-        # Drawn on the CPU after the forward pass was launched, so that on a GPU the two overlap.
-        noise = None if streams is None else self._noise(streams).to(logits_BV)
+        block_BN = self._of_blocks(logits_BV, torch.amax if keys is None else torch.logsumexp)
+        noise = None if keys is None else self._noise(keys, positions, logits_BV.device).to(logits_BV)
         if noise is not None:
             block_BN += noise[:, : self._blocks]
         best_B1 = block_BN.argmax(dim=1, keepdim=True)
@@ -69,19 +63,15 @@ class TokenChoice:
             return found_BN
         return torch.cat([found_BN, reduced(logits_BV[:, whole:], dim=1, keepdim=True)], dim=1)
 
-    def _noise(self, streams: Sequence[np.random.Generator | None]) -> Tensor:
-        """Return [B, N + K] float64 Gumbel noise; a row without a stream gets some finite values."""
-        uniform = np.zeros((len(streams), self._blocks + self._block))
-        for stream, row in zip(streams, uniform, strict=True):
-            if stream is not None:
-                stream.random(out=row)
-        return torch.from_numpy(gumbel(uniform))
+    def _noise(self, keys: Sequence[NoiseKey | None], positions: Sequence[int], device: torch.device) -> Tensor:
+        """Return [B, N + K] float64 Gumbel noise; a row without a key gets some finite values."""
+        return gumbel(uniform(keys, positions, self._blocks + self._block, device))
 
 
-def gumbel(uniform: np.ndarray) -> np.ndarray:
+def gumbel(uniform: Tensor) -> Tensor:
     """Return −log(−log(1 − u)) in float64, finite for every double u in [0, 1).
 
     The winners have u near 0, where doubles are fine-grained enough. In float32, u would be a multiple of 2⁻²⁴: one
     position in tens of thousands would hold an exact 0, and its token would win whatever its probability.
     """
-    return -np.log(-np.log1p(-np.maximum(uniform, 2.0**-54)))
+    return -torch.log(-torch.log1p(-uniform.clamp_min(2.0**-54)))
