@@ -104,7 +104,7 @@ def _configure(arguments: Sequence[str]) -> tuple[DictConfig, str]:
     overrides = [a for a in arguments if not a.startswith(("run=", "model="))]
     if len(sources) != 1:
         raise ConfigError([f"give either run=<run dir> or model=<checkpoint dir>; given: {list(arguments)}"])
-    cfg = compose_config("train", ["experiment=none", *overrides])
+    cfg = compose_config("train", overrides)
     OmegaConf.set_struct(cfg, False)
     if "model" in sources:
         return cfg, sources["model"]

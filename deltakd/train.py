@@ -83,9 +83,22 @@ def _train(cfg: DictConfig) -> float | None:
     return value
 
 
+#: What ``deltakd.train`` alone answers.
+WHAT_TO_GIVE = """nothing to train yet; give models and data:
+  python -m deltakd.train loss=delta_kd model.student.path=... model.teacher.path=... model.teacher_raw.path=... \\
+      data.train=my.jsonl
+or an experiment of conf/experiment, for a first try the invented world of the quickstart:
+  python -m deltakd.study experiments/quickstart     # makes its models, and compares; or, once they are there:
+  python -m deltakd.train experiment=quickstart
+--cfg job prints every key with its value; conf/ says what each means."""
+
+
 def main() -> None:
     """Check the overrides' keys, then hand over to Hydra."""
     given = get_args_parser().parse_args(sys.argv[1:])
+    if set(sys.argv[1:]) <= {"--multirun", "-m"}:
+        print(f"error: {WHAT_TO_GIVE}", file=sys.stderr)
+        sys.exit(2)
     # In place of overrides, completion has words of its own.
     if not given.shell_completion:
         guarded(lambda: check_overrides("train", given.overrides), "")

@@ -288,6 +288,11 @@ class Loss(ABC):
         return None
 
     @property
+    def distillation_term(self) -> Loss:
+        """The part of the loss that reads references, by which a store of them is judged; by default the whole loss."""
+        return self
+
+    @property
     def whole_vocabulary_reasons(self) -> tuple[str, ...]:
         """Why the loss needs more than K tokens and one bucket for the rest, one clause per reason.
 

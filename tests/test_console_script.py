@@ -69,6 +69,17 @@ def test_an_unknown_command_is_answered_with_the_nearest_one(
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("arguments", [(), ("--multirun",)])
+def test_train_alone_says_what_to_give(
+    arguments: tuple[str, ...], deltakd: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    done = deltakd("train", *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: nothing to train yet; give models and data:\n")
+    assert {"model.student.path=...", "data.train=my.jsonl", "experiment=quickstart"} <= set(done.stderr.split())
+    assert len(done.stderr.splitlines()) < 10
+
+
 @pytest.mark.parametrize(
     "arguments", [("study", "--help"), ("train", "optim.lrr=1"), ("export", "rnu=x"), ("plan", "-x")]
 )

@@ -207,7 +207,7 @@ def test_the_command_in_a_process_of_its_own(talkative: World, answered: RunDire
     )
     assert done.returncode == 0, done.stderr
     assert "did not end within evaluation.decoding.max_new_tokens=12" in done.stderr
-    assert f"python -m deltakd.train experiment=none model.student.path={talkative.root}" in done.stderr
+    assert f"python -m deltakd.train model.student.path={talkative.root}" in done.stderr
     assert (tmp_path / "run" / "train.jsonl").read_bytes() == (answered.path / "train.jsonl").read_bytes()
 
 

@@ -79,7 +79,6 @@ class World:
     def overrides(self, run_dir: Path, loss: str = "delta_kd", *extra: str) -> list[str]:
         """A run of a few seconds; later overrides win."""
         base = [
-            "experiment=none",
             f"loss={loss}",
             f"model.student.path={self.root / 'student_raw'}",
             f"model.teacher.path={self.root / 'teacher'}",

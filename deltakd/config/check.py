@@ -73,7 +73,11 @@ def model_problems(models: ModelSettings, specs: Mapping[str, ModelSpec]) -> lis
     if STUDENT_RAW in specs and student.init == "random":
         problems.append("the loss reads student_raw, but a student with init=random has no raw self; give both a path")
     unmade = _unmade_stages(specs)
-    found = [problem for role, spec in specs.items() if role not in unmade for problem in spec_problems(role, spec)]
+    silent = set(unmade)
+    if STUDENT_RAW in specs and student.path is None and specs[STUDENT_RAW].path is None:
+        # The raw student's path is the student's: that it is missing is said once.
+        silent.add(STUDENT_RAW)
+    found = [problem for role, spec in specs.items() if role not in silent for problem in spec_problems(role, spec)]
     found += _say_how_to_make(unmade)
     problems += found
     if not found:

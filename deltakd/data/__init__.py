@@ -7,7 +7,7 @@ not need Lightning.
 from deltakd.data.batches.budget import TokenBudgetSampler
 from deltakd.data.batches.loader import EvalLoader, StepLoader, collate
 from deltakd.data.batches.sampler import MicroBatch, Sampler, StepSampler
-from deltakd.data.encoding.encode import encode_prompt, encode_prompts, encode_row, encode_rows
+from deltakd.data.encoding.encode import encode_prompt, encode_prompts, encode_row
 from deltakd.data.encoding.encoded_set import Encoded, EncodedSet
 from deltakd.data.encoding.packing import pack_texts
 from deltakd.data.encoding.templates import (
@@ -19,11 +19,13 @@ from deltakd.data.encoding.templates import (
     make_template,
 )
 from deltakd.data.encoding.token_cache import tokenizer_fingerprint
+from deltakd.data.encoding.token_table import encode_rows
 from deltakd.data.load import LoadedSets, SplitRows, load_instruction_sets, load_text_sets, split_rows
 from deltakd.data.settings import DataConfig, InstructionData, TextData
 from deltakd.data.sources.overlap import Overlap, find_overlaps
+from deltakd.data.sources.parsing import parse_row
 from deltakd.data.sources.readers import read_rows, read_texts
-from deltakd.data.sources.rows import Row, parse_row, row_record, with_answer
+from deltakd.data.sources.rows import Row, row_record, with_answer
 
 __all__ = [
     "AlpacaTemplate",

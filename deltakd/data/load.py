@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from deltakd.data.encoding.encode import encode_rows
 from deltakd.data.encoding.encoded_set import EncodedSet
 from deltakd.data.encoding.packing import pack_texts
 from deltakd.data.encoding.templates import Template, make_template
+from deltakd.data.encoding.token_table import encode_rows
 from deltakd.data.sources.overlap import generic_instructions, normal_form, overlapping, task_texts
 from deltakd.data.sources.readers import read_rows, read_texts
 from deltakd.data.sources.rows import Row

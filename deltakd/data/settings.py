@@ -12,8 +12,8 @@ from annotated_types import Ge
 from transformers import PreTrainedTokenizerBase
 
 from deltakd.data.batches.budget import check_budget
-from deltakd.data.encoding.encode import encode_rows
 from deltakd.data.encoding.templates import Template, make_template
+from deltakd.data.encoding.token_table import encode_rows
 from deltakd.data.load import LoadedSets, SplitRows, load_instruction_sets, load_text_sets, split_rows
 from deltakd.data.sources.records import missing_sources
 from deltakd.io.keys import Cache, Resume, keys_with

@@ -45,7 +45,6 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 PAPER = (("qwen2.5-7b", "qwen2.5-1.5b"), "qwen2.5-72b", (8, 16, 64))
 #: Overrides for plans without models at hand; the user's own replace them.
 BASE = (
-    "experiment=none",
     "trainer.precision=bf16-mixed",
     "model.teacher.dtype=bfloat16",
     "model.student_raw.dtype=bfloat16",

@@ -2,8 +2,8 @@
 
 Each takes two [N, V] log-probs, at least float32, and returns [N] nats; gradients flow to Q. Each is 0 at equality and,
 up to rounding, never negative. If a divergence is infinite by definition (forward KL if Q rules out a token that P does
-not, reverse KL the other way round, squared differences of logits in both cases), the result is +inf, and training
-stops with an error that says so.
+not, reverse KL the other way round, the α-β-divergence of (0, 0) in both cases), the result is +inf, and training stops
+with an error that says so. ``LogitMSE`` compares the tokens that neither rules out.
 
 These are the definitions. ``ForwardKL`` also has a kernel, which computes it in training; for all the others autograd
 differentiates the formula here, chunk by chunk (``deltakd/kernels/chunked.py``).
@@ -229,7 +229,9 @@ class AdaptiveKL(Divergence):
     def __call__(self, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
         """[N] nats."""
         head_N, tail_N = self._weights(log_p_NV, log_q_NV)
-        return head_N * kl(log_p_NV, log_q_NV) + tail_N * kl(log_q_NV, log_p_NV)
+        # A weight of 0 must not multiply an infinite KL: Q may rule out a tail whose gap is 0 up to rounding.
+        forward_N = (head_N * kl(log_p_NV, log_q_NV)).masked_fill(head_N == 0, 0.0)
+        return forward_N + tail_N * kl(log_q_NV, log_p_NV)
 
     @torch.no_grad()
     def _weights(self, log_p_NV: Tensor, log_q_NV: Tensor) -> tuple[Tensor, Tensor]:
@@ -333,7 +335,8 @@ def _near(log_a_NV: Tensor, log_b_NV: Tensor, bound: float) -> tuple[Tensor, Ten
 class LogitMSE(Divergence):
     """Var_v(z_target − z_student): the mean over the vocabulary of the squared centred logit difference.
 
-    The limit of 2τ² · KL as τ grows (Kim et al., arXiv 2105.08919, compare the two).
+    The limit of 2τ² · KL as τ grows (Kim et al., arXiv 2105.08919, compare the two). Mean and centre are over the
+    possible tokens: those with a finite logit on both sides.
     """
 
     name = "logit_mse"
@@ -345,7 +348,9 @@ class LogitMSE(Divergence):
 
     def __call__(self, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
         """[N]; squared logits, not nats."""
-        difference_NV = log_ratio(log_p_NV, log_q_NV)
-        centred_NV = difference_NV - difference_NV.mean(-1, keepdim=True)
-        # If a difference is infinite, so is the variance; ∞ − ∞ would make it NaN.
-        return centred_NV.square().mean(-1).masked_fill(difference_NV.isinf().any(-1), math.inf)
+        ruled_out_NV = torch.isneginf(log_p_NV) | torch.isneginf(log_q_NV)
+        count_N1 = (~ruled_out_NV).sum(-1, keepdim=True).clamp_min(1)
+        difference_NV = (log_p_NV - log_q_NV).masked_fill(ruled_out_NV, 0.0)
+        mean_N1 = difference_NV.sum(-1, keepdim=True) / count_N1
+        centred_NV = (difference_NV - mean_N1).masked_fill(ruled_out_NV, 0.0)
+        return (centred_NV.square() / count_N1).sum(-1)

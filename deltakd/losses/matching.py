@@ -55,17 +55,23 @@ class Matching(ABC):
 
 
 def _left_out(
-    roles: Iterable[str], logits: Mapping[str, Tensor], treatment: Treatment, log_probs: Mapping[str, Tensor]
+    roles: Iterable[str],
+    logits: Mapping[str, Tensor],
+    log_student_NV: Tensor,
+    treatment: Treatment,
+    log_probs: Mapping[str, Tensor],
 ) -> Tensor:
-    """[N, V] bool, True for tokens outside the support: ruled out by a role, or implausible under the mask."""
-    left_out_NV = ruled_out(roles, logits)
+    """[N, V] bool, True for tokens outside the support: ruled out by any model, or implausible under the mask."""
+    left_out_NV = ruled_out(roles, logits) | torch.isneginf(log_student_NV)
     implausible_NV = treatment.implausible(log_probs)
     return left_out_NV if implausible_NV is None else left_out_NV | implausible_NV
 
 
 @final
 class RatioMatching(Matching):
-    """KL( N[p_to / p_from] ‖ N[π_θ / p_over] ), both sides normalised over the same plausible tokens (DESIGN 3.4).
+    """KL( N[p_to / p_from] ‖ N[π_θ / p_over] ), both sides normalised over the same tokens (DESIGN 3.4).
+
+    They are those that are plausible and that none of the four models rules out.
 
     ``parallel_ratio`` compares teacher / teacher_raw with student / student_raw, ``parallel_cross`` compares
     student_raw / teacher_raw with student / teacher. τ divides both log-ratios.
@@ -102,7 +108,8 @@ class RatioMatching(Matching):
         """[N] nats."""
         log_probs = log_probs_of(self.requires, logits)
         with torch.no_grad():
-            left_out_NV = _left_out((self.to, self.origin, self.over), logits, self.treatment, log_probs)
+            roles = (self.to, self.origin, self.over)
+            left_out_NV = _left_out(roles, logits, log_student_NV, self.treatment, log_probs)
             shift_NV = self.treatment(difference(log_probs[self.to], log_probs[self.origin]), log_probs)
             # If no token is left there is nothing to match: two uniform distributions, and no gradient.
             nothing_N1 = left_out_NV.all(-1, keepdim=True)
@@ -117,7 +124,8 @@ class RatioMatching(Matching):
 class LogitMatching(Matching):
     """Var_w(d / τ), d = (log π_θ − log π_s0) − β (log π_t − log π_t0), the variance over the vocabulary (DESIGN 3.4).
 
-    It is at least 0, and 0 if the student's shift is β times the teacher's up to a constant.
+    It is at least 0, and 0 if the student's shift is β times the teacher's up to a constant. Tokens that any of the
+    four models rules out have no weight.
 
     Args:
         weighting: whose probabilities w are (at τ = 1, detached): ``teacher``, ``student``, ``student_raw``, or
@@ -172,7 +180,7 @@ class LogitMatching(Matching):
         log_probs = log_probs_of(self.requires, logits)
         with torch.no_grad():
             shift_NV = self.treatment(difference(log_probs[TEACHER], log_probs[TEACHER_RAW]), log_probs)
-            left_out_NV = _left_out(self.requires, logits, self.treatment, log_probs)
+            left_out_NV = _left_out(self.requires, logits, log_student_NV, self.treatment, log_probs)
             weight_NV = self._weights(log_probs, log_student_NV).masked_fill(left_out_NV, -math.inf)
             # If no token is left, every difference below is 0 whatever the weights.
             weight_NV = weight_NV.masked_fill(left_out_NV.all(-1, keepdim=True), 0.0).softmax(-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import final
@@ -62,6 +63,14 @@ class LabelMixture(Loss):
     def fused_form(self) -> LinearForwardKL | None:
         """The form that a kernel computes by hand, if the term has one; at λ = 1 every loss has one."""
         return LinearForwardKL({}, 1.0, 1.0) if self.ce_weight == 1.0 else self._fused_term()
+
+    @property
+    @final
+    def distillation_term(self) -> Loss:
+        """The term alone, λ = 0; with the same schedules."""
+        alone = copy.copy(self)
+        alone.ce_weight = 0.0
+        return alone
 
     def _fused_term(self) -> LinearForwardKL | None:
         return None

@@ -75,6 +75,9 @@ def sample_errors(
 ) -> list[dict[str, Any]]:
     """Measure the errors of a top-K store on a sample, for several K.
 
+    They are those of the loss's distillation term: the cross-entropy of the labels is exact with any K, and in a mixture
+    would hide what the store does to the rest.
+
     Args:
         loss: the loss.
         student, heads: the heads of the student and of the references over the same N tokens.
@@ -84,9 +87,10 @@ def sample_errors(
 
     Returns:
         For each K: ``k``; ``kept_mass`` by role, the mean probability of the support at τ; ``loss_error``, the relative
-        error of the summed loss; ``gradient_error``, the relative error in the 2-norm of the gradient w.r.t. the
+        error of the summed term; ``gradient_error``, the relative error in the 2-norm of the gradient w.r.t. the
         student's hidden states or its output embedding, whichever is larger.
     """
+    loss = loss.distillation_term
     exact, exact_gradients = _loss_and_gradients(loss, student, labels, heads, None)
     buckets = make_buckets(heads, labels, max(ks), loss.temperature)
     report = []

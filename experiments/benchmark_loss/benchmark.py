@@ -41,7 +41,7 @@ from deltakd.types import STUDENT, Head, Loss
 
 def make_loss(name: str) -> Loss:
     """Return a ready-made loss by name."""
-    config = compose_config("train", ["experiment=none", "data.train=none", f"loss={name}"])
+    config = compose_config("train", ["data.train=none", f"loss={name}"])
     loss: Loss = instantiate(OmegaConf.to_container(config.loss, resolve=True), _convert_="all")
     return loss
 

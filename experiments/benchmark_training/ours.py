@@ -48,7 +48,6 @@ def main(folder: Path, steps: int, precision: str, loss: str, store: str | None 
     shutil.rmtree(run_dir, ignore_errors=True)
     roles = [f"model.{role}.path={folder / role}" for role in ("student", "teacher", "teacher_raw")]
     overrides = [
-        "experiment=none",
         f"loss={loss}",
         *roles,
         f"data.train={folder / 'train.jsonl'}",

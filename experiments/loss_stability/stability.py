@@ -84,7 +84,7 @@ class Result:
 def make_loss(name: str, treatment: Mapping[str, Any]) -> Loss | None:
     """Return a ready-made loss without cross-entropy under a treatment; None if it has nothing to treat."""
     name, _, option = name.partition(" ")
-    overrides = ["experiment=none", "data.train=none", f"loss={name}", "loss.ce_weight=0"]
+    overrides = ["data.train=none", f"loss={name}", "loss.ce_weight=0"]
     config: Any = OmegaConf.to_container(
         compose_config("train", [*overrides, *([f"loss.{option}"] if option else [])]).loss, resolve=True
     )

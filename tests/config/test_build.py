@@ -39,6 +39,18 @@ def test_only_true_and_false_are_booleans(key: str, word: str, world: World, tmp
     assert re.fullmatch(rf"{re.escape(key)} is .*; it must be true or false( or force)?", problem)
 
 
+def test_without_an_experiment_nothing_of_one_is_set() -> None:
+    cfg = compose_config("train", [])
+    models = [cfg.model[role].path for role in ("student", "teacher", "teacher_raw")]
+    assert models == [None, None, None]
+    assert (cfg.name, cfg.data.train, cfg.data.val, cfg.data.sets, cfg.data.prepare) == ("run", None, None, {}, None)
+    with pytest.raises(ConfigError) as caught:
+        make_settings(cfg)
+    assert [problem.split()[0] for problem in caught.value.problems] == [
+        "model.student.path", "model.teacher.path", "model.teacher_raw.path", "data.train",
+    ]  # fmt: skip
+
+
 def test_an_unsafe_loss_is_not_made_safe_by_the_word_no(world: World, tmp_path: Path) -> None:
     (problem,) = told(world, tmp_path, "loss.unsafe=no", loss="signed_parallelogram")
     assert problem == "loss.unsafe is 'no'; it must be true or false"

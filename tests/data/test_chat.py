@@ -144,3 +144,34 @@ def test_prompts_that_a_template_refuses_are_named_together(make_tokenizer: Fact
             run()
         assert "row 1 (x.jsonl:2): the chat template refuses the turns system, user" in str(caught.value)
         assert "row 3 (x.jsonl:4)" in str(caught.value)
+
+
+def test_an_answer_of_weight_0_is_read_and_not_trained(tokenizer: PreTrainedTokenizerFast) -> None:
+    turns = chat("a", "no", "b", "yes", "c", "no")
+    row = Row(0, messages=tuple(turn | {"weight": 0} if turn["content"] == "no" else turn for turn in turns))
+    for template in (PLAIN, ChatTemplate(tokenizer)):
+        one = encoded([row], tokenizer, template)[0]
+        text = tokenizer.decode(one.input_ids)
+        assert tokenizer.decode([label for label in one.labels if label != -100]) == "yes<|im_end|>"
+        assert "no<|im_end|>" in text
+        assert text.endswith("yes<|im_end|>")
+        assert text.startswith(tokenizer.decode(encode_prompt(row, template, tokenizer, 300)))
+
+
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [
+        (Row(0, messages=(*chat("a", "b"), {"role": "tool", "content": "c"})), r"the role tool in messages\[2\]"),
+        (Row(0, messages=chat("a")[:1] + ({"role": "assistant", "content": "b", "reasoning_content": "c"},)), "reason"),
+        (Row(0, "a", responses=("b",), tools=({"name": "f"},)), "has tools"),
+    ],
+)
+def test_a_plain_template_refuses_what_it_cannot_write(tokenizer: PreTrainedTokenizerFast, row: Row, what: str) -> None:
+    with pytest.raises(ValueError, match=f"{what}.*data.template=chat"):
+        encoded([row], tokenizer, PLAIN)
+
+
+def test_a_chat_template_gets_the_tools(make_tokenizer: Factory) -> None:
+    tokenizer = make_tokenizer(chat_template="{{ tools | tojson if tools else '' }}" + CHAT)
+    text = ChatTemplate(tokenizer).render(Row(0, "a", tools=({"name": "f"},)))[0].text
+    assert text.startswith('[{"name": "f"}]<|im_start|>')

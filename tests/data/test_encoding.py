@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from deltakd.data.encoding import encode as encode_module
-from deltakd.data.encoding.encode import encode_prompt, encode_row, encode_rows
+from deltakd.data.encoding import token_table
+from deltakd.data.encoding.encode import encode_prompt, encode_row
 from deltakd.data.encoding.templates import AlpacaTemplate, ChatTemplate, PlainTemplate, make_template
-from deltakd.data.sources.rows import Row, parse_row, row_record, with_answer
+from deltakd.data.encoding.token_table import encode_rows
+from deltakd.data.sources.parsing import parse_row
+from deltakd.data.sources.rows import Row, row_record, with_answer
 from deltakd.types import IGNORE_INDEX
 from tests.data.conftest import CHAT, Factory
 
@@ -172,7 +174,7 @@ def test_first_position_is_not_a_valid_token(make_tokenizer: Factory) -> None:
     bare = PlainTemplate("{instruction}{input}", "{instruction}", "")
     encoded = encode_rows([Row(0, "a", "", ("bc",))], bare, make_tokenizer(), max_length=9, max_prompt_length=1)
     assert encoded.valid_tokens.tolist() == [3]
-    flat = encode_module.EncodedSet(encoded.input_ids, encoded.input_ids, encoded.offsets, encoded.row_ids)
+    flat = token_table.EncodedSet(encoded.input_ids, encoded.input_ids, encoded.offsets, encoded.row_ids)
     assert flat.valid_tokens.tolist() == [3]
 
 
@@ -192,7 +194,7 @@ def test_cache_spares_the_second_tokenising(
     first = encode_rows(rows, PLAIN, tokenizer, **limits)
     tokenizer("leaves padding and truncation behind", padding="max_length", truncation=True, max_length=50)
     with monkeypatch.context() as patch:
-        patch.setattr(encode_module, "_encode", None)
+        patch.setattr(token_table, "outcome_of", None)
         again = encode_rows(rows, PLAIN, tokenizer, **limits)
     assert first.fingerprint == again.fingerprint
     assert list(first) == list(again)

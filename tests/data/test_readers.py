@@ -193,17 +193,17 @@ def test_half_a_character_is_named_with_file_and_row(write: Write, name: str) ->
 
 
 def test_keys_that_nobody_reads_are_named_once_for_a_file(write: Write, caplog: pytest.LogCaptureFixture) -> None:
-    user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}
+    user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "audio": 0}
     chats = [
-        {"messages": [user, answer], "tools": [{"name": "f"}]},
-        {"messages": [user, answer | {"weight": None, "tool_calls": [1]}, user, answer], "tools": []},
+        {"messages": [user, answer], "functions": [{"name": "f"}]},
+        {"messages": [user, answer | {"audio": None, "refusal": [1]}, user, answer], "functions": []},
     ]
-    plain = [{"instruction": "a", "output": "b", "system": "s", "history": [["q", "r"]], "prompt": "P", "part": "x"}]
+    plain = [{"output": "b", "system": "s", "context": "c", "prompt": "P", "part": "x"}]
     first, second = write("chat.jsonl", chats), write("plain.jsonl", plain)
     for _ in range(2):
         read_rows([first, f"{second}#part=x"])
     texts = [record.getMessage() for record in caplog.records]
     assert texts == [
-        f"{first}: these keys are not read: messages[].tool_calls (1 row), messages[].weight (2 rows), tools (1 row).",
-        f"{second}: these keys are not read: history (1 row), system (1 row).",
+        f"{first}: these keys are not read: functions (1 row), messages[].audio (2 rows), messages[].refusal (1 row).",
+        f"{second}: these keys are not read: context (1 row), system (1 row).",
     ]

@@ -1,11 +1,23 @@
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+
 import pytest
 
-from deltakd.data.sources.rows import Row, parse_row, row_record, with_answer
+from deltakd.data.sources.parsing import parse_row, unread_keys
+from deltakd.data.sources.rows import Row, row_record, with_answer
 
 USER = {"role": "user", "content": "hi"}
 ANSWER = {"role": "assistant", "content": "yo"}
+WRONG = ANSWER | {"weight": 0}
+SYSTEM = {"role": "system", "content": "s"}
+C = {"role": "assistant", "content": "c"}
+#: A function, a call of it as OpenAI writes it (arguments are a text), and in the form of a row.
+SUM = {"type": "function", "function": {"name": "sum", "parameters": {"type": "object"}}}
+ASKED_CALL = {"id": "1", "function": {"name": "sum", "arguments": '{"of": [1, 2]}'}}
+CALL = {"id": "1", "type": "function", "function": {"name": "sum", "arguments": {"of": [1, 2]}}}
+RESULT = {"role": "tool", "content": "3", "tool_call_id": "1", "name": "sum"}
 
 
 @pytest.mark.parametrize(
@@ -19,6 +31,22 @@ ANSWER = {"role": "assistant", "content": "yo"}
         ({"instruction": "a", "input": "", "output": ["c", "d", " "]}, Row(3, "a", "", ("c", "d"))),
         ({"prompt": "P:", "output": "c"}, Row(3, responses=("c",), prompt="P:")),
         ({"prompt": "P:", "instruction": "a", "output": "c"}, Row(3, "a", "", ("c",))),
+        ({"prompt": "P:", "completion": "c"}, Row(3, responses=("c",), prompt="P:")),
+        ({"prompt": "P:", "chosen": "c", "rejected": "d"}, Row(3, responses=("c",), prompt="P:")),
+        ({"prompt": [USER], "completion": [ANSWER]}, Row(3, messages=(USER, ANSWER))),
+        ({"prompt": [USER, ANSWER, USER], "completion": "c"}, Row(3, messages=(USER, WRONG, USER, C))),
+        ({"prompt": "hi", "chosen": [USER, ANSWER], "rejected": [USER, C]}, Row(3, messages=(USER, ANSWER))),
+        ({"system_prompt": "s", "question": "hi", "response": "yo"}, Row(3, messages=(SYSTEM, USER, ANSWER))),
+        (
+            {"instruction": "a", "input": "b", "output": "c", "system": "s", "history": [["hi", "yo"]]},
+            Row(3, messages=(SYSTEM, USER, ANSWER, {"role": "user", "content": "a\n\nb"}, C)),
+        ),
+        ({"instruction": "a", "output": "c", "system": "", "history": []}, Row(3, "a", "", ("c",))),
+        (
+            {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}], "system": "s"},
+            Row(3, messages=(SYSTEM, USER, ANSWER)),
+        ),
+        ({"messages": json.dumps([USER, ANSWER])}, Row(3, messages=(USER, ANSWER))),
         ({"prompt": "x", "messages": [USER, ANSWER]}, Row(3, messages=(USER, ANSWER))),
         ({"instruction": "a", "response": "c", "answer": "c", "output": None}, Row(3, "a", "", ("c",))),
     ],
@@ -46,7 +74,10 @@ def test_a_row_with_another_answer() -> None:
             r"f:4: no instruction; keys found: text; give a non-empty one of: instruction, question, prompt",
         ),
         ({"instruction": " ", "output": "c"}, r"f:4: instruction is empty"),
-        ({"instruction": "a"}, r"f:4: no response; keys found: instruction; .* response, output, answer, messages"),
+        (
+            {"instruction": "a"},
+            r"f:4: no response; keys found: instruction; .* response, output, answer, completion, chosen, messages",
+        ),
         ({"instruction": "a", "output": []}, r"f:4: response is empty"),
         ({"instruction": "a", "output": {"x": 1}}, r"f:4: output must be a string or a list of strings, got dict"),
         ({"instruction": 5, "output": "c"}, r"f:4: instruction must be a string, got int"),
@@ -57,13 +88,61 @@ def test_a_row_with_another_answer() -> None:
         ({"messages": [USER]}, r"f:4: messages have no assistant turn; roles found: user"),
         ({"messages": [ANSWER]}, r"no user turn"),
         ({"messages": [ANSWER, USER, ANSWER]}, r"the first assistant turn stands before the first user turn"),
-        ({"messages": [{"role": "bot", "content": "x"}]}, r"role 'bot'; allowed: system, user, assistant"),
+        ({"messages": [{"role": "sage", "content": "x"}]}, r"role 'sage'; allowed: system, developer, user"),
+        ({"messages": [USER, WRONG]}, r"f:4: all assistant turns have weight 0"),
+        ({"prompt": [USER, ANSWER]}, r"f:4: all assistant turns have weight 0, as those of a prompt have"),
+        ({"messages": [USER, ANSWER | {"weight": 0.5}]}, r"messages\[1\] has weight 0.5; allowed: 0 .*, 1"),
+        ({"messages": [USER, {"role": "tool", "content": [{"type": "image"}]}]}, r"part of type 'image'; only text"),
+        ({"messages": [USER, {"role": "assistant", "tool_calls": [{}]}]}, r"messages\[1\]: a tool call must be"),
+        ({"messages": [USER, ANSWER], "tools": "sum"}, r"f:4: tools must be a list of JSON objects, got 'sum'"),
+        ({"messages": [SYSTEM, USER, ANSWER], "system": "t"}, r"system and the system turn differ"),
+        ({"conversations": [{"from": "function_call", "value": "sum"}]}, r"\(function_call\) must hold a call as JSON"),
+        (
+            {"conversations": [{"from": "human"}]},
+            r"conversations\[0\] must be {role, content} with text, got content None",
+        ),
+        ({"instruction": "a", "output": "c", "history": ["x"]}, r"history\[0\] must be a pair .*, got 'x'"),
+        ({"instruction": "a", "output": ["c", "d"], "system": "s"}, r"system prompt or a history can have one answer"),
+        ({"prompt": "a", "completion": "c", "label": False}, r"one to avoid; keep the others: append #label=True"),
+        ({"prompt": "other", "chosen": [USER, ANSWER]}, r"prompt is a text, and its answer a list of messages"),
+        ({"chosen": "Human: hi Assistant: yo", "rejected": "x"}, r"chosen is a text without a prompt"),
         ({"messages": [USER, {"role": "assistant", "content": ""}]}, r"messages\[1\] \(assistant\) is empty"),
     ],
 )
 def test_refused_records(record: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_row(record, "f:4", 3, True)
+
+
+def test_a_conversation_keeps_tools_reasoning_and_weights() -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [ASKED_CALL], "reasoning": "think", "weight": 0}
+    said = ANSWER | {"weight": 1, "tool_calls": None}
+    row = parse_row({"messages": [USER, call, RESULT, said], "tools": json.dumps([SUM])}, "f:4", 3)
+    kept = {"role": "assistant", "content": "", "tool_calls": [CALL], "reasoning_content": "think", "weight": 0}
+    assert row == Row(3, messages=(USER, kept, RESULT, ANSWER), tools=(SUM,))
+    assert parse_row(row_record(row), "f:4", 3) == row
+    assert json.loads(json.dumps(asdict(row)))["messages"] == [USER, kept, RESULT, ANSWER]
+    assert row.question.splitlines()[2] == '{"name": "sum", "arguments": {"of": [1, 2]}}'
+
+
+def test_a_call_of_sharegpt_is_a_tool_call() -> None:
+    turns = [("human", "hi"), ("function_call", '{"name": "sum", "arguments": {"of": [1, 2]}}'), ("observation", "3")]
+    record = {"conversations": [{"from": role, "value": text} for role, text in [*turns, ("gpt", "yo")]]}
+    call = {"role": "assistant", "content": "", "tool_calls": [{k: v for k, v in CALL.items() if k != "id"}]}
+    assert parse_row(record, "f:4", 3).messages == (USER, call, {"role": "tool", "content": "3"}, ANSWER)
+
+
+def test_the_last_answer_is_the_last_turn_that_is_trained() -> None:
+    row = Row(0, messages=(USER, C, USER, ANSWER, USER, WRONG))
+    assert row.references == ("yo",)
+    assert row.asked == (USER, C, USER)
+
+
+def test_content_may_be_parts_of_text() -> None:
+    parts = [{"type": "text", "text": "h", "image": None}, "i"]
+    row = parse_row({"messages": [{"role": "user", "content": parts}, ANSWER]}, "f:4", 3)
+    assert row.asked[0]["content"] == [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
+    assert row.question == "hi"
 
 
 def test_response_may_be_missing_for_generation() -> None:
@@ -80,3 +159,16 @@ def test_row_as_text() -> None:
     assert Row(0, "a", "b", ("c", "d")).text == "a\nb\nc"
     assert Row(0, prompt="P:", responses=("c",)).text == "P:c"
     assert Row(0, messages=(USER, ANSWER)).text == "hi\nyo"
+
+
+@pytest.mark.parametrize(
+    ("record", "unread"),
+    [
+        ({"messages": [USER, ANSWER | {"x": 1}], "output": "c", "tools": [SUM]}, ["output", "messages[].x"]),
+        ({"prompt": [USER], "chosen": [ANSWER], "rejected": [C], "context": "d"}, ["rejected", "context"]),
+        ({"prompt": "P:", "completion": "c", "system": "s"}, ["system"]),
+        ({"instruction": "a", "output": "c", "system": "s", "history": [["a", "b"]], "score": 0}, ["score"]),
+    ],
+)
+def test_keys_that_nobody_reads(record: dict, unread: list[str]) -> None:
+    assert unread_keys(record) == unread

@@ -38,7 +38,7 @@ def test_minillm_is_its_scripts_but_for_the_ban() -> None:
         "max_new_tokens": 256,
     }
     assert vars(banned.decoding) == options | {"no_repeat_ngram_size": 6}
-    composed = compose_config("train", ["experiment=none", "evaluation=minillm_ngram"]).evaluation
+    composed = compose_config("train", ["evaluation=minillm_ngram"]).evaluation
     assert OmegaConf.to_container(composed) == group("minillm_ngram")
 
 

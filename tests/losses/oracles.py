@@ -152,8 +152,12 @@ def alpha_beta(log_p: Array, log_q: Array, alpha: float = 0.2, beta: float = 0.7
 
 
 def logit_mse(log_p: Array, log_q: Array) -> Array:
-    difference = log_p - log_q
-    return np.square(difference - difference.mean(-1, keepdims=True)).mean(-1)
+    """The variance over the tokens that neither side rules out; 0 if there are none."""
+    values = []
+    for p, q in zip(log_p, log_q, strict=True):
+        possible = np.isfinite(p) & np.isfinite(q)
+        values.append(np.var(p[possible] - q[possible]) if possible.any() else 0.0)
+    return np.array(values)
 
 
 # --- Targets (DESIGN 3.2)
@@ -233,7 +237,7 @@ def ratio_kl(
 ) -> Array:
     """KL( N[to / origin] ‖ N[student / over] ), both over the kept tokens alone."""
     to, origin, over = roles
-    kept = plausible(z, mask, mask_by) & ~ruled_out(z, *roles)
+    kept = plausible(z, mask, mask_by) & ~ruled_out(z, "student", *roles)
     delta = _shift(z, to, origin, centre, clip)
     log_student, log_over = log_softmax(z["student"]), log_softmax(z[over])
     values = []
@@ -260,6 +264,7 @@ def logit_variance(
     delta = _shift(z, "teacher", "teacher_raw", centre, clip)
     by = {**z, "student": z["student"] if frozen is None else frozen, "uniform": np.zeros_like(z["teacher"])}[weighting]
     log_student, log_raw = log_softmax(z["student"]), log_softmax(z["student_raw"])
+    kept &= np.isfinite(log_student)
     values = []
     for row, keep in enumerate(kept):
         d = (log_student[row, keep] - log_raw[row, keep] - beta * delta[row, keep]) / tau

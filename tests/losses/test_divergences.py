@@ -152,7 +152,7 @@ def test_bounds(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @ALL
 def test_tokens_that_the_target_rules_out(divergence: Divergence, oracle: Oracle, dtype: torch.dtype) -> None:
-    """Forward KL and those with a mixture are finite, with finite gradients; the others +inf and never NaN.
+    """Forward KL, those with a mixture and ``logit_mse`` are finite, with finite gradients; the others +inf.
 
     The first row rules out a token that the student gives mass, the second one that it gives next to none (e^−60).
     """
@@ -160,12 +160,29 @@ def test_tokens_that_the_target_rules_out(divergence: Divergence, oracle: Oracle
     target = torch.tensor([[1.1, 1.0, 0.9, 0.9, 0.9, 0.9, ruled_out]] * 2, dtype=dtype)
     student = torch.tensor([[0.5, 0.2, 0.1, 0.3, 0.0, 0.3, 1.0], [1.0, 1.1, 0.9, 0.9, 0.9, 0.9, -60.0]], dtype=dtype)
     value_N, gradient = evaluate(divergence, target, student.requires_grad_())
-    infinite = {"reverse_kl", "symmetric_kl", "adaptive_kl", "todi", "logit_mse"}
+    infinite = {"reverse_kl", "symmetric_kl", "adaptive_kl", "todi"}
     if divergence.name in infinite or (isinstance(divergence, AlphaBeta) and divergence.alpha == 0):
         assert (value_N == torch.inf).all(), value_N
     else:
         assert torch.isfinite(value_N).all()
         assert torch.isfinite(gradient).all()
+
+
+def test_logit_mse_is_over_the_possible_tokens() -> None:
+    """Those that neither side rules out: value and gradient of NumPy's variance over them; 0 if there are none."""
+    ruled_out = -np.inf
+    target = np.array([[1.0, ruled_out, 0.3, -0.4, 2.0], [1.0, ruled_out, ruled_out, ruled_out, ruled_out]])
+    student = np.array([[0.2, 0.9, ruled_out, 1.4, -1.0], [ruled_out, 0.0, 0.0, 0.0, 0.0]])
+    z = torch.tensor(student, requires_grad=True)
+    value_N, gradient = evaluate(LogitMSE(), torch.tensor(target), z)
+    log_p = log_softmax(target)
+    close(value_N, oracles.logit_mse(log_p, log_softmax(student)))
+    assert value_N[1] == 0
+    possible = np.isfinite(target) & np.isfinite(student)
+    expected = np.zeros_like(student)
+    numeric = numeric_gradient(lambda moved: oracles.logit_mse(log_p, log_softmax(moved)), student, 1e-6)
+    expected[possible] = numeric[possible]
+    close(gradient, expected, rtol=1e-6, atol=1e-8)
 
 
 @functools.cache

@@ -90,7 +90,7 @@ def test_a_target_under_a_divergence_is_the_loss_made_of_the_two(target: str, di
 
 
 def model_and_loss(*overrides: str) -> Any:
-    cfg = compose_config("train", ["experiment=none", *overrides])
+    cfg = compose_config("train", overrides)
     resolved = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(resolved, dict)
     return resolved["model"], resolved["loss"]
@@ -144,7 +144,7 @@ def test_keys_of_a_chosen_part_are_known() -> None:
 )
 def test_a_choice_that_does_not_exist_is_refused_with_the_nearest(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        compose_config("train", ["experiment=none", *overrides])
+        compose_config("train", overrides)
 
 
 @pytest.mark.parametrize(

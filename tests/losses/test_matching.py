@@ -225,7 +225,21 @@ def test_the_signed_formula_is_unbounded_below() -> None:
     assert min(output.per_token.item() for output in values[False]) >= -1e-15
 
 
-@pytest.mark.parametrize("role", sorted(THREE))
+@pytest.mark.parametrize("weighting", LogitMatching.WEIGHTINGS)
+def test_a_variance_leaves_out_what_the_student_rules_out(weighting: str) -> None:
+    logits, labels = draw()
+    with torch.no_grad():
+        logits["student"][:, 3] = -math.inf
+    loss = DeltaMatching(LogitMatching(weighting), ce_weight=0.0)
+    z = arrays(logits)
+    close(loss(logits, labels).per_token, oracles.logit_variance(z, weighting))
+    expected = numeric_gradient(
+        lambda moved: oracles.logit_variance({**z, "student": moved}, weighting, frozen=z["student"]), z["student"]
+    )
+    close(gradient(loss, logits, labels), expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("role", ["student", *sorted(THREE)])
 def test_ruled_out_tokens_are_left_out(role: str) -> None:
     """Of the ratios and the variance; no NaN, and no pull on them."""
     for matching, oracle in (
@@ -235,7 +249,7 @@ def test_ruled_out_tokens_are_left_out(role: str) -> None:
         (LogitMatching("uniform"), lambda z: oracles.logit_variance(z, "uniform")),
     ):
         logits, labels = draw()
-        logits[role][:, 3] = -math.inf
+        logits[role].data[:, 3] = -math.inf
         loss = DeltaMatching(matching, ce_weight=0.0)
         close(loss(logits, labels).per_token, oracle(arrays(logits)))
         pull = gradient(loss, logits, labels)

@@ -16,13 +16,19 @@ from tests.losses.oracles import ROLES
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 #: With a reverse KL, or a plain difference of logits, in it: +inf where the target rules out what the student does not.
-MAY_BE_INFINITE = {"kd_reverse", "delta_kd_reverse", "kd_symmetric", "kd_adaptive", "kd_todi", "kd_logit_mse"}
+MAY_BE_INFINITE = {"kd_reverse", "delta_kd_reverse", "kd_symmetric", "kd_adaptive", "kd_todi"}
+#: Finite whatever the student rules out: mixtures, bounded distances, and those over the possible tokens.
+ALWAYS_FINITE = {"kd_jsd", "kd_skew", "delta_kd_skew", "kd_tvd", "kd_logit_mse"} | {
+    "parallel_cross",
+    "parallel_logit",
+    "parallel_ratio",
+}
 N = 3
 ONCE = settings(deadline=None, max_examples=20, derandomize=True, database=None, phases=[Phase.generate, Phase.shrink])
 
 
 def draw(seed: int, v: int, scale: float, ruled_out: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor]:
-    """Logits in ±scale, with −inf in references: none, whole columns of one role, or scattered (never token 0)."""
+    """Logits in ±scale, with −inf: none, columns of one reference, scattered in all, or in the student; not token 0."""
     generator = torch.Generator().manual_seed(seed)
     logits = {role: scale * (2 * torch.rand(N, v, generator=generator, dtype=torch.float64) - 1) for role in ROLES}
     for number, role in enumerate(ROLES[1:]):
@@ -32,6 +38,8 @@ def draw(seed: int, v: int, scale: float, ruled_out: str, dtype: torch.dtype) ->
             where = torch.rand(N, v, generator=generator) < 0.2
             where[:, 0] = False
             logits[role][where] = -math.inf
+    if ruled_out == "student":
+        logits["student"][:, 1 + torch.randperm(v - 1, generator=generator)[: 1 + v // 10]] = -math.inf
     logits = {role: z.to(dtype) for role, z in logits.items()}
     return logits, torch.randint(0, v, (N,), generator=generator)
 
@@ -76,6 +84,25 @@ def test_always_finite_and_never_negative(
     loss = loss_named(name, delta_weight=delta_weight, **options)
     logits, labels = draw(seed, v, scale, ruled_out, dtype)
     check(loss, name, logits, labels, name in MAY_BE_INFINITE and ruled_out != "nothing")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@ONCE
+@given(
+    v=st.sampled_from([2, 17, 400]),
+    tau=st.sampled_from([0.5, 1.0, 2.0]),
+    scale=st.sampled_from([0.1, 3.0, 30.0]),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
+def test_a_student_that_rules_tokens_out(
+    name: str, v: int, tau: float, scale: float, dtype: torch.dtype, seed: int
+) -> None:
+    """+inf where the definition is, and never NaN; labels are possible."""
+    options = {} if name == "sft" else {"temperature": tau}
+    loss = loss_named(name, delta_weight=0.7, **options)
+    logits, _ = draw(seed, v, scale, "student", dtype)
+    check(loss, name, logits, torch.zeros(N, dtype=torch.int64), name not in ALWAYS_FINITE)
 
 
 @pytest.mark.parametrize("name", [name for name in DISTILLING if hasattr(loss_named(name), "target")])

@@ -182,10 +182,11 @@ def test_errors_of_a_sample() -> None:
     given = references(heads)
     report = sample_errors(loss, heads["student"], given, labels(), [2, 8, V], torch.float64)
     assert [entry["k"] for entry in report] == [2, 8, V]
-    exact, *gradients = value_and_gradients(loss, heads)
+    term = loss_named("delta_kd", delta_weight=0.6, ce_weight=0.0)
+    exact, *gradients = value_and_gradients(term, heads)
     for entry in report:
         buckets = make_buckets(given, labels(), entry["k"], 1.0)
-        value, hidden, weight, *_ = value_and_gradients(loss, heads, buckets)
+        value, hidden, weight, *_ = value_and_gradients(term, heads, buckets)
         assert entry["loss_error"] == pytest.approx(float((value - exact).abs() / exact), rel=0.01, abs=1e-12)
         errors = [float((a - b).norm() / b.norm()) for a, b in zip((hidden, weight), gradients, strict=False)]
         assert entry["gradient_error"] == pytest.approx(max(errors), rel=0.01, abs=1e-12)
@@ -197,6 +198,18 @@ def test_errors_of_a_sample() -> None:
     assert errors_by_k[2] < 1e-12
     rounded = sample_errors(loss, heads["student"], given, labels(), [V], torch.float16)[0]
     assert 1e-6 < rounded["gradient_error"] < 1e-2
+
+
+def test_labels_hide_no_error_of_the_term() -> None:
+    """The cross-entropy is exact with any K: a mixture of 0.95 of it is judged as the term by itself."""
+    heads = make_heads()
+    given = references(heads)
+    mixed, alone = (
+        sample_errors(loss_named("kd_jsd", ce_weight=weight), heads["student"], given, labels(), [2, 8], torch.float64)
+        for weight in (0.95, 0.0)
+    )
+    assert mixed == alone
+    assert alone[0]["loss_error"] > 0.05
 
 
 def test_what_does_not_fit_is_an_error() -> None:

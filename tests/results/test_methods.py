@@ -25,7 +25,7 @@ def methods_of(folder: Path) -> tuple[list[Method], list[str]]:
 def test_a_composed_loss_is_called_by_its_name(name: str) -> None:
     cfg = compose_config(
         "train",
-        ["experiment=none", f"loss={name}", "delta_weight=0.3", "loss.temperature=2"][: 3 if name == "sft" else 4],
+        [f"loss={name}", "delta_weight=0.3", "loss.temperature=2"][: 2 if name == "sft" else 3],
     )
     composed = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(composed, dict)
@@ -34,7 +34,7 @@ def test_a_composed_loss_is_called_by_its_name(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_loss_is_read_as_hydra_composes_it(name: str) -> None:
-    composed = compose_config("train", ["experiment=none", f"loss={name}"], checked=True)
+    composed = compose_config("train", [f"loss={name}"], checked=True)
     as_written = OmegaConf.to_container(composed.loss, resolve=False)
     assert read_losses(CONF_DIR / "loss").losses[name] == flat(as_written)
 
@@ -63,7 +63,7 @@ def test_every_loss_is_read_as_hydra_composes_it(name: str) -> None:
 def test_a_combination_is_called_by_its_loss_and_the_parts_chosen_in_it(
     choices: list[str], name: str, weighted: set[str]
 ) -> None:
-    cfg = compose_config("train", ["experiment=none", "delta_weight=0.3", *choices], checked=True)
+    cfg = compose_config("train", ["delta_weight=0.3", *choices], checked=True)
     composed: Any = OmegaConf.to_container(cfg, resolve=True)
     known = read_losses(CONF_DIR / "loss")
     assert loss_name(composed["loss"], known) == name

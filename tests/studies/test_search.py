@@ -155,7 +155,7 @@ def test_what_can_not_be_searched_is_refused_before_anything_starts(make_search:
         go(make_search(training, metric={"name": "val/rougeL", "goal": "maximize"}))
     with pytest.raises(ConfigError, match=r"metric\.goal is maximize, but of val/ce more is worse"):
         go(make_search(training, metric={"name": "val/ce", "goal": "maximize"}))
-    command = ["${env}", "${interpreter}", "-m", "deltakd.train", "experiment=none", "${args_no_hyphens}"]
+    command = ["${env}", "${interpreter}", "-m", "deltakd.train", "${args_no_hyphens}"]
     with pytest.raises(ConfigError, match=r"model\.student\.path"):
         go(make_search(training, command=command))
     go(make_search(training, 1))

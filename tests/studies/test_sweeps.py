@@ -27,7 +27,7 @@ from tests.tracking import wandb_server
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "sweeps").glob("*.yaml"))
-COMMAND = ["${env}", "${interpreter}", "-m", "deltakd.train", "experiment=none", "${args_no_hyphens}"]
+COMMAND = ["${env}", "${interpreter}", "-m", "deltakd.train", "${args_no_hyphens}"]
 
 
 def write(path: Path, **content: Any) -> Path:
@@ -77,7 +77,7 @@ def test_distributions(tmp_path: Path) -> None:
         "loss.ce_weight": Interval(0.0, 1.0),
         "loss": Choices(("kd", "delta_kd")),
     }
-    assert sweep.overrides == ("experiment=none", "loss.temperature=2", "seed=3")
+    assert sweep.overrides == ("loss.temperature=2", "seed=3")
     assert sweep.hyperband == Hyperband(3, 27, 3)
     grid = {"seed": {"values": [1, 2]}, "trainer.max_steps": {"min": 2, "max": 4}}
     points = read_sweep(write(tmp_path / "g.yaml", method="grid", parameters=grid)).grid()

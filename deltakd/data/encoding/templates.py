@@ -10,7 +10,7 @@ from functools import cache, partial
 from string import Formatter
 from typing import TYPE_CHECKING, Any, Protocol, final, runtime_checkable
 
-from deltakd.data.sources.rows import Row, RowError, before_last_answer
+from deltakd.data.sources.rows import Message, Row, RowError, before_last_answer, content_text, is_answer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,10 +85,10 @@ class PlainTemplate:
     def render(self, row: Row) -> list[Segment]:
         """Return prompt and answer in turn (several times for a conversation); the first prompt gets BOS."""
         segments: list[Segment] = []
-        for prompt, response in self._turns(row):
+        for prompt, response, trained in self._turns(row):
             segments.append(Segment(prompt, trained=False, special_tokens=not segments))
             if response is not None:
-                segments.append(Segment(response, trained=True, closed=True))
+                segments.append(Segment(response, trained=trained, closed=True))
         return segments
 
     def tail(self, row: Row) -> str:
@@ -99,20 +99,35 @@ class PlainTemplate:
         """True for a conversation, whose last question is at its end; an instruction comes before its input."""
         return row.messages is not None
 
-    def _turns(self, row: Row) -> Iterator[tuple[str, str | None]]:
+    def _turns(self, row: Row) -> Iterator[tuple[str, str | None, bool]]:
+        """Yield prompt, answer, and whether the answer is trained."""
+        _refuse_tools(row)
         if row.messages is None:
-            yield _own_prompt(row, self), (row.responses[0] if row.responses else None)
+            yield _own_prompt(row, self), (row.responses[0] if row.responses else None), True
             return
         asked: list[str] = []
-        for message in row.messages:
+        for message in _conversation(row):
             if message["role"] != "assistant":
-                asked.append(message["content"])
+                asked.append(content_text(message))
                 continue
-            yield self.without_input.format(instruction="\n\n".join(asked)), message["content"]
+            yield self.without_input.format(instruction="\n\n".join(asked)), content_text(message), is_answer(message)
             asked = []
-        # An unanswered question is a prompt only if nothing was answered before it.
-        if asked and all(message["role"] != "assistant" for message in row.messages):
-            yield self.without_input.format(instruction="\n\n".join(asked)), None
+        # What is asked after the last answer is a prompt only if there is no answer to learn.
+        if asked:
+            yield self.without_input.format(instruction="\n\n".join(asked)), None, False
+
+
+def _refuse_tools(row: Row) -> None:
+    """Raise a RowError for what only a chat template can write."""
+    held = ["tools"] if row.tools else []
+    for number, message in enumerate(row.messages or ()):
+        held += [f"{key} in messages[{number}]" for key in ("tool_calls", "reasoning_content") if message.get(key)]
+        held += [f"the role tool in messages[{number}]"] if message["role"] == "tool" else []
+    if held:
+        raise RowError(
+            f"{row.label} has {held[0]}, which a plain template can't write; use data.template=chat with the tokenizer "
+            f"of a model that knows it, or take it out of the data"
+        )
 
 
 def _own_prompt(row: Row, template: PlainTemplate) -> str:
@@ -193,7 +208,7 @@ class ChatTemplate:
             return _verbatim(row)
         messages = _conversation(row)
         answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-        if not answers:
+        if not any(map(is_answer, messages)):
             return [Segment(self._write(row, messages, prompt=True), trained=False)]
         segments, done = [], ""
         for number in answers:
@@ -204,7 +219,8 @@ class ChatTemplate:
             # White space after the end-of-turn token belongs to the next prompt: generation stops before it.
             answer = whole[len(prompt) :].rstrip()
             segments.append(Segment(prompt[len(done) :], trained=False))
-            segments.append(Segment(answer, trained=True, closed=number == answers[-1]))
+            trained = is_answer(messages[number])
+            segments.append(Segment(answer, trained=trained, closed=number == answers[-1]))
             done = prompt + answer
         return segments
 
@@ -222,12 +238,16 @@ class ChatTemplate:
         """True: the last question is right before the tail."""
         return True
 
-    def _write(self, row: Row, messages: list[dict[str, str]], prompt: bool) -> str:
+    def _write(self, row: Row, messages: list[Message], prompt: bool) -> str:
         from jinja2 import TemplateError
 
         try:
             text = self._tokenizer.apply_chat_template(
-                messages, chat_template=self._text, tokenize=False, add_generation_prompt=prompt
+                messages,
+                tools=list(row.tools or ()) or None,
+                chat_template=self._text,
+                tokenize=False,
+                add_generation_prompt=prompt,
             )
         except (TemplateError, TypeError) as error:
             raise RowError(_refused(row, messages, error)) from error
@@ -256,7 +276,7 @@ def _frozen(template: str) -> str:
     return text
 
 
-def _refused(row: Row, messages: list[dict[str, str]], error: Exception) -> str:
+def _refused(row: Row, messages: list[Message], error: Exception) -> str:
     roles = ", ".join(message["role"] for message in messages)
     return (
         f"{row.label}: the chat template refuses the turns {roles}: {error}; let user and assistant alternate, write "
@@ -270,12 +290,12 @@ def _verbatim(row: Row) -> list[Segment]:
     return segments + answers
 
 
-def _conversation(row: Row) -> list[dict[str, str]]:
+def _conversation(row: Row) -> list[Message]:
     """Return the row as messages, without the turns after the last answer: there is nothing to learn from them."""
     if row.messages is not None:
         messages = list(row.messages)
-        answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-        return messages[: answers[-1] + 1] if answers else messages
+        asked = before_last_answer(messages)
+        return messages[: len(asked) + 1]
     question = "\n\n".join(part for part in (row.instruction, row.input) if part.strip())
     answer = [{"role": "assistant", "content": text} for text in row.responses[:1]]
     return [{"role": "user", "content": question}, *answer]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from deltakd.data.encoding.templates import Segment
-from deltakd.data.sources.rows import Row, RowError
+from deltakd.data.sources.rows import Row, RowError, content_text, is_answer
 
 #: So many characters of what is missing are shown.
 _SHOWN = 60
@@ -49,7 +49,7 @@ _REMEDY = (
 def _answers(row: Row) -> list[str]:
     if row.messages is None:
         return list(row.responses[:1])
-    return [message["content"] for message in row.messages if message["role"] == "assistant"]
+    return [content_text(message) for message in row.messages if is_answer(message)]
 
 
 def _dense(text: str) -> str:

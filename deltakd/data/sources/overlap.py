@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from deltakd.data.sources.near import Texts, near_duplicates
-from deltakd.data.sources.rows import Row
+from deltakd.data.sources.rows import Row, message_text
 from deltakd.io.progress import progress_bar
 
 #: An instruction with more different inputs than this ("Summarise this text.") says nothing without its input.
@@ -101,7 +101,7 @@ def task_texts(row: Row) -> tuple[str, str]:
         while last and row.asked[last - 1]["role"] == "user":
             last -= 1
         asked, before = row.asked[last:], row.asked[:last]
-        return "\n\n".join(m["content"] for m in asked), "\n\n".join(m["content"] for m in before)
+        return "\n\n".join(map(message_text, asked)), "\n\n".join(map(message_text, before))
     framed = None if row.prompt is None else _FRAME.search(row.prompt)
     return (framed[1], framed[2] or "") if framed else (row.question, row.input)
 

@@ -16,6 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 
+from deltakd.data.sources.messages import whole_characters
+from deltakd.data.sources.parsing import parse_row, unread_keys
 from deltakd.data.sources.records import (
     Problems,
     Record,
@@ -26,7 +28,7 @@ from deltakd.data.sources.records import (
     parse_source,
     read_lines,
 )
-from deltakd.data.sources.rows import Row, parse_row, unread_keys, whole_characters
+from deltakd.data.sources.rows import Row
 from deltakd.io.home import expanded
 
 log = logging.getLogger(__name__)
