@@ -156,8 +156,9 @@ def _choose_k(caching: Caching) -> tuple[list[dict[str, Any]], int]:
 def _shown(entry: Mapping[str, Any]) -> str:
     kept = ", ".join(f"{role} {mass:.4f}" for role, mass in entry["kept_mass"].items())
     return (
-        f"K = {entry['k']} keeps a mass of {kept}; the distillation term is off by {entry['loss_error']:.2g} of itself, its "
-        f"gradient by {entry['gradient_error']:.2g}"
+        f"K = {entry['k']} keeps a mass of {kept}; the distillation term is off by "
+        f"{entry['loss_error']:.2g} of itself, "
+        f"its gradient by {entry['gradient_error']:.2g}"
     )
 
 

@@ -122,8 +122,8 @@ class CacheSettings(ReferenceSettings):
         store: ``hidden``: last hidden states, exact, for every loss; ``topk``: log-probs of K tokens and of the rest,
             small, approximate, for one τ. None: whichever is there, or ``hidden`` for a new cache.
         k: tokens in the support of ``topk``; None: chosen by ``target_error``.
-        target_error: the largest relative error that the chosen K may cause on a sample, in the loss's distillation term
-            (without the cross-entropy, which is exact) and in its gradient.
+        target_error: the largest relative error that the chosen K may cause on a sample, in the loss's distillation
+            term (without the cross-entropy, which is exact) and in its gradient.
         dtype: of the stored numbers; None: the models' own for ``hidden``, float16 for ``topk``.
         verify: check all checksums when the cache is opened; sizes are always checked.
         remake: make damaged files again (``deltakd.cache`` only).

@@ -75,8 +75,8 @@ def sample_errors(
 ) -> list[dict[str, Any]]:
     """Measure the errors of a top-K store on a sample, for several K.
 
-    They are those of the loss's distillation term: the cross-entropy of the labels is exact with any K, and in a mixture
-    would hide what the store does to the rest.
+    They are those of the loss's distillation term: the cross-entropy of the labels is exact with any K, and in a
+    mixture would hide what the store does to the rest.
 
     Args:
         loss: the loss.

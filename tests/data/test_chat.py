@@ -162,7 +162,7 @@ def test_an_answer_of_weight_0_is_read_and_not_trained(tokenizer: PreTrainedToke
     ("row", "what"),
     [
         (Row(0, messages=(*chat("a", "b"), {"role": "tool", "content": "c"})), r"the role tool in messages\[2\]"),
-        (Row(0, messages=chat("a")[:1] + ({"role": "assistant", "content": "b", "reasoning_content": "c"},)), "reason"),
+        (Row(0, messages=(*chat("a")[:1], {"role": "assistant", "content": "b", "reasoning_content": "c"})), "reason"),
         (Row(0, "a", responses=("b",), tools=({"name": "f"},)), "has tools"),
     ],
 )
