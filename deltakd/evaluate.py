@@ -141,7 +141,7 @@ def _validation(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Encoded
         return None
 
 
-def _train_rows(data: DataConfig) -> list[Row] | None:
+def _train_rows(data: DataConfig) -> Sequence[Row] | None:
     """Return the rows that the run was trained on; None if they cannot be read any more."""
     from deltakd.data import InstructionData
 

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from deltakd.data.encoding.encoded_set import EncodedSet
 from deltakd.data.encoding.packing import pack_texts
 from deltakd.data.encoding.templates import Template, make_template
+from deltakd.data.encoding.token_cache import fingerprint
 from deltakd.data.encoding.token_table import encode_rows
-from deltakd.data.sources.overlap import generic_instructions, normal_form, overlapping, task_texts
+from deltakd.data.sources.overlap import overlapping
+from deltakd.data.sources.prepared import prepared_rows, reading_key
 from deltakd.data.sources.readers import read_rows, read_texts
 from deltakd.data.sources.rows import Row
+from deltakd.data.sources.stored_rows import StoredRows
+from deltakd.data.sources.tasks import task_digests, unlike
+from deltakd.io.arrays import ArrayWriter, kept_arrays
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class SplitRows(NamedTuple):
-    """A run's rows before tokenising.
+    """A run's rows before tokenising, on disk.
 
     Args:
         train: training rows.
@@ -32,8 +38,8 @@ class SplitRows(NamedTuple):
         excluded: number of training rows left out because their task must not be trained on.
     """
 
-    train: list[Row]
-    val: list[Row]
+    train: StoredRows
+    val: StoredRows
     excluded: int
 
 
@@ -43,15 +49,15 @@ class LoadedSets(NamedTuple):
     Args:
         train: the training set.
         val: the validation set, or None.
-        val_rows: validation rows before tokenising, for generation; empty for plain text.
-        train_rows: training rows before tokenising; empty for plain text.
+        val_rows: validation rows before tokenising, for generation, read when asked for; empty for plain text.
+        train_rows: training rows before tokenising, likewise.
         counts: ``train_rows``, ``val_rows``, ``excluded``, and each set's own counts as ``train/...``, ``val/...``.
     """
 
     train: EncodedSet
     val: EncodedSet | None
-    val_rows: list[Row]
-    train_rows: list[Row]
+    val_rows: Sequence[Row]
+    train_rows: Sequence[Row]
     counts: dict[str, int]
 
 
@@ -66,6 +72,7 @@ def split_rows(
     strip_answers: str | None = None,
     limit: int | None = None,
     seed: int = 0,
+    cache_dir: str | Path | None = None,
 ) -> SplitRows:
     """Read instruction rows and split them into training and validation rows.
 
@@ -73,24 +80,51 @@ def split_rows(
         train, train_subset: sources and subsets as for ``read_rows``.
         val, val_subset: likewise. If ``val`` is None, ``val_size`` training rows drawn with ``seed`` are held out.
         exclude: sources whose tasks must not be trained on, such as test sets; their near duplicates are dropped, too
-            (``overlapping``). So are tasks of validation rows, by the rule of ``without_tasks_of``.
+            (``overlapping``). So are tasks of validation rows, by the rule of ``unlike``.
         strip_answers: as for ``read_rows``.
         limit: keep only the first ``limit`` rows of train and of val (for debugging).
+        cache_dir: folder that keeps the rows and the choice for later runs; None: they are only in a temporary place.
 
     Raises:
         ValueError: as ``read_rows``, or nothing is left to train on.
     """
-    options: dict[str, Any] = {"strip_answers": strip_answers, "limit": limit}
-    rows = read_rows(train, subset=train_subset, **options)
-    allowed = _without_sets(rows, [row for source in exclude for row in read_rows(source, need_response=False)])
-    val_rows = _hold_out(allowed, val_size, seed) if val is None else read_rows(val, subset=val_subset, **options)
-    kept = without_tasks_of(allowed, val_rows)
-    if not kept:
+    options: dict[str, Any] = {"strip_answers": strip_answers, "limit": limit, "cache_dir": cache_dir}
+    rows, key = prepared_rows(train, subset=train_subset, **options)
+    given, val_key = (None, "") if val is None else prepared_rows(val, subset=val_subset, **options)
+    keys = [key, val_key, *(reading_key(source) for source in exclude)]
+
+    def build(writer: ArrayWriter) -> None:
+        kept, held = _chosen(rows, given, exclude, val_size, seed)
+        writer.append("train", kept)
+        writer.append("held", held)
+        writer.meta["digest"] = rows.take(kept).digest()
+
+    name = f"split-{fingerprint('split', keys, val_size, seed)}"
+    split = kept_arrays(name, None if None in keys else cache_dir, {"train": "<i8", "held": "<i8"}, build, "the split")
+    kept = rows.take(split.arrays["train"], split.meta["digest"])
+    val_rows = rows.take(split.arrays["held"]) if given is None else given
+    return SplitRows(kept, val_rows, len(rows) - len(kept) - len(split.arrays["held"]))
+
+
+def _chosen(
+    rows: StoredRows, given: StoredRows | None, exclude: Sequence[str], val_size: int, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the places of the rows to train on, and of those held out."""
+    allowed = np.arange(len(rows))
+    banned = [row for source in exclude for row in read_rows(source, need_response=False)]
+    if banned:
+        allowed = allowed[unlike(rows.tasks, task_digests(banned))]
+        repeated = overlapping(rows.take(allowed), banned)
+        allowed = np.delete(allowed, sorted(repeated))
+    held = _hold_out(allowed, val_size, seed) if given is None else np.empty(0, np.int64)
+    tasks = rows.take(held).tasks if given is None else given.tasks
+    kept = allowed[unlike(rows.take(allowed).tasks, tasks)]
+    if not len(kept):
         raise ValueError(
             f"all {len(rows)} training rows are also in data.exclude or in the validation rows; exclude less or train "
             f"on something else"
         )
-    return SplitRows(kept, val_rows, len(rows) - len(kept) - (len(val_rows) if val is None else 0))
+    return kept, held
 
 
 def load_instruction_sets(
@@ -132,6 +166,7 @@ def load_instruction_sets(
         strip_answers=strip_answers,
         limit=limit,
         seed=seed,
+        cache_dir=cache_dir,
     )
     options: dict[str, Any] = {"max_length": max_length, "max_prompt_length": max_prompt_length}
     options |= {"overlong": overlong, "cache_dir": cache_dir}
@@ -188,35 +223,11 @@ def _prefixed(part: str, encoded: EncodedSet | None) -> dict[str, int]:
     return {} if encoded is None else {f"{part}/{name}": count for name, count in encoded.counts.items()}
 
 
-def _without_sets(rows: Sequence[Row], banned: Sequence[Row]) -> list[Row]:
-    kept = without_tasks_of(rows, banned)
-    repeated = overlapping(kept, banned) if banned else set()
-    return [row for at, row in enumerate(kept) if at not in repeated]
-
-
-def without_tasks_of(rows: Sequence[Row], banned: Sequence[Row]) -> list[Row]:
-    """Return the rows whose task is not among ``banned``.
-
-    Tasks are compared by instruction alone, in normal form (case folded, white space collapsed), because copies of a
-    data set differ in the small print of the inputs. An instruction that occurs with more than
-    ``overlap.GENERIC_INPUTS`` different inputs among all these rows is compared together with its input. In a
-    conversation, all turns before the last answer are compared.
-    """
-    generic = generic_instructions([*rows, *banned])
-    tasks = {_task(row, generic) for row in banned}
-    return [row for row in rows if _task(row, generic) not in tasks]
-
-
-def _task(row: Row, generic: Collection[str]) -> tuple[str, str]:
-    instruction, given = map(normal_form, task_texts(row))
-    return instruction, given if row.messages is not None or instruction in generic else ""
-
-
-def _hold_out(rows: Sequence[Row], size: int, seed: int) -> list[Row]:
-    if size and not 0 < size < len(rows):
-        raise ValueError(f"data.val_size = {size}; it must be from 0 to less than the {len(rows)} training rows")
-    chosen = np.random.Generator(np.random.PCG64([seed, 2])).permutation(len(rows))[:size]
-    return [rows[index] for index in sorted(chosen)]
+def _hold_out(places: NDArray[np.int64], size: int, seed: int) -> NDArray[np.int64]:
+    if size and not 0 < size < len(places):
+        raise ValueError(f"data.val_size = {size}; it must be from 0 to less than the {len(places)} training rows")
+    chosen = np.random.Generator(np.random.PCG64([seed, 2])).permutation(len(places))[:size]
+    return places[np.sort(chosen)]
 
 
 def _report(train: EncodedSet, val: EncodedSet | None, counts: Mapping[str, int]) -> None:

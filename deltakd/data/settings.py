@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal, final
 
+import numpy as np
 from annotated_types import Ge
 from transformers import PreTrainedTokenizerBase
 
@@ -190,7 +191,7 @@ class InstructionData(DataConfig):
         Raises:
             ValueError: as ``split_rows``.
         """
-        return split_rows(**self._choice())
+        return split_rows(**self._choice(), cache_dir=self.cache_dir)
 
     def read(self, tokenizer: PreTrainedTokenizerBase) -> SplitRows:
         """Return the validation rows, and exactly those training rows that ``load`` turns into examples.
@@ -200,8 +201,7 @@ class InstructionData(DataConfig):
         """
         split = self.split()
         encoded = encode_rows(split.train, self.make_template(tokenizer), tokenizer, **self._limits())
-        trained = set(encoded.row_ids.tolist())
-        return split._replace(train=[row for row in split.train if row.id in trained])
+        return split._replace(train=split.train.take(np.isin(split.train.ids, encoded.row_ids)))
 
     def _choice(self) -> dict[str, Any]:
         return {

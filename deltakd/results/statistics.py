@@ -1,4 +1,13 @@
-"""Spread over training seeds, and sound tests of differences between methods (DESIGN 4)."""
+"""Spread over training seeds, and sound tests of differences between methods (DESIGN 4).
+
+What is guaranteed. A method's score varies with the training seed, with the prompts, and with their combination. If
+these three are normal, then for every number of seeds from 2 and whatever the three variances are, an interval of
+``compare`` holds the true difference in at least 95 % of cases, and where there is no difference a p-value is at most
+x in at most a share x of cases, for every x. Holm's correction then keeps the family-wise error rate at its level,
+however the methods depend on each other. Means over many prompts are close to normal whatever the scores are; that
+the few seeds are is an assumption, which no number of prompts can test. With one training seed the variance between
+trainings is not estimated: the interval is about these two trained models on other prompts, not about the methods.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +17,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import special
+from scipy import optimize, special
 
-#: What varies, in resamples or in standard errors; only prompts if there is a single seed.
+#: What varies; only prompts if there is a single seed.
 SEEDS_AND_PROMPTS = "training seeds and prompts"
 SEEDS = "training seeds"
 PROMPTS = "prompts"
 
-#: Resamples drawn at a time, so that counts [resamples, prompts] take at most tens of MiB.
-_AT_ONCE = 2048
+#: Smaller p-values mean nothing, and quantiles of so few degrees of freedom overflow.
+_LEAST_P = 1e-15
 
 
 @dataclass(frozen=True)
@@ -43,11 +52,11 @@ class Difference:
     Args:
         method, baseline: names.
         mean: mean difference, in the units of the scores.
-        low, high: 95 % bootstrap interval.
-        p: two-sided p-value of the same bootstrap for a difference of 0: below 0.05 if the interval excludes 0.
+        low, high: 95 % interval.
+        p: two-sided p-value of the same interval for a difference of 0: below 0.05 if the interval excludes 0.
         p_holm: ``p`` corrected for all methods compared (Holm 1979).
-        over: what was resampled: ``training seeds and prompts``, or ``prompts`` if one of the two has a single training
-            seed, in which case nothing is known of other seeds.
+        over: what varies: ``training seeds and prompts``, or ``prompts`` if one of the two has a single training seed,
+            in which case nothing is known of other trainings.
     """
 
     method: str
@@ -78,59 +87,46 @@ def spread(values_SR: NDArray[np.float64]) -> Spread:
 
 
 def compare(
-    scores: Mapping[str, NDArray[np.float64]],
-    seeds: Mapping[str, list[int]],
-    baseline: str,
-    *,
-    resamples: int = 10_000,
-    seed: int = 0,
+    scores: Mapping[str, NDArray[np.float64]], seeds: Mapping[str, list[int]], baseline: str
 ) -> list[Difference]:
-    """Compare every other method with the baseline by a paired bootstrap over prompts and training seeds.
+    """Compare every other method with the baseline: paired by prompt, and by training seed where the seeds are equal.
 
-    Each resample draws prompts with replacement, the same for all methods, and training seeds with replacement: paired
-    if both methods have the same seeds (a seed fixes the order of the data for both), else for each method
-    independently. The deviations of both draws from the observed difference are added. If one of the two methods has a
-    single seed, only prompts are drawn.
+    The difference of the means has a variance from the prompts, estimated by V_R = the variance over the R prompts / R,
+    and one from the training seeds, V_S = the variance over S paired seeds / S; if the methods have other seeds, there
+    is a V_S for each method. If one of the two has a single seed, there is no V_S. The interval at level 1 − a is
 
-    Percentiles of few resampled values are too close to their mean: with five seeds, "95 %" intervals would cover the
-    truth in some 83 % of cases. Deviations are therefore expanded by √(n / (n − 1)) · t_{n−1} / z, at the
-    desired quantile (expanded percentile interval: Hesterberg, The American Statistician 69, 2015,
-    doi 10.1080/00031305.2015.1089789). Variation between pairs of prompt and seed, such as sampling noise, enters both
-    draws: if it outweighs all else, intervals are up to √2 too wide, never too narrow.
+        difference ± √(Σ t²_{n − 1}(1 − a/2) · V_n)
+
+    (Banerjee, Sankhyā 22, 1960): each part at the quantile of its own n − 1 degrees of freedom. It is the t-interval
+    over seeds where these dominate, and that over prompts where they do. In between it is conservative, at every level:
+    P(Z² > u) is convex in u. Sampling noise, which varies between pairs of prompt and seed, enters both parts: if it
+    outweighs all else, intervals are up to √2 too wide. The p-value is the level at which the interval reaches 0.
 
     Args:
         scores: method -> [S, R] score of each training seed and prompt, averaged over sampling seeds; S may differ
             between methods, the R prompts are the same in the same order.
         seeds: method -> its S training seeds, in the order of the scores' rows.
         baseline: the method that the others are compared with.
-        resamples: number of resamples.
-        seed: seed of the draws; results (except ``p_holm``) do not depend on the other methods.
 
     Returns:
-        One difference for each other method, in the order given.
+        One difference for each other method, in the order given; all but ``p_holm`` is independent of the others.
 
     Raises:
-        ValueError: names every method whose prompts or seeds do not fit, or an unknown baseline; or too few resamples.
+        ValueError: names every method whose prompts or seeds do not fit, or an unknown baseline.
     """
-    _check(scores, seeds, baseline, resamples)
-    methods = [method for method in scores if method != baseline]
-    if not methods:
-        return []
-    differences_KR = np.stack([scores[method].mean(axis=0) - scores[baseline].mean(axis=0) for method in methods])
-    by_prompts_KB = _resampled_prompts(differences_KR, resamples, seed)
+    _check(scores, seeds, baseline)
     found = []
-    for method, difference_R, by_prompts_B in zip(methods, differences_KR, by_prompts_KB, strict=True):
-        several = min(len(scores[method]), len(scores[baseline])) > 1
-        parts = [(by_prompts_B, len(difference_R))]
-        if several:
-            draw = np.random.Generator(np.random.PCG64([seed, 1]))
-            for means_S in _sides(scores, seeds, method, baseline):
-                parts.append((_resampled_seeds(means_S, resamples, draw), len(means_S)))
-        resampled = _Resampled(float(difference_R.mean()), parts)
-        low, high = resampled.interval(0.05)
-        p = resampled.p_value()
+    for method, ours_SR in scores.items():
+        if method == baseline:
+            continue
+        difference_R = ours_SR.mean(axis=0) - scores[baseline].mean(axis=0)
+        several = min(len(ours_SR), len(scores[baseline])) > 1
+        samples = [difference_R, *(_sides(scores, seeds, method, baseline) if several else ())]
+        interval = _Interval(float(difference_R.mean()), [_part(sample) for sample in samples])
+        half, p = interval.half_width(0.05), interval.p_value()
         over = SEEDS_AND_PROMPTS if several else PROMPTS
-        found.append(Difference(method, baseline, resampled.observed, low, high, p, p, over))
+        mean = interval.centre
+        found.append(Difference(method, baseline, mean, mean - half, mean + half, p, p, over))
     corrected = holm([difference.p for difference in found])
     return [replace(difference, p_holm=p) for difference, p in zip(found, corrected, strict=True)]
 
@@ -157,13 +153,9 @@ def _check_scores(name: str, values_SR: NDArray[np.float64]) -> None:
         )
 
 
-def _check(
-    scores: Mapping[str, NDArray[np.float64]], seeds: Mapping[str, list[int]], baseline: str, resamples: int
-) -> None:
+def _check(scores: Mapping[str, NDArray[np.float64]], seeds: Mapping[str, list[int]], baseline: str) -> None:
     if baseline not in scores:
         raise ValueError(f"the baseline {baseline!r} is not among the methods {', '.join(scores)}; give one of them")
-    if resamples < 100:
-        raise ValueError(f"resamples is {resamples}; an interval of 95 % needs at least 100")
     for method, values_SR in scores.items():
         _check_scores(method, values_SR)
     prompts = {method: values_SR.shape[1] for method, values_SR in scores.items()}
@@ -190,57 +182,30 @@ def _sides(
     return [ours_S, -theirs_S]
 
 
-def _resampled_prompts(differences_KR: NDArray[np.float64], resamples: int, seed: int) -> NDArray[np.float64]:
-    """Return [K, B] deviations of the mean over resampled prompts from the mean over all; same draws for all K."""
-    draw = np.random.Generator(np.random.PCG64([seed, 0]))
-    prompts = differences_KR.shape[1]
-    centred_RK = (differences_KR - differences_KR.mean(axis=1, keepdims=True)).T
-    parts = []
-    for start in range(0, resamples, _AT_ONCE):
-        counts_BR = draw.multinomial(prompts, np.full(prompts, 1 / prompts), size=min(_AT_ONCE, resamples - start))
-        parts.append(counts_BR @ centred_RK / prompts)
-    return np.concatenate(parts).T
-
-
-def _resampled_seeds(means_S: NDArray[np.float64], resamples: int, draw: np.random.Generator) -> NDArray[np.float64]:
-    """Return [B] deviations of the mean over resampled seeds from the mean over all."""
-    size = len(means_S)
-    return draw.multinomial(size, np.full(size, 1 / size), size=resamples) @ (means_S - means_S.mean()) / size
+def _part(sample: NDArray[np.float64]) -> tuple[float, int]:
+    """Return the variance of the mean of independent values, and its degrees of freedom."""
+    return float(sample.var(ddof=1)) / len(sample), len(sample) - 1
 
 
 @dataclass(frozen=True)
-class _Resampled:
-    """A difference and its bootstrap: independent deviations, [B] each, with the sample size of each."""
+class _Interval:
+    """A difference, and the independent parts of its variance: (variance, degrees of freedom) each."""
 
-    observed: float
-    parts: list[tuple[NDArray[np.float64], int]]
+    centre: float
+    parts: list[tuple[float, int]]
 
-    def interval(self, level: float) -> tuple[float, float]:
-        """Return the expanded percentile interval that covers 1 − level."""
-        total_B = sum((_expansion(size, level) * part_B for part_B, size in self.parts), np.array(self.observed))
-        low, high = np.quantile(total_B, [level / 2, 1 - level / 2])
-        return float(low), float(high)
+    def half_width(self, level: float) -> float:
+        """Return half the width of the interval that covers at least 1 − level."""
+        return math.sqrt(
+            sum(variance * float(special.stdtrit(freedom, level / 2)) ** 2 for variance, freedom in self.parts)
+        )
 
     def p_value(self) -> float:
-        """Return the largest level whose interval contains 0, found by bisection; never below what B can resolve."""
-        inside, outside = 2.0 / (len(self.parts[0][0]) + 1), 0.999
-        if self._has_zero(outside):
+        """Return the level at which the interval reaches 0, at least ``_LEAST_P``."""
+        distance = abs(self.centre)
+        if distance <= self.half_width(1.0):
             return 1.0
-        if not self._has_zero(inside):
-            return inside
-        while outside - inside > 1e-3 * inside:
-            middle = math.sqrt(inside * outside)
-            inside, outside = (middle, outside) if self._has_zero(middle) else (inside, middle)
-        return inside
-
-    def _has_zero(self, level: float) -> bool:
-        low, high = self.interval(level)
-        return low <= 0.0 <= high
-
-
-def _expansion(size: int, level: float) -> float:
-    """Return √(n / (n − 1)) · t / z, the factor by which percentiles of the mean of n drawn values are too close."""
-    if size == 1:
-        return 0.0
-    tail = 1 - level / 2
-    return math.sqrt(size / (size - 1)) * float(special.stdtrit(size - 1, tail) / special.ndtri(tail))
+        if distance >= self.half_width(_LEAST_P):
+            return _LEAST_P
+        found = optimize.brentq(lambda log_p: self.half_width(math.exp(log_p)) - distance, math.log(_LEAST_P), 0.0)
+        return math.exp(found)

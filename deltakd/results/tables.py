@@ -101,11 +101,16 @@ class Comparison:
             notes.append(self._about_sampling())
         differences = [score.difference for score in scores if score.difference]
         if differences:
-            resampled = " or ".join(sorted({difference.over for difference in differences}))
+            varied = {difference.over for difference in differences}
             notes.append(
-                f"Differences to {self.baseline}: paired bootstrap over {resampled}, 95 % interval in brackets, "
-                "p two-sided with Holm's correction over the methods of a column."
+                f"Differences to {self.baseline}: paired, with a 95 % t-interval over {' or '.join(sorted(varied))} in "
+                "brackets, p two-sided with Holm's correction over the methods of a column."
             )
+            if PROMPTS in varied:
+                notes.append(
+                    "Where a side has one training seed, the variance between trainings is not estimated: the "
+                    "difference is one of two trained models."
+                )
             notes.append(self._about_bold(any(score.best for score in scores)))
         if any(row.method.role for row in self.rows):
             notes.append("Models that others learnt from stand above the line and are not compared.")

@@ -17,11 +17,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
 from safetensors.torch import save_file
 
 from deltakd.cli import guarded
-from deltakd.data.encoding.token_cache import cached_table
+from deltakd.io.arrays import kept_arrays
 from deltakd.io.files import (
     WriteError,
     disk_reason,
@@ -260,7 +259,7 @@ def _cache_of_references(folder: Path) -> None:
 
 
 def _table_of_tokens(folder: Path) -> None:
-    cached_table("key", folder / "new", lambda: Dataset.from_dict({"ids": [[1]]}))
+    kept_arrays("new", folder, {"ids": "<i4"}, lambda writer: writer.append("ids", [1]), "tokens")
 
 
 def _exported_student(folder: Path) -> None:

@@ -61,7 +61,8 @@ def test_one_seed_is_said_to_be_one(tmp_path: Path) -> None:
     write_run(tmp_path / "b", "kd")
     notes = " ".join(tables_of(tmp_path)[0].notes)
     assert "over prompts, since there is one training seed" in notes
-    assert "paired bootstrap over prompts, 95 %" in notes
+    assert "a 95 % t-interval over prompts in brackets" in notes
+    assert "the variance between trainings is not estimated" in notes
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Rows to tokens: prompt and response are tokenised separately; only the response and its EOS are trained."""
+"""Rows to tokens: a row is tokenised as one text (``one_text``); only its answers and their ends are trained."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from deltakd.data.encoding.encoded_set import Encoded
-from deltakd.data.encoding.templates import Template
-from deltakd.data.encoding.tokens import eos_id, prompt_tokens, segment_tokens
+from deltakd.data.encoding.one_text import BorderError, OneText, Tokenised, join, tokenise
+from deltakd.data.encoding.templates import Segment, Template
+from deltakd.data.encoding.tokens import TextEncoder, eos_id
 from deltakd.data.encoding.trained_text import check_trained
 from deltakd.data.sources.records import Problems
 from deltakd.data.sources.rows import Row, RowError
@@ -18,15 +19,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Outcome:
-    """An encoded row: its tokens (None if dropped), its lengths before cutting, and what was cut."""
+    """An encoded row.
+
+    Args:
+        encoded: its tokens; None if it is dropped, or there is a problem.
+        prompt_length: tokens of the prompt before cutting.
+        total_length: tokens of the row before cutting.
+        cut_prompt: the prompt was cut.
+        cut_response: the response was cut.
+        kept_border: a merge of prompt and answer was undone (``one_text``).
+        problem: why the row can't be encoded; None if it can.
+    """
 
     encoded: Encoded | None
-    prompt_length: int
-    total_length: int
-    cut_prompt: bool
-    cut_response: bool
+    prompt_length: int = 0
+    total_length: int = 0
+    cut_prompt: bool = False
+    cut_response: bool = False
+    kept_border: bool = False
+    problem: RowError | None = None
 
 
 def encode_row(
@@ -37,27 +50,96 @@ def encode_row(
     max_prompt_length: int,
     overlong: str = "cut",
 ) -> Encoded | None:
-    """Tokenise one row for training on its first response.
-
-    Args:
-        row: the row.
-        template: renders it.
-        tokenizer: must have an EOS token.
-        max_length: most tokens of prompt and response, EOS included.
-        max_prompt_length: most tokens of the prompt; in a conversation, of everything before its first answer.
-        overlong: ``cut`` shortens a long prompt (``prompt_tokens``), and a long response, which then has no EOS to
-            learn; ``drop`` leaves the row out.
+    """Tokenise one row for training on its first response, as ``encode_batch`` does many.
 
     Returns:
         The tokens, or None if the row is dropped or has nothing to train on.
 
     Raises:
         RowError: the template can't render the row, or leaves out a part of its answers.
-        ValueError: there is no EOS token or no response, or the limits contradict each other or leave no room for the
-            tail.
+        ValueError: as ``encode_batch``.
+    """
+    [outcome] = encode_batch([row], template, tokenizer, max_length, max_prompt_length, overlong)
+    if outcome.problem is not None:
+        raise outcome.problem
+    return outcome.encoded
+
+
+def encode_batch(
+    rows: Sequence[Row],
+    template: Template,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    max_prompt_length: int,
+    overlong: str = "cut",
+) -> list[Outcome]:
+    """Tokenise rows for training, each on its first response, with one call of the tokenizer for all.
+
+    Args:
+        rows: the rows; some hundreds at a time keep the tokenizer's threads busy.
+        template: renders them.
+        tokenizer: must have an EOS token.
+        max_length: most tokens of prompt and response, EOS included.
+        max_prompt_length: most tokens of the prompt; in a conversation, of everything before its first answer.
+        overlong: ``cut`` shortens a long prompt (``encode_prompt``), and a long response, which then has no EOS to
+            learn; ``drop`` leaves the row out.
+
+    Returns:
+        One outcome a row, in their order. What is wrong with a row is in its outcome.
+
+    Raises:
+        ValueError: there is no EOS token, or the limits contradict each other or leave no room for the template's tail.
     """
     check_limits(tokenizer, max_length, max_prompt_length, overlong)
-    return outcome_of(row, template, tokenizer, max_length, max_prompt_length, overlong).encoded
+    encoder = TextEncoder(tokenizer)
+    outcomes: list[Outcome | None] = [None] * len(rows)
+    places: list[int] = []
+    texts: list[OneText] = []
+    for place, row in enumerate(rows):
+        try:
+            texts.append(join(_trained_segments(row, template), encoder))
+            places.append(place)
+        except RowError as error:
+            outcomes[place] = Outcome(None, problem=error)
+    for place, text, tokenised in zip(places, texts, tokenise(texts, encoder), strict=True):
+        row = rows[place]
+        if isinstance(tokenised, BorderError):
+            outcomes[place] = Outcome(None, problem=RowError(f"{row.label}: {tokenised}"))
+            continue
+        prompt = _Prompt(tokenised.ids[: tokenised.spans[0][0]], text.text[: text.spans[0][0]])
+        kept = _cut(prompt, row, template, encoder, max_prompt_length)
+        outcomes[place] = _outcome(row, tokenised, kept, max_length, max_prompt_length, overlong)
+    return [outcome for outcome in outcomes if outcome is not None]
+
+
+def _trained_segments(row: Row, template: Template) -> list[Segment]:
+    segments = template.render(row)
+    if not any(segment.trained for segment in segments):
+        raise RowError(f"{row.label} has no response to train on")
+    check_trained(row, segments)
+    return segments
+
+
+def _outcome(
+    row: Row, tokenised: Tokenised, prompt: list[int], max_length: int, max_prompt_length: int, overlong: str
+) -> Outcome:
+    prompt_length, total_length = tokenised.spans[0][0], len(tokenised.ids)
+    cut_prompt = prompt_length > max_prompt_length
+    gone = prompt_length - len(prompt)
+    ids = prompt + tokenised.ids[prompt_length:]
+    cut_response = len(ids) > max_length
+    if overlong == "drop" and (cut_prompt or total_length > max_length):
+        return Outcome(None, prompt_length, total_length)
+    # What follows the last trained token would cost time and teach nothing.
+    ids = ids[: min(max_length, tokenised.spans[-1][1] - gone)]
+    labels = [IGNORE_INDEX] * len(ids)
+    for start, stop in tokenised.spans:
+        part = slice(start - gone, min(stop - gone, len(ids)))
+        labels[part] = ids[part]
+    trained = sum(max(0, min(stop - gone, len(ids)) - max(start - gone, 1)) for start, stop in tokenised.spans)
+    # Nothing predicts position 0, so a label there trains nothing.
+    encoded = Encoded(ids, labels, row.id) if trained else None
+    return Outcome(encoded, prompt_length, total_length, cut_prompt, cut_response, tokenised.kept_border)
 
 
 def encode_prompt(
@@ -67,10 +149,14 @@ def encode_prompt(
 
     In a conversation, the prompt is everything before the last answer; training limits only its first prompt.
 
+    A prompt that is too long loses tokens before the template's tail, which stays whole: an instruction keeps its
+    beginning; a conversation, and every prompt of a chat template, keeps its end, where the last question is. BOS
+    stays.
+
     Raises:
-        ValueError: the limit leaves no room for the template's tail.
+        ValueError: the limit leaves no room for the template's tail, or the template refuses the row.
     """
-    return _cut_prompt(row, template, tokenizer, max_prompt_length)[0]
+    return encode_prompts([row], template, tokenizer, max_prompt_length)[0][0]
 
 
 def encode_prompts(
@@ -81,22 +167,65 @@ def encode_prompts(
     Raises:
         ValueError: as ``encode_prompt``; all rows that the template refuses are named together.
     """
+    encoder = TextEncoder(tokenizer)
     problems = Problems("prompts")
-    cut = []
+    texts = []
     for row in rows:
         with problems.noting(RowError):
-            cut.append(_cut_prompt(row, template, tokenizer, max_prompt_length))
+            texts.append(join(_prompt_segments(row, template), encoder))
     problems.raise_any()
-    return [ids for ids, _ in cut], sum(whole > len(ids) for ids, whole in cut)
+    found, cut = [], 0
+    for row, text, tokenised in zip(rows, texts, tokenise(texts, encoder), strict=True):
+        with problems.noting(BorderError):
+            if isinstance(tokenised, BorderError):
+                raise BorderError(f"{row.label}: {tokenised}")
+            kept = _cut(_Prompt(tokenised.ids, text.text), row, template, encoder, max_prompt_length)
+            cut += len(kept) < len(tokenised.ids)
+            found.append(kept)
+    problems.raise_any()
+    return found, cut
 
 
-def _cut_prompt(
-    row: Row, template: Template, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int
-) -> tuple[list[int], int]:
+def _prompt_segments(row: Row, template: Template) -> list[Segment]:
     segments = template.render(row)
     answers = [number for number, segment in enumerate(segments) if segment.trained]
-    prompt = segments[: answers[-1]] if answers else segments
-    return prompt_tokens(prompt, row, template, tokenizer, max_prompt_length)
+    return segments[: answers[-1]] if answers else segments
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    ids: list[int]
+    text: str
+
+
+def _cut(prompt: _Prompt, row: Row, template: Template, encoder: TextEncoder, max_prompt_length: int) -> list[int]:
+    """Return a prompt's tokens, cut if there are too many; see ``encode_prompt``.
+
+    Raises:
+        ValueError: the tail alone fills the limit.
+    """
+    ids = prompt.ids
+    if len(ids) <= max_prompt_length:
+        return ids
+    tail = template.tail(row)
+    if not tail or prompt.text == tail or not prompt.text.endswith(tail):
+        # A prompt without the template's tail: keep its end, from which the answer continues.
+        return _keep_end(ids, encoder.tokenizer, max_prompt_length)
+    kept = encoder.last_tokens(prompt.text, tail)
+    begun = int(template.keeps_end(row) and ids[0] == encoder.tokenizer.bos_token_id)
+    if kept + begun >= max_prompt_length:
+        raise ValueError(
+            f"data.max_prompt_length = {max_prompt_length} leaves no room before the end of the template, {tail!r}, of "
+            f"{kept} tokens; raise it"
+        )
+    if template.keeps_end(row):
+        return _keep_end(ids, encoder.tokenizer, max_prompt_length)
+    return ids[: max_prompt_length - kept] + ids[len(ids) - kept :]
+
+
+def _keep_end(ids: list[int], tokenizer: PreTrainedTokenizerBase, room: int) -> list[int]:
+    bos = ids[:1] if room > 1 and ids[0] == tokenizer.bos_token_id else []
+    return bos + ids[len(ids) - room + len(bos) :]
 
 
 def check_limits(tokenizer: PreTrainedTokenizerBase, max_length: int, max_prompt_length: int, overlong: str) -> None:
@@ -109,41 +238,3 @@ def check_limits(tokenizer: PreTrainedTokenizerBase, max_length: int, max_prompt
             f"{max_length}, so that every row has room for a response"
         )
     eos_id(tokenizer)
-
-
-def outcome_of(
-    row: Row,
-    template: Template,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    max_prompt_length: int,
-    overlong: str,
-) -> Outcome:
-    """Tokenise one row as ``encode_row`` does, and say what was cut."""
-    segments = template.render(row)
-    answer = next((number for number, segment in enumerate(segments) if segment.trained), None)
-    if answer is None:
-        raise ValueError(f"{row.label} has no response to train on")
-    check_trained(row, segments)
-    ids, prompt_length = prompt_tokens(segments[:answer], row, template, tokenizer, max_prompt_length)
-    labels = [IGNORE_INDEX] * len(ids)
-    for segment in segments[answer:]:
-        tokens = segment_tokens(segment, tokenizer)
-        ids += tokens
-        labels += tokens if segment.trained else [IGNORE_INDEX] * len(tokens)
-    total_length = len(ids) + prompt_length - min(prompt_length, max_prompt_length)
-    cut_prompt, cut_response = prompt_length > max_prompt_length, len(ids) > max_length
-    if overlong == "drop" and (cut_prompt or total_length > max_length):
-        return Outcome(None, prompt_length, total_length, False, False)
-    ids, labels = _trim(ids[:max_length], labels[:max_length])
-    # Nothing predicts position 0, so a label there trains nothing.
-    encoded = Encoded(ids, labels, row.id) if any(label != IGNORE_INDEX for label in labels[1:]) else None
-    return Outcome(encoded, prompt_length, total_length, cut_prompt, cut_response)
-
-
-def _trim(ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
-    """Drop everything after the last trained token: it would cost time and teach nothing."""
-    stop = len(labels)
-    while stop and labels[stop - 1] == IGNORE_INDEX:
-        stop -= 1
-    return ids[:stop], labels[:stop]

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from deltakd.types import IGNORE_INDEX
 
+_ROWS_AT_ONCE = 10_000
+
 
 @dataclass
 class Encoded:
@@ -32,7 +34,7 @@ class EncodedSet:
     """Tokenised rows of one data set, as flat arrays.
 
     Args:
-        input_ids: [tokens] int32, all rows concatenated.
+        input_ids: [tokens] int32, all rows concatenated; this and the others may be memory maps.
         labels: [tokens] int32.
         offsets: [n + 1] int64; row i is ``offsets[i]:offsets[i + 1]``.
         row_ids: [n] int64.
@@ -73,10 +75,16 @@ class EncodedSet:
 
 def count_valid(labels: NDArray[np.int32], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return [n], the number of trained labels in each row, not counting position 0."""
-    trained = labels != IGNORE_INDEX
-    trained[offsets[:-1][np.diff(offsets) > 0]] = False
-    running = np.concatenate([[0], np.cumsum(trained, dtype=np.int64)])
-    return running[offsets[1:]] - running[offsets[:-1]]
+    counts = np.zeros(len(offsets) - 1, np.int64)
+    # Some rows at a time: running sums of all would be several times as large as the labels.
+    for first in range(0, len(counts), _ROWS_AT_ONCE):
+        bounds = offsets[first : first + _ROWS_AT_ONCE + 1]
+        trained = labels[bounds[0] : bounds[-1]] != IGNORE_INDEX
+        starts = bounds - bounds[0]
+        trained[starts[:-1][np.diff(starts) > 0]] = False
+        running = np.concatenate([[0], np.cumsum(trained, dtype=np.int64)])
+        counts[first : first + _ROWS_AT_ONCE] = running[starts[1:]] - running[starts[:-1]]
+    return counts
 
 
 def flatten(rows: Sequence[Sequence[int]]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:

@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltakd.data.encoding.encoded_set import EncodedSet
-from deltakd.data.encoding.token_cache import cached_table, fingerprint, flat_column, tokenizer_fingerprint
+from deltakd.data.encoding.token_cache import fingerprint, tokenizer_fingerprint
 from deltakd.data.encoding.tokens import eos_id, plain_tokens
+from deltakd.io.arrays import ArrayWriter, kept_arrays
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 #: Documents longer than this many blocks are split, so that one book cannot use up a whole token budget.
@@ -38,7 +38,7 @@ def pack_texts(
         texts: the documents.
         tokenizer: must have an EOS token.
         block_length: tokens per block; the last block may be shorter, down to 2 tokens.
-        cache_dir: folder that keeps the tokens for later runs; None keeps nothing.
+        cache_dir: folder that keeps the tokens for later runs; None: they are only in a temporary place.
         max_tokens: token budget. With one, documents are first shuffled with a fixed seed, so that every source gets
             its share; long ones go in pieces of about PIECE_BLOCKS blocks, each closed by EOS.
 
@@ -57,10 +57,13 @@ def pack_texts(
     digests = [hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() for text in documents]
     key = fingerprint("text", digests, tokenizer_fingerprint(tokenizer), block_length, max_tokens)
 
-    def build() -> Dataset:
-        return _table(_tokens(documents, tokenizer, block_length, max_tokens), block_length)
+    def build(writer: ArrayWriter) -> None:
+        tokens = _tokens(documents, tokenizer, block_length, max_tokens)
+        # A last block of one token would have nothing to predict.
+        writer.append("input_ids", tokens[: len(tokens) - (len(tokens) % block_length == 1)])
 
-    input_ids, offsets = flat_column(cached_table(key, cache_dir, build), "input_ids")
+    input_ids = kept_arrays(f"text-{key}", cache_dir, {"input_ids": "<i4"}, build, "tokens").arrays["input_ids"]
+    offsets = np.append(np.arange(0, len(input_ids), block_length), len(input_ids))
     counts = {"rows": len(documents), "tokens": len(input_ids), "cut_prompts": 0, "cut_responses": 0, "dropped": 0}
     row_ids = np.arange(len(offsets) - 1, dtype=np.int64)
     return EncodedSet(input_ids, input_ids, offsets, row_ids, counts, key)
@@ -103,12 +106,3 @@ def _pieces(document: str, size: int) -> Iterator[tuple[str, bool]]:
         yield document[start:stop], False
         start = stop
     yield document[start:], True
-
-
-def _table(tokens: NDArray[np.int32], block_length: int) -> Dataset:
-    from datasets import Dataset, Features, List, Value
-
-    blocks = [tokens[start : start + block_length] for start in range(0, len(tokens), block_length)]
-    if len(blocks[-1]) < 2:
-        blocks.pop()
-    return Dataset.from_dict({"input_ids": blocks}, features=Features({"input_ids": List(Value("int32"))}))

@@ -1,31 +1,35 @@
-"""Tables of tokens: a data set's rows, tokenised once."""
+"""Tables of tokens: a data set's rows, tokenised once, kept on disk, and mapped into memory by every process."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deltakd.data.encoding.encode import Outcome, check_limits, outcome_of
+from deltakd.data.encoding.encode import Outcome, check_limits, encode_batch
 from deltakd.data.encoding.encoded_set import EncodedSet
 from deltakd.data.encoding.templates import Template
-from deltakd.data.encoding.token_cache import (
-    cached_table,
-    fingerprint,
-    flat_column,
-    plain_column,
-    quiet,
-    tokenizer_fingerprint,
-)
+from deltakd.data.encoding.token_cache import fingerprint, tokenizer_fingerprint
 from deltakd.data.sources.records import Problems
-from deltakd.data.sources.rows import Row, RowError
+from deltakd.data.sources.rows import Row
+from deltakd.data.sources.stored_rows import rows_digest
+from deltakd.io.arrays import Arrays, ArrayWriter, kept_arrays
+from deltakd.io.progress import progress_bar
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+#: Fewer rows than this take seconds to tokenise and need no progress bar.
+LONG_TABLE = 20_000
+#: Rows tokenised at once.
+BATCH = 1_000
+_DTYPES = {"input_ids": "<i4", "labels": "<i4", "lengths": "<i8", "row_ids": "<i8"}
+#: What happens to rows, counted.
+_COUNTS = ("cut_prompts", "cut_responses", "dropped", "kept_borders")
 
 
 def encode_rows(
@@ -43,96 +47,92 @@ def encode_rows(
     Args:
         rows: the rows.
         template, tokenizer, max_length, max_prompt_length, overlong: as for ``encode_row``.
-        cache_dir: folder that keeps the tokens for later runs; None keeps nothing.
+        cache_dir: folder that keeps the tokens for later runs; None: they are only in a temporary place.
 
     Raises:
         ValueError: as ``encode_row`` (all rows that the template can't render are named together), or no row is left.
     """
     check_limits(tokenizer, max_length, max_prompt_length, overlong)
-    examples = _expand(rows)
-    limits: list[Any] = [max_length, max_prompt_length, overlong]
-    if any(template.keeps_end(row) for row in examples):
-        # Tables without this mark were cut at the end of the prompt, and had lost the last question.
-        limits.append("end")
-    contents = [{key: value for key, value in asdict(row).items() if key != "where"} for row in examples]
-    key = fingerprint("rows", contents, tokenizer_fingerprint(tokenizer), repr(template), limits)
+    if not len(rows):
+        raise ValueError("there are no rows to tokenise")
+    limits = [max_length, max_prompt_length, overlong]
+    key = fingerprint("rows", rows_digest(rows), tokenizer_fingerprint(tokenizer), repr(template), limits)
     problems = Problems("data")
 
-    def encode(index: int) -> Outcome:
-        with problems.noting(RowError):
-            return outcome_of(examples[index], template, tokenizer, max_length, max_prompt_length, overlong)
-        return Outcome(None, 0, 0, False, False)
+    def encode(batch: Sequence[Row]) -> list[Outcome]:
+        outcomes = encode_batch(batch, template, tokenizer, max_length, max_prompt_length, overlong)
+        for outcome in outcomes:
+            if outcome.problem is not None:
+                problems.add(str(outcome.problem))
+        return outcomes
 
-    def build() -> Dataset:
-        table = _tokenise(len(examples), encode, key)
+    def build(writer: ArrayWriter) -> None:
+        _tokenise(rows, encode, writer)
         problems.raise_any()
-        return table
 
-    return _as_set(cached_table(key, cache_dir, build), key, max_length, max_prompt_length)
-
-
-def _expand(rows: Sequence[Row]) -> list[Row]:
-    return [
-        row if len(row.responses) < 2 else replace(row, responses=(response,))
-        for row in rows
-        for response in (row.responses or ("",))
-    ]
+    table = kept_arrays(f"tokens-{key}", cache_dir, _DTYPES, build, "tokens")
+    return _as_set(table, key, max_length, max_prompt_length)
 
 
-def _tokenise(count: int, encode: Callable[[int], Outcome], key: str) -> Dataset:
-    from datasets import Dataset, Features, List, Value
-
-    def batch(columns: dict[str, list[int]]) -> dict[str, list[Any]]:
-        outcomes = [encode(index) for index in columns["index"]]
-        return {
-            "input_ids": [o.encoded.input_ids if o.encoded else [] for o in outcomes],
-            "labels": [o.encoded.labels if o.encoded else [] for o in outcomes],
-            "row_id": [o.encoded.row_id if o.encoded else -1 for o in outcomes],
-            "prompt_length": [o.prompt_length for o in outcomes],
-            "total_length": [o.total_length for o in outcomes],
-            "cut_prompt": [int(o.cut_prompt) for o in outcomes],
-            "cut_response": [int(o.cut_response) for o in outcomes],
-        }
-
-    numbers = ("row_id", "prompt_length", "total_length", "cut_prompt", "cut_response")
-    features = Features(
-        {"input_ids": List(Value("int32")), "labels": List(Value("int32"))} | {name: Value("int64") for name in numbers}
-    )
-    with quiet(count):
-        # Our own fingerprint: by default `datasets` would pickle tokenizer and rows to hash them.
-        return Dataset.from_dict({"index": list(range(count))}).map(
-            batch,
-            batched=True,
-            remove_columns=["index"],
-            features=features,
-            keep_in_memory=True,
-            load_from_cache_file=False,
-            new_fingerprint=key,
-            desc="tokenising",
-        )
+def _examples(rows: Sequence[Row]) -> Iterator[tuple[int, Row]]:
+    """Yield place and row; a row of several responses once with each."""
+    for place, row in enumerate(rows):
+        if len(row.responses) < 2:
+            yield place, row
+        else:
+            yield from ((place, replace(row, responses=(response,))) for response in row.responses)
 
 
-def _as_set(table: Dataset, key: str, max_length: int, max_prompt_length: int) -> EncodedSet:
-    input_ids, offsets = flat_column(table, "input_ids")
-    labels, _ = flat_column(table, "labels")
-    kept = np.diff(offsets) > 0
-    if not kept.any():
-        raise ValueError(_nothing_left(table, max_length, max_prompt_length))
-    counts = {
-        "rows": len(kept),
-        "cut_prompts": int(plain_column(table, "cut_prompt").sum()),
-        "cut_responses": int(plain_column(table, "cut_response").sum()),
-        "dropped": int((~kept).sum()),
-    }
-    # Dropped rows are empty, so dropping their offsets drops them altogether.
-    starts = np.concatenate([offsets[:-1][kept], offsets[-1:]])
-    return EncodedSet(input_ids, labels, starts, plain_column(table, "row_id")[kept], counts, key)
+def _tokenise(rows: Sequence[Row], encode: Callable[[Sequence[Row]], list[Outcome]], writer: ArrayWriter) -> None:
+    counts, spans = dict.fromkeys(("rows", *_COUNTS), 0), _Spans()
+    with progress_bar("tokenising", len(rows), len(rows) >= LONG_TABLE) as advance:
+        for batch in _batches(_examples(rows)):
+            outcomes = encode([row for _, row in batch])
+            spans.add(outcomes)
+            kept = [outcome.encoded for outcome in outcomes if outcome.encoded is not None]
+            for name in ("input_ids", "labels"):
+                writer.append(name, np.fromiter(chain.from_iterable(getattr(one, name) for one in kept), np.int32))
+            writer.append("lengths", [len(one.input_ids) for one in kept])
+            writer.append("row_ids", [one.row_id for one in kept])
+            counts["rows"] += len(outcomes)
+            counts["dropped"] += len(outcomes) - len(kept)
+            counts["cut_prompts"] += sum(outcome.cut_prompt for outcome in outcomes)
+            counts["cut_responses"] += sum(outcome.cut_response for outcome in outcomes)
+            counts["kept_borders"] += sum(outcome.kept_border for outcome in outcomes)
+            advance(batch[-1][0] + 1)
+    writer.meta |= {"counts": counts, "spans": spans.found}
 
 
-def _nothing_left(table: Dataset, max_length: int, max_prompt_length: int) -> str:
-    prompts, totals = plain_column(table, "prompt_length"), plain_column(table, "total_length")
+class _Spans:
+    """The least and the most tokens of prompts, and of whole rows, before anything is cut."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, list[int]] = {}
+
+    def add(self, outcomes: Sequence[Outcome]) -> None:
+        lengths = {"prompts": [o.prompt_length for o in outcomes], "totals": [o.total_length for o in outcomes]}
+        for name, these in lengths.items():
+            every = [*these, *self.found.get(name, ())]
+            self.found[name] = [min(every), max(every)]
+
+
+def _batches(examples: Iterator[tuple[int, Row]]) -> Iterator[list[tuple[int, Row]]]:
+    while batch := list(islice(examples, BATCH)):
+        yield batch
+
+
+def _as_set(table: Arrays, key: str, max_length: int, max_prompt_length: int) -> EncodedSet:
+    arrays, counts = table.arrays, table.meta["counts"]
+    if not len(arrays["row_ids"]):
+        raise ValueError(_nothing_left(table.meta, max_length, max_prompt_length))
+    offsets = np.concatenate([[0], np.cumsum(arrays["lengths"])])
+    return EncodedSet(arrays["input_ids"], arrays["labels"], offsets, arrays["row_ids"], dict(counts), key)
+
+
+def _nothing_left(meta: dict[str, Any], max_length: int, max_prompt_length: int) -> str:
+    prompts, totals = meta["spans"]["prompts"], meta["spans"]["totals"]
     return (
-        f"all {len(table)} rows are longer than the limits, so nothing is left to train on: prompts have "
-        f"{prompts.min()} to {prompts.max()} tokens (data.max_prompt_length = {max_prompt_length}), with response "
-        f"{totals.min()} to {totals.max()} (data.max_length = {max_length}); raise these keys or set data.overlong=cut"
+        f"all {meta['counts']['rows']} rows are longer than the limits, so nothing is left to train on: prompts have "
+        f"{prompts[0]} to {prompts[1]} tokens (data.max_prompt_length = {max_prompt_length}), with response "
+        f"{totals[0]} to {totals[1]} (data.max_length = {max_length}); raise these keys or set data.overlong=cut"
     )

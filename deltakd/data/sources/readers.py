@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 from deltakd.data.sources.messages import whole_characters
 from deltakd.data.sources.parsing import parse_row, unread_keys
@@ -44,7 +45,20 @@ def read_rows(
     strip_answers: str | None = None,
     limit: int | None = None,
 ) -> list[Row]:
-    """Read instruction rows.
+    """Read instruction rows, as ``iter_rows`` yields them."""
+    options: dict[str, Any] = {"subset": subset, "need_response": need_response, "strip_answers": strip_answers}
+    return list(iter_rows(source, limit=limit, **options))
+
+
+def iter_rows(
+    source: str | Sequence[str],
+    *,
+    subset: str | Mapping[str, str] | None = None,
+    need_response: bool = True,
+    strip_answers: str | None = None,
+    limit: int | None = None,
+) -> Iterator[Row]:
+    """Read instruction rows, one after the other.
 
     Args:
         source: one source or several, read in order.
@@ -53,31 +67,33 @@ def read_rows(
         strip_answers: a regular expression; matches are removed from answers (not from conversations).
         limit: keep only the first ``limit`` rows (for debugging; the rest is not read).
 
-    Returns:
+    Yields:
         Rows whose ids are 0-based line numbers, counted over the concatenation of all sources.
 
     Raises:
-        ValueError: a source cannot be read, has bad lines (reported together, per source), or has no rows left.
+        ValueError: a source cannot be read, has bad lines (reported together, after its rows), or has no rows left.
     """
-    rows: list[Row] = []
+    found = 0
     first = 0
     entries = _entries(source)
     subsets = _subsets(subset, entries)
     for entry in entries:
         reader = _Reader(parse_source(entry), subsets.get(entry))
         for record in reader:
-            if limit is not None and len(rows) >= limit:
+            if limit is not None and found >= limit:
                 break
             try:
                 row = parse_row(record.value, record.where, first + record.number, need_response)
                 reader.note_unread(record)
-                rows.append(_stripped(row, strip_answers, record.where) if strip_answers else row)
+                row = _stripped(row, strip_answers, record.where) if strip_answers else row
             except ValueError as error:
                 reader.problems.add(str(error))
+                continue
+            found += 1
+            yield row
         reader.problems.raise_any()
         reader.report_unread()
         first += reader.last + 1
-    return rows
 
 
 def _stripped(row: Row, pattern: str, where: str) -> Row:

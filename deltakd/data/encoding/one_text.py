@@ -1,0 +1,197 @@
+"""A row's prompt and answers are tokenised as one text, and told apart again.
+
+What is trained must be what generation sees, and generation tokenises the prompt by itself. So the prompt's own ids
+come first: a row's ids always begin with exactly the ids of its prompt, and the answer's tokens are those that follow
+them in the one text. No dummy prefix (SentencePiece) and no new word (WordPiece) begins an answer.
+
+A tokenizer may merge the end of a prompt with the beginning of an answer, or read the prompt's end in another way once
+more text follows (GPT-2's does with two line breaks). Such a token can't be trained: a model that is asked never gets
+to write it. The border is then kept: the prompt has its own ids, and the answer those of a text that follows another
+one. ``Tokenised.kept_border`` says so. The same holds for each answer of a conversation. A token over the *end* of an
+answer that is not the last belongs to the answer: the model writes the end of its turn with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from deltakd.data.encoding.templates import Segment
+from deltakd.data.encoding.tokens import TextEncoder
+
+
+@dataclass(frozen=True, slots=True)
+class OneText:
+    """A row's segments, joined.
+
+    Args:
+        text: all of them, with EOS after each answer that is closed and is not the last segment.
+        add_special: let the tokenizer add its special tokens (BOS).
+        spans: [start, stop) of each trained segment in the text.
+        closed: EOS ends the tokens.
+    """
+
+    text: str
+    add_special: bool
+    spans: tuple[tuple[int, int], ...]
+    closed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenised:
+    """A text's tokens.
+
+    Args:
+        ids: T token ids.
+        spans: [start, stop) of each trained segment in ``ids``.
+        kept_border: True if a merge over the beginning of an answer was undone.
+    """
+
+    ids: list[int]
+    spans: list[tuple[int, int]]
+    kept_border: bool
+
+
+class BorderError(ValueError):
+    """The tokenizer merges a prompt with its answer, and can't be kept from it."""
+
+
+def join(segments: Sequence[Segment], encoder: TextEncoder) -> OneText:
+    """Join a row's segments into one text."""
+    text, spans = "", []
+    last = len(segments) - 1
+    for number, segment in enumerate(segments):
+        start = len(text)
+        text += segment.text
+        if segment.closed and number < last and not segment.text.endswith(encoder.eos):
+            text += encoder.eos
+        if segment.trained:
+            spans.append((start, len(text)))
+    add_special = bool(segments) and segments[0].special_tokens and not (encoder.bos and text.startswith(encoder.bos))
+    return OneText(text, add_special, tuple(spans), bool(segments) and segments[-1].closed)
+
+
+def tokenise(texts: Sequence[OneText], encoder: TextEncoder) -> list[Tokenised | BorderError]:
+    """Tokenise many texts with one call of the tokenizer.
+
+    Returns:
+        For each text its tokens, or what is wrong with it.
+    """
+    requests = [(one.text, one.add_special) for one in texts]
+    checks = [_checks(one, encoder, requests) for one in texts]
+    ids = encoder.ids(requests)
+    found: list[Tokenised | BorderError] = []
+    for number, one in enumerate(texts):
+        whole = ids[number]
+        spans = _spans(one, whole, checks[number], ids, encoder)
+        try:
+            tokenised = _one_by_one(one, encoder) if spans is None else Tokenised(whole, spans, False)
+        except BorderError as error:
+            found.append(error)
+            continue
+        _close(tokenised, one, encoder)
+        found.append(tokenised)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Check:
+    """That the text before a border has the same tokens by itself as in the whole text.
+
+    Args:
+        request: number of the text before the border, among those to tokenise.
+        mark: it begins at this one of the text's marks (``TextEncoder.marks``); -1: at the beginning of the text.
+        marks: the number of the text's marks.
+    """
+
+    request: int
+    mark: int
+    marks: int
+
+
+def _checks(one: OneText, encoder: TextEncoder, requests: list[tuple[str, bool]]) -> list[_Check]:
+    """One for the beginning of each trained span, and for its end if text follows it."""
+    borders = [border for span in one.spans for border in span if border < len(one.text)]
+    if not borders:
+        return []
+    found = list(encoder.marks.finditer(one.text)) if encoder.marks else []
+    checks, mark = [], -1
+    for border in borders:
+        while mark + 1 < len(found) and found[mark + 1].end() <= border:
+            mark += 1
+        start = found[mark].start() if mark >= 0 else 0
+        checks.append(_Check(len(requests), mark, len(found)))
+        requests.append((one.text[start:border], one.add_special and mark < 0))
+    return checks
+
+
+def _spans(
+    one: OneText, whole: list[int], checks: list[_Check], ids: list[list[int]], encoder: TextEncoder
+) -> list[tuple[int, int]] | None:
+    """Where the trained spans are in the tokens of the whole text; None if a border is not between two tokens."""
+    places: list[int] = []
+    marks: list[int] | None = None
+    for check in checks:
+        base = 0
+        if check.mark >= 0:
+            if marks is None:
+                marks = [place for place, token in enumerate(whole) if token in encoder.mark_ids]
+            extra = encoder.added_around[0] if one.add_special else 0
+            if len(marks) != check.marks + extra:
+                return None
+            base = marks[check.mark + extra]
+        before = ids[check.request]
+        place = base + len(before)
+        if whole[base:place] != before:
+            return None
+        places.append(place)
+    if len(places) < 2 * len(one.spans):
+        places.append(len(whole))
+    return list(zip(places[::2], places[1::2], strict=True))
+
+
+def _one_by_one(one: OneText, encoder: TextEncoder) -> Tokenised:
+    """As ``tokenise``, border by border, keeping each that is not between two tokens."""
+    # The settled tokens, and where in the text they end.
+    settled: list[int] = []
+    at = 0
+
+    def up_to(stop: int) -> list[int]:
+        if not at:
+            return encoder.one(one.text[:stop], one.add_special)
+        after = encoder.following(one.text[at:stop])
+        if after is None:
+            raise BorderError(
+                f"the tokenizer merges the end of the prompt, {one.text[:at][-20:]!r}, with the beginning of the "
+                f"answer, {one.text[at : at + 20]!r}, whatever stands between them"
+            )
+        return settled + after
+
+    whole, kept = up_to(len(one.text)), False
+    starts: list[int] = []
+    stops: list[int] = []
+    for number, (start, _) in enumerate(one.spans):
+        before = up_to(start)
+        if number:
+            stops.append(_covering(before, up_to(one.spans[number - 1][1])))
+        if whole[: len(before)] != before:
+            settled, at, kept = before, start, True
+            whole = up_to(len(one.text))
+        starts.append(len(before))
+    if starts:
+        stop = one.spans[-1][1]
+        stops.append(_covering(whole, up_to(stop)) if stop < len(one.text) else len(whole))
+    return Tokenised(whole, list(zip(starts, stops, strict=True)), kept)
+
+
+def _covering(whole: list[int], part: list[int]) -> int:
+    """Return how many tokens of the whole hold the part that it begins with."""
+    common = next((n for n, (a, b) in enumerate(zip(whole, part, strict=False)) if a != b), min(len(whole), len(part)))
+    return common if common == len(part) else min(common + 1, len(whole))
+
+
+def _close(tokenised: Tokenised, one: OneText, encoder: TextEncoder) -> None:
+    if one.closed and tokenised.ids[-1:] != [encoder.end]:
+        tokenised.ids.append(encoder.end)
+        if one.spans and one.spans[-1][1] == len(one.text):
+            tokenised.spans[-1] = (tokenised.spans[-1][0], len(tokenised.ids))

@@ -1,0 +1,117 @@
+"""Rows of sources on disk, found again as long as neither the sources nor the code that reads them have changed."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from deltakd.data.sources.readers import iter_rows
+from deltakd.data.sources.records import local_path, parse_source
+from deltakd.data.sources.rows import Row
+from deltakd.data.sources.stored_rows import StoredRows, store_rows
+from deltakd.io.home import expanded
+from deltakd.io.progress import progress_bar
+
+#: Fewer rows than this are read in seconds and need no progress bar.
+LONG_READ = 20_000
+_CHUNK = 1 << 20
+
+
+def prepared_rows(
+    source: str | Sequence[str],
+    *,
+    subset: str | Mapping[str, str] | None = None,
+    strip_answers: str | None = None,
+    limit: int | None = None,
+    cache_dir: str | Path | None = None,
+) -> tuple[StoredRows, str | None]:
+    """Read rows, or find them where an earlier run has put them.
+
+    Args:
+        source, subset, strip_answers, limit: as for ``read_rows``.
+        cache_dir: folder that keeps the rows for later runs; None: they are only in a temporary place.
+
+    Returns:
+        The rows, and a key that tells them from others (64 hex digits); None if a change of the source can't be seen.
+
+    Raises:
+        ValueError: as ``read_rows``.
+    """
+    options: dict[str, Any] = {"subset": subset, "strip_answers": strip_answers, "limit": limit}
+    key = reading_key(source, **options)
+
+    def read() -> Iterator[Row]:
+        total = _records(source)
+        with progress_bar("reading rows", total or 0, (total or 0) >= LONG_READ) as advance:
+            for row in iter_rows(source, **options):
+                if row.id % 1_000 == 0:
+                    advance(row.id)
+                yield row
+
+    return store_rows(read(), f"rows-{key}", None if key is None else cache_dir), key
+
+
+def reading_key(source: str | Sequence[str], **options: Any) -> str | None:
+    """Return the sha256 of sources and of how they are read; None if one of them has no files on this machine.
+
+    The content of files counts, not their times: a file that is copied, or written again, is the same, and a change
+    that leaves size and time alone is seen.
+
+    Args:
+        source: one source or several.
+        options: ``subset`` and whatever else the rows depend on; must be JSON.
+    """
+    sources = [source] if isinstance(source, str) else list(source)
+    subset = options.get("subset") or {}
+    listed = [subset] if isinstance(subset, str) else list(subset.values())
+    files = [_file_of(entry) for entry in sources] + [expanded(entry.rpartition("#")[0]) for entry in listed]
+    if any(file is None or not file.is_file() for file in files):
+        return None
+    parts = [reading_code(), sources, options, [file_sha256(file) for file in files if file is not None]]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _file_of(entry: str) -> Path | None:
+    try:
+        return local_path(parse_source(entry).location)
+    except ValueError:
+        # A data set of the hub; or the reader says what is wrong.
+        return None
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file's content, as 64 hex digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@cache
+def reading_code() -> str:
+    """Return the sha256 of the code of this package: rows that other code has read are read again."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _records(source: str | Sequence[str]) -> int | None:
+    """Return the number of lines of sources that are files of lines; None if there are others."""
+    total = 0
+    for entry in [source] if isinstance(source, str) else source:
+        file = _file_of(entry)
+        if file is None or not file.name.endswith((".jsonl", ".jsonl.gz")):
+            return None
+        opener: Callable[..., Any] = gzip.open if file.suffix == ".gz" else open
+        try:
+            with opener(file, "rb") as stream:
+                while chunk := stream.read(_CHUNK):
+                    total += chunk.count(b"\n")
+        except (OSError, EOFError):
+            # The reader says what is wrong.
+            return None
+    return total
