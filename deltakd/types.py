@@ -348,6 +348,8 @@ class Batch:
         row_ids: [B] int64, the row's number in its data set.
         step: the optimiser step (from 0) that this micro-batch belongs to.
         step_tokens: valid tokens in that whole optimiser step, over all ranks and micro-batches.
+        sampled_log_probs: [B, T] float32 nats: of each label when an earlier student sampled it, 0 elsewhere; None: as
+            for ``HeadLogits``.
     """
 
     input_ids: Tensor
@@ -356,6 +358,7 @@ class Batch:
     row_ids: Tensor
     step: int
     step_tokens: int
+    sampled_log_probs: Tensor | None = None
     _valid: Tensor | None = None
 
     @property
@@ -379,6 +382,11 @@ class Batch:
         """[N] int64: the tokens trained on, in row-major order."""
         return self.labels.flatten()[self.valid_N + 1]
 
+    @property
+    def sampled_log_probs_N(self) -> Tensor | None:
+        """[N] float32 nats, of ``labels_N``; None: see ``sampled_log_probs``."""
+        return None if self.sampled_log_probs is None else self.sampled_log_probs.flatten()[self.valid_N + 1]
+
     def at_valid(self, values_BTD: Tensor) -> Tensor:
         """Return [N, D], the values at the positions that predict the valid tokens."""
         return values_BTD.flatten(0, 1)[self.valid_N]
@@ -391,5 +399,8 @@ class Batch:
             attention_mask=self.attention_mask.to(device, non_blocking=non_blocking),
             labels=self.labels.to(device, non_blocking=non_blocking),
             row_ids=self.row_ids.to(device, non_blocking=non_blocking),
+            sampled_log_probs=None
+            if self.sampled_log_probs is None
+            else self.sampled_log_probs.to(device, non_blocking=non_blocking),
             _valid=self.valid_N.to(device, non_blocking=non_blocking),
         )
