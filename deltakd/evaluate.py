@@ -64,7 +64,8 @@ def run_evaluation(arguments: Sequence[str]) -> dict[str, Any]:
     from deltakd.evaluation.sets import read_checked_sets
     from deltakd.models import ModelSpec, load_config, load_tokenizer
     from deltakd.models.identity import count_parameters, model_fingerprint
-    from deltakd.models.roles import open_exported, vocabulary_of
+    from deltakd.models.roles import open_exported
+    from deltakd.models.vocabulary import vocabulary_of
     from deltakd.tracking.environment import environment, peak_memory_mib
     from deltakd.training.settings import RESUME_POLICY
 
@@ -72,8 +73,8 @@ def run_evaluation(arguments: Sequence[str]) -> dict[str, Any]:
     evaluation, data, trust = settings.evaluation, settings.data, settings.model.trust_remote_code
     started = time.perf_counter()
     tokenizer = load_tokenizer(model_path, "model", trust_remote_code=trust)
-    vocabulary = vocabulary_of(tokenizer)
     student = load_config("student", ModelSpec(path=model_path), trust_remote_code=trust)
+    vocabulary = vocabulary_of(tokenizer, student)
     checked = read_checked_sets(evaluation, settings.deviations, data, tokenizer, student, _train_rows(data))
     directory = RunDirectory(Path(settings.run_dir or f"outputs/evaluate/{datetime.now():%Y-%m-%d_%H-%M-%S}"))
     evaluated = {"evaluated_model": model_path, "evaluated_model_sha256": model_fingerprint(model_path)}

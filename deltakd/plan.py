@@ -11,6 +11,7 @@ from rich.console import Console
 
 from deltakd.cli import guarded
 from deltakd.config.compose import compose_config
+from deltakd.io.console import make_console
 from deltakd.io.errors import ConfigError
 
 USAGE = """Estimate memory, floating-point operations and bytes moved in an optimiser step, without any weights.
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=_positive, help="positions of the run, all GPUs together, in place of --steps")
     given = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
-    guarded(lambda: plan(given, Console()), "")
+    guarded(lambda: plan(given, make_console()), "")
 
 
 def plan(given: argparse.Namespace, console: Console) -> None:
@@ -57,7 +58,7 @@ def plan(given: argparse.Namespace, console: Console) -> None:
     cfg = None if sizes else compose_config("train", [*given.overrides, "trainer.dry_run=true"])
     # They import torch and all models, which --help and a mistyped key need not wait for.
     from deltakd.config.build import make_settings
-    from deltakd.estimates.clusters import PAPER, default_ways, make_cases, read_architecture, read_ways
+    from deltakd.estimates.clusters import PAPER, assumed, default_ways, make_cases, read_architecture, read_ways
     from deltakd.estimates.memory import planned_setting
     from deltakd.estimates.plan_tables import Rates, show_cases, show_setting
 
@@ -76,7 +77,7 @@ def plan(given: argparse.Namespace, console: Console) -> None:
         cases = make_cases(shape, teacher_shape, given.gpus or gpus, ways, given.overrides)
         setting = cases[0].setting
         title = f"{name} learns from {teacher_name}: {setting.positions:,} positions a micro-batch, {setting.precision}"
-        show_cases(title, cases, given.gpu_memory, rates, console)
+        show_cases(title, cases, assumed(given.overrides), given.gpu_memory, rates, console)
 
 
 def _check(given: argparse.Namespace, sizes: bool) -> None:

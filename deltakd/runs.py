@@ -8,9 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from deltakd.cli import guarded
+from deltakd.io.console import make_console
 from deltakd.io.errors import ConfigError
 
 USAGE = """List run directories with their state, settings and scores.
@@ -86,10 +85,7 @@ def show_runs(options: argparse.Namespace) -> None:
         if problems:
             raise ConfigError(problems)
         entries = best_of(entries, keys, options.sort)
-    console = Console()
-    if not console.is_terminal:
-        # Rich takes 80 columns for a file.
-        console = Console(width=200)
+    console = make_console()
     console.print(make_table(entries, columns, console, fixed=bool(options.columns)))
     console.print(f"{len(entries)} of {len(found)} runs", markup=False, highlight=False)
 

@@ -9,9 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from deltakd.cli import guarded
+from deltakd.io.console import make_console
 from deltakd.studies.sweep_files import Sweep, read_sweep
 
 USAGE = """Run a sweep file on this machine, one trial after the other, chosen by Optuna.
@@ -48,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     search = Search(sweep, given.storage or Path("outputs/search") / given.file.stem / "study.db", given.trials)
     words = shlex.join(sys.argv[1:] if argv is None else argv)
-    console = Console()
+    console = make_console()
     guarded(lambda: run_search(search, console), f"python -m deltakd.search {words}")
 
 

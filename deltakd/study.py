@@ -7,11 +7,11 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.logging import RichHandler
 
 from deltakd.cli import guarded
 from deltakd.distributed.ranks import is_main_process
+from deltakd.io.console import make_console
 from deltakd.studies.study_file import read_study
 
 USAGE = """Run the stages of a study, one after the other; what is finished is skipped.
@@ -32,15 +32,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = parser.parse_args(argv)
     folder: Path = given.folder
     # The processes that Lightning starts for further ranks run this same command.
-    console = Console(quiet=not is_main_process())
+    console = make_console(quiet=not is_main_process())
     if console.is_terminal:
         # What is logged goes above the table of stages.
         handler: logging.Handler = RichHandler(console=console, show_path=False, log_time_format="%X", highlighter=None)
         logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
     else:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
-        # Rich takes 80 columns for a file, where the table would be cut.
-        console = Console(width=140, quiet=console.quiet)
     again = " ".join(["python -m deltakd.study", str(folder), *(["--stages", *given.stages] if given.stages else [])])
     study = guarded(lambda: read_study(folder), again)
     # What is wrong with the stages that were asked for is said before Lightning and all models are imported.

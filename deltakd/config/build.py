@@ -18,6 +18,7 @@ from deltakd.config.check import caching_problems, specs_to_load
 from deltakd.config.compose import CONF_DIR
 from deltakd.config.draft import Draft
 from deltakd.data import TextData
+from deltakd.data.encoding.template_problems import template_problems
 from deltakd.distributed.launchers import alone_problems, launch_problems, read_launch
 from deltakd.distributed.ranks import is_main_process
 from deltakd.distributed.settings import StrategySettings
@@ -94,6 +95,7 @@ def make_evaluation_settings(cfg: DictConfig) -> RunSettings:
     draft.problems += alone_problems(read_launch(os.environ))
     if draft.evaluation is not None:
         draft.problems += draft.evaluation.problems(draft.data)
+        draft.problems += template_problems("data.template", draft.data.template) if draft.data is not None else []
         if not draft.evaluation.sets:
             draft.problems.append("nothing to evaluate; give 'evaluation.sets={name: file.jsonl}'")
     if draft.problems:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections.abc import Collection, Mapping
@@ -16,6 +15,7 @@ from deltakd.evaluation import SCORERS
 from deltakd.evaluation.settings import SCORES, EvaluationSettings
 from deltakd.io.hub import hub_reachable
 from deltakd.models import ModelSettings, ModelSpec, load_config, spec_problems
+from deltakd.models.causal import NotCausalError
 from deltakd.models.quantization import student_problems
 from deltakd.references import CacheSettings, CacheStore, ReferenceSettings
 from deltakd.references.content import cache_problems
@@ -23,8 +23,8 @@ from deltakd.references.topk import topk_problems
 from deltakd.rollouts import RolloutSettings
 from deltakd.types import ROLES, STUDENT, STUDENT_RAW, Loss, LossOutput, is_reference_role
 
-log = logging.getLogger(__name__)
-
+#: Tokens of a model from scratch, while its architecture is checked and no tokenizer is open.
+_ANY_VOCABULARY = 2**18
 #: Where a study's stages put the models for its later stages.
 _STAGE_STUDENT = re.compile(r"outputs/(?P<study>[^/]+)/[^/]+/student")
 
@@ -46,9 +46,6 @@ def specs_to_load(
     absent = sorted(wanted - set(models.specs))
     problems += [f"the loss reads {role}, which the config lacks; add +model.{role}={{path: ...}}" for role in absent]
     needed = [role for role in (*ROLES, *sorted(wanted - set(ROLES))) if role in wanted - set(absent)]
-    for role in ("teacher", "teacher_raw"):
-        if role not in needed and role in models.specs and models.specs[role].path:
-            log.info("model.%s.path is given, but this run does not read it: it is not loaded.", role)
     return {role: models.specs[role] for role in needed}
 
 
@@ -82,7 +79,7 @@ def model_problems(models: ModelSettings, specs: Mapping[str, ModelSpec]) -> lis
     found += _say_how_to_make(unmade)
     problems += found
     if not found:
-        problems += _unreachable(specs, models.trust_remote_code)
+        problems += _config_problems(specs, models.trust_remote_code)
     problems += student_problems(student.quantization, models.lora is not None)
     problems += [
         f"model.{role}.init=random: a reference has to have learnt something; give model.{role}.path"
@@ -151,22 +148,27 @@ def _say_how_to_make(unmade: dict[str, str]) -> list[str]:
     ]
 
 
-def _unreachable(specs: Mapping[str, ModelSpec], trust_remote_code: bool) -> list[str]:
+def _config_problems(specs: Mapping[str, ModelSpec], trust_remote_code: bool) -> list[str]:
     """Fetch each configuration; name all models that need an unreachable hub in one sentence."""
     missing: dict[str, ValueError] = {}
+    not_causal: list[str] = []
     for role, spec in specs.items():
-        if spec.init == "pretrained":
+        if spec.init == "pretrained" or (spec.architecture or {}).get("model_type"):
             try:
-                load_config(role, spec, trust_remote_code=trust_remote_code)
+                load_config(role, spec, vocabulary=_ANY_VOCABULARY, trust_remote_code=trust_remote_code)
+            except NotCausalError as error:
+                not_causal.append(str(error))
             except ValueError as error:
                 missing[role] = error
     on_hub = [role for role in missing if not os.path.isdir(str(specs[role].path))]
     if hub_reachable() or len(on_hub) < 2:
-        return [str(error) for error in missing.values()]
+        return not_causal + [str(error) for error in missing.values()]
     named = ", ".join(f"model.{role}.path={specs[role].path}" for role in on_hub)
-    return [str(missing[role]) for role in missing if role not in on_hub] + [
-        f"these models are not in the local cache, and the Hugging Face hub can't be reached: {named}; "
-        "to use local copies give model.<role>.path=/path/to/model_directory"
+    not_causal += [str(missing[role]) for role in missing if role not in on_hub]
+    return [
+        *not_causal,
+        "these models are not in the local cache, and the Hugging Face hub can't be reached: "
+        f"{named}; to use local copies give model.<role>.path=/path/to/model_directory",
     ]
 
 

@@ -70,6 +70,7 @@ def split_rows(
     val_size: int = 0,
     exclude: Sequence[str] = (),
     strip_answers: str | None = None,
+    columns: Mapping[str, str] | None = None,
     limit: int | None = None,
     seed: int = 0,
     cache_dir: str | Path | None = None,
@@ -81,20 +82,21 @@ def split_rows(
         val, val_subset: likewise. If ``val`` is None, ``val_size`` training rows drawn with ``seed`` are held out.
         exclude: sources whose tasks must not be trained on, such as test sets; their near duplicates are dropped, too
             (``overlapping``). So are tasks of validation rows, by the rule of ``unlike``.
-        strip_answers: as for ``read_rows``.
+        strip_answers, columns: as for ``iter_rows``; of ``columns``, excluded sources need have none.
         limit: keep only the first ``limit`` rows of train and of val (for debugging).
         cache_dir: folder that keeps the rows and the choice for later runs; None: they are only in a temporary place.
 
     Raises:
         ValueError: as ``read_rows``, or nothing is left to train on.
     """
-    options: dict[str, Any] = {"strip_answers": strip_answers, "limit": limit, "cache_dir": cache_dir}
+    options: dict[str, Any] = {"strip_answers": strip_answers, "columns": columns, "limit": limit}
+    options["cache_dir"] = cache_dir
     rows, key = prepared_rows(train, subset=train_subset, **options)
     given, val_key = (None, "") if val is None else prepared_rows(val, subset=val_subset, **options)
-    keys = [key, val_key, *(reading_key(source) for source in exclude)]
+    keys = [key, val_key, *(reading_key(source, columns=columns) for source in exclude)]
 
     def build(writer: ArrayWriter) -> None:
-        kept, held = _chosen(rows, given, exclude, val_size, seed)
+        kept, held = _chosen(rows, given, _banned(exclude, columns), val_size, seed)
         writer.append("train", kept)
         writer.append("held", held)
         writer.meta["digest"] = rows.take(kept).digest()
@@ -106,12 +108,16 @@ def split_rows(
     return SplitRows(kept, val_rows, len(rows) - len(kept) - len(split.arrays["held"]))
 
 
+def _banned(exclude: Sequence[str], columns: Mapping[str, str] | None) -> list[Row]:
+    lenient: dict[str, Any] = {"need_response": False, "columns": columns, "need_columns": False}
+    return [row for source in exclude for row in read_rows(source, **lenient)]
+
+
 def _chosen(
-    rows: StoredRows, given: StoredRows | None, exclude: Sequence[str], val_size: int, seed: int
+    rows: StoredRows, given: StoredRows | None, banned: Sequence[Row], val_size: int, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the places of the rows to train on, and of those held out."""
     allowed = np.arange(len(rows))
-    banned = [row for source in exclude for row in read_rows(source, need_response=False)]
     if banned:
         allowed = allowed[unlike(rows.tasks, task_digests(banned))]
         repeated = overlapping(rows.take(allowed), banned)
@@ -141,6 +147,7 @@ def load_instruction_sets(
     val_size: int = 0,
     exclude: Sequence[str] = (),
     strip_answers: str | None = None,
+    columns: Mapping[str, str] | None = None,
     limit: int | None = None,
     cache_dir: str | Path | None = None,
     seed: int = 0,
@@ -148,7 +155,8 @@ def load_instruction_sets(
     """Read and tokenise instruction data.
 
     Args:
-        train, val, train_subset, val_subset, val_size, exclude, strip_answers, limit, seed: as for ``split_rows``.
+        train, val, train_subset, val_subset, val_size, exclude, strip_answers, columns, limit, seed: as for
+            ``split_rows``.
         template: as for ``make_template``.
         tokenizer, max_length, max_prompt_length, overlong, cache_dir: as for ``encode_rows``.
 
@@ -164,6 +172,7 @@ def load_instruction_sets(
         val_size=val_size,
         exclude=exclude,
         strip_answers=strip_answers,
+        columns=columns,
         limit=limit,
         seed=seed,
         cache_dir=cache_dir,
@@ -187,13 +196,14 @@ def load_text_sets(
     cache_dir: str | Path | None = None,
     *,
     train_subset: Mapping[str, str] | None = None,
+    columns: Mapping[str, str] | None = None,
     val_max_tokens: int | None = None,
     limit: int | None = None,
 ) -> LoadedSets:
     """Read and pack plain text.
 
     Args:
-        train, train_subset: sources and subsets as for ``read_texts``.
+        train, train_subset, columns: sources, subsets and columns as for ``read_texts``.
         val: validation sources, or None.
         max_tokens, val_max_tokens: tokens to take from each, as for ``pack_texts``.
         limit: keep only the first ``limit`` documents of each (for debugging).
@@ -202,11 +212,11 @@ def load_text_sets(
     Raises:
         ValueError: as ``read_texts`` and ``pack_texts``.
     """
-    texts = read_texts(train, subset=train_subset, limit=limit)
+    texts = read_texts(train, subset=train_subset, columns=columns, limit=limit)
     train_set = pack_texts(texts, tokenizer, block_length, cache_dir, max_tokens)
     val_set = None
     if val is not None:
-        val_texts = read_texts(val, limit=limit)
+        val_texts = read_texts(val, columns=columns, limit=limit)
         val_set = pack_texts(val_texts, tokenizer, block_length, cache_dir, val_max_tokens)
     log.info(
         "text: %d blocks of %d tokens out of %d documents to train on, %d blocks to validate on",

@@ -13,9 +13,12 @@ from annotated_types import Ge
 from transformers import PreTrainedTokenizerBase
 
 from deltakd.data.batches.budget import check_budget
+from deltakd.data.encoding.preview import Preview
+from deltakd.data.encoding.template_problems import template_problems
 from deltakd.data.encoding.templates import Template, make_template
 from deltakd.data.encoding.token_table import encode_rows
 from deltakd.data.load import LoadedSets, SplitRows, load_instruction_sets, load_text_sets, split_rows
+from deltakd.data.sources.parsing import COLUMNS
 from deltakd.data.sources.records import missing_sources
 from deltakd.io.keys import Cache, Resume, keys_with
 
@@ -41,6 +44,9 @@ class DataConfig(ABC):
         cache_dir: folder for tokenised sets; None keeps nothing.
         prepare: called first; makes the files if they are missing.
         strip_answers: a regular expression; matches are removed from all answers, including those of evaluation sets.
+        columns: our name of a column -> its name in ``train`` and ``val``. Evaluation sets and ``exclude`` may be
+            written otherwise: there, it counts where a record lacks our name.
+        preview: what the log shows of the first training row: ``text``, ``ids`` (each token with its id), ``none``.
     """
 
     train: Sources | None
@@ -55,6 +61,8 @@ class DataConfig(ABC):
     cache_dir: Annotated[str | None, Cache.FREE] = None
     prepare: Annotated[Callable[[], Any] | None, Cache.FREE] = None
     strip_answers: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    preview: Annotated[Preview, Resume.FREE, Cache.FREE] = "text"
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -109,6 +117,7 @@ class DataConfig(ABC):
         """Return what is wrong with ``data``, one sentence per problem."""
         found = self.own_problems()
         found += self._batch_problems()
+        found += template_problems("data.template", self.template)
         if not self.train:
             found.append("data.train is missing; give a file, a list of files or a hub data set: data.train=...")
         if self.strip_answers is not None:
@@ -116,6 +125,11 @@ class DataConfig(ABC):
                 re.compile(self.strip_answers)
             except (re.error, OverflowError, RecursionError) as error:
                 found.append(f"data.strip_answers is {self.strip_answers!r}, which is no regular expression: {error}")
+        found += [
+            f"data.columns has {name!r}, which is no name of ours; allowed: {', '.join(COLUMNS)}"
+            for name in self.columns
+            if name not in COLUMNS
+        ]
         if self.prepare is None:
             found += missing_sources(self.sources())
         return found
@@ -212,6 +226,7 @@ class InstructionData(DataConfig):
             "val_size": self.val_size,
             "exclude": self.exclude,
             "strip_answers": self.strip_answers,
+            "columns": self.columns,
             "limit": self.limit,
             "seed": self.split_seed,
         }
@@ -250,6 +265,7 @@ class TextData(DataConfig):
         return load_text_sets(
             train=self.train,
             train_subset=self.train_subset,
+            columns=self.columns,
             val=self.val,
             tokenizer=tokenizer,
             block_length=self.max_length,

@@ -151,6 +151,12 @@ def read_architecture(text: str, option: str) -> tuple[str, dict[str, Any]]:
     return f"{kind}, {vocabulary} tokens", {str(key): value for key, value in given.items()}
 
 
+def assumed(overrides: Sequence[str]) -> list[str]:
+    """Return the overrides of ``BASE`` that stand in for what the user's own do not say."""
+    given = {override.split("=", 1)[0] for override in overrides}
+    return [override for override in BASE if override.split("=", 1)[0] not in given]
+
+
 def make_cases(
     student: Mapping[str, Any],
     teacher: Mapping[str, Any],
@@ -170,9 +176,7 @@ def make_cases(
     Raises:
         ValueError: invalid overrides, or an architecture that can't be built.
     """
-    given = {override.split("=", 1)[0] for override in overrides}
-    base = [override for override in BASE if override.split("=", 1)[0] not in given]
-    cfg = compose_config("train", [*base, *overrides])
+    cfg = compose_config("train", [*assumed(overrides), *overrides])
     if cfg.model.lora:
         raise ValueError("model/lora is counted only in a training whose models are at hand; leave --student out")
     step = make_step_settings(cfg)

@@ -19,6 +19,7 @@ from deltakd.distributed.launchers import count_devices
 from deltakd.estimates.costs import MIB, Need, Setting, memory
 from deltakd.estimates.layout import Layout
 from deltakd.estimates.sizes import Skeleton
+from deltakd.io.console import make_console
 from deltakd.models import add_lora, load_skeleton, load_tokenizer
 from deltakd.models.loading import DTYPES
 from deltakd.references import CacheStore
@@ -48,7 +49,7 @@ def show_memory(settings: RunSettings, console: Console | None = None) -> None:
     table.add_section()
     table.add_row("all together", *(_mib(total[device]) for device in devices))
     table.add_row("there is", *(_mib(size) if (size := there[device]) is not None else "?" for device in devices))
-    (console or Console()).print(table)
+    (console or make_console()).print(table)
     for device in devices:
         # Processes share CPU memory, but each has a GPU of its own.
         wanted = total[device] * (together if device == "cpu" else 1)

@@ -27,6 +27,8 @@ from deltakd.estimates.costs import (
 GIB = 2**30
 #: Fraction of a GPU's memory available to tensors; CUDA context, NCCL and fragmentation take about the rest.
 USABLE = 0.9
+#: Columns of a terminal from which the tables have space to spare; on narrower ones the columns move together.
+SPACIOUS = 110
 #: Columns of the memory table -> prefixes of the needs' names.
 _GROUPS = {
     "student": ("weights", "gradients", "optimiser", "half-precision", "update"),
@@ -73,6 +75,7 @@ def show_setting(title: str, setting: Setting, rates: Rates, console: Console) -
     """Print one run in detail: every part of its memory, operations and traffic."""
     layout = setting.layout
     console.print(f"[bold]{title}[/]: {layout.name} on {layout.ranks}, {setting.tokens:,} positions a step (estimates)")
+    _say(_sizes(setting), console)
     needs = memory(setting)
     for device in dict.fromkeys(need.device for need in needs):
         there = [Amount(need.what, need.bytes / GIB) for need in needs if need.device == device]
@@ -89,6 +92,30 @@ def show_setting(title: str, setting: Setting, rates: Rates, console: Console) -
         console.print(f"{_number(rates.step_seconds(setting))} s a step{whole}")
 
 
+def _say(sentence: str, console: Console) -> None:
+    console.print(sentence, markup=False, highlight=False)
+
+
+def _sizes(setting: Setting) -> str:
+    """Return in a paragraph which models and rows the figures are of, and why of these."""
+    models = {"student": setting.student, **setting.references}
+    named = ", ".join(f"{role} {_amount(skeleton.parameters)}" for role, skeleton in models.items())
+    learnt = setting.student.trained
+    trained = f"; trained: {_amount(learnt)}" if learnt < setting.student.parameters else ""
+    return (
+        f"Parameters: {named}{trained}. A micro-batch: {setting.positions // setting.row} rows of {setting.row:,} "
+        "tokens. All rows are taken as full (data.max_length) and all tokens as trained: memory and work are those of "
+        "the largest batch."
+    )
+
+
+def _amount(count: int) -> str:
+    size, unit = next(
+        ((size, unit) for size, unit in ((1e9, " B"), (1e6, " M"), (1e3, " k")) if count >= size), (1, "")
+    )
+    return f"{count / size:,.3g}{unit}"
+
+
 def _parts(title: str, parts: Iterable[Amount]) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE, show_header=False, pad_edge=False)
     table.add_column(min_width=44)
@@ -101,15 +128,35 @@ def _parts(title: str, parts: Iterable[Amount]) -> Table:
     return table
 
 
-def show_cases(title: str, cases: Sequence[Case], gpu_memory: float, rates: Rates, console: Console) -> None:
-    """Print many settings side by side: a table of memory, and one of work."""
+def show_cases(
+    title: str, cases: Sequence[Case], assumed: Sequence[str], gpu_memory: float, rates: Rates, console: Console
+) -> None:
+    """Print many settings side by side: what was assumed, a table of memory, and one of work.
+
+    Args:
+        title: of the tables.
+        cases: their rows.
+        assumed: overrides that the command did not give.
+        gpu_memory: GiB of a GPU.
+        rates: for the hours.
+        console: prints.
+    """
     console.print(f"[bold]{title}[/]")
-    console.print(_memory_table(cases, gpu_memory))
-    console.print(_work_table(cases, rates))
+    # The cases are of the same models; that of cached references has not loaded them.
+    _say(_sizes(max((case.setting for case in cases), key=lambda setting: len(setting.references))), console)
+    if assumed:
+        _say(f"Not given, so taken as usual for models of this size: {', '.join(assumed)}.", console)
+    _say(
+        f"On a GPU of {gpu_memory:g} GiB, what takes up to {USABLE:.0%} fits; up to 100% it is tight: CUDA, NCCL and "
+        "fragmentation need the rest.",
+        console,
+    )
+    console.print(_memory_table(cases, gpu_memory, console.width))
+    console.print(_work_table(cases, rates, console.width))
 
 
-def _memory_table(cases: Sequence[Case], gpu_memory: float) -> Table:
-    table = _table("memory of a GPU at the peak, GiB")
+def _memory_table(cases: Sequence[Case], gpu_memory: float, width: int) -> Table:
+    table = _table("memory of a GPU at the peak, GiB", width)
     for name in ("GPUs", "strategy", "references"):
         table.add_column(name, justify="right" if name == "GPUs" else "left")
     for name in (*_GROUPS, "all", "fits", "RAM"):
@@ -140,8 +187,8 @@ def fits(total: float, gpu_memory: float) -> str:
     return "yes" if total <= USABLE * gpu_memory else "tight" if total <= gpu_memory else "no"
 
 
-def _work_table(cases: Sequence[Case], rates: Rates) -> Table:
-    table = _table("a step of a GPU")
+def _work_table(cases: Sequence[Case], rates: Rates, width: int) -> Table:
+    table = _table("a step of a GPU", width)
     for name in ("GPUs", "strategy", "references"):
         table.add_column(name, justify="right" if name == "GPUs" else "left")
     local = any(part.what in (HOST, HIDDEN, DISK) for case in cases for part in traffic(case.setting))
@@ -170,8 +217,9 @@ def _work_table(cases: Sequence[Case], rates: Rates) -> Table:
     return table
 
 
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False, padding=(0, 1))
+def _table(title: str, width: int) -> Table:
+    padding = (0, 1) if width >= SPACIOUS else (0, 0)
+    return Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False, padding=padding)
 
 
 def _with_breaks(cases: Sequence[Case]) -> list[tuple[Case, bool]]:

@@ -105,6 +105,11 @@ class MeasuredReferences:
         reasons = {role: self._reason(role) for role in WANTED if role not in there}
         return {role: reason for role, reason in reasons.items() if reason}
 
+    def _is_named(self, role: str) -> bool:
+        """True if the config names a trained model for the role: then it may be missed."""
+        spec = spec_of(self._models, role)
+        return spec is not None and spec.path is not None and spec.init == "pretrained"
+
     def _reason(self, role: str) -> str:
         """Return why the model of a role can't be loaded, judged by its config alone; empty if it may be loadable."""
         spec = spec_of(self._models, role)
@@ -140,7 +145,7 @@ class MeasuredReferences:
         of_ranks = gathered(own)
         roles = frozenset.intersection(*(frozenset(of) for of in of_ranks))
         vocabulary = min([self._vocabulary, *(of[role] for of in of_ranks for role in roles)])
-        lacking = [role for role in WANTED if role not in roles]
+        lacking = [role for role in WANTED if role not in roles and self._is_named(role)]
         if lacking:
             log.info("%s is measured without %s.", name, ", ".join(lacking))
         parts: dict[str, References] = {}
@@ -228,7 +233,7 @@ class MeasuredReferences:
         if role in self._loaded or role in self._given_up:
             return self._loaded.get(role)
         spec = spec_of(self._models, role)
-        if spec is not None and spec.path is not None and spec.init == "pretrained":
+        if spec is not None and self._is_named(role):
             try:
                 self._loaded[role] = open_reference(role, spec, self._models, self._tokenizer, self._vocabulary)
             except (ValueError, OSError, torch.OutOfMemoryError) as error:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from deltakd.data import DataConfig, EncodedSet, encode_rows, read_rows, with_answer
+from deltakd.data import DataConfig, EncodedSet, encode_rows, with_answer
 from deltakd.distributed.sharding import gathered, is_sharded, place
 from deltakd.evaluation.measured_references import HeadSource, MeasuredReferences
 from deltakd.evaluation.settings import EvaluationSettings
@@ -85,8 +85,8 @@ def encode_set(
     Raises:
         ValueError: the source can't be read, or no row is left.
     """
-    source, limit, data = evaluation.sets[name].source, evaluation.limit_of(name), evaluation.prompts_of(data)
-    rows = [row for row in read_rows(source, strip_answers=data.strip_answers, limit=limit) if row.references]
+    data = evaluation.prompts_of(data)
+    rows = [row for row in evaluation.rows_of(name, data) if row.references]
     answered = [with_answer(row, row.references[0]) for row in rows[: evaluation.measures.rows]]
     return encode_rows(
         answered,

@@ -41,9 +41,10 @@ from deltakd.generation.model_step import position_limit
 from deltakd.io.files import write_text
 from deltakd.io.progress import progress_bar
 from deltakd.io.run_directory import RunDirectory
-from deltakd.models import ModelSettings, load_tokenizer
+from deltakd.models import ModelSettings, ModelSpec, load_config, load_tokenizer
 from deltakd.models.identity import model_fingerprint, model_identity, spec_of
-from deltakd.models.roles import open_exported, vocabulary_of
+from deltakd.models.roles import open_exported
+from deltakd.models.vocabulary import vocabulary_of
 from deltakd.references import CacheSettings, ReferenceSettings
 from deltakd.types import ROLES, STUDENT, Head
 
@@ -165,13 +166,20 @@ class _Subject:
         )
 
     @cached_property
+    def vocabulary(self) -> int:
+        """V of the exported student."""
+        spec = ModelSpec(path=str(self.run.directory.student))
+        config = load_config("student", spec, trust_remote_code=self.run.models.trust_remote_code)
+        return vocabulary_of(self.tokenizer, config)
+
+    @cached_property
     def references(self) -> MeasuredReferences:
         """The source of the frozen models."""
         given = self.run.references
         return MeasuredReferences(
             self.run.models,
             self.tokenizer,
-            vocabulary_of(self.tokenizer),
+            self.vocabulary,
             given if isinstance(given, CacheSettings) else None,
             {},
             given.placement,
@@ -233,7 +241,7 @@ def _measure(subject: _Subject, held_out: EncodedSet) -> Preservation:
         ValueError: the exported student can't be opened, or has too few positions for the rows.
     """
     run, rows = subject.run, first_rows(held_out, subject.limit)
-    model = open_exported(run.directory.student, run.models, vocabulary_of(subject.tokenizer), run.device)
+    model = open_exported(run.directory.student, run.models, subject.vocabulary, run.device)
     longest, positions = int(held_out.lengths[rows].max()), position_limit(model)
     if positions is not None and longest > positions:
         raise ValueError(f"it has positions for {positions} tokens, but a row has {longest}")

@@ -9,11 +9,13 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from deltakd.data import DataConfig, Overlap, Row, find_overlaps, read_rows
+from deltakd.data import DataConfig, Overlap, Row, find_overlaps
 from deltakd.evaluation import EvaluationSet, find_scorer
 from deltakd.evaluation.answers import make_set
 from deltakd.evaluation.settings import EvaluationSettings
+from deltakd.generation.model_step import positions_of
 from deltakd.io.errors import ConfigError
+from deltakd.models.vocabulary import head_rows, unknown_prompt_problems
 
 log = logging.getLogger(__name__)
 
@@ -61,12 +63,12 @@ def read_checked_sets(
             anything that their scorer compares, prompts that fill the model's context, rows that are also trained on.
     """
     asked = evaluation.prompts_of(data)
-    positions: int | None = getattr(model, "max_position_embeddings", None)
+    positions = positions_of(model)
     problems = _reference_problems("val", val_rows[: evaluation.val_limit], evaluation.val_scorer, evaluation)
     sets, described = [], {}
     for name, entry in evaluation.sets.items():
         try:
-            rows = read_rows(entry.source, strip_answers=data.strip_answers, limit=evaluation.limit_of(name))
+            rows = evaluation.rows_of(name, data)
             one = make_set(name, rows, asked, tokenizer, evaluation.scorer_of(name), evaluation.rouge_tokenizer)
         except ValueError as error:
             problems.append(f"evaluation.sets.{name}: {error}")
@@ -74,6 +76,9 @@ def read_checked_sets(
         overlaps = None if train_rows is None else find_overlaps(rows, train_rows)
         short = _short_of_room(one, positions, evaluation.decoding.max_new_tokens)
         problems += _reference_problems(name, rows, one.scorer, evaluation)
+        problems += unknown_prompt_problems(
+            f"evaluation set {name}", one.prompt_ids, one.row_ids, tokenizer, head_rows(model)
+        )
         problems += _context_problems(one, positions, asked.max_prompt_length)
         if overlaps and evaluation.allow_overlap:
             log.warning("%s; evaluation.allow_overlap=true lets it pass.", _overlapping(name, len(rows), overlaps))
@@ -114,6 +119,7 @@ def _record(
         "max_prompt_length": asked.max_prompt_length,
         "padding": "left",
         "strip_answers": asked.strip_answers,
+        "columns": dict(asked.columns),
         "seeds": list(evaluation.seeds),
         "decoding": asdict(evaluation.decoding),
         "rouge_tokenizer": evaluation.rouge_tokenizer,

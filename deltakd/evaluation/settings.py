@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Len
 
-from deltakd.data import DataConfig
+from deltakd.data import DataConfig, Row, read_rows
 from deltakd.data.sources.records import missing_sources
 from deltakd.evaluation.scoring import MAIN_METRICS, METRICS, RougeTokenizer
 from deltakd.generation import Decoding
@@ -99,6 +99,20 @@ class EvaluationSettings:
         """Return the number of rows of the set ``name`` to ask; None: all."""
         own = self.sets[name].limit
         return self.limit if own is None else own if self.limit is None else min(own, self.limit)
+
+    def rows_of(self, name: str, data: DataConfig) -> list[Row]:
+        """Read the rows of the set ``name``.
+
+        Raises:
+            ValueError: as ``read_rows``.
+        """
+        return read_rows(
+            self.sets[name].source,
+            strip_answers=data.strip_answers,
+            columns=data.columns,
+            need_columns=False,
+            limit=self.limit_of(name),
+        )
 
     def prompts_of(self, data: DataConfig) -> DataConfig:
         """Return the data settings with the evaluation's own template and prompt length, if it has them."""

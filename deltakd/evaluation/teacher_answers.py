@@ -16,11 +16,13 @@ from deltakd.data import InstructionData, Row, SplitRows, row_record, tokenizer_
 from deltakd.evaluation import EvaluationSet, answer_set, matches
 from deltakd.evaluation.answers import make_set
 from deltakd.evaluation.settings import EvaluationSettings
+from deltakd.io.errors import ConfigError
 from deltakd.io.files import read_json_lines, write_json_lines
 from deltakd.io.progress import progress_bar
 from deltakd.models import LanguageModel, ModelSpec
 from deltakd.models.identity import count_parameters, model_identity
 from deltakd.models.tokenizers import pad_id
+from deltakd.models.vocabulary import unknown_prompt_problems
 from deltakd.types import TEACHER
 
 log = logging.getLogger(__name__)
@@ -90,6 +92,11 @@ def _answer_all(parts: Answering, folder: Path) -> tuple[list[dict[str, Any]], f
     with progress_bar("answers", len(rows), parts.show_progress) as advance:
         for start in range(0, len(rows), SHARD_PROMPTS):
             shard = make_set("train", rows[start : start + SHARD_PROMPTS], parts.data, parts.tokenizer)
+            problems = unknown_prompt_problems(
+                "data.train", shard.prompt_ids, shard.row_ids, parts.tokenizer, parts.vocabulary
+            )
+            if problems:
+                raise ConfigError(problems)
             path = folder / f"part_{start // SHARD_PROMPTS:05d}.jsonl"
             answers = read_json_lines(path)
             if answers is None or not matches(answers, shard, evaluation.decoding, evaluation.seeds[0]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,10 +62,37 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+#: Names that configs give the number of positions; attribute maps cover others, such as GPT-2's ``n_positions``.
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
+
+
 def position_limit(model: nn.Module) -> int | None:
     """Return the model's number of positions, or None if its config names no limit."""
-    limit: int | None = getattr(_unwrapped(model).config, "max_position_embeddings", None)
-    return limit
+    return positions_of(_unwrapped(model).config)
+
+
+def positions_of(config: Any) -> int | None:
+    """Return how many positions a transformers config allows, or None if it names no limit.
+
+    Of a nested config those of its text decoder count. A scaling of the rotary embedding by ``factor`` extends what
+    the model was trained with.
+    """
+    text = config.get_text_config(decoder=True)
+    named = (getattr(text, name, None) for name in _POSITIONS)
+    limit = next((int(value) for value in named if isinstance(value, int) and value > 0), None)
+    return None if limit is None else max(limit, *(_extended(limit, rope) for rope in _rope_settings(text)))
+
+
+def _rope_settings(config: Any) -> list[Mapping[str, Any]]:
+    """Return the settings of the rotary embedding, one for all layers or one for each type of layer."""
+    given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    by_type = [value for value in given.values() if isinstance(value, Mapping)]
+    return by_type or [given]
+
+
+def _extended(limit: int, rope: Mapping[str, Any]) -> int:
+    trained = rope.get("original_max_position_embeddings") or limit
+    return int(trained * (rope.get("factor") or 1.0))
 
 
 def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from deltakd.generation.model_step import position_limit
 from deltakd.types import Batch, Head
 
 
@@ -114,7 +115,7 @@ class LanguageModel(nn.Module):
         was_training = self.training
         self.eval()
         device = self._output_embedding.weight.device
-        length = min(6, getattr(self.causal_lm.config, "max_position_embeddings", None) or 6)
+        length = min(6, position_limit(self.causal_lm) or 6)
         ids_BT = torch.arange(1, 1 + length, device=device).remainder(self.vocabulary)[None]
         mask_BT = torch.ones_like(ids_BT)
         own_NV = self.causal_lm(input_ids=ids_BT, attention_mask=mask_BT).logits[0, :, : self.vocabulary].float()

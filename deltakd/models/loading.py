@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from deltakd.io.hub import hub_reachable
+from deltakd.models.causal import check_causal
 from deltakd.models.quantization import quantization_config, quantization_problems
 from deltakd.models.settings import ModelSpec
 
@@ -65,13 +68,16 @@ def load_config(
         trust_remote_code: passed on.
 
     Raises:
+        NotCausalError: it is an encoder, or another model that does not predict the next token.
         ValueError: in one line: the model, why it is not available, and how to give a local path.
     """
     if spec.init == "random":
-        return _architecture(spec, vocabulary, None)
+        config = _architecture(role, spec, vocabulary, None)
+        check_causal(f"model.{role}.architecture", config)
+        return config
     assert spec.path is not None
     try:
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             spec.path, trust_remote_code=trust_remote_code, local_files_only=not hub_reachable()
         )
     except (OSError, ValueError, KeyError) as error:
@@ -79,6 +85,8 @@ def load_config(
             f"model.{role}.path={spec.path}: {_reason(spec.path, error)}; "
             f"to use a local copy give model.{role}.path=/path/to/model_directory"
         ) from None
+    check_causal(f"model.{role}.path={spec.path}", config)
+    return config
 
 
 def load_model(
@@ -106,7 +114,7 @@ def load_model(
         ValueError: the model is not available, or its weights don't fit its architecture.
     """
     if spec.init == "random":
-        return _build_model(spec, vocabulary, eos_token_id, seed, attn_implementation)
+        return _build_model(role, spec, vocabulary, eos_token_id, seed, attn_implementation)
     config = load_config(role, spec, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {}
     if spec.quantization is not None:
@@ -156,17 +164,26 @@ def load_skeleton(
         return AutoModelForCausalLM.from_config(config, dtype=DTYPES[spec.dtype], **options)
 
 
-def _architecture(spec: ModelSpec, vocabulary: int, eos_token_id: int | None) -> PretrainedConfig:
+def _architecture(role: str, spec: ModelSpec, vocabulary: int, eos_token_id: int | None) -> PretrainedConfig:
     # A model type's default special tokens are those of its best-known checkpoint, not of this tokenizer.
     special = {"bos_token_id": eos_token_id, "eos_token_id": eos_token_id, "pad_token_id": None}
     architecture = special | dict(spec.architecture or {})
-    return AutoConfig.for_model(architecture.pop("model_type"), vocab_size=vocabulary, **architecture)
+    kind = architecture.pop("model_type")
+    key = f"model.{role}.architecture"
+    if kind not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(str(kind), CONFIG_MAPPING, n=1)
+        hint = f"; the nearest is {near[0]!r}" if near else "; give gpt2, llama, qwen3, ..."
+        raise ValueError(f"{key}.model_type is {kind!r}, which transformers does not know{hint}")
+    try:
+        return AutoConfig.for_model(kind, vocab_size=vocabulary, **architecture)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise ValueError(f"{key} is no {kind}: {' '.join(str(error).split())}; correct its keys") from None
 
 
 def _build_model(
-    spec: ModelSpec, vocabulary: int, eos_token_id: int | None, seed: int, attn_implementation: str | None
+    role: str, spec: ModelSpec, vocabulary: int, eos_token_id: int | None, seed: int, attn_implementation: str | None
 ) -> PreTrainedModel:
-    config = _architecture(spec, vocabulary, eos_token_id)
+    config = _architecture(role, spec, vocabulary, eos_token_id)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(

@@ -17,6 +17,7 @@ from deltakd.models.language_model import LanguageModel
 from deltakd.models.loading import load_config, load_model, spec_problems
 from deltakd.models.settings import ModelSettings, ModelSpec
 from deltakd.models.tokenizers import common_vocabulary, load_tokenizer, train_tokenizer
+from deltakd.models.vocabulary import vocabulary_of
 from deltakd.types import STUDENT
 
 
@@ -47,13 +48,8 @@ def open_tokenizer(models: ModelSettings, directory: Path) -> PreTrainedTokenize
     return tokenizer
 
 
-def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return V, the highest id plus 1; ``len(tokenizer)`` is wrong when ids have gaps."""
-    return max(tokenizer.get_vocab().values()) + 1
-
-
 def shared_vocabulary(models: ModelSettings, specs: Mapping[str, ModelSpec], tokenizer: PreTrainedTokenizerBase) -> int:
-    """Check that all references use the student's tokenizer; return the number of tokens they share.
+    """Check that all references use the student's tokenizer; return the number of tokens that all models have.
 
     Args:
         models: of the run.
@@ -61,9 +57,13 @@ def shared_vocabulary(models: ModelSettings, specs: Mapping[str, ModelSpec], tok
         tokenizer: the student's.
 
     Raises:
-        ValueError: one does not.
+        ValueError: one does not, or a model has too few tokens.
     """
     vocabulary = vocabulary_of(tokenizer)
+    for role, spec in specs.items():
+        if spec.init == "pretrained":
+            config = load_config(role, spec, trust_remote_code=models.trust_remote_code)
+            vocabulary = min(vocabulary, vocabulary_of(tokenizer, config, role))
     own = specs[STUDENT].tokenizer or (None if models.tokenizer.train_on else specs[STUDENT].path)
     for role, spec in specs.items():
         if role != STUDENT and (spec.tokenizer or spec.path) != own:
@@ -140,7 +140,8 @@ def open_reference(
     problems = spec_problems(role, spec)
     if problems:
         raise ValueError("; ".join(problems))
-    load_config(role, spec, trust_remote_code=models.trust_remote_code)
+    config = load_config(role, spec, trust_remote_code=models.trust_remote_code)
+    vocabulary = min(vocabulary, vocabulary_of(tokenizer, config, role))
     shared = min(vocabulary, _vocabulary_with(role, spec, tokenizer, role, models))
     return open_model(role, spec, models, vocabulary=shared).eval()
 

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from deltakd.io.hub import hub_reachable
+from deltakd.models.vocabulary import is_unwritten
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,8 @@ def common_vocabulary(student: PreTrainedTokenizerBase, other: PreTrainedTokeniz
     """Check that a reference uses the student's tokenizer; return the number of tokens they share.
 
     Compares token strings by id, the special tokens that appear in rows (BOS, EOS, UNK), and the ids of a probe text.
-    Padding rows of the models' embeddings are ignored. A pad token that only one side has is cut: no label is one.
+    Padding rows of the models' embeddings are ignored. Special tokens that only one side has are cut: no text is
+    encoded as one (``deltakd.models.vocabulary``).
 
     Raises:
         ValueError: the message shows the first tokens that differ.
@@ -72,13 +74,13 @@ def common_vocabulary(student: PreTrainedTokenizerBase, other: PreTrainedTokeniz
     ours, theirs = _tokens_by_id(student), _tokens_by_id(other)
     shared = min(len(ours), len(theirs))
     differing = [i for i in range(shared) if ours[i] != theirs[i]]
-    extra = (ours if len(ours) > shared else theirs)[shared:]
-    pads = {student.pad_token, other.pad_token}
+    longer, tokens = (student, ours) if len(ours) > shared else (other, theirs)
+    extra = tokens[shared:]
     problems = []
     if differing:
         shown = ", ".join(f"id {i}: student {ours[i]!r}, {role} {theirs[i]!r}" for i in differing[:5])
         problems.append(f"{len(differing)} of {shared} tokens differ ({shown})")
-    if any(token not in pads for token in extra):
+    if not all(is_unwritten(longer, i) for i in range(shared, len(tokens)) if tokens[i] is not None):
         problems.append(f"the student's has {len(ours)} tokens, the {role}'s {len(theirs)} (first extra: {extra[:5]})")
     for name in ("bos_token", "eos_token", "unk_token"):
         if getattr(student, name) != getattr(other, name):
@@ -94,7 +96,7 @@ def common_vocabulary(student: PreTrainedTokenizerBase, other: PreTrainedTokeniz
             "wrong tokenizer lies beside the weights"
         )
     if extra:
-        log.info("The pad token %s is cut from the vocabulary: only one of student and %s has it.", extra, role)
+        log.info("The special tokens %s are cut from the vocabulary: only one of student and %s has them.", extra, role)
     return shared
 
 

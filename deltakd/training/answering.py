@@ -14,6 +14,7 @@ from deltakd.io.run_directory import RunDirectory
 from deltakd.models.identity import model_version
 from deltakd.models.roles import open_tokenizer, shared_vocabulary
 from deltakd.tracking.environment import costs_since, environment
+from deltakd.training.announce import warn_of_verbatim_prompts
 from deltakd.training.assembly import open_role
 from deltakd.training.settings import RESUME_POLICY, RunSettings
 from deltakd.types import TEACHER
@@ -67,6 +68,7 @@ def _load(settings: RunSettings, path: str, directory: RunDirectory) -> Answerin
     tokenizer = open_tokenizer(settings.model, directory.path / "tokenizer")
     vocabulary = shared_vocabulary(settings.model, settings.specs, tokenizer)
     rows = data.read(tokenizer)
+    warn_of_verbatim_prompts(data, rows.train)
     teacher = open_role(settings, TEACHER, tokenizer, vocabulary).to(choose_device(settings.trainer.accelerator))
     shown = settings.trainer.enable_progress_bar
     return Answering(path, data, settings.evaluation, rows, tokenizer, vocabulary, teacher, shown)

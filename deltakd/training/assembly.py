@@ -16,8 +16,10 @@ from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
 from deltakd.models import LanguageModel, add_lora, load_config
 from deltakd.models.roles import open_model, open_tokenizer, shared_vocabulary
+from deltakd.models.vocabulary import unknown_token_problems
 from deltakd.references import CachedReferences, CacheStore, References, SourceSettings
-from deltakd.references.content import data_identity, data_problems, missing_problem, missing_rows
+from deltakd.references.content import data_identity, data_problems, missing_problem, missing_rows, named_sets
+from deltakd.training.announce import announce_models, preview_data, warn_of_verbatim_prompts
 from deltakd.training.inputs import check_inputs, read_inputs
 from deltakd.training.settings import RunSettings
 from deltakd.types import STUDENT, STUDENT_RAW
@@ -72,12 +74,15 @@ def load_parts(settings: RunSettings, directory: RunDirectory) -> Parts:
     """
     # Our own random draws have explicit seeds; this global one is for libraries.
     L.seed_everything(settings.seed, verbose=False)
+    if is_main_process():
+        announce_models(settings)
     with main_process_first(f"data of {directory.path}"):
         settings.data.make_files()
         tokenizer = open_tokenizer(settings.model, directory.path / "tokenizer")
         vocabulary = shared_vocabulary(settings.model, settings.specs, tokenizer)
         sets = settings.data.load(tokenizer)
         settings.data.check_lengths(sets)
+        check_tokens(sets, tokenizer, vocabulary)
         cached = None
         if settings.cache is not None:
             cached = _cached_references(settings, tokenizer, sets)
@@ -85,6 +90,8 @@ def load_parts(settings: RunSettings, directory: RunDirectory) -> Parts:
         if is_main_process():
             inputs = read_inputs(settings, tokenizer, sets, cached)
             check_inputs(directory.path, inputs, force=settings.resume == "force")
+            preview_data(settings.data, sets.train, tokenizer)
+            warn_of_verbatim_prompts(settings.data, sets.train_rows)
         evaluation = _read_evaluation(settings, tokenizer, vocabulary, sets) if settings.evaluation.generate else None
     # Only the evaluation sets needed the raw rows.
     sets = sets._replace(train_rows=[])
@@ -106,6 +113,17 @@ def _read_evaluation(
     return read_checked_sets(
         settings.evaluation, settings.deviations, settings.data, tokenizer, student, train_rows, answered
     )
+
+
+def check_tokens(sets: LoadedSets, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
+    """Raise a ConfigError if rows hold tokens that not all models have."""
+    problems = [
+        problem
+        for name, encoded in named_sets(sets).items()
+        for problem in unknown_token_problems(name, encoded, tokenizer, vocabulary)
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def open_cache(settings: RunSettings, tokenizer: PreTrainedTokenizerBase, sets: LoadedSets) -> CacheStore:

@@ -18,7 +18,7 @@ from deltakd.references.content import data_identity, data_problems, missing_row
 from deltakd.references.fill import drop_damaged, make_missing, summary_of
 from deltakd.references.index import RowIndex
 from deltakd.tracking.environment import costs_since, environment
-from deltakd.training.assembly import open_cache, open_role
+from deltakd.training.assembly import check_tokens, open_cache, open_role
 from deltakd.training.settings import RunSettings
 from deltakd.types import STUDENT
 
@@ -80,6 +80,7 @@ def _load(settings: RunSettings) -> tuple[Caching, CacheStore]:
     tokenizer = open_tokenizer(settings.model, path / "tokenizer")
     vocabulary = shared_vocabulary(settings.model, settings.specs, tokenizer)
     sets = settings.data.load(tokenizer)
+    check_tokens(sets, tokenizer, vocabulary)
     given = data_identity(settings.data, tokenizer, sets)
     store = None
     if CacheStore.is_at(path):

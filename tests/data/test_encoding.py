@@ -159,11 +159,25 @@ def test_set_counts_and_contents(tokenizer: PreTrainedTokenizerFast) -> None:
         Row(9, "ask", "", ("x",)),
     ]
     cut = encode_rows(rows, PLAIN, tokenizer, max_length=40, max_prompt_length=20)
-    assert cut.counts == {"rows": 5, "cut_prompts": 1, "cut_responses": 1, "dropped": 0, "kept_borders": 0}
+    assert cut.counts == {
+        "rows": 5,
+        "cut_prompts": 1,
+        "cut_responses": 1,
+        "dropped": 0,
+        "kept_borders": 0,
+        "control_tokens": 0,
+    }
     assert cut.row_ids.tolist() == [3, 3, 5, 8, 9]
     assert cut.valid_tokens.tolist() == [4, 6, 2, 34, 2]
     dropped = encode_rows(rows, PLAIN, tokenizer, max_length=40, max_prompt_length=20, overlong="drop")
-    assert dropped.counts == {"rows": 5, "cut_prompts": 0, "cut_responses": 0, "dropped": 2, "kept_borders": 0}
+    assert dropped.counts == {
+        "rows": 5,
+        "cut_prompts": 0,
+        "cut_responses": 0,
+        "dropped": 2,
+        "kept_borders": 0,
+        "control_tokens": 0,
+    }
     assert dropped.row_ids.tolist() == [3, 3, 9]
     assert [encoded.input_ids for encoded in dropped] == [cut[index].input_ids for index in (0, 1, 4)]
     assert dropped[2] == encode(rows[3], tokenizer)

@@ -71,15 +71,15 @@ def test_all_bad_lines_are_reported_together(write: Write) -> None:
 def test_unusable_files(write: Write) -> None:
     with pytest.raises(ValueError, match=r"no such file: nowhere/a.jsonl"):
         read_rows("nowhere/a.jsonl")
-    with pytest.raises(ValueError, match=r"unknown kind of source.*\.jsonl, \.jsonl\.gz, \.json"):
-        read_rows(write("a.csv", "x"))
+    with pytest.raises(ValueError, match=r"unknown kind of source.*\.jsonl, \.json, \.csv, \.tsv"):
+        read_rows(write("a.xlsx", "x"))
     with pytest.raises(ValueError, match="unknown kind of source: 'squad'"):
         read_rows("squad")
     with pytest.raises(ValueError, match="is empty"):
         read_rows(write("empty.jsonl", ""))
     with pytest.raises(ValueError, match=r"b.json:1: not JSON"):
         read_rows(write("b.json", "{"))
-    with pytest.raises(ValueError, match="expected a JSON list of records, got dict"):
+    with pytest.raises(ValueError, match="expected a JSON list of records, or an object with"):
         read_rows(write("c.json", "{}"))
     broken = Path(write("a.jsonl.gz", "x"))
     broken.write_bytes(b"no gzip")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -56,3 +57,25 @@ def test_what_can_not_be(given: list[str], message: str, capsys: pytest.CaptureF
         plan.main(given)
     assert end.value.code == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("columns", [None, "80"])
+def test_nothing_is_cut_in_a_pipe_or_on_a_narrow_terminal(
+    columns: str | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns:
+        monkeypatch.setenv("COLUMNS", columns)
+    plan.main([*SIZES, "--strategies", "deepspeed_zero3_offload+shard", "--tflops", "100"])
+    out = capsys.readouterr().out
+    assert "…" not in out
+    assert re.search(r"ZeRO 3 offload +sharded", out)
+
+
+def test_it_says_which_sizes_it_assumed_and_why(capsys: pytest.CaptureFixture[str]) -> None:
+    plan.main([*SIZES, "--strategies", "ddp", "data.batch_size=2"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Parameters: student " in out
+    assert "A micro-batch: 2 rows of 2,048 tokens" in out
+    assert "Not given, so taken as usual for models of this size: trainer.precision=bf16-mixed," in out
+    assert "data.max_length=2048." in out

@@ -18,9 +18,9 @@ from deltakd.models.roles import (
     open_reference,
     open_tokenizer,
     shared_vocabulary,
-    vocabulary_of,
 )
 from deltakd.models.settings import TokenizerSettings
+from deltakd.models.vocabulary import vocabulary_of
 from deltakd.types import STUDENT, STUDENT_RAW, TEACHER
 from tests.tiny import World, make_rows, make_tokenizer, save_model
 

@@ -359,12 +359,6 @@ def test_unknown_keys_that_were_added_by_force(train: Train) -> None:
         train("sft", "+model.student.dropout=0.1")
 
 
-def test_references_that_are_not_read_are_named(train: Train, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO")
-    train("kd", "trainer.max_steps=1")
-    assert "model.teacher_raw.path is given, but this run does not read it: it is not loaded." in caplog.messages
-
-
 @pytest.mark.parametrize("mode", ["fast", pytest.param("overfit", marks=pytest.mark.slow), "profile"])
 def test_debug_configs(train: Train, mode: str) -> None:
     extra = [f"debug={mode}", "evaluation=default"]

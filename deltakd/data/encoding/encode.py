@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from deltakd.data.encoding.encoded_set import Encoded
-from deltakd.data.encoding.one_text import BorderError, OneText, Tokenised, join, tokenise
+from deltakd.data.encoding.one_text import OneText, TextError, Tokenised, join, tokenise
 from deltakd.data.encoding.templates import Segment, Template
 from deltakd.data.encoding.tokens import TextEncoder, eos_id
 from deltakd.data.encoding.trained_text import check_trained
@@ -30,6 +30,7 @@ class Outcome:
         cut_prompt: the prompt was cut.
         cut_response: the response was cut.
         kept_border: a merge of prompt and answer was undone (``one_text``).
+        control_tokens: there were control tokens in the data, which are now text (``control_tokens``).
         problem: why the row can't be encoded; None if it can.
     """
 
@@ -39,6 +40,7 @@ class Outcome:
     cut_prompt: bool = False
     cut_response: bool = False
     kept_border: bool = False
+    control_tokens: bool = False
     problem: RowError | None = None
 
 
@@ -97,18 +99,20 @@ def encode_batch(
     texts: list[OneText] = []
     for place, row in enumerate(rows):
         try:
-            texts.append(join(_trained_segments(row, template), encoder))
+            row, guarded = encoder.control.guarded(row)
+            texts.append(join(_trained_segments(row, template), encoder, guarded))
             places.append(place)
         except RowError as error:
             outcomes[place] = Outcome(None, problem=error)
     for place, text, tokenised in zip(places, texts, tokenise(texts, encoder), strict=True):
         row = rows[place]
-        if isinstance(tokenised, BorderError):
+        if isinstance(tokenised, TextError):
             outcomes[place] = Outcome(None, problem=RowError(f"{row.label}: {tokenised}"))
             continue
         prompt = _Prompt(tokenised.ids[: tokenised.spans[0][0]], text.text[: text.spans[0][0]])
         kept = _cut(prompt, row, template, encoder, max_prompt_length)
-        outcomes[place] = _outcome(row, tokenised, kept, max_length, max_prompt_length, overlong)
+        outcome = _outcome(row, tokenised, kept, max_length, max_prompt_length, overlong)
+        outcomes[place] = replace(outcome, control_tokens=True) if text.guarded else outcome
     return [outcome for outcome in outcomes if outcome is not None]
 
 
@@ -172,13 +176,14 @@ def encode_prompts(
     texts = []
     for row in rows:
         with problems.noting(RowError):
-            texts.append(join(_prompt_segments(row, template), encoder))
+            row, guarded = encoder.control.guarded(row)
+            texts.append(join(_prompt_segments(row, template), encoder, guarded))
     problems.raise_any()
     found, cut = [], 0
     for row, text, tokenised in zip(rows, texts, tokenise(texts, encoder), strict=True):
-        with problems.noting(BorderError):
-            if isinstance(tokenised, BorderError):
-                raise BorderError(f"{row.label}: {tokenised}")
+        with problems.noting(TextError):
+            if isinstance(tokenised, TextError):
+                raise TextError(f"{row.label}: {tokenised}")
             kept = _cut(_Prompt(tokenised.ids, text.text), row, template, encoder, max_prompt_length)
             cut += len(kept) < len(tokenised.ids)
             found.append(kept)

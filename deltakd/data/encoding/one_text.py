@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from deltakd.data.encoding.templates import Segment
-from deltakd.data.encoding.tokens import TextEncoder
+from deltakd.data.encoding.tokens import Request, TextEncoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +29,14 @@ class OneText:
         add_special: let the tokenizer add its special tokens (BOS).
         spans: [start, stop) of each trained segment in the text.
         closed: EOS ends the tokens.
+        guarded: the text has stand-ins for control tokens (``ControlTokens.guarded``).
     """
 
     text: str
     add_special: bool
     spans: tuple[tuple[int, int], ...]
     closed: bool
+    guarded: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +54,11 @@ class Tokenised:
     kept_border: bool
 
 
-class BorderError(ValueError):
-    """The tokenizer merges a prompt with its answer, and can't be kept from it."""
+class TextError(ValueError):
+    """The tokenizer merges a prompt with its answer, or data into a control token, and can't be kept from it."""
 
 
-def join(segments: Sequence[Segment], encoder: TextEncoder) -> OneText:
+def join(segments: Sequence[Segment], encoder: TextEncoder, guarded: bool = False) -> OneText:
     """Join a row's segments into one text."""
     text, spans = "", []
     last = len(segments) - 1
@@ -68,25 +70,26 @@ def join(segments: Sequence[Segment], encoder: TextEncoder) -> OneText:
         if segment.trained:
             spans.append((start, len(text)))
     add_special = bool(segments) and segments[0].special_tokens and not (encoder.bos and text.startswith(encoder.bos))
-    return OneText(text, add_special, tuple(spans), bool(segments) and segments[-1].closed)
+    return OneText(text, add_special, tuple(spans), bool(segments) and segments[-1].closed, guarded)
 
 
-def tokenise(texts: Sequence[OneText], encoder: TextEncoder) -> list[Tokenised | BorderError]:
+def tokenise(texts: Sequence[OneText], encoder: TextEncoder) -> list[Tokenised | TextError]:
     """Tokenise many texts with one call of the tokenizer.
 
     Returns:
         For each text its tokens, or what is wrong with it.
     """
-    requests = [(one.text, one.add_special) for one in texts]
+    requests = [Request(one.text, one.add_special, one.guarded) for one in texts]
     checks = [_checks(one, encoder, requests) for one in texts]
     ids = encoder.ids(requests)
-    found: list[Tokenised | BorderError] = []
+    found: list[Tokenised | TextError] = []
     for number, one in enumerate(texts):
         whole = ids[number]
         spans = _spans(one, whole, checks[number], ids, encoder)
         try:
             tokenised = _one_by_one(one, encoder) if spans is None else Tokenised(whole, spans, False)
-        except BorderError as error:
+            _check_data(one, tokenised.ids, encoder)
+        except TextError as error:
             found.append(error)
             continue
         _close(tokenised, one, encoder)
@@ -109,7 +112,7 @@ class _Check:
     marks: int
 
 
-def _checks(one: OneText, encoder: TextEncoder, requests: list[tuple[str, bool]]) -> list[_Check]:
+def _checks(one: OneText, encoder: TextEncoder, requests: list[Request]) -> list[_Check]:
     """One for the beginning of each trained span, and for its end if text follows it."""
     borders = [border for span in one.spans for border in span if border < len(one.text)]
     if not borders:
@@ -121,7 +124,7 @@ def _checks(one: OneText, encoder: TextEncoder, requests: list[tuple[str, bool]]
             mark += 1
         start = found[mark].start() if mark >= 0 else 0
         checks.append(_Check(len(requests), mark, len(found)))
-        requests.append((one.text[start:border], one.add_special and mark < 0))
+        requests.append(Request(one.text[start:border], one.add_special and mark < 0, one.guarded))
     return checks
 
 
@@ -158,10 +161,10 @@ def _one_by_one(one: OneText, encoder: TextEncoder) -> Tokenised:
 
     def up_to(stop: int) -> list[int]:
         if not at:
-            return encoder.one(one.text[:stop], one.add_special)
-        after = encoder.following(one.text[at:stop])
+            return encoder.one(one.text[:stop], one.add_special, one.guarded)
+        after = encoder.following(one.text[at:stop], one.guarded)
         if after is None:
-            raise BorderError(
+            raise TextError(
                 f"the tokenizer merges the end of the prompt, {one.text[:at][-20:]!r}, with the beginning of the "
                 f"answer, {one.text[at : at + 20]!r}, whatever stands between them"
             )
@@ -182,6 +185,14 @@ def _one_by_one(one: OneText, encoder: TextEncoder) -> Tokenised:
         stop = one.spans[-1][1]
         stops.append(_covering(whole, up_to(stop)) if stop < len(one.text) else len(whole))
     return Tokenised(whole, list(zip(starts, stops, strict=True)), kept)
+
+
+def _check_data(one: OneText, ids: list[int], encoder: TextEncoder) -> None:
+    if not one.guarded:
+        return
+    written = encoder.control.count(one.text) + (sum(encoder.added_around) if one.add_special else 0)
+    if sum(map(encoder.control.is_control, ids)) > written:
+        raise TextError("the tokenizer makes a control token of the row's data; take it out of the data")
 
 
 def _covering(whole: list[int], part: list[int]) -> int:

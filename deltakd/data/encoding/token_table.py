@@ -29,7 +29,7 @@ LONG_TABLE = 20_000
 BATCH = 1_000
 _DTYPES = {"input_ids": "<i4", "labels": "<i4", "lengths": "<i8", "row_ids": "<i8"}
 #: What happens to rows, counted.
-_COUNTS = ("cut_prompts", "cut_responses", "dropped", "kept_borders")
+_COUNTS = ("cut_prompts", "cut_responses", "dropped", "kept_borders", "control_tokens")
 
 
 def encode_rows(
@@ -99,6 +99,7 @@ def _tokenise(rows: Sequence[Row], encode: Callable[[Sequence[Row]], list[Outcom
             counts["cut_prompts"] += sum(outcome.cut_prompt for outcome in outcomes)
             counts["cut_responses"] += sum(outcome.cut_response for outcome in outcomes)
             counts["kept_borders"] += sum(outcome.kept_border for outcome in outcomes)
+            counts["control_tokens"] += sum(outcome.control_tokens for outcome in outcomes)
             advance(batch[-1][0] + 1)
     writer.meta |= {"counts": counts, "spans": spans.found}
 

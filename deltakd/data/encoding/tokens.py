@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from deltakd.data.encoding.control_tokens import ControlTokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,6 +27,20 @@ def plain_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the ids of a text, without special tokens."""
     # verbose=False: no warning about the model's longest input, since rows are cut later.
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+class Request(NamedTuple):
+    """A text to tokenise.
+
+    Args:
+        text: the text.
+        add_special: let the tokenizer add its special tokens (BOS).
+        guarded: the text has stand-ins for control tokens (``ControlTokens.guarded``).
+    """
+
+    text: str
+    add_special: bool = False
+    guarded: bool = False
 
 
 class TextEncoder:
@@ -66,31 +82,28 @@ class TextEncoder:
         front = next((n for n in range(len(around)) if around[n : n + len(plain)] == plain), 0)
         return front, len(around) - front - len(plain)
 
-    def ids(self, requests: Sequence[tuple[str, bool]]) -> list[list[int]]:
-        """Return the ids of each (text, add special tokens).
+    @cached_property
+    def control(self) -> ControlTokens:
+        """The tokenizer's control tokens."""
+        return ControlTokens(self.tokenizer)
+
+    def ids(self, requests: Sequence[Request]) -> list[list[int]]:
+        """Return the ids of each text.
 
         An EOS that the tokenizer adds to every text is left out, since rows are closed elsewhere.
         """
         found: list[list[int]] = [[] for _ in requests]
-        for special in (False, True):
-            chosen = [number for number, (_, add) in enumerate(requests) if add is special]
-            if not chosen:
-                continue
-            texts = [requests[number][0] for number in chosen]
-            closes = special and self.added_around[1] > 0
-            written = [closes and text.endswith(self.eos) for text in texts]
-            texts = [text.removesuffix(self.eos) if end else text for text, end in zip(texts, written, strict=True)]
-            for number, end, ids in zip(chosen, written, self._call(texts, special), strict=True):
-                if closes and ids[-1] == self.end and not end:
-                    ids.pop()
+        for kind in sorted({request[1:] for request in requests}):
+            chosen = [number for number, request in enumerate(requests) if request[1:] == kind]
+            for number, ids in zip(chosen, self._alike([requests[n].text for n in chosen], *kind), strict=True):
                 found[number] = ids
         return found
 
-    def one(self, text: str, add_special: bool = False) -> list[int]:
+    def one(self, text: str, add_special: bool = False, guarded: bool = False) -> list[int]:
         """Return the ids of one text."""
-        return self.ids([(text, add_special)])[0]
+        return self.ids([Request(text, add_special, guarded)])[0]
 
-    def following(self, text: str) -> list[int] | None:
+    def following(self, text: str, guarded: bool = False) -> list[int] | None:
         """Return the ids of a text that follows other text, and merges with none of it.
 
         SentencePiece and its like write a blank before a text, and WordPiece begins a word; not so after other text.
@@ -99,7 +112,8 @@ class TextEncoder:
             The ids, or None if the text merges with all that were tried.
         """
         for anchor in _ANCHORS:
-            before, both = self.ids([(anchor, False), (anchor + text, False)])
+            before = self.one(anchor)
+            both = self.one(anchor + text, guarded=guarded)
             if both[: len(before)] == before:
                 return both[len(before) :]
         return None
@@ -111,6 +125,18 @@ class TextEncoder:
         border = len(text) - len(tail)
         spans = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         return sum(stop > border for _, stop in spans["offset_mapping"])
+
+    def _alike(self, texts: list[str], add_special: bool, guarded: bool) -> list[list[int]]:
+        closes = add_special and self.added_around[1] > 0
+        written = [closes and text.endswith(self.eos) for text in texts]
+        if closes:
+            texts = [text.removesuffix(self.eos) for text in texts]
+        found = (self.control.ids if guarded else self._call)(texts, add_special)
+        if closes:
+            for ids, end in zip(found, written, strict=True):
+                if ids[-1] == self.end and not end:
+                    ids.pop()
+        return found
 
     def _call(self, texts: list[str], special: bool) -> list[list[int]]:
         if self._backend is None:

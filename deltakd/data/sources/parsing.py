@@ -20,6 +20,19 @@ INPUT_KEYS = ("input", "context")
 RESPONSE_KEYS = ("response", "output", "answer", "completion", "chosen")
 SYSTEM_KEYS = ("system", "system_prompt")
 MESSAGE_KEYS = ("messages", "conversations", "conversation")
+#: The names that ``data.columns`` may give columns.
+COLUMNS = (
+    "instruction",
+    "input",
+    "response",
+    "prompt",
+    "messages",
+    "system",
+    "history",
+    "tools",
+    "category",
+    "text",
+)
 
 
 def parse_row(record: Mapping[str, Any], where: str, id: int, need_response: bool = True) -> Row:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deltakd.data.sources.readers import iter_rows
-from deltakd.data.sources.records import local_path, parse_source
+from deltakd.data.sources.records import parse_source, source_files
 from deltakd.data.sources.rows import Row
 from deltakd.data.sources.stored_rows import StoredRows, store_rows
 from deltakd.io.home import expanded
@@ -27,13 +27,14 @@ def prepared_rows(
     *,
     subset: str | Mapping[str, str] | None = None,
     strip_answers: str | None = None,
+    columns: Mapping[str, str] | None = None,
     limit: int | None = None,
     cache_dir: str | Path | None = None,
 ) -> tuple[StoredRows, str | None]:
     """Read rows, or find them where an earlier run has put them.
 
     Args:
-        source, subset, strip_answers, limit: as for ``read_rows``.
+        source, subset, strip_answers, columns, limit: as for ``iter_rows``.
         cache_dir: folder that keeps the rows for later runs; None: they are only in a temporary place.
 
     Returns:
@@ -43,6 +44,7 @@ def prepared_rows(
         ValueError: as ``read_rows``.
     """
     options: dict[str, Any] = {"subset": subset, "strip_answers": strip_answers, "limit": limit}
+    options["columns"] = dict(columns or {})
     key = reading_key(source, **options)
 
     def read() -> Iterator[Row]:
@@ -64,21 +66,22 @@ def reading_key(source: str | Sequence[str], **options: Any) -> str | None:
 
     Args:
         source: one source or several.
-        options: ``subset`` and whatever else the rows depend on; must be JSON.
+        options: ``subset``, ``columns`` and whatever else the rows depend on; must be JSON.
     """
     sources = [source] if isinstance(source, str) else list(source)
     subset = options.get("subset") or {}
     listed = [subset] if isinstance(subset, str) else list(subset.values())
-    files = [_file_of(entry) for entry in sources] + [expanded(entry.rpartition("#")[0]) for entry in listed]
-    if any(file is None or not file.is_file() for file in files):
+    found = [_files_of(entry) for entry in sources]
+    files = [file for one in found for file in one or ()] + [expanded(entry.rpartition("#")[0]) for entry in listed]
+    if None in found or not all(file.is_file() for file in files):
         return None
-    parts = [reading_code(), sources, options, [file_sha256(file) for file in files if file is not None]]
+    parts = [reading_code(), sources, options, list(map(file_sha256, files))]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _file_of(entry: str) -> Path | None:
+def _files_of(entry: str) -> list[Path] | None:
     try:
-        return local_path(parse_source(entry).location)
+        return source_files(parse_source(entry).location)
     except ValueError:
         # A data set of the hub; or the reader says what is wrong.
         return None
@@ -101,17 +104,18 @@ def reading_code() -> str:
 
 def _records(source: str | Sequence[str]) -> int | None:
     """Return the number of lines of sources that are files of lines; None if there are others."""
-    total = 0
-    for entry in [source] if isinstance(source, str) else source:
-        file = _file_of(entry)
-        if file is None or not file.name.endswith((".jsonl", ".jsonl.gz")):
-            return None
-        opener: Callable[..., Any] = gzip.open if file.suffix == ".gz" else open
-        try:
-            with opener(file, "rb") as stream:
-                while chunk := stream.read(_CHUNK):
-                    total += chunk.count(b"\n")
-        except (OSError, EOFError):
-            # The reader says what is wrong.
-            return None
-    return total
+    found = [_files_of(entry) for entry in ([source] if isinstance(source, str) else source)]
+    files = [file for one in found for file in one or [Path()]]
+    if not all(file.name.endswith((".jsonl", ".jsonl.gz")) for file in files):
+        return None
+    try:
+        return sum(map(_lines, files))
+    except (OSError, EOFError):
+        # The reader says what is wrong.
+        return None
+
+
+def _lines(file: Path) -> int:
+    opener: Callable[..., Any] = gzip.open if file.suffix == ".gz" else open
+    with opener(file, "rb") as stream:
+        return sum(chunk.count(b"\n") for chunk in iter(lambda: stream.read(_CHUNK), b""))

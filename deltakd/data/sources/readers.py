@@ -1,9 +1,11 @@
 """Reads instruction rows and plain-text documents from files and hub data sets.
 
-A source is a path (``.jsonl``, ``.jsonl.gz``, ``.json``; for texts also ``.txt``, ``.txt.gz``), a hub data set
-``org/name`` (its train split), or one file of it, ``org/name:file.jsonl``. ``source#field=value`` keeps the records
-whose field has that value. A subset ``split.json#train`` keeps the 0-based line numbers that the file lists under that
-key.
+A source is a file (JSON lines, JSON, CSV, TSV, Parquet, Arrow; for texts also ``.txt``; all but Parquet and Arrow also
+compressed: ``.gz``, ``.zst``), a folder or glob of such files (``data/*.parquet``), a folder that
+``Dataset.save_to_disk`` has written, a hub data set ``org/name`` (its train split), or one file of it,
+``org/name:file.jsonl``. ``source#field=value`` keeps the records whose field has that value. A subset
+``split.json#train`` keeps the 0-based line numbers that the file lists under that key; where a format has no lines,
+records count.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from deltakd.data.sources.messages import whole_characters
@@ -25,9 +29,9 @@ from deltakd.data.sources.records import (
     Source,
     is_text,
     iter_records,
-    local_path,
     parse_source,
     read_lines,
+    source_files,
 )
 from deltakd.data.sources.rows import Row
 from deltakd.io.home import expanded
@@ -43,10 +47,17 @@ def read_rows(
     subset: str | Mapping[str, str] | None = None,
     need_response: bool = True,
     strip_answers: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    need_columns: bool = True,
     limit: int | None = None,
 ) -> list[Row]:
-    """Read instruction rows, as ``iter_rows`` yields them."""
+    """Return the rows that ``iter_rows`` yields.
+
+    Raises:
+        ValueError: as ``iter_rows``.
+    """
     options: dict[str, Any] = {"subset": subset, "need_response": need_response, "strip_answers": strip_answers}
+    options |= {"columns": columns, "need_columns": need_columns}
     return list(iter_rows(source, limit=limit, **options))
 
 
@@ -56,6 +67,8 @@ def iter_rows(
     subset: str | Mapping[str, str] | None = None,
     need_response: bool = True,
     strip_answers: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    need_columns: bool = True,
     limit: int | None = None,
 ) -> Iterator[Row]:
     """Read instruction rows, one after the other.
@@ -65,20 +78,23 @@ def iter_rows(
         subset: ``split.json#key`` for a single source, or a mapping from source (as written) to subset.
         need_response: True if a row without an answer is an error.
         strip_answers: a regular expression; matches are removed from answers (not from conversations).
+        columns: our name of a column (one of ``COLUMNS``) -> its name in the sources.
+        need_columns: False for sources that may be written otherwise; see ``Source``.
         limit: keep only the first ``limit`` rows (for debugging; the rest is not read).
 
     Yields:
         Rows whose ids are 0-based line numbers, counted over the concatenation of all sources.
 
     Raises:
-        ValueError: a source cannot be read, has bad lines (reported together, after its rows), or has no rows left.
+        ValueError: a source cannot be read, lacks a column, has bad lines (reported together, after its rows), or has
+            no rows left.
     """
     found = 0
     first = 0
     entries = _entries(source)
     subsets = _subsets(subset, entries)
     for entry in entries:
-        reader = _Reader(parse_source(entry), subsets.get(entry))
+        reader = _Reader(parse_source(entry, columns, need_columns), subsets.get(entry))
         for record in reader:
             if limit is not None and found >= limit:
                 break
@@ -104,7 +120,11 @@ def _stripped(row: Row, pattern: str, where: str) -> Row:
 
 
 def read_texts(
-    source: str | Sequence[str], *, subset: Mapping[str, str] | None = None, limit: int | None = None
+    source: str | Sequence[str],
+    *,
+    subset: Mapping[str, str] | None = None,
+    columns: Mapping[str, str] | None = None,
+    limit: int | None = None,
 ) -> list[str]:
     """Read plain-text documents for pre-training.
 
@@ -114,6 +134,7 @@ def read_texts(
     Args:
         source: one source or several.
         subset: source (as written) -> ``split.json#key``, for sources of records.
+        columns: as for ``iter_rows``; text files have none.
         limit: keep only the first ``limit`` documents.
 
     Raises:
@@ -123,7 +144,7 @@ def read_texts(
     subsets = _subsets(subset, entries)
     texts: list[str] = []
     for entry in entries:
-        texts.extend(_texts_of(parse_source(entry), subsets.get(entry)))
+        texts.extend(_texts_of(parse_source(entry, columns), subsets.get(entry)))
         if limit is not None and len(texts) >= limit:
             return texts[:limit]
     return texts
@@ -216,7 +237,7 @@ class _Reader:
         if self._source.filter is None:
             return True
         field, wanted = self._source.filter
-        value = str(record.value.get(field, "(absent)"))
+        value = self._source.value_of(record, field)
         seen[value] += 1
         return value == wanted
 
@@ -255,7 +276,9 @@ def _texts_of(source: Source, subset: str | None) -> list[str]:
             raise ValueError(
                 f"{source.entry}: a plain text file has no records to choose from; remove subset and filter"
             )
-        return list(_documents(source.location))
+        files = source_files(source.location)
+        names = [source.location] if len(files) == 1 else map(str, files)
+        return [text for file, name in zip(files, names, strict=True) for text in documents(file, name)]
     reader = _Reader(source, subset)
     texts = []
     for record in reader:
@@ -276,10 +299,11 @@ def _text_of(record: Record) -> str:
     return whole_characters(text, record.where, "text")
 
 
-def _documents(location: str) -> Iterator[str]:
+def documents(path: Path, name: str) -> Iterator[str]:
+    """Yield the documents of a text file. Raise a ValueError if it can't be read, or holds no text."""
     found = False
     lines: list[str] = []
-    for line in (*read_lines(local_path(location), location), DOCUMENT_END):
+    for line in chain(read_lines(path, name), [DOCUMENT_END]):
         if line != DOCUMENT_END:
             lines.append(line)
             continue
@@ -289,4 +313,4 @@ def _documents(location: str) -> Iterator[str]:
             yield document
         lines = []
     if not found:
-        raise ValueError(f"{location} is empty; give a file with text")
+        raise ValueError(f"{name} is empty; give a file with text")

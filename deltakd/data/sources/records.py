@@ -1,28 +1,51 @@
-"""Reads records from local files, Hugging Face hub data sets, and single files of those."""
+"""Finds records: in files, folders and globs of files, Hugging Face hub data sets, and single files of those."""
 
 from __future__ import annotations
 
-import gzip
-import json
+import glob
 import os
 import re
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from deltakd.data.sources.formats import (
+    KINDS,
+    Problems,
+    Record,
+    kind_of,
+    read_file,
+    read_lines,
+    without_gaps,
+)
 from deltakd.io.home import expanded
 from deltakd.io.hub import hub_reachable
 
-RECORD_SUFFIXES = (".jsonl", ".jsonl.gz", ".json")
-TEXT_SUFFIXES = (".txt", ".txt.gz")
-#: An error shows at most this many bad lines of a file.
-SHOWN_PROBLEMS = 10
+__all__ = [
+    "KINDS",
+    "Problems",
+    "Record",
+    "Source",
+    "is_text",
+    "iter_records",
+    "local_path",
+    "missing_sources",
+    "parse_source",
+    "read_lines",
+    "source_files",
+]
+
+TEXT_SUFFIXES = KINDS[".txt"]
+RECORD_SUFFIXES = tuple(ending for kind, endings in KINDS.items() if kind != ".txt" for ending in endings)
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILE = re.compile(r"(?P<id>[\w.-]+/[\w.-]+):(?P<file>.+)")
+#: What the hub's client and Arrow put beside the data.
+_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+#: Names of splits, in the names of files and folders.
+_SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test"}
+_SPLITS |= {"validation": "validation", "valid": "validation", "val": "validation", "dev": "validation"}
 
 
 @dataclass(frozen=True)
@@ -33,67 +56,45 @@ class Source:
         entry: as the user wrote it.
         location: path, ``org/name`` or ``org/name:file``, without the filter.
         filter: (field, value) of ``#field=value``, or None.
+        columns: our name of a column -> its name in the source.
+        need_columns: True if the source must have these columns; False if it may be written otherwise: then they are
+            read only where a record lacks our name.
     """
 
     entry: str
     location: str
     filter: tuple[str, str] | None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    need_columns: bool = True
+
+    def value_of(self, record: Record, field: str) -> str:
+        """Return the text of a field, by its name in the source, to be compared with a filter's."""
+        ours = next((ours for ours, theirs in self.columns.items() if theirs == field), field)
+        return str(record.value.get(field, record.value.get(ours, "(absent)")))
 
 
-@dataclass(frozen=True)
-class Record:
-    """One record with its 0-based number and its place (file:line) for error messages."""
+def parse_source(entry: str, columns: Mapping[str, str] | None = None, need_columns: bool = True) -> Source:
+    """Split ``location#field=value``; the rest is as in ``Source``.
 
-    number: int
-    where: str
-    value: dict[str, Any]
-
-
-@dataclass
-class Problems:
-    """Collects the bad lines of one source, so that all are reported at once."""
-
-    name: str
-    messages: list[str] = field(default_factory=list)
-
-    def add(self, message: str) -> None:
-        """Record one bad line."""
-        self.messages.append(message)
-
-    @contextmanager
-    def noting(self, kind: type[ValueError]) -> Iterator[None]:
-        """Note an error of this kind, and go on."""
-        try:
-            yield
-        except kind as error:
-            self.messages.append(str(error))
-
-    def raise_any(self) -> None:
-        """Raise a ValueError if there were bad lines."""
-        if self.messages:
-            shown = "\n  ".join(self.messages[:SHOWN_PROBLEMS])
-            more = len(self.messages) - SHOWN_PROBLEMS
-            rest = f"\n  and {more} more" if more > 0 else ""
-            raise ValueError(f"{self.name}: {len(self.messages)} bad record(s):\n  {shown}{rest}")
-
-
-def parse_source(entry: str) -> Source:
-    """Split ``location#field=value``. Raise a ValueError if what follows ``#`` is not such a filter."""
+    Raises:
+        ValueError: what follows ``#`` is no such filter.
+    """
     location, mark, condition = entry.partition("#")
     if not mark:
-        return Source(entry, location, None)
+        return Source(entry, location, None, columns or {}, need_columns)
     name, equals, value = condition.partition("=")
     if not equals or not name or not location:
         raise ValueError(
             f"source {entry!r}: what follows # must be field=value (a subset of line numbers goes into the key "
             f"`subset`)"
         )
-    return Source(entry, location, (name, value))
+    return Source(entry, location, (name, value), columns or {}, need_columns)
 
 
 def is_text(location: str) -> bool:
-    """True if the location is a plain text file."""
-    return location.endswith(TEXT_SUFFIXES)
+    """True if the location is a plain text file, or a folder or glob of them."""
+    files = [location] if _is_one(location) else map(str, source_files(location))
+    return all(kind_of(file) == ".txt" for file in files)
 
 
 def missing_sources(sources: Mapping[str, str | Sequence[str] | None]) -> list[str]:
@@ -117,24 +118,127 @@ def missing_sources(sources: Mapping[str, str | Sequence[str] | None]) -> list[s
 
 def _check_exists(location: str) -> None:
     if not _is_hub_id(location) and (os.path.exists(expanded(location)) or not _HUB_FILE.fullmatch(location)):
-        local_path(location)
+        source_files(location)
 
 
 def iter_records(source: Source, problems: Problems) -> Iterator[Record]:
-    """Iterate over all records of a source, unfiltered; lines that are not JSON objects go to ``problems``.
+    """Iterate over all records of a source, unfiltered, with its columns renamed; bad lines go to ``problems``.
+
+    The files of a folder or glob follow each other by name; numbers go on from one to the next.
 
     Raises:
-        ValueError: the file is missing, unreadable or of an unknown kind, or the hub cannot be reached.
+        ValueError: a file is missing, unreadable or of an unknown kind, or the hub cannot be reached; or no record has
+            one of the columns.
     """
-    if _is_hub_id(source.location):
-        return _hub_records(source.location)
-    path = local_path(source.location)
-    name = source.location
-    if name.endswith(".json"):
-        return _json_records(path, name, problems)
-    if name.endswith((".jsonl", ".jsonl.gz")):
-        return _jsonl_records(path, name, problems)
-    raise ValueError(_unknown(name))
+    missing = set(source.columns.values())
+    there: dict[str, None] = {}
+    last = -1
+    for record in _located(source.location, problems):
+        last = record.number
+        if not source.columns:
+            yield record
+            continue
+        missing -= record.value.keys()
+        if missing:
+            there |= dict.fromkeys(record.value)
+        yield replace(record, value=_renamed(record.value, source))
+    if missing and last >= 0 and source.need_columns:
+        raise ValueError(_no_column(source, missing, list(there)))
+
+
+def _renamed(record: dict[str, Any], source: Source) -> dict[str, Any]:
+    ours = {
+        ours: theirs
+        for ours, theirs in source.columns.items()
+        if theirs in record and (source.need_columns or record.get(ours) in (None, ""))
+    }
+    kept = {key: value for key, value in record.items() if key not in ours.values()}
+    return kept | {name: record[theirs] for name, theirs in ours.items()}
+
+
+def _no_column(source: Source, missing: set[str], there: Sequence[str]) -> str:
+    wanted = ", ".join(f"{ours}: {theirs}" for ours, theirs in source.columns.items() if theirs in missing)
+    return (
+        f"data.columns has {{{wanted}}}, but no record of {source.entry} has {'it' if len(missing) == 1 else 'them'}; "
+        f"its columns are: {', '.join(map(str, there)) or 'none'}"
+    )
+
+
+def _located(location: str, problems: Problems) -> Iterator[Record]:
+    if _is_hub_id(location):
+        yield from _hub_records(location)
+        return
+    if _is_saved(expanded(location)):
+        yield from _saved_records(expanded(location), location)
+        return
+    first = 0
+    for path in source_files(location):
+        name = location if _is_one(location) else str(path)
+        if not name.endswith(RECORD_SUFFIXES):
+            raise ValueError(_unknown(name))
+        last = -1
+        for record in read_file(path, name, problems):
+            last = record.number
+            yield replace(record, number=first + last) if first else record
+        first += last + 1
+
+
+def source_files(location: str) -> list[Path]:
+    """Return the files of a location, sorted by name: those of a folder and the folders in it, or of a glob.
+
+    Raises:
+        ValueError: there are none, or a folder has files of different kinds or splits, of which one must be chosen.
+    """
+    path = expanded(location)
+    if os.path.isdir(path):
+        if _is_saved(path):
+            return sorted(path.glob("*.arrow"))
+        found = [file for file in sorted(path.rglob("*")) if _is_data(file, path)]
+        _check_alike(location, found, path)
+    elif _is_glob(location):
+        found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if _is_data(Path(name), path)]
+    else:
+        return [local_path(location)]
+    if not found:
+        what = "has no file that can be read" if os.path.isdir(path) else "matches no file that can be read"
+        raise ValueError(f"{location} {what} ({_known()})")
+    return found
+
+
+def _is_one(location: str) -> bool:
+    return not _is_glob(location) and not os.path.isdir(expanded(location))
+
+
+def _is_glob(location: str) -> bool:
+    return glob.has_magic(location) and not os.path.exists(expanded(location)) and not _HUB_FILE.fullmatch(location)
+
+
+def _is_data(file: Path, root: Path) -> bool:
+    """Tell data from what lies beside it, such as hidden files and Spark's ``_SUCCESS``."""
+    inside = file.relative_to(root).parts if file.is_relative_to(root) else (file.name,)
+    hidden = any(part.startswith((".", "_")) for part in inside)
+    return not hidden and kind_of(file.name) != "" and file.name not in _DESCRIPTIONS and file.is_file()
+
+
+def _check_alike(location: str, files: Sequence[Path], root: Path) -> None:
+    kinds = sorted({kind_of(file.name) for file in files})
+    if len(kinds) > 1:
+        raise ValueError(
+            f"{location} is a folder with files of several kinds ({', '.join(kinds)}); say which to read with a glob, "
+            f"such as '{location}/**/*{kinds[0]}'"
+        )
+    by_split = {split: file for file in reversed(files) for split in _splits_of(file.relative_to(root))}
+    if len(by_split) > 1:
+        raise ValueError(
+            f"{location} is a folder with several splits ({', '.join(sorted(by_split))}); name the folder of one, or a "
+            f"glob of its files, such as '{location}/**/*{kind_of(files[0].name)}'; the first of each: "
+            + ", ".join(str(file) for _, file in sorted(by_split.items()))
+        )
+
+
+def _splits_of(file: Path) -> set[str]:
+    words = re.split(r"[^a-z]+", str(file).lower())
+    return {_SPLITS[word] for word in words if word in _SPLITS}
 
 
 def local_path(location: str) -> Path:
@@ -152,24 +256,15 @@ def local_path(location: str) -> Path:
     raise ValueError(f"no such file: {location} (looked in {Path.cwd()}); give an existing path or a hub data set")
 
 
-def read_lines(path: Path, name: str) -> Iterator[str]:
-    """Yield the lines of a text file, gzipped or not, without line ends. Raise a ValueError if it cannot be read."""
-    opener = gzip.open if path.name.endswith(".gz") else open
-    try:
-        # utf-8-sig: editors of Windows put a byte order mark at the start of a file; it is no text.
-        with opener(path, "rt", encoding="utf-8-sig", newline="\n") as stream:
-            for line in stream:
-                yield line.rstrip("\r\n")
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise ValueError(f"cannot read {name}: {error}") from error
-
-
 def _known() -> str:
-    return ", ".join(RECORD_SUFFIXES + TEXT_SUFFIXES)
+    return ", ".join(endings[0] for endings in KINDS.values()) + "; text also as .gz and .zst"
 
 
 def _unknown(location: str) -> str:
-    return f"unknown kind of source: {location!r}; allowed: files ({_known()}), org/name, org/name:file of the hub"
+    return (
+        f"unknown kind of source: {location!r}; allowed: files ({_known()}), folders and globs of them, org/name, "
+        f"org/name:file of the hub"
+    )
 
 
 def _is_hub_id(location: str) -> bool:
@@ -177,60 +272,22 @@ def _is_hub_id(location: str) -> bool:
     return bool(_HUB_ID.fullmatch(location)) and not known and not os.path.exists(location)
 
 
-def _as_record(number: int, where: str, value: Any, problems: Problems) -> Iterator[Record]:
-    if not isinstance(value, dict):
-        problems.add(f"{where}: expected a JSON object, got {type(value).__name__}")
-        return
-    broken = [key for key, part in value.items() if _has_surrogate([key, part])]
-    for key in broken:
-        problems.add(
-            f"{where}: {key!a} has half a character (a lone surrogate, such as \\ud83d, of a text that was cut inside "
-            f"an emoji), which is no Unicode text; write the whole character, or remove it"
-        )
-    if not broken:
-        yield Record(number, where, value)
-
-
-def _has_surrogate(value: Any) -> bool:
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            return True
-        return False
-    if isinstance(value, dict):
-        return any(_has_surrogate(part) for pair in value.items() for part in pair)
-    return isinstance(value, list) and any(map(_has_surrogate, value))
-
-
-def _jsonl_records(path: Path, name: str, problems: Problems) -> Iterator[Record]:
-    for number, line in enumerate(read_lines(path, name)):
-        where = f"{name}:{number + 1}"
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            problems.add(f"{where}: not JSON: {error.msg} (column {error.colno})")
-            continue
-        # A number of more than 4300 digits, brackets a thousand deep.
-        except (ValueError, RecursionError) as error:
-            problems.add(f"{where}: not readable as JSON: {error}")
-            continue
-        yield from _as_record(number, where, value, problems)
-
-
-def _json_records(path: Path, name: str, problems: Problems) -> Iterator[Record]:
+def _is_saved(path: Path) -> bool:
+    """True for a folder that ``Dataset.save_to_disk`` has written."""
     try:
-        values = json.loads("\n".join(read_lines(path, name)))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name}:{error.lineno}: not JSON: {error.msg} (column {error.colno})") from error
-    except RecursionError as error:
-        raise ValueError(f"{name}: not readable as JSON: {error}") from error
-    if not isinstance(values, list):
-        raise ValueError(f"{name}: expected a JSON list of records, got {type(values).__name__}")
-    for number, value in enumerate(values):
-        yield from _as_record(number, f"{name}[{number}]", value, problems)
+        return (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def _saved_records(path: Path, name: str) -> Iterator[Record]:
+    import datasets
+
+    try:
+        table = datasets.load_from_disk(str(path))
+    except Exception as error:
+        raise ValueError(f"cannot read the data set {name}: {str(error).strip()[:200]}") from error
+    return _table_records(table, name)
 
 
 def _hub_records(name: str) -> Iterator[Record]:
@@ -242,8 +299,12 @@ def _hub_records(name: str) -> Iterator[Record]:
     # The hub's client raises a dozen types from several libraries; the user needs one line and a remedy.
     except Exception as error:
         raise ValueError(_unreachable(name, error)) from error
+    yield from _table_records(table, name)
+
+
+def _table_records(table: Any, name: str) -> Iterator[Record]:
     for number, value in enumerate(table):
-        yield Record(number, f"{name}[{number}]", dict(value))
+        yield Record(number, f"{name}[{number}]", without_gaps(dict(value)))
 
 
 def _hub_file(name: str, file: str) -> Path:

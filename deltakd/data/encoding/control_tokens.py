@@ -1,0 +1,211 @@
+"""Control tokens that stand in data are text: a question about ``<|im_end|>`` does not end the turn.
+
+Before a row is rendered, each control token in its data is replaced by a stand-in of as many characters, so that the
+control tokens of the rendered text are those that its template has written. The text is then tokenised by a second
+tokenizer, the same but for the names of its control tokens: to it, those in the data are text like any other.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from deltakd.data.sources.rows import Row, RowError, is_answer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+#: Private characters, one a control token: the first of those that stand in for data, and of the second tokenizer's.
+_DATA, _TEMPLATE = 0x100000, 0x108000
+_PRIVATE = re.compile("[\U00100000-\U0010fffd]")
+#: How templates write control tokens, special or not: <|user|>, <｜User｜>.
+_BARRED = re.compile(r"<[|｜].*[|｜]>")
+
+_renamed: WeakKeyDictionary[PreTrainedTokenizerBase, Renamed] = WeakKeyDictionary()
+
+
+class ControlTokens:
+    """A tokenizer's control tokens, and how data that holds them is tokenised.
+
+    Control tokens are the special ones, and those written in bars (``<|user|>``). Other added tokens, such as
+    ``<think>``, are words that answers may use.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._eos = str(tokenizer.eos_token)
+        added = tokenizer.added_tokens_decoder
+        known = {token.content: id for id, token in added.items() if token.special or _BARRED.fullmatch(token.content)}
+        known |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        self._ids = {text: id for text, id in known.items() if text}
+        self._control_ids = set(self._ids.values()) - {tokenizer.unk_token_id}
+        self._numbers = {text: number for number, text in enumerate(self._ids)}
+        longest_first = sorted(self._ids, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+    def guarded(self, row: Row) -> tuple[Row, bool]:
+        """Return the row with stand-ins for the control tokens in its data, and whether there were any.
+
+        A prompt that is used verbatim keeps its control tokens: it is a template that the user has written out. So
+        does an EOS that closes an answer go: every answer gets one.
+
+        Raises:
+            RowError: the data holds characters that are stand-ins, too, or the tokenizer can't write control tokens as
+                text.
+        """
+        row = self._without_eos(row)
+        if not any(map(self._pattern.search, _texts(row))):
+            return row, False
+        if any(map(_PRIVATE.search, (*_texts(row), row.prompt or ""))):
+            raise RowError(
+                f"{row.label} holds a control token of the tokenizer and a private character above U+100000; remove "
+                "one of them"
+            )
+        if not self._tokenizer.is_fast:
+            found = next(match[0] for match in map(self._pattern.search, _texts(row)) if match)
+            raise RowError(
+                f"{row.label} holds the control token {found!r}, which {type(self._tokenizer).__name__} can't write as "
+                "text; remove it, or use a fast tokenizer"
+            )
+        return _mapped(row, lambda text: self._pattern.sub(self._stand_in(_DATA), text)), True
+
+    def ids(self, texts: list[str], add_special: bool) -> list[list[int]]:
+        """Return the ids of rendered texts with stand-ins for the control tokens in data, which become text."""
+        renamed = _renamed.get(self._tokenizer)
+        if renamed is None or renamed.names != tuple(self._ids):
+            renamed = _renamed[self._tokenizer] = Renamed(self._tokenizer, tuple(self._ids), self._stand_in(_TEMPLATE))
+        texts = [self._restored(self._pattern.sub(self._stand_in(_TEMPLATE), text)) for text in texts]
+        return [renamed.ids(text, add_special) for text in texts]
+
+    def count(self, text: str) -> int:
+        """Return how many control tokens the template has written into a rendered text; UNK does not count."""
+        return sum(match[0] != self._tokenizer.unk_token for match in self._pattern.finditer(text))
+
+    def is_control(self, id: int) -> bool:
+        """True for the id of a control token; not for UNK, which stands for any text."""
+        return id in self._control_ids
+
+    def _restored(self, text: str) -> str:
+        for character in set(_PRIVATE.findall(text)):
+            number = ord(character) - _DATA
+            if number < len(self._numbers):
+                name = list(self._numbers)[number]
+                text = text.replace(character * len(name), name)
+        return text
+
+    def _stand_in(self, first: int) -> Callable[[re.Match[str]], str]:
+        return lambda match: chr(first + self._numbers[match[0]]) * len(match[0])
+
+    def _without_eos(self, row: Row) -> Row:
+        if row.messages is None:
+            if not any(text.endswith(self._eos) for text in row.responses):
+                return row
+            return replace(row, responses=tuple(text.removesuffix(self._eos) for text in row.responses))
+        if not any(is_answer(turn) and str(turn["content"]).endswith(self._eos) for turn in row.messages):
+            return row
+        turns = [
+            turn | {"content": turn["content"].removesuffix(self._eos)}
+            if is_answer(turn) and isinstance(turn["content"], str)
+            else turn
+            for turn in row.messages
+        ]
+        return replace(row, messages=tuple(turns))
+
+
+class Renamed:
+    """A fast tokenizer whose control tokens have other names, and the same ids.
+
+    Args:
+        tokenizer: the one to copy.
+        names: the control tokens.
+        stand_in: gives the new name of a match of one.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, names: tuple[str, ...], stand_in: Callable[[re.Match[str]], str]
+    ) -> None:
+        self.names = names
+        new = {name: re.sub(re.escape(name), stand_in, name) for name in names}
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        ids = {token["content"]: token["id"] for token in state["added_tokens"]}
+        _rename(state, new)
+        self._backend = _loaded(state)
+        renamed = {self._backend.token_to_id(new.get(name, name)): id for name, id in ids.items()}
+        self._original = {there: here for there, here in renamed.items() if there is not None and there != here}
+
+    def ids(self, text: str, add_special: bool) -> list[int]:
+        """Return a text's ids in the copied tokenizer."""
+        ids = self._backend.encode(text, add_special_tokens=add_special).ids
+        return [self._original.get(id, id) for id in ids] if self._original else list(ids)
+
+
+def _loaded(state: dict[str, Any]) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_str(json.dumps(state))
+
+
+def _rename(state: dict[str, Any], new: dict[str, str]) -> None:
+    """Give tokens of a serialised tokenizer new names, in its list of added tokens and in its model."""
+    state["truncation"] = state["padding"] = None
+    for token in state["added_tokens"]:
+        token["content"] = new.get(token["content"], token["content"])
+    model = state["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {new.get(piece, piece): id for piece, id in model["vocab"].items()}
+    else:
+        model["vocab"] = [[new.get(piece, piece), score] for piece, score in model["vocab"]]
+    if "merges" in model:
+        # A merge that makes a control token out of text is the very thing to prevent.
+        model["merges"] = [merge for merge in model["merges"] if not new.keys() & _merge_pieces(merge)]
+    if model.get("unk_token") in new:
+        model["unk_token"] = new[model["unk_token"]]
+
+
+def _merge_pieces(merge: str | list[str]) -> set[str]:
+    pieces = merge.split(" ") if isinstance(merge, str) else merge
+    return {*pieces, "".join(pieces)}
+
+
+def _texts(row: Row) -> Iterable[str]:
+    """All texts of a row's data, without a verbatim prompt."""
+    yield from (row.instruction, row.input, *row.responses)
+    for message in row.messages or ():
+        yield from _strings(message)
+    for tool in row.tools or ():
+        yield from _strings(tool)
+
+
+def _strings(value: Any) -> Iterable[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, held in value.items():
+            yield key
+            yield from _strings(held)
+    elif isinstance(value, list):
+        for held in value:
+            yield from _strings(held)
+
+
+def _mapped(row: Row, change: Callable[[str], str]) -> Row:
+    def deep(value: Any) -> Any:
+        if isinstance(value, str):
+            return change(value)
+        if isinstance(value, dict):
+            return {change(key): deep(held) for key, held in value.items()}
+        return [deep(held) for held in value] if isinstance(value, list) else value
+
+    return replace(
+        row,
+        instruction=change(row.instruction),
+        input=change(row.input),
+        responses=tuple(map(change, row.responses)),
+        messages=None if row.messages is None else tuple(map(deep, row.messages)),
+        tools=None if row.tools is None else tuple(map(deep, row.tools)),
+    )

@@ -1,0 +1,25 @@
+r"""What is wrong with ``data.template`` as the config gives it, before any tokenizer is opened.
+
+A shell or single quotes in YAML leave ``\n`` as a backslash and an n. The prompt would then read so, and train well
+enough that nobody looks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+#: A line break as it is written, not as it is read.
+_WRITTEN_BREAK = "\\n"
+
+
+def template_problems(key: str, template: str | Mapping[str, Any]) -> list[str]:
+    """Return one sentence for each text of the template that spells a line break as backslash and n."""
+    if isinstance(template, str):
+        return []
+    return [
+        f"{key}.{name} contains a backslash and an n, not a line break; write a real one: in YAML in double quotes, "
+        f"{name}: \"...\\n...\", or in the shell by $'...\\n...'"
+        for name, text in template.items()
+        if _WRITTEN_BREAK in str(text)
+    ]

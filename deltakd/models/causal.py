@@ -1,0 +1,48 @@
+"""True causal language models: each position predicts the next token and sees none of those to come."""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+class NotCausalError(ValueError):
+    """A model that can't be trained to predict the next token, nor serve as a reference."""
+
+
+def check_causal(key: str, config: PretrainedConfig) -> None:
+    """Raise a NotCausalError, with the remedy, if the configuration is of another kind of model.
+
+    transformers gives an encoder such as BERT a causal head, too; it sees the tokens that it predicts all the same,
+    unless the configuration makes it a decoder.
+
+    Args:
+        key: names the model to the user, such as ``model.student.path=bert-base-uncased``.
+        config: its configuration.
+    """
+    kind = _other_kind(config)
+    if kind is None:
+        return
+    named = getattr(config, "architectures", None) or []
+    architectures = f", architectures {', '.join(named)}" if named else ""
+    raise NotCausalError(
+        f"{key} is no causal language model: its configuration (model_type {config.model_type}{architectures}) is that "
+        f"of {kind}; give a decoder, such as one of the families GPT-2, OPT, Llama, Qwen, Gemma or Mistral"
+    )
+
+
+def _other_kind(config: PretrainedConfig) -> str | None:
+    """Return what the model is, in words; None for a causal language model."""
+    if config.is_encoder_decoder:
+        return "an encoder-decoder, whose answers attend to a prompt of their own"
+    # Code that comes with the model.
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return None
+    kind = config.model_type
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        return "an encoder, which sees the tokens after each position" if encoder else "a model without a causal head"
+    decodes = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decodes:
+        return "an encoder, which sees the tokens after each position (is_decoder is not set)"
+    return None

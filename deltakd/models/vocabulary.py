@@ -1,0 +1,115 @@
+"""The tokens of a run: those that the tokenizer makes of data and that every model has a row for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from deltakd.data import EncodedSet
+
+log = logging.getLogger(__name__)
+
+_SHOWN = 5
+
+
+def vocabulary_of(tokenizer: PreTrainedTokenizerBase, config: Any = None, role: str = "student") -> int:
+    """Return V: the highest id plus 1 (``len(tokenizer)`` is wrong when ids have gaps), cut to the rows of a head.
+
+    A special token beyond the head, such as Gemma 3's image token beside its text models, is cut: text is encoded with
+    special tokens split, so that only a template could write it, and ``unknown_token_problems`` finds that.
+
+    Args:
+        tokenizer: the model's.
+        config: of the model, as transformers has it; None: nothing is cut.
+        role: for the messages.
+
+    Raises:
+        ValueError: the head lacks rows for tokens that data can hold, or for BOS, EOS or UNK.
+    """
+    vocabulary = max(tokenizer.get_vocab().values()) + 1
+    rows = None if config is None else head_rows(config)
+    if rows is None or rows >= vocabulary:
+        return vocabulary
+    beyond = {i: token for token, i in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]) if i >= rows}
+    needed = [token for i, token in beyond.items() if not is_unwritten(tokenizer, i)]
+    if needed:
+        raise ValueError(
+            f"the tokenizer has {vocabulary} tokens but the model's output embedding has {rows} rows ({role}), none "
+            f"for {_listed(needed)}; give the tokenizer that belongs to the model"
+        )
+    log.info(
+        "The tokenizer's special tokens %s are cut: the %s has no row for them, and no text is encoded as one.",
+        _listed(list(beyond.values())),
+        role,
+    )
+    return rows
+
+
+def head_rows(config: Any) -> int | None:
+    """Return the rows of the output embedding by a transformers config, or None if it doesn't say."""
+    rows = getattr(config.get_text_config(decoder=True), "vocab_size", None)
+    return rows if isinstance(rows, int) and rows > 0 else None
+
+
+def is_unwritten(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bool:
+    """True if text is never encoded as a token: padding, or a special token but BOS, EOS and UNK."""
+    if token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id):
+        return False
+    added = tokenizer.added_tokens_decoder.get(token_id)
+    return token_id == tokenizer.pad_token_id or (added is not None and added.special)
+
+
+def unknown_token_problems(
+    name: str, encoded: EncodedSet, tokenizer: PreTrainedTokenizerBase, vocabulary: int
+) -> list[str]:
+    """Return a sentence if rows hold tokens beyond the models' vocabulary.
+
+    Args:
+        name: of the set, for the message.
+        encoded: the set.
+        tokenizer: what it was encoded with.
+        vocabulary: V, tokens that all models share.
+    """
+    if vocabulary >= vocabulary_of(tokenizer) or not len(encoded.input_ids):
+        return []
+    at = np.flatnonzero(encoded.input_ids >= vocabulary)
+    if not len(at):
+        return []
+    rows = np.unique(np.searchsorted(encoded.offsets, at, side="right") - 1)
+    return [_unknown(name, encoded.row_ids[rows].tolist(), encoded.input_ids[at], tokenizer, vocabulary)]
+
+
+def unknown_prompt_problems(
+    name: str,
+    prompts: Sequence[Sequence[int]],
+    row_ids: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: int | None,
+) -> list[str]:
+    """As ``unknown_token_problems``, for prompts to answer; None as the vocabulary: unknown, and nothing is said."""
+    if vocabulary is None:
+        return []
+    found = {row: ids for row, ids in zip(row_ids, prompts, strict=True) if max(ids, default=0) >= vocabulary}
+    if not found:
+        return []
+    beyond = np.array([i for ids in found.values() for i in ids if i >= vocabulary])
+    return [_unknown(name, list(found), beyond, tokenizer, vocabulary)]
+
+
+def _unknown(
+    name: str, rows: Sequence[int], beyond: NDArray[Any], tokenizer: PreTrainedTokenizerBase, vocabulary: int
+) -> str:
+    tokens = [str(tokenizer.convert_ids_to_tokens(int(i))) for i in np.unique(beyond)]
+    return (
+        f"{name}: {len(rows)} rows ({_listed(rows)}) hold {_listed(tokens)}, which the models don't have (their "
+        f"vocabulary ends at {vocabulary}); give a template without it (data.template), or take it out of the data"
+    )
+
+
+def _listed(items: Sequence[object]) -> str:
+    return ", ".join(map(str, items[:_SHOWN])) + (", ..." if len(items) > _SHOWN else "")

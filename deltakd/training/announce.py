@@ -1,0 +1,75 @@
+"""What the log says before training: the models that are not loaded, and one row as it will be trained."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from deltakd.data import DataConfig, EncodedSet, Row
+from deltakd.data.encoding.preview import BRACKETS, COLOUR, count_trained, preview_row
+from deltakd.evaluation.measured_references import WANTED
+from deltakd.training.settings import RunSettings
+from deltakd.types import STUDENT, STUDENT_RAW
+
+log = logging.getLogger(__name__)
+
+
+def announce_models(settings: RunSettings) -> None:
+    """Log which of the models that the config names are not loaded for training, and whether they are later."""
+    own = (STUDENT, *settings.specs)
+    named = [role for role, spec in settings.model.specs.items() if role not in own and spec.path]
+    cached = [role for role in named if settings.cache is not None and role in settings.loss.requires]
+    # A raw student has the path of the student, which nobody gave for it.
+    unread = [role for role in named if role not in (STUDENT_RAW, *cached)]
+    measures = settings.evaluation.measures
+    measured = measures.rows != 0 and measures.references != "none"
+    if cached:
+        assert settings.cache is not None
+        later = "; the measures afterwards load the models for what it lacks" if measured else ""
+        log.info("Training reads %s from the cache %s%s.", _listed(cached), settings.cache.path, later)
+    later_read = [role for role in unread if measured and role in WANTED]
+    for roles, what in (
+        (later_read, "loaded afterwards, to measure the student"),
+        ([role for role in unread if role not in later_read], "not loaded"),
+    ):
+        if roles:
+            they_are = "it is" if len(roles) == 1 else "they are"
+            log.info("Training does not read %s; %s %s.", _listed(roles), they_are, what)
+
+
+def _listed(roles: Sequence[str]) -> str:
+    names = [f"model.{role}" for role in roles]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def preview_data(data: DataConfig, train: EncodedSet, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Log the first training row as it will be trained, as ``data.preview`` says."""
+    if data.preview == "none" or not len(train):
+        return
+    row = train[0]
+    in_colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    log.info(
+        "The first training row (row %d, %d tokens); the %d trained tokens are %s:\n%s",
+        row.row_id,
+        len(row.input_ids),
+        count_trained(row),
+        "green" if in_colour else f"in {BRACKETS.before} {BRACKETS.after}",
+        preview_row(row, tokenizer, ids=data.preview == "ids", marks=COLOUR if in_colour else BRACKETS),
+    )
+
+
+def warn_of_verbatim_prompts(data: DataConfig, rows: Sequence[Row]) -> None:
+    """Warn of rows that a chat template does not wrap, since they are a whole prompt already."""
+    count = sum(row.prompt is not None for row in rows)
+    if data.template == "chat" and count:
+        log.warning(
+            "data.template=chat leaves %d of %d training rows as they are: their key `prompt` is taken for a whole "
+            "prompt with its special tokens. Give the question as `instruction`, or as `messages`, to put it into the "
+            "template.",
+            count,
+            len(rows),
+        )
