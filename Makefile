@@ -1,12 +1,13 @@
 # make quickstart   train, distil and compare on an invented world, in minutes, on a CPU
 # make test         format, lint, types, import rules and tests
 # make test-slow    the tests that take minutes
-# make setup        only .venv and the installation (the two above call it)
+# make docs         the documentation, into outputs/site
+# make setup        only .venv and the installation (the others call it)
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup quickstart test test-slow clean
+.PHONY: setup quickstart test test-slow docs clean
 
 setup: .venv/.installed
 
@@ -28,6 +29,13 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+docs: setup .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+.venv/.docs: pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	touch $@
 
 clean:
 	rm -rf .venv outputs

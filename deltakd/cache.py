@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections.abc import Sequence
 from typing import Any
 
-from deltakd.cli import guarded
+from deltakd.cli import guarded, make_parser, parse
 from deltakd.config.compose import compose_config
 
 log = logging.getLogger(__name__)
@@ -27,10 +26,9 @@ Started again with the same reference.path it goes on where it stopped.
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and make the cache."""
-    parser = argparse.ArgumentParser("deltakd.cache", description=USAGE, formatter_class=argparse.RawTextHelpFormatter)
+    parser = make_parser("cache", USAGE)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for deltakd.train")
-    overrides = parser.parse_args(argv).overrides
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    overrides = parse(parser, argv).overrides
     guarded(lambda: make_cache(overrides), "the same command")
 
 

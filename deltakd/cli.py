@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import logging
 import os
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from deltakd.config.folders import use_config_dir
 from deltakd.io.errors import NonFiniteLossError, Stopped
 from deltakd.io.files import WriteError, disk_reason, way_out
 
@@ -17,6 +19,7 @@ T = TypeVar("T")
 
 #: Command -> what it does, in a line. Each is also ``python -m deltakd.<command>``.
 COMMANDS = {
+    "init": "write an experiment file for models and data of your own",
     "train": "train one model, or with --multirun one for every combination of settings",
     "evaluate": "score a student's answers on any set of files",
     "generate": "let a teacher answer the training prompts: the data of sequence-level KD",
@@ -74,6 +77,9 @@ def _run(command: str, arguments: list[str]) -> None:
     that further processes run.
     """
     sys.argv[1:] = arguments
+    if not sys.flags.safe_path:
+        # As under `python -m`, modules of the working directory can be imported: a loss of the user's own.
+        sys.path.insert(0, os.getcwd())
     runpy.run_module(f"deltakd.{command}", run_name="__main__", alter_sys=True)
 
 
@@ -95,6 +101,25 @@ def _complete(asked: list[str]) -> None:
     # Hydra takes the program's name from argv, which therefore stays this script's.
     sys.argv[1:] = [_COMPLETION[0], *asked]
     runpy.run_module("deltakd.train", run_name="__main__")
+
+
+def make_parser(command: str, usage: str) -> argparse.ArgumentParser:
+    """Return a parser for a command that composes configs, with the options that all of these have."""
+    parser = argparse.ArgumentParser(
+        f"deltakd.{command}", description=usage, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "--config-dir", metavar="DIR", help="your own configs: DIR/experiment/NAME.yaml, DIR/loss/NAME.yaml (./conf)"
+    )
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse a command line, search the configs of ``--config-dir``, and log to the console."""
+    given = parser.parse_intermixed_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    guarded(lambda: use_config_dir(given.config_dir), "")
+    return given
 
 
 def quiet_libraries() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import time
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from deltakd.cli import guarded
+from deltakd.cli import guarded, make_parser, parse
 from deltakd.config.compose import compose_config
 from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
@@ -39,12 +38,9 @@ With run=, the sets, decoding options, template and lengths are those of that ru
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and evaluate."""
-    parser = argparse.ArgumentParser(
-        "deltakd.evaluate", description=USAGE, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = make_parser("evaluate", USAGE)
     parser.add_argument("overrides", nargs="+", help="run=..., model=..., and Hydra overrides")
-    arguments = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    arguments = parse(parser, argv)
     guarded(lambda: run_evaluation(arguments.overrides), "the same command; sets that are done are not done again")
 
 
@@ -78,8 +74,9 @@ def run_evaluation(arguments: Sequence[str]) -> dict[str, Any]:
     checked = read_checked_sets(evaluation, settings.deviations, data, tokenizer, student, _train_rows(data))
     directory = RunDirectory(Path(settings.run_dir or f"outputs/evaluate/{datetime.now():%Y-%m-%d_%H-%M-%S}"))
     evaluated = {"evaluated_model": model_path, "evaluated_model_sha256": model_fingerprint(model_path)}
-    directory.claim(evaluated | dict(settings.record), resume=directory.config.is_file(), policy=RESUME_POLICY)
-    model = open_exported(model_path, settings.model, vocabulary, choose_device(settings.trainer.accelerator))
+    claim = directory.claim(evaluated | dict(settings.record), resume=directory.config.is_file(), policy=RESUME_POLICY)
+    with claim:
+        model = open_exported(model_path, settings.model, vocabulary, choose_device(settings.trainer.accelerator))
     subject = Subject(settings.model, evaluation, data, tokenizer, vocabulary, model, settings.reference)
     measured = measure(subject, _validation(data, tokenizer) if evaluation.measures.rows != 0 else None)
     metrics = evaluate_sets(model, tokenizer, checked.sets, evaluation, vocabulary, directory.generations)
@@ -147,6 +144,9 @@ def _train_rows(data: DataConfig) -> Sequence[Row] | None:
     from deltakd.data import InstructionData
 
     if not isinstance(data, InstructionData) or not data.train:
+        return None
+    if data.streaming:
+        log.info("Whether rows were trained on is not checked: the training data is streamed.")
         return None
     try:
         return data.split().train

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import shlex
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from deltakd.cli import guarded
+from deltakd.cli import guarded, make_parser, parse
 from deltakd.config.compose import compose_config
 
 log = logging.getLogger(__name__)
@@ -39,12 +38,9 @@ _OURS = (
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and generate."""
-    parser = argparse.ArgumentParser(
-        "deltakd.generate", description=USAGE, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = make_parser("generate", USAGE)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for deltakd.train")
-    overrides = parser.parse_args(argv).overrides
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    overrides = parse(parser, argv).overrides
     # From the command line alone: an experiment's own run_dir is where its training goes.
     if not any(override.startswith("run_dir=") for override in overrides):
         overrides.append(f"run_dir=outputs/generate/{datetime.now():%Y-%m-%d_%H-%M-%S}")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import math
 from collections.abc import Callable, Sequence
 
 from rich.console import Console
 
-from deltakd.cli import guarded
+from deltakd.cli import guarded, make_parser, parse
 from deltakd.config.compose import compose_config
 from deltakd.io.console import make_console
 from deltakd.io.errors import ConfigError
@@ -29,7 +28,7 @@ or +cached for the references.
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and print the tables."""
-    parser = argparse.ArgumentParser("deltakd.plan", description=USAGE, formatter_class=argparse.RawTextHelpFormatter)
+    parser = make_parser("plan", USAGE)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for deltakd.train")
     parser.add_argument("--paper", action="store_true", help="72B teachers, 7B and 1.5B students, on 8, 16 and 64 GPUs")
     parser.add_argument("--student", help="architecture of student and raw student")
@@ -41,8 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--interconnect", type=_positive, metavar="GB/s", help="that a GPU sends")
     parser.add_argument("--steps", type=_count, help="optimiser steps of the run")
     parser.add_argument("--tokens", type=_positive, help="positions of the run, all GPUs together, in place of --steps")
-    given = parser.parse_intermixed_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    given = parse(parser, argv)
     guarded(lambda: plan(given, make_console()), "")
 
 

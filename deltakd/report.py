@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deltakd.cli import guarded
-from deltakd.config.compose import CONF_DIR
 from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
 from deltakd.tracking.redaction import redacted
@@ -76,7 +75,7 @@ def write(arguments: argparse.Namespace, command: str) -> list[Path]:
         ValueError: no run is found, or the baseline is no method.
     """
     # They import torch, pandas and matplotlib, which --help need not wait for.
-    from deltakd.config.loss_names import read_losses
+    from deltakd.config.loss_names import known_losses
     from deltakd.results.formats import markdown
     from deltakd.results.methods import make_methods
     from deltakd.results.page import make_page, write_report
@@ -85,7 +84,7 @@ def write(arguments: argparse.Namespace, command: str) -> list[Path]:
 
     found = find_runs(arguments.paths)
     notes = list(found.skipped)
-    methods = make_methods(found.runs, read_losses(CONF_DIR / "loss"), notes)
+    methods = make_methods(found.runs, known_losses(), notes)
     comparisons = make_comparisons(methods, arguments.baseline, arguments.mixed)
     if len({tuple(table.protocol) for table in comparisons}) > 1:
         notes.append(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from deltakd.cli import guarded
+from deltakd.cli import guarded, make_parser, parse
 from deltakd.io.console import make_console
 from deltakd.studies.sweep_files import Sweep, read_sweep
 
@@ -26,14 +25,13 @@ At the end: the best value, search.csv and search.png.
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, check the sweep file, search."""
-    parser = argparse.ArgumentParser("deltakd.search", description=USAGE, formatter_class=argparse.RawTextHelpFormatter)
+    parser = make_parser("search", USAGE)
     parser.add_argument("file", type=Path, help="a sweep file")
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for deltakd.train")
     parser.add_argument("--check", action="store_true", help="check the file, start nothing")
     parser.add_argument("--trials", type=_count, help="how many trials, those of former starts included")
     parser.add_argument("--storage", type=Path, help="SQLite file (outputs/search/<name>/study.db)")
-    given = parser.parse_intermixed_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    given = parse(parser, argv)
     sweep = guarded(lambda: read_sweep(given.file, given.overrides), "")
     # It imports Lightning and all models, which --help and a file with wrong keys need not wait for.
     from deltakd.studies.sweep_types import check_types

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.logging import RichHandler
 
-from deltakd.cli import guarded
+from deltakd.cli import guarded, make_parser
+from deltakd.config.folders import use_config_dir
 from deltakd.distributed.ranks import is_main_process
 from deltakd.io.console import make_console
-from deltakd.studies.study_file import read_study
+from deltakd.studies.study_file import check_keys, read_study
 
 USAGE = """Run the stages of a study, one after the other; what is finished is skipped.
 
@@ -26,10 +26,10 @@ outputs/<study>/<stage>/<key=value,...>. A run that fails costs no other run of 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and run."""
-    parser = argparse.ArgumentParser("deltakd.study", description=USAGE, formatter_class=argparse.RawTextHelpFormatter)
+    parser = make_parser("study", USAGE)
     parser.add_argument("folder", type=Path, help="folder that holds study.yaml, such as experiments/quickstart")
     parser.add_argument("--stages", nargs="+", default=[], metavar="STAGE", help="run these alone (default: all)")
-    given = parser.parse_args(argv)
+    given = parser.parse_intermixed_args(argv)
     folder: Path = given.folder
     # The processes that Lightning starts for further ranks run this same command.
     console = make_console(quiet=not is_main_process())
@@ -40,12 +40,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     again = " ".join(["python -m deltakd.study", str(folder), *(["--stages", *given.stages] if given.stages else [])])
+    guarded(lambda: use_config_dir(given.config_dir), "")
     study = guarded(lambda: read_study(folder), again)
     # What is wrong with the stages that were asked for is said before Lightning and all models are imported.
-    guarded(lambda: study.chosen(given.stages), again)
+    guarded(lambda: check_keys(study.chosen(given.stages)), again)
     from deltakd.studies.stages import run_study
 
-    guarded(lambda: run_study(study, console, given.stages), again)
+    guarded(lambda: run_study(study, console, given.stages, checked=True), again)
 
 
 if __name__ == "__main__":

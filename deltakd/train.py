@@ -14,7 +14,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from deltakd.cli import guarded
-from deltakd.config.compose import CONF_DIR, check_overrides
+from deltakd.config.compose import check_overrides, register_folders
+from deltakd.config.folders import CONF_DIR, use_config_dir
 from deltakd.distributed.ranks import agreed, external_launch, is_main_process, launch_id
 from deltakd.io.run_directory import RunDirectory
 from deltakd.studies.multirun import Job, run_job
@@ -87,7 +88,10 @@ def _train(cfg: DictConfig) -> float | None:
 WHAT_TO_GIVE = """nothing to train yet; give models and data:
   python -m deltakd.train loss=delta_kd model.student.path=... model.teacher.path=... model.teacher_raw.path=... \\
       data.train=my.jsonl
-or an experiment of conf/experiment, for a first try the invented world of the quickstart:
+or write them into a file, once:
+  python -m deltakd.init my_run student=... teacher=... teacher_raw=... data=my.jsonl
+  python -m deltakd.train experiment=my_run
+or take an experiment of conf/experiment, for a first try the invented world of the quickstart:
   python -m deltakd.study experiments/quickstart     # makes its models, and compares; or, once they are there:
   python -m deltakd.train experiment=quickstart
 --cfg job prints every key with its value; conf/ says what each means."""
@@ -99,6 +103,8 @@ def main() -> None:
     if set(sys.argv[1:]) <= {"--multirun", "-m"}:
         print(f"error: {WHAT_TO_GIVE}", file=sys.stderr)
         sys.exit(2)
+    guarded(lambda: use_config_dir(given.config_dir), "")
+    register_folders()
     # In place of overrides, completion has words of its own.
     if not given.shell_completion:
         guarded(lambda: check_overrides("train", given.overrides), "")

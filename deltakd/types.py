@@ -45,7 +45,7 @@ IGNORE_INDEX = -100
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """Upcast half types to float32; float32 and float64 stay as they are (DESIGN 3.6)."""
+    """Upcast half types to float32; float32 and float64 stay as they are (docs/design.md#numerics)."""
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
@@ -87,7 +87,7 @@ class Head:
         return Head(self.hidden, at_least_float32(self.weight), bias, self.softcap, self.scale)
 
     def logits(self) -> Tensor:
-        """Return the logits, [N, V] in at least float32, computed with autocast off (DESIGN 3.6)."""
+        """Return the logits, [N, V] in at least float32, computed with autocast off (docs/design.md#numerics)."""
         with torch.autocast(self.hidden.device.type, enabled=False):
             weight_VD = at_least_float32(self.weight)
             logits_NV = at_least_float32(self.hidden).to(weight_VD.dtype) @ weight_VD.T

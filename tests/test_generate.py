@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -247,13 +248,16 @@ def test_a_teacher_that_never_ends_is_an_error(world: World, tmp_path: Path) -> 
     assert not RunDirectory(tmp_path / "run").finished
 
 
-def test_a_teacher_of_another_tokenizer_and_one_that_was_replaced(talkative: World, tmp_path: Path) -> None:
+def test_a_teacher_of_another_tokenizer_and_one_that_was_replaced(
+    talkative: World, answered: RunDirectory, tmp_path: Path
+) -> None:
     other = train_tokenizer(["quite another text, with quite other pairs of letters"] * 3, 280)
     teacher = save_model(tmp_path / "teacher", seed=3, width=24, tokenizer=other)
     arguments = overrides(talkative, tmp_path / "run", f"model.teacher.path={teacher}")
     with pytest.raises(ValueError, match="the teacher has another tokenizer than the student"):
         run_generation(arguments)
-    save_model(teacher, seed=4, width=24)
+    assert not (tmp_path / "run").exists()
+    shutil.copytree(answered.path, tmp_path / "run")
     with pytest.raises(ConfigError, match="another config: answering_teacher"):
         run_generation(arguments)
 

@@ -15,8 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from deltakd.config.check import caching_problems, specs_to_load
-from deltakd.config.compose import CONF_DIR
 from deltakd.config.draft import Draft
+from deltakd.config.folders import choice_files
 from deltakd.data import TextData
 from deltakd.data.encoding.template_problems import template_problems
 from deltakd.distributed.launchers import alone_problems, launch_problems, read_launch
@@ -81,6 +81,11 @@ def make_answering_settings(cfg: DictConfig) -> RunSettings:
         draft.problems.append(
             "data is plain text, which has no prompts to answer; give data=instruction and data.train=..."
         )
+    elif draft.data is not None and draft.data.streaming:
+        draft.problems.append(
+            "data.streaming=true, but the teacher answers the prompts of an indexed data set; give "
+            "data.streaming=false, and data.limit=N if there are too many"
+        )
     draft.check_alone()
     return draft.settings({TEACHER}, has_adapter=draft.model.lora is not None)
 
@@ -119,10 +124,9 @@ def make_step_settings(cfg: DictConfig) -> StepSettings:
 
 def read_strategy(name: str) -> StrategySettings:
     """Read ``conf/strategy/<name>.yaml``."""
-    made = typed(
-        StrategySettings, OmegaConf.to_container(OmegaConf.load(CONF_DIR / "strategy" / f"{name}.yaml")), "strategy", []
-    )
-    assert made is not None, f"conf/strategy/{name}.yaml is wrong"
+    file = choice_files("strategy", name)[0]
+    made = typed(StrategySettings, OmegaConf.to_container(OmegaConf.load(file)), "strategy", [])
+    assert made is not None, f"{file} is wrong"
     return made
 
 

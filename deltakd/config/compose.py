@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import difflib
-import os
 import re
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from deltakd.config.folders import CONF_DIR, choice_files, choices, config_folders, group_names, is_group
 from deltakd.distributed.launchers import launcher_problems
 from deltakd.io.errors import ConfigError
-
-_PACKAGE = Path(__file__).resolve().parents[1]
-#: conf/ of the installed wheel, or of the checkout.
-CONF_DIR = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
 
 #: Renamed keys: old -> new.
 RENAMED_KEYS = {
@@ -35,8 +33,24 @@ RENAMED_KEYS = {
 }
 
 
+class ConfigFolders(SearchPathPlugin):
+    """Tells Hydra the user's folders, whoever composes: ``hydra.main``, the jobs of a multirun, ``compose``."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Add the folders after the package's own."""
+        for folder in config_folders()[1:]:
+            search_path.append("deltakd", f"file://{folder}")
+
+
+def register_folders() -> None:
+    """Let Hydra find what lies in the user's folders."""
+    plugins = Plugins.instance()
+    if ConfigFolders not in plugins.discover(SearchPathPlugin):
+        plugins.register(ConfigFolders)
+
+
 def compose_config(name: str, overrides: Sequence[str], checked: bool = False) -> DictConfig:
-    """Compose ``conf/<name>.yaml`` with overrides.
+    """Compose ``conf/<name>.yaml`` with overrides; choices of groups may lie in folders of the user's.
 
     Args:
         name: of the base config.
@@ -53,10 +67,11 @@ def compose_config(name: str, overrides: Sequence[str], checked: bool = False) -
 
 def _compose(name: str, overrides: Sequence[str]) -> DictConfig:
     GlobalHydra.instance().clear()
+    register_folders()
     try:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             return compose(name, list(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError([_one_line(error)]) from None
 
 
@@ -85,60 +100,71 @@ def check_overrides(name: str, overrides: Sequence[str]) -> None:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
         raise ConfigError([_one_line(error)]) from None
-    groups = [o for o in parsed if _is_group(o.key_or_group)]
+    groups = [o for o in parsed if is_group(o.key_or_group)]
     problems = [p for override in groups for p in _choice_problems(override)]
     problems += launcher_problems([str(o.value()) for o in parsed if o.key_or_group == "hydra/launcher"])
     if problems:
         raise ConfigError(problems)
-    cfg = _compose(name, [str(o.input_line) for o in groups if not o.is_sweep_override()])
+    # Of a sweep over a group, the first choice stands for the others.
+    cfg = _compose(name, [text for o in groups for text in _first(o)])
+    problems += _unread(cfg, name)
     keys = set(_keys(cfg))
-    known = sorted({*keys, *_group_names()})
+    known = sorted({*keys, *group_names()})
     for override in parsed:
         key = override.key_or_group
         if key in RENAMED_KEYS and key not in keys:
             problems.append(f"{key} is now {RENAMED_KEYS[key]}")
             continue
-        fixed = not (_is_group(key) or key.startswith("hydra") or override.is_add() or override.is_force_add())
+        fixed = not (is_group(key) or key.startswith("hydra") or override.is_add() or override.is_force_add())
         if fixed and key not in keys:
             parent = key.rpartition(".")[0]
             if parent in keys and not OmegaConf.select(cfg, parent):
                 problems.append(f"{parent} is empty: give it whole as {parent}={{...}}, or add the key as +{key}=...")
                 continue
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-            hint = f"; the nearest one is {near[0]!r}" if near else ""
-            problems.append(f"there is no config key {key!r}{hint}")
+            problems.append(_no_key(key, known))
     if problems:
         raise ConfigError(problems)
 
 
-def _choice_problems(override: Override) -> list[str]:
-    """Return a sentence for each unknown choice of a config group, with the existing ones."""
-    if override.is_sweep_override() or override.is_delete():
-        return []
-    value: Any = override.value()
-    directory = CONF_DIR / override.key_or_group
-    allowed = sorted(p.stem for p in directory.glob("*.yaml"))
-    if isinstance(value, dict):
-        return []
+def _unread(cfg: DictConfig, name: str) -> list[str]:
+    """Return a sentence for each key at the top of an experiment that nothing reads; values copied from it do."""
+    base = OmegaConf.load(CONF_DIR / f"{name}.yaml")
+    known = {*map(str, base), *(group.partition("/")[0] for group in group_names())}
+    strange = [str(key) for key in cfg if str(key) not in known]
+    text = OmegaConf.to_yaml(cfg) if strange else ""
     problems = []
-    for choice in map(str, value if isinstance(value, list) else [value]):
-        # pathlib raises where a name is too long to be one.
-        if not os.path.isfile(directory / f"{choice}.yaml"):
-            near = difflib.get_close_matches(choice, allowed, n=1, cutoff=0.4)
-            hint = f"the nearest is {near[0]!r}; " if near else ""
-            problems.append(
-                f"{override.key_or_group}={choice} does not exist; {hint}allowed: {', '.join(allowed) or 'nothing yet'}"
-            )
+    for key in strange:
+        if not re.search(rf"\$\{{{re.escape(key)}[.}}]", text):
+            problems.append(_no_key(key, known))
     return problems
 
 
-def _group_names() -> list[str]:
-    return [str(p.relative_to(CONF_DIR)) for p in CONF_DIR.rglob("*") if p.is_dir()]
+def _choice_problems(override: Override) -> list[str]:
+    """Return a sentence for each unknown choice of a config group, with the existing ones."""
+    group, problems = override.key_or_group, list[str]()
+    if override.value() is None and not override.is_delete():
+        return [f"{group}=null is no choice; leave it out, or give one of: {', '.join(choices(group))}"]
+    for choice in _choices_named(override):
+        files = choice_files(group, choice)
+        problems += [] if files else [_no_choice(group, choice)]
+        problems += [f"{group}={choice} means {files[0]}, which hides {file}; rename that one" for file in files[1:]]
+    return problems
 
 
-def _is_group(key: str) -> bool:
-    # Hydra checks its own groups: some of their choices come from plugins.
-    return (CONF_DIR / key).is_dir() if "." not in key and not key.startswith("hydra/") else False
+def _choices_named(override: Override) -> list[str]:
+    if override.is_sweep_override():
+        return list(override.sweep_string_iterator()) if override.is_discrete_sweep() else []
+    value: Any = override.value()
+    if override.is_delete() or isinstance(value, dict):
+        return []
+    return [str(choice) for choice in (value if isinstance(value, list) else [value])]
+
+
+def _first(override: Override) -> list[str]:
+    """Return an override, or the first one of its sweep; a sweep that lists no values has none."""
+    if not override.is_sweep_override():
+        return [str(override.input_line)]
+    return [f"{override.get_key_element()}={value}" for value in _choices_named(override)[:1]]
 
 
 def _keys(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
@@ -159,4 +185,24 @@ def _one_line(error: Exception) -> str:
         return (
             f"{parent}/{part} can't be chosen: the chosen {parent} has no {part}; conf/{parent}/ says which ones have"
         )
+    # The search path that Hydra prints after the choices helps nobody.
+    absent = re.match(r"In '(\S+)': Could not find '(\S+)/(\S+?)'", str(error))
+    if absent and is_group(absent[2]):
+        file, group, choice = absent.groups()
+        return (
+            f"{_no_choice(group, choice)}; it stands in the defaults of {file if file != 'train' else 'the experiment'}"
+        )
     return " ".join(str(error).split())
+
+
+def _no_key(key: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+    hint = f"; the nearest one is {near[0]!r}" if near else ""
+    return f"there is no config key {key!r}{hint}"
+
+
+def _no_choice(group: str, choice: str) -> str:
+    allowed = choices(group)
+    near = difflib.get_close_matches(choice, allowed, n=1, cutoff=0.4)
+    hint = f"the nearest is {near[0]!r}; " if near else ""
+    return f"{group}={choice} does not exist; {hint}allowed: {', '.join(allowed) or 'nothing yet'}"

@@ -14,11 +14,11 @@ from deltakd.config.check import (
     role_problems,
     rollout_problems,
     specs_to_load,
+    stream_problems,
     try_loss,
 )
-from deltakd.config.compose import CONF_DIR
 from deltakd.config.instantiate import built
-from deltakd.config.loss_names import loss_name, read_losses
+from deltakd.config.loss_names import known_losses, loss_name
 from deltakd.config.problems import Problems
 from deltakd.config.protocols import deviations, make_evaluation
 from deltakd.data import InstructionData, TextData
@@ -124,6 +124,8 @@ class Draft:
             problems += part.problems() if part is not None else []
         if self.rollout is not None:
             problems += rollout_problems(self.rollout, self.loss, self.data, self.reference)
+        if self.data is not None:
+            problems += stream_problems(self.data, self.trainer, self.reference)
         parts = try_loss(self.loss, problems)
         objective = self.config["objective"]
         if objective is None or isinstance(objective, str):
@@ -153,7 +155,7 @@ class Draft:
             deviations=deviations(self.evaluation),
             optim=self.optim,
             loss=self.loss,
-            loss_name=loss_name(self.config["loss"], read_losses(CONF_DIR / "loss")),
+            loss_name=loss_name(self.config["loss"], known_losses()),
             logger=self.logger,
             callbacks=self.callbacks,
             record=self.config,

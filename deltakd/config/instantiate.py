@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
 from typing import Any, cast, get_type_hints
 
@@ -21,8 +22,8 @@ def built(node: Any, key: str, problems: list[str]) -> Any:
     Args:
         node: what Hydra instantiates; it may contain other nodes with a ``_target_``.
         key: the node's key.
-        problems: gets one sentence for each value that does not match the target's annotation (it is left out, so that
-            the others can still be checked), and for an error that the target raises.
+        problems: gets one sentence for each key that the target does not take and each value that does not match its
+            annotation (both are left out, so that the others can still be checked), and for an error that it raises.
     """
     if not isinstance(node, Mapping) or "_target_" not in node:
         problems.append(
@@ -47,11 +48,15 @@ def built(node: Any, key: str, problems: list[str]) -> Any:
 
 def _sound(node: Mapping[str, Any], key: str) -> tuple[dict[str, Any], list[str]]:
     """Return the node without values that do not match the target's annotations, and a sentence for each."""
-    hints = argument_hints(str(node["_target_"]))
+    target = str(node["_target_"])
+    hints, taken = argument_hints(target), _arguments(target)
     sound: dict[str, Any] = {}
     found: list[str] = []
     for name, value in node.items():
         kept, wrong = value, list[str]()
+        if taken is not None and name not in taken and not name.startswith("_"):
+            found.append(f"{key} has no key {name!r}; {_nearest(name, taken)}allowed: {', '.join(sorted(taken))}")
+            continue
         if isinstance(value, Mapping) and "_target_" in value:
             kept, wrong = _sound(value, f"{key}.{name}")
             found += wrong
@@ -69,6 +74,24 @@ def _holds_target(value: Any) -> bool:
     if isinstance(value, Mapping):
         return "_target_" in value or any(_holds_target(inner) for inner in value.values())
     return isinstance(value, Sequence) and not isinstance(value, str) and any(map(_holds_target, value))
+
+
+@cache
+def _arguments(target: str) -> frozenset[str] | None:
+    """Return the names of a target's arguments; None if it takes any, or they can't be read."""
+    try:
+        parameters = inspect.signature(get_object(target)).parameters.values()
+    # As below.
+    except Exception:
+        return None
+    if any(one.kind == one.VAR_KEYWORD for one in parameters):
+        return None
+    return frozenset(one.name for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY))
+
+
+def _nearest(name: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    return f"the nearest is {near[0]!r}; " if near else ""
 
 
 @cache

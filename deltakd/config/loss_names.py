@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from deltakd.config.folders import config_folders
 
 #: Dotted key -> value, with interpolations unresolved.
 Settings = Mapping[str, Any]
@@ -26,37 +28,60 @@ class KnownLosses:
     choices: Mapping[str, Mapping[str, Settings]] = field(default_factory=dict)
 
 
-def read_losses(folder: Path) -> KnownLosses:
-    """Read the losses of a ``conf/loss`` folder.
+def known_losses() -> KnownLosses:
+    """Read the losses of all folders that configs are found in."""
+    return read_losses(*(folder / "loss" for folder in config_folders()))
+
+
+def read_losses(*folders: Path) -> KnownLosses:
+    """Read the losses of ``conf/loss`` folders; the first folder that has a file wins.
 
     Args:
-        folder: one YAML per loss; a part that its ``defaults`` name is in ``<folder>/<part>/<choice>.yaml``.
+        folders: one YAML per loss; a part that its ``defaults`` name is in ``<folder>/<part>/<choice>.yaml``. Files
+            outside the first folder that are no losses, or can't be read, are passed over: they may be another
+            program's.
     """
     # Read as plain YAML: composing all of them takes seconds, and a report needs only this.
-    losses = {file.stem: flat(_composed(file, folder)) for file in sorted(folder.glob("*.yaml"))}
+    losses = {file.stem: flat(content) for file, content in _each("", folders)}
+    parts = sorted({part.name for folder in folders if folder.is_dir() for part in folder.iterdir() if part.is_dir()})
     choices = {
-        part.name: {file.stem: flat(_composed(file, folder), part.name) for file in sorted(part.glob("*.yaml"))}
-        for part in sorted(folder.iterdir())
-        if part.is_dir() and part.name != "treatment"
+        part: {file.stem: flat(content, part) for file, content in _each(part, folders)}
+        for part in parts
+        if part != "treatment"
     }
-    return KnownLosses(losses, choices)
+    return KnownLosses(losses, {part: found for part, found in choices.items() if found})
 
 
-def _composed(file: Path, folder: Path) -> dict[str, Any]:
+def _each(part: str, folders: Sequence[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    seen: set[str] = set()
+    for folder in folders:
+        for file in sorted((folder / part).glob("*.yaml")):
+            if file.stem in seen:
+                continue
+            seen.add(file.stem)
+            try:
+                yield file, _composed(file, folders)
+            except (OSError, StopIteration, ValueError, KeyError, AttributeError, TypeError, yaml.YAMLError):
+                if folder == folders[0]:
+                    raise
+
+
+def _composed(file: Path, folders: Sequence[Path]) -> dict[str, Any]:
     """Return a YAML merged with its ``defaults``; for a ``_global_`` package only its loss section."""
     text = file.read_text(encoding="utf-8")
     own = yaml.safe_load(text) or {}
     defaults = own.pop("defaults", [])
     if text.startswith("# @package _global_"):
         own = own["loss"]
-        own = own if file.parent == folder else own[file.parent.name]
+        own = own if file.parent in folders else own[file.parent.name]
     content: dict[str, Any] = {}
     for entry in defaults:
         if isinstance(entry, dict):
             for group, choice in entry.items():
                 # `target`, or `/loss/treatment@treatment`: a group of conf/loss, and where it goes.
                 name, _, place = group.removeprefix("/loss/").partition("@")
-                content[(place or name).rpartition(".")[2]] = _composed(folder / name / f"{choice}.yaml", folder)
+                base = next(found for folder in folders if (found := folder / name / f"{choice}.yaml").is_file())
+                content[(place or name).rpartition(".")[2]] = _composed(base, folders)
     return _merged(content, own)
 
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from deltakd.config.compose import CONF_DIR
+from deltakd.config.folders import choice_files, choices
 from deltakd.evaluation.settings import EvaluationSettings, SetSource
 from deltakd.io.keys import Protocol, keys_with
 from deltakd.io.typed import typed
@@ -52,13 +52,18 @@ def _sets(node: Any, problems: list[str]) -> dict[str, SetSource]:
 
 def protocols() -> list[str]:
     """Return the names of the protocols in ``conf/evaluation``."""
-    names = sorted(path.stem for path in (CONF_DIR / "evaluation").glob("*.yaml"))
-    return [name for name in names if evaluation_group(name).get("protocol") == name]
+    return [name for name in choices("evaluation") if _is_protocol(name)]
+
+
+def _is_protocol(name: str) -> bool:
+    # Without a look at its text any file of another program's `conf/evaluation` would be composed.
+    mentions = "protocol:" in choice_files("evaluation", name)[0].read_text(encoding="utf-8", errors="replace")
+    return mentions and evaluation_group(name).get("protocol") == name
 
 
 def evaluation_group(name: str) -> DictConfig:
     """Return a file of ``conf/evaluation``, merged with its bases, which are in the same folder."""
-    node = cast(DictConfig, OmegaConf.load(CONF_DIR / "evaluation" / f"{name}.yaml"))
+    node = cast(DictConfig, OmegaConf.load(choice_files("evaluation", name)[0]))
     bases = [evaluation_group(base) for base in node.pop("defaults", [])]
     return cast(DictConfig, OmegaConf.merge(*bases, node))
 

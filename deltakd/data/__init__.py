@@ -7,17 +7,12 @@ not need Lightning.
 from deltakd.data.batches.budget import TokenBudgetSampler
 from deltakd.data.batches.loader import EvalLoader, StepLoader, collate
 from deltakd.data.batches.sampler import MicroBatch, Sampler, StepSampler
+from deltakd.data.encoding.chat_template import ChatTemplate
 from deltakd.data.encoding.encode import encode_prompt, encode_prompts, encode_row
 from deltakd.data.encoding.encoded_set import Encoded, EncodedSet
 from deltakd.data.encoding.packing import pack_texts
-from deltakd.data.encoding.templates import (
-    AlpacaTemplate,
-    ChatTemplate,
-    PlainTemplate,
-    Segment,
-    Template,
-    make_template,
-)
+from deltakd.data.encoding.segments import Segment, Template
+from deltakd.data.encoding.templates import AlpacaTemplate, PlainTemplate, make_template
 from deltakd.data.encoding.token_cache import tokenizer_fingerprint
 from deltakd.data.encoding.token_table import encode_rows
 from deltakd.data.load import LoadedSets, SplitRows, load_instruction_sets, load_text_sets, split_rows

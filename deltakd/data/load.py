@@ -11,8 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltakd.data.encoding.encoded_set import EncodedSet
+from deltakd.data.encoding.example_stream import Stream
 from deltakd.data.encoding.packing import pack_texts
-from deltakd.data.encoding.templates import Template, make_template
+from deltakd.data.encoding.segments import Template
+from deltakd.data.encoding.templates import make_template
 from deltakd.data.encoding.token_cache import fingerprint
 from deltakd.data.encoding.token_table import encode_rows
 from deltakd.data.sources.overlap import overlapping
@@ -52,6 +54,7 @@ class LoadedSets(NamedTuple):
         val_rows: validation rows before tokenising, for generation, read when asked for; empty for plain text.
         train_rows: training rows before tokenising, likewise.
         counts: ``train_rows``, ``val_rows``, ``excluded``, and each set's own counts as ``train/...``, ``val/...``.
+        stream: what is trained on in place of ``train`` and ``train_rows``, which then hold its first rows or nothing.
     """
 
     train: EncodedSet
@@ -59,6 +62,7 @@ class LoadedSets(NamedTuple):
     val_rows: Sequence[Row]
     train_rows: Sequence[Row]
     counts: dict[str, int]
+    stream: Stream | None = None
 
 
 def split_rows(
@@ -96,7 +100,7 @@ def split_rows(
     keys = [key, val_key, *(reading_key(source, columns=columns) for source in exclude)]
 
     def build(writer: ArrayWriter) -> None:
-        kept, held = _chosen(rows, given, _banned(exclude, columns), val_size, seed)
+        kept, held = _chosen(rows, given, banned_rows(exclude, columns), val_size, seed)
         writer.append("train", kept)
         writer.append("held", held)
         writer.meta["digest"] = rows.take(kept).digest()
@@ -108,7 +112,8 @@ def split_rows(
     return SplitRows(kept, val_rows, len(rows) - len(kept) - len(split.arrays["held"]))
 
 
-def _banned(exclude: Sequence[str], columns: Mapping[str, str] | None) -> list[Row]:
+def banned_rows(exclude: Sequence[str], columns: Mapping[str, str] | None) -> list[Row]:
+    """Return the rows whose tasks must not be trained on."""
     lenient: dict[str, Any] = {"need_response": False, "columns": columns, "need_columns": False}
     return [row for source in exclude for row in read_rows(source, **lenient)]
 
@@ -142,6 +147,7 @@ def load_instruction_sets(
     max_length: int,
     max_prompt_length: int,
     overlong: str = "cut",
+    split_turns: bool = False,
     train_subset: str | Mapping[str, str] | None = None,
     val_subset: str | Mapping[str, str] | None = None,
     val_size: int = 0,
@@ -158,7 +164,7 @@ def load_instruction_sets(
         train, val, train_subset, val_subset, val_size, exclude, strip_answers, columns, limit, seed: as for
             ``split_rows``.
         template: as for ``make_template``.
-        tokenizer, max_length, max_prompt_length, overlong, cache_dir: as for ``encode_rows``.
+        tokenizer, max_length, max_prompt_length, overlong, split_turns, cache_dir: as for ``encode_rows``.
 
     Raises:
         ValueError: as ``split_rows`` and ``encode_rows``.
@@ -178,7 +184,7 @@ def load_instruction_sets(
         cache_dir=cache_dir,
     )
     options: dict[str, Any] = {"max_length": max_length, "max_prompt_length": max_prompt_length}
-    options |= {"overlong": overlong, "cache_dir": cache_dir}
+    options |= {"overlong": overlong, "split_turns": split_turns, "cache_dir": cache_dir}
     train_set = encode_rows(kept, written, tokenizer, **options)
     val_set = encode_rows(val_rows, written, tokenizer, **options) if val_rows else None
     counts = {"train_rows": len(kept), "val_rows": len(val_rows), "excluded": excluded}

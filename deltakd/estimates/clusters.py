@@ -12,7 +12,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from deltakd.config.build import make_step_settings, read_strategy
-from deltakd.config.compose import CONF_DIR, compose_config, read_mapping
+from deltakd.config.compose import compose_config, read_mapping
+from deltakd.config.folders import choices
 from deltakd.estimates.costs import Setting
 from deltakd.estimates.layout import Layout
 from deltakd.estimates.memory import make_setting
@@ -99,7 +100,7 @@ class Case:
 
 def strategies() -> list[str]:
     """Return the names in ``conf/strategy``."""
-    return sorted(path.stem for path in (CONF_DIR / "strategy").glob("*.yaml"))
+    return choices("strategy")
 
 
 def default_ways() -> list[Way]:

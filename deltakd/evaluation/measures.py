@@ -95,6 +95,7 @@ def encode_set(
         max_length=data.max_length,
         max_prompt_length=data.max_prompt_length,
         overlong=getattr(data, "overlong", "cut"),
+        split_turns=getattr(data, "split_turns", False),
         cache_dir=data.cache_dir,
     )
 

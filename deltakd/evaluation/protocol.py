@@ -1,4 +1,4 @@
-"""Evaluate a model on a set of prompts: generate, score, average over seeds and rows (DESIGN 4, MiniLLM's protocol)."""
+"""Evaluate a model on a set of prompts: generate, score, average over seeds and rows (docs/design.md#evaluation)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shift preservation: how much of the teacher's shift the student has, token by token (DESIGN 4)."""
+"""Shift preservation: how much of the teacher's shift the student has, token by token (docs/design.md#evaluation)."""
 
 from __future__ import annotations
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import yaml
 
@@ -33,6 +34,46 @@ class ResumePolicy:
         """True if ``key`` may change."""
         free = self.always if finished else (*self.always, *self.until_finished)
         return any(key == name or key.startswith(f"{name}.") for name in free)
+
+
+@final
+class Claim:
+    """A directory that a run has claimed; as a context, it is given back if what is inside the block fails.
+
+    A run that is refused while it reads its data and models then leaves nothing behind.
+
+    Args:
+        path: the directory.
+        found: the deepest directory on the way to it that was there before; None: a run is continued here, which is
+            never given back.
+    """
+
+    def __init__(self, path: Path, found: Path | None) -> None:
+        self.path = path
+        self._found = found
+
+    def __enter__(self) -> None:
+        """Begin what may fail."""
+
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+        """Give the directory back if the block failed."""
+        if kind is not None:
+            self.give_back()
+
+    def give_back(self) -> None:
+        """Remove all that this run has put there; what was there before was empty."""
+        if self._found is None:
+            return
+        for entry in self.path.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink(missing_ok=True)
+        for folder in (self.path, *self.path.parents):
+            # Other runs may have come to lie beside this one.
+            if folder == self._found or any(folder.iterdir()):
+                return
+            folder.rmdir()
 
 
 @dataclass(frozen=True)
@@ -85,13 +126,16 @@ class RunDirectory:
         """True if the run is finished."""
         return self.summary.is_file()
 
-    def claim(self, config: Mapping[str, Any], resume: bool, policy: ResumePolicy | None = None) -> None:
+    def claim(self, config: Mapping[str, Any], resume: bool, policy: ResumePolicy | None = None) -> Claim:
         """Claim the directory for this run: write its config, or check that a resumed run has the same one.
 
         Args:
             config: resolved, as plain dicts and lists.
             resume: continue a run in this directory.
             policy: which keys may then differ; None: none.
+
+        Returns:
+            The claim; ``with`` it, a run that can't start gives the directory back.
 
         Raises:
             ConfigError: it holds another run, or this run with another config.
@@ -117,11 +161,13 @@ class RunDirectory:
                 )
             if not self.finished:
                 self._write_config(config)
-            return
+            return Claim(self.path, None)
         if self.path.is_dir() and any(p for p in self.path.iterdir() if p.suffix != PARTIAL):
             raise ConfigError([f"run_dir={self.path} is not empty and holds no run of ours; give another run_dir"])
+        found = next(folder for folder in (self.path, *self.path.parents) if folder.is_dir())
         make_folder(self.path, "the run directory")
         self._write_config(config)
+        return Claim(self.path, found)
 
     def _write_config(self, config: Mapping[str, Any]) -> None:
         write_text(self.config, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))

@@ -5,8 +5,9 @@ This covers ``sft``, ``kd``, ``delta_kd``, ``delta_shift``, ``delta_bilinear``, 
 ``ForwardKL``, and ``SupervisedFineTuning``; ``tests/kernels/test_chunked.py`` shows that values and gradients agree.
 
 With q = softmax(z_s / τ) and p = softmax(Σ c_r z_r / τ), the gradient of λ·CE + (1 − λ)·s·KL(p ‖ q) w.r.t. z_s is
-λ (softmax(z_s) − onehot) + (1 − λ) (s / τ) (q − p) (DESIGN 3.5, identity 9), so autograd has nothing to keep. Matrix
-products cover a whole chunk; everything after them covers a few rows at a time, which stay in the processor's cache.
+λ (softmax(z_s) − onehot) + (1 − λ) (s / τ) (q − p) (docs/design.md#identities, number 9), so autograd has nothing to
+keep. Matrix products cover a whole chunk; everything after them covers a few rows at a time, which stay in the
+processor's cache.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from deltakd.types import LinearForwardKL, Schedule, require_kind
 
 @final
 class Distillation(LabelMixture):
-    """λ · CE(labels) + (1 − λ) · D(target, student), per token (arXiv 2509.14526; DESIGN 3.1).
+    """λ · CE(labels) + (1 − λ) · D(target, student), per token (arXiv 2509.14526; docs/design.md#delta-kd).
 
     D is between softmax(z_target / τ), detached, and softmax(z_student / τ).
 
@@ -26,7 +26,9 @@ class Distillation(LabelMixture):
     Args:
         target: what to match.
         divergence: the measure of how far the student is from it.
-        temperature, ce_weight, temperature_squared: as for ``LabelMixture``.
+        temperature: τ.
+        ce_weight: λ.
+        temperature_squared: multiply the distillation term by τ².
 
     Raises:
         ValueError: a part is not of its base class, or a number is out of range.

@@ -1,4 +1,4 @@
-"""Divergences D(P, Q) per token, exact over the vocabulary: P the target, Q the student (DESIGN 3.3).
+"""Divergences D(P, Q) per token, exact over the vocabulary: P the target, Q the student (docs/design.md#divergences).
 
 Each takes two [N, V] log-probs, at least float32, and returns [N] nats; gradients flow to Q. Each is 0 at equality and,
 up to rounding, never negative. If a divergence is infinite by definition (forward KL if Q rules out a token that P does

@@ -1,4 +1,4 @@
-"""Delta matching: losses that compare the student's own shift with the teacher's (DESIGN 3.4).
+"""Delta matching: losses that compare the student's own shift with the teacher's (docs/design.md#parallel).
 
 The paper (arXiv 2509.14526) names parallel variants, but we could not obtain their formulas: these are our
 reconstructions. They have no kernel of their own; autograd differentiates them chunk by chunk.
@@ -69,7 +69,7 @@ def _left_out(
 
 @final
 class RatioMatching(Matching):
-    """KL( N[p_to / p_from] ‖ N[π_θ / p_over] ), both sides normalised over the same tokens (DESIGN 3.4).
+    """KL( N[p_to / p_from] ‖ N[π_θ / p_over] ), both sides normalised over the same tokens (docs/design.md#parallel).
 
     They are those that are plausible and that none of the four models rules out.
 
@@ -77,7 +77,8 @@ class RatioMatching(Matching):
     student_raw / teacher_raw with student / teacher. τ divides both log-ratios.
 
     Args:
-        to, origin: the roles of the target's ratio.
+        to: the role that the target's ratio has above the line.
+        origin: the role below it.
         over: the role by which the student is divided.
         treatment: of the target's shift. Its mask restricts the support of both sides; without a mask about 99.8 % of
             the target's mass is on the tail of a real vocabulary.
@@ -122,7 +123,7 @@ class RatioMatching(Matching):
 
 @final
 class LogitMatching(Matching):
-    """Var_w(d / τ), d = (log π_θ − log π_s0) − β (log π_t − log π_t0), the variance over the vocabulary (DESIGN 3.4).
+    """Var_w(d / τ), d = (log π_θ − log π_s0) − β (log π_t − log π_t0), over the vocabulary (docs/design.md#parallel).
 
     It is at least 0, and 0 if the student's shift is β times the teacher's up to a constant. Tokens that any of the
     four models rules out have no weight.
@@ -197,11 +198,13 @@ class LogitMatching(Matching):
 
 @final
 class DeltaMatching(LabelMixture):
-    """λ · CE(labels) + (1 − λ) · matching, per token (DESIGN 3.4; our reconstructions).
+    """λ · CE(labels) + (1 − λ) · matching, per token (docs/design.md#parallel; our reconstructions).
 
     Args:
         matching: how the student's shift is compared.
-        temperature, ce_weight, temperature_squared: as for ``LabelMixture``.
+        temperature: τ.
+        ce_weight: λ.
+        temperature_squared: multiply the distillation term by τ².
 
     Raises:
         ValueError: ``matching`` is no Matching, or a number is out of range.
@@ -241,13 +244,17 @@ class DeltaMatching(LabelMixture):
 
 @final
 class DistillationPlusMatching(LabelMixture):
-    """λ · CE + (1 − λ) · [D(teacher, student) + γ · matching]: ``kd_plus_delta`` (DESIGN 3.4; our reconstruction).
+    """λ · CE + (1 − λ) · [D(teacher, student) + γ · matching]: ``kd_plus_delta``.
+
+    Our reconstruction (docs/design.md#parallel).
 
     Args:
         divergence: D.
         matching: what is added to D.
         delta_weight: γ ≥ 0.
-        temperature, ce_weight, temperature_squared: as for ``LabelMixture``.
+        temperature: τ.
+        ce_weight: λ.
+        temperature_squared: multiply the distillation term by τ².
 
     Raises:
         ValueError: γ is not finite or becomes negative, or a part is not of its base class.

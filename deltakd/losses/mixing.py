@@ -14,7 +14,7 @@ from deltakd.types import STUDENT, LinearForwardKL, Loss, LossOutput, at_least_f
 
 
 class LabelMixture(Loss):
-    """λ · CE(labels) + (1 − λ) · term, per token (arXiv 2509.14526; DESIGN 3.1). CE is always at τ = 1.
+    """λ · CE(labels) + (1 − λ) · term, per token (arXiv 2509.14526; docs/design.md#delta-kd). CE is always at τ = 1.
 
     Args:
         temperature: τ > 0, of the term.

@@ -1,4 +1,4 @@
-"""Several distributions at once: the Parallelogram Loss and its signed relative (DESIGN 3.4).
+"""Several distributions at once: the Parallelogram Loss and its signed relative (docs/design.md#parallel).
 
 The paper (arXiv 2509.14526) names a Parallelogram Loss, but we could not obtain its formula: both are our
 reconstructions. They have no kernel of their own; autograd differentiates them chunk by chunk.
@@ -26,8 +26,8 @@ from deltakd.types import STUDENT_RAW, TEACHER, TEACHER_RAW, Schedule, require_k
 class Parallelogram(LabelMixture):
     """λ · CE + (1 − λ) · Σ_i w_i · D(corner_i, student): the Parallelogram Loss.
 
-    The corners are the teacher, the raw student, the delta target and the shift target (DESIGN 3.4). Since w ≥ 0, the
-    loss is bounded below whenever its divergence is.
+    The corners are the teacher, the raw student, the delta target and the shift target (docs/design.md#parallel).
+    Since w ≥ 0, the loss is bounded below whenever its divergence is.
 
     Args:
         weights: corner (``teacher``, ``student_raw``, ``delta``, ``shift``) -> w. They are divided by their sum; a
@@ -35,7 +35,9 @@ class Parallelogram(LabelMixture):
         divergence: D.
         delta_weight: α of the delta target and β of the shift target.
         treatment: of the shifts in both.
-        temperature, ce_weight, temperature_squared: as for ``LabelMixture``.
+        temperature: τ.
+        ce_weight: λ.
+        temperature_squared: multiply the distillation term by τ².
 
     Raises:
         ValueError: a corner is unknown, a weight is negative, the weights sum to 0, or ``divergence`` is no Divergence.
@@ -123,7 +125,9 @@ class SignedParallelogram(LabelMixture):
     Args:
         delta_weight: α.
         unsafe: use the formula as it stands, which is unbounded below.
-        temperature, ce_weight, temperature_squared: as for ``LabelMixture``.
+        temperature: τ.
+        ce_weight: λ.
+        temperature_squared: multiply the distillation term by τ².
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Targets: the distribution that the student should match, as logits (DESIGN 3.2).
+"""Targets: the distribution that the student should match, as logits (docs/design.md#targets).
 
 Every target here is a base distribution plus weighted shifts, z = z_base + Σ weight · (z_to − z_from): one class, and
 one function per target that has a name of its own.
@@ -186,7 +186,7 @@ def teacher_target() -> ShiftedTarget:
 
 
 def delta_target(delta_weight: ScheduleSetting = 1.0, treatment: Treatment = NO_TREATMENT) -> ShiftedTarget:
-    """z_t + α (z_s0 − z_t0): the paper's target (arXiv 2509.14526; DESIGN 3.1).
+    """z_t + α (z_s0 − z_t0): the paper's target (arXiv 2509.14526; docs/design.md#delta-kd).
 
     Args:
         delta_weight: α. 0 is the teacher itself, and no raw model is read; 1 is the raw student plus the whole shift
@@ -211,7 +211,7 @@ def shift_target(delta_weight: ScheduleSetting = 1.0, treatment: Treatment = NO_
 def bilinear_target(
     delta_weight: ScheduleSetting = 1.0, v: float = 1.0, treatment: Treatment = NO_TREATMENT
 ) -> ShiftedTarget:
-    """z_t0 + u (z_s0 − z_t0) + v (z_t − z_t0): the plane of the three models (DESIGN 3.2; our reconstruction).
+    """z_t0 + u (z_s0 − z_t0) + v (z_t − z_t0): the plane of the three models (docs/design.md#plane).
 
     (u, v) = (α, 1) is ``delta``, (1, β) is ``shift``.
 
@@ -235,7 +235,7 @@ def multi_teacher_target(
 ) -> ShiftedTarget:
     """z_s0 + delta_weight · Σ_k β_k (z_tk − z_t0k): the shifts of several teachers on the raw student.
 
-    Our reconstruction: the paper (arXiv 2509.14526) speaks of several teachers (DESIGN 3.2).
+    Our reconstruction: the paper (arXiv 2509.14526) speaks of several teachers (docs/design.md#targets).
 
     Args:
         weights: β_k, one per pair (teacher, teacher_raw), (teacher_2, teacher_raw_2), ...
@@ -258,7 +258,10 @@ def taid_target(start: float = 0.4, end: float = 1.0, rate: float = 5e-4, moment
     """(1 − u) · sg[z_student] + u · z_t, u moving from ``start`` to ``end`` (TAID, arXiv 2501.16937).
 
     Args:
-        start, end, rate, momentum: as for ``AdaptiveInterpolation``.
+        start: the first u.
+        end: the last u.
+        rate: how strongly a falling loss moves u; see ``AdaptiveInterpolation``.
+        momentum: of the smoothed fall of the loss.
     """
     u = AdaptiveInterpolation(start, end, rate, momentum)
     return ShiftedTarget(STUDENT, [Shift(u, TEACHER, STUDENT)], name="taid_weight")

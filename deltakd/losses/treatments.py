@@ -1,4 +1,4 @@
-"""Treatments of a shift: they keep the tail of the vocabulary from dominating (DESIGN 3.2)."""
+"""Treatments of a shift: they keep the tail of the vocabulary from dominating (docs/design.md#targets)."""
 
 from __future__ import annotations
 

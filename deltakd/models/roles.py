@@ -15,6 +15,7 @@ from deltakd.io.files import replacing
 from deltakd.io.hub import hub_reachable
 from deltakd.models.language_model import LanguageModel
 from deltakd.models.loading import load_config, load_model, spec_problems
+from deltakd.models.recurrence import check_recurrence
 from deltakd.models.settings import ModelSettings, ModelSpec
 from deltakd.models.tokenizers import common_vocabulary, load_tokenizer, train_tokenizer
 from deltakd.models.vocabulary import vocabulary_of
@@ -60,14 +61,15 @@ def shared_vocabulary(models: ModelSettings, specs: Mapping[str, ModelSpec], tok
         ValueError: one does not, or a model has too few tokens.
     """
     vocabulary = vocabulary_of(tokenizer)
-    for role, spec in specs.items():
-        if spec.init == "pretrained":
-            config = load_config(role, spec, trust_remote_code=models.trust_remote_code)
-            vocabulary = min(vocabulary, vocabulary_of(tokenizer, config, role))
     own = specs[STUDENT].tokenizer or (None if models.tokenizer.train_on else specs[STUDENT].path)
     for role, spec in specs.items():
         if role != STUDENT and (spec.tokenizer or spec.path) != own:
             vocabulary = min(vocabulary, _vocabulary_with(role, spec, tokenizer, f"model.{role}.tokenizer", models))
+    # After the tokenizers: a model of another one lacks rows, too, and that is not what to tell.
+    for role, spec in specs.items():
+        if spec.init == "pretrained":
+            config = load_config(role, spec, trust_remote_code=models.trust_remote_code)
+            vocabulary = min(vocabulary, vocabulary_of(tokenizer, config, role))
     return vocabulary
 
 
@@ -100,7 +102,8 @@ def open_model(
         max_length: tokens of the longest row (``data.max_length``); None: not known yet.
 
     Raises:
-        ValueError: it is not available, has too few positions or tokens, or transforms its logits in an unknown way.
+        ValueError: it is not available, has too few positions or tokens, transforms its logits in an unknown way, or
+            has a recurrent state that padding changes.
     """
     hf = load_model(
         role,
@@ -119,6 +122,7 @@ def open_model(
         )
     model = LanguageModel(hf, vocabulary)
     model.check_head()
+    check_recurrence(role, model)
     return model
 
 

@@ -21,8 +21,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from deltakd.config.compose import CONF_DIR
-from deltakd.config.loss_names import KnownLosses, delta_weight_keys, flat, loss_name, read_losses
+from deltakd.config.loss_names import KnownLosses, delta_weight_keys, flat, known_losses, loss_name
 from deltakd.evaluation import MAIN_METRICS, METRICS
 from deltakd.io.errors import ConfigError
 from deltakd.io.progress import read_total_steps
@@ -76,7 +75,7 @@ def find_entries(folders: Sequence[Path]) -> list[Entry]:
     missing = [f"{folder} does not exist; give a folder that holds runs" for folder in folders if not folder.is_dir()]
     if missing:
         raise ConfigError(missing)
-    known = read_losses(CONF_DIR / "loss")
+    known = known_losses()
     paths = {path: None for folder in folders for path in _run_directories(folder)}
     return [read_entry(path, known) for path in sorted(paths, key=_natural)]
 

@@ -1,4 +1,4 @@
-"""Spread over training seeds, and sound tests of differences between methods (DESIGN 4).
+"""Spread over training seeds, and sound tests of differences between methods (docs/design.md#evaluation).
 
 What is guaranteed. A method's score varies with the training seed, with the prompts, and with their combination. If
 these three are normal, then for every number of seeds from 2 and whatever the three variances are, an interval of

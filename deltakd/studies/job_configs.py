@@ -11,22 +11,26 @@ from omegaconf import DictConfig, OmegaConf
 
 from deltakd.config.compose import compose_config
 from deltakd.io.errors import ConfigError
-from deltakd.studies.study_file import Job, Study, stages_read
+from deltakd.studies.study_file import Job, Study, check_keys, stages_read
 from deltakd.types import TEACHER, is_reference_role
 
 
-def compose_jobs(study: Study, jobs: Sequence[Job]) -> dict[str, DictConfig]:
+def compose_jobs(study: Study, jobs: Sequence[Job], checked: bool = False) -> dict[str, DictConfig]:
     """Return run -> its config; the runs of a study form one W&B group unless the study names another.
+
+    Args:
+        study: the study.
+        jobs: runs of it.
+        checked: the keys of their overrides have been checked (``check_keys``).
 
     Raises:
         ConfigError: an override has an unknown key or choice; the nearest one is named.
     """
+    if not checked:
+        check_keys(jobs)
     configs: dict[str, DictConfig] = {}
-    seen: set[str] = set()
     for job in jobs:
-        # The runs of a stage have the same keys.
-        cfg = compose_config("train", job.overrides, checked=job.stage.name in seen)
-        seen.add(job.stage.name)
+        cfg = compose_config("train", job.overrides, checked=True)
         if cfg.logger and "wandb" in cfg.logger and cfg.logger.wandb.group is None:
             cfg.logger.wandb.group = study.name
         configs[job.name] = cfg

@@ -30,13 +30,14 @@ from deltakd.training.run import run_training
 log = logging.getLogger(__name__)
 
 
-def run_study(study: Study, console: Console, stages: Collection[str] = ()) -> None:
+def run_study(study: Study, console: Console, stages: Collection[str] = (), checked: bool = False) -> None:
     """Run what is not finished, then print the time that the study took so far and the comparison.
 
     Args:
         study: what to run.
         console: where estimate, progress and comparison go.
         stages: those to run; empty: all.
+        checked: the keys of their overrides have been checked (``check_keys``).
 
     Raises:
         ConfigError: a config is wrong, or a stage that is not to be run is not finished, though one that is reads it:
@@ -44,7 +45,7 @@ def run_study(study: Study, console: Console, stages: Collection[str] = ()) -> N
         Stopped: a signal came; the state of the run is saved.
     """
     jobs = study.chosen(stages)
-    configs = compose_jobs(study, jobs)
+    configs = compose_jobs(study, jobs, checked)
     check_predecessors(study, jobs, configs)
     measured = measured_seconds(jobs)
     say_estimate(jobs, measured, console)

@@ -15,6 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
+from deltakd.config.compose import check_overrides
 from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
 from deltakd.io.typed import typed
@@ -297,6 +298,23 @@ def _file_name(varying: Sequence[str]) -> str:
     """``key=value,key=value`` in letters that a path may have."""
     plain = (given.replace("'", "").replace('"', "") for given in varying)
     return ",".join(re.sub(r"[^\w.=+-]+", "_", given) for given in plain)
+
+
+def check_keys(jobs: Sequence[Job]) -> None:
+    """Check the keys and choices of all stages, without importing any model.
+
+    Raises:
+        ConfigError: every unknown key or choice, with its stage and the nearest one.
+    """
+    first = {job.stage.name: job for job in reversed(jobs)}
+    problems: list[str] = []
+    for stage, job in reversed(first.items()):
+        try:
+            check_overrides("train", job.stage.overrides)
+        except ConfigError as error:
+            problems += [f"stage {stage}: {problem}" for problem in error.problems]
+    if problems:
+        raise ConfigError(problems)
 
 
 def stages_read(config: Any, study: str) -> set[str]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deltakd.config.compose import CONF_DIR, check_overrides
+from deltakd.config.compose import check_overrides
+from deltakd.config.folders import choice_files, is_group
 from deltakd.io.errors import ConfigError
 from deltakd.io.yaml_files import read_yaml
 from deltakd.studies.sweep_values import number_problem, text_problem
@@ -323,14 +323,14 @@ def _command_overrides(command: Any) -> tuple[list[str], list[str]]:
 
 def _key_problems(fixed: Sequence[str], parameters: Mapping[str, Parameter]) -> list[str]:
     """Return keys and choices that do not exist in the config, under all combinations of the groups' choices."""
-    groups = {key: p.values for key, p in parameters.items() if isinstance(p, Choices) and (CONF_DIR / key).is_dir()}
+    groups = {key: p.values for key, p in parameters.items() if isinstance(p, Choices) and is_group(key)}
     rest = [override(key, p.values[0] if isinstance(p, Choices) else p.low) for key, p in parameters.items()]
     rest = [text for text in rest if text.split("=", 1)[0] not in groups]
     problems: list[str] = []
     exist: dict[str, list[Scalar]] = {}
     for key, values in groups.items():
         # A config can't be composed with a choice that does not exist; the keys are checked with the others.
-        exist[key] = [value for value in values if os.path.isfile(CONF_DIR / key / f"{value}.yaml")]
+        exist[key] = [value for value in values if choice_files(key, str(value))]
         for value in (v for v in values if v not in exist[key]):
             _add_problems([override(key, value)], problems)
     keys = [text.split("=", 1)[0] for text in (*fixed, *rest)]

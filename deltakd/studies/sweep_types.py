@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from deltakd.config.build import make_step_settings
-from deltakd.config.compose import CONF_DIR, compose_config
+from deltakd.config.compose import compose_config
+from deltakd.config.folders import is_group
 from deltakd.io.errors import ConfigError
 from deltakd.studies.sweep_files import Choices, Parameter, Scalar, Sweep, merge_overrides, override
 
@@ -25,7 +26,7 @@ def check_types(sweep: Sweep) -> None:
     first = [override(key, values[0]) for key, values in tried.items()]
     cfg = compose_config("train", merge_overrides(sweep.overrides, first), checked=True)
     problems: list[str] = []
-    changes = [(key, value) for key, values in tried.items() if not (CONF_DIR / key).is_dir() for value in values]
+    changes = [(key, value) for key, values in tried.items() if not is_group(key) for value in values]
     for key, value in changes:
         changed = copy.deepcopy(cfg)
         text = override(key, value)

@@ -47,12 +47,13 @@ def run_answers(settings: RunSettings, run_dir: Path) -> dict[str, Any]:
     directory = RunDirectory(run_dir)
     teacher = str(settings.specs[TEACHER].path)
     answering = {"answering_teacher": model_version(teacher)} | dict(settings.record)
-    directory.claim(answering, resume=directory.config.is_file(), policy=RESUME_POLICY)
+    claim = directory.claim(answering, resume=directory.config.is_file(), policy=RESUME_POLICY)
     if directory.finished:
         log.info("%s is finished already; nothing to do.", run_dir)
         return directory.read_summary()
     started = time.perf_counter()
-    parts = _load(settings, teacher, directory)
+    with claim:
+        parts = _load(settings, teacher, directory)
     counts, speed = answer_prompts(parts, directory.path, holds_out=settings.data.val is None)
     # Costs of this start alone: those of earlier ones are unknown.
     costs = costs_since(started, speed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -53,21 +54,27 @@ def run_training(settings: RunSettings, run_dir: Path, how_to_resume: str = "") 
         Stopped: SIGTERM or Ctrl-C came; the state is saved.
     """
     directory = RunDirectory(run_dir)
+    claim: AbstractContextManager[None] = nullcontext()
     with main_process_first(f"claim of {run_dir}"):
         if is_main_process():
-            directory.claim(settings.record, resume=bool(settings.resume) or is_restarted(), policy=RESUME_POLICY)
+            claim = directory.claim(
+                settings.record, resume=bool(settings.resume) or is_restarted(), policy=RESUME_POLICY
+            )
     if directory.finished:
         log.info("%s is finished already; nothing to do.", run_dir)
         return _objective_value(settings, directory.read_summary())
     with Lifeline(how_to_resume or f"the same command with resume=true run_dir={run_dir}") as lifeline:
-        return _run(settings, directory, lifeline)
+        return _run(settings, directory, claim, lifeline)
 
 
-def _run(settings: RunSettings, directory: RunDirectory, lifeline: Lifeline) -> float:
+def _run(
+    settings: RunSettings, directory: RunDirectory, claim: AbstractContextManager[None], lifeline: Lifeline
+) -> float:
     main = is_main_process()
     started = time.perf_counter()
     card = _card_facts(settings)
-    parts = load_parts(settings, directory)
+    with claim:
+        parts = load_parts(settings, directory)
     state = read_state(directory)
     resume_step = state.step if state else 0
     loggers = _make_loggers(settings, directory, resume_step) if main else []
@@ -188,7 +195,7 @@ def _meta(parts: Parts, fitted: Fitted, started: float) -> dict[str, Any]:
         "resident_mib": {role: round(resident_bytes(m) / 2**20, 3) for role, m in sorted(parts.models.loaded.items())},
         "data_sha256": parts.sets.train.fingerprint,
         "changed_inputs": changed_inputs(parts.directory.path),
-        "data": parts.sets.counts,
+        "data": parts.sets.counts | fitted.streamed,
         "valid_tokens": training.valid_tokens,
         "training_seconds": round(training.seconds, 3),
         "seconds": round(time.perf_counter() - started, 3),

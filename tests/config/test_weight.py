@@ -16,6 +16,7 @@ OURS = {
     "deltakd",
     "deltakd.config",
     "deltakd.config.compose",
+    "deltakd.config.folders",
     "deltakd.distributed",
     "deltakd.distributed.launchers",
     "deltakd.io",
@@ -47,7 +48,7 @@ def test_composing_a_config_imports_hydra_and_errors_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "evaluate", "generate", "cache", "study", "search", "report", "export", "plan", "runs"]
+    "command", ["init", "train", "evaluate", "generate", "cache", "study", "search", "report", "export", "plan", "runs"]
 )
 def test_a_command_is_imported_without_torch(command: str) -> None:
     found = imported(f"import deltakd.{command}")

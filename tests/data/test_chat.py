@@ -14,6 +14,8 @@ from tests.data.conftest import CHAT, Factory
 PLAIN = PlainTemplate("{instruction}|{input}\n>", "{instruction}\n>", "\n>")
 #: Reads a message as a list of parts, and writes nothing of a text.
 PARTS = CHAT.replace("{{ m['content'] }}", "{% for part in m['content'] %}{{ part['text'] }}{% endfor %}")
+#: Writes the beginning of a content alone.
+SHORTENING = CHAT.replace("{{ m['content'] }}", "{{ m['content'][:4] }}")
 #: Keeps what follows the reasoning.
 THOUGHTLESS = CHAT.replace("{{ m['content'] }}", "{{ m['content'].split('</think>')[-1] }}")
 
@@ -102,7 +104,7 @@ def test_a_limit_without_room_for_the_templates_end_is_refused(tokenizer: PreTra
 
 
 def test_all_rows_of_which_the_answer_would_not_be_trained_are_named(make_tokenizer: Factory) -> None:
-    tokenizer = make_tokenizer(chat_template=PARTS, eos_token="<|im_end|>")
+    tokenizer = make_tokenizer(chat_template=SHORTENING, eos_token="<|im_end|>")
     rows = [Row(n, messages=chat("Who?", f"answer {n}"), where=f"x.jsonl:{n + 1}") for n in range(3)]
     with pytest.raises(ValueError, match=r"3 bad record\(s\)") as caught:
         encoded(rows, tokenizer)
@@ -112,6 +114,18 @@ def test_all_rows_of_which_the_answer_would_not_be_trained_are_named(make_tokeni
         )
         assert expected in str(caught.value)
     assert "data.template=alpaca" in str(caught.value)
+
+
+def test_a_template_that_reads_contents_as_parts_gets_parts(make_tokenizer: Factory) -> None:
+    tokenizer = make_tokenizer(chat_template=PARTS, eos_token="<|im_end|>")
+    texts = make_tokenizer(chat_template=CHAT, eos_token="<|im_end|>")
+    turns = chat("Who?", "She.", "Why?", "So.", system="Be kind.")
+    parts = tuple(turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in turns)
+    expected = encoded([Row(0, messages=turns)], texts)
+    for one in (tokenizer, texts):
+        for messages in (turns, parts):
+            assert list(encoded([Row(0, messages=messages)], one)) == list(expected)
+    assert encode_prompt(Row(0, messages=parts), ChatTemplate(tokenizer), tokenizer, 200)
 
 
 def test_reasoning_that_a_template_drops_is_named(make_tokenizer: Factory) -> None:

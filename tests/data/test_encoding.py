@@ -8,8 +8,9 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from deltakd.data.encoding import token_table
+from deltakd.data.encoding.chat_template import ChatTemplate
 from deltakd.data.encoding.encode import encode_prompt, encode_row
-from deltakd.data.encoding.templates import AlpacaTemplate, ChatTemplate, PlainTemplate, make_template
+from deltakd.data.encoding.templates import AlpacaTemplate, PlainTemplate, make_template
 from deltakd.data.encoding.token_table import encode_rows
 from deltakd.data.sources.parsing import parse_row
 from deltakd.data.sources.rows import Row, row_record, with_answer

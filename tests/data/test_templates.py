@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from deltakd.data.encoding import templates
-from deltakd.data.encoding.templates import AlpacaTemplate, ChatTemplate, PlainTemplate, Segment, make_template
+from deltakd.data.encoding import chat_template
+from deltakd.data.encoding.chat_template import ChatTemplate
+from deltakd.data.encoding.segments import Segment
+from deltakd.data.encoding.templates import AlpacaTemplate, PlainTemplate, make_template
 from deltakd.data.sources.readers import read_rows
 from deltakd.data.sources.records import Problems, iter_records, parse_source
 from deltakd.data.sources.rows import Row
@@ -66,10 +68,10 @@ def test_chat_conversation(chat: PreTrainedTokenizerFast) -> None:
     assert [s.text for s in segments if s.trained] == ["b<|im_end|>", "d<|im_end|>"]
 
 
-def test_chat_refuses_a_template_that_rewrites_history(make_tokenizer: Factory) -> None:
+def test_chat_refuses_a_template_whose_prompt_is_another_one_once_it_is_answered(make_tokenizer: Factory) -> None:
     counting = "{{ messages|length }}" + CHAT
     template = ChatTemplate(make_tokenizer(chat_template=counting))
-    with pytest.raises(ValueError, match="row 7: the chat template rewrites earlier turns"):
+    with pytest.raises(ValueError, match="row 7: what the chat template writes for turn 1 does not begin with"):
         template.render(Row(7, messages=talk("a", "b")))
 
 
@@ -131,18 +133,18 @@ def test_a_template_with_a_clock_has_one_date_for_the_whole_run(
         def today(cls) -> date:
             return date(2026, 11, cls.day_of_month)
 
-    monkeypatch.setattr(templates, "date", Day)
+    monkeypatch.setattr(chat_template, "date", Day)
     clock = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }} {{ strftime_now( \"%Y\" ) }}\n{% endif %}"
     tokenizer = make_tokenizer(chat_template=clock + CHAT)
-    templates._today.cache_clear()
+    chat_template._today.cache_clear()
     first = ChatTemplate(tokenizer)
     Day.day_of_month = 27
     later = ChatTemplate(tokenizer)
     for template in (first, later):
         assert template.render(Row(0, "a"))[0].text.startswith("26 Nov 2026 2026\n<|im_start|>user")
     assert repr(first) == repr(later)
-    templates._today.cache_clear()
+    chat_template._today.cache_clear()
     assert repr(ChatTemplate(tokenizer)) != repr(first)
-    templates._today.cache_clear()
+    chat_template._today.cache_clear()
     with pytest.raises(ValueError, match=r"reads the clock .* write the date into the template"):
         ChatTemplate(make_tokenizer(chat_template="{{ strftime_now(format) }}" + CHAT))

@@ -1,4 +1,4 @@
-"""The formulas of DESIGN 3 in NumPy float64, and what the loss tests share. Nothing here calls a loss.
+"""The formulas of docs/design.md#delta-kd in NumPy float64, and what the loss tests share. Nothing here calls a loss.
 
 P is the target, Q the student; ``log_p`` and ``log_q`` are log-probs [N, V]. Where a loss detaches a weight, the oracle
 takes the student that the weight is made of as ``frozen``.
@@ -69,11 +69,11 @@ def cross_entropy(z: Array, labels: Array) -> Array:
 
 
 def mixed(ce: Array, term: Array, ce_weight: float, tau: float = 1.0, squared: bool = False) -> Array:
-    """λ · CE + (1 − λ) · term, with τ² on the term on request (DESIGN 3.1)."""
+    """λ · CE + (1 − λ) · term, with τ² on the term on request (docs/design.md#delta-kd)."""
     return ce_weight * ce + (1 - ce_weight) * (tau**2 if squared else 1.0) * term
 
 
-# --- Divergences (DESIGN 3.3)
+# --- Divergences (docs/design.md#divergences)
 
 
 def _expectation(log_p: Array, of: Array) -> Array:
@@ -160,7 +160,7 @@ def logit_mse(log_p: Array, log_q: Array) -> Array:
     return np.array(values)
 
 
-# --- Targets (DESIGN 3.2)
+# --- Targets (docs/design.md#targets)
 
 
 def _shift(z: Logits, to: str, origin: str, centre: str | None, clip: float | None) -> Array:
@@ -223,7 +223,7 @@ def multi_teacher_target(z: Logits, weights: tuple[float, float], factor: float,
     return composed(z, "student_raw", shifts, **treatment)
 
 
-# --- Parallel variants (DESIGN 3.4)
+# --- Parallel variants (docs/design.md#parallel)
 
 
 def ratio_kl(

@@ -1,4 +1,4 @@
-"""Every divergence of DESIGN 3.3 against NumPy float64."""
+"""Every divergence of docs/design.md#divergences against NumPy float64."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def evaluate(divergence: Divergence, target: Tensor, student: Tensor) -> tuple[T
 @ALL
 @pytest.mark.parametrize("scale", [0.5, 4.0])
 def test_values_and_gradients(divergence: Divergence, oracle: Oracle, scale: float) -> None:
-    """The weights that AKL and ToDi detach stand still in the finite differences (DESIGN 3.5)."""
+    """The weights that AKL and ToDi detach stand still in the finite differences (docs/design.md#identities)."""
     target, student = pair(scale)
     value_N, gradient = evaluate(divergence, target, student)
     log_p, z = log_softmax(target.numpy()), student.detach().numpy()

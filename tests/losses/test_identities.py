@@ -1,4 +1,4 @@
-"""The identities of DESIGN 3.5 on random float64 logits; the name of each test has its number.
+"""The identities of docs/design.md#identities on random float64 logits; the name of each test has its number.
 
 16, and those on whole trainings and real models, are in tests/runs; 8 is also in test_divergences.
 """

@@ -1,4 +1,4 @@
-"""The parallel variants and the parallelograms of DESIGN 3.4 against NumPy float64."""
+"""The parallel variants and the parallelograms of docs/design.md#parallel against NumPy float64."""
 
 from __future__ import annotations
 

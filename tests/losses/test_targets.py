@@ -1,4 +1,4 @@
-"""Every target of DESIGN 3.2, with its treatments, against NumPy float64."""
+"""Every target of docs/design.md#targets, with its treatments, against NumPy float64."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def test_sums_are_made_in_at_least_float32(dtype: torch.dtype, treatment: dict[s
 @pytest.mark.parametrize("squared", [False, True])
 @pytest.mark.parametrize(("tau", "ce_weight"), [(1.0, 0.5), (1.7, 0.3), (0.6, 0.0)])
 def test_distillation_to_a_target(tau: float, ce_weight: float, squared: bool) -> None:
-    """τ divides the composed logits and the student's, once; CE is at τ = 1; λ and τ² as in DESIGN 3.1."""
+    """τ divides the composed logits and the student's, once; CE is at τ = 1; λ and τ² as in docs/design.md#delta-kd."""
     logits, labels = draw()
     loss = Distillation(delta_target(0.7, Treatment(**TREATMENTS["all"])), ForwardKL(), tau, ce_weight, squared)
     z = arrays(logits)

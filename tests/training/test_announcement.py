@@ -79,3 +79,9 @@ def test_whole_prompts_beside_a_chat_template_are_counted(caplog: pytest.LogCapt
     warn_of_verbatim_prompts(replace(data, template="alpaca"), rows)
     warn_of_verbatim_prompts(data, rows[1:2])
     assert not caplog.text
+
+
+def test_a_run_that_is_refused_while_it_loads_leaves_nothing(train: Train, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has positions for 128 tokens only"):
+        train("kd", "data.max_length=200", name="new/run")
+    assert list(tmp_path.iterdir()) == []

@@ -303,7 +303,7 @@ def test_a_checkpoint_of_another_architecture(train: Train, world: World, tmp_pa
         (["model.teacher.init=random"], r"a reference has to have learnt something"),
         (["evaluation.sets.mine=x"], r"evaluation.sets is empty: give it whole as evaluation.sets=\{...\}"),
         (["objective=val/perplexity"], r"allowed are val/rougeL, .*val/loss, val/ce, val/forward_kl"),
-        (["+loss.weight=2"], r"loss: .*unexpected keyword argument 'weight'"),
+        (["+loss.weight=2"], r"loss has no key 'weight'; the nearest is 'ce_weight'; allowed: ce_weight, "),
     ],
 )
 def test_what_can_be_known_before_the_models_load(train: Train, overrides: list[str], message: str) -> None:

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from deltakd.data.encoding.chat_template import HistoryError
 from deltakd.data.encoding.encoded_set import Encoded
+from deltakd.data.encoding.examples import only_last_answer
 from deltakd.data.encoding.one_text import OneText, TextError, Tokenised, join, tokenise
-from deltakd.data.encoding.templates import Segment, Template
+from deltakd.data.encoding.segments import Segment, Template
 from deltakd.data.encoding.tokens import TextEncoder, eos_id
 from deltakd.data.encoding.trained_text import check_trained
 from deltakd.data.sources.records import Problems
@@ -192,7 +194,11 @@ def encode_prompts(
 
 
 def _prompt_segments(row: Row, template: Template) -> list[Segment]:
-    segments = template.render(row)
+    try:
+        segments = template.render(row)
+    except HistoryError:
+        # Such rows are trained one answer at a time, each after the history as it is written then.
+        segments = template.render(only_last_answer(row))
     answers = [number for number, segment in enumerate(segments) if segment.trained]
     return segments[: answers[-1]] if answers else segments
 

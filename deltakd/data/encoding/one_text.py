@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deltakd.data.encoding.templates import Segment
+from deltakd.data.encoding.segments import Segment
 from deltakd.data.encoding.tokens import Request, TextEncoder
 
 

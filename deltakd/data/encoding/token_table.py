@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,8 @@ import numpy as np
 
 from deltakd.data.encoding.encode import Outcome, check_limits, encode_batch
 from deltakd.data.encoding.encoded_set import EncodedSet
-from deltakd.data.encoding.templates import Template
+from deltakd.data.encoding.examples import examples
+from deltakd.data.encoding.segments import Template
 from deltakd.data.encoding.token_cache import fingerprint, tokenizer_fingerprint
 from deltakd.data.sources.records import Problems
 from deltakd.data.sources.rows import Row
@@ -40,6 +40,7 @@ def encode_rows(
     max_length: int,
     max_prompt_length: int,
     overlong: str = "cut",
+    split_turns: bool = False,
     cache_dir: str | Path | None = None,
 ) -> EncodedSet:
     """Tokenise rows once; each response becomes its own example, under the row's id.
@@ -47,6 +48,7 @@ def encode_rows(
     Args:
         rows: the rows.
         template, tokenizer, max_length, max_prompt_length, overlong: as for ``encode_row``.
+        split_turns: make an example of each answer of a conversation (``examples``).
         cache_dir: folder that keeps the tokens for later runs; None: they are only in a temporary place.
 
     Raises:
@@ -56,7 +58,7 @@ def encode_rows(
     if not len(rows):
         raise ValueError("there are no rows to tokenise")
     limits = [max_length, max_prompt_length, overlong]
-    key = fingerprint("rows", rows_digest(rows), tokenizer_fingerprint(tokenizer), repr(template), limits)
+    key = fingerprint("rows", rows_digest(rows), tokenizer_fingerprint(tokenizer), repr(template), limits, split_turns)
     problems = Problems("data")
 
     def encode(batch: Sequence[Row]) -> list[Outcome]:
@@ -67,26 +69,26 @@ def encode_rows(
         return outcomes
 
     def build(writer: ArrayWriter) -> None:
-        _tokenise(rows, encode, writer)
+        _tokenise(rows, split_turns, encode, writer)
         problems.raise_any()
 
     table = kept_arrays(f"tokens-{key}", cache_dir, _DTYPES, build, "tokens")
     return _as_set(table, key, max_length, max_prompt_length)
 
 
-def _examples(rows: Sequence[Row]) -> Iterator[tuple[int, Row]]:
-    """Yield place and row; a row of several responses once with each."""
+def _examples(rows: Sequence[Row], split_turns: bool) -> Iterator[tuple[int, Row]]:
+    """Yield the place of a row, and each of its examples."""
     for place, row in enumerate(rows):
-        if len(row.responses) < 2:
-            yield place, row
-        else:
-            yield from ((place, replace(row, responses=(response,))) for response in row.responses)
+        for example in examples(row, split_turns):
+            yield place, example
 
 
-def _tokenise(rows: Sequence[Row], encode: Callable[[Sequence[Row]], list[Outcome]], writer: ArrayWriter) -> None:
+def _tokenise(
+    rows: Sequence[Row], split_turns: bool, encode: Callable[[Sequence[Row]], list[Outcome]], writer: ArrayWriter
+) -> None:
     counts, spans = dict.fromkeys(("rows", *_COUNTS), 0), _Spans()
     with progress_bar("tokenising", len(rows), len(rows) >= LONG_TABLE) as advance:
-        for batch in _batches(_examples(rows)):
+        for batch in _batches(_examples(rows, split_turns)):
             outcomes = encode([row for _, row in batch])
             spans.add(outcomes)
             kept = [outcome.encoded for outcome in outcomes if outcome.encoded is not None]

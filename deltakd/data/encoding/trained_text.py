@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from deltakd.data.encoding.templates import Segment
-from deltakd.data.sources.rows import Row, RowError, content_text, is_answer
+from deltakd.data.encoding.segments import Segment
+from deltakd.data.sources.rows import Message, Row, RowError, content_text, is_answer
 
 #: So many characters of what is missing are shown.
 _SHOWN = 60
@@ -14,28 +16,31 @@ _SHOWN = 60
 def check_trained(row: Row, segments: Sequence[Segment]) -> None:
     """Raise a RowError unless each answer stands in the segment that trains it, and something ends it.
 
-    White space does not count: templates strip it. Templates that read a message's content as a list of parts write
-    nothing of a text, and some leave out reasoning; a model would learn to say nothing, or not to think.
+    An answer is its content, its reasoning, and the names and arguments of its tool calls. White space does not count:
+    templates strip it. Some templates leave out reasoning or calls; a model would learn not to think, or to say
+    nothing.
 
     Args:
         row: with its answers.
         segments: what its template has written.
     """
-    trained = [segment for segment in segments if segment.trained]
+    trained = [number for number, segment in enumerate(segments) if segment.trained]
     answers = _answers(row)
     if len(trained) != len(answers):
         raise RowError(f"{row.label}: {len(answers)} answers, but the template trains {len(trained)}; {_REMEDY}")
-    for answer, segment in zip(answers, trained, strict=True):
-        _, found, after = _dense(segment.text).rpartition(_dense(answer))
-        if not found:
-            raise RowError(
-                f"{row.label}: the template leaves out a part of the answer: {_missing(answer, segment.text)!r} is not "
-                f"in what would be trained, {segment.text[:_SHOWN]!r}; {_REMEDY}"
-            )
+    for message, number in zip(answers, trained, strict=True):
+        segment = segments[number]
+        answer = content_text(message)
+        # Most templates write an answer as it is.
+        start = segment.text.rfind(answer) if answer else -1
+        after = segment.text[start + len(answer) :].strip() if start >= 0 else _after(row, answer, segment)
+        if len(message) > 2:
+            _check_other_keys(row, message, segment)
         if not after and not segment.closed:
             raise RowError(
                 f"{row.label}: the template writes nothing after the answer {answer[:_SHOWN]!r} that ends the turn, so "
-                f"the model would not learn to stop there; use rows with one answer, or another template"
+                f"the model would not learn to stop there; set data.split_turns=true, whose rows end with EOS, or use "
+                f"another template"
             )
 
 
@@ -46,10 +51,60 @@ _REMEDY = (
 )
 
 
-def _answers(row: Row) -> list[str]:
+def _after(row: Row, answer: str, segment: Segment) -> str:
+    """What stands after the answer, white space apart."""
+    there, wanted = _dense(segment.text), _dense(answer)
+    if not wanted:
+        return there
+    _, found, after = there.rpartition(wanted)
+    if not found:
+        raise RowError(_left_out(row, "a part of the answer", _missing(answer, segment.text), segment))
+    return after
+
+
+def _check_other_keys(row: Row, message: Message, segment: Segment) -> None:
+    there = _dense(segment.text)
+    reasoning = message.get("reasoning_content") or ""
+    if _dense(reasoning) not in there:
+        raise RowError(_left_out(row, "reasoning_content", _missing(reasoning, segment.text), segment))
+    for call in message.get("tool_calls") or ():
+        for part in _leaves(call["function"]):
+            # Templates write arguments as JSON, whose strings have escapes, or plainly.
+            forms = (part, json.dumps(part, ensure_ascii=False)[1:-1], json.dumps(part)[1:-1])
+            if not any(_dense(form) in there for form in forms):
+                raise RowError(_left_out(row, "a part of tool_calls", part[:_SHOWN], segment))
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    """The texts in a call, without its numbers and truth values, which templates spell in their own ways."""
+    if isinstance(value, str):
+        try:
+            held = json.loads(value) if value.lstrip()[:1] in ("{", "[") else value
+        except ValueError:
+            held = value
+        if isinstance(held, str):
+            yield held
+        else:
+            yield from _leaves(held)
+    elif isinstance(value, dict):
+        for held in value.values():
+            yield from _leaves(held)
+    elif isinstance(value, list):
+        for held in value:
+            yield from _leaves(held)
+
+
+def _left_out(row: Row, what: str, missing: str, segment: Segment) -> str:
+    return (
+        f"{row.label}: the template leaves out {what}: {missing!r} is not in what would be trained, "
+        f"{segment.text[:_SHOWN]!r}; {_REMEDY}"
+    )
+
+
+def _answers(row: Row) -> list[Message]:
     if row.messages is None:
-        return list(row.responses[:1])
-    return [content_text(message) for message in row.messages if is_answer(message)]
+        return [{"role": "assistant", "content": answer} for answer in row.responses[:1]]
+    return [message for message in row.messages if is_answer(message)]
 
 
 def _dense(text: str) -> str:

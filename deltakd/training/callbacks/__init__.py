@@ -5,6 +5,7 @@ from deltakd.training.callbacks.progress_bar import DisplayedTraining, ProgressB
 from deltakd.training.callbacks.rank_watch import Lifeline
 from deltakd.training.callbacks.rollout_log import RolloutLog
 from deltakd.training.callbacks.signals import StopOnSignal
+from deltakd.training.callbacks.stream_end import StreamEnd
 from deltakd.training.callbacks.training_log import TrainingLog
 from deltakd.training.callbacks.validation import Validation
 
@@ -15,6 +16,7 @@ __all__ = [
     "ProgressBar",
     "RolloutLog",
     "StopOnSignal",
+    "StreamEnd",
     "TrainingLog",
     "Validation",
 ]

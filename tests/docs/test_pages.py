@@ -1,0 +1,118 @@
+"""What the documentation says is true of the code: keys, commands, links, citations."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import yaml
+
+from deltakd.cli import COMMANDS
+from deltakd.config.compose import CONF_DIR, check_overrides
+from tests.docs.blocks import PAGES, ROOT, Block, bash_blocks, without_blocks
+
+sys.path.insert(0, str(ROOT / "docs" / "build"))
+from tables import described, tree
+
+#: Commands whose arguments are overrides of conf/train.yaml.
+OVERRIDES = ("train", "cache", "generate", "evaluate", "plan")
+#: Words of these commands that look like overrides and are none.
+OWN_WORDS = ("run=", "model=", "output=", "push_to_hub=")
+LINK = re.compile(r"\]\((?!https?:|#)([^)\s#]+)")
+#: Of conf/loss/treatment, which targets and matchings have as a part.
+TREATMENT = ("centre", "clip", "mask", "mask_by")
+CITATION = re.compile(r"docs/(\w+)\.md#([\w-]+)")
+KEY = re.compile(r"`'?\+?((?:[a-z_0-9]+[./])*[a-z_0-9]+)(?:=[^`]*)?`")
+
+
+def flat_keys(value: Any, prefix: str) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, part in value.items():
+            name = f"{prefix}.{key}" if prefix else str(key)
+            yield name
+            yield from flat_keys(part, name)
+
+
+def config_keys() -> set[str]:
+    """Every dotted key that some file of conf/ has, and the choice of each group."""
+    keys = set(flat_keys(yaml.safe_load((CONF_DIR / "train.yaml").read_text()), ""))
+    for path in CONF_DIR.glob("*/**/*.yaml"):
+        group = path.parent.relative_to(CONF_DIR)
+        text = path.read_text(encoding="utf-8")
+        prefix = "" if "# @package _global_" in text else ".".join(group.parts)
+        content = yaml.safe_load(text) or {}
+        keys |= {*flat_keys(content, prefix), group.as_posix(), ".".join(group.parts)}
+        for entry in content.get("defaults", []):
+            if entry == {"/loss/treatment@treatment": "none"}:
+                keys |= {f"{prefix}.treatment", *(f"{prefix}.treatment.{name}" for name in TREATMENT)}
+    return keys
+
+
+def test_every_config_key_that_a_page_names_exists() -> None:
+    known = config_keys()
+    groups = {key.split(".")[0].split("/")[0] for key in known} - {"hydra"}
+    unknown = []
+    for page in PAGES:
+        for name in KEY.findall(without_blocks(page)):
+            dotted = name.replace("/", ".")
+            is_key = "." in dotted and dotted.split(".")[0] in groups
+            if is_key and name not in known and dotted not in known:
+                unknown.append(f"{page.name}: {name}")
+    assert unknown == []
+
+
+@pytest.mark.parametrize("block", bash_blocks(), ids=lambda block: block.where)
+def test_every_command_in_a_page_exists_with_its_keys(block: Block) -> None:
+    for command, *words in block.commands():
+        if command.startswith("-"):
+            continue
+        assert command in COMMANDS
+        if command in OVERRIDES and "--config-dir" not in words:
+            check_overrides("train", [word for word in words if is_override(word)])
+
+
+def is_override(word: str) -> bool:
+    return "=" in word and not word.startswith("-") and not word.startswith(OWN_WORDS)
+
+
+def test_a_block_is_run_or_says_what_it_needs() -> None:
+    titles = {block.title for block in bash_blocks()}
+    assert {title for title in titles if not title.startswith(("needs ", "takes "))} <= {""}
+    assert sum(block.runs for block in bash_blocks()) > 25
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
+    readme = ROOT / "README.md"
+    assert len(readme.read_text(encoding="utf-8").split()) <= 600
+    for page in (readme, ROOT / "CONTRIBUTING.md"):
+        links = LINK.findall(page.read_text(encoding="utf-8"))
+        assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_citations_of_the_documentation_in_the_code_lead_to_a_section() -> None:
+    listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    cited = set()
+    for name in listed.split():
+        if (ROOT / name).is_file():
+            cited |= set(CITATION.findall((ROOT / name).read_text(encoding="utf-8")))
+    assert len(cited) >= 6
+    for page, anchor in cited:
+        assert f"{{ #{anchor} }}" in (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8"), anchor
+
+
+def test_every_loss_and_target_says_what_it_reads() -> None:
+    for path in sorted((CONF_DIR / "loss").glob("**/*.yaml")):
+        about, roles = described(path)
+        assert about
+        assert roles
+
+
+def test_every_file_of_the_package_is_in_the_tree_with_a_sentence() -> None:
+    rows = [line for line in tree(ROOT).splitlines() if line.startswith("| `")]
+    files = [path for path in (ROOT / "deltakd").rglob("*.py") if not path.name.startswith("__")]
+    assert len(rows) == len(files)
+    assert [row for row in rows if row.endswith("|  |")] == []
