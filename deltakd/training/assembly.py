@@ -90,7 +90,8 @@ def load_parts(settings: RunSettings, directory: RunDirectory) -> Parts:
             vocabulary = cached.vocabulary
         if is_main_process():
             inputs = read_inputs(settings, tokenizer, sets, cached)
-            check_inputs(directory.path, inputs, force=settings.resume == "force")
+            shards = None if sets.stream is None else sets.stream.versions
+            check_inputs(directory.path, inputs, shards, force=settings.resume == "force")
             preview_data(settings.data, sets.train, tokenizer)
             warn_of_verbatim_prompts(settings.data, sets.train_rows)
         evaluation = _read_evaluation(settings, tokenizer, vocabulary, sets) if settings.evaluation.generate else None

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import Logger
 
 from deltakd.data.batches.data_module import DistillationData
+from deltakd.data.encoding.example_stream import ExampleStream
 from deltakd.distributed.ranks import is_main_process
 from deltakd.distributed.strategies import check_ranks, count_ranks
 from deltakd.evaluation import summarise
@@ -140,8 +142,16 @@ def make_data(parts: Parts, ranks: int) -> DistillationData:
         max_steps=settings.max_steps,
         max_tokens=parts.settings.data.max_tokens_per_batch,
         world_size=ranks,
-        stream=None if parts.sets.stream is None else parts.sets.stream.start(parts.settings.seed),
+        stream=_start_stream(parts),
     )
+
+
+def _start_stream(parts: Parts) -> ExampleStream[Any, Any] | None:
+    if parts.sets.stream is None:
+        return None
+    stream = parts.sets.stream.start(parts.settings.seed)
+    stream.vocabulary = parts.vocabulary
+    return stream
 
 
 def make_module(parts: Parts, total_steps: int) -> DistillationModule:

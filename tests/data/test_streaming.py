@@ -8,13 +8,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow
+import pyarrow.csv
+import pyarrow.ipc
+import pyarrow.parquet
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from deltakd.data import InstructionData, LoadedSets, TextData
 from deltakd.data.batches.data_module import DistillationData
 from deltakd.data.encoding.example_stream import Counts
-from deltakd.data.sources.shards import ROW_BITS
+from deltakd.data.sources import shards
+from deltakd.data.sources.shards import ROW_BITS, _open_hub, list_shards, read_shard_rows
 from deltakd.types import Batch
 
 PAD = 0
@@ -204,3 +210,110 @@ def test_tasks_of_other_sets_are_left_out_and_counted(
     assert batches.counts.excluded == 3
     read = indexed.split()
     assert (len(read.train), read.excluded) == (13, 3)
+
+
+def test_bad_shards_are_named_when_they_are_read(
+    folder: Path, write: Callable[[str, Any], str], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Mistakes in the first rows show at once, others where the stream comes to them."""
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    good = [json.dumps(row) for row in rows(100)]
+
+    def error(content: bytes, suffix: str = ".jsonl") -> str:
+        for old in bad.iterdir():
+            old.unlink()
+        (bad / f"0{suffix}").write_bytes(content)
+        with pytest.raises(ValueError, match=r".") as caught:
+            list(loader(settings(bad).load(tokenizer), max_epochs=1))
+        return str(caught.value)
+
+    assert "0.jsonl:98: not JSON" in error("\n".join([*good[:97], "{", *good[98:]]).encode())
+    assert "0.jsonl:98: no response" in error("\n".join([*good[:97], '{"instruction": "a"}', *good[98:]]).encode())
+    assert "0.jsonl:1: not JSON" in error(b"x")
+    assert "can't read" in error(gzip.compress("\n".join(good * 20).encode())[:-20], ".jsonl.gz").replace("not", "'t")
+    assert "empty; give data with at least one row" in error(b"\n")
+    assert "has no file that can be read" in error(b"", ".exe")
+
+
+def test_a_shard_that_changes_or_goes_is_named_in_the_next_pass(
+    folder: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    for change, message in ((lambda file: file.write_bytes(b"{}"), "4.jsonl has changed"), (Path.unlink, "4.jsonl")):
+        made = settings(folder).load(tokenizer)
+        change(folder / "4.jsonl")
+        with pytest.raises(ValueError, match=message):
+            list(loader(made))
+        (folder / "4.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(5, 12)))
+
+
+def test_a_token_that_the_models_lack_is_named(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    made = settings(folder).load(tokenizer)
+    assert made.stream is not None
+    stream = made.stream.start(0)
+    stream.vocabulary = 50
+    with pytest.raises(ValueError, match=r"of the stream has the token .*the models share only 50"):
+        next(stream.examples())
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".jsonl.zst", ".arrow"])
+def test_shards_of_any_format_are_read_from_any_row_on(suffix: str, tmp_path: Path) -> None:
+    table = pyarrow.Table.from_pylist([{"ask": str(n), "output": "a"} for n in range(10)])
+    file = tmp_path / f"x{suffix}"
+    if suffix == ".parquet":
+        pyarrow.parquet.write_table(table, file, row_group_size=4)
+    elif suffix == ".csv":
+        pyarrow.csv.write_csv(table, file)
+    elif suffix == ".arrow":
+        with pyarrow.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table, 3)
+    else:
+        text = "".join(json.dumps(row) + "\n" for row in table.to_pylist())
+        with pyarrow.output_stream(file, compression="zstd") as stream:
+            stream.write(text.encode())
+    [shard] = list_shards(str(file), {"instruction": "ask"})
+    for start in range(11):
+        found = [(number, row.instruction, row.id) for number, row in read_shard_rows(shard, start)]
+        assert found == [(n, str(n), n) for n in range(start, 10)]
+
+
+def test_a_hub_data_set_streams_by_its_shards(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``datasets`` opens a folder as it opens a repository of the hub."""
+    open_builder = datasets.load_dataset_builder
+    files = [str(folder / f"{number}.jsonl") for number in (0, 2, 4)]
+    monkeypatch.setattr(
+        datasets, "load_dataset_builder", lambda name, **_: open_builder("json", data_files=files, name="x")
+    )
+    _open_hub.cache_clear()
+    made = settings("someone/rows", shuffle_buffer=3, columns={"response": "output"}).load(tokenizer)
+    _open_hub.cache_clear()
+    whole = loader(made, batch_size=1, accumulate=2)
+    batches, states = [], []
+    for batch in whole:
+        batches.append(batch)
+        states.append(whole.state_dict())
+    assert sorted(numbers(batches)[:16]) == [(s << ROW_BITS) + r for s, n in enumerate((3, 8, 5)) for r in range(n)]
+    for position in (3, 17, 30):
+        again = loader(made, batch_size=1, accumulate=2)
+        again.load_state_dict(states[position - 1])
+        assert shown(again) == shown(batches[position:])
+
+
+def test_the_memory_and_the_start_do_not_grow_with_the_data(
+    write: Callable[[str, Any], str], tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until the second buffer is needed, no row behind the first one and the row after it is read."""
+    file = write("long.jsonl", rows(5000))
+    read = []
+    parse = shards.parse_row
+    monkeypatch.setattr(shards, "parse_row", lambda *args: read.append(args[2]) or parse(*args))
+    made = settings(file, shuffle_buffer=50).load(tokenizer)
+    assert max(read) < 64
+    batches = iter(loader(made, batch_size=2, accumulate=1))
+    read.clear()
+    next(batches)
+    batches.close()  # type: ignore[attr-defined]
+    # The buffer in use, those of the steps made ahead and of their window.
+    assert max(read) < 50 * 8

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
 from tests.tiny import World, make_rows, write_rows
 from tests.training.test_interruption import start, wait_for_step
@@ -81,3 +82,23 @@ def test_a_killed_run_over_a_stream_is_bitwise_the_uninterrupted_one(
     assert all(torch.equal(one[name], other[name]) for name in one)
     one, other = (RunDirectory(path).read_summary()["meta"]["data"] for path in (whole.path, directory))
     assert one == other
+
+
+def test_a_run_does_not_go_on_with_other_shards_unless_it_is_told_to(
+    train: Callable[..., RunDirectory], shards: Path
+) -> None:
+    options = (*STREAM, f"data.train={shards}")
+    # Steps of a run that is not finished: its last checkpoint is one of step 6.
+    run = train("delta_kd", *options, "trainer.max_steps=6")
+    (run.path / "summary.json").unlink()
+    write_rows(shards / "1.jsonl", make_rows(12, 3))
+    write_rows(shards / "7.jsonl", make_rows(2, 3))
+    (shards / "2.jsonl").unlink()
+    with pytest.raises(ConfigError) as caught:
+        train("delta_kd", *options, "trainer.max_steps=6", "resume=true")
+    (problem,) = caught.value.problems
+    assert problem.startswith("data.train: the shards are others than when this run began: ")
+    for part in ("2.jsonl is gone", "7.jsonl is new", "1.jsonl has changed ("):
+        assert part in problem
+    run = train("delta_kd", *options, "trainer.max_steps=6", "resume=force")
+    assert len(run.read_summary()["meta"]["changed_inputs"]) == 1

@@ -133,6 +133,8 @@ class ExampleStream(ABC, Generic[R, E]):
         max_tokens: tokens to train on in all; None: as many as the run has steps for.
     """
 
+    #: Tokens that all models share; None: as many as the tokenizer has.
+    vocabulary: int | None = None
     #: Rows tokenised at once.
     batch = 256
 
@@ -157,7 +159,9 @@ class ExampleStream(ABC, Generic[R, E]):
             buffer = self.passes.buffer_at(place)
             for first in range(item, len(buffer.items), self.batch):
                 for number, row in enumerate(self._encode(buffer.items[first : first + self.batch]), first):
-                    yield from taking.take(row, place, number, skip)
+                    for drawn in taking.take(row, place, number, skip):
+                        self._check_tokens(drawn.example)
+                        yield drawn
                     skip = 0
             taking.counts = taking.counts.plus(rows=buffer.read, excluded=buffer.read - len(buffer.items))
             if buffer.after.epoch > place.epoch:
@@ -165,6 +169,14 @@ class ExampleStream(ABC, Generic[R, E]):
                     raise ValueError(_nothing(taking.counts))
                 before = taking.counts.examples
             place, item = buffer.after, 0
+
+    def _check_tokens(self, example: Example) -> None:
+        largest = int(example.input_ids.max())
+        if self.vocabulary is not None and largest >= self.vocabulary:
+            raise ValueError(
+                f"row {example.row_id} of the stream has the token {largest}, and the models share only "
+                f"{self.vocabulary}; take out the data that has it, or give models with a larger vocabulary"
+            )
 
     @abstractmethod
     def _encode(self, rows: list[R]) -> list[E]:

@@ -14,18 +14,15 @@ from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
-from deltakd.data.sources.formats import without_gaps
+from deltakd.data.sources.formats import Problems, Record, read_file, without_gaps
 from deltakd.data.sources.parsing import parse_row, unread_keys
 from deltakd.data.sources.readers import _text_of, documents
 from deltakd.data.sources.records import (
-    Problems,
-    Record,
     Source,
     _is_hub_id,
     _renamed,
     _unreachable,
     is_text,
-    iter_records,
     parse_source,
     source_files,
 )
@@ -83,9 +80,14 @@ class Shard:
         Raises:
             ValueError: the first bad line, by its place; or the shard can't be read.
         """
-        records = self._hub_records(start) if self.part is not None else iter_records(self.source, _First(self.name))
-        for record in dropwhile(lambda record: record.number < start, records):
-            chosen = self.source.filter
+        path, chosen = Path(self.source.location), self.source.filter
+        if self.part is None:
+            records = read_file(path, self.name, _First(self.name), start)
+        else:
+            records = self._hub_records(start)
+        for record in records:
+            if self.source.columns:
+                record = replace(record, value=_renamed(record.value, self.source))
             if chosen is None or self.source.value_of(record, chosen[0]) == chosen[1]:
                 yield record
 
@@ -99,7 +101,7 @@ class Shard:
         part = data.shard(num_shards=data.num_shards, index=self.part).skip(start)
         try:
             for number, value in enumerate(part, start):
-                yield Record(number, f"{self.name}[{number}]", _renamed(without_gaps(dict(value)), self.source))
+                yield Record(number, f"{self.name}[{number}]", without_gaps(dict(value)))
         # As in ``records``: a dozen types from several libraries.
         except Exception as error:
             raise ValueError(_unreachable(self.name, error)) from error
