@@ -8,7 +8,14 @@ from typing import Annotated, Any, Literal, final
 
 from annotated_types import Ge
 
-from deltakd.config.check import model_problems, objective_problems, role_problems, specs_to_load, try_loss
+from deltakd.config.check import (
+    model_problems,
+    objective_problems,
+    role_problems,
+    specs_to_load,
+    stream_problems,
+    try_loss,
+)
 from deltakd.config.instantiate import built
 from deltakd.config.loss_names import known_losses, loss_name
 from deltakd.config.problems import Problems
@@ -112,6 +119,8 @@ class Draft:
             problems += self.reference.problems(specs)
         for part in (self.optim, self.data, self.trainer, self.strategy):
             problems += part.problems() if part is not None else []
+        if self.data is not None:
+            problems += stream_problems(self.data, self.trainer, self.reference)
         parts = try_loss(self.loss, problems)
         objective = self.config["objective"]
         if objective is None or isinstance(objective, str):

@@ -21,24 +21,36 @@ class Step:
         self._processors = processors
         self._vocab_size = vocab_size
         self._parameters = inspect.signature(_unwrapped(model).forward).parameters
+        # Pure state-space models (Mamba) name their cache otherwise, and multiply their input by the mask.
+        self._cache_name = next(
+            (name for name in ("past_key_values", "cache_params") if name in self._parameters), None
+        )
         self.device = next(model.parameters()).device
 
     def __call__(self, state: DecodingState) -> Tensor:
         """Return the last position's processed logits, [B, V] in at least float32; update the state's cache."""
-        extra: dict[str, Any] = {}
+        if self._cache_name is None:
+            raise ValueError(
+                f"{type(_unwrapped(self._model)).__name__} takes neither past_key_values nor cache_params, so it can't "
+                "generate here"
+            )
+        extra: dict[str, Any] = {self._cache_name: state.cache}
         if "logits_to_keep" in self._parameters:
             extra["logits_to_keep"] = 1
         if "position_ids" in self._parameters:
             extra["position_ids"] = state.positions
+        width = state.input_ids.shape[1] if self._cache_name == "cache_params" else state.mask.shape[1]
         output = self._model(
             input_ids=state.input_ids,
-            attention_mask=state.mask,
-            past_key_values=state.cache,
+            attention_mask=state.mask[:, -width:],
             use_cache=True,
             **extra,
         )
-        state.cache = output.past_key_values
-        assert state.cache is not None, f"{type(self._model).__name__} made no key-value cache"
+        state.cache = output.get(self._cache_name)
+        if state.cache is None:
+            raise ValueError(
+                f"{type(_unwrapped(self._model)).__name__} keeps its past to itself, so it can't generate here"
+            )
         logits: Tensor = output.logits[:, -1]
         if logits.shape[-1] < self._vocab_size:
             raise ValueError(

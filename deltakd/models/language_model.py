@@ -110,7 +110,7 @@ class LanguageModel(nn.Module):
         Otherwise an architecture with a transform of its logits that ``Head`` lacks would train on wrong ones.
 
         Raises:
-            ValueError: they differ.
+            ValueError: they differ, or the model can't be run.
         """
         was_training = self.training
         self.eval()
@@ -118,7 +118,11 @@ class LanguageModel(nn.Module):
         length = min(6, position_limit(self.causal_lm) or 6)
         ids_BT = torch.arange(1, 1 + length, device=device).remainder(self.vocabulary)[None]
         mask_BT = torch.ones_like(ids_BT)
-        own_NV = self.causal_lm(input_ids=ids_BT, attention_mask=mask_BT).logits[0, :, : self.vocabulary].float()
+        try:
+            own_NV = self.causal_lm(input_ids=ids_BT, attention_mask=mask_BT).logits[0, :, : self.vocabulary].float()
+        except (RuntimeError, ValueError) as failure:
+            reason = (str(failure).splitlines() or [type(failure).__name__])[0]
+            raise ValueError(f"{type(self.causal_lm).__name__} fails on a row of {length} tokens: {reason}") from None
         ours_NV = self.head_of(self.hidden_states(ids_BT, mask_BT)[0]).logits().float()
         self.train(was_training)
         # Half-precision models round their own logits; ours are computed in float32 from the same hidden states.
@@ -132,10 +136,11 @@ class LanguageModel(nn.Module):
 
 
 def _logit_transform(config: Any) -> tuple[float | None, float]:
-    """Return (softcap, scale) for architectures that transform their logits: Gemma2, Cohere, Granite."""
+    """Return (softcap, scale) for architectures that transform their logits: Gemma, xLSTM, Cohere, Granite."""
     scale = float(getattr(config, "logit_scale", None) or 1.0)
     divisor = float(getattr(config, "logits_scaling", None) or 1.0)
-    return getattr(config, "final_logit_softcapping", None), scale / divisor
+    names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    return next((cap for name in names if (cap := getattr(config, name, None))), None), scale / divisor
 
 
 def _effective_weight(layer: Any) -> Tensor:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import logging
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -24,6 +26,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class LoraSpec:
@@ -33,7 +37,8 @@ class LoraSpec:
         r: rank.
         alpha: the adapter is scaled by alpha / r.
         dropout: on the adapter's input.
-        target_modules: peft's names of the layers to adapt; ``all-linear``: every linear layer except the head.
+        target_modules: peft's names of the layers to adapt; ``all-linear``: every linear layer except the head, and
+            except those whose adapter would not count (``unadaptable``).
     """
 
     r: Annotated[int, Ge(1)] = 16
@@ -48,8 +53,10 @@ def add_lora(model: PreTrainedModel, spec: LoraSpec) -> PeftModel:
     A quantised model (QLoRA, arXiv 2305.14314) is prepared as peft documents: unquantised weights become float32.
 
     Raises:
-        ValueError: the adapter would be on a tied head or embedding of an architecture that can't untie them.
+        ValueError: the adapter would be on a layer whose adapter does not count, or on a tied head or embedding of an
+            architecture that can't untie them.
     """
+    left_out = unadaptable(model)
     if getattr(model, "is_quantized", False):
         # Gradient checkpointing is switched on elsewhere, in one place for all students.
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
@@ -59,9 +66,17 @@ def add_lora(model: PreTrainedModel, spec: LoraSpec) -> PeftModel:
         lora_alpha=spec.alpha,  # type: ignore[arg-type]
         lora_dropout=spec.dropout,
         target_modules=modules,
+        exclude_modules=sorted(left_out) if modules == "all-linear" and left_out else None,
         task_type=TaskType.CAUSAL_LM,
         fan_in_fan_out=_is_transposed(model),
     )
+    if modules == "all-linear" and left_out:
+        log.info("LoRA leaves out %d layers of %s: %s.", len(left_out), type(model).__name__, _reasons(left_out))
+    elif refused := {name: why for name, why in left_out.items() if _is_targeted(name, modules)}:
+        raise ValueError(
+            f"model.lora.target_modules={modules}: an adapter on {len(refused)} layers of {type(model).__name__} would "
+            f"not count: {_reasons(refused)}; leave them out, or give all-linear"
+        )
     adapted = _wrapped(model, config)
     if _adapts_a_tied_layer(model) and not _can_be_untied(model):
         raise ValueError(
@@ -69,6 +84,38 @@ def add_lora(model: PreTrainedModel, spec: LoraSpec) -> PeftModel:
             "can't be exported with two, so an adapter on one of them would be lost; leave them out, or give all-linear"
         )
     return adapted
+
+
+def unadaptable(model: nn.Module) -> dict[str, str]:
+    """Return name -> reason of the layers that can't have an adapter which counts in training and in the export alike.
+
+    The kernels of state-space layers read some weights themselves, past the layer and its adapter. A matrix that
+    several layers share would, merged, get the adapter of each of them.
+    """
+    found: dict[str, str] = {}
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if hasattr(module, "A_log") and hasattr(module, "D"):
+            inner = (n for n, child in module.named_modules() if n and n != "in_proj" and hasattr(child, "weight"))
+            found |= {f"{name}.{each}": "state-space kernels read its weight past the adapter" for each in inner}
+        if isinstance(module, nn.Linear | Conv1D):
+            owners.setdefault(id(module.weight), []).append(name)
+    shared = [names for names in owners.values() if len(names) > 1]
+    return found | {name: "its matrix is shared by several layers" for names in shared for name in names}
+
+
+def _is_targeted(name: str, modules: str | Sequence[str]) -> bool:
+    """True if peft would adapt a layer: a list names whole names or their ends, a text is a regular expression."""
+    if isinstance(modules, str):
+        return re.fullmatch(modules, name) is not None
+    return any(name == each or name.endswith(f".{each}") for each in modules)
+
+
+def _reasons(left_out: Mapping[str, str]) -> str:
+    kinds: dict[str, set[str]] = {}
+    for name, why in left_out.items():
+        kinds.setdefault(why, set()).add(name.rsplit(".", 1)[-1])
+    return "; ".join(f"{', '.join(sorted(names))} ({why})" for why, names in kinds.items())
 
 
 def merged(adapted: PeftModel) -> PreTrainedModel:
@@ -106,6 +153,8 @@ def _wrapped(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         # ``merged`` unties layers with an adapter; the head of a model of Conv1D is a Linear, and peft sees that.
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to True but the target module is")
+        # peft has patterns for experts that are one matrix, whether they are adapted or not.
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
         adapted = get_peft_model(model, config)
     assert isinstance(adapted, PeftModel)
     return adapted

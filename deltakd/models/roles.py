@@ -15,6 +15,7 @@ from deltakd.io.files import replacing
 from deltakd.io.hub import hub_reachable
 from deltakd.models.language_model import LanguageModel
 from deltakd.models.loading import load_config, load_model, spec_problems
+from deltakd.models.recurrence import check_recurrence
 from deltakd.models.settings import ModelSettings, ModelSpec
 from deltakd.models.tokenizers import common_vocabulary, load_tokenizer, train_tokenizer
 from deltakd.models.vocabulary import vocabulary_of
@@ -101,7 +102,8 @@ def open_model(
         max_length: tokens of the longest row (``data.max_length``); None: not known yet.
 
     Raises:
-        ValueError: it is not available, has too few positions or tokens, or transforms its logits in an unknown way.
+        ValueError: it is not available, has too few positions or tokens, transforms its logits in an unknown way, or
+            has a recurrent state that padding changes.
     """
     hf = load_model(
         role,
@@ -120,6 +122,7 @@ def open_model(
         )
     model = LanguageModel(hf, vocabulary)
     model.check_head()
+    check_recurrence(role, model)
     return model
 
 

@@ -15,6 +15,7 @@ from deltakd.evaluation.sets import CheckedSets, read_checked_sets
 from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
 from deltakd.models import LanguageModel, add_lora, load_config
+from deltakd.models.experts import balance_warning
 from deltakd.models.roles import open_model, open_tokenizer, shared_vocabulary
 from deltakd.models.vocabulary import unknown_token_problems
 from deltakd.references import CachedReferences, CacheStore, References, SourceSettings
@@ -89,7 +90,8 @@ def load_parts(settings: RunSettings, directory: RunDirectory) -> Parts:
             vocabulary = cached.vocabulary
         if is_main_process():
             inputs = read_inputs(settings, tokenizer, sets, cached)
-            check_inputs(directory.path, inputs, force=settings.resume == "force")
+            shards = None if sets.stream is None else sets.stream.versions
+            check_inputs(directory.path, inputs, shards, force=settings.resume == "force")
             preview_data(settings.data, sets.train, tokenizer)
             warn_of_verbatim_prompts(settings.data, sets.train_rows)
         evaluation = _read_evaluation(settings, tokenizer, vocabulary, sets) if settings.evaluation.generate else None
@@ -108,7 +110,9 @@ def _read_evaluation(
         vocabulary=vocabulary,
         trust_remote_code=settings.model.trust_remote_code,
     )
-    train_rows = sets.train_rows if isinstance(settings.data, InstructionData) else None
+    train_rows = sets.train_rows if isinstance(settings.data, InstructionData) and sets.stream is None else None
+    if sets.stream is not None and settings.evaluation.sets:
+        log.info("The evaluation sets are not looked for in a stream; what data.exclude names is left out of it.")
     answered = sets.val_rows if settings.generates_on_validation else []
     return read_checked_sets(
         settings.evaluation, settings.deviations, settings.data, tokenizer, student, train_rows, answered
@@ -209,6 +213,9 @@ def _trainable(student: LanguageModel, settings: RunSettings) -> LanguageModel:
             f"model.student.path={settings.specs[STUDENT].path} is a quantised checkpoint, whose weights can't be "
             "trained; add model/lora=default"
         )
+    unbalanced = balance_warning(student.causal_lm.config)
+    if unbalanced and is_main_process():
+        log.warning("%s.", unbalanced[0].upper() + unbalanced[1:])
     if lora is not None:
         student = LanguageModel(add_lora(student.causal_lm, lora), student.vocabulary)
     if settings.model.gradient_checkpointing:

@@ -212,3 +212,23 @@ def test_every_target_of_our_configs_says_the_types_of_its_arguments() -> None:
     for target, keys in ours.items():
         assert get_object(target)
         assert keys <= set(argument_hints(target)), target
+
+
+def test_what_a_stream_needs_is_said_at_once(world: World, tmp_path: Path) -> None:
+    options = ["trainer.max_steps=null", "trainer.max_epochs=0.5", "data.val_size=3", "data.train_subset='a.json#b'"]
+    options += ["data.max_tokens_per_batch=100", "data.batch_size=null", "reference=cached", "reference.path=x"]
+    found = "\n".join(told(world, tmp_path, "data.streaming=true", *options))
+    for part in (
+        "hold rows out in a file of their own: data.val=... data.val_size=0",
+        "data.train_subset names lines of an indexed file",
+        "data.max_tokens_per_batch is 100, but a row may have data.max_length=120 tokens",
+        "give reference=live, or data.streaming=false",
+        "the schedules need to know the last one; give trainer.max_steps=N",
+        "trainer.max_epochs is 0.5",
+        "give trainer.val_every_n_steps=N",
+    ):
+        assert part in found
+    assert told(world, tmp_path, "data.streaming=true", "data.train=nowhere/*.parquet", "data.val=null") == [
+        "data.train: nowhere/*.parquet matches no file that can be read (.jsonl, .json, .csv, .tsv, .txt, .parquet, "
+        ".arrow; text also as .gz and .zst)"
+    ]

@@ -3,8 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from deltakd.data import find_overlaps, read_rows
-from deltakd.data.sources.overlap import GENERIC_INPUTS, overlapping
+from deltakd.data.sources.overlap import overlapping
 from deltakd.data.sources.rows import Row
+from deltakd.data.sources.tasks import GENERIC_INPUTS
 
 LONG = "Write a letter to the mayor of a small town in which you ask for more benches beside the river, and say why"
 

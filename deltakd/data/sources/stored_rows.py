@@ -38,6 +38,16 @@ def rows_digest(rows: Sequence[Row]) -> str:
     return _digest(map(row_bytes, rows))
 
 
+def tasks_of(rows: Sequence[Row]) -> Tasks:
+    """Return what rows ask."""
+    return rows.tasks if isinstance(rows, StoredRows) else task_digests(rows)
+
+
+def taken(rows: Sequence[Row], places: NDArray[np.int64]) -> Sequence[Row]:
+    """Return the rows at these places."""
+    return rows.take(places) if isinstance(rows, StoredRows) else [rows[place] for place in places.tolist()]
+
+
 def store_rows(
     rows: Iterable[Row], name: str = "rows", cache_dir: str | Path | None = None, advance: Callable[[int], object] = int
 ) -> StoredRows:

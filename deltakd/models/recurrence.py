@@ -1,0 +1,105 @@
+"""Models with a recurrent state: proof that padding does not enter it, and that a step from the state is right.
+
+Attention leaves padding out by its mask. A state-space, convolutional or linear-attention layer must be told to, and
+some architectures are not: their padded batches would train, score and answer otherwise than the rows alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltakd.generation.full_batch import DecodingState, Row
+from deltakd.generation.model_step import Step, evaluating, position_limit
+from deltakd.models.language_model import LanguageModel
+
+#: Names of layer types in transformers' configs that keep keys and values of all or the last positions alone.
+_ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention", "attention"})
+#: Tokens of the two rows that are run alone and together.
+_LENGTHS = (3, 7)
+
+
+def keeps_a_state(model: LanguageModel) -> bool:
+    """True if some layer's past is a state that each token changes, not a list of keys and values."""
+    hf: Any = model.causal_lm
+    kinds = getattr(hf.config.get_text_config(decoder=True), "layer_types", None) or ()
+    return bool(getattr(hf, "_is_stateful", False)) or not _ATTENTION.issuperset(kinds)
+
+
+@torch.no_grad()
+def check_recurrence(role: str, model: LanguageModel) -> None:
+    """Run two rows alone, in one batch padded on the right, and by the generation engine, padded on the left.
+
+    Models of attention alone are not run.
+
+    Raises:
+        ValueError: padding changes what the model says of a row, or a step from its state differs from the whole row.
+    """
+    limit = position_limit(model.causal_lm)
+    if not keeps_a_state(model) or (limit is not None and limit <= max(_LENGTHS)):
+        return
+    name = type(model.causal_lm).__name__
+    with evaluating(model):
+        rows = [[(5 * i + n) % model.vocabulary for i in range(1, 1 + n)] for n in _LENGTHS]
+        alone = [_alone(model, row)[-1] for row in rows]
+        if not _close(model, _padded_right(model, rows), alone):
+            raise ValueError(f"model.{role}: padding on the right changes what {name} says of a row; {_REMEDY}")
+        try:
+            first, second, continued = _generated(model, rows)
+        except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"model.{role}: {name} can't be run token by token ({reason}); {_REMEDY}") from None
+        if not _close(model, first, alone):
+            raise ValueError(
+                f"model.{role}: padding on the left, with which answers are generated, changes what {name} says of a "
+                f"row; {_REMEDY}"
+            )
+        if not _close(model, second, [_alone(model, row)[-1] for row in continued]):
+            raise ValueError(
+                f"model.{role}: a step of {name} from its cached state differs from running the whole row; {_REMEDY}"
+            )
+
+
+_REMEDY = "use another architecture (Mamba, Mamba2, Jamba, Zamba2, Bamba, Falcon-H1 and those of attention are fine)"
+
+
+def _device(model: LanguageModel) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _alone(model: LanguageModel, row: list[int]) -> Tensor:
+    """Return [T, V], the logits of a row by itself."""
+    ids_BT = torch.tensor([row], device=_device(model))
+    return model.head_of(model.hidden_states(ids_BT, torch.ones_like(ids_BT))[0]).logits()
+
+
+def _padded_right(model: LanguageModel, rows: list[list[int]]) -> list[Tensor]:
+    """Return the last logits of each row, [V], from one batch."""
+    width = max(map(len, rows))
+    ids_BT = torch.tensor([row + [1] * (width - len(row)) for row in rows], device=_device(model))
+    mask_BT = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=_device(model))
+    hidden_BTD = model.hidden_states(ids_BT, mask_BT)
+    return [model.head_of(hidden_BTD[i, len(row) - 1 : len(row)]).logits()[0] for i, row in enumerate(rows)]
+
+
+def _generated(model: LanguageModel, rows: list[list[int]]) -> tuple[Tensor, Tensor, list[list[int]]]:
+    """Return the logits of two steps, [B, V] each, and the rows as they are at the second."""
+    step = Step(model.causal_lm, lambda _, logits_BV: logits_BV, model.vocabulary)
+    state = DecodingState.of([Row(i, row, 4, None) for i, row in enumerate(rows)], 1, _device(model))
+    first_BV = step(state)
+    chosen_B = first_BV.argmax(-1)
+    state.take(chosen_B, frozenset())
+    continued = [[*row, token] for row, token in zip(rows, chosen_B.tolist(), strict=True)]
+    return first_BV, step(state), continued
+
+
+def _close(model: LanguageModel, given: Any, expected: list[Tensor]) -> bool:
+    """True if logits are the same but for the order of sums; a wrong state is off by far more."""
+    tolerance = 1e-3 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 0.1
+    scale = max(1.0, max(z_V.abs().max().item() for z_V in expected))
+    return all(
+        bool((ours_V.float() - z_V.float()).abs().max() <= tolerance * scale)
+        for ours_V, z_V in zip(given, expected, strict=True)
+    )
