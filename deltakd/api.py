@@ -201,8 +201,8 @@ def prepare(
     """Load models and data of a run as a LightningModule and a data module, for a ``lightning.Trainer`` of one's own.
 
     Arguments and errors are those of ``distill``. Nothing is trained; the trainer, with its callbacks and loggers, is
-    the caller's: ``lightning.Trainer(**run.trainer_options, ...).fit(run.module, datamodule=run.data)``. Validation rows
-    are in ``run.data.val_loader()``; ``deltakd.training.callbacks.Validation`` measures the student on them.
+    the caller's: ``lightning.Trainer(**run.trainer_options, ...).fit(run.module, datamodule=run.data)``. Validation
+    rows are in ``run.data.val_loader()``; ``deltakd.training.callbacks.Validation`` measures the student on them.
     """
     roles = {"student": student, "teacher": teacher, "teacher_raw": teacher_raw, "student_raw": student_raw}
     given = roles | {"data": data, "val": val} | values
