@@ -12,6 +12,7 @@ from deltakd.config.check import (
     model_problems,
     objective_problems,
     role_problems,
+    rollout_problems,
     specs_to_load,
     stream_problems,
     try_loss,
@@ -30,6 +31,7 @@ from deltakd.models import LoraSpec, ModelSettings, ModelSpec
 from deltakd.models.settings import TokenizerSettings
 from deltakd.references import CacheSettings, ReferenceSettings
 from deltakd.references.settings import device_problems
+from deltakd.rollouts import RolloutSettings
 from deltakd.training.optim import AdamW
 from deltakd.training.settings import KernelSettings, RunSettings, TrainerSettings
 from deltakd.types import Loss, is_reference_role, require_kind
@@ -39,7 +41,7 @@ _NO_ROLES = ("tokenizer", "lora", "attn_implementation", "gradient_checkpointing
 
 #: The groups that a config must have.
 _GROUPS = (
-    "loss", "optim", "data", "reference", "evaluation", "model", "trainer", "strategy", "kernels", "logger",
+    "loss", "optim", "data", "reference", "rollout", "evaluation", "model", "trainer", "strategy", "kernels", "logger",
     "callbacks",
 )  # fmt: skip
 
@@ -70,6 +72,7 @@ class Draft:
         self.optim: Any = _built(AdamW, config["optim"], "optim", problems)
         self.data: Any = _built((InstructionData, TextData), config["data"], "data", problems)
         self.reference: Any = _built(ReferenceSettings, config["reference"], "reference", problems)
+        self.rollout = typed(RolloutSettings, config["rollout"], "rollout", problems)
         self.evaluation = make_evaluation(config["evaluation"], problems)
         self.model = make_model_settings(config["model"], problems)
         self.trainer = typed(TrainerSettings, config["trainer"], "trainer", problems)
@@ -119,6 +122,8 @@ class Draft:
             problems += self.reference.problems(specs)
         for part in (self.optim, self.data, self.trainer, self.strategy):
             problems += part.problems() if part is not None else []
+        if self.rollout is not None:
+            problems += rollout_problems(self.rollout, self.loss, self.data, self.reference)
         if self.data is not None:
             problems += stream_problems(self.data, self.trainer, self.reference)
         parts = try_loss(self.loss, problems)
@@ -134,6 +139,7 @@ class Draft:
         assert self.trainer is not None
         assert self.strategy is not None
         assert self.kernels is not None
+        assert self.rollout is not None
         assert self.evaluation is not None
         return RunSettings(
             **{key: self.config[key] for key in _OWN_KEYS},
@@ -144,6 +150,7 @@ class Draft:
             strategy=self.strategy,
             kernels=self.kernels,
             reference=self.reference,
+            rollout=self.rollout,
             evaluation=self.evaluation,
             deviations=deviations(self.evaluation),
             optim=self.optim,

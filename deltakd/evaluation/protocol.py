@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from deltakd.evaluation.scoring import METRICS, score
 from deltakd.generation.decoding import Decoding
 from deltakd.generation.generator import answer_budget, generate
-from deltakd.generation.model_step import position_limit
+from deltakd.generation.model_step import end_tokens, position_limit
 
 Record = dict[str, Any]
 
@@ -75,16 +75,6 @@ class EvaluationSet:
             # The default is not recorded, so that answers scored before there was a choice need not be scored anew.
             protocol[ROUGE_WORDS] = self.rouge_tokenizer
         return protocol
-
-
-def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Return the ids that end an answer: the tokenizer's EOS and those of the model's generation config."""
-    config = getattr(model, "generation_config", None)
-    found: set[int] = set()
-    for value in (tokenizer.eos_token_id, getattr(config, "eos_token_id", None)):
-        if value is not None:
-            found.update([value] if isinstance(value, int) else value)
-    return frozenset(found)
 
 
 def answer_set(

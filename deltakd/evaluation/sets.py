@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from deltakd.data import DataConfig, Overlap, Row, find_overlaps
+from deltakd.data import DataConfig, Overlap, Row, known_overlaps
 from deltakd.evaluation import EvaluationSet, find_scorer
 from deltakd.evaluation.answers import make_set
 from deltakd.evaluation.settings import EvaluationSettings
@@ -73,7 +73,7 @@ def read_checked_sets(
         except ValueError as error:
             problems.append(f"evaluation.sets.{name}: {error}")
             continue
-        overlaps = None if train_rows is None else find_overlaps(rows, train_rows)
+        overlaps = None if train_rows is None else known_overlaps(rows, train_rows, data.cache_dir)
         short = _short_of_room(one, positions, evaluation.decoding.max_new_tokens)
         problems += _reference_problems(name, rows, one.scorer, evaluation)
         problems += unknown_prompt_problems(

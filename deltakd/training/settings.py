@@ -21,6 +21,7 @@ from deltakd.io.run_directory import ResumePolicy
 from deltakd.kernels import MEMORY_BUDGET
 from deltakd.models.settings import ModelSettings, ModelSpec
 from deltakd.references import CacheSettings, LiveSettings, ReferenceSettings
+from deltakd.rollouts import RolloutSettings
 from deltakd.tracking.loggers import MakeLogger
 from deltakd.training.optim import AdamW
 from deltakd.types import Loss
@@ -122,6 +123,7 @@ class RunSettings:
         strategy: how the run is spread over processes.
         kernels: memory of the chunked loss.
         reference: where the references' hidden states come from.
+        rollout: which responses the student writes itself.
         evaluation: how the trained student is evaluated.
         deviations: how the evaluation deviates from the protocol that it names.
         optim: optimiser and schedule.
@@ -146,6 +148,7 @@ class RunSettings:
     strategy: StrategySettings
     kernels: KernelSettings
     reference: LiveSettings | CacheSettings | ReferenceSettings
+    rollout: RolloutSettings
     evaluation: EvaluationSettings
     deviations: tuple[str, ...]
     optim: AdamW
