@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
-from typing import Annotated, Any, Literal, final
-
-from annotated_types import Ge
+from typing import Any, Literal, final
 
 from deltakd.config.check import (
     model_problems,
@@ -26,6 +24,7 @@ from deltakd.distributed.devices import training_problems
 from deltakd.distributed.launchers import alone_problems, read_launch
 from deltakd.distributed.settings import StrategySettings
 from deltakd.io.errors import ConfigError
+from deltakd.io.keys import Seed
 from deltakd.io.typed import mismatch, typed
 from deltakd.models import LoraSpec, ModelSettings, ModelSpec
 from deltakd.models.settings import TokenizerSettings
@@ -48,7 +47,7 @@ _GROUPS = (
 #: Top-level keys of the config that are not groups.
 _OWN_KEYS = {
     "name": str,
-    "seed": Annotated[int, Ge(0)],
+    "seed": Seed,
     "delta_weight": float | Mapping[str, Any],
     "objective": str | None,
     "run_dir": str | None,

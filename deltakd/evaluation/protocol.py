@@ -18,8 +18,9 @@ from deltakd.generation.model_step import end_tokens, position_limit
 
 Record = dict[str, Any]
 
-#: Where a record's ``protocol`` says which words ROUGE compared, if they were not the default ones.
-ROUGE_WORDS = "rouge_tokenizer"
+#: Where a record's ``protocol`` says which words ROUGE compared, if they were not the default ones, and what was
+#: stripped, if anything was.
+ROUGE_WORDS, STRIP = "rouge_tokenizer", "strip"
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class EvaluationSet:
         references: at least one good answer to each prompt.
         scorer: the scorer of the answers, one of ``SCORERS``.
         rouge_tokenizer: the words that ROUGE compares.
+        strip: a regular expression; what it matches in answers and references is not scored. Records keep it.
         asked: how the prompts were made (template, length limit), for the record only.
         cut: how many prompts were longer than the length limit, for the record only.
 
@@ -48,6 +50,7 @@ class EvaluationSet:
     references: list[tuple[str, ...]]
     scorer: str = "rouge"
     rouge_tokenizer: str = "default"
+    strip: str | None = None
     asked: Mapping[str, Any] = field(default_factory=dict)
     cut: int = 0
 
@@ -74,6 +77,8 @@ class EvaluationSet:
         if self.scorer == "rouge" and self.rouge_tokenizer != "default":
             # The default is not recorded, so that answers scored before there was a choice need not be scored anew.
             protocol[ROUGE_WORDS] = self.rouge_tokenizer
+        if self.strip is not None:
+            protocol[STRIP] = self.strip
         return protocol
 
 
@@ -161,7 +166,7 @@ def scored(records: Sequence[Record], eval_set: EvaluationSet) -> list[Record]:
         ValueError: see ``score``.
     """
     outputs = [record["output"] for record in records]
-    scores = score(outputs, eval_set.references, eval_set.scorer, eval_set.rouge_tokenizer)
+    scores = score(outputs, eval_set.references, eval_set.scorer, eval_set.rouge_tokenizer, eval_set.strip)
     return [
         {key: value for key, value in record.items() if key not in METRICS} | {"protocol": eval_set.protocol} | own
         for record, own in zip(records, scores, strict=True)

@@ -203,7 +203,7 @@ def _make_generate(parts: Parts, loggers: list[Logger]) -> Generate:
     evaluation = parts.settings.evaluation
     rows = parts.sets.val_rows[: evaluation.val_limit]
     asked = evaluation.prompts_of(parts.settings.data)
-    val_set = make_set("val", rows, asked, parts.tokenizer, evaluation.val_scorer, evaluation.rouge_tokenizer)
+    val_set = make_set("val", rows, asked, parts.tokenizer, evaluation.val_scorer, **evaluation.comparison)
     seed = evaluation.seeds[0]
     tracker = wandb_of(loggers)
 

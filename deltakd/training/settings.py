@@ -16,7 +16,7 @@ from deltakd.data import InstructionData, TextData
 from deltakd.distributed.settings import StrategySettings
 from deltakd.evaluation import SCORERS
 from deltakd.evaluation.settings import SCORES, EvaluationSettings
-from deltakd.io.keys import Resume, keys_with
+from deltakd.io.keys import Resume, Seed, keys_with
 from deltakd.io.run_directory import ResumePolicy
 from deltakd.kernels import MEMORY_BUDGET
 from deltakd.models.settings import ModelSettings, ModelSpec
@@ -136,7 +136,7 @@ class RunSettings:
     """
 
     name: Annotated[str, Resume.FREE]
-    seed: Annotated[int, Ge(0)]
+    seed: Seed
     delta_weight: Any
     objective: str | None
     run_dir: Annotated[str | None, Resume.FREE]
