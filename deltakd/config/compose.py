@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -66,13 +66,53 @@ def compose_config(name: str, overrides: Sequence[str], checked: bool = False) -
 
 
 def _compose(name: str, overrides: Sequence[str]) -> DictConfig:
-    GlobalHydra.instance().clear()
+    # Of a program that uses Hydra itself, the state is put back.
+    hydra = GlobalHydra.instance()
+    before, hydra.hydra = hydra.hydra, None
     register_folders()
     try:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-            return compose(name, list(overrides))
+            return compose(name, whole_mappings(overrides))
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError([_one_line(error)]) from None
+    finally:
+        hydra.hydra = before
+
+
+def set_values(cfg: DictConfig, values: Mapping[str, Any], problems: list[str]) -> None:
+    """Set keys of a composed config to values from Python, which need no quoting.
+
+    Args:
+        cfg: changed.
+        values: dotted key -> value.
+        problems: gets one sentence for each unknown key, with the nearest one.
+    """
+    keys = list(_keys(cfg))
+    for key, value in values.items():
+        parent = key.rpartition(".")[0]
+        if key in RENAMED_KEYS and key not in keys:
+            problems.append(f"{key} is now {RENAMED_KEYS[key]}")
+        # What lies below an empty mapping, such as schedule_options, has no keys to be known by.
+        elif key not in keys and not (parent in keys and OmegaConf.select(cfg, parent) in ({}, None)):
+            problems.append(_no_key(key, keys))
+        else:
+            with open_dict(cfg):
+                OmegaConf.update(cfg, key, value, merge=False)
+
+
+def whole_mappings(overrides: Sequence[str]) -> list[str]:
+    """Return the overrides so that a mapping may hold keys of the user's own: ``data.sets={mine: my.jsonl}``.
+
+    Hydra refuses keys that the config lacks, inside of mappings too. As ``++data.sets={...}`` it takes them. Where only
+    known keys are allowed, making the settings refuses the others by name.
+    """
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return [f"++{text}" if _is_whole_mapping(o) else text for text, o in zip(overrides, parsed, strict=True)]
+
+
+def _is_whole_mapping(override: Override) -> bool:
+    plain = override.type is OverrideType.CHANGE and not override.is_sweep_override()
+    return plain and isinstance(override.value(), dict) and not is_group(override.key_or_group)
 
 
 def read_mapping(text: str) -> dict[str, Any]:

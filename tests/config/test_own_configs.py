@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from deltakd import train
 from deltakd.config.build import make_settings
 from deltakd.config.compose import CONF_DIR, check_overrides, compose_config
 from deltakd.config.folders import CONFIG_DIR_VARIABLE, config_folders, use_config_dir
@@ -72,6 +73,7 @@ def test_init_writes_an_experiment_that_trains_as_it_stands(
     settings = make_settings(compose_config("train", ["experiment=my_run", "logger=csv", "optim.weight_decay=0"]))
     assert (settings.name, settings.loss_name, settings.optim.lr) == ("my_run", "delta_kd", 1e-3)
     assert settings.specs["student_raw"].path == str(world.root / "student_raw")
+    assert settings.trainer.max_epochs is None
     assert (settings.trainer.max_steps, settings.data.max_length, settings.data.template) == (3, 100, "alpaca")
 
 
@@ -217,3 +219,15 @@ def test_every_command_finds_them(project: Path, world: World) -> None:
         )  # fmt: skip
         assert done.returncode == 0, (arguments, done.stderr)
     assert yaml.safe_load((elsewhere / "many" / "0" / "config.yaml").read_text())["loss"]["scale"] == 2.0
+
+
+def test_a_mapping_takes_keys_of_the_users_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["data.sets={mine: my.jsonl}", "optim.schedule_options={num_cycles: 2}", "delta_weight={schedule: linear}"]
+    cfg = compose_config("train", given)
+    assert (cfg.data.sets, cfg.optim.schedule_options) == ({"mine": "my.jsonl"}, {"num_cycles": 2})
+    assert cfg.delta_weight == {"schedule": "linear"}
+    monkeypatch.setattr("sys.argv", ["deltakd.train", *given, "--cfg", "job"])
+    train.main()
+    assert "mine: my.jsonl" in capsys.readouterr().out

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -112,3 +113,23 @@ def test_one_process_where_threads_are_not_wanted(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
     monkeypatch.setenv("RAYON_NUM_THREADS", "5")
     assert usable_processes() == (5 if sys.platform == "linux" else 1)
+
+
+def test_a_hub_data_set_is_found_again_until_its_files_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def publish(answer: str) -> None:
+        folder = tmp_path / answer
+        datasets.Dataset.from_list([{"instruction": "Do it", "output": answer}]).save_to_disk(str(folder))
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.load_from_disk(str(folder)))
+
+    def answers() -> tuple[str, ...]:
+        (row,), key = prepared_rows("org/name", cache_dir=tmp_path / "cache")
+        assert key is not None
+        return row.responses
+
+    publish("yes")
+    assert answers() == ("yes",)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepared, "iter_rows", None)
+        assert answers() == ("yes",)
+    publish("no")
+    assert answers() == ("no",)

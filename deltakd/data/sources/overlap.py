@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deltakd.data.sources.near import Corpus
 from deltakd.data.sources.rows import Row
-from deltakd.data.sources.stored_rows import taken, tasks_of
+from deltakd.data.sources.stored_rows import reading_code, rows_digest, taken, tasks_of
 from deltakd.data.sources.tasks import Tasks, generic_instructions, task_texts
+from deltakd.io.arrays import ArrayWriter, kept_arrays
 from deltakd.io.progress import progress_bar
 
 #: Fewer rows than this are compared in a second and need no progress bar.
@@ -70,6 +73,24 @@ def find_overlaps(asked: Sequence[Row], others: Iterable[Row]) -> list[Overlap]:
                 best[match] = overlap
     found = {at: overlap for task, overlap in best.items() for at in search.asked[task]}
     return [Overlap(asked[at].id, found[at].other_id, found[at].similarity, found[at].exact) for at in sorted(found)]
+
+
+def known_overlaps(asked: Sequence[Row], others: Sequence[Row], cache_dir: str | Path | None) -> list[Overlap]:
+    """Return what ``find_overlaps`` finds, or has found for an earlier run.
+
+    Args:
+        asked, others: as for ``find_overlaps``.
+        cache_dir: folder that keeps it for later runs; None keeps nothing.
+    """
+    if cache_dir is None:
+        return find_overlaps(asked, others)
+
+    def build(writer: ArrayWriter) -> None:
+        writer.meta["overlaps"] = [astuple(overlap) for overlap in find_overlaps(asked, others)]
+
+    key = hashlib.sha256(":".join([reading_code(), rows_digest(asked), rows_digest(others)]).encode()).hexdigest()
+    kept = kept_arrays(f"overlaps-{key}", cache_dir, {}, build, "the overlaps")
+    return [Overlap(*values) for values in kept.meta["overlaps"]]
 
 
 def overlapping(rows: Sequence[Row], banned: Sequence[Row]) -> set[int]:
