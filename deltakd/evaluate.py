@@ -145,6 +145,9 @@ def _train_rows(data: DataConfig) -> Sequence[Row] | None:
 
     if not isinstance(data, InstructionData) or not data.train:
         return None
+    if data.streaming:
+        log.info("Whether rows were trained on is not checked: the training data is streamed.")
+        return None
     try:
         return data.split().train
     except ValueError as error:

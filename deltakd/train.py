@@ -14,7 +14,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from deltakd.cli import guarded
-from deltakd.config.compose import check_overrides, register_folders
+from deltakd.config.compose import check_overrides, register_folders, whole_mappings
 from deltakd.config.folders import CONF_DIR, use_config_dir
 from deltakd.distributed.ranks import agreed, external_launch, is_main_process, launch_id
 from deltakd.io.run_directory import RunDirectory
@@ -108,6 +108,8 @@ def main() -> None:
     # In place of overrides, completion has words of its own.
     if not given.shell_completion:
         guarded(lambda: check_overrides("train", given.overrides), "")
+        opened = dict(zip(given.overrides, whole_mappings(given.overrides), strict=True))
+        sys.argv[1:] = [opened.get(word, word) for word in sys.argv[1:]]
     _train()
 
 

@@ -81,6 +81,11 @@ def make_answering_settings(cfg: DictConfig) -> RunSettings:
         draft.problems.append(
             "data is plain text, which has no prompts to answer; give data=instruction and data.train=..."
         )
+    elif draft.data is not None and draft.data.streaming:
+        draft.problems.append(
+            "data.streaming=true, but the teacher answers the prompts of an indexed data set; give "
+            "data.streaming=false, and data.limit=N if there are too many"
+        )
     draft.check_alone()
     return draft.settings({TEACHER}, has_adapter=draft.model.lora is not None)
 

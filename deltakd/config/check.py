@@ -10,16 +10,18 @@ from typing import Any
 
 import torch
 
-from deltakd.data import InstructionData, TextData
+from deltakd.data import DataConfig, InstructionData, TextData
 from deltakd.evaluation import SCORERS
 from deltakd.evaluation.settings import SCORES, EvaluationSettings
 from deltakd.io.hub import hub_reachable
 from deltakd.models import ModelSettings, ModelSpec, load_config, spec_problems
 from deltakd.models.causal import NotCausalError
 from deltakd.models.quantization import student_problems
-from deltakd.references import CacheSettings, CacheStore
+from deltakd.references import CacheSettings, CacheStore, ReferenceSettings
 from deltakd.references.content import cache_problems
 from deltakd.references.topk import topk_problems
+from deltakd.rollouts import RolloutSettings
+from deltakd.training.settings import TrainerSettings
 from deltakd.types import ROLES, STUDENT, STUDENT_RAW, Loss, LossOutput, is_reference_role
 
 #: Tokens of a model from scratch, while its architecture is checked and no tokenizer is open.
@@ -99,6 +101,36 @@ def model_problems(models: ModelSettings, specs: Mapping[str, ModelSpec]) -> lis
     return problems
 
 
+def rollout_problems(
+    rollout: RolloutSettings,
+    loss: Loss | None,
+    data: InstructionData | TextData | None,
+    reference: ReferenceSettings | None,
+) -> list[str]:
+    """Return what is wrong with the rollouts, by themselves and beside the other groups."""
+    found = rollout.problems(loss)
+    if not rollout.on_policy:
+        return found
+    if isinstance(data, TextData):
+        found.append("rollout=student needs prompts to answer, and data is plain text; give data=instruction")
+    elif data is not None and data.streaming:
+        found.append(
+            "rollout=student draws the prompts of a step from an indexed data set, and data.streaming=true has none; "
+            "give data.streaming=false"
+        )
+    elif data is not None and data.batch_size is None:
+        found.append(
+            "rollout=student needs data.batch_size: lengths of responses are not known in advance, so batches can't be "
+            "filled up to data.max_tokens_per_batch"
+        )
+    if isinstance(reference, CacheSettings) and loss is not None and loss.requires:
+        found.append(
+            "reference=cached holds the references over the data's responses, and with rollout=student the student "
+            "writes others; give reference=live"
+        )
+    return found
+
+
 def _unmade_stages(specs: Mapping[str, ModelSpec]) -> dict[str, str]:
     """Return role -> path for each path that is a student of a study not run yet."""
     return {
@@ -144,6 +176,37 @@ def _config_problems(specs: Mapping[str, ModelSpec], trust_remote_code: bool) ->
         "these models are not in the local cache, and the Hugging Face hub can't be reached: "
         f"{named}; to use local copies give model.<role>.path=/path/to/model_directory",
     ]
+
+
+def stream_problems(data: DataConfig, trainer: TrainerSettings | None, reference: Any) -> list[str]:
+    """Return what the other groups ask of data that is streamed, and thus not counted."""
+    if not data.streaming:
+        return []
+    problems = []
+    if isinstance(reference, CacheSettings):
+        problems.append(
+            "reference=cached looks rows up in an indexed data set, and data.streaming=true has none; give "
+            "reference=live, or data.streaming=false"
+        )
+    if trainer is None:
+        return problems
+    budget = isinstance(data, TextData) and data.max_tokens is not None
+    if trainer.max_steps is None and not budget:
+        problems.append(
+            "data.streaming=true does not know how many steps a pass has, and the schedules need to know the last one; "
+            "give trainer.max_steps=N" + (", or data.max_tokens=N" if isinstance(data, TextData) else "")
+        )
+    if trainer.max_epochs is not None and trainer.max_epochs % 1:
+        problems.append(
+            f"trainer.max_epochs is {trainer.max_epochs}, but data.streaming=true knows only whole passes; give a "
+            "whole number, or trainer.max_epochs=null to stop after trainer.max_steps alone"
+        )
+    if data.validates and trainer.val_every_n_steps is None:
+        problems.append(
+            "trainer.val_every_n_steps=null validates after each pass, and data.streaming=true does not know when "
+            "that is; give trainer.val_every_n_steps=N"
+        )
+    return problems
 
 
 def caching_problems(cache: Any, models: ModelSettings, loss: Loss | None) -> list[str]:

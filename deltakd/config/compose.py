@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -70,9 +70,24 @@ def _compose(name: str, overrides: Sequence[str]) -> DictConfig:
     register_folders()
     try:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-            return compose(name, list(overrides))
+            return compose(name, whole_mappings(overrides))
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError([_one_line(error)]) from None
+
+
+def whole_mappings(overrides: Sequence[str]) -> list[str]:
+    """Return the overrides so that a mapping may hold keys of the user's own: ``data.sets={mine: my.jsonl}``.
+
+    Hydra refuses keys that the config lacks, inside of mappings too. As ``++data.sets={...}`` it takes them. Where only
+    known keys are allowed, making the settings refuses the others by name.
+    """
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return [f"++{text}" if _is_whole_mapping(o) else text for text, o in zip(overrides, parsed, strict=True)]
+
+
+def _is_whole_mapping(override: Override) -> bool:
+    plain = override.type is OverrideType.CHANGE and not override.is_sweep_override()
+    return plain and isinstance(override.value(), dict) and not is_group(override.key_or_group)
 
 
 def read_mapping(text: str) -> dict[str, Any]:

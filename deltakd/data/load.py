@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltakd.data.encoding.encoded_set import EncodedSet
+from deltakd.data.encoding.example_stream import Stream
 from deltakd.data.encoding.packing import pack_texts
 from deltakd.data.encoding.segments import Template
 from deltakd.data.encoding.templates import make_template
@@ -53,6 +54,7 @@ class LoadedSets(NamedTuple):
         val_rows: validation rows before tokenising, for generation, read when asked for; empty for plain text.
         train_rows: training rows before tokenising, likewise.
         counts: ``train_rows``, ``val_rows``, ``excluded``, and each set's own counts as ``train/...``, ``val/...``.
+        stream: what is trained on in place of ``train`` and ``train_rows``, which then hold its first rows or nothing.
     """
 
     train: EncodedSet
@@ -60,6 +62,7 @@ class LoadedSets(NamedTuple):
     val_rows: Sequence[Row]
     train_rows: Sequence[Row]
     counts: dict[str, int]
+    stream: Stream | None = None
 
 
 def split_rows(
@@ -97,7 +100,7 @@ def split_rows(
     keys = [key, val_key, *(reading_key(source, columns=columns) for source in exclude)]
 
     def build(writer: ArrayWriter) -> None:
-        kept, held = _chosen(rows, given, _banned(exclude, columns), val_size, seed)
+        kept, held = _chosen(rows, given, banned_rows(exclude, columns), val_size, seed)
         writer.append("train", kept)
         writer.append("held", held)
         writer.meta["digest"] = rows.take(kept).digest()
@@ -109,7 +112,8 @@ def split_rows(
     return SplitRows(kept, val_rows, len(rows) - len(kept) - len(split.arrays["held"]))
 
 
-def _banned(exclude: Sequence[str], columns: Mapping[str, str] | None) -> list[Row]:
+def banned_rows(exclude: Sequence[str], columns: Mapping[str, str] | None) -> list[Row]:
+    """Return the rows whose tasks must not be trained on."""
     lenient: dict[str, Any] = {"need_response": False, "columns": columns, "need_columns": False}
     return [row for source in exclude for row in read_rows(source, **lenient)]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -13,15 +12,19 @@ from annotated_types import Ge
 from transformers import PreTrainedTokenizerBase
 
 from deltakd.data.batches.budget import check_budget
+from deltakd.data.encoding.packing import pack_texts
 from deltakd.data.encoding.preview import Preview
 from deltakd.data.encoding.segments import Template
 from deltakd.data.encoding.template_problems import template_problems
 from deltakd.data.encoding.templates import make_template
 from deltakd.data.encoding.token_table import encode_rows
 from deltakd.data.load import LoadedSets, SplitRows, load_instruction_sets, load_text_sets, split_rows
+from deltakd.data.load_stream import open_instruction_stream, open_text_stream, streamed_sets
 from deltakd.data.sources.parsing import COLUMNS
+from deltakd.data.sources.readers import read_rows, read_texts
 from deltakd.data.sources.records import missing_sources
-from deltakd.io.keys import Cache, Resume, keys_with
+from deltakd.io.keys import Cache, Resume, Seed, keys_with
+from deltakd.io.patterns import pattern_problems
 
 Sources = str | Sequence[str]
 Positive = Annotated[int, Ge(1)]
@@ -40,6 +43,8 @@ class DataConfig(ABC):
         max_length: most tokens of a row (prompt and response); for text, tokens of a block.
         max_prompt_length: most tokens of a prompt.
         limit: keep only the first ``limit`` rows or documents of ``train`` and of ``val``.
+        streaming: read ``train`` while training instead of indexing it first, for data of any size; see ``Passes``.
+        shuffle_buffer: of a stream, rows (or documents) that are shuffled in memory; kept by every process.
         batch_size: rows per process and micro-batch; None: as many as ``max_tokens_per_batch`` allows.
         max_tokens_per_batch: positions per process and micro-batch (rows times longest row); None: use ``batch_size``.
         cache_dir: folder for tokenised sets; None keeps nothing.
@@ -57,12 +62,14 @@ class DataConfig(ABC):
     max_length: Positive = 512
     max_prompt_length: Positive = 256
     limit: Annotated[Positive | None, Cache.FREE] = None
+    streaming: Annotated[bool, Cache.FREE] = False
+    shuffle_buffer: Annotated[Positive, Cache.FREE] = 10_000
     batch_size: Annotated[Positive | None, Resume.UNFINISHED, Cache.FREE] = 8
     max_tokens_per_batch: Annotated[Positive | None, Resume.UNFINISHED, Cache.FREE] = None
     cache_dir: Annotated[str | None, Cache.FREE] = None
     prepare: Annotated[Callable[[], Any] | None, Cache.FREE] = None
     strip_answers: str | None = None
-    columns: Mapping[str, str] = field(default_factory=dict)
+    columns: Mapping[str, str] | None = None
     preview: Annotated[Preview, Resume.FREE, Cache.FREE] = "text"
 
     @property
@@ -121,18 +128,27 @@ class DataConfig(ABC):
         found += template_problems("data.template", self.template)
         if not self.train:
             found.append("data.train is missing; give a file, a list of files or a hub data set: data.train=...")
-        if self.strip_answers is not None:
-            try:
-                re.compile(self.strip_answers)
-            except (re.error, OverflowError, RecursionError) as error:
-                found.append(f"data.strip_answers is {self.strip_answers!r}, which is no regular expression: {error}")
+        found += pattern_problems("data.strip_answers", self.strip_answers)
+        if self.streaming:
+            found += self._stream_problems()
         found += [
             f"data.columns has {name!r}, which is no name of ours; allowed: {', '.join(COLUMNS)}"
-            for name in self.columns
+            for name in self.columns or ()
             if name not in COLUMNS
         ]
         if self.prepare is None:
             found += missing_sources(self.sources())
+        return found
+
+    def _stream_problems(self) -> list[str]:
+        """Return what a stream can't do."""
+        found = []
+        if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < self.max_length:
+            found.append(
+                f"data.max_tokens_per_batch is {self.max_tokens_per_batch}, but a row may have data.max_length="
+                f"{self.max_length} tokens, and data.streaming=true can't look at all rows first; give "
+                f"{self.max_length} or more"
+            )
         return found
 
     def _batch_problems(self) -> list[str]:
@@ -174,7 +190,7 @@ class InstructionData(DataConfig):
     train_subset: str | None = None
     val_subset: str | None = None
     val_size: Annotated[int, Ge(0)] = 0
-    split_seed: Annotated[int, Ge(0)] = 0
+    split_seed: Seed = 0
     exclude: Sequence[str] = ()
     overlong: Literal["cut", "drop"] = "cut"
     split_turns: bool = False
@@ -192,6 +208,13 @@ class InstructionData(DataConfig):
                 f"data.max_prompt_length is {self.max_prompt_length} and data.max_length {self.max_length}; "
                 "the prompt must leave room for a response"
             )
+        if self.streaming and self.val_size:
+            found.append(
+                f"data.val_size is {self.val_size}, but the rows of data.streaming=true are not counted, so none can "
+                "be drawn from them; hold rows out in a file of their own: data.val=... data.val_size=0"
+            )
+        if self.streaming and self.train_subset is not None:
+            found.append(_no_subset())
         return found
 
     def sources(self) -> dict[str, Sources | None]:
@@ -201,7 +224,29 @@ class InstructionData(DataConfig):
     def load(self, tokenizer: PreTrainedTokenizerBase) -> LoadedSets:
         """Read, render and tokenise the rows."""
         template = self.make_template(tokenizer)
+        if self.streaming:
+            return self._open(template, tokenizer)
         return load_instruction_sets(template=template, tokenizer=tokenizer, **self._choice(), **self._limits())
+
+    def _open(self, template: Template, tokenizer: PreTrainedTokenizerBase) -> LoadedSets:
+        assert self.train is not None, "checked by problems()"
+        options: dict[str, Any] = {"strip_answers": self.strip_answers, "columns": self.columns, "limit": self.limit}
+        val_rows = [] if self.val is None else read_rows(self.val, subset=self.val_subset, **options)
+        stream, first = open_instruction_stream(
+            self.train,
+            template=template,
+            tokenizer=tokenizer,
+            max_length=self.max_length,
+            max_prompt_length=self.max_prompt_length,
+            overlong=self.overlong,
+            split_turns=self.split_turns,
+            shuffle_buffer=self.shuffle_buffer,
+            exclude=self.exclude,
+            val_rows=val_rows,
+            **options,
+        )
+        val = encode_rows(val_rows, template, tokenizer, **self._limits()) if val_rows else None
+        return streamed_sets(stream, first, val, val_rows)
 
     def split(self) -> SplitRows:
         """Return training and validation rows, before any is cut or dropped for its length.
@@ -252,7 +297,8 @@ class TextData(DataConfig):
 
     Args:
         train_subset: source (as written in ``train``) -> ``split.json#key``.
-        max_tokens: training budget: tokens to take, spread over all of ``train``; None: all.
+        max_tokens: training budget: tokens to take, spread over all of ``train``; None: all. Of a stream: tokens to
+            train on in the whole run.
         val_max_tokens: the same for validation.
     """
 
@@ -261,12 +307,17 @@ class TextData(DataConfig):
     val_max_tokens: Positive | None = None
 
     def own_problems(self) -> list[str]:
-        """Return a problem if blocks are too short."""
-        return [] if self.max_length >= 2 else [f"data.max_length is {self.max_length}; a block needs 2 tokens or more"]
+        """Return a problem if blocks are too short, or lines are chosen of what is not indexed."""
+        found = [_no_subset()] if self.streaming and self.train_subset else []
+        if self.max_length < 2:
+            found.append(f"data.max_length is {self.max_length}; a block needs 2 tokens or more")
+        return found
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> LoadedSets:
         """Read, tokenise and pack the documents."""
         assert self.train is not None, "checked by problems()"
+        if self.streaming:
+            return self._open(self.train, tokenizer)
         return load_text_sets(
             train=self.train,
             train_subset=self.train_subset,
@@ -279,3 +330,26 @@ class TextData(DataConfig):
             limit=self.limit,
             cache_dir=self.cache_dir,
         )
+
+    def _open(self, train: Sources, tokenizer: PreTrainedTokenizerBase) -> LoadedSets:
+        stream, first = open_text_stream(
+            train,
+            tokenizer=tokenizer,
+            block_length=self.max_length,
+            shuffle_buffer=self.shuffle_buffer,
+            max_tokens=self.max_tokens,
+            columns=self.columns,
+            limit=self.limit,
+        )
+        val = None
+        if self.val is not None:
+            texts = read_texts(self.val, columns=self.columns, limit=self.limit)
+            val = pack_texts(texts, tokenizer, self.max_length, self.cache_dir, self.val_max_tokens)
+        return streamed_sets(stream, first, val)
+
+
+def _no_subset() -> str:
+    return (
+        "data.train_subset names lines of an indexed file, and data.streaming=true indexes none; choose rows by "
+        "data.train=FILE#field=value, or write the lines into a file of their own"
+    )

@@ -90,7 +90,8 @@ def load_parts(settings: RunSettings, directory: RunDirectory) -> Parts:
             vocabulary = cached.vocabulary
         if is_main_process():
             inputs = read_inputs(settings, tokenizer, sets, cached)
-            check_inputs(directory.path, inputs, force=settings.resume == "force")
+            shards = None if sets.stream is None else sets.stream.versions
+            check_inputs(directory.path, inputs, shards, force=settings.resume == "force")
             preview_data(settings.data, sets.train, tokenizer)
             warn_of_verbatim_prompts(settings.data, sets.train_rows)
         evaluation = _read_evaluation(settings, tokenizer, vocabulary, sets) if settings.evaluation.generate else None
@@ -109,7 +110,9 @@ def _read_evaluation(
         vocabulary=vocabulary,
         trust_remote_code=settings.model.trust_remote_code,
     )
-    train_rows = sets.train_rows if isinstance(settings.data, InstructionData) else None
+    train_rows = sets.train_rows if isinstance(settings.data, InstructionData) and sets.stream is None else None
+    if sets.stream is not None and settings.evaluation.sets:
+        log.info("The evaluation sets are not looked for in a stream; what data.exclude names is left out of it.")
     answered = sets.val_rows if settings.generates_on_validation else []
     return read_checked_sets(
         settings.evaluation, settings.deviations, settings.data, tokenizer, student, train_rows, answered

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import Logger
 
 from deltakd.data.batches.data_module import DistillationData
+from deltakd.data.encoding.example_stream import ExampleStream
 from deltakd.distributed.ranks import is_main_process
 from deltakd.distributed.strategies import check_ranks, count_ranks
 from deltakd.evaluation import summarise
@@ -18,9 +20,18 @@ from deltakd.evaluation.validation_answers import write_validation_answers
 from deltakd.io.progress import write_total_steps
 from deltakd.models import LanguageModel
 from deltakd.models.tokenizers import pad_id
+from deltakd.rollouts import RolloutData
 from deltakd.tracking.wandb_run import wandb_of
 from deltakd.training.assembly import Parts
-from deltakd.training.callbacks import Checkpoints, Lifeline, StopOnSignal, TrainingLog, Validation
+from deltakd.training.callbacks import (
+    Checkpoints,
+    Lifeline,
+    RolloutLog,
+    StopOnSignal,
+    StreamEnd,
+    TrainingLog,
+    Validation,
+)
 from deltakd.training.callbacks.validation import Generate
 from deltakd.training.module import DistillationModule
 from deltakd.training.resume import SavedState, check_step_size, final_student, restore, restore_weights
@@ -41,12 +52,14 @@ class Fitted:
         module: the trained module.
         checkpoints: the best step and its metrics.
         training_log: token counts and speed.
+        streamed: what became of the rows of a stream; empty for indexed data.
     """
 
     student: LanguageModel
     module: DistillationModule
     checkpoints: Checkpoints
     training_log: TrainingLog
+    streamed: dict[str, int]
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -72,10 +85,12 @@ def fit(parts: Parts, loggers: list[Logger], state: SavedState | None, lifeline:
     ranks = count_ranks(settings.accelerator, settings.devices, settings.num_nodes)
     data = make_data(parts, ranks)
     validation = _make_validation(parts, data, loggers)
+    stream_end = StreamEnd(validation)
     checkpoints = _make_checkpoints(parts, data, validation)
     training_log = TrainingLog(settings.log_every_n_steps)
     watching = [checkpoints, StopOnSignal(checkpoints)]
-    callbacks = [lifeline, training_log, *([validation] if validation else []), *watching]
+    rollout_log = [RolloutLog(training_log)] if isinstance(data, RolloutData) else []
+    callbacks = [lifeline, stream_end, *rollout_log, training_log, *([validation] if validation else []), *watching]
     trainer = make_trainer(parts, callbacks, loggers)
     check_ranks(trainer, ranks)
     if is_main_process():
@@ -83,12 +98,12 @@ def fit(parts: Parts, loggers: list[Logger], state: SavedState | None, lifeline:
     if state:
         check_step_size(state, checkpoints, data)
     module = make_module(parts, data.total_steps)
-    if state and state.step >= data.total_steps:
-        restore(module, (checkpoints, training_log), state)
+    if state and state.step >= stream_end.saved_steps(state.content, data.total_steps):
+        restore(module, (checkpoints, training_log, stream_end), state)
     else:
         _announce(parts, data, state)
         _train(trainer, module, data, state)
-    return Fitted(final_student(module, checkpoints), module, checkpoints, training_log)
+    return Fitted(final_student(module, checkpoints), module, checkpoints, training_log, stream_end.counts)
 
 
 def make_data(parts: Parts, ranks: int) -> DistillationData:
@@ -99,6 +114,23 @@ def make_data(parts: Parts, ranks: int) -> DistillationData:
         ranks: number of processes that share an optimiser step.
     """
     settings = parts.settings.trainer
+    if parts.settings.rollout.on_policy:
+        assert parts.settings.data.batch_size is not None, "checked with the config"
+        return RolloutData(
+            parts.sets.train,
+            parts.sets.val,
+            tokenizer=parts.tokenizer,
+            vocabulary=parts.vocabulary,
+            settings=parts.settings.rollout,
+            batch_size=parts.settings.data.batch_size,
+            accumulate=settings.accumulate_grad_batches,
+            seed=parts.settings.seed,
+            max_epochs=settings.max_epochs,
+            max_steps=settings.max_steps,
+            longest=parts.settings.data.max_length,
+            log_probs=parts.settings.loss.needs_sampled_tokens,
+            world_size=ranks,
+        )
     return DistillationData(
         parts.sets.train,
         parts.sets.val,
@@ -110,7 +142,16 @@ def make_data(parts: Parts, ranks: int) -> DistillationData:
         max_steps=settings.max_steps,
         max_tokens=parts.settings.data.max_tokens_per_batch,
         world_size=ranks,
+        stream=_start_stream(parts),
     )
+
+
+def _start_stream(parts: Parts) -> ExampleStream[Any, Any] | None:
+    if parts.sets.stream is None:
+        return None
+    stream = parts.sets.stream.start(parts.settings.seed)
+    stream.vocabulary = parts.vocabulary
+    return stream
 
 
 def make_module(parts: Parts, total_steps: int) -> DistillationModule:
@@ -153,7 +194,7 @@ def _make_validation(parts: Parts, data: DistillationData, loggers: list[Logger]
 
 def _validation_steps(data: DistillationData, every: int | None) -> frozenset[int]:
     """Return the steps to validate after: every ``every`` steps, or each pass's last; and the run's last."""
-    chosen = range(every, data.total_steps + 1, every) if every else data.sampler().pass_ends
+    chosen = range(every, data.total_steps + 1, every) if every else data.pass_ends
     return frozenset({*chosen, data.total_steps}) - {0}
 
 
@@ -162,7 +203,7 @@ def _make_generate(parts: Parts, loggers: list[Logger]) -> Generate:
     evaluation = parts.settings.evaluation
     rows = parts.sets.val_rows[: evaluation.val_limit]
     asked = evaluation.prompts_of(parts.settings.data)
-    val_set = make_set("val", rows, asked, parts.tokenizer, evaluation.val_scorer, evaluation.rouge_tokenizer)
+    val_set = make_set("val", rows, asked, parts.tokenizer, evaluation.val_scorer, **evaluation.comparison)
     seed = evaluation.seeds[0]
     tracker = wandb_of(loggers)
 
@@ -190,15 +231,26 @@ def _train(trainer: L.Trainer, module: DistillationModule, data: DistillationDat
 
 
 def _announce(parts: Parts, data: DistillationData, state: SavedState | None) -> None:
+    going_on = f"; going on from step {state.step}" if state else ""
+    if parts.sets.stream is not None:
+        shards = len(parts.sets.stream.shards)
+        log.info(
+            "%s: at most %d optimiser steps over a stream of %d shards%s.",
+            parts.settings.name,
+            data.total_steps,
+            shards,
+            going_on,
+        )
+        return
     log.info(
         "%s: %d optimiser steps over %d rows with %d valid tokens a pass%s.",
         parts.settings.name,
         data.total_steps,
         len(parts.sets.train),
         int(parts.sets.train.valid_tokens.sum()),
-        f"; going on from step {state.step}" if state else "",
+        going_on,
     )
-    rows, borrowed = len(parts.sets.train), data.sampler().borrowed_rows
+    rows, borrowed = len(parts.sets.train), data.borrowed_rows
     if borrowed > BORROWED_SHARE * rows:
         log.warning(
             "All steps are full: the last one of the first pass over %d rows takes %d rows of the next pass (%.0f %% "

@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 #: In the run directory.
 INPUTS = "inputs.json"
 
+#: Shards of a stream in a message.
+SHOWN_SHARDS = 5
+
 #: How an input differs; a model's files are others.
 _HOW = {
     "data.train": "the rows are others",
@@ -58,12 +61,15 @@ def read_inputs(
     return inputs if cached is None else inputs | {"reference": fingerprint(_lasting(cached.content))}
 
 
-def check_inputs(directory: Path, inputs: Mapping[str, str | None], *, force: bool) -> None:
+def check_inputs(
+    directory: Path, inputs: Mapping[str, str | None], shards: Mapping[str, str] | None = None, *, force: bool
+) -> None:
     """Keep what the run reads, or compare it with what its first start has read.
 
     Args:
         directory: of the run.
         inputs: as ``read_inputs`` gives them.
+        shards: of streamed data, each with what tells another content; they say what ``data.train`` is.
         force: go on with other inputs; ``changed_inputs`` tells of them from then on.
 
     Raises:
@@ -72,11 +78,13 @@ def check_inputs(directory: Path, inputs: Mapping[str, str | None], *, force: bo
     """
     held = _read(directory)
     before: dict[str, str | None] = held.get("inputs", {})
-    changed = [
+    changed = _shard_changes(held.get("shards", {}), shards or {})
+    apart = ("data.train",) if changed else ()
+    changed += [
         f"{name}: {_HOW.get(name, 'its files are others')} than when this run began "
         f"({before[name]!s:.12} there, {value:.12} now)"
         for name, value in inputs.items()
-        if value is not None and before.get(name) not in (None, value)
+        if value is not None and before.get(name) not in (None, value) and name not in apart
     ]
     if changed and not force:
         remedy = (
@@ -89,13 +97,31 @@ def check_inputs(directory: Path, inputs: Mapping[str, str | None], *, force: bo
     # What can't be told now may have been told before.
     known = before | {name: value for name, value in inputs.items() if value is not None or name not in before}
     changed = [*held.get("changed", []), *changed]
-    if {"inputs": known, "changed": changed} != held:
-        write_json(directory / INPUTS, {"inputs": known, "changed": changed})
+    kept = {"inputs": known, "changed": changed} | ({"shards": dict(shards)} if shards else {})
+    if kept != held:
+        write_json(directory / INPUTS, kept)
 
 
 def changed_inputs(directory: Path) -> list[str]:
     """Return what the run has gone on with though it was another, one sentence each."""
     return list(_read(directory).get("changed", []))
+
+
+def _shard_changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Return one sentence with the shards that differ, if any."""
+    if not before or not now:
+        return []
+    different = [f"{name} is gone" for name in before if name not in now]
+    different += [f"{name} is new" for name in now if name not in before]
+    different += [
+        f"{name} has changed ({version} there, {now[name]} now)"
+        for name, version in before.items()
+        if now.get(name, version) != version
+    ]
+    if not different:
+        return []
+    more = f" and {len(different) - SHOWN_SHARDS} more" if len(different) > SHOWN_SHARDS else ""
+    return [f"data.train: the shards are others than when this run began: {', '.join(different[:SHOWN_SHARDS])}{more}"]
 
 
 def _read(directory: Path) -> dict[str, Any]:

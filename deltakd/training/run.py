@@ -195,7 +195,7 @@ def _meta(parts: Parts, fitted: Fitted, started: float) -> dict[str, Any]:
         "resident_mib": {role: round(resident_bytes(m) / 2**20, 3) for role, m in sorted(parts.models.loaded.items())},
         "data_sha256": parts.sets.train.fingerprint,
         "changed_inputs": changed_inputs(parts.directory.path),
-        "data": parts.sets.counts,
+        "data": parts.sets.counts | fitted.streamed,
         "valid_tokens": training.valid_tokens,
         "training_seconds": round(training.seconds, 3),
         "seconds": round(time.perf_counter() - started, 3),

@@ -9,9 +9,8 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 
 from deltakd.distributed.strategies import make_plugins, make_strategy
-from deltakd.io.progress import current_display
 from deltakd.training.assembly import Parts
-from deltakd.training.callbacks import DisplayedTraining, ProgressBar
+from deltakd.training.callbacks import TrainingProgress
 
 
 def make_trainer(parts: Parts, callbacks: list[L.Callback], loggers: list[Logger]) -> L.Trainer:
@@ -23,11 +22,7 @@ def make_trainer(parts: Parts, callbacks: list[L.Callback], loggers: list[Logger
         loggers: of the main process.
     """
     run, settings = parts.settings, parts.settings.trainer
-    display = current_display()
-    if display is not None:
-        callbacks = [*callbacks, DisplayedTraining(display)]
-    elif settings.enable_progress_bar:
-        callbacks = [*callbacks, ProgressBar(run.name.rsplit("/", 1)[-1])]
+    callbacks = [*callbacks, TrainingProgress(run.name.rsplit("/", 1)[-1], settings.enable_progress_bar)]
     return L.Trainer(
         accelerator=settings.accelerator,
         devices=settings.devices,
@@ -45,7 +40,8 @@ def make_trainer(parts: Parts, callbacks: list[L.Callback], loggers: list[Logger
         callbacks=[*run.callbacks.values(), *callbacks],
         use_distributed_sampler=False,
         enable_model_summary=False,
-        enable_progress_bar=settings.enable_progress_bar and display is None,
+        # Ours is among the callbacks.
+        enable_progress_bar=False,
         profiler=_make_profiler(settings.profiler, parts.directory.path),
         detect_anomaly=settings.detect_anomaly,
         default_root_dir=parts.directory.path,

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from deltakd import train
 from deltakd.config.build import make_settings
 from deltakd.config.compose import CONF_DIR, check_overrides, compose_config
 from deltakd.config.folders import CONFIG_DIR_VARIABLE, config_folders, use_config_dir
@@ -217,3 +218,15 @@ def test_every_command_finds_them(project: Path, world: World) -> None:
         )  # fmt: skip
         assert done.returncode == 0, (arguments, done.stderr)
     assert yaml.safe_load((elsewhere / "many" / "0" / "config.yaml").read_text())["loss"]["scale"] == 2.0
+
+
+def test_a_mapping_takes_keys_of_the_users_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["data.sets={mine: my.jsonl}", "optim.schedule_options={num_cycles: 2}", "delta_weight={schedule: linear}"]
+    cfg = compose_config("train", given)
+    assert (cfg.data.sets, cfg.optim.schedule_options) == ({"mine": "my.jsonl"}, {"num_cycles": 2})
+    assert cfg.delta_weight == {"schedule": "linear"}
+    monkeypatch.setattr("sys.argv", ["deltakd.train", *given, "--cfg", "job"])
+    train.main()
+    assert "mine: my.jsonl" in capsys.readouterr().out

@@ -9,9 +9,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from deltakd.data.load import LoadedSets, load_instruction_sets, load_text_sets, split_rows
-from deltakd.data.sources.overlap import GENERIC_INPUTS
 from deltakd.data.sources.rows import Row
-from deltakd.data.sources.tasks import task_digests, unlike
+from deltakd.data.sources.tasks import GENERIC_INPUTS, task_digests, unlike
 
 Write = Callable[[str, Any], str]
 TEMPLATE = {"with_input": "{instruction}|{input}>", "without_input": "{instruction}>", "tail": ">"}

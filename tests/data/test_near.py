@@ -7,9 +7,10 @@ import pytest
 
 from deltakd.data import find_overlaps
 from deltakd.data.sources import near
-from deltakd.data.sources.near import NEAR, Texts, Words, common, near_duplicates, words_of
-from deltakd.data.sources.overlap import GENERIC_INPUTS, Overlap, overlapping
+from deltakd.data.sources.near import NEAR, Corpus, Words, common, words_of
+from deltakd.data.sources.overlap import Overlap, overlapping
 from deltakd.data.sources.rows import Row
+from deltakd.data.sources.tasks import GENERIC_INPUTS
 
 
 def grams(words: Words) -> set[Words]:
@@ -54,16 +55,26 @@ def random_text(rng: np.random.Generator) -> str:
     return " ".join(words)
 
 
+@pytest.mark.parametrize("pieces", [False, True])
 @pytest.mark.parametrize("seed", range(6))
-def test_the_search_finds_what_the_definition_finds_and_nothing_else(seed: int) -> None:
+def test_the_search_finds_what_the_definition_finds_and_nothing_else(
+    seed: int, pieces: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rng = np.random.default_rng(seed)
-    texts = Texts()
-    left, right = ({texts.number(random_text(rng)) for _ in range(count)} for count in (60, 100))
-    words, count = texts.words, counted(texts.words)
-    every = {(a, b): by_definition(words[a], words[b], count, len(words)) for a in left for b in right}
+    few, many = ([random_text(rng) for _ in range(count)] for count in (60, 100))
+    if pieces:
+        monkeypatch.setattr(near, "_TEXTS", 7)
+        monkeypatch.setattr(near, "_SHINGLES", 50)
+    different = list(dict.fromkeys(map(words_of, few + many)))
+    count = counted(different)
+    left, right = ({words_of(text) for text in texts} for texts in (few, many))
+    every = {(a, b): by_definition(a, b, count, len(different)) for a in left for b in right}
     expected = {pair: similarity for pair, similarity in every.items() if similarity is not None}
-    found = near_duplicates(texts.words, left, right)
-    assert {(a, b): similarity for b, some in found.items() for a, similarity in some.items()} == expected
+    with Corpus() as corpus:
+        places = [corpus.add(few), corpus.add(text.upper() for text in many)]
+        numbers, found = corpus.near(*places)
+    words = dict(zip(numbers[np.concatenate(places)].tolist(), map(words_of, few + many), strict=True))
+    assert {(words[a], words[b]): value for b, some in found.items() for a, value in some.items()} == expected
     assert any(similarity < 1 for similarity in expected.values())
 
 

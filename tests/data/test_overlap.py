@@ -2,9 +2,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from deltakd.data import find_overlaps, read_rows
-from deltakd.data.sources.overlap import GENERIC_INPUTS, overlapping
+import pytest
+
+from deltakd.data import find_overlaps, known_overlaps, read_rows
+from deltakd.data.sources import overlap
+from deltakd.data.sources.overlap import overlapping
 from deltakd.data.sources.rows import Row
+from deltakd.data.sources.tasks import GENERIC_INPUTS
 
 LONG = "Write a letter to the mayor of a small town in which you ask for more benches beside the river, and say why"
 
@@ -99,3 +103,13 @@ def test_text_without_spaces_is_compared_by_its_characters() -> None:
     assert pairs([Row(0, "東京は何曜日ですか")], [Row(1, "東京は何月ですか")]) == []
     thai = "เขียนจดหมายถึงนายกเทศมนตรีเพื่อขอม้านั่งเพิ่มริมแม่น้ำ"
     assert pairs([Row(0, thai)], [Row(1, thai + "ค")]) == [(0, 1, False)]
+
+
+def test_overlaps_are_looked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, others = [Row(0, LONG), Row(1, "Who wrote Emma?")], [Row(7, LONG + " today")]
+    found = find_overlaps(asked, others)
+    assert known_overlaps(asked, others, None) == known_overlaps(asked, others, tmp_path) == found != []
+    monkeypatch.setattr(overlap, "_Search", None)
+    assert known_overlaps(asked, others, tmp_path) == found
+    with pytest.raises(TypeError):
+        known_overlaps(asked, [*others, Row(8, "Who wrote Emma?")], tmp_path)

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from deltakd.data import Row, load, load_instruction_sets, read_rows
+from deltakd.data.encoding import token_table
+from deltakd.data.encoding.workers import usable_processes
 from deltakd.data.sources import prepared
 from deltakd.data.sources.prepared import prepared_rows
 from deltakd.data.sources.stored_rows import rows_digest, store_rows
@@ -82,3 +86,50 @@ def test_bad_rows_leave_nothing_behind(write: Write, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="1 bad record"):
             prepared_rows(source, cache_dir=tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize("processes", ["1", "3"])
+def test_processes_give_the_table_of_one(
+    options: dict[str, Any], processes: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    plain = load_instruction_sets(**options | {"cache_dir": None})
+    monkeypatch.setattr(token_table, "BATCH", 4)
+    monkeypatch.setattr(token_table, "LONG_TABLE", 1)
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    monkeypatch.setenv("RAYON_NUM_THREADS", processes)
+    options["tokenizer"](["threads", "before", "the fork"])
+    found = load_instruction_sets(**options)
+    assert list(found.train) == list(plain.train)
+    assert found.counts == plain.counts
+    assert "TOKENIZERS_PARALLELISM" not in os.environ
+    assert capfd.readouterr().err == ""
+    with pytest.raises(ValueError, match=r"raise these keys or set data.overlong=cut"):
+        load_instruction_sets(**options | {"max_length": 6, "max_prompt_length": 5, "overlong": "drop"})
+
+
+def test_one_process_where_threads_are_not_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    assert usable_processes() == 1
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    monkeypatch.setenv("RAYON_NUM_THREADS", "5")
+    assert usable_processes() == (5 if sys.platform == "linux" else 1)
+
+
+def test_a_hub_data_set_is_found_again_until_its_files_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def publish(answer: str) -> None:
+        folder = tmp_path / answer
+        datasets.Dataset.from_list([{"instruction": "Do it", "output": answer}]).save_to_disk(str(folder))
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.load_from_disk(str(folder)))
+
+    def answers() -> tuple[str, ...]:
+        (row,), key = prepared_rows("org/name", cache_dir=tmp_path / "cache")
+        assert key is not None
+        return row.responses
+
+    publish("yes")
+    assert answers() == ("yes",)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepared, "iter_rows", None)
+        assert answers() == ("yes",)
+    publish("no")
+    assert answers() == ("no",)

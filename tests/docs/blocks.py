@@ -58,6 +58,16 @@ def blocks(page: Path) -> list[Block]:
     ]
 
 
+def write_shown_files(folder: Path) -> None:
+    """Write the code and configs that the pages show, where their titles say."""
+    for page in PAGES:
+        for block in blocks(page):
+            if block.title.endswith((".py", ".yaml")):
+                file = folder / block.title
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(block.text, encoding="utf-8")
+
+
 def bash_blocks() -> list[Block]:
     return [block for page in PAGES for block in blocks(page) if block.language == "bash"]
 

@@ -11,11 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.blocks import PAGES, ROOT, blocks
+from tests.docs.blocks import PAGES, ROOT, blocks, write_shown_files
 from tests.tiny import WORDS, make_rows, make_tokenizer, save_model, write_rows
-
-#: Files that a reader writes as the page shows them.
-SHOWN = (".py", ".yaml")
 
 
 def numbered_rows(n: int, seed: int) -> list[dict[str, str]]:
@@ -34,8 +31,9 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(home / "my.jsonl", numbered_rows(80, 1))
     write_rows(home / "test.jsonl", numbered_rows(6, 2))
     (home / "corpus.txt").write_text("\n".join(" ".join(WORDS[i % 9 :]) for i in range(400)))
-    for name in ("conf", "experiments", "sweeps"):
+    for name in ("experiments", "sweeps"):
         (home / name).symlink_to(ROOT / name)
+    write_shown_files(home)
     (home / ".venv" / "bin").mkdir(parents=True)
     (home / ".venv" / "bin" / "activate").touch()
     programs = home / "bin"
@@ -62,10 +60,6 @@ def test_the_commands_of_a_page_run_in_order(page: Path, reader: Path) -> None:
         "WANDB_MODE": "disabled",
     }
     for block in blocks(page):
-        file = reader / block.title
-        if block.title.endswith(SHOWN) and not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(block.text, encoding="utf-8")
         if block.language == "bash" and block.runs:
             script = f"set -euo pipefail\n{block.text}"
             done = subprocess.run(

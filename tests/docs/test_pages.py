@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,8 @@ import yaml
 
 from deltakd.cli import COMMANDS
 from deltakd.config.compose import CONF_DIR, check_overrides
-from tests.docs.blocks import PAGES, ROOT, Block, bash_blocks, without_blocks
+from deltakd.init import write_experiment
+from tests.docs.blocks import PAGES, ROOT, Block, bash_blocks, without_blocks, write_shown_files
 
 sys.path.insert(0, str(ROOT / "docs" / "build"))
 from tables import described, tree
@@ -65,13 +68,23 @@ def test_every_config_key_that_a_page_names_exists() -> None:
     assert unknown == []
 
 
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The working directory of a reader who has written what the pages show."""
+    home = tmp_path_factory.mktemp("reader")
+    write_shown_files(home)
+    write_experiment("my_run", [], home / "conf")
+    with contextlib.chdir(home):
+        yield home
+
+
 @pytest.mark.parametrize("block", bash_blocks(), ids=lambda block: block.where)
-def test_every_command_in_a_page_exists_with_its_keys(block: Block) -> None:
+def test_every_command_in_a_page_exists_with_its_keys(block: Block, reader: Path) -> None:
     for command, *words in block.commands():
         if command.startswith("-"):
             continue
         assert command in COMMANDS
-        if command in OVERRIDES and "--config-dir" not in words:
+        if command in OVERRIDES:
             check_overrides("train", [word for word in words if is_override(word)])
 
 

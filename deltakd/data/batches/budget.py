@@ -46,11 +46,11 @@ def pack(lengths: NDArray[np.int64], max_tokens: int) -> list[NDArray[np.int64]]
         For each micro-batch [B] int64 indices into ``lengths``, longest rows first; ties keep their order.
     """
     order = np.argsort(-lengths, kind="stable")
-    return np.split(order, _starts(lengths[order], max_tokens)[1:]) if len(order) else []
+    return np.split(order, starts_of(lengths[order], max_tokens)[1:]) if len(order) else []
 
 
-def _starts(sorted_lengths: NDArray[np.int64], max_tokens: int) -> list[int]:
-    """Return where the micro-batches begin among rows sorted from long to short."""
+def starts_of(sorted_lengths: NDArray[np.int64], max_tokens: int) -> list[int]:
+    """Return where the micro-batches begin among rows sorted from long to short; see ``pack``."""
     starts, start, count = [], 0, len(sorted_lengths)
     while start < count:
         starts.append(start)
@@ -251,4 +251,4 @@ class TokenBudgetSampler:
     def _needed(self, start: int, rows: int) -> int:
         """Return the number of micro-batches that ``rows`` rows of the stream from ``start`` need."""
         lengths = np.sort(self._lengths[self._stream[start : start + rows]])[::-1]
-        return len(_starts(lengths, self.max_tokens))
+        return len(starts_of(lengths, self.max_tokens))

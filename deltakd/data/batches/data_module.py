@@ -8,8 +8,11 @@ import lightning
 
 from deltakd.data.batches.budget import TokenBudgetSampler
 from deltakd.data.batches.loader import EvalLoader, StepLoader
-from deltakd.data.batches.sampler import Sampler, StepSampler
+from deltakd.data.batches.sampler import WINDOW_STEPS, Sampler, StepSampler, limits
+from deltakd.data.batches.stream_loader import StreamLoader
+from deltakd.data.batches.windows import BudgetWindows, RowWindows, Windows
 from deltakd.data.encoding.encoded_set import EncodedSet
+from deltakd.data.encoding.example_stream import ExampleStream
 
 
 class DistillationData(lightning.LightningDataModule):
@@ -31,6 +34,7 @@ class DistillationData(lightning.LightningDataModule):
         group_by_length: group rows of similar length into steps; with ``max_tokens`` always.
         max_tokens: positions per process and micro-batch, padding included, if ``batch_size`` is None.
         world_size: number of processes; None: the trainer's, or 1 before a trainer is attached.
+        stream: what is trained on in place of ``train``, which then holds a few of its rows.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class DistillationData(lightning.LightningDataModule):
         group_by_length: bool = True,
         max_tokens: int | None = None,
         world_size: int | None = None,
+        stream: ExampleStream[Any, Any] | None = None,
     ) -> None:
         super().__init__()
         self.train = train
@@ -61,12 +66,23 @@ class DistillationData(lightning.LightningDataModule):
         self.group_by_length = group_by_length
         self.max_tokens = max_tokens
         self.world_size = world_size
+        self.stream = stream
         self._samplers: dict[tuple[int, int], Sampler] = {}
 
     @property
     def total_steps(self) -> int:
-        """Optimiser steps of the whole run."""
-        return self.sampler().total_steps
+        """Optimiser steps of the whole run; of a stream, the most: its passes may be over before."""
+        return self.sampler().total_steps if self.stream is None else self._most_steps(self.stream)
+
+    @property
+    def pass_ends(self) -> list[int]:
+        """Steps of this run, counted from 1, that complete a pass over the data; unknown, so none, for a stream."""
+        return self.sampler().pass_ends if self.stream is None else []
+
+    @property
+    def borrowed_rows(self) -> int:
+        """Rows of the next pass that the last step of the first pass takes, as far as it is known."""
+        return self.sampler().borrowed_rows if self.stream is None else 0
 
     @property
     def step_size(self) -> int:
@@ -98,9 +114,53 @@ class DistillationData(lightning.LightningDataModule):
             lengths, valid_tokens, batch_size=self.batch_size, group_by_length=self.group_by_length, **options
         )
 
-    def train_dataloader(self) -> StepLoader:
+    def _most_steps(self, stream: ExampleStream[Any, Any]) -> int:
+        """Return the steps of ``max_steps`` or of the stream's budget of tokens, whichever are fewer."""
+        max_steps = None if self.max_steps == -1 else self.max_steps
+        if stream.block_length is None or stream.max_tokens is None:
+            assert max_steps is not None, "a stream of unknown length needs max_steps"
+            return max_steps
+        _, world_size = self._place()
+        per_step = self._blocks(stream.block_length) * stream.block_length * self.accumulate * world_size
+        steps = -(-stream.max_tokens // per_step)
+        return steps if max_steps is None else min(steps, max_steps)
+
+    def _blocks(self, length: int) -> int:
+        """Return the blocks of text in a micro-batch."""
+        if self.batch_size is not None:
+            return self.batch_size
+        assert self.max_tokens is not None, "neither batch_size nor max_tokens"
+        return self.max_tokens // length
+
+    def _windows(self, stream: ExampleStream[Any, Any], world_size: int) -> Windows:
+        options = {"accumulate": self.accumulate, "world_size": world_size, "seed": self.seed}
+        if stream.block_length is not None:
+            # Blocks are all of one length: there is nothing to group.
+            return RowWindows(self._blocks(stream.block_length), most_steps=1, **options)
+        rows = (self.batch_size or max(1, (self.max_tokens or 0) // stream.max_length)) * self.accumulate * world_size
+        # A window's rows are held in memory like those of the buffer.
+        options["most_steps"] = min(max(stream.passes.size // rows, 1), WINDOW_STEPS) if self.group_by_length else 1
+        if self.batch_size is not None:
+            return RowWindows(self.batch_size, **options)
+        assert self.max_tokens is not None, "neither batch_size nor max_tokens"
+        return BudgetWindows(self.max_tokens, **options)
+
+    def train_dataloader(self) -> StepLoader | StreamLoader:
         """Return the micro-batches of the whole run."""
-        return StepLoader(self.train, self.sampler(), self.pad_id)
+        if self.stream is None:
+            return StepLoader(self.train, self.sampler(), self.pad_id)
+        rank, world_size = self._place()
+        epochs, _ = limits(self.max_epochs, self.total_steps)
+        return StreamLoader(
+            self.stream,
+            self._windows(self.stream, world_size),
+            accumulate=self.accumulate,
+            rank=rank,
+            world_size=world_size,
+            pad_id=self.pad_id,
+            total_steps=self.total_steps,
+            epochs=None if epochs is None else int(epochs),
+        )
 
     def val_loader(self) -> EvalLoader | None:
         """Return this rank's validation batches, or None.

@@ -10,10 +10,11 @@ import torch
 from deltakd.data.batches.budget import check_budget, pack
 from deltakd.data.batches.sampler import Sampler
 from deltakd.data.encoding.encoded_set import Encoded, EncodedSet
+from deltakd.data.encoding.example_stream import Example
 from deltakd.types import IGNORE_INDEX, Batch
 
 
-def collate(encoded: Sequence[Encoded], pad_id: int, step: int, step_tokens: int) -> Batch:
+def collate(encoded: Sequence[Encoded | Example], pad_id: int, step: int, step_tokens: int) -> Batch:
     """Pad rows on the right to the longest one.
 
     Only ``attention_mask`` = 0 and labels of IGNORE_INDEX mark padding, never the id, so ``pad_id`` may be EOS.

@@ -35,8 +35,7 @@ class RowStream:
 
     def shuffled(self, count: int, first_step: int) -> NDArray[np.int64]:
         """Return [count], the shuffled order of the steps of the window that starts at ``first_step``."""
-        # The 1 keeps these draws apart from the permutations'.
-        return np.random.Generator(np.random.PCG64([self.seed, first_step, 1])).permutation(count)
+        return shuffled_steps(self.seed, count, first_step)
 
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
         if epoch not in self._permutations:
@@ -45,3 +44,9 @@ class RowStream:
             generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
             self._permutations[epoch] = generator.permutation(self.rows).astype(np.int64)
         return self._permutations[epoch]
+
+
+def shuffled_steps(seed: int, count: int, first_step: int) -> NDArray[np.int64]:
+    """Return [count], the shuffled order of the steps of the window that starts at ``first_step``."""
+    # The 1 keeps these draws apart from the permutations of rows.
+    return np.random.Generator(np.random.PCG64([seed, first_step, 1])).permutation(count)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import chain, islice
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from deltakd.data.encoding.encode import Outcome, check_limits, encode_batch
 from deltakd.data.encoding.encoded_set import EncodedSet
 from deltakd.data.encoding.examples import examples
 from deltakd.data.encoding.segments import Template
 from deltakd.data.encoding.token_cache import fingerprint, tokenizer_fingerprint
+from deltakd.data.encoding.workers import in_order, usable_processes
 from deltakd.data.sources.records import Problems
 from deltakd.data.sources.rows import Row
 from deltakd.data.sources.stored_rows import rows_digest
@@ -28,8 +31,6 @@ LONG_TABLE = 20_000
 #: Rows tokenised at once.
 BATCH = 1_000
 _DTYPES = {"input_ids": "<i4", "labels": "<i4", "lengths": "<i8", "row_ids": "<i8"}
-#: What happens to rows, counted.
-_COUNTS = ("cut_prompts", "cut_responses", "dropped", "kept_borders", "control_tokens")
 
 
 def encode_rows(
@@ -59,69 +60,74 @@ def encode_rows(
         raise ValueError("there are no rows to tokenise")
     limits = [max_length, max_prompt_length, overlong]
     key = fingerprint("rows", rows_digest(rows), tokenizer_fingerprint(tokenizer), repr(template), limits, split_turns)
-    problems = Problems("data")
 
-    def encode(batch: Sequence[Row]) -> list[Outcome]:
-        outcomes = encode_batch(batch, template, tokenizer, max_length, max_prompt_length, overlong)
-        for outcome in outcomes:
-            if outcome.problem is not None:
-                problems.add(str(outcome.problem))
-        return outcomes
+    def tokenise(number: int) -> _Piece:
+        some = rows[number * BATCH : (number + 1) * BATCH]
+        batch = [example for row in some for example in examples(row, split_turns)]
+        return _piece(encode_batch(batch, template, tokenizer, max_length, max_prompt_length, overlong))
 
     def build(writer: ArrayWriter) -> None:
-        _tokenise(rows, split_turns, encode, writer)
-        problems.raise_any()
+        _write(writer, tokenise, len(rows))
 
     table = kept_arrays(f"tokens-{key}", cache_dir, _DTYPES, build, "tokens")
     return _as_set(table, key, max_length, max_prompt_length)
 
 
-def _examples(rows: Sequence[Row], split_turns: bool) -> Iterator[tuple[int, Row]]:
-    """Yield the place of a row, and each of its examples."""
-    for place, row in enumerate(rows):
-        for example in examples(row, split_turns):
-            yield place, example
+class _Piece(NamedTuple):
+    """Some rows of the table, and what happened to those that are not in it.
+
+    Args:
+        arrays: as in the table.
+        counts: as of an ``EncodedSet``.
+        spans: the least and the most tokens of ``prompts``, and of whole rows (``totals``), before anything is cut.
+        problems: what is wrong with rows.
+    """
+
+    arrays: dict[str, NDArray[Any]]
+    counts: dict[str, int]
+    spans: dict[str, list[int]]
+    problems: list[str]
 
 
-def _tokenise(
-    rows: Sequence[Row], split_turns: bool, encode: Callable[[Sequence[Row]], list[Outcome]], writer: ArrayWriter
-) -> None:
-    counts, spans = dict.fromkeys(("rows", *_COUNTS), 0), _Spans()
-    with progress_bar("tokenising", len(rows), len(rows) >= LONG_TABLE) as advance:
-        for batch in _batches(_examples(rows, split_turns)):
-            outcomes = encode([row for _, row in batch])
-            spans.add(outcomes)
-            kept = [outcome.encoded for outcome in outcomes if outcome.encoded is not None]
-            for name in ("input_ids", "labels"):
-                writer.append(name, np.fromiter(chain.from_iterable(getattr(one, name) for one in kept), np.int32))
-            writer.append("lengths", [len(one.input_ids) for one in kept])
-            writer.append("row_ids", [one.row_id for one in kept])
-            counts["rows"] += len(outcomes)
-            counts["dropped"] += len(outcomes) - len(kept)
-            counts["cut_prompts"] += sum(outcome.cut_prompt for outcome in outcomes)
-            counts["cut_responses"] += sum(outcome.cut_response for outcome in outcomes)
-            counts["kept_borders"] += sum(outcome.kept_border for outcome in outcomes)
-            counts["control_tokens"] += sum(outcome.control_tokens for outcome in outcomes)
-            advance(batch[-1][0] + 1)
-    writer.meta |= {"counts": counts, "spans": spans.found}
+def _piece(outcomes: Sequence[Outcome]) -> _Piece:
+    kept = [outcome.encoded for outcome in outcomes if outcome.encoded is not None]
+    arrays: dict[str, NDArray[Any]] = {
+        "input_ids": np.fromiter(chain.from_iterable(one.input_ids for one in kept), np.int32),
+        "labels": np.fromiter(chain.from_iterable(one.labels for one in kept), np.int32),
+        "lengths": np.array([len(one.input_ids) for one in kept], np.int64),
+        "row_ids": np.array([one.row_id for one in kept], np.int64),
+    }
+    counts = {
+        "rows": len(outcomes),
+        "cut_prompts": sum(outcome.cut_prompt for outcome in outcomes),
+        "cut_responses": sum(outcome.cut_response for outcome in outcomes),
+        "dropped": len(outcomes) - len(kept),
+        "kept_borders": sum(outcome.kept_border for outcome in outcomes),
+        "control_tokens": sum(outcome.control_tokens for outcome in outcomes),
+    }
+    lengths = {"prompts": [o.prompt_length for o in outcomes], "totals": [o.total_length for o in outcomes]}
+    spans = {name: [min(these), max(these)] for name, these in lengths.items()}
+    return _Piece(arrays, counts, spans, [str(o.problem) for o in outcomes if o.problem is not None])
 
 
-class _Spans:
-    """The least and the most tokens of prompts, and of whole rows, before anything is cut."""
-
-    def __init__(self) -> None:
-        self.found: dict[str, list[int]] = {}
-
-    def add(self, outcomes: Sequence[Outcome]) -> None:
-        lengths = {"prompts": [o.prompt_length for o in outcomes], "totals": [o.total_length for o in outcomes]}
-        for name, these in lengths.items():
-            every = [*these, *self.found.get(name, ())]
-            self.found[name] = [min(every), max(every)]
-
-
-def _batches(examples: Iterator[tuple[int, Row]]) -> Iterator[list[tuple[int, Row]]]:
-    while batch := list(islice(examples, BATCH)):
-        yield batch
+def _write(writer: ArrayWriter, tokenise: Callable[[int], _Piece], rows: int) -> None:
+    """Tokenise the batches, each a call, and write the table; raise a ValueError if something is wrong with rows."""
+    counts: Counter[str] = Counter()
+    spans: dict[str, list[int]] = {}
+    problems = Problems("data")
+    pieces = in_order(tokenise, -(-rows // BATCH), usable_processes() if rows >= LONG_TABLE else 1)
+    with progress_bar("tokenising", rows, rows >= LONG_TABLE) as advance:
+        for number, piece in enumerate(pieces):
+            for name, values in piece.arrays.items():
+                writer.append(name, values)
+            counts.update(piece.counts)
+            for name, span in piece.spans.items():
+                both = [*span, *spans.get(name, ())]
+                spans[name] = [min(both), max(both)]
+            problems.messages += piece.problems
+            advance(min((number + 1) * BATCH, rows))
+    problems.raise_any()
+    writer.meta |= {"counts": dict(counts), "spans": spans}
 
 
 def _as_set(table: Arrays, key: str, max_length: int, max_prompt_length: int) -> EncodedSet:

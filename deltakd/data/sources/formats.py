@@ -11,9 +11,11 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, dropwhile, islice
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 #: An error shows at most this many bad lines of a file.
 SHOWN_PROBLEMS = 10
@@ -61,7 +63,7 @@ class Problems:
             raise ValueError(f"{self.name}: {len(self.messages)} bad record(s):\n  {shown}{rest}")
 
 
-def read_file(path: Path, name: str, problems: Problems) -> Iterator[Record]:
+def read_file(path: Path, name: str, problems: Problems, start: int = 0) -> Iterator[Record]:
     """Iterate over the records of a file.
 
     Records are numbered from 0: by their lines in ``.jsonl`` files, else by their order.
@@ -70,11 +72,18 @@ def read_file(path: Path, name: str, problems: Problems) -> Iterator[Record]:
         path: the file.
         name: as messages call it; its ending tells the format.
         problems: is told of each line that is no record.
+        start: number of the first record wanted; lines of JSON before it are not parsed, nor row groups of Parquet
+            read.
 
     Raises:
         ValueError: the file can't be read, or is not what its name says.
     """
-    return _READERS[kind_of(name)](path, name, problems)
+    kind = kind_of(name)
+    if kind == ".jsonl":
+        return _jsonl_records(path, name, problems, start)
+    if kind == ".parquet":
+        return _parquet_records(path, name, problems, start)
+    return dropwhile(lambda record: record.number < start, _READERS[kind](path, name, problems))
 
 
 def kind_of(name: str) -> str:
@@ -117,8 +126,8 @@ def _open(path: Path, newline: str) -> io.TextIOWrapper:
     return io.TextIOWrapper(stream, encoding="utf-8-sig", newline=newline)
 
 
-def _jsonl_records(path: Path, name: str, problems: Problems) -> Iterator[Record]:
-    for number, line in enumerate(read_lines(path, name)):
+def _jsonl_records(path: Path, name: str, problems: Problems, start: int = 0) -> Iterator[Record]:
+    for number, line in islice(enumerate(read_lines(path, name)), start, None):
         where = f"{name}:{number + 1}"
         if not line.strip():
             continue
@@ -233,12 +242,15 @@ def _header(cells: list[str], where: str) -> list[str]:
     return header
 
 
-def _parquet_records(path: Path, name: str, problems: Problems) -> Iterator[Record]:
+def _parquet_records(path: Path, name: str, problems: Problems, start: int = 0) -> Iterator[Record]:
     import pyarrow.parquet
 
     with _reading(name), pyarrow.parquet.ParquetFile(path) as file:
-        batches = file.iter_batches(batch_size=_BATCH)
-        yield from _arrow_records(lambda: next(batches, None), name)
+        ends = np.cumsum([file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)], dtype=np.int64)
+        group = int(np.searchsorted(ends, start, side="right"))
+        batches = file.iter_batches(batch_size=_BATCH, row_groups=list(range(group, file.num_row_groups)))
+        records = _arrow_records(lambda: next(batches, None), name, int(ends[group - 1]) if group else 0)
+        yield from dropwhile(lambda record: record.number < start, records)
 
 
 def _arrow_file_records(path: Path, name: str, problems: Problems) -> Iterator[Record]:
@@ -254,8 +266,7 @@ def _arrow_file_records(path: Path, name: str, problems: Problems) -> Iterator[R
         yield from _arrow_records(lambda: next(batches, None), name)
 
 
-def _arrow_records(next_batch: Callable[[], Any], name: str) -> Iterator[Record]:
-    number = 0
+def _arrow_records(next_batch: Callable[[], Any], name: str, number: int = 0) -> Iterator[Record]:
     while (batch := next_batch()) is not None:
         for value in batch.to_pylist():
             yield Record(number, f"{name}[{number}]", without_gaps(value))

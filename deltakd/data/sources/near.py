@@ -6,19 +6,25 @@ they must not be alike because of a frame alone: a prompt's fixed text, or one i
 of many different texts (``common``) belongs to a frame; where half of a text's shingles or more do, the others must be
 as similar by themselves.
 
-The search is exact, by prefix filtering (Chaudhuri et al. 2006; Bayardo et al. 2007): let every text's shingles be
-ordered from the rarest to the most common. Texts of a similarity t or more share one of their first
+One of the sets is small. Of the other, no text is kept, only hashes of its shingles, on disk. A text of it whose
+shingles are not in four of five cases also shingles of the small set is near to none of it, and goes first. Among the
+others the search is exact, by prefix filtering (Chaudhuri et al. 2006; Bayardo et al. 2007): let every text's shingles
+be ordered from the rarest to the most common. Texts of a similarity t or more share one of their first
 n - ceil(t n) + 1 shingles, so these alone are looked up. By the rule of frames none of them is common, so each leads to
 a bounded number of texts.
+
+Texts and shingles are known by 64 bits, so two of them are taken for one with a probability of 1e-5 in all where there
+are ten million.
 """
 
 from __future__ import annotations
 
 import re
-import sys
+import tempfile
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from typing import Any, NamedTuple, Self, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +36,9 @@ NEAR = 0.8
 #: A shingle of more than this share of the texts belongs to a frame, within the bounds of the next line.
 COMMON_SHARE = 0.01
 LEAST_COMMON, MOST_COMMON = 5, 100
+
+#: Texts that are hashed at once, and shingles that are read back at once.
+_TEXTS, _SHINGLES = 1_000, 1 << 21
 
 Words = tuple[str, ...]
 
@@ -46,7 +55,7 @@ _MARK = re.compile(r"\[\d+\]")
 
 def words_of(text: str) -> Words:
     """Return the words of a text, case folded, without punctuation and reference marks."""
-    return tuple(map(sys.intern, _WORD.findall(_MARK.sub(" ", text.casefold()))))
+    return tuple(_WORD.findall(_MARK.sub(" ", text.casefold())))
 
 
 def common(texts: int) -> int:
@@ -54,85 +63,183 @@ def common(texts: int) -> int:
     return min(max(int(COMMON_SHARE * texts), LEAST_COMMON), MOST_COMMON)
 
 
-class Texts:
-    """Texts by number: those of the same words have the same number."""
-
-    def __init__(self) -> None:
-        self.words: list[Words] = []
-        self._by_text: dict[str, int] = {}
-        self._by_words: dict[Words, int] = {}
-
-    def number(self, text: str) -> int:
-        """Return the text's number, given at its first sight."""
-        known = self._by_text.get(text)
-        if known is None:
-            words = words_of(text)
-            known = self._by_text[text] = self._by_words.setdefault(words, len(self.words))
-            if known == len(self.words):
-                self.words.append(words)
-        return known
-
-
-def near_duplicates(
-    texts: Sequence[Words], left: Collection[int], right: Collection[int]
-) -> dict[int, dict[int, float]]:
-    """Find the near duplicates among texts; the same words are the nearest.
+class Near(NamedTuple):
+    """What is near to what, by the numbers of texts: those of the same words have the same number.
 
     Args:
-        texts: different texts, of which the common shingles are counted.
-        left: numbers of the texts to find.
-        right: numbers of the texts that they are found by; a text may be on both sides.
-
-    Returns:
-        number of a text of ``right`` -> numbers of those of ``left`` near it, with their similarity; 1.0 for itself.
+        numbers: [texts] number of each text, at the place that ``add`` gave it.
+        found: number of one of the many -> numbers of those of the few near it, with their similarity; 1.0 for itself.
     """
-    found: defaultdict[int, dict[int, float]] = defaultdict(dict)
-    for number in set(left) & set(right):
-        found[number][number] = 1.0
-    shingles = _Shingles(texts)
-    in_left, in_right = _membership(left, len(texts)), _membership(right, len(texts))
-    for a, b in shingles.candidates(in_left, in_right):
-        similarity = shingles.similarity(a, b) if _numbers(texts[a]) == _numbers(texts[b]) else None
-        if similarity is None:
-            continue
-        for one, other in ((a, b), (b, a)):
-            if in_left[one] and in_right[other]:
-                found[other][one] = similarity
-    return dict(found)
+
+    numbers: NDArray[np.int64]
+    found: dict[int, dict[int, float]]
 
 
-def _membership(numbers: Collection[int], size: int) -> NDArray[np.bool_]:
+@final
+class Corpus:
+    """Different texts, of which only hashes are kept; use it as a context."""
+
+    def __init__(self) -> None:
+        self._places: dict[int, int] = {}
+        self._words: list[int] = []
+        self._numerals: list[int] = []
+        self._sizes: list[NDArray[np.int64]] = []
+        self._spool = tempfile.TemporaryFile()  # noqa: SIM115
+        self._factors = np.random.Generator(np.random.PCG64(0)).integers(0, 2**63, SHINGLE, np.uint64) * 2 + 1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._spool.close()
+
+    def add(self, texts: Iterable[str]) -> NDArray[np.int64]:
+        """Return [texts], a place for each; the same for the same text."""
+        places = [np.empty(0, np.int64)]
+        waiting = iter(texts)
+        while batch := list(islice(waiting, _TEXTS)):
+            before = len(self._places)
+            new: list[str] = []
+            for text in batch:
+                if self._places.setdefault(hash(text), len(self._places)) == before + len(new):
+                    new.append(text)
+            self._spread([words_of(text) for text in new])
+            places.append(np.fromiter((self._places[hash(text)] for text in batch), np.int64, len(batch)))
+        return np.concatenate(places)
+
+    def _spread(self, texts: list[Words]) -> None:
+        """Keep the hashes of new texts."""
+        self._words.extend(map(hash, texts))
+        self._numerals.extend(hash(tuple(word for word in words if word.isdigit())) for words in texts)
+        lengths = np.fromiter(map(len, texts), np.int64, len(texts))
+        flat = np.fromiter(map(hash, chain.from_iterable(texts)), np.int64, int(lengths.sum())).view(np.uint64)
+        owners = np.repeat(np.arange(len(texts)), lengths)
+        left_over = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(flat))
+        starts = np.flatnonzero(left_over >= SHINGLE)
+        hashes = np.zeros(len(starts), np.uint64)
+        for place, factor in enumerate(self._factors):
+            # A factor of its own for each place; products and sums wrap around.
+            hashes += flat[starts + place] * factor
+        owners = owners[starts]
+        order = np.lexsort((hashes, owners))
+        owners, hashes = owners[order], hashes[order]
+        # A shingle counts once for a text, however often it stands there.
+        once = _first_of_its_kind(owners) | _first_of_its_kind(hashes)
+        self._spool.write(hashes[once].data)
+        self._sizes.append(np.bincount(owners[once], minlength=len(texts)))
+
+    def near(self, few: NDArray[np.int64], many: NDArray[np.int64]) -> Near:
+        """Find the near duplicates of the few among the many; the same words are the nearest.
+
+        Args:
+            few, many: places of texts; a text may be on both sides.
+        """
+        _, first, same = np.unique(np.array(self._words, np.int64), return_index=True, return_inverse=True)
+        numbers = first[same]
+        left, right = _membership(numbers[few], len(numbers)), _membership(numbers[many], len(numbers))
+        found: defaultdict[int, dict[int, float]] = defaultdict(dict)
+        for number in np.flatnonzero(left & right).tolist():
+            found[number][number] = 1.0
+        sizes = np.concatenate([np.empty(0, np.int64), *self._sizes])
+        different = numbers == np.arange(len(numbers))
+        pool = self._pool(sizes, left, right & different)
+        shingles = self._shingles(sizes, pool, different)
+        for one, other in shingles.candidates(left[pool], right[pool]):
+            a, b = int(pool[one]), int(pool[other])
+            similarity = shingles.similarity(one, other) if self._numerals[a] == self._numerals[b] else None
+            if similarity is None:
+                continue
+            for here, there in ((a, b), (b, a)):
+                if left[here] and right[there]:
+                    found[there][here] = similarity
+        return Near(numbers, dict(found))
+
+    def _pool(self, sizes: NDArray[np.int64], left: NDArray[Any], right: NDArray[Any]) -> NDArray[np.int64]:
+        """Return the numbers of the few, and of those many that may be near them."""
+        known = np.empty(0, np.uint64)
+        for _, hashes in self._pieces(sizes, left):
+            known = _distinct(np.concatenate([known, hashes]))
+        shared = np.zeros(len(sizes), np.int64)
+        for owners, hashes in self._pieces(sizes, right):
+            shared += np.bincount(owners[_places_of(hashes, known)[1]], minlength=len(sizes))
+        # The small number guards 0.8 n that came out above a whole number.
+        return np.flatnonzero(left | (right & (sizes > 0) & (shared >= NEAR * sizes - 1e-9)))
+
+    def _shingles(self, sizes: NDArray[np.int64], pool: NDArray[np.int64], different: NDArray[np.bool_]) -> _Shingles:
+        """Return the shingles of the pool, with the number of different texts that each stands in."""
+        parts = list(self._pieces(sizes, _membership(pool, len(sizes))))
+        owners = np.concatenate([np.empty(0, np.int64), *(owners for owners, _ in parts)])
+        hashes = np.concatenate([np.empty(0, np.uint64), *(hashes for _, hashes in parts)])
+        kinds = _distinct(hashes)
+        frequency = np.zeros(len(kinds), np.int64)
+        for _, some in self._pieces(sizes, different):
+            places, there = _places_of(some, kinds)
+            frequency += np.bincount(places[there], minlength=len(kinds))
+        most = common(int(different.sum()))
+        return _Shingles(np.searchsorted(pool, owners), np.searchsorted(kinds, hashes), frequency, len(pool), most)
+
+    def _pieces(
+        self, sizes: NDArray[np.int64], chosen: NDArray[np.bool_]
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint64]]]:
+        """Yield text and hash of each shingle of the chosen texts, in order, some at a time."""
+        ends = np.cumsum(sizes)
+        if not len(ends) or not ends[-1] or not chosen.any():
+            return
+        self._spool.flush()
+        spooled = np.memmap(self._spool, np.uint64, mode="r", shape=(int(ends[-1]),)).view(np.ndarray)
+        first = 0
+        while first < len(sizes):
+            start = int(ends[first] - sizes[first])
+            last = max(int(np.searchsorted(ends, start + _SHINGLES, "right")), first + 1)
+            owners = np.repeat(np.arange(first, last), sizes[first:last])
+            kept = chosen[owners]
+            yield owners[kept], spooled[start : int(ends[last - 1])][kept]
+            first = last
+
+
+def _membership(numbers: NDArray[np.int64], size: int) -> NDArray[np.bool_]:
     member = np.zeros(size, np.bool_)
-    member[list(numbers)] = True
+    member[numbers] = True
     return member
+
+
+def _places_of(values: NDArray[np.uint64], ordered: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Return where each value stands in ``ordered``, and whether it does."""
+    if not len(ordered):
+        return np.zeros(len(values), np.int64), np.zeros(len(values), np.bool_)
+    places = np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)
+    return places, ordered[places] == values
 
 
 class _Shingles:
     """Every text's shingles as numbers, the rarest first.
 
-    A shingle is known by 64 random bits, so two of them are taken for one with a probability of 1e-6 in all where there
-    are ten million.
+    Args:
+        owners, kinds: [shingles] text, in order, and kind of each shingle; no text has one twice.
+        frequency: [kinds] number of different texts that have a shingle of the kind, these and others.
+        texts: number of texts.
+        common: a kind that more texts have belongs to a frame.
     """
 
-    def __init__(self, texts: Sequence[Words]) -> None:
-        owners, hashes = _hashed(texts)
-        order = np.argsort(hashes)
-        dense = np.empty(len(hashes), np.int64)
-        dense[order] = np.cumsum(_first_of_its_kind(hashes[order])) - 1
-        count = int(dense.max(initial=0)) + 1
-        # A shingle counts once for a text, however often it stands there.
-        once = _distinct(owners * count + dense)
-        frequency = np.bincount(once % count, minlength=count)
-        ranks = np.empty(count, np.int64)
-        ranks[np.argsort(frequency, kind="stable")] = np.arange(count)
-        ordered = np.sort(once // count * count + ranks[once % count])
+    def __init__(
+        self,
+        owners: NDArray[np.int64],
+        kinds: NDArray[np.int64],
+        frequency: NDArray[np.int64],
+        texts: int,
+        common: int,
+    ) -> None:
+        count = max(len(frequency), 1)
+        ranks = np.empty(len(frequency), np.int64)
+        ranks[np.argsort(frequency, kind="stable")] = np.arange(len(frequency))
+        ordered = np.sort(owners * count + ranks[kinds])
         self._owners, self._ranks = ordered // count, ordered % count
         # Shingles of lower rank than this are rare.
-        self._common = common(len(texts))
-        self._rare = int((frequency <= self._common).sum())
-        self._starts = np.searchsorted(self._owners, np.arange(len(texts) + 1))
+        self._common = common
+        self._rare = int((frequency <= common).sum())
+        self._starts = np.searchsorted(self._owners, np.arange(texts + 1))
         sizes = np.diff(self._starts)
-        rare = np.bincount(self._owners[self._ranks < self._rare], minlength=len(texts))
+        rare = np.bincount(self._owners[self._ranks < self._rare], minlength=texts)
         self._framed = 2 * (sizes - rare) >= sizes
         self._deciding = np.where(self._framed, rare, sizes)
 
@@ -172,30 +279,12 @@ class _Shingles:
         return set(self._ranks[self._starts[text] : self._starts[text + 1]].tolist())
 
 
-def _hashed(texts: Sequence[Words]) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
-    """Text and hash of every shingle, in order, [shingles] each."""
-    lengths = np.fromiter(map(len, texts), np.int64, len(texts))
-    numbers: dict[str, int] = {}
-    flat = np.fromiter(
-        (numbers.setdefault(word, len(numbers)) for words in texts for word in words), np.int64, int(lengths.sum())
-    )
-    bits = np.random.Generator(np.random.PCG64(0)).integers(0, 2**64, (len(numbers), SHINGLE), np.uint64)
-    owners = np.repeat(np.arange(len(texts)), lengths)
-    left_over = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(flat))
-    starts = np.flatnonzero(left_over >= SHINGLE)
-    hashes = np.zeros(len(starts), np.uint64)
-    for place in range(SHINGLE):
-        # Bits of its own for each word at each place; sums wrap around.
-        hashes += bits[flat[starts + place], place]
-    return owners[starts], hashes
-
-
 def _first_of_its_kind(ordered: NDArray[Any]) -> NDArray[np.bool_]:
     """True for each value that differs from the one before it."""
     return np.concatenate([np.ones(min(len(ordered), 1), np.bool_), ordered[1:] != ordered[:-1]])
 
 
-def _distinct(values: NDArray[np.int64]) -> NDArray[np.int64]:
+def _distinct(values: NDArray[Any]) -> NDArray[Any]:
     """Return the different values in order; ``np.unique`` hashes them, which is slower."""
     ordered = np.sort(values)
     return ordered[_first_of_its_kind(ordered)]
@@ -204,7 +293,3 @@ def _distinct(values: NDArray[np.int64]) -> NDArray[np.int64]:
 def _jaccard(one: set[int], other: set[int]) -> float:
     shared = len(one & other)
     return shared / (len(one) + len(other) - shared) if shared else 0.0
-
-
-def _numbers(words: Words) -> list[str]:
-    return [word for word in words if word.isdigit()]

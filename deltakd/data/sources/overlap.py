@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-import re
+import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
 
-from deltakd.data.sources.near import Texts, near_duplicates
-from deltakd.data.sources.rows import Row, message_text
+import numpy as np
+from numpy.typing import NDArray
+
+from deltakd.data.sources.near import Corpus
+from deltakd.data.sources.rows import Row
+from deltakd.data.sources.stored_rows import reading_code, rows_digest, taken, tasks_of
+from deltakd.data.sources.tasks import Tasks, generic_instructions, task_texts
+from deltakd.io.arrays import ArrayWriter, kept_arrays
 from deltakd.io.progress import progress_bar
 
-#: An instruction with more different inputs than this ("Summarise this text.") says nothing without its input.
-GENERIC_INPUTS = 5
 #: Fewer rows than this are compared in a second and need no progress bar.
 LONG_SEARCH = 20_000
 #: Rows between two updates of the bar.
 _STRIDE = 1_000
 
-#: The Alpaca frame around instruction and input, in files that hold whole prompts.
-_FRAME = re.compile(r"### Instruction:\n(.*?)(?:\n\n### Input:\n(.*?))?\n\n### Response:", re.DOTALL)
-
 #: Numbers of an instruction and of an input.
 _Task = tuple[int, int]
+#: In place of the number of an input that is like none of those it is compared with.
+_OTHER = -1
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ def find_overlaps(asked: Sequence[Row], others: Iterable[Row]) -> list[Overlap]:
         asked: an evaluation set.
         others: training rows.
     """
-    others = list(others)
+    others = others if isinstance(others, Sequence) else list(others)
     search = _Search(asked, others)
     best: dict[_Task, Overlap] = {}
     for task, at in search.others.items():
@@ -71,67 +75,66 @@ def find_overlaps(asked: Sequence[Row], others: Iterable[Row]) -> list[Overlap]:
     return [Overlap(asked[at].id, found[at].other_id, found[at].similarity, found[at].exact) for at in sorted(found)]
 
 
+def known_overlaps(asked: Sequence[Row], others: Sequence[Row], cache_dir: str | Path | None) -> list[Overlap]:
+    """Return what ``find_overlaps`` finds, or has found for an earlier run.
+
+    Args:
+        asked, others: as for ``find_overlaps``.
+        cache_dir: folder that keeps it for later runs; None keeps nothing.
+    """
+    if cache_dir is None:
+        return find_overlaps(asked, others)
+
+    def build(writer: ArrayWriter) -> None:
+        writer.meta["overlaps"] = [astuple(overlap) for overlap in find_overlaps(asked, others)]
+
+    key = hashlib.sha256(":".join([reading_code(), rows_digest(asked), rows_digest(others)]).encode()).hexdigest()
+    kept = kept_arrays(f"overlaps-{key}", cache_dir, {}, build, "the overlaps")
+    return [Overlap(*values) for values in kept.meta["overlaps"]]
+
+
 def overlapping(rows: Sequence[Row], banned: Sequence[Row]) -> set[int]:
     """Return the positions of the ``rows`` whose task is among ``banned``, by the rules of ``find_overlaps``."""
     search = _Search(banned, rows)
     return {at for task, found in search.others.items() if any(search.matches(task)) for at in found}
 
 
-def normal_form(text: str) -> str:
-    """Fold case and collapse white space."""
-    return " ".join(text.casefold().split())
-
-
-def generic_instructions(rows: Iterable[Row]) -> set[str]:
-    """Return the instructions, in normal form, that occur with more than GENERIC_INPUTS different inputs."""
-    inputs: defaultdict[str, set[str]] = defaultdict(set)
-    for row in rows:
-        instruction, given = task_texts(row)
-        inputs[normal_form(instruction)].add(normal_form(given))
-    return {instruction for instruction, texts in inputs.items() if len(texts) > GENERIC_INPUTS}
-
-
-def task_texts(row: Row) -> tuple[str, str]:
-    """Return instruction and input, taken out of Alpaca's frame if the row holds a whole prompt in it.
-
-    Of a conversation, return its last question, and all turns before it, the system prompt included.
-    """
-    if row.messages is not None:
-        last = len(row.asked)
-        while last and row.asked[last - 1]["role"] == "user":
-            last -= 1
-        asked, before = row.asked[last:], row.asked[:last]
-        return "\n\n".join(map(message_text, asked)), "\n\n".join(map(message_text, before))
-    framed = None if row.prompt is None else _FRAME.search(row.prompt)
-    return (framed[1], framed[2] or "") if framed else (row.question, row.input)
-
-
 class _Search:
     """The tasks of both sets whose instructions are alike, by the numbers of their texts, and which texts are alike.
 
+    Of the others' tasks, those that can't be alike are left out; inputs that are like none of the asked are ``_OTHER``.
+
     Args:
-        asked: rows whose tasks are looked for.
-        others: rows by whose tasks they are looked for.
+        asked: rows whose tasks are looked for; few.
+        others: rows by whose tasks they are looked for; any number.
     """
 
     def __init__(self, asked: Sequence[Row], others: Sequence[Row]) -> None:
-        instructions, inputs = Texts(), Texts()
-        rows = len(asked) + len(others)
-        with progress_bar("looking for near duplicates", rows, rows >= LONG_SEARCH) as advance:
-            left = _numbered(asked, instructions, advance)
-            right = _numbered(others, instructions, lambda done: advance(len(asked) + done))
-        self._generic = {instructions.number(text) for text in generic_instructions([*asked, *others])}
-        self._alike = near_duplicates(instructions.words, {one for one, _ in left}, {one for one, _ in right})
+        with Corpus() as instructions:
+            left = instructions.add(task_texts(row)[0] for row in asked)
+            right = instructions.add(_shown("looking for near duplicates", others, 0))
+            near = instructions.near(left, right)
+        self._alike, left, right = near.found, near.numbers[left], near.numbers[right]
+        self._generic = _generic(left, right, tasks_of(asked), tasks_of(others))
         # Most inputs are never compared, since their instructions are unlike all others.
-        self.asked = _by_task(left, {one for found in self._alike.values() for one in found}, inputs)
-        self.others = _by_task(right, self._alike.keys(), inputs)
-        self._empty = inputs.number("")
-        self._alike_inputs = near_duplicates(
-            inputs.words, {given for _, given in self.asked}, {given for _, given in self.others}
-        )
+        met = {one for found in self._alike.values() for one in found}
+        asking = np.flatnonzero(np.isin(left, list(met)))
+        asked_by = np.flatnonzero(np.isin(right, list(self._alike)))
+        with Corpus() as inputs:
+            given_left = inputs.add(task_texts(asked[at])[1] for at in asking.tolist())
+            given_right = inputs.add(_shown("comparing inputs", taken(others, asked_by), 1))
+            empty = inputs.add([""])
+            given = inputs.near(given_left, given_right)
+        self._alike_inputs, self._empty = given.found, int(given.numbers[empty[0]])
+        self.asked = _by_task(asking, left, given.numbers[given_left])
+        given_right = given.numbers[given_right]
+        known = np.isin(given_right, [*self._alike_inputs, self._empty])
+        possible = known | ~np.isin(right[asked_by], list(self._generic))
+        given_right = np.where(known, given_right, _OTHER)
+        self.others = _by_task(asked_by[possible], right, given_right[possible])
         self._inputs: defaultdict[int, list[int]] = defaultdict(list)
-        for instruction, given in self.asked:
-            self._inputs[instruction].append(given)
+        for instruction, found in self.asked:
+            self._inputs[instruction].append(found)
 
     def matches(self, task: _Task) -> Iterator[tuple[_Task, float]]:
         """Yield each of the asked tasks that ``task`` repeats, with the similarity of their instructions."""
@@ -148,21 +151,32 @@ class _Search:
         return [found for found in counting if (instruction, found) in self.asked]
 
 
-def _numbered(rows: Sequence[Row], instructions: Texts, advance: Callable[[int], None]) -> list[tuple[int, str]]:
-    """Return number of the instruction and input of each row."""
-    found = []
-    for at, row in enumerate(rows):
-        instruction, given = task_texts(row)
-        found.append((instructions.number(instruction), given))
-        if at and at % _STRIDE == 0:
-            advance(at)
-    return found
+def _shown(what: str, rows: Sequence[Row], part: int) -> Iterator[str]:
+    """Yield the instruction (part 0) or input (1) of each row, with a progress bar."""
+    with progress_bar(what, len(rows), len(rows) >= LONG_SEARCH) as advance:
+        for at, row in enumerate(rows):
+            if at % _STRIDE == 0:
+                advance(at)
+            yield task_texts(row)[part]
 
 
-def _by_task(rows: Iterable[tuple[int, str]], wanted: Collection[int], inputs: Texts) -> dict[_Task, list[int]]:
-    """Return task -> positions of its rows in order, for the instructions that are wanted."""
+def _generic(left: NDArray[np.int64], right: NDArray[np.int64], asked: Tasks, others: Tasks) -> set[int]:
+    """Return the numbers of the instructions that are generic, given those of both sets."""
+    both = Tasks(*(np.concatenate(pair) for pair in zip(asked, others, strict=True)))
+    return set(np.concatenate([left, right])[np.isin(both.instructions, generic_instructions(both))].tolist())
+
+
+def _by_task(
+    places: NDArray[np.int64], instructions: NDArray[np.int64], inputs: NDArray[np.int64]
+) -> dict[_Task, list[int]]:
+    """Return task -> places of its rows in order.
+
+    Args:
+        places: [n] places of rows.
+        instructions: [rows] number of each row's instruction.
+        inputs: [n] numbers of the inputs at ``places``.
+    """
     found: defaultdict[_Task, list[int]] = defaultdict(list)
-    for at, (instruction, given) in enumerate(rows):
-        if instruction in wanted:
-            found[instruction, inputs.number(given)].append(at)
+    for place, instruction, given in zip(places.tolist(), instructions[places].tolist(), inputs.tolist(), strict=True):
+        found[instruction, given].append(place)
     return dict(found)

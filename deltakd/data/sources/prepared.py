@@ -6,14 +6,13 @@ import gzip
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from deltakd.data.sources.readers import iter_rows
-from deltakd.data.sources.records import parse_source, source_files
+from deltakd.data.sources.records import hub_files, parse_source, source_files
 from deltakd.data.sources.rows import Row
-from deltakd.data.sources.stored_rows import StoredRows, store_rows
+from deltakd.data.sources.stored_rows import StoredRows, reading_code, store_rows
 from deltakd.io.home import expanded
 from deltakd.io.progress import progress_bar
 
@@ -75,15 +74,17 @@ def reading_key(source: str | Sequence[str], **options: Any) -> str | None:
     files = [file for one in found for file in one or ()] + [expanded(entry.rpartition("#")[0]) for entry in listed]
     if None in found or not all(file.is_file() for file in files):
         return None
-    parts = [reading_code(), sources, options, list(map(file_sha256, files))]
+    # The name's ending says how to read a file.
+    parts = [reading_code(), sources, options, [(file.name, file_sha256(file)) for file in files]]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _files_of(entry: str) -> list[Path] | None:
     try:
-        return source_files(parse_source(entry).location)
+        location = parse_source(entry).location
+        return hub_files(location) or source_files(location)
     except ValueError:
-        # A data set of the hub; or the reader says what is wrong.
+        # The reader says what is wrong.
         return None
 
 
@@ -93,29 +94,24 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-@cache
-def reading_code() -> str:
-    """Return the sha256 of the code of this package: rows that other code has read are read again."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
-
-
 def _records(source: str | Sequence[str]) -> int | None:
-    """Return the number of lines of sources that are files of lines; None if there are others."""
+    """Return the number of records of sources that are files of lines or Parquet; None if there are others."""
     found = [_files_of(entry) for entry in ([source] if isinstance(source, str) else source)]
     files = [file for one in found for file in one or [Path()]]
-    if not all(file.name.endswith((".jsonl", ".jsonl.gz")) for file in files):
+    if not all(file.name.endswith((".jsonl", ".jsonl.gz", ".parquet")) for file in files):
         return None
     try:
         return sum(map(_lines, files))
-    except (OSError, EOFError):
+    except (OSError, EOFError, ValueError):
         # The reader says what is wrong.
         return None
 
 
 def _lines(file: Path) -> int:
+    if file.suffix == ".parquet":
+        from pyarrow.parquet import read_metadata
+
+        return int(read_metadata(file).num_rows)
     opener: Callable[..., Any] = gzip.open if file.suffix == ".gz" else open
     with opener(file, "rb") as stream:
         return sum(chunk.count(b"\n") for chunk in iter(lambda: stream.read(_CHUNK), b""))

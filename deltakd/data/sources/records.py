@@ -291,15 +291,28 @@ def _saved_records(path: Path, name: str) -> Iterator[Record]:
 
 
 def _hub_records(name: str) -> Iterator[Record]:
+    yield from _table_records(_hub_table(name), name)
+
+
+def hub_files(location: str) -> list[Path]:
+    """Return the files that hold a hub data set on this machine; none if the location is no such data set.
+
+    Raises:
+        ValueError: the data set can't be loaded.
+    """
+    table = _hub_table(location) if _is_hub_id(location) else None
+    return [Path(file["filename"]) for file in getattr(table, "cache_files", ())]
+
+
+def _hub_table(name: str) -> Any:
     import datasets
 
     try:
         only_local = datasets.DownloadConfig(local_files_only=not hub_reachable())
-        table = datasets.load_dataset(name, split="train", download_config=only_local)
+        return datasets.load_dataset(name, split="train", download_config=only_local)
     # The hub's client raises a dozen types from several libraries; the user needs one line and a remedy.
     except Exception as error:
         raise ValueError(_unreachable(name, error)) from error
-    yield from _table_records(table, name)
 
 
 def _table_records(table: Any, name: str) -> Iterator[Record]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, final, overload
@@ -26,6 +27,15 @@ _FIELDS = sorted(field.name for field in fields(Row) if field.compare)
 _ENCODER = json.JSONEncoder(ensure_ascii=False)
 
 
+@cache
+def reading_code() -> str:
+    """Return the sha256 of the code of this package: rows that other code has read are read again."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
 def row_bytes(row: Row) -> bytes:
     """Return a row as JSON, without its place; equal rows have equal bytes."""
     return _ENCODER.encode({name: getattr(row, name) for name in _FIELDS}).encode("utf-8", "surrogatepass")
@@ -36,6 +46,16 @@ def rows_digest(rows: Sequence[Row]) -> str:
     if isinstance(rows, StoredRows):
         return rows.digest()
     return _digest(map(row_bytes, rows))
+
+
+def tasks_of(rows: Sequence[Row]) -> Tasks:
+    """Return what rows ask."""
+    return rows.tasks if isinstance(rows, StoredRows) else task_digests(rows)
+
+
+def taken(rows: Sequence[Row], places: NDArray[np.int64]) -> Sequence[Row]:
+    """Return the rows at these places."""
+    return rows.take(places) if isinstance(rows, StoredRows) else [rows[place] for place in places.tolist()]
 
 
 def store_rows(

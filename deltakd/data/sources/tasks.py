@@ -3,17 +3,40 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from deltakd.data.sources.overlap import GENERIC_INPUTS, normal_form, task_texts
-from deltakd.data.sources.rows import Row
+from deltakd.data.sources.rows import Row, message_text
 
-if TYPE_CHECKING:
-    pass
+#: An instruction with more different inputs than this ("Summarise this text.") says nothing without its input.
+GENERIC_INPUTS = 5
+
+#: The Alpaca frame around instruction and input, in files that hold whole prompts.
+_FRAME = re.compile(r"### Instruction:\n(.*?)(?:\n\n### Input:\n(.*?))?\n\n### Response:", re.DOTALL)
+
+
+def normal_form(text: str) -> str:
+    """Fold case and collapse white space."""
+    return " ".join(text.casefold().split())
+
+
+def task_texts(row: Row) -> tuple[str, str]:
+    """Return instruction and input, taken out of Alpaca's frame if the row holds a whole prompt in it.
+
+    Of a conversation, return its last question, and all turns before it, the system prompt included.
+    """
+    if row.messages is not None:
+        last = len(row.asked)
+        while last and row.asked[last - 1]["role"] == "user":
+            last -= 1
+        asked, before = row.asked[last:], row.asked[:last]
+        return "\n\n".join(map(message_text, asked)), "\n\n".join(map(message_text, before))
+    framed = None if row.prompt is None else _FRAME.search(row.prompt)
+    return (framed[1], framed[2] or "") if framed else (row.question, row.input)
 
 
 class Tasks(NamedTuple):
@@ -43,16 +66,13 @@ def unlike(tasks: Tasks, banned: Tasks) -> NDArray[np.bool_]:
 
     Tasks are compared by instruction alone, in normal form (case folded, white space collapsed), because copies of a
     data set differ in the small print of the inputs. An instruction that occurs with more than
-    ``overlap.GENERIC_INPUTS`` different inputs among all these tasks is compared together with its input. In a
+    ``GENERIC_INPUTS`` different inputs among all these tasks is compared together with its input. In a
     conversation, all turns before the last answer are compared.
     """
     if not len(banned.talks):
         return np.ones(len(tasks.talks), np.bool_)
     both = Tasks(*(np.concatenate(pair) for pair in zip(tasks, banned, strict=True)))
-    pairs = _distinct_pairs(both.instructions, both.inputs)
-    instructions, counts = np.unique(pairs[0], return_counts=True)
-    generic = instructions[counts > GENERIC_INPUTS]
-    whole = both.talks | np.isin(both.instructions, generic)
+    whole = both.talks | np.isin(both.instructions, generic_instructions(both))
     given = np.where(whole, both.inputs, _EMPTY)
     order = np.lexsort((given, both.instructions))
     same = (np.diff(both.instructions[order]) == 0) & (np.diff(given[order]) == 0)
@@ -62,11 +82,14 @@ def unlike(tasks: Tasks, banned: Tasks) -> NDArray[np.bool_]:
     return ~np.isin(groups[:count], groups[count:])
 
 
-def _distinct_pairs(one: NDArray[Any], other: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    order = np.lexsort((other, one))
-    one, other = one[order], other[order]
-    new = np.concatenate([np.ones(min(len(one), 1), np.bool_), (one[1:] != one[:-1]) | (other[1:] != other[:-1])])
-    return one[new], other[new]
+def generic_instructions(tasks: Tasks) -> NDArray[np.uint64]:
+    """Return the instructions that occur with more than GENERIC_INPUTS different inputs."""
+    order = np.lexsort((tasks.inputs, tasks.instructions))
+    asked, given = tasks.instructions[order], tasks.inputs[order]
+    new = np.ones(len(order), np.bool_)
+    new[1:] = (asked[1:] != asked[:-1]) | (given[1:] != given[:-1])
+    instructions, counts = np.unique(asked[new], return_counts=True)
+    return instructions[counts > GENERIC_INPUTS]
 
 
 def _digest(text: str) -> bytes:

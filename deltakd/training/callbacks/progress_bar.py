@@ -1,59 +1,56 @@
-"""Progress of a training run: its own bar, or reports to a display that several runs share."""
+"""Progress of a training run, in optimiser steps, with loss and speed."""
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any, final
 
 import lightning as L
-from lightning.pytorch.callbacks import RichProgressBar
 
-from deltakd.io.progress import Display
+from deltakd.io.progress import Advance, current_display, progress_bar
 from deltakd.training.callbacks.steps import at_step_end
 from deltakd.training.module import DistillationModule
 
 
 @final
-class ProgressBar(RichProgressBar):
-    """Lightning's Rich bar over all micro-batches of the run, with loss, tokens/s and time left.
+class TrainingProgress(L.Callback):
+    """Shows optimiser steps, their loss and valid tokens a second wherever ``progress_bar`` shows progress.
+
+    Lightning's own bar counts micro-batches and starts with a rate of 0.
 
     Args:
-        description: text before the bar, such as the run's name.
+        name: of the run.
+        shown: False: only report to a display that several runs share.
     """
 
-    def __init__(self, description: str = "training") -> None:
-        super().__init__(leave=True)
-        self.description = description
+    def __init__(self, name: str, shown: bool = True) -> None:
+        self.name = name
+        self.shown = shown
+        self._open = ExitStack()
+        self._advance: Advance | None = None
 
-    def _get_train_description(self, current_epoch: int) -> str:
-        # Training is one stream of steps (data/batches/sampler.py), so Lightning's "Epoch 0/0" would mislead.
-        return self.description
-
-    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """Return short names and rounded numbers: ``loss 2.3450  tokens/s 12345``."""
-        items = super().get_metrics(trainer, pl_module)
-        shown: dict[str, Any] = {}
-        for name, value in items.items():
-            if name == "v_num":
-                continue
-            number = float(value) if isinstance(value, int | float) else float("nan")
-            shown[name] = f"{number:.0f}" if name == "tokens/s" else f"{number:.4f}"
-        return shown
-
-
-@final
-class DisplayedTraining(L.Callback):
-    """Reports optimiser steps and their loss to a display.
-
-    Args:
-        display: the display.
-    """
-
-    def __init__(self, display: Display) -> None:
-        self.display = display
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin at the step that training goes on from."""
+        assert isinstance(pl_module, DistillationModule)
+        shown = self.shown and trainer.is_global_zero
+        # A display has the run's name already.
+        what = "training" if current_display() is not None else self.name
+        bar = progress_bar(what, pl_module.total_steps, shown, done=trainer.global_step, unit="step")
+        self._advance = self._open.enter_context(bar)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Report at the end of an optimiser step."""
-        if at_step_end(trainer):
-            assert isinstance(pl_module, DistillationModule)
-            note = f"loss {pl_module.step_metrics['train/loss']:.4f}"
-            self.display.progress("training", trainer.global_step, pl_module.total_steps, note)
+        if self._advance is None or not at_step_end(trainer):
+            return
+        assert isinstance(pl_module, DistillationModule)
+        rate = trainer.progress_bar_metrics.get("tokens/s")
+        speed = f"  {float(rate):,.0f} tokens/s" if isinstance(rate, int | float) else ""
+        self._advance(trainer.global_step, f"loss {pl_module.step_metrics['train/loss']:.4f}{speed}")
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Close the bar."""
+        self._open.close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Close the bar, so that what is said next stands below it."""
+        self._open.close()

@@ -1,0 +1,196 @@
+"""One rank's micro-batches of a run over streamed data, made ahead in a thread and resumable exactly."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, final
+
+from deltakd.data.batches.loader import collate
+from deltakd.data.batches.windows import Pool, Windows
+from deltakd.data.encoding.example_stream import Counts, Example, ExampleStream, Mark
+from deltakd.types import Batch
+
+#: Optimiser steps that wait, tokenised and padded, for the training.
+STEPS_AHEAD = 2
+#: Seconds between two looks whether the training still wants steps.
+_PATIENCE = 0.2
+
+
+@dataclass(frozen=True)
+class _MadeStep:
+    """An optimiser step, ready for this rank.
+
+    Args:
+        number: of the step, from 0.
+        batches: this rank's micro-batches.
+        window: first step of its window, and where the window begins.
+        counts: of the stream at the end of its window.
+        is_last: no step comes after it, since the passes asked for are over.
+    """
+
+    number: int
+    batches: list[Batch]
+    window: tuple[int, Mark]
+    counts: Counts
+    is_last: bool
+
+
+@final
+class StreamLoader:
+    """Tokenises the stream while the model trains, and hands out micro-batches.
+
+    Every rank reads and tokenises the whole stream and keeps its part of each step. So the order, the number of valid
+    tokens of a step and the state are the same on all ranks, for any number of ranks, without a word between them.
+
+    The state is a place in the stream and a few counts: the window in which a step was drawn is drawn again on resume.
+
+    ``iter`` starts at the loaded position (initially 0). Use one iterator at a time.
+
+    Args:
+        stream: the examples.
+        windows: cuts them into steps.
+        accumulate: micro-batches of this rank in an optimiser step.
+        rank: this rank.
+        world_size: number of ranks.
+        pad_id: as for ``collate``.
+        total_steps: optimiser steps of the run, unless the passes are over before.
+        epochs: most passes over the stream; None: as many as ``total_steps`` needs.
+    """
+
+    def __init__(
+        self,
+        stream: ExampleStream[Any, Any],
+        windows: Windows,
+        *,
+        accumulate: int,
+        rank: int,
+        world_size: int,
+        pad_id: int,
+        total_steps: int,
+        epochs: int | None,
+    ) -> None:
+        self.total_steps = total_steps
+        self.counts = Counts()
+        self._stream = stream
+        self._windows = windows
+        self._accumulate = accumulate
+        self._rank = rank
+        self._world_size = world_size
+        self._pad_id = pad_id
+        self._epochs = epochs
+        self._position = 0
+        self._window = (0, Mark())
+
+    def __len__(self) -> int:
+        """Return the number of micro-batches of one rank in the whole run; lower once the last step is known."""
+        return self.total_steps * self._accumulate
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._position >= len(self):
+            return
+        start, number = divmod(self._position, self._accumulate)
+        with _Ahead(self._steps(start, *self._window)) as steps:
+            for step in steps:
+                if step.is_last:
+                    # Before its first batch is handed over, so that the training knows at the end of the step.
+                    self.total_steps = step.number + 1
+                self._window, self.counts = step.window, step.counts
+                for batch in step.batches[number:]:
+                    # Set before the batch is handed over: a checkpoint saved while the caller holds it counts it as
+                    # consumed.
+                    self._position += 1
+                    yield batch
+                number = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the micro-batches handed over so far, and where the window of the last one begins."""
+        first_step, mark = self._window
+        return {
+            "position": self._position,
+            "total_steps": self.total_steps,
+            "window": first_step,
+            "mark": mark.numbers(),
+            "counts": list(self.counts),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue behind the micro-batches handed over. Raises ValueError if the run is shorter."""
+        if state["position"] > len(self):
+            raise ValueError(
+                f"the checkpoint was saved after {state['position']} micro-batches, but this run has {len(self)}; "
+                "resume with the data, batch sizes and number of processes that it was started with"
+            )
+        self._position = state["position"]
+        self.total_steps = min(self.total_steps, state["total_steps"])
+        self._window = (state["window"], Mark.of(state["mark"]))
+        self.counts = Counts(*state["counts"])
+
+    def _steps(self, start: int, window_step: int, mark: Mark) -> Iterator[_MadeStep]:
+        """Yield the steps from ``start`` on, which is in the window given or begins the next one."""
+        pool = Pool(self._stream.examples(mark))
+        step = window_step
+        while step < self.total_steps:
+            window = self._windows.draw(pool, step)
+            over = self._epochs is not None and window.end.epoch >= self._epochs
+            last = step + len(window.steps) - 1
+            for micro_batches in window.steps:
+                if start <= step < self.total_steps:
+                    batches, at = self._collate(micro_batches, step), (window.first_step, window.begin)
+                    yield _MadeStep(step, batches, at, window.end.counts, over and step == last)
+                step += 1
+            if over:
+                return
+
+    def _collate(self, micro_batches: list[list[Example]], step: int) -> list[Batch]:
+        tokens = sum(row.valid_tokens for rows in micro_batches for row in rows)
+        # Neighbouring micro-batches go to different ranks, as in the samplers.
+        own = micro_batches[self._rank :: self._world_size]
+        return [collate(rows, self._pad_id, step, tokens) for rows in own]
+
+
+class _Ahead:
+    """Runs an iterator of steps in a thread, STEPS_AHEAD steps ahead; its errors come out here."""
+
+    def __init__(self, steps: Iterator[_MadeStep]) -> None:
+        self._steps = steps
+        self._made: queue.Queue[_MadeStep | BaseException | None] = queue.Queue(STEPS_AHEAD)
+        self._wanted = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="stream", daemon=True)
+
+    def __enter__(self) -> Iterator[_MadeStep]:
+        self._wanted.set()
+        self._thread.start()
+        return self._taken()
+
+    def __exit__(self, *_: object) -> None:
+        self._wanted.clear()
+        self._thread.join()
+
+    def _taken(self) -> Iterator[_MadeStep]:
+        while (made := self._made.get()) is not None:
+            if isinstance(made, BaseException):
+                raise made
+            yield made
+
+    def _run(self) -> None:
+        try:
+            for step in self._steps:
+                if not self._put(step):
+                    return
+            self._put(None)
+        # Raised again where the steps are taken.
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, made: _MadeStep | BaseException | None) -> bool:
+        """Wait for room; False if the steps are wanted no more."""
+        while self._wanted.is_set():
+            try:
+                self._made.put(made, timeout=_PATIENCE)
+                return True
+            except queue.Full:
+                continue
+        return False

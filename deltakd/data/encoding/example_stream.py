@@ -1,0 +1,344 @@
+"""Streamed rows to examples: instruction rows one by one, text packed into blocks; from any place on."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltakd.data.encoding.encode import Outcome, check_limits, encode_batch
+from deltakd.data.encoding.examples import examples
+from deltakd.data.encoding.packing import CHARACTERS_PER_TOKEN, PIECE_BLOCKS, _pieces
+from deltakd.data.encoding.segments import Template
+from deltakd.data.encoding.tokens import Request, TextEncoder
+from deltakd.data.sources.passes import Passes, Place
+from deltakd.data.sources.rows import Row
+from deltakd.data.sources.shards import Shard
+from deltakd.types import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+#: What a shard holds, and its tokens.
+R = TypeVar("R")
+E = TypeVar("E")
+
+
+class Counts(NamedTuple):
+    """What became of the rows before a place of the stream.
+
+    Args:
+        rows: rows or documents read.
+        examples: examples or blocks that came out of them.
+        tokens: their tokens.
+        excluded: rows left out because their task must not be trained on.
+        dropped: rows left out as too long, or with nothing to train on.
+        cut_prompts, cut_responses, kept_borders, control_tokens: rows to which that happened; see ``Outcome``.
+    """
+
+    rows: int = 0
+    examples: int = 0
+    tokens: int = 0
+    excluded: int = 0
+    dropped: int = 0
+    cut_prompts: int = 0
+    cut_responses: int = 0
+    kept_borders: int = 0
+    control_tokens: int = 0
+
+    def plus(self, **more: int) -> Counts:
+        """Return the counts with these added."""
+        return self._replace(**{name: getattr(self, name) + count for name, count in more.items()})
+
+
+class Mark(NamedTuple):
+    """Where an example begins; the stream can go on from there.
+
+    Args:
+        buffer: where its buffer begins.
+        item: place of its row in the shuffled buffer.
+        skip: examples of that row before it; for text, tokens.
+        counts: of everything before it. The rows of the open buffer count when it has been used up.
+    """
+
+    buffer: Place = Place()
+    item: int = 0
+    skip: int = 0
+    counts: Counts = Counts()
+
+    @property
+    def epoch(self) -> int:
+        """The pass, from 0, that the example is from."""
+        return self.buffer.epoch
+
+    def numbers(self) -> list[list[int]]:
+        """Return the mark as plain numbers, for a checkpoint."""
+        return [list(self.buffer), [self.item, self.skip], list(self.counts)]
+
+    @classmethod
+    def of(cls, numbers: Sequence[Sequence[int]]) -> Mark:
+        """Return the mark that gave these numbers."""
+        place, (item, skip), counts = numbers
+        return cls(Place(*place), item, skip, Counts(*counts))
+
+
+class Example(NamedTuple):
+    """One tokenised row in a sixth of the memory of lists: a stream holds some ten thousand of them.
+
+    Args:
+        input_ids: [T] int32, prompt and response.
+        labels: [T] int32, as in ``Encoded``.
+        row_id: the row's number.
+    """
+
+    input_ids: NDArray[np.int32]
+    labels: NDArray[np.int32]
+    row_id: int
+
+    @property
+    def valid_tokens(self) -> int:
+        """Trained tokens; nothing predicts position 0."""
+        return int((self.labels[1:] != IGNORE_INDEX).sum())
+
+
+class Drawn(NamedTuple):
+    """An example and its place in the stream."""
+
+    example: Example
+    mark: Mark
+
+
+class _Taking(ABC, Generic[E]):
+    """Turns tokenised rows into examples, and counts them."""
+
+    def __init__(self, counts: Counts) -> None:
+        self.counts = counts
+
+    @abstractmethod
+    def take(self, row: E, place: Place, item: int, skip: int) -> Iterator[Drawn]:
+        """Yield the examples that a row completes, without its first ``skip`` examples (of text, tokens)."""
+
+
+class ExampleStream(ABC, Generic[R, E]):
+    """An endless stream of examples; a pure function of its data and seed, from any mark on.
+
+    Args:
+        passes: the rows in their order.
+        max_length: most tokens of an example.
+        block_length: tokens of every example, where all have the same number.
+        max_tokens: tokens to train on in all; None: as many as the run has steps for.
+    """
+
+    #: Tokens that all models share; None: as many as the tokenizer has.
+    vocabulary: int | None = None
+    #: Rows tokenised at once.
+    batch = 256
+
+    def __init__(
+        self, passes: Passes[R], max_length: int, block_length: int | None = None, max_tokens: int | None = None
+    ) -> None:
+        self.passes = passes
+        self.max_length = max_length
+        self.block_length = block_length
+        self.max_tokens = max_tokens
+
+    def examples(self, mark: Mark | None = None) -> Iterator[Drawn]:
+        """Yield the examples from a mark on, or from the beginning; never ends. Use one iterator at a time.
+
+        Raises:
+            ValueError: a shard or a row that can't be used, or a whole pass that gives no example.
+        """
+        place, item, skip, counts = mark or Mark()
+        taking = self._taking(counts)
+        before = counts.examples if place == Place(place.epoch) and not item else None
+        while True:
+            buffer = self.passes.buffer_at(place)
+            for first in range(item, len(buffer.items), self.batch):
+                for number, row in enumerate(self._encode(buffer.items[first : first + self.batch]), first):
+                    for drawn in taking.take(row, place, number, skip):
+                        self._check_tokens(drawn.example)
+                        yield drawn
+                    skip = 0
+            taking.counts = taking.counts.plus(rows=buffer.read, excluded=buffer.read - len(buffer.items))
+            if buffer.after.epoch > place.epoch:
+                if before == taking.counts.examples:
+                    raise ValueError(_nothing(taking.counts))
+                before = taking.counts.examples
+            place, item = buffer.after, 0
+
+    def _check_tokens(self, example: Example) -> None:
+        largest = int(example.input_ids.max())
+        if self.vocabulary is not None and largest >= self.vocabulary:
+            raise ValueError(
+                f"row {example.row_id} of the stream has the token {largest}, and the models share only "
+                f"{self.vocabulary}; take out the data that has it, or give models with a larger vocabulary"
+            )
+
+    @abstractmethod
+    def _encode(self, rows: list[R]) -> list[E]:
+        """Tokenise rows."""
+
+    @abstractmethod
+    def _taking(self, counts: Counts) -> _Taking[E]:
+        """Return what turns tokens into examples, with these counts so far."""
+
+
+@final
+class RowExamples(ExampleStream[Row, list[Outcome]]):
+    """Instruction rows, each response an example of its own.
+
+    Args:
+        passes: the rows in their order.
+        template, tokenizer, max_length, max_prompt_length, overlong, split_turns: as for ``encode_rows``. No other
+            thread may use the tokenizer.
+
+    Raises:
+        ValueError: as ``check_limits``.
+    """
+
+    def __init__(
+        self,
+        passes: Passes[Row],
+        template: Template,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        max_prompt_length: int,
+        overlong: str,
+        split_turns: bool = False,
+    ) -> None:
+        super().__init__(passes, max_length)
+        self._split_turns = split_turns
+        check_limits(tokenizer, max_length, max_prompt_length, overlong)
+        self._how = (template, tokenizer, max_length, max_prompt_length, overlong)
+
+    def _encode(self, rows: list[Row]) -> list[list[Outcome]]:
+        places = [(place, one) for place, row in enumerate(rows) for one in examples(row, self._split_turns)]
+        outcomes: list[list[Outcome]] = [[] for _ in rows]
+        encoded = encode_batch([row for _, row in places], *self._how)
+        for (place, _), outcome in zip(places, encoded, strict=True):
+            if outcome.problem is not None:
+                raise outcome.problem
+            outcomes[place].append(outcome)
+        return outcomes
+
+    def _taking(self, counts: Counts) -> _Taking[list[Outcome]]:
+        return _TakingRows(counts)
+
+
+class _TakingRows(_Taking[list[Outcome]]):
+    def take(self, row: list[Outcome], place: Place, item: int, skip: int) -> Iterator[Drawn]:
+        kept = [outcome.encoded for outcome in row if outcome.encoded is not None]
+        for number, encoded in enumerate(kept):
+            if number >= skip:
+                example = Example(_flat(encoded.input_ids), _flat(encoded.labels), encoded.row_id)
+                yield Drawn(example, Mark(place, item, number, self.counts))
+        self.counts = self.counts.plus(
+            examples=len(kept),
+            tokens=sum(len(encoded.input_ids) for encoded in kept),
+            dropped=len(row) - len(kept),
+            cut_prompts=sum(outcome.cut_prompt for outcome in row),
+            cut_responses=sum(outcome.cut_response for outcome in row),
+            kept_borders=sum(outcome.kept_border for outcome in row),
+            control_tokens=sum(outcome.control_tokens for outcome in row),
+        )
+
+
+@final
+class BlockExamples(ExampleStream[str, NDArray[np.int32]]):
+    """Documents joined by EOS and cut into blocks in which every token is trained, as ``pack_texts`` does.
+
+    A block goes on over the borders of documents, buffers and passes, so all have the same length. Its row id is its
+    number in the run.
+
+    Args:
+        passes: the documents in their order.
+        tokenizer: must have an EOS token. No other thread may use it.
+        block_length: tokens per block.
+        max_tokens: as for ``ExampleStream``.
+
+    Raises:
+        ValueError: the tokenizer has no EOS token.
+    """
+
+    batch = 64
+
+    def __init__(
+        self,
+        passes: Passes[str],
+        tokenizer: PreTrainedTokenizerBase,
+        block_length: int,
+        max_tokens: int | None = None,
+    ) -> None:
+        super().__init__(passes, block_length, block_length, max_tokens)
+        self._encoder = TextEncoder(tokenizer)
+        self._length = block_length
+
+    def _encode(self, rows: list[str]) -> list[NDArray[np.int32]]:
+        size = PIECE_BLOCKS * CHARACTERS_PER_TOKEN * self._length
+        pieces = [(place, piece) for place, row in enumerate(rows) for piece, _ in _pieces(row, size)]
+        tokens: list[list[int]] = [[] for _ in rows]
+        for (place, _), ids in zip(pieces, self._encoder.ids([Request(piece) for _, piece in pieces]), strict=True):
+            tokens[place] += ids
+        return [_flat([*ids, self._encoder.end]) for ids in tokens]
+
+    def _taking(self, counts: Counts) -> _Taking[NDArray[np.int32]]:
+        return _TakingTokens(counts, self._length)
+
+
+class _TakingTokens(_Taking[NDArray[np.int32]]):
+    def __init__(self, counts: Counts, length: int) -> None:
+        super().__init__(counts)
+        self._block = np.empty(length, dtype=np.int32)
+        self._filled = 0
+        self._begun = Mark()
+
+    def take(self, row: NDArray[np.int32], place: Place, item: int, skip: int) -> Iterator[Drawn]:
+        at = skip
+        while at < len(row):
+            if not self._filled:
+                self._begun = Mark(place, item, at, self.counts)
+            more = row[at : at + len(self._block) - self._filled]
+            self._block[self._filled : self._filled + len(more)] = more
+            at += len(more)
+            self._filled += len(more)
+            if self._filled == len(self._block):
+                block = self._block.copy()
+                yield Drawn(Example(block, block, self._begun.counts.examples), self._begun)
+                self.counts = self.counts.plus(examples=1, tokens=len(block))
+                self._filled = 0
+
+
+def _flat(ids: list[int]) -> NDArray[np.int32]:
+    return np.array(ids, dtype=np.int32)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Data that is too large to be indexed: where it is, and how it is read.
+
+    Args:
+        shards: where it is.
+        start: returns the stream of a seed.
+        fingerprint: sha256 of everything that the examples depend on; of a file that is its name and its size.
+    """
+
+    shards: Sequence[Shard]
+    start: Callable[[int], ExampleStream[Any, Any]]
+    fingerprint: str
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Shard -> what tells another content."""
+        return {shard.name: shard.version for shard in self.shards}
+
+
+def _nothing(counts: Counts) -> str:
+    return (
+        f"a whole pass over the stream ({counts.rows} rows) gives nothing to train on: {counts.excluded} rows are in "
+        f"data.exclude or in the validation rows, {counts.dropped} were dropped as too long; exclude less, raise "
+        "data.max_length, or set data.overlong=cut"
+    )

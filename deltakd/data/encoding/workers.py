@@ -1,0 +1,100 @@
+"""Work spread over processes that are forked from this one, so that nothing has to be copied to them."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_PARALLELISM = "TOKENIZERS_PARALLELISM"
+#: Linux: the signal that a process gets when its parent is gone.
+_PR_SET_PDEATHSIG = 1
+#: What the processes do; they find it here when they are forked.
+_work: Callable[[int], Any] | None = None
+
+
+def usable_processes() -> int:
+    """Return the number of processes to tokenise with.
+
+    The variables of the `tokenizers` library count: TOKENIZERS_PARALLELISM=false leaves one, RAYON_NUM_THREADS says how
+    many. Otherwise, it is the number of cores that this process may use. One where processes can't be forked safely:
+    outside Linux, and after CUDA has been used.
+    """
+    torch = sys.modules.get("torch")
+    if sys.platform != "linux" or (torch is not None and torch.cuda.is_initialized()):
+        return 1
+    if os.environ.get(_PARALLELISM, "").lower() in ("off", "false", "f", "no", "n", "0"):
+        return 1
+    given = os.environ.get("RAYON_NUM_THREADS", "")
+    return int(given) if given.isdigit() and int(given) else len(os.sched_getaffinity(0))
+
+
+def in_order(work: Callable[[int], T], count: int, processes: int) -> Iterator[T]:
+    """Yield work(0), work(1) ... work(count - 1), done in forked processes where there is more than one of them.
+
+    Args:
+        work: must return what can be pickled.
+        count: number of pieces.
+        processes: to use at once.
+
+    Raises:
+        Exception: what ``work`` raises.
+    """
+    if processes < 2 or count < 2:
+        yield from map(work, range(count))
+        return
+    with _forked(work, min(processes, count)) as pool:
+        waiting: deque[Future[Any]] = deque()
+        for number in range(count):
+            waiting.append(pool.submit(_do, number))
+            # Not too far ahead of who takes the results.
+            if len(waiting) > 2 * processes:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+@contextmanager
+def _forked(work: Callable[[int], Any], processes: int) -> Iterator[ProcessPoolExecutor]:
+    global _work
+    held = os.environ.get(_PARALLELISM)
+    _work = work
+    # Without threads of their own: the library's do not survive a fork, and it says so at length.
+    os.environ[_PARALLELISM] = "false"
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _begin, (os.getpid(),))
+    try:
+        with warnings.catch_warnings():
+            # Other threads of this process hold no lock that the work needs.
+            warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
+            yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        _work = None
+        if held is None:
+            del os.environ[_PARALLELISM]
+        else:
+            os.environ[_PARALLELISM] = held
+
+
+def _begin(parent: int) -> None:
+    # The parent says what happened; and without it, there is nothing to work for.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _do(number: int) -> Any:
+    assert _work is not None, "not forked for any work"
+    return _work(number)

@@ -1,0 +1,215 @@
+"""Data in shards, for streaming: folders, globs, files, and hub data sets in their streamed form.
+
+A shard is one file, or one shard of a hub data set. Nothing is read to list them, and a shard can be read from any of
+its records on, so a stream of terabytes starts and resumes in seconds.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import dropwhile
+from pathlib import Path
+from typing import Any
+
+from deltakd.data.sources.formats import Problems, Record, read_file, without_gaps
+from deltakd.data.sources.parsing import parse_row, unread_keys
+from deltakd.data.sources.readers import _text_of, documents
+from deltakd.data.sources.records import (
+    Source,
+    _is_hub_id,
+    _renamed,
+    _unreachable,
+    is_text,
+    parse_source,
+    source_files,
+)
+from deltakd.data.sources.rows import Row
+from deltakd.io.hub import hub_reachable
+
+log = logging.getLogger(__name__)
+
+#: A row's id is shard · 2^ROW_BITS + record, which fits int64 for 8 million shards of a trillion records.
+ROW_BITS = 40
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A part of the data that is read from front to back.
+
+    Args:
+        number: its place in the list of shards.
+        name: for messages: the file, or the hub data set and the number of its shard.
+        source: where it is, and the filter on its records.
+        version: what tells another content: bytes of a file, the version of a hub data set.
+        part: number of the shard within a hub data set; None: a file.
+    """
+
+    number: int
+    name: str
+    source: Source
+    version: str
+    part: int | None = None
+
+    @property
+    def size(self) -> int | None:
+        """Bytes of a file; None for a shard of a hub data set."""
+        return int(self.version.split()[0]) if self.part is None else None
+
+    def check(self) -> None:
+        """Raise a ValueError if the file is gone or has another size than when it was listed."""
+        if self.part is not None:
+            return
+        try:
+            version = _version(Path(self.source.location))
+        except OSError as error:
+            raise ValueError(
+                f"{self.name} can't be read any more ({error.strerror}); put it back: a stream reads it once a pass"
+            ) from error
+        if version != self.version:
+            raise ValueError(
+                f"{self.name} has changed since the run began ({self.version} then, {version} now); put back what was "
+                "there: a stream reads it once a pass"
+            )
+
+    def records(self, start: int) -> Iterator[Record]:
+        """Yield the records that pass the filter, from number ``start`` on.
+
+        Raises:
+            ValueError: the first bad line, by its place; or the shard can't be read.
+        """
+        path, chosen = Path(self.source.location), self.source.filter
+        if self.part is None:
+            records = read_file(path, self.name, _First(self.name), start)
+        else:
+            records = self._hub_records(start)
+        for record in records:
+            if self.source.columns:
+                record = replace(record, value=_renamed(record.value, self.source))
+            if chosen is None or self.source.value_of(record, chosen[0]) == chosen[1]:
+                yield record
+
+    def row_id(self, number: int) -> int:
+        """Return the id of a record: the same in every pass, run and process."""
+        return (self.number << ROW_BITS) + number
+
+    def _hub_records(self, start: int) -> Iterator[Record]:
+        assert self.part is not None
+        data = _open_hub(self.source.location)[0]
+        part = data.shard(num_shards=data.num_shards, index=self.part).skip(start)
+        try:
+            for number, value in enumerate(part, start):
+                yield Record(number, f"{self.name}[{number}]", without_gaps(dict(value)))
+        # As in ``records``: a dozen types from several libraries.
+        except Exception as error:
+            raise ValueError(_unreachable(self.name, error)) from error
+
+
+class _First(Problems):
+    """Raises the first problem: a stream can't collect those of data that it never reads to the end."""
+
+    def add(self, message: str) -> None:
+        """Raise it."""
+        raise ValueError(message)
+
+
+def list_shards(sources: str | Sequence[str], columns: Mapping[str, str] | None = None) -> list[Shard]:
+    """Return the shards of the sources, in their order; those of a folder or glob are sorted by path.
+
+    Args:
+        sources: a file, a folder, a glob, or a hub data set, each with or without ``#field=value``; or several.
+        columns: as in ``Source``.
+
+    Raises:
+        ValueError: a source has no file that can be read, or the hub can't be reached; all such sources together.
+    """
+    shards: list[Shard] = []
+    problems = []
+    for entry in [sources] if isinstance(sources, str) else sources:
+        try:
+            for name, source, version, part in _parts(parse_source(entry, columns)):
+                shards.append(Shard(len(shards), name, source, version, part))
+        except ValueError as error:
+            problems.append(str(error))
+    double = _first_double([shard.name for shard in shards])
+    if double:
+        problems.append(f"{double} is in two of the sources; name it once")
+    if problems:
+        raise ValueError("; ".join(problems))
+    return shards
+
+
+def read_shard_rows(shard: Shard, start: int) -> Iterator[tuple[int, Row]]:
+    """Yield (number, row) of a shard's instruction rows, from record ``start`` on.
+
+    Raises:
+        ValueError: as ``Shard.records``, or a record that is no row.
+    """
+    if is_text(shard.source.location):
+        raise ValueError(f"{shard.name} is plain text, which has no instruction rows; use data=text")
+    for record in shard.records(start):
+        yield record.number, parse_row(record.value, record.where, shard.row_id(record.number))
+        _note_unread(shard, record)
+
+
+def read_shard_texts(shard: Shard, start: int) -> Iterator[tuple[int, str]]:
+    """Yield (number, text) of a shard's documents, from number ``start`` on; see ``read_texts``.
+
+    Raises:
+        ValueError: as ``Shard.records``, or a record without a text.
+    """
+    if is_text(shard.source.location):
+        numbered = enumerate(documents(Path(shard.source.location), shard.name))
+        yield from dropwhile(lambda document: document[0] < start, numbered)
+        return
+    for record in shard.records(start):
+        yield record.number, _text_of(record)
+
+
+def _parts(source: Source) -> Iterator[tuple[str, Source, str, int | None]]:
+    """Yield (name, source, version, part) of the shards of one source."""
+    if _is_hub_id(source.location):
+        data, version = _open_hub(source.location)
+        for part in range(data.num_shards):
+            yield f"{source.location} (shard {part} of {data.num_shards})", source, version, part
+        return
+    for path in source_files(source.location):
+        if is_text(str(path)) and source.filter is not None:
+            raise ValueError(f"{source.entry}: a plain text file has no records to choose from; remove the filter")
+        yield str(path), replace(source, location=str(path)), _version(path), None
+
+
+def _version(path: Path) -> str:
+    return f"{path.stat().st_size} bytes"
+
+
+def _first_double(names: Sequence[str]) -> str | None:
+    seen: set[str] = set()
+    return next((name for name in names if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
+
+
+@cache
+def _open_hub(name: str) -> tuple[Any, str]:
+    """Return the train split of a hub data set in its streamed form, and its version."""
+    import datasets
+
+    try:
+        only_local = datasets.DownloadConfig(local_files_only=not hub_reachable())
+        builder = datasets.load_dataset_builder(name, download_config=only_local)
+        return builder.as_streaming_dataset(split="train"), str(builder.hash)
+    except Exception as error:
+        raise ValueError(_unreachable(name, error)) from error
+
+
+@cache
+def _warn_once(message: str) -> None:
+    log.warning("%s.", message)
+
+
+def _note_unread(shard: Shard, record: Record) -> None:
+    filtered = None if shard.source.filter is None else shard.source.filter[0]
+    for key in unread_keys(record.value):
+        if key != filtered:
+            _warn_once(f"{shard.source.entry}: the key {key} is not read (first seen at {record.where})")
