@@ -258,3 +258,15 @@ def _report(train: EncodedSet, val: EncodedSet | None, counts: Mapping[str, int]
         counts["train/cut_prompts"],
         counts["train/cut_responses"],
     )
+    if counts["train/kept_borders"]:
+        log.info(
+            "in %d training rows the tokenizer merges the end of a prompt with the beginning of its answer; the merge "
+            "is undone, so that the answer follows the prompt that generation sees",
+            counts["train/kept_borders"],
+        )
+    if counts["train/control_tokens"]:
+        log.info(
+            "%d training rows hold control tokens of the tokenizer in their data, such as EOS; they are trained as "
+            "text",
+            counts["train/control_tokens"],
+        )
