@@ -62,7 +62,7 @@ class Mark(NamedTuple):
         buffer: where its buffer begins.
         item: place of its row in the shuffled buffer.
         skip: examples of that row before it; for text, tokens.
-        counts: of everything before it. The rows of the open buffer count when it has been used up.
+        counts: of everything before it. What was excluded from a buffer counts when it has been used up.
     """
 
     buffer: Place = Place()
@@ -162,8 +162,10 @@ class ExampleStream(ABC, Generic[R, E]):
                     for drawn in taking.take(row, place, number, skip):
                         self._check_tokens(drawn.example)
                         yield drawn
+                    taking.counts = taking.counts.plus(rows=1)
                     skip = 0
-            taking.counts = taking.counts.plus(rows=buffer.read, excluded=buffer.read - len(buffer.items))
+            excluded = buffer.read - len(buffer.items)
+            taking.counts = taking.counts.plus(rows=excluded, excluded=excluded)
             if buffer.after.epoch > place.epoch:
                 if before == taking.counts.examples:
                     raise ValueError(_nothing(taking.counts))
