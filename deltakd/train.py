@@ -17,11 +17,8 @@ from deltakd.cli import guarded
 from deltakd.config.compose import check_overrides, register_folders, whole_mappings
 from deltakd.config.folders import CONF_DIR, use_config_dir
 from deltakd.distributed.ranks import agreed, external_launch, is_main_process, launch_id
-from deltakd.io.run_directory import RunDirectory
+from deltakd.io.run_directory import RUN_DIR_VARIABLE, RunDirectory
 from deltakd.studies.multirun import Job, run_job
-
-#: Tells the other ranks' processes where the run goes.
-RUN_DIR_VARIABLE = "DELTAKD_RUN_DIR"
 
 #: Set by `wandb agent` for the runs that it starts.
 SWEEP_VARIABLE, RUN_ID_VARIABLE = "WANDB_SWEEP_ID", "WANDB_RUN_ID"

@@ -128,11 +128,14 @@ class HeadLogits(Mapping[str, Tensor]):
     Args:
         student: [N, V] the student's logits, on the graph.
         heads: role -> Head of the references, over the same N tokens.
+        sampled_log_probs: [N] nats, the log-probs that the labels had when an earlier student sampled them; None: they
+            were not sampled, or by the student as it is.
     """
 
-    def __init__(self, student: Tensor, heads: Mapping[str, Head]) -> None:
+    def __init__(self, student: Tensor, heads: Mapping[str, Head], sampled_log_probs: Tensor | None = None) -> None:
         self._heads = heads
         self._made = {STUDENT: student}
+        self.sampled_log_probs = sampled_log_probs
 
     def __getitem__(self, role: str) -> Tensor:
         if role not in self._made:
@@ -253,6 +256,9 @@ class Loss(ABC):
     #: No loss sets it yet, and nothing reads it yet.
     needs_whole_sequences: bool = False
 
+    #: True if the labels must be tokens that the student sampled itself (``rollout=student``).
+    needs_sampled_tokens: bool = False
+
     #: True if the loss compares models with different tokenizers: it then reads an alignment of their tokens, and
     #: logits may differ in V. No loss sets it yet, and nothing reads it yet.
     needs_alignment: bool = False
@@ -342,6 +348,8 @@ class Batch:
         row_ids: [B] int64, the row's number in its data set.
         step: the optimiser step (from 0) that this micro-batch belongs to.
         step_tokens: valid tokens in that whole optimiser step, over all ranks and micro-batches.
+        sampled_log_probs: [B, T] float32 nats: of each label when an earlier student sampled it, 0 elsewhere; None: as
+            for ``HeadLogits``.
     """
 
     input_ids: Tensor
@@ -350,6 +358,7 @@ class Batch:
     row_ids: Tensor
     step: int
     step_tokens: int
+    sampled_log_probs: Tensor | None = None
     _valid: Tensor | None = None
 
     @property
@@ -373,6 +382,11 @@ class Batch:
         """[N] int64: the tokens trained on, in row-major order."""
         return self.labels.flatten()[self.valid_N + 1]
 
+    @property
+    def sampled_log_probs_N(self) -> Tensor | None:
+        """[N] float32 nats, of ``labels_N``; None: see ``sampled_log_probs``."""
+        return None if self.sampled_log_probs is None else self.sampled_log_probs.flatten()[self.valid_N + 1]
+
     def at_valid(self, values_BTD: Tensor) -> Tensor:
         """Return [N, D], the values at the positions that predict the valid tokens."""
         return values_BTD.flatten(0, 1)[self.valid_N]
@@ -385,5 +399,8 @@ class Batch:
             attention_mask=self.attention_mask.to(device, non_blocking=non_blocking),
             labels=self.labels.to(device, non_blocking=non_blocking),
             row_ids=self.row_ids.to(device, non_blocking=non_blocking),
+            sampled_log_probs=None
+            if self.sampled_log_probs is None
+            else self.sampled_log_probs.to(device, non_blocking=non_blocking),
             _valid=self.valid_N.to(device, non_blocking=non_blocking),
         )

@@ -17,9 +17,10 @@ from deltakd.io.hub import hub_reachable
 from deltakd.models import ModelSettings, ModelSpec, load_config, spec_problems
 from deltakd.models.causal import NotCausalError
 from deltakd.models.quantization import student_problems
-from deltakd.references import CacheSettings, CacheStore
+from deltakd.references import CacheSettings, CacheStore, ReferenceSettings
 from deltakd.references.content import cache_problems
 from deltakd.references.topk import topk_problems
+from deltakd.rollouts import RolloutSettings
 from deltakd.training.settings import TrainerSettings
 from deltakd.types import ROLES, STUDENT, STUDENT_RAW, Loss, LossOutput, is_reference_role
 
@@ -98,6 +99,36 @@ def model_problems(models: ModelSettings, specs: Mapping[str, ModelSpec]) -> lis
             "model.tokenizer.train_on=<text files>"
         )
     return problems
+
+
+def rollout_problems(
+    rollout: RolloutSettings,
+    loss: Loss | None,
+    data: InstructionData | TextData | None,
+    reference: ReferenceSettings | None,
+) -> list[str]:
+    """Return what is wrong with the rollouts, by themselves and beside the other groups."""
+    found = rollout.problems(loss)
+    if not rollout.on_policy:
+        return found
+    if isinstance(data, TextData):
+        found.append("rollout=student needs prompts to answer, and data is plain text; give data=instruction")
+    elif data is not None and data.streaming:
+        found.append(
+            "rollout=student draws the prompts of a step from an indexed data set, and data.streaming=true has none; "
+            "give data.streaming=false"
+        )
+    elif data is not None and data.batch_size is None:
+        found.append(
+            "rollout=student needs data.batch_size: lengths of responses are not known in advance, so batches can't be "
+            "filled up to data.max_tokens_per_batch"
+        )
+    if isinstance(reference, CacheSettings) and loss is not None and loss.requires:
+        found.append(
+            "reference=cached holds the references over the data's responses, and with rollout=student the student "
+            "writes others; give reference=live"
+        )
+    return found
 
 
 def _unmade_stages(specs: Mapping[str, ModelSpec]) -> dict[str, str]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
-from typing import Annotated, Any, Literal, final
-
-from annotated_types import Ge
+from typing import Any, Literal, final
 
 from deltakd.config.check import (
     model_problems,
     objective_problems,
     role_problems,
+    rollout_problems,
     specs_to_load,
     stream_problems,
     try_loss,
@@ -25,11 +24,13 @@ from deltakd.distributed.devices import training_problems
 from deltakd.distributed.launchers import alone_problems, read_launch
 from deltakd.distributed.settings import StrategySettings
 from deltakd.io.errors import ConfigError
+from deltakd.io.keys import Seed
 from deltakd.io.typed import mismatch, typed
 from deltakd.models import LoraSpec, ModelSettings, ModelSpec
 from deltakd.models.settings import TokenizerSettings
 from deltakd.references import CacheSettings, ReferenceSettings
 from deltakd.references.settings import device_problems
+from deltakd.rollouts import RolloutSettings
 from deltakd.training.optim import AdamW
 from deltakd.training.settings import KernelSettings, RunSettings, TrainerSettings
 from deltakd.types import Loss, is_reference_role, require_kind
@@ -39,14 +40,14 @@ _NO_ROLES = ("tokenizer", "lora", "attn_implementation", "gradient_checkpointing
 
 #: The groups that a config must have.
 _GROUPS = (
-    "loss", "optim", "data", "reference", "evaluation", "model", "trainer", "strategy", "kernels", "logger",
+    "loss", "optim", "data", "reference", "rollout", "evaluation", "model", "trainer", "strategy", "kernels", "logger",
     "callbacks",
 )  # fmt: skip
 
 #: Top-level keys of the config that are not groups.
 _OWN_KEYS = {
     "name": str,
-    "seed": Annotated[int, Ge(0)],
+    "seed": Seed,
     "delta_weight": float | Mapping[str, Any],
     "objective": str | None,
     "run_dir": str | None,
@@ -70,6 +71,7 @@ class Draft:
         self.optim: Any = _built(AdamW, config["optim"], "optim", problems)
         self.data: Any = _built((InstructionData, TextData), config["data"], "data", problems)
         self.reference: Any = _built(ReferenceSettings, config["reference"], "reference", problems)
+        self.rollout = typed(RolloutSettings, config["rollout"], "rollout", problems)
         self.evaluation = make_evaluation(config["evaluation"], problems)
         self.model = make_model_settings(config["model"], problems)
         self.trainer = typed(TrainerSettings, config["trainer"], "trainer", problems)
@@ -119,6 +121,8 @@ class Draft:
             problems += self.reference.problems(specs)
         for part in (self.optim, self.data, self.trainer, self.strategy):
             problems += part.problems() if part is not None else []
+        if self.rollout is not None:
+            problems += rollout_problems(self.rollout, self.loss, self.data, self.reference)
         if self.data is not None:
             problems += stream_problems(self.data, self.trainer, self.reference)
         parts = try_loss(self.loss, problems)
@@ -134,6 +138,7 @@ class Draft:
         assert self.trainer is not None
         assert self.strategy is not None
         assert self.kernels is not None
+        assert self.rollout is not None
         assert self.evaluation is not None
         return RunSettings(
             **{key: self.config[key] for key in _OWN_KEYS},
@@ -144,6 +149,7 @@ class Draft:
             strategy=self.strategy,
             kernels=self.kernels,
             reference=self.reference,
+            rollout=self.rollout,
             evaluation=self.evaluation,
             deviations=deviations(self.evaluation),
             optim=self.optim,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -24,7 +23,8 @@ from deltakd.data.load_stream import open_instruction_stream, open_text_stream, 
 from deltakd.data.sources.parsing import COLUMNS
 from deltakd.data.sources.readers import read_rows, read_texts
 from deltakd.data.sources.records import missing_sources
-from deltakd.io.keys import Cache, Resume, keys_with
+from deltakd.io.keys import Cache, Resume, Seed, keys_with
+from deltakd.io.patterns import pattern_problems
 
 Sources = str | Sequence[str]
 Positive = Annotated[int, Ge(1)]
@@ -69,7 +69,7 @@ class DataConfig(ABC):
     cache_dir: Annotated[str | None, Cache.FREE] = None
     prepare: Annotated[Callable[[], Any] | None, Cache.FREE] = None
     strip_answers: str | None = None
-    columns: Mapping[str, str] = field(default_factory=dict)
+    columns: Mapping[str, str] | None = None
     preview: Annotated[Preview, Resume.FREE, Cache.FREE] = "text"
 
     @property
@@ -128,16 +128,12 @@ class DataConfig(ABC):
         found += template_problems("data.template", self.template)
         if not self.train:
             found.append("data.train is missing; give a file, a list of files or a hub data set: data.train=...")
-        if self.strip_answers is not None:
-            try:
-                re.compile(self.strip_answers)
-            except (re.error, OverflowError, RecursionError) as error:
-                found.append(f"data.strip_answers is {self.strip_answers!r}, which is no regular expression: {error}")
+        found += pattern_problems("data.strip_answers", self.strip_answers)
         if self.streaming:
             found += self._stream_problems()
         found += [
             f"data.columns has {name!r}, which is no name of ours; allowed: {', '.join(COLUMNS)}"
-            for name in self.columns
+            for name in self.columns or ()
             if name not in COLUMNS
         ]
         if self.prepare is None:
@@ -194,7 +190,7 @@ class InstructionData(DataConfig):
     train_subset: str | None = None
     val_subset: str | None = None
     val_size: Annotated[int, Ge(0)] = 0
-    split_seed: Annotated[int, Ge(0)] = 0
+    split_seed: Seed = 0
     exclude: Sequence[str] = ()
     overlong: Literal["cut", "drop"] = "cut"
     split_turns: bool = False

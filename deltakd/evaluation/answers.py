@@ -31,6 +31,7 @@ def make_set(
     tokenizer: PreTrainedTokenizerBase,
     scorer: str = "rouge",
     rouge_tokenizer: str = "default",
+    strip: str | None = None,
 ) -> EvaluationSet:
     """Return prompts tokenised exactly as in training, with all their references.
 
@@ -41,6 +42,7 @@ def make_set(
         tokenizer: the student's.
         scorer: scores the answers.
         rouge_tokenizer: the words that ROUGE compares.
+        strip: as in ``EvaluationSet``.
     """
     template = data.make_template(tokenizer)
     prompt_ids, cut = encode_prompts(rows, template, tokenizer, data.max_prompt_length)
@@ -54,6 +56,7 @@ def make_set(
         references=[row.references for row in rows],
         scorer=scorer,
         rouge_tokenizer=rouge_tokenizer,
+        strip=strip,
         asked={"template": data.template, "max_prompt_length": data.max_prompt_length},
         cut=cut,
     )

@@ -14,12 +14,13 @@ from transformers import PreTrainedTokenizerBase
 from deltakd.evaluation.scoring import METRICS, score
 from deltakd.generation.decoding import Decoding
 from deltakd.generation.generator import answer_budget, generate
-from deltakd.generation.model_step import position_limit
+from deltakd.generation.model_step import end_tokens, position_limit
 
 Record = dict[str, Any]
 
-#: Where a record's ``protocol`` says which words ROUGE compared, if they were not the default ones.
-ROUGE_WORDS = "rouge_tokenizer"
+#: Where a record's ``protocol`` says which words ROUGE compared, if they were not the default ones, and what was
+#: stripped, if anything was.
+ROUGE_WORDS, STRIP = "rouge_tokenizer", "strip"
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class EvaluationSet:
         references: at least one good answer to each prompt.
         scorer: the scorer of the answers, one of ``SCORERS``.
         rouge_tokenizer: the words that ROUGE compares.
+        strip: a regular expression; what it matches in answers and references is not scored. Records keep it.
         asked: how the prompts were made (template, length limit), for the record only.
         cut: how many prompts were longer than the length limit, for the record only.
 
@@ -48,6 +50,7 @@ class EvaluationSet:
     references: list[tuple[str, ...]]
     scorer: str = "rouge"
     rouge_tokenizer: str = "default"
+    strip: str | None = None
     asked: Mapping[str, Any] = field(default_factory=dict)
     cut: int = 0
 
@@ -74,17 +77,9 @@ class EvaluationSet:
         if self.scorer == "rouge" and self.rouge_tokenizer != "default":
             # The default is not recorded, so that answers scored before there was a choice need not be scored anew.
             protocol[ROUGE_WORDS] = self.rouge_tokenizer
+        if self.strip is not None:
+            protocol[STRIP] = self.strip
         return protocol
-
-
-def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Return the ids that end an answer: the tokenizer's EOS and those of the model's generation config."""
-    config = getattr(model, "generation_config", None)
-    found: set[int] = set()
-    for value in (tokenizer.eos_token_id, getattr(config, "eos_token_id", None)):
-        if value is not None:
-            found.update([value] if isinstance(value, int) else value)
-    return frozenset(found)
 
 
 def answer_set(
@@ -171,7 +166,7 @@ def scored(records: Sequence[Record], eval_set: EvaluationSet) -> list[Record]:
         ValueError: see ``score``.
     """
     outputs = [record["output"] for record in records]
-    scores = score(outputs, eval_set.references, eval_set.scorer, eval_set.rouge_tokenizer)
+    scores = score(outputs, eval_set.references, eval_set.scorer, eval_set.rouge_tokenizer, eval_set.strip)
     return [
         {key: value for key, value in record.items() if key not in METRICS} | {"protocol": eval_set.protocol} | own
         for record, own in zip(records, scores, strict=True)

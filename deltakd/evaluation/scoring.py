@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +18,16 @@ ROUGE_KEYS = ("rouge1", "rouge2", "rougeL")
 
 #: What ``evaluation.rouge_tokenizer`` may be: the words of ``rouge_score``, or those of all scripts.
 RougeTokenizer = Literal["default", "unicode"]
+
+#: The default of ``evaluation.strip``: blocks of reasoning, with the white space after them. Where a template opens the
+#: block in the prompt, the answer has its end alone. A block without an end goes to the end of the text: the model used
+#: up its tokens before it answered.
+THINK_BLOCKS = r"(?s)(?:\A(?:(?!<think>).)*</think>|<think>.*?(?:</think>|\Z))\s*"
+
+
+def stripped(text: str, pattern: str | None) -> str:
+    """Return the part of a text that is scored: without what the pattern matches; None matches nothing."""
+    return text if pattern is None else re.sub(pattern, "", text)
 
 
 @dataclass(frozen=True)
@@ -147,6 +158,7 @@ def score(
     references: Sequence[Sequence[str]],
     scorer: str = "rouge",
     rouge_tokenizer: str = "default",
+    strip: str | None = None,
 ) -> list[dict[str, float]]:
     """Score each prediction against its best reference.
 
@@ -161,6 +173,7 @@ def score(
         references: at least one text for each row.
         scorer: one of SCORERS.
         rouge_tokenizer: ``default`` or ``unicode``.
+        strip: a regular expression; what it matches is no part of predictions and references.
 
     Returns:
         For each row the scorer's metrics, in per cent (0 to 100).
@@ -177,5 +190,5 @@ def score(
     for index, (prediction, texts) in enumerate(zip(predictions, references, strict=True)):
         if isinstance(texts, str) or not texts:
             raise ValueError(f"Row {index} came with the references {texts!r}: give a list of one text or more.")
-        scored.append(score_row(prediction, texts))
+        scored.append(score_row(stripped(prediction, strip), [stripped(text, strip) for text in texts]))
     return scored

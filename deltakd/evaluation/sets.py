@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from deltakd.data import DataConfig, Overlap, OverlapSearch, Row
 from deltakd.evaluation import EvaluationSet, find_scorer
 from deltakd.evaluation.answers import make_set
+from deltakd.evaluation.scoring import stripped
 from deltakd.evaluation.settings import EvaluationSettings
 from deltakd.generation.model_step import positions_of
 from deltakd.io.errors import ConfigError
@@ -70,7 +71,7 @@ def read_checked_sets(
     for name, entry in evaluation.sets.items():
         try:
             rows = evaluation.rows_of(name, data)
-            one = make_set(name, rows, asked, tokenizer, evaluation.scorer_of(name), evaluation.rouge_tokenizer)
+            one = make_set(name, rows, asked, tokenizer, evaluation.scorer_of(name), **evaluation.comparison)
         except ValueError as error:
             problems.append(f"evaluation.sets.{name}: {error}")
             continue
@@ -120,10 +121,10 @@ def _record(
         "max_prompt_length": asked.max_prompt_length,
         "padding": "left",
         "strip_answers": asked.strip_answers,
-        "columns": dict(asked.columns),
+        "columns": asked.columns,
         "seeds": list(evaluation.seeds),
         "decoding": asdict(evaluation.decoding),
-        "rouge_tokenizer": evaluation.rouge_tokenizer,
+        **evaluation.comparison,
         "scorers": {name: find_scorer(name, evaluation.rouge_tokenizer).description for name in scorers},
         "sets": dict(sets),
     }
@@ -134,10 +135,18 @@ def _reference_problems(name: str, rows: Sequence[Row], scorer: str, evaluation:
     reads = find_scorer(scorer, evaluation.rouge_tokenizer).reads
     # Numbers are compared with those of all references; ROUGE takes the best reference of a row.
     enough = any if scorer == "rouge" else all
-    bad = [row for row in rows if not enough(map(reads, row.references))]
+    texts = {row.id: [stripped(text, evaluation.strip) for text in row.references] for row in rows}
+    where = "the validation rows" if name == "val" else f"evaluation set {name}"
+    gone = [row.id for row in rows if row.references and not any(text.strip() for text in texts[row.id])]
+    if gone:
+        return [
+            f"{where}: of {len(gone)} of {len(rows)} rows evaluation.strip leaves nothing of the references (rows "
+            f"{_listed(gone)}): {evaluation.strip!r} matches all of them; give another expression, or "
+            "evaluation.strip=null"
+        ]
+    bad = [row for row in rows if not enough(map(reads, texts[row.id]))]
     if not bad:
         return []
-    where = "the validation rows" if name == "val" else f"evaluation set {name}"
     told = f"{where}: {len(bad)} of {len(rows)} rows have "
     shown = f"(rows {_listed([row.id for row in bad])})"
     if scorer == "final_number":
@@ -148,7 +157,7 @@ def _reference_problems(name: str, rows: Sequence[Row], scorer: str, evaluation:
         ]
     told += f"references in which ROUGE finds no word {shown}, so that every answer scores 0 there"
     in_all_scripts = find_scorer(scorer, "unicode").reads
-    cured = sum(any(map(in_all_scripts, row.references)) for row in bad)
+    cured = sum(any(map(in_all_scripts, texts[row.id])) for row in bad)
     remedy = f"; evaluation.rouge_tokenizer=unicode reads {cured} of them, with other numbers than published ones"
     if cured and len(bad) == len(rows):
         return [f"{told}{remedy}"]

@@ -9,10 +9,12 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Len
 
 from deltakd.data import DataConfig, Row, read_rows
+from deltakd.data.encoding.template_problems import template_problems
 from deltakd.data.sources.records import missing_sources
-from deltakd.evaluation.scoring import MAIN_METRICS, METRICS, RougeTokenizer
+from deltakd.evaluation.scoring import MAIN_METRICS, METRICS, THINK_BLOCKS, RougeTokenizer
 from deltakd.generation import Decoding
-from deltakd.io.keys import Protocol, Resume
+from deltakd.io.keys import Protocol, Resume, Seed
+from deltakd.io.patterns import pattern_problems
 
 #: Objectives that need generated answers, main metrics first; higher is better for all of them.
 SCORES = tuple(f"val/{metric}" for metric in sorted(METRICS, key=lambda metric: metric not in MAIN_METRICS))
@@ -64,6 +66,8 @@ class EvaluationSettings:
         scorer: scorer of validation answers and of sets that name none; None: ``rouge``.
         rouge_tokenizer: the words that ROUGE compares: ``default`` (a-z and 0-9, as in published numbers) or
             ``unicode`` (letters and digits of all scripts).
+        strip: a regular expression; what it matches is removed from answers and references before they are scored, and
+            stays in the records. The default removes blocks of reasoning; None: nothing is removed.
         template: template of the prompts; None: that of the data.
         max_prompt_length: maximum tokens of a prompt; None: that of the data.
         protocol: the published protocol that the group claims to follow, a file of ``conf/evaluation``; None: none.
@@ -74,12 +78,13 @@ class EvaluationSettings:
     generate: bool = True
     sets: Annotated[Mapping[str, SetSource], Resume.UNFINISHED] = field(default_factory=dict)
     limit: Annotated[Annotated[int, Ge(1)] | None, Resume.UNFINISHED, Protocol.FIXED] = None
-    seeds: Annotated[Sequence[Annotated[int, Ge(0)]], Len(1), Protocol.FIXED] = (10,)
+    seeds: Annotated[Sequence[Seed], Len(1), Protocol.FIXED] = (10,)
     batch_size: Annotated[int, Ge(1), Resume.UNFINISHED] = 16
     val_limit: Annotated[int, Ge(1)] = 64
     decoding: Annotated[Decoding, Protocol.FIXED] = field(default_factory=Decoding)
     scorer: Annotated[ScorerName | None, Protocol.FIXED] = None
     rouge_tokenizer: Annotated[RougeTokenizer, Protocol.FIXED] = "default"
+    strip: Annotated[str | None, Protocol.FIXED] = THINK_BLOCKS
     template: Annotated[str | Mapping[str, str] | None, Protocol.FIXED] = None
     max_prompt_length: Annotated[Annotated[int, Ge(1)] | None, Protocol.FIXED] = None
     protocol: str | None = None
@@ -90,6 +95,11 @@ class EvaluationSettings:
     def val_scorer(self) -> str:
         """The scorer of answers to validation rows and of sets that name none."""
         return self.scorer or "rouge"
+
+    @property
+    def comparison(self) -> dict[str, Any]:
+        """What of answers and references every scorer compares, as arguments of ``make_set``."""
+        return {"rouge_tokenizer": self.rouge_tokenizer, "strip": self.strip}
 
     def scorer_of(self, name: str) -> str:
         """Return the scorer of the set ``name``."""
@@ -121,7 +131,9 @@ class EvaluationSettings:
 
     def problems(self, data: DataConfig | None) -> list[str]:
         """Return problems that would show only after training: name clashes, missing files, another template."""
-        found = self.decoding.problems()
+        found = self.decoding.problems() + pattern_problems("evaluation.strip", self.strip)
+        if self.template is not None:
+            found += template_problems("evaluation.template", self.template)
         if not self.generate:
             return found
         found += [

@@ -7,6 +7,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from deltakd.evaluation.protocol import STRIP
+from deltakd.evaluation.scoring import stripped
+
 #: A word: a run of letters, digits and underscores, or any other visible character by itself.
 _WORD = re.compile(r"\w+|[^\w\s]")
 #: Lengths n of distinct-n.
@@ -27,7 +30,8 @@ def text_measures(records_by_seed: Mapping[int, Sequence[Mapping[str, Any]]]) ->
     """Measure answers under each sampling seed, and average over seeds.
 
     Args:
-        records_by_seed: sampling seed -> records with ``output`` and ``reference`` (a list of texts).
+        records_by_seed: sampling seed -> records with ``output`` and ``reference`` (a list of texts); what their
+            ``protocol`` strips is not measured.
 
     Returns:
         The TEXT_MEASURES. ``distinct_n`` (per cent): see ``distinct``, over all answers. ``length_ratio``: words of all
@@ -44,8 +48,9 @@ def text_measures(records_by_seed: Mapping[int, Sequence[Mapping[str, Any]]]) ->
 
 
 def _measures_of(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    answers = [words(record["output"]) for record in records]
-    references = [[len(words(text)) for text in record["reference"]] for record in records]
+    strip = records[0].get("protocol", {}).get(STRIP)
+    answers = [words(stripped(record["output"], strip)) for record in records]
+    references = [[len(words(stripped(text, strip))) for text in record["reference"]] for record in records]
     wanted = sum(sum(lengths) / len(lengths) for lengths in references if lengths)
     measures = {f"distinct_{n}": 100 * distinct(answers, n) for n in DISTINCT}
     measures["length_ratio"] = sum(map(len, answers)) / wanted if wanted else 0.0

@@ -37,16 +37,19 @@ class Decoding:
     no_repeat_ngram_size: Annotated[int, Ge(0)] = 0
     max_new_tokens: Annotated[int, Ge(1)] = 256
 
-    def problems(self) -> list[str]:
-        """Return what is wrong with the options, one sentence per problem, beginning with the config key."""
+    def problems(self, key: str = "evaluation.decoding") -> list[str]:
+        """Return what is wrong with the options, one sentence per problem, beginning with the config key.
+
+        Args:
+            key: that of the options in the config.
+        """
         greedy = "; for the most probable token give do_sample: false"
-        found = [p + (greedy if ".temperature is" in p else "") for p in mismatches(self, "evaluation.decoding")]
+        found = [p + (greedy if ".temperature is" in p else "") for p in mismatches(self, key)]
         if self.no_repeat_ngram_size != 1:
             return found
         return [
             *found,
-            "evaluation.decoding.no_repeat_ngram_size is 1; it must be 0 (off) or from 2: 1 would ban every token of "
-            "the prompt",
+            f"{key}.no_repeat_ngram_size is 1; it must be 0 (off) or from 2: 1 would ban every token of the prompt",
         ]
 
     def processors(self) -> LogitsProcessorList:

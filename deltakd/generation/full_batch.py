@@ -16,7 +16,7 @@ from deltakd.generation.noise import NoiseKey
 
 @dataclass
 class Row:
-    """One answer in progress; ``noise`` is None for greedy decoding."""
+    """One answer in progress; ``noise`` is None for greedy decoding, ``end`` is the EOS that ended it."""
 
     row_id: int
     prompt: Sequence[int]
@@ -24,6 +24,7 @@ class Row:
     noise: NoiseKey | None
     tokens: list[int] = field(default_factory=list)
     finished: bool = False
+    end: int | None = None
 
     def take(self, token: int, eos_ids: frozenset[int]) -> None:
         """Add a token; finish on EOS or when the budget is used up.
@@ -37,7 +38,7 @@ class Row:
                 "diverged or its dtype overflows: evaluate an earlier checkpoint, or use bfloat16 or float32."
             )
         if token in eos_ids:
-            self.finished = True
+            self.finished, self.end = True, token
             return
         self.tokens.append(token)
         self.finished = len(self.tokens) >= self.budget

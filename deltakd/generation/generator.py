@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import final
 
 import torch
@@ -67,18 +68,104 @@ def generate(
     Raises:
         ValueError: decoding options, seeds, prompts or row ids are invalid, or logits are NaN.
     """
-    _check(decoding, batch_size, seeds)
-    noises = seeds if decoding.do_sample else (None,)
-    rows = _rows(prompts, row_ids, decoding, noises, position_limit(model))
+    problems = ["No sampling seed was given: give at least one."] if not seeds else []
+    problems += [f"The sampling seed is {seed}: it must be at least 0." for seed in seeds if seed < 0]
+    _check(decoding, batch_size, problems)
+    if len(prompts) != len(row_ids):
+        raise ValueError(f"{len(prompts)} prompts came with {len(row_ids)} row ids: give one id for each prompt.")
+    if min(row_ids, default=0) < 0:
+        raise ValueError(f"Row id {min(row_ids)} was given: ids number the rows of a data set, from 0.")
+    # Greedy answers are the same under every seed: one serves all.
+    noises = seeds if decoding.do_sample else seeds[:1]
+    share = len(seeds) // len(noises)
+    answers = sample(
+        model,
+        prompts,
+        [[NoiseKey(seed, row_id) for seed in noises] for row_id in row_ids],
+        decoding=decoding,
+        batch_size=batch_size,
+        eos_ids=eos_ids,
+        vocab_size=vocab_size,
+        pad_id=pad_id,
+        progress=None if progress is None else lambda ended: progress(ended * share),
+    )
+    return [[list(same[i % len(noises)].text) for same in answers] for i in range(len(seeds))]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """An answer, token by token.
+
+    Args:
+        tokens: the new tokens, with the EOS that ended them.
+        finished: True if the last token is an EOS; False if the answer used up its tokens.
+    """
+
+    tokens: list[int]
+    finished: bool
+
+    @property
+    def text(self) -> list[int]:
+        """The tokens without EOS."""
+        return self.tokens[:-1] if self.finished else self.tokens
+
+
+@torch.no_grad()
+def sample(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    keys: Sequence[Sequence[NoiseKey]],
+    *,
+    decoding: Decoding,
+    batch_size: int,
+    eos_ids: frozenset[int],
+    vocab_size: int,
+    pad_id: int,
+    longest: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[list[Sampled]]:
+    """Continue every prompt once for each of its keys, by which its noise is drawn.
+
+    Args:
+        model, prompts, decoding, batch_size, eos_ids, vocab_size, pad_id: as for ``generate``.
+        keys: for each prompt the keys of its answers; with greedy decoding all its answers are the same.
+        longest: most tokens of prompt and answer together; None: no limit but the model's.
+        progress: called as answers end, with the number ended so far.
+
+    Returns:
+        For each prompt its answers, in the order of its keys.
+
+    Raises:
+        ValueError: decoding options or prompts are invalid, or logits are NaN.
+    """
+    _check(decoding, batch_size, [])
+    limit = min((n for n in (position_limit(model), longest) if n is not None), default=None)
+    rows = [_rows(prompt, own, decoding, limit) for prompt, own in zip(prompts, keys, strict=True)]
     queue = sorted(rows, key=lambda same: len(same[0].prompt), reverse=True)
     decoder = _Decoder(Step(model, decoding.processors(), vocab_size), TokenChoice(vocab_size), eos_ids, pad_id)
     ended = 0
     with evaluating(model):
         for count in decoder.run(_groups(queue, batch_size), batch_size):
-            ended += count * len(seeds) // len(noises)
+            ended += count
             if progress is not None:
                 progress(ended)
-    return [[list(same[i % len(noises)].tokens) for same in rows] for i in range(len(seeds))]
+    return [[_sampled(row) for row in own] for own in rows]
+
+
+def _rows(prompt: Sequence[int], keys: Sequence[NoiseKey], decoding: Decoding, limit: int | None) -> list[Row]:
+    return [
+        Row(
+            key.row,
+            prompt,
+            answer_budget(prompt, key.row, decoding.max_new_tokens, limit),
+            key if decoding.do_sample else None,
+        )
+        for key in keys
+    ]
+
+
+def _sampled(row: Row) -> Sampled:
+    return Sampled(row.tokens, False) if row.end is None else Sampled([*row.tokens, row.end], True)
 
 
 @final
@@ -175,40 +262,11 @@ def _first(queue: deque[list[Row]], room: int) -> list[list[Row]]:
     return groups
 
 
-def _check(decoding: Decoding, batch_size: int, seeds: Sequence[int]) -> None:
-    problems = decoding.problems()
-    if batch_size < 1:
-        problems.append(f"batch_size is {batch_size}: it must be at least 1.")
-    if not seeds:
-        problems.append("No sampling seed was given: give at least one.")
-    problems += [f"The sampling seed is {seed}: it must be at least 0." for seed in seeds if seed < 0]
+def _check(decoding: Decoding, batch_size: int, problems: list[str]) -> None:
+    too_small = [f"batch_size is {batch_size}: it must be at least 1."] if batch_size < 1 else []
+    problems = decoding.problems() + too_small + problems
     if problems:
         raise ValueError("\n".join(problems))
-
-
-def _rows(
-    prompts: Sequence[Sequence[int]],
-    row_ids: Sequence[int],
-    decoding: Decoding,
-    noises: Sequence[int | None],
-    limit: int | None,
-) -> list[list[Row]]:
-    if len(prompts) != len(row_ids):
-        raise ValueError(f"{len(prompts)} prompts came with {len(row_ids)} row ids: give one id for each prompt.")
-    if min(row_ids, default=0) < 0:
-        raise ValueError(f"Row id {min(row_ids)} was given: ids number the rows of a data set, from 0.")
-    return [
-        [
-            Row(
-                row_id,
-                prompt,
-                answer_budget(prompt, row_id, decoding.max_new_tokens, limit),
-                None if seed is None else NoiseKey(seed, row_id),
-            )
-            for seed in noises
-        ]
-        for prompt, row_id in zip(prompts, row_ids, strict=True)
-    ]
 
 
 def answer_budget(prompt: Sequence[int], row_id: int, max_new_tokens: int, limit: int | None) -> int:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from deltakd.generation.full_batch import DecodingState
 from deltakd.types import at_least_float32
@@ -104,6 +105,16 @@ def _rope_settings(config: Any) -> list[Mapping[str, Any]]:
 def _extended(limit: int, rope: Mapping[str, Any]) -> int:
     trained = rope.get("original_max_position_embeddings") or limit
     return int(trained * (rope.get("factor") or 1.0))
+
+
+def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Return the ids that end an answer: the tokenizer's EOS and those of the model's generation config."""
+    config = getattr(model, "generation_config", None)
+    found: set[int] = set()
+    for value in (tokenizer.eos_token_id, getattr(config, "eos_token_id", None)):
+        if value is not None:
+            found.update([value] if isinstance(value, int) else value)
+    return frozenset(found)
 
 
 def _unwrapped(model: Any) -> Any:

@@ -15,6 +15,11 @@ from collections.abc import Iterator
 from enum import Enum
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
+from annotated_types import Ge, Le
+
+#: A seed that every library takes: NumPy's old generator, which Lightning seeds, ends at 32 bits.
+Seed = Annotated[int, Ge(0), Le(2**32 - 1)]
+
 
 class Resume(Enum):
     """When a key may change on resume. A key without this mark never may."""

@@ -141,7 +141,8 @@ def _bounds(marks: Sequence[Any]) -> str:
         if isinstance(mark, annotated_types.Ge | annotated_types.Gt | annotated_types.Le | annotated_types.Lt):
             name = type(mark).__name__.lower()
             said.append(words[name].format(getattr(mark, name)))
-    return f" {' and '.join(said)}" if said else ""
+    # "from 0 to 5", but "from 0 and below 5".
+    return " " + " and ".join(said).replace(" and to ", " to ") if said else ""
 
 
 def _length(marks: Sequence[Any]) -> str:

@@ -47,6 +47,7 @@ def chunked_loss(
     chunk_size: int | None = None,
     memory_budget: float = MEMORY_BUDGET,
     buckets: Buckets | None = None,
+    sampled_log_probs: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum a loss over N tokens, holding no more than one chunk of any model's logits.
 
@@ -61,6 +62,7 @@ def chunked_loss(
         memory_budget: MiB for the logits of a chunk and everything computed from them. The gradient of the head, at
             least float32, comes on top.
         buckets: the references over a reduced vocabulary, in place of their heads.
+        sampled_log_probs: [N] nats, as for ``HeadLogits``.
 
     Returns:
         The sum of ``per_token`` (nats; differentiable w.r.t. the student's hidden, weight and bias), and the detached
@@ -82,7 +84,7 @@ def chunked_loss(
     itemsize = torch.promote_types(student.weight.dtype, torch.float32).itemsize
     kind = "buckets" if buckets is not None else "autograd" if form is None else "fused"
     size = chunk_size or chunk_size_for(memory_budget, student.weight.shape[0], itemsize, kind)
-    work = _Work(loss, form, student, references, labels, size, buckets)
+    work = _Work(loss, form, student, references, labels, size, buckets, sampled_log_probs)
     if not wants_gradients:
         with torch.no_grad():
             return work.run(None), work.parts
@@ -124,6 +126,7 @@ class _Work:
     labels: Tensor
     size: int
     buckets: Buckets | None = None
+    sampled_log_probs: Tensor | None = None
     parts: dict[str, Tensor] = field(default_factory=dict)
 
     def run(self, grads: dict[str, Tensor] | None) -> Tensor:
@@ -145,7 +148,8 @@ class _Work:
             elif self.buckets is not None:
                 values = _by_buckets(self.loss, chunk, self.buckets.rows(rows.start, rows.stop), rows, grads)
             else:
-                values = _by_autograd(self.loss, chunk, references, self.labels[rows], rows, grads)
+                sampled_N = None if self.sampled_log_probs is None else self.sampled_log_probs[rows]
+                values = _by_autograd(self.loss, chunk, references, self.labels[rows], sampled_N, rows, grads)
             total += values.pop("loss").sum()
             for name, value_N in values.items():
                 self.parts[name] = self.parts.get(name, 0) + value_N.sum()
@@ -157,6 +161,7 @@ def _by_autograd(
     chunk: Head,
     references: Mapping[str, Head],
     labels: Tensor,
+    sampled_log_probs: Tensor | None,
     rows: slice,
     grads: dict[str, Tensor] | None,
 ) -> dict[str, Tensor]:
@@ -165,7 +170,7 @@ def _by_autograd(
     if grads is not None:
         chunk, leaves = _with_leaves(chunk, grads)
     with torch.set_grad_enabled(grads is not None):
-        output = loss(HeadLogits(chunk.logits(), references), labels)
+        output = loss(HeadLogits(chunk.logits(), references, sampled_log_probs), labels)
         chunk_sum = output.per_token.sum()
     if grads is not None and chunk_sum.requires_grad:
         _add_gradients(grads, leaves, torch.autograd.grad(chunk_sum, list(leaves.values())), rows)

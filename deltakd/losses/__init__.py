@@ -23,6 +23,13 @@ from deltakd.losses.matching import (
     RatioMatching,
 )
 from deltakd.losses.parallelogram import Parallelogram, SignedParallelogram
+from deltakd.losses.policy_gradient import (
+    PolicyGradient,
+    agreeing_policy_gradient,
+    extrapolated_policy_gradient,
+    target_policy_gradient,
+)
+from deltakd.losses.scores import Score, TeacherShift, TowardsTarget
 from deltakd.losses.sft import SupervisedFineTuning, cross_entropy
 from deltakd.losses.targets import (
     ShiftedTarget,
@@ -49,8 +56,10 @@ __all__ = [
     "LogitMatching",
     "Matching",
     "Parallelogram",
+    "PolicyGradient",
     "RatioMatching",
     "ReverseKL",
+    "Score",
     "ShiftedTarget",
     "SignedParallelogram",
     "SkewForwardKL",
@@ -58,14 +67,19 @@ __all__ = [
     "SupervisedFineTuning",
     "SymmetricKL",
     "Target",
+    "TeacherShift",
     "ToDi",
     "TotalVariation",
+    "TowardsTarget",
     "Treatment",
+    "agreeing_policy_gradient",
     "bilinear_target",
     "cross_entropy",
     "delta_target",
+    "extrapolated_policy_gradient",
     "multi_teacher_target",
     "shift_target",
     "taid_target",
+    "target_policy_gradient",
     "teacher_target",
 ]

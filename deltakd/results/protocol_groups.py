@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from deltakd.evaluation import SCORERS
-from deltakd.evaluation.protocol import ROUGE_WORDS
+from deltakd.evaluation.protocol import ROUGE_WORDS, STRIP
+from deltakd.evaluation.scoring import THINK_BLOCKS
 from deltakd.results.reading import Record, Run
 
 #: Set -> aspect -> text to compare for equality and to show.
@@ -73,10 +74,14 @@ def _of_set(by_seed: Mapping[int, Sequence[Record]]) -> dict[str, str]:
 
 
 def _scorer(record: Record) -> str:
-    """Return the scorer of a record, identified by its scores; and the words of its ROUGE if not the default ones."""
+    """Return the scorer of a record, identified by its scores, with what of the texts it compared."""
     name = next(name for name, scorer in SCORERS.items() if scorer.main in record)
-    words = record.get("protocol", {}).get(ROUGE_WORDS)
-    return f"{name} ({words} words)" if words else name
+    protocol = record.get("protocol", {})
+    words, strip = protocol.get(ROUGE_WORDS), protocol.get(STRIP)
+    details = [f"{words} words"] if words else []
+    if strip is not None:
+        details.append("without <think> blocks" if strip == THINK_BLOCKS else f"without {strip}")
+    return f"{name} ({', '.join(details)})" if details else name
 
 
 def _decoding(options: Mapping[str, Any], seeds: Sequence[int]) -> str:

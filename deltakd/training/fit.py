@@ -20,9 +20,18 @@ from deltakd.evaluation.validation_answers import write_validation_answers
 from deltakd.io.progress import write_total_steps
 from deltakd.models import LanguageModel
 from deltakd.models.tokenizers import pad_id
+from deltakd.rollouts import RolloutData
 from deltakd.tracking.wandb_run import wandb_of
 from deltakd.training.assembly import Parts
-from deltakd.training.callbacks import Checkpoints, Lifeline, StopOnSignal, StreamEnd, TrainingLog, Validation
+from deltakd.training.callbacks import (
+    Checkpoints,
+    Lifeline,
+    RolloutLog,
+    StopOnSignal,
+    StreamEnd,
+    TrainingLog,
+    Validation,
+)
 from deltakd.training.callbacks.validation import Generate
 from deltakd.training.module import DistillationModule
 from deltakd.training.resume import SavedState, check_step_size, final_student, restore, restore_weights
@@ -80,7 +89,8 @@ def fit(parts: Parts, loggers: list[Logger], state: SavedState | None, lifeline:
     checkpoints = _make_checkpoints(parts, data, validation)
     training_log = TrainingLog(settings.log_every_n_steps)
     watching = [checkpoints, StopOnSignal(checkpoints)]
-    callbacks = [lifeline, stream_end, training_log, *([validation] if validation else []), *watching]
+    rollout_log = [RolloutLog(training_log)] if isinstance(data, RolloutData) else []
+    callbacks = [lifeline, stream_end, *rollout_log, training_log, *([validation] if validation else []), *watching]
     trainer = make_trainer(parts, callbacks, loggers)
     check_ranks(trainer, ranks)
     if is_main_process():
@@ -104,6 +114,23 @@ def make_data(parts: Parts, ranks: int) -> DistillationData:
         ranks: number of processes that share an optimiser step.
     """
     settings = parts.settings.trainer
+    if parts.settings.rollout.on_policy:
+        assert parts.settings.data.batch_size is not None, "checked with the config"
+        return RolloutData(
+            parts.sets.train,
+            parts.sets.val,
+            tokenizer=parts.tokenizer,
+            vocabulary=parts.vocabulary,
+            settings=parts.settings.rollout,
+            batch_size=parts.settings.data.batch_size,
+            accumulate=settings.accumulate_grad_batches,
+            seed=parts.settings.seed,
+            max_epochs=settings.max_epochs,
+            max_steps=settings.max_steps,
+            longest=parts.settings.data.max_length,
+            log_probs=parts.settings.loss.needs_sampled_tokens,
+            world_size=ranks,
+        )
     return DistillationData(
         parts.sets.train,
         parts.sets.val,
@@ -176,7 +203,7 @@ def _make_generate(parts: Parts, loggers: list[Logger]) -> Generate:
     evaluation = parts.settings.evaluation
     rows = parts.sets.val_rows[: evaluation.val_limit]
     asked = evaluation.prompts_of(parts.settings.data)
-    val_set = make_set("val", rows, asked, parts.tokenizer, evaluation.val_scorer, evaluation.rouge_tokenizer)
+    val_set = make_set("val", rows, asked, parts.tokenizer, evaluation.val_scorer, **evaluation.comparison)
     seed = evaluation.seeds[0]
     tracker = wandb_of(loggers)
 

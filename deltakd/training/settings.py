@@ -16,11 +16,12 @@ from deltakd.data import InstructionData, TextData
 from deltakd.distributed.settings import StrategySettings
 from deltakd.evaluation import SCORERS
 from deltakd.evaluation.settings import SCORES, EvaluationSettings
-from deltakd.io.keys import Resume, keys_with
+from deltakd.io.keys import Resume, Seed, keys_with
 from deltakd.io.run_directory import ResumePolicy
 from deltakd.kernels import MEMORY_BUDGET
 from deltakd.models.settings import ModelSettings, ModelSpec
 from deltakd.references import CacheSettings, LiveSettings, ReferenceSettings
+from deltakd.rollouts import RolloutSettings
 from deltakd.tracking.loggers import MakeLogger
 from deltakd.training.optim import AdamW
 from deltakd.types import Loss
@@ -122,6 +123,7 @@ class RunSettings:
         strategy: how the run is spread over processes.
         kernels: memory of the chunked loss.
         reference: where the references' hidden states come from.
+        rollout: which responses the student writes itself.
         evaluation: how the trained student is evaluated.
         deviations: how the evaluation deviates from the protocol that it names.
         optim: optimiser and schedule.
@@ -134,7 +136,7 @@ class RunSettings:
     """
 
     name: Annotated[str, Resume.FREE]
-    seed: Annotated[int, Ge(0)]
+    seed: Seed
     delta_weight: Any
     objective: str | None
     run_dir: Annotated[str | None, Resume.FREE]
@@ -146,6 +148,7 @@ class RunSettings:
     strategy: StrategySettings
     kernels: KernelSettings
     reference: LiveSettings | CacheSettings | ReferenceSettings
+    rollout: RolloutSettings
     evaluation: EvaluationSettings
     deviations: tuple[str, ...]
     optim: AdamW

@@ -57,4 +57,11 @@ class DistillationStep(nn.Module):
         references = finish()
         heads, buckets = ({}, references) if isinstance(references, Buckets) else (references, None)
         heads = {**heads, STUDENT: student}
-        return chunked_loss(self.loss, heads, batch.labels_N, memory_budget=self.memory_budget, buckets=buckets)
+        return chunked_loss(
+            self.loss,
+            heads,
+            batch.labels_N,
+            memory_budget=self.memory_budget,
+            buckets=buckets,
+            sampled_log_probs=batch.sampled_log_probs_N,
+        )

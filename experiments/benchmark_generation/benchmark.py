@@ -29,9 +29,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from deltakd.data import InstructionData, read_rows
-from deltakd.evaluation import end_tokens
 from deltakd.evaluation.answers import make_set
 from deltakd.generation import Decoding, generate
+from deltakd.generation.model_step import end_tokens
 from deltakd.models import ModelSettings, load_tokenizer
 from deltakd.models.roles import open_exported, vocabulary_of
 from deltakd.models.tokenizers import pad_id

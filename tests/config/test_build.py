@@ -87,7 +87,7 @@ def test_an_unsafe_loss_is_not_made_safe_by_the_word_no(world: World, tmp_path: 
         ("loss.temperature=warm", "loss.temperature is 'warm'; it must be a finite number"),
         ("loss.ce_weight=true", "loss.ce_weight is true; it must be a finite number"),
         ("delta_weight=much", "delta_weight is 'much'; it must be a finite number or a mapping"),
-        ("evaluation.seeds=10", "evaluation.seeds is 10; it must be a list (each a whole number from 0) of at least 1"),
+        ("evaluation.seeds=10", "evaluation.seeds is 10; it must be a list (each a whole number from 0 to 4294967295)"),
         ("evaluation.sets=5", "evaluation.sets is 5; give names and files"),
         ("evaluation.measures.rows=all", "evaluation.measures.rows is 'all'; it must be a whole number from 0 or null"),
         ("evaluation.decoding.top_k=1.5", "evaluation.decoding.top_k is 1.5; it must be a whole number from 0"),
@@ -212,6 +212,19 @@ def test_every_target_of_our_configs_says_the_types_of_its_arguments() -> None:
     for target, keys in ours.items():
         assert get_object(target)
         assert keys <= set(argument_hints(target)), target
+
+
+def test_templates_patterns_and_seeds_are_checked_with_the_rest(world: World, tmp_path: Path) -> None:
+    found = told(
+        world, tmp_path, "data.template=alpacca", "evaluation.template={a: b}", "evaluation.strip='('",
+        f"seed={2**32}", f"evaluation.seeds=[{2**32}]", "data.columns={answers: x}",
+    )  # fmt: skip
+    said = "\n".join(found)
+    assert "data.template: unknown template 'alpacca'; allowed: alpaca, chat, or a mapping" in said
+    assert "evaluation.strip is '(', which is no regular expression" in said
+    assert "seed is 4294967296; it must be a whole number from 0 to 4294967295" in said
+    assert "evaluation.seeds is [4294967296]; it must be a list (each a whole number from 0 to 4294967295)" in said
+    assert "data.columns has 'answers', which is no name of ours" in said
 
 
 def test_what_a_stream_needs_is_said_at_once(world: World, tmp_path: Path) -> None:

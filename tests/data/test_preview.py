@@ -81,4 +81,5 @@ def test_a_backslash_and_an_n_are_no_line_break() -> None:
     assert 'in YAML in double quotes, tail: "...\\n..."' in problems[1]
     assert template_problems("data.template", "alpaca") == []
     plain = AlpacaTemplate()
-    assert not template_problems("t", {"with_input": plain.with_input, "tail": plain.tail_text})
+    texts = {"with_input": plain.with_input, "without_input": plain.without_input, "tail": plain.tail_text}
+    assert not template_problems("t", texts)

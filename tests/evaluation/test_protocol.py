@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deltakd.evaluation import EvaluationSet, answer_set, end_tokens, evaluate_set, matches, score, summarise
+from deltakd.evaluation import EvaluationSet, answer_set, evaluate_set, matches, score, summarise
 from deltakd.generation import Decoding
+from deltakd.generation.model_step import end_tokens
 from deltakd.io.files import read_json_lines, write_json_lines
 from tests.generation.tiny_models import EOS, PAD, POSITIONS, VOCAB, make_model, make_tokenizer
 

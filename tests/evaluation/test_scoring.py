@@ -6,6 +6,7 @@ import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
 from deltakd.evaluation import METRICS, SCORERS, find_scorer, score
+from deltakd.evaluation.scoring import THINK_BLOCKS, stripped
 from deltakd.evaluation.words import ascii_words, unicode_words
 
 WORDS = """the The running runs ran happily happiness, cats cat's dog. 42 3.14 naïve café 東京 — -- state-of-the-art
@@ -122,3 +123,32 @@ def test_the_default_words_are_latin_and_what_is_recorded_says_which_they_are() 
     for description in (default, unicode):
         assert "case and punctuation kept (the scripts of MiniLLM and of Natural Instructions lower-case" in description
     assert find_scorer("final_number", "unicode") is SCORERS["final_number"]
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("<think>\n\n</think>\n\n42", "42"),
+        ("<think>7 + 5\nis 12</think>12 <think>sure</think>!", "12 !"),
+        ("so it is 12\n</think>\n\n12", "12"),
+        ("12 <think>is it", "12 "),
+        ("no thought", "no thought"),
+        ("a < b, b > c", "a < b, b > c"),
+    ],
+)
+def test_blocks_of_reasoning_are_stripped_whole_or_not_closed_or_opened_by_the_prompt(text: str, left: str) -> None:
+    assert stripped(text, THINK_BLOCKS) == left
+    assert stripped(text, None) == text
+
+
+def test_an_empty_block_of_reasoning_costs_no_score_on_either_side() -> None:
+    answer, empty = "Paris is the capital", "<think>\n\n</think>\n\n"
+    raw = score([empty + answer], [[answer]])[0]
+    assert raw["rougeL"] == pytest.approx(80)
+    assert raw["exact_match"] == 0
+    for prediction, reference in ((empty + answer, answer), (answer, empty + answer)):
+        scores = score([prediction], [[reference]], strip=THINK_BLOCKS)[0]
+        assert (scores["rougeL"], scores["exact_match"]) == (100, 100)
+    numbers = score(["<think>#### 7</think>\n#### 12"], [["#### 12"]], "final_number", strip=THINK_BLOCKS)[0]
+    assert numbers["final_number"] == 100
+    assert score(["<think>#### 7</think>\n#### 12"], [["#### 12"]], "final_number")[0]["final_number"] == 0

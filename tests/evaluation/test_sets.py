@@ -122,6 +122,14 @@ def test_references_that_no_scorer_reads_are_told_before_training(
         train("sft", "evaluation=gsm8k", f"data.val={russian}", name="numbers")
 
 
+def test_an_expression_that_leaves_nothing_of_the_references_is_told_before_training(
+    train: Train, tmp_path: Path
+) -> None:
+    path = write_rows(tmp_path / "set.jsonl", [row("a", "<think>yes</think>"), row("b", "<think>x</think> no")])
+    with pytest.raises(ConfigError, match=r"evaluation set mine: of 1 of 2 rows evaluation.strip leaves nothing .*0\)"):
+        train("sft", "evaluation=default", f"evaluation.sets={{mine: {path}}}")
+
+
 def test_the_words_of_rouge_are_recorded_and_answers_scored_by_others_are_scored_anew(
     train: Train, tmp_path: Path
 ) -> None:
@@ -133,6 +141,9 @@ def test_the_words_of_rouge_are_recorded_and_answers_scored_by_others_are_scored
     assert record["rouge_tokenizer"] == "unicode"
     assert "rouge_tokenizer is unicode instead of default" in record["deviations"]
     assert "letters and digits of all scripts" in record["scorers"]["rouge"]
+    # MiniLLM's scripts strip nothing.
+    assert record["strip"] is None
+    assert "strip" not in " ".join(record["deviations"])
     (scored,) = read_json_lines(run.generations / "mine_seed10.jsonl") or [{}]
     assert scored["protocol"]["rouge_tokenizer"] == "unicode"
     # The same answer under the words of published numbers; the run's files stay.

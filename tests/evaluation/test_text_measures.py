@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from deltakd.evaluation.scoring import THINK_BLOCKS
 from deltakd.evaluation.text_measures import TEXT_MEASURES, distinct, repetition, text_measures, words
 
 
@@ -39,3 +40,9 @@ def test_the_summary_averages_sampling_seeds() -> None:
     assert found["repetition_4"] == pytest.approx(100 * ((1 - 1 / 2) / 2 + 0) / 2)
     with pytest.raises(ValueError, match="nothing to measure"):
         text_measures({10: []})
+
+
+def test_what_is_not_scored_is_not_measured() -> None:
+    plain, thinking = record("a b c", "x y z"), record("<think>q q q q q</think>a b c", "x y z")
+    thinking["protocol"] = {"strip": THINK_BLOCKS}
+    assert text_measures({10: [thinking]}) == text_measures({10: [plain]})

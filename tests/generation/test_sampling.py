@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from deltakd.generation import Decoding, generate
 
@@ -15,7 +16,7 @@ class OneStep(nn.Module):
     def __init__(self, probabilities: list[float]) -> None:
         super().__init__()
         self.logits = nn.Parameter(torch.tensor(probabilities).log())
-        self.config = type("Config", (), {})()
+        self.config = PretrainedConfig()
 
     def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
         logits = self.logits.expand(input_ids.shape[0], 1, -1)

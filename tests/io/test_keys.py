@@ -17,7 +17,7 @@ def test_keys_that_never_stop_a_resumption() -> None:
         "trainer.enable_progress_bar", "trainer.log_every_n_steps", "trainer.profiler", "trainer.dry_run",
         "trainer.checkpoint_every_n_steps", "trainer.checkpoint_every_n_minutes",
         "reference.sharding", "reference.verify", "reference.remake",
-        "evaluation.allow_overlap", "evaluation.measures",
+        "evaluation.allow_overlap", "evaluation.measures", "data.preview",
     }  # fmt: skip
 
 
@@ -36,13 +36,14 @@ def test_keys_that_may_differ_until_a_run_is_finished() -> None:
 
 
 def test_what_a_cache_does_not_depend_on() -> None:
-    free = {"sets", "limit", "batch_size", "max_tokens_per_batch", "cache_dir", "prepare"}
+    free = {"sets", "limit", "batch_size", "max_tokens_per_batch", "cache_dir", "prepare", "preview", "streaming"}
+    free |= {"shuffle_buffer"}
     for kind in (InstructionData, TextData):
         assert set(keys_with(kind, Cache.FREE)) == free
         assert set(kind(train="x").identity) == {"kind", *(one.name for one in fields(kind))} - free
 
 
 def test_what_a_protocol_fixes() -> None:
-    fixed = {"limit", "seeds", "decoding", "scorer", "rouge_tokenizer", "template", "max_prompt_length"}
+    fixed = {"limit", "seeds", "decoding", "scorer", "rouge_tokenizer", "strip", "template", "max_prompt_length"}
     assert set(keys_with(EvaluationSettings, Protocol.FIXED)) == fixed
     assert fixed < set(get_type_hints(EvaluationSettings))

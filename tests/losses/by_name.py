@@ -12,7 +12,11 @@ from omegaconf import DictConfig, OmegaConf
 from deltakd.config.compose import CONF_DIR
 from deltakd.types import Loss
 
-NAMES = sorted(path.stem for path in (CONF_DIR / "loss").glob("*.yaml"))
+_ALL = sorted(path.stem for path in (CONF_DIR / "loss").glob("*.yaml"))
+#: Losses of tokens that the student sampled: their value is not what their gradient differentiates.
+SAMPLED = ["delta_opd", "exopd", "opd", "opd2"]
+#: Losses of any tokens.
+NAMES = [name for name in _ALL if name not in SAMPLED]
 #: All but SFT: those with a term beside the cross-entropy.
 DISTILLING = [name for name in NAMES if name != "sft"]
 

@@ -11,6 +11,7 @@ import pytest
 
 from deltakd.config.compose import CONF_DIR
 from deltakd.config.loss_names import read_losses
+from deltakd.evaluation.scoring import THINK_BLOCKS
 from deltakd.results.formats import latex, markdown
 from deltakd.results.methods import make_methods
 from deltakd.results.reading import find_runs
@@ -72,6 +73,8 @@ def test_one_seed_is_said_to_be_one(tmp_path: Path) -> None:
         ({"rows": 20}, "test: 20 prompts instead of 30 prompts"),
         ({"record": {"prompt": "Another template"}}, "test: other prompt texts (template, length limit or tokenizer)"),
         ({"record": {"protocol": {"rouge_tokenizer": "unicode"}}}, "test: rouge (unicode words) instead of rouge"),
+        ({"record": {"protocol": {"strip": "a+"}}}, "test: rouge (without a+) instead of rouge"),
+        ({"record": {"protocol": {"strip": THINK_BLOCKS}}}, "test: rouge (without <think> blocks) instead of rouge"),
         ({"record": {"reference": ["Other"]}}, "test: other reference answers"),
     ],
 )

@@ -9,17 +9,17 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from deltakd.config.compose import CONF_DIR
 from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
 from deltakd.training.module import DistillationModule
 from deltakd.types import Batch
+from tests.losses.by_name import NAMES
 from tests.tiny import World, save_model
 
 Train = Callable[..., RunDirectory]
-#: One of each kind; the others train in `make test-slow`, and all are held against their formulas in tests/losses.
+#: One of each kind; losses of sampled tokens train in tests/rollouts, the others in `make test-slow`, and all are held
+#: against their formulas in tests/losses.
 QUICK = ("sft", "kd_jsd", "delta_multi_teacher", "parallel_ratio", "signed_parallelogram", "taid")
-NAMES = sorted(path.stem for path in (CONF_DIR / "loss").glob("*.yaml"))
 
 
 def column(run: RunDirectory, name: str) -> list[float]:

@@ -9,17 +9,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from deltakd.data.encoding.templates import plain_template
+
 #: A line break as it is written, not as it is read.
 _WRITTEN_BREAK = "\\n"
 
 
 def template_problems(key: str, template: str | Mapping[str, Any]) -> list[str]:
-    """Return one sentence for each text of the template that spells a line break as backslash and n."""
-    if isinstance(template, str):
-        return []
-    return [
+    """Return one sentence for each text that spells a line break as backslash and n; else why it is no template."""
+    texts = {} if isinstance(template, str) else template
+    found = [
         f"{key}.{name} contains a backslash and an n, not a line break; write a real one: in YAML in double quotes, "
         f"{name}: \"...\\n...\", or in the shell by $'...\\n...'"
-        for name, text in template.items()
+        for name, text in texts.items()
         if _WRITTEN_BREAK in str(text)
     ]
+    if found:
+        return found
+    try:
+        plain_template(template)
+    except ValueError as error:
+        return [f"{key}: {error}"]
+    return []

@@ -146,16 +146,25 @@ def make_template(name: str | Mapping[str, Any] | Template, tokenizer: PreTraine
     Raises:
         ValueError: unknown name or keys, or the template rejects them.
     """
+    if isinstance(name, Template):
+        return name
+    return plain_template(name) or ChatTemplate(tokenizer)
+
+
+def plain_template(name: str | Mapping[str, Any]) -> PlainTemplate | None:
+    """Return the template that a config asks for if it needs no tokenizer; None for ``chat``.
+
+    Raises:
+        ValueError: unknown name or keys, or texts that are no template.
+    """
+    if name == "chat":
+        return None
     if name == "alpaca":
         return AlpacaTemplate()
-    if name == "chat":
-        return ChatTemplate(tokenizer)
     if isinstance(name, Mapping):
         keys = {"with_input", "without_input", "tail"}
         if set(name) != keys:
             raise ValueError(f"template has the keys {sorted(name)}; it needs exactly {sorted(keys)}")
         return PlainTemplate(str(name["with_input"]), str(name["without_input"]), str(name["tail"]))
-    if isinstance(name, Template):
-        return name
     allowed = ", ".join(TEMPLATE_NAMES)
     raise ValueError(f"unknown template {name!r}; allowed: {allowed}, or a mapping with_input, without_input, tail")

@@ -1,0 +1,14 @@
+"""Regular expressions that users write."""
+
+from __future__ import annotations
+
+import re
+
+
+def pattern_problems(key: str, pattern: str | None) -> list[str]:
+    """Return what is wrong with the pattern of a config key: one sentence, or none."""
+    try:
+        re.compile(pattern or "")
+    except (re.error, OverflowError, RecursionError) as error:
+        return [f"{key} is {pattern!r}, which is no regular expression: {error}"]
+    return []

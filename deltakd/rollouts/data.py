@@ -1,0 +1,149 @@
+"""The data module of a run whose student answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol, final, runtime_checkable
+
+from transformers import PreTrainedTokenizerBase
+
+from deltakd.data.batches.data_module import DistillationData
+from deltakd.data.batches.sampler import Sampler, StepSampler
+from deltakd.data.encoding.encoded_set import EncodedSet
+from deltakd.models import LanguageModel
+from deltakd.models.tokenizers import pad_id
+from deltakd.rollouts.engine import OwnEngine
+from deltakd.rollouts.loader import RolloutLoader
+from deltakd.rollouts.settings import RolloutSettings
+
+
+@runtime_checkable
+class Answering(Protocol):
+    """What rollouts need from the module that is trained."""
+
+    def whole_student(self) -> AbstractContextManager[LanguageModel]:
+        """Yield the student in eval mode, whole on this rank. Collective: call on every rank."""
+        ...
+
+
+@final
+class RolloutData(DistillationData):
+    """Hands out this rank's rollouts; validation is on given responses.
+
+    Args:
+        train, val, accumulate, seed, max_epochs, max_steps, world_size: as for ``DistillationData``; an epoch is a pass
+            over the prompts.
+        tokenizer: the student's.
+        vocabulary: V.
+        settings: of the rollouts.
+        batch_size: rows per process and micro-batch.
+        longest: most tokens of prompt and response together.
+        log_probs: the loss weighs tokens by how likely they were when they were sampled.
+    """
+
+    def __init__(
+        self,
+        train: EncodedSet,
+        val: EncodedSet | None,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        vocabulary: int,
+        settings: RolloutSettings,
+        batch_size: int,
+        accumulate: int,
+        seed: int,
+        max_epochs: float | None,
+        max_steps: int | None,
+        longest: int,
+        log_probs: bool,
+        world_size: int | None = None,
+    ) -> None:
+        super().__init__(
+            train,
+            val,
+            pad_id(tokenizer, vocabulary),
+            batch_size,
+            accumulate,
+            seed,
+            max_epochs,
+            max_steps,
+            world_size=world_size,
+        )
+        self.tokenizer = tokenizer
+        self.vocabulary = vocabulary
+        self.settings = settings
+        self.longest = longest
+        self.log_probs = log_probs
+        self.loader: RolloutLoader | None = None
+
+    def _make_sampler(self, rank: int, world_size: int) -> Sampler:
+        assert self.batch_size is not None
+        rows = self.batch_size * self.accumulate * world_size
+        prompts, over = divmod(rows, self.settings.per_prompt)
+        if over:
+            raise ValueError(
+                f"an optimiser step has {rows} rows, which is no multiple of rollout.per_prompt = "
+                f"{self.settings.per_prompt}; change it, data.batch_size or trainer.accumulate_grad_batches"
+            )
+        if not round(self.settings.fraction * prompts):
+            raise ValueError(
+                f"rollout.fraction is {self.settings.fraction:g} of {prompts} rows a step, less than half a row; "
+                "raise it, or give rollout=none"
+            )
+        # Prompts of a step are dealt out by the loader, once their responses' lengths are known.
+        return StepSampler(
+            self.train.lengths,
+            self.train.valid_tokens,
+            batch_size=prompts,
+            accumulate=1,
+            world_size=1,
+            rank=0,
+            seed=self.seed,
+            epochs=self.max_epochs,
+            max_steps=self.max_steps,
+            group_by_length=False,
+        )
+
+    def train_dataloader(self) -> Any:
+        """Return the micro-batches of the whole run."""
+        assert self.trainer is not None, "rollouts need the trainer's module"
+        assert self.batch_size is not None
+        rank, world_size = self._place()
+        sampler = self.sampler()
+        assert isinstance(sampler, StepSampler)
+        engine = OwnEngine(
+            self._whole_student,
+            self.tokenizer,
+            self.settings,
+            self.vocabulary,
+            self.longest,
+            self.log_probs and self.settings.every > 1,
+        )
+        self.loader = RolloutLoader(
+            self.train,
+            sampler,
+            engine,
+            self.settings,
+            pad_id=self.pad_id,
+            batch_size=self.batch_size,
+            accumulate=self.accumulate,
+            rank=rank,
+            world_size=world_size,
+            seed=self.seed,
+        )
+        return self.loader
+
+    @contextmanager
+    def _whole_student(self) -> Iterator[LanguageModel]:
+        """Yield the student that is trained, at the precision at which it is trained.
+
+        Raises:
+            TypeError: the trainer's module can't lend its student.
+        """
+        assert self.trainer is not None, "rollouts need the trainer's module"
+        module = self.trainer.lightning_module
+        if not isinstance(module, Answering):
+            raise TypeError(f"rollouts need a module with whole_student(), and {type(module).__name__} has none")
+        with module.whole_student() as student, self.trainer.precision_plugin.forward_context():
+            yield student

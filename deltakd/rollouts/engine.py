@@ -1,0 +1,114 @@
+"""The engine that answers prompts with the student itself, by the generator of the evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol, final
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from deltakd.data.batches.loader import collate
+from deltakd.distributed.sharding import gathered, place
+from deltakd.generation.generator import Sampled, sample
+from deltakd.generation.model_step import end_tokens
+from deltakd.generation.noise import NoiseKey
+from deltakd.kernels import label_log_probs
+from deltakd.models import LanguageModel
+from deltakd.models.tokenizers import pad_id
+from deltakd.rollouts.responses import Response, answered
+from deltakd.rollouts.settings import RolloutSettings
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to answer.
+
+    Args:
+        prompt: its tokens.
+        keys: one per response: row, step and number of the response are in it.
+    """
+
+    prompt: Sequence[int]
+    keys: Sequence[NoiseKey]
+
+
+class Engine(Protocol):
+    """Answers prompts as the student would now."""
+
+    def answer(self, requests: Sequence[Request]) -> list[Response]:
+        """Return the responses, request by request and key by key. Collective: call on every rank."""
+        ...
+
+
+@final
+class OwnEngine:
+    """Answers with the student in memory; the ranks share the prompts, and each gets all responses.
+
+    Args:
+        whole_student: yields the student in eval mode, whole on this rank; collective.
+        tokenizer: its EOS ends responses, like those of the student's generation config.
+        settings: of the rollouts.
+        vocabulary: V.
+        longest: most tokens of prompt and response together.
+        log_probs: also return the log-probs of the tokens.
+    """
+
+    def __init__(
+        self,
+        whole_student: Callable[[], AbstractContextManager[LanguageModel]],
+        tokenizer: PreTrainedTokenizerBase,
+        settings: RolloutSettings,
+        vocabulary: int,
+        longest: int,
+        log_probs: bool,
+    ) -> None:
+        self._whole_student = whole_student
+        self._tokenizer = tokenizer
+        self._settings = settings
+        self._vocabulary = vocabulary
+        self._longest = longest
+        self._log_probs = log_probs
+
+    @torch.no_grad()
+    def answer(self, requests: Sequence[Request]) -> list[Response]:
+        """As for ``Engine``. In float32 on CPUs, responses do not depend on the number of ranks."""
+        rank, world_size = place()
+        # Neighbours in length go to different ranks, so that all have about as much to do.
+        order = np.argsort([-len(request.prompt) for request in requests], kind="stable")
+        mine = [int(number) for number in order[rank::world_size]]
+        with self._whole_student() as student:
+            own = self._own_part(student, [requests[number] for number in mine])
+        found: dict[int, list[Response]] = {}
+        for part in gathered(dict(zip(mine, own, strict=True))):
+            found |= part
+        return [response for number in range(len(requests)) for response in found[number]]
+
+    def _own_part(self, student: LanguageModel, requests: list[Request]) -> list[list[Response]]:
+        answers = sample(
+            student.hf,
+            [request.prompt for request in requests],
+            [request.keys for request in requests],
+            decoding=self._settings.decoding,
+            batch_size=self._settings.batch_size,
+            eos_ids=end_tokens(student.hf, self._tokenizer),
+            vocab_size=self._vocabulary,
+            pad_id=pad_id(self._tokenizer, self._vocabulary),
+            longest=self._longest,
+        )
+        return [
+            [self._response(student, request.prompt, one) for one in own]
+            for request, own in zip(requests, answers, strict=True)
+        ]
+
+    def _response(self, student: LanguageModel, prompt: Sequence[int], answer: Sampled) -> Response:
+        response = Response(answer.tokens, answer.finished)
+        if not self._log_probs:
+            return response
+        # A row by itself: its log-probs then depend on neither batching nor ranks.
+        batch = collate([answered(0, prompt, response)], 0, 0, 0).to(next(student.parameters()).device)
+        log_probs_N = label_log_probs(student.head(batch), batch.labels_N)
+        return Response(answer.tokens, answer.finished, log_probs_N.float().cpu().numpy())

@@ -1,0 +1,104 @@
+"""Responses of one round, and how they become rows to train on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from deltakd.data.encoding.encoded_set import Encoded, flatten
+from deltakd.types import IGNORE_INDEX
+
+
+@dataclass(frozen=True)
+class Response:
+    """What the student wrote.
+
+    Args:
+        tokens: with the EOS that ended it.
+        finished: True if an EOS ended it.
+        log_probs: [tokens] float32 nats, of each token when it was written, at temperature 1; None: not asked for.
+    """
+
+    tokens: list[int]
+    finished: bool
+    log_probs: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True)
+class Round:
+    """The responses that serve one or more optimiser steps.
+
+    Args:
+        first_step: the first of the steps.
+        steps: for each step its responses, in the order of its requests.
+    """
+
+    first_step: int
+    steps: list[list[Response]]
+
+    def __contains__(self, step: int) -> bool:
+        return self.first_step <= step < self.first_step + len(self.steps)
+
+    def responses(self, step: int) -> list[Response]:
+        """Return the responses of a step of the round."""
+        return self.steps[step - self.first_step]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything as a few tensors, for a checkpoint."""
+        every = [response for step in self.steps for response in step]
+        tokens, offsets = flatten([response.tokens for response in every])
+        log_probs = [r.log_probs for r in every if r.log_probs is not None]
+        return {
+            "first_step": self.first_step,
+            "sizes": [len(step) for step in self.steps],
+            "tokens": torch.from_numpy(tokens),
+            "offsets": torch.from_numpy(offsets),
+            "finished": [response.finished for response in every],
+            "log_probs": torch.from_numpy(np.concatenate(log_probs)) if log_probs else None,
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Round:
+        """Return the round that ``state_dict`` came from."""
+        tokens, offsets = state["tokens"].tolist(), state["offsets"].tolist()
+        log_probs = None if state["log_probs"] is None else state["log_probs"].numpy()
+        every = [
+            Response(tokens[start:stop], finished, None if log_probs is None else log_probs[start:stop])
+            for start, stop, finished in zip(offsets[:-1], offsets[1:], state["finished"], strict=True)
+        ]
+        remaining = iter(every)
+        return cls(state["first_step"], [[next(remaining) for _ in range(size)] for size in state["sizes"]])
+
+    def metrics_of(self, step: int) -> dict[str, float]:
+        """Return the mean length in tokens, and the part of responses that an EOS ended, of a step with responses."""
+        every = self.responses(step)
+        return (
+            {}
+            if not every
+            else {
+                "rollout/response_length": float(np.mean([len(response.tokens) for response in every])),
+                "rollout/finished_fraction": float(np.mean([response.finished for response in every])),
+            }
+        )
+
+
+def prompt_of(row: Encoded) -> list[int]:
+    """Return the tokens before a row's last response; all of them if it has none."""
+    trained = [place for place, label in enumerate(row.labels) if label != IGNORE_INDEX]
+    if not trained:
+        return row.input_ids
+    start = trained[-1]
+    while start and row.labels[start - 1] != IGNORE_INDEX:
+        start -= 1
+    return row.input_ids[:start]
+
+
+def answered(row_id: int, prompt: Sequence[int], response: Response) -> Encoded:
+    """Return the row that trains the student on its own response."""
+    labels = [IGNORE_INDEX] * len(prompt) + response.tokens
+    return Encoded([*prompt, *response.tokens], labels, row_id)

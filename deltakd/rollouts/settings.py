@@ -1,0 +1,74 @@
+"""Settings of the config group ``rollout`` (``conf/rollout/*.yaml``)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from annotated_types import Ge, Le
+
+from deltakd.generation import Decoding
+from deltakd.types import Loss
+
+Positive = Annotated[int, Ge(1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutSettings:
+    """Which responses the student writes itself, and how.
+
+    Args:
+        fraction: the part of an optimiser step's rows whose responses are the student's (λ of GKD, arXiv 2306.13649);
+            0: none.
+        per_prompt: responses to each prompt of a step.
+        every: optimiser steps that one round of responses serves.
+        batch_size: responses written together, per process.
+        decoding: how tokens are chosen.
+    """
+
+    fraction: Annotated[float, Ge(0), Le(1)] = 0.0
+    per_prompt: Positive = 1
+    every: Positive = 1
+    batch_size: Positive = 32
+    decoding: Decoding = field(default_factory=Decoding)
+
+    @property
+    def on_policy(self) -> bool:
+        """True if the student writes responses."""
+        return self.fraction > 0
+
+    @property
+    def own_rows_alone(self) -> bool:
+        """True if every response is the student's, so that rows need none of their own."""
+        return self.fraction == 1
+
+    def problems(self, loss: Loss | None) -> list[str]:
+        """Return what is wrong, one sentence per problem."""
+        found = self.decoding.problems("rollout.decoding") if self.on_policy else []
+        if loss is not None and loss.needs_sampled_tokens:
+            found += self._sampling_problems()
+        if self.per_prompt > 1 and self.on_policy and self.fraction < 1:
+            found.append(
+                f"rollout.per_prompt is {self.per_prompt} and rollout.fraction {self.fraction:g}: rows of the data "
+                "have one response; give rollout.per_prompt=1 or rollout.fraction=1"
+            )
+        if self.per_prompt > 1 and not self.decoding.do_sample:
+            found.append(
+                f"rollout.per_prompt is {self.per_prompt}, but without sampling all responses to a prompt are the "
+                "same; give rollout.decoding.do_sample=true or rollout.per_prompt=1"
+            )
+        return found
+
+    def _sampling_problems(self) -> list[str]:
+        if not self.own_rows_alone:
+            return [
+                f"the loss learns from tokens that the student sampled, and rollout.fraction is {self.fraction:g}; "
+                "give rollout=student with rollout.fraction=1, or a loss of given responses"
+            ]
+        decoding = self.decoding
+        if decoding.do_sample and decoding.temperature == 1 and not decoding.top_k and decoding.top_p == 1:
+            return []
+        return [
+            "the loss learns from samples of the student's own distribution, and rollout.decoding changes it; give "
+            "do_sample: true, temperature: 1, top_k: 0, top_p: 1, or a loss of whole distributions, such as kd_reverse"
+        ]

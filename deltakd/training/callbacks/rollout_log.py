@@ -1,0 +1,96 @@
+"""What a run logs of the responses that its student writes."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from typing import Any, final
+
+import lightning as L
+
+from deltakd.rollouts import RolloutData
+from deltakd.training.callbacks.steps import at_step_end
+from deltakd.training.callbacks.training_log import TrainingLog
+from deltakd.training.module import DistillationModule
+from deltakd.types import Batch
+
+log = logging.getLogger(__name__)
+
+#: Steps over which the finished fraction is averaged.
+WINDOW = 20
+#: A fall of the finished fraction by this much, from the first steps' mean, is said.
+FALL = 0.2
+
+
+@final
+class RolloutLog(L.Callback):
+    """Adds ``rollout/...`` to the metrics of each optimiser step, and says once if responses stop ending.
+
+    It must come before the ``TrainingLog``, which writes the metrics.
+
+    Args:
+        training_log: knows the seconds spent on training.
+    """
+
+    def __init__(self, training_log: TrainingLog) -> None:
+        self.seconds = 0.0
+        self.tokens = 0
+        self._training_log = training_log
+        self._seen = 0.0
+        self._first: list[float] = []
+        self._latest: deque[float] = deque(maxlen=WINDOW)
+        self._warned = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the seconds and tokens so far, and what the warning depends on."""
+        return {
+            "seconds": self.seconds,
+            "tokens": self.tokens,
+            "first": list(self._first),
+            "latest": list(self._latest),
+            "warned": self._warned,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        self.seconds, self.tokens = state_dict["seconds"], state_dict["tokens"]
+        self._first, self._warned = list(state_dict["first"]), state_dict["warned"]
+        self._latest.extend(state_dict["latest"])
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """At the end of an optimiser step, add the metrics of its round."""
+        if not at_step_end(trainer):
+            return
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(data, RolloutData)
+        assert data.loader is not None
+        assert isinstance(pl_module, DistillationModule)
+        loader = data.loader
+        self.seconds += loader.seconds - self._seen
+        self._seen = loader.seconds
+        self.tokens += loader.tokens_of_step(batch.step)
+        whole = self.seconds + self._training_log.seconds
+        pl_module.step_metrics |= loader.metrics | {"rollout/time_fraction": self.seconds / whole if whole else 0.0}
+        if data.settings.own_rows_alone and "train/ce" in pl_module.step_metrics:
+            # −log π_θ of tokens drawn from π_θ: an unbiased estimate of the entropy.
+            pl_module.step_metrics["rollout/entropy"] = pl_module.step_metrics["train/ce"]
+        if trainer.is_global_zero:
+            self._watch(loader.metrics["rollout/finished_fraction"], batch.step)
+
+    def _watch(self, finished_fraction: float, step: int) -> None:
+        self._latest.append(finished_fraction)
+        if len(self._first) < WINDOW:
+            self._first.append(finished_fraction)
+            return
+        before, now = (sum(values) / len(values) for values in (self._first, self._latest))
+        if not self._warned and now < before - FALL:
+            self._warned = True
+            log.warning(
+                "rollout/finished_fraction fell from %.2f to %.2f by optimiser step %d: the student stops ending its "
+                "responses. Lower the delta weight or the scale of the loss, or lower optim.lr.",
+                before,
+                now,
+                step,
+            )

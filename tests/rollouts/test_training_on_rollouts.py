@@ -1,0 +1,175 @@
+"""Whole trainings on the student's own responses: what they learn, resumes, ranks, records, refusals."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from deltakd.config.build import make_settings
+from deltakd.config.compose import compose_config
+from deltakd.io.errors import ConfigError
+from deltakd.io.run_directory import RunDirectory
+from deltakd.training.module import DistillationModule
+from deltakd.training.run import run_training
+from deltakd.types import Batch
+from tests.distributed.processes import on_ranks
+from tests.tiny import World, save_model
+
+Train = Callable[..., RunDirectory]
+ON_POLICY = ("rollout=student", "rollout.decoding.max_new_tokens=6", "data.val=null")
+
+
+def column(run: RunDirectory, name: str) -> list[float]:
+    with (run.path / "metrics.csv").open() as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
+
+
+@pytest.fixture(scope="session")
+def sharp(world: World) -> list[str]:
+    """References that are far from uniform, so that there is something to learn."""
+    for role, seed, spread in (("teacher", 3, 0.4), ("teacher_raw", 2, 0.2)):
+        save_model(world.root / "on_policy" / role, seed=seed, width=24, initializer_range=spread)
+    return [f"model.{role}.path={world.root / 'on_policy' / role}" for role in ("teacher", "teacher_raw")]
+
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("opd", "exopd", "opd2")]
+
+
+@pytest.mark.parametrize("name", ["kd_reverse", "delta_opd", *SLOW])
+def test_the_student_moves_to_its_target_on_its_own_responses(train: Train, sharp: list[str], name: str) -> None:
+    many = ("data.batch_size=32", "rollout.per_prompt=4")
+    run = train(name, *ON_POLICY, *sharp, "loss.ce_weight=0", "trainer.max_steps=20", *many)
+    curve = column(run, "train/lost_shift" if name == "opd2" else "train/reverse_kl")
+    assert len(curve) == 20
+    assert sum(curve[-4:]) < sum(curve[:4]) - 0.1 * abs(sum(curve[:4]))
+    assert all(0 < length <= 6 for length in column(run, "rollout/response_length"))
+    assert all(0 <= part <= 1 for part in column(run, "rollout/finished_fraction"))
+    assert column(run, "rollout/entropy") == column(run, "train/ce")
+
+
+def test_prompts_are_those_of_the_data_and_responses_are_not(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: list[Batch] = []
+    original = DistillationModule.training_step
+
+    def keeping(module: DistillationModule, batch: Batch, batch_idx: int) -> torch.Tensor:
+        batches.append(batch)
+        return original(module, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DistillationModule, "training_step", keeping)
+        train("sft", *ON_POLICY, name="own")
+        own, batches = batches, []
+        train("sft", "data.val=null", "trainer.max_epochs=2", "trainer.max_steps=20", name="given")
+    prompts = {
+        int(row): ids[: int((labels != -100).nonzero()[0])].tolist()
+        for batch in batches
+        for row, ids, labels in zip(batch.row_ids, batch.input_ids, batch.labels, strict=True)
+    }
+    assert len(own) == 6
+    for batch in own:
+        for row, ids, labels in zip(batch.row_ids, batch.input_ids, batch.labels, strict=True):
+            assert ids[: int((labels != -100).nonzero()[0])].tolist() == prompts[int(row)]
+        assert batch.step_tokens == len(batch.valid_N)
+
+
+@pytest.mark.parametrize("options", [("rollout.every=1",), ("rollout.every=3",)])
+def test_a_killed_run_makes_the_same_student(
+    train: Train, sharp: list[str], monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+) -> None:
+    """Stopped in the middle of a round where it serves three steps: bitwise the same losses and student."""
+    chosen = (*ON_POLICY, *sharp, *options, "trainer.max_steps=6", "trainer.checkpoint_every_n_steps=1")
+    whole = train("delta_opd", *chosen, name="whole")
+    with monkeypatch.context() as patch:
+        _stop_after(patch, 4)
+        with pytest.raises(InterruptedError):
+            train("delta_opd", *chosen, name="parts")
+    parts = train("delta_opd", *chosen, "resume=true", name="parts")
+    assert column(parts, "train/loss") == column(whole, "train/loss")
+    students = [load_file(run.student / "model.safetensors") for run in (whole, parts)]
+    assert all(torch.equal(students[0][key], students[1][key]) for key in students[0])
+
+
+def _stop_after(patch: pytest.MonkeyPatch, steps: int) -> None:
+    original = DistillationModule.training_step
+
+    def stopping(module: DistillationModule, batch: Batch, batch_idx: int) -> torch.Tensor:
+        if module.global_step == steps:
+            raise InterruptedError
+        return original(module, batch, batch_idx)
+
+    patch.setattr(DistillationModule, "training_step", stopping)
+
+
+def test_a_student_that_stands_still_has_ratios_of_1(train: Train, sharp: list[str], tmp_path: Path) -> None:
+    """While the student stands still it is the one that sampled, and the gradients are those of every=1."""
+    student = save_model(tmp_path / "plain", seed=1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    frozen = [*ON_POLICY, *sharp, f"model.student.path={student}", "optim.lr=1e-9", "trainer.max_steps=2"]
+    always = column(train("opd", *frozen, name="always"), "train/grad_norm")
+    rounds = column(train("opd", *frozen, "rollout.every=2", name="rounds"), "train/grad_norm")
+    assert rounds == pytest.approx(always, rel=1e-4)
+
+
+def _run(overrides: list[str], directory: Path) -> None:
+    run_training(make_settings(compose_config("train", overrides)), directory)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "deepspeed_zero3"])
+@pytest.mark.parametrize("options", [(), ("rollout.every=2", "rollout.per_prompt=2")])
+def test_two_processes_are_one(
+    world: World, sharp: list[str], tmp_path: Path, strategy: str, options: tuple[str, ...]
+) -> None:
+    """Dropout is off, since each rank draws its own; responses, losses and students are those of one process."""
+    student = save_model(tmp_path / "plain", seed=1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    common = [*ON_POLICY, *sharp, *options, f"model.student.path={student}", "optim.lr=0.001", "optim.eps=1e-4"]
+    common += ["trainer.accelerator=cpu", "trainer.max_steps=4"]
+    for ranks, chosen in ((1, []), (2, [f"strategy={strategy}"])):
+        directory = tmp_path / str(ranks)
+        sizes = [f"trainer.devices={ranks}", f"data.batch_size={8 // ranks}"]
+        on_ranks(ranks, _run, world.overrides(directory, "delta_opd", *common, *sizes, *chosen), directory)
+    one, two = (RunDirectory(tmp_path / name) for name in ("1", "2"))
+    for name in ("train/loss", "rollout/response_length", "rollout/finished_fraction"):
+        assert column(two, name) == pytest.approx(column(one, name), rel=1e-5)
+    students = [load_file(run.student / "model.safetensors") for run in (one, two)]
+    for key in students[0]:
+        torch.testing.assert_close(students[0][key], students[1][key], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "said"),
+    [
+        ("opd", (), "the loss learns from tokens that the student sampled, and rollout.fraction is 0"),
+        ("opd", ("rollout=student", "rollout.fraction=0.5"), "rollout.fraction is 0.5; give rollout=student"),
+        ("opd", ("rollout=student", "rollout.decoding.top_p=0.9"), "rollout.decoding changes it"),
+        ("kd", ("rollout=student", "rollout.decoding.temperature=0"), "rollout.decoding.temperature is 0"),
+        ("kd", ("rollout=student", "rollout.fraction=1.5"), "rollout.fraction is 1.5"),
+        ("kd", ("rollout=student", "rollout.per_prompt=2", "rollout.fraction=0.5"), "rollout.per_prompt is 2"),
+        ("kd", ("rollout=student", "rollout.per_prompt=2", "rollout.decoding.do_sample=false"), "are the same"),
+        ("kd", ("rollout=student", "reference=cached", "reference.path=x"), "holds the references over the data's"),
+        (
+            "kd",
+            ("rollout=student", "data.batch_size=null", "data.max_tokens_per_batch=500"),
+            "rollout=student needs data.batch_size",
+        ),
+        ("sft", ("rollout=student", "data=text"), "needs prompts to answer, and data is plain text"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_is_loaded(
+    world: World, tmp_path: Path, loss: str, options: tuple[str, ...], said: str
+) -> None:
+    chosen = [
+        o for o in world.overrides(tmp_path / "run", loss, *options) if not ("data=text" in options and "val" in o)
+    ]
+    with pytest.raises(ConfigError) as caught:
+        make_settings(compose_config("train", chosen))
+    assert said in str(caught.value)
+
+
+def test_a_step_that_is_no_multiple_of_its_responses_is_refused(train: Train) -> None:
+    with pytest.raises(ValueError, match=r"4 rows, which is no multiple of rollout\.per_prompt = 3"):
+        train("sft", *ON_POLICY, "rollout.per_prompt=3")
