@@ -81,7 +81,7 @@ def load_parts(settings: RunSettings, directory: RunDirectory) -> Parts:
         settings.data.make_files()
         tokenizer = open_tokenizer(settings.model, directory.path / "tokenizer")
         vocabulary = shared_vocabulary(settings.model, settings.specs, tokenizer)
-        sets = settings.data.load(tokenizer)
+        sets = settings.data.load(tokenizer, prompts_only=settings.rollout.own_rows_alone)
         settings.data.check_lengths(sets)
         check_tokens(sets, tokenizer, vocabulary)
         cached = None

@@ -242,6 +242,15 @@ def _announce(parts: Parts, data: DistillationData, state: SavedState | None) ->
             going_on,
         )
         return
+    if parts.settings.rollout.own_rows_alone:
+        log.info(
+            "%s: %d optimiser steps over %d prompts, which the student answers%s.",
+            parts.settings.name,
+            data.total_steps,
+            len(parts.sets.train),
+            going_on,
+        )
+        return
     log.info(
         "%s: %d optimiser steps over %d rows with %d valid tokens a pass%s.",
         parts.settings.name,

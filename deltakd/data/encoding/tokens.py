@@ -23,12 +23,6 @@ def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.eos_token_id
 
 
-def plain_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids of a text, without special tokens."""
-    # verbose=False: no warning about the model's longest input, since rows are cut later.
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
 class Request(NamedTuple):
     """A text to tokenise.
 
@@ -102,6 +96,14 @@ class TextEncoder:
     def one(self, text: str, add_special: bool = False, guarded: bool = False) -> list[int]:
         """Return the ids of one text."""
         return self.ids([Request(text, add_special, guarded)])[0]
+
+    def documents(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of plain texts, in which control tokens are text like any other.
+
+        Raises:
+            ValueError: a text holds control tokens that can't be written as text (``ControlTokens.guarded``).
+        """
+        return self.ids([Request(guarded, guarded=held) for guarded, held in map(self.control.guarded_text, texts)])
 
     def following(self, text: str, guarded: bool = False) -> list[int] | None:
         """Return the ids of a text that follows other text, and merges with none of it.
