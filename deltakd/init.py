@@ -77,8 +77,8 @@ data:
   batch_size: [batch_size] # rows per process and micro-batch
 
 trainer:
-  max_steps: [max_steps] # optimiser steps; null: by max_epochs alone
-  max_epochs: [max_epochs] # passes over the data; may be a fraction
+  max_steps: [max_steps] # optimiser steps; the run ends with whichever limit comes first
+  max_epochs: [max_epochs] # passes over the data; may be a fraction; null: by max_steps alone
 
 optim:
   lr: [lr]
@@ -149,7 +149,9 @@ def write_experiment(name: str, values: Sequence[str], folder: Path) -> tuple[Pa
     problems = [*_place_problems(name, path), *problems]
     if problems:
         raise ConfigError(problems)
-    chosen = {"name": name, "student_raw": None} | _DEFAULTS | chosen
+    # Whoever names the steps wants them, however many passes they are.
+    passes = {"max_epochs": None} if chosen.get("max_steps") is not None else {}
+    chosen = {"name": name, "student_raw": None} | _DEFAULTS | passes | chosen
     words = {key: _yaml(_from_anywhere(key, value)) for key, value in chosen.items()}
     if chosen["student_raw"] is None:
         words["student_raw"] = "${model.student.path}"

@@ -66,7 +66,7 @@ def test_a_directory_opens_by_itself_and_says_how_it_was_made(finished: RunDirec
     card, summary = (output / "README.md").read_text(), finished.read_summary()
     head = yaml.safe_load(card.split("---")[1])
     assert head["library_name"] == "transformers"
-    assert "license" not in head
+    assert head["license"] == "unknown"
     for part in (
         "(loss `delta_kd`)",
         "| teacher_raw | ~/teacher_raw |",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -15,7 +15,7 @@ from hydra.core.override_parser.types import Override, OverrideType
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -66,13 +66,38 @@ def compose_config(name: str, overrides: Sequence[str], checked: bool = False) -
 
 
 def _compose(name: str, overrides: Sequence[str]) -> DictConfig:
-    GlobalHydra.instance().clear()
+    # Of a program that uses Hydra itself, the state is put back.
+    hydra = GlobalHydra.instance()
+    before, hydra.hydra = hydra.hydra, None
     register_folders()
     try:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             return compose(name, whole_mappings(overrides))
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError([_one_line(error)]) from None
+    finally:
+        hydra.hydra = before
+
+
+def set_values(cfg: DictConfig, values: Mapping[str, Any], problems: list[str]) -> None:
+    """Set keys of a composed config to values from Python, which need no quoting.
+
+    Args:
+        cfg: changed.
+        values: dotted key -> value.
+        problems: gets one sentence for each unknown key, with the nearest one.
+    """
+    keys = list(_keys(cfg))
+    for key, value in values.items():
+        parent = key.rpartition(".")[0]
+        if key in RENAMED_KEYS and key not in keys:
+            problems.append(f"{key} is now {RENAMED_KEYS[key]}")
+        # What lies below an empty mapping, such as schedule_options, has no keys to be known by.
+        elif key not in keys and not (parent in keys and OmegaConf.select(cfg, parent) in ({}, None)):
+            problems.append(_no_key(key, keys))
+        else:
+            with open_dict(cfg):
+                OmegaConf.update(cfg, key, value, merge=False)
 
 
 def whole_mappings(overrides: Sequence[str]) -> list[str]:

@@ -14,6 +14,9 @@ import yaml
 from deltakd.io.errors import ConfigError
 from deltakd.io.files import PARTIAL, make_folder, write_json, write_text
 
+#: Tells the processes of further ranks where the run goes.
+RUN_DIR_VARIABLE = "DELTAKD_RUN_DIR"
+
 #: Files of ``checkpoints/``.
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 

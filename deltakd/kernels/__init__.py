@@ -4,11 +4,13 @@ from deltakd.kernels.blocks import row_blocks
 from deltakd.kernels.buckets import BucketLogits, Buckets
 from deltakd.kernels.chunked import MEMORY_BUDGET, chunk_size_for, chunked_loss
 from deltakd.kernels.label_log_probs import label_log_probs
+from deltakd.types import Head
 
 __all__ = [
     "MEMORY_BUDGET",
     "BucketLogits",
     "Buckets",
+    "Head",
     "chunk_size_for",
     "chunked_loss",
     "label_log_probs",

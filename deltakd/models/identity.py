@@ -71,6 +71,16 @@ def count_parameters(models: Mapping[str, nn.Module]) -> dict[str, int]:
     return {role: sum(_count(p) for p in model.parameters()) for role, model in models.items()}
 
 
+def trained_parameters(student: nn.Module) -> int:
+    """Return the number of parameters that training changes."""
+    return sum(_count(p) for p in student.parameters() if p.requires_grad)
+
+
+def exported_parameters(student: nn.Module) -> int:
+    """Return the number of parameters once an adapter is merged into the weights (tied ones once)."""
+    return sum(_count(p) for name, p in student.named_parameters() if ".lora_" not in name)
+
+
 def _count(parameter: torch.Tensor) -> int:
     # 4-bit weights are packed in pairs; quant_state keeps the original shape.
     packed = getattr(parameter, "quant_state", None)

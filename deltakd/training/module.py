@@ -12,6 +12,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from deltakd.data.batches.data_module import DistillationData
 from deltakd.distributed.sharding import (
     Shell,
     gathered,
@@ -117,9 +118,30 @@ class DistillationModule(L.LightningModule):
         return {name: value for name, value in state.items() if name in trained}
 
     def on_fit_start(self) -> None:
-        """Move the references to the student's device."""
+        """Move the references to the student's device.
+
+        Raises:
+            ValueError: the trainer would cut the stream of micro-batches into other steps than the data module.
+        """
+        self._check_trainer()
         if self.step.references is not None:
             self.step.references.to(self.device)
+
+    def _check_trainer(self) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, DistillationData):
+            return
+        given, wanted = self.trainer.accumulate_grad_batches, data.accumulate
+        if given != wanted:
+            raise ValueError(
+                f"the trainer's accumulate_grad_batches is {given}, but the data module's is {wanted}; give the "
+                "trainer run.trainer_options"
+            )
+        if self.trainer.max_epochs != 1:
+            raise ValueError(
+                f"the trainer's max_epochs is {self.trainer.max_epochs}; give 1: the data module hands out the whole "
+                "run as one epoch, and max_epochs or max_steps of `prepare` say how long it is"
+            )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return a micro-batch's summed loss, divided by the valid tokens of the *whole* optimiser step.
@@ -215,13 +237,13 @@ class DistillationModule(L.LightningModule):
         """Make AdamW and its schedule, stepped once per optimiser step."""
         self._warn_of_rounding()
         kind = optimizer_class(self.trainer.strategy)
-        optimizer, scheduler = self.optim.build(self.student, self.total_steps, kind)
+        optimizer, scheduler = self.optim.build(self.student, self.total_steps, kind, self.seed)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _warn_of_rounding(self) -> None:
         # In half precision DeepSpeed adds the updates to float32 weights of its own.
         half = str(self.trainer.precision).startswith(("16", "bf16"))
-        if isinstance(self.trainer.strategy, ZeroStrategy) and half:
+        if (isinstance(self.trainer.strategy, ZeroStrategy) and half) or self.optim.half_weights != "nearest":
             return
         found = rounding_warning(self.student.parameters(), self.optim.lr)
         if found and self.trainer.is_global_zero:

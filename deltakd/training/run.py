@@ -19,7 +19,7 @@ from deltakd.evaluation.measures import Measured, Subject, measure
 from deltakd.io.files import write_text
 from deltakd.io.run_directory import RunDirectory
 from deltakd.models import ExportCheck, LanguageModel, save_student
-from deltakd.models.identity import count_parameters
+from deltakd.models.identity import count_parameters, exported_parameters, trained_parameters
 from deltakd.models.roles import open_exported
 from deltakd.tracking.environment import environment, peak_memory_mib
 from deltakd.tracking.loggers import finish_loggers, make_loggers
@@ -72,7 +72,7 @@ def _run(
 ) -> float:
     main = is_main_process()
     started = time.perf_counter()
-    card = _card_facts(settings)
+    card = _card_facts(settings, directory)
     with claim:
         parts = load_parts(settings, directory)
     state = read_state(directory)
@@ -120,7 +120,7 @@ def _make_loggers(settings: RunSettings, directory: RunDirectory, resume_step: i
     return make_loggers(settings.logger.values(), settings.name, settings.record, directory.path, resume_step)
 
 
-def _card_facts(settings: RunSettings) -> CardFacts:
+def _card_facts(settings: RunSettings, directory: RunDirectory) -> CardFacts:
     return CardFacts(
         settings.name,
         settings.loss_name,
@@ -129,6 +129,9 @@ def _card_facts(settings: RunSettings) -> CardFacts:
         settings.data,
         settings.evaluation,
         settings.hyperparameters,
+        settings.loss,
+        Path.cwd(),
+        directory.path.resolve(),
     )
 
 
@@ -192,6 +195,8 @@ def _meta(parts: Parts, fitted: Fitted, started: float) -> dict[str, Any]:
         # Cached references are not loaded, but the student learnt from them.
         "references": sorted(parts.settings.loss.requires),
         "parameters": count_parameters(parts.models.loaded),
+        "trained_parameters": trained_parameters(parts.models.student),
+        "exported_parameters": exported_parameters(parts.models.student),
         "resident_mib": {role: round(resident_bytes(m) / 2**20, 3) for role, m in sorted(parts.models.loaded.items())},
         "data_sha256": parts.sets.train.fingerprint,
         "changed_inputs": changed_inputs(parts.directory.path),

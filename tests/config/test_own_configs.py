@@ -73,6 +73,7 @@ def test_init_writes_an_experiment_that_trains_as_it_stands(
     settings = make_settings(compose_config("train", ["experiment=my_run", "logger=csv", "optim.weight_decay=0"]))
     assert (settings.name, settings.loss_name, settings.optim.lr) == ("my_run", "delta_kd", 1e-3)
     assert settings.specs["student_raw"].path == str(world.root / "student_raw")
+    assert settings.trainer.max_epochs is None
     assert (settings.trainer.max_steps, settings.data.max_length, settings.data.template) == (3, 100, "alpaca")
 
 

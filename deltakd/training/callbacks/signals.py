@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from types import FrameType
 from typing import Any, final
 
@@ -36,6 +37,9 @@ class StopOnSignal(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Install the handlers, after Lightning's own, which would not wait for the end of the step."""
+        if threading.current_thread() is not threading.main_thread():
+            # Python gives signals to the main thread alone; such a program stops its threads by other means.
+            return
         for signum in SIGNALS:
             self._previous[signum] = signal.signal(signum, self._receive)
 
@@ -56,6 +60,13 @@ class StopOnSignal(Checkpoint):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Restore the previous handlers."""
+        self._restore()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Restore the previous handlers: after an error Lightning calls no ``teardown``, and a notebook goes on."""
+        self._restore()
+
+    def _restore(self) -> None:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
         self._previous = {}
