@@ -33,7 +33,7 @@ from deltakd.references.settings import device_problems
 from deltakd.rollouts import RolloutSettings
 from deltakd.training.optim import AdamW
 from deltakd.training.settings import KernelSettings, RunSettings, TrainerSettings
-from deltakd.types import Loss, is_reference_role, require_kind
+from deltakd.types import STUDENT, Loss, is_reference_role, require_kind
 
 #: Keys of ``model`` that are not roles.
 _NO_ROLES = ("tokenizer", "lora", "attn_implementation", "gradient_checkpointing", "trust_remote_code")
@@ -121,6 +121,7 @@ class Draft:
             problems += self.reference.problems(specs)
         for part in (self.optim, self.data, self.trainer, self.strategy):
             problems += part.problems() if part is not None else []
+        problems += self._half_weights_problems()
         if self.rollout is not None:
             problems += rollout_problems(self.rollout, self.loss, self.data, self.reference)
         if self.data is not None:
@@ -132,6 +133,21 @@ class Draft:
         if problems:
             raise ConfigError(problems.told())
         return self.made(specs)
+
+    def _half_weights_problems(self) -> list[str]:
+        if self.optim is None or self.optim.half_weights == "nearest" or self.strategy is None:
+            return []
+        found = []
+        if self.strategy.name == "deepspeed":
+            found.append(
+                f"optim.half_weights={self.optim.half_weights} does not go with DeepSpeed, whose ZeRO keeps float32 "
+                "masters of its own; leave it at nearest"
+            )
+        student = self.model.specs.get(STUDENT)
+        kinds = (student.dtype if student else "", self.trainer.precision if self.trainer else "")
+        if self.optim.half_weights == "stochastic" and ("float16" in kinds or "16-true" in kinds):
+            found.append("optim.half_weights=stochastic is for bfloat16, and the student is float16; give masters")
+        return found
 
     def made(self, specs: Mapping[str, ModelSpec]) -> RunSettings:
         """Make the settings; there must be no problems, so that every group is built."""

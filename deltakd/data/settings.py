@@ -107,8 +107,13 @@ class DataConfig(ABC):
             self.prepare()
 
     @abstractmethod
-    def load(self, tokenizer: PreTrainedTokenizerBase) -> LoadedSets:
-        """Read and tokenise the data."""
+    def load(self, tokenizer: PreTrainedTokenizerBase, prompts_only: bool = False) -> LoadedSets:
+        """Read and tokenise the data.
+
+        Args:
+            tokenizer: the student's.
+            prompts_only: only the prompts of training rows are wanted: the student answers them.
+        """
 
     def check_lengths(self, sets: LoadedSets) -> None:
         """Raise a ValueError if a row does not fit the budget of a micro-batch; see ``check_budget``."""
@@ -221,12 +226,14 @@ class InstructionData(DataConfig):
         """Return the sources, including the excluded sets."""
         return {**super().sources(), "data.exclude": self.exclude}
 
-    def load(self, tokenizer: PreTrainedTokenizerBase) -> LoadedSets:
+    def load(self, tokenizer: PreTrainedTokenizerBase, prompts_only: bool = False) -> LoadedSets:
         """Read, render and tokenise the rows."""
         template = self.make_template(tokenizer)
         if self.streaming:
             return self._open(template, tokenizer)
-        return load_instruction_sets(template=template, tokenizer=tokenizer, **self._choice(), **self._limits())
+        return load_instruction_sets(
+            template=template, tokenizer=tokenizer, prompts_only=prompts_only, **self._choice(), **self._limits()
+        )
 
     def _open(self, template: Template, tokenizer: PreTrainedTokenizerBase) -> LoadedSets:
         assert self.train is not None, "checked by problems()"
@@ -313,8 +320,9 @@ class TextData(DataConfig):
             found.append(f"data.max_length is {self.max_length}; a block needs 2 tokens or more")
         return found
 
-    def load(self, tokenizer: PreTrainedTokenizerBase) -> LoadedSets:
+    def load(self, tokenizer: PreTrainedTokenizerBase, prompts_only: bool = False) -> LoadedSets:
         """Read, tokenise and pack the documents."""
+        assert not prompts_only, "text has no prompts; checked with the config"
         assert self.train is not None, "checked by problems()"
         if self.streaming:
             return self._open(self.train, tokenizer)

@@ -122,6 +122,7 @@ def setting_of(settings: RunSettings, device: str, home: str) -> Setting:
         adapted=settings.model.lora is not None and settings.cache is None and STUDENT_RAW in settings.loss.requires,
         cached_heads=heads,
         cached_bytes=token_bytes,
+        half_weights=settings.optim.half_weights,
     )
 
 

@@ -235,10 +235,19 @@ def _announce(parts: Parts, data: DistillationData, state: SavedState | None) ->
     if parts.sets.stream is not None:
         shards = len(parts.sets.stream.shards)
         log.info(
-            "%s: at most %d optimiser steps over a stream of %d shards%s.",
+            "%s: up to %d optimiser steps over a stream (shards: %d)%s.",
             parts.settings.name,
             data.total_steps,
             shards,
+            going_on,
+        )
+        return
+    if parts.settings.rollout.own_rows_alone:
+        log.info(
+            "%s: %d optimiser steps over %d prompts, which the student answers%s.",
+            parts.settings.name,
+            data.total_steps,
+            len(parts.sets.train),
             going_on,
         )
         return

@@ -182,6 +182,28 @@ def test_an_adapter_switched_off_is_the_raw_student(strategy: str, world: World,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("half_weights", ["masters", "stochastic"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_half_precision_weights_go_on(strategy: str, half_weights: str, world: World, tmp_path: Path) -> None:
+    """Masters and moments are restored in float32, whole or in parts: the run ends as if it had not stopped."""
+    options = [
+        *chosen(strategy),
+        "model.student.dtype=bfloat16",
+        f"optim.half_weights={half_weights}",
+        "optim.lr=1e-4",
+        "trainer.checkpoint_every_n_steps=2",
+        "trainer.val_every_n_steps=6",
+    ]
+    stopped = run(world, tmp_path / "run", "kd", 2, *options)
+    losses, student = metrics(stopped, "train/loss"), load_file(stopped / "student" / "model.safetensors")
+    drop_last(stopped, 4)
+    run(world, stopped, "kd", 2, *options, "resume=true")
+    assert metrics(stopped, "train/loss") == losses
+    again = load_file(stopped / "student" / "model.safetensors")
+    assert all(torch.equal(again[name], value) for name, value in student.items())
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [2, 1])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "deepspeed_zero2", "deepspeed_zero3"])
 def test_an_adapter_goes_on(strategy: str, after: int, world: World, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -173,3 +175,19 @@ def test_what_cannot_work_is_said_before_anything_is_loaded(
 def test_a_step_that_is_no_multiple_of_its_responses_is_refused(train: Train) -> None:
     with pytest.raises(ValueError, match=r"4 rows, which is no multiple of rollout\.per_prompt = 3"):
         train("sft", *ON_POLICY, "rollout.per_prompt=3")
+
+
+def test_rows_need_no_response(train: Train, world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """Prompts alone, and conversations that end with the user; one with answers is answered at its last turn."""
+    turns = [("user", "one two"), ("assistant", "three"), ("user", "four five")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    rows = [{"prompt": f"one two {n}>"} for n in range(6)] + [{"messages": messages}] * 2
+    file = world.root / "prompts.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with caplog.at_level("INFO"):
+        run = train("kd", *ON_POLICY, f"data.train={file}", "trainer.max_steps=2")
+    assert len(column(run, "train/loss")) == 2
+    assert "8 prompts, which the student answers" in caplog.text
+    assert re.search(r"The first prompt that the student answers \(row 0, \d+ tokens\):\none two 0>", caplog.text)
+    with pytest.raises(ValueError, match="response"):
+        train("kd", "data.val=null", f"data.train={file}", name="given")

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 #: Private characters, one a control token: the first of those that stand in for data, and of the second tokenizer's.
 _DATA, _TEMPLATE = 0x100000, 0x108000
 _PRIVATE = re.compile("[\U00100000-\U0010fffd]")
+#: A run of one of them in a message, as it is or as Python writes it.
+_WRITTEN = re.compile(r"(\\U0010[0-9a-f]{4}|[\U00100000-\U0010fffd])\1*")
 #: How templates write control tokens, special or not: <|user|>, <｜User｜>.
 _BARRED = re.compile(r"<[|｜].*[|｜]>")
 
@@ -44,6 +46,7 @@ class ControlTokens:
         known |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
         self._ids = {text: id for text, id in known.items() if text}
         self._control_ids = set(self._ids.values()) - {tokenizer.unk_token_id}
+        self._names = list(self._ids)
         self._numbers = {text: number for number, text in enumerate(self._ids)}
         longest_first = sorted(self._ids, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
@@ -92,6 +95,15 @@ class ControlTokens:
         texts = [self._restored(self._pattern.sub(self._stand_in(_TEMPLATE), text)) for text in texts]
         return renamed.ids(texts, add_special)
 
+    def readable(self, message: str) -> str:
+        """Return a message about a guarded row with the control tokens themselves in place of their stand-ins."""
+
+        def name(match: re.Match[str]) -> str:
+            number = int(match[1][2:], 16) if match[1][0] == "\\" else ord(match[1])
+            return self._names[number - _DATA] if number - _DATA < len(self._names) else match[0]
+
+        return _WRITTEN.sub(name, message)
+
     def count(self, text: str) -> int:
         """Return how many control tokens the template has written into a rendered text; UNK does not count."""
         return sum(match[0] != self._tokenizer.unk_token for match in self._pattern.finditer(text))
@@ -103,8 +115,8 @@ class ControlTokens:
     def _restored(self, text: str) -> str:
         for character in set(_PRIVATE.findall(text)):
             number = ord(character) - _DATA
-            if number < len(self._numbers):
-                name = list(self._numbers)[number]
+            if number < len(self._names):
+                name = self._names[number]
                 text = text.replace(character * len(name), name)
         return text
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, final
 
@@ -54,6 +54,14 @@ class Counts(NamedTuple):
         """Return the counts with these added."""
         return self._replace(**{name: getattr(self, name) + count for name, count in more.items()})
 
+    def with_all(self, others: Iterable[Counts]) -> Counts:
+        """Return the counts with all these added."""
+        return Counts(*map(sum, zip(self, *others, strict=True)))
+
+    def since(self, before: Counts) -> Counts:
+        """Return what came after these counts."""
+        return Counts(*(now - then for now, then in zip(self, before, strict=True)))
+
 
 class Mark(NamedTuple):
     """Where an example begins; the stream can go on from there.
@@ -62,7 +70,7 @@ class Mark(NamedTuple):
         buffer: where its buffer begins.
         item: place of its row in the shuffled buffer.
         skip: examples of that row before it; for text, tokens.
-        counts: of everything before it. The rows of the open buffer count when it has been used up.
+        counts: of everything before it. What was excluded from a buffer counts when it has been used up.
     """
 
     buffer: Place = Place()
@@ -162,8 +170,10 @@ class ExampleStream(ABC, Generic[R, E]):
                     for drawn in taking.take(row, place, number, skip):
                         self._check_tokens(drawn.example)
                         yield drawn
+                    taking.counts = taking.counts.plus(rows=1)
                     skip = 0
-            taking.counts = taking.counts.plus(rows=buffer.read, excluded=buffer.read - len(buffer.items))
+            excluded = buffer.read - len(buffer.items)
+            taking.counts = taking.counts.plus(rows=excluded, excluded=excluded)
             if buffer.after.epoch > place.epoch:
                 if before == taking.counts.examples:
                     raise ValueError(_nothing(taking.counts))

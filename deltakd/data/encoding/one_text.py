@@ -114,7 +114,9 @@ class _Check:
 
 def _checks(one: OneText, encoder: TextEncoder, requests: list[Request]) -> list[_Check]:
     """One for the beginning of each trained span, and for its end if text follows it."""
-    borders = [border for span in one.spans for border in span if border < len(one.text)]
+    borders = [border for span in one.spans for border in span]
+    if borders and borders[-1] == len(one.text):
+        borders.pop()
     if not borders:
         return []
     found = list(encoder.marks.finditer(one.text)) if encoder.marks else []

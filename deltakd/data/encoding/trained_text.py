@@ -34,6 +34,8 @@ def check_trained(row: Row, segments: Sequence[Segment]) -> None:
         # Most templates write an answer as it is.
         start = segment.text.rfind(answer) if answer else -1
         after = segment.text[start + len(answer) :].strip() if start >= 0 else _after(row, answer, segment)
+        if not answer.strip() and not message.get("tool_calls"):
+            raise RowError(f"{row.label}: an answer is empty, but for EOS; take the row out")
         if len(message) > 2:
             _check_other_keys(row, message, segment)
         if not after and not segment.closed:
