@@ -89,7 +89,7 @@ def fit(parts: Parts, loggers: list[Logger], state: SavedState | None, lifeline:
     checkpoints = _make_checkpoints(parts, data, validation)
     training_log = TrainingLog(settings.log_every_n_steps)
     watching = [checkpoints, StopOnSignal(checkpoints)]
-    rollout_log = [RolloutLog(training_log)] if isinstance(data, RolloutData) else []
+    rollout_log = _make_rollout_log(parts, data, training_log, loggers)
     callbacks = [lifeline, stream_end, *rollout_log, training_log, *([validation] if validation else []), *watching]
     trainer = make_trainer(parts, callbacks, loggers)
     check_ranks(trainer, ranks)
@@ -190,6 +190,16 @@ def _make_validation(parts: Parts, data: DistillationData, loggers: list[Logger]
     steps = _validation_steps(data, settings.val_every_n_steps)
     generate = _make_generate(parts, loggers) if parts.settings.generates_on_validation else None
     return Validation(data.val_loader, steps, generate)
+
+
+def _make_rollout_log(
+    parts: Parts, data: DistillationData, training_log: TrainingLog, loggers: list[Logger]
+) -> list[RolloutLog]:
+    """Return the callback of an on-policy run, which keeps responses of the steps that others validate after."""
+    if not isinstance(data, RolloutData):
+        return []
+    steps = _validation_steps(data, parts.settings.trainer.val_every_n_steps)
+    return [RolloutLog(training_log, parts.directory.path, steps, wandb_of(loggers))]
 
 
 def _validation_steps(data: DistillationData, every: int | None) -> frozenset[int]:
