@@ -57,6 +57,9 @@ def test_the_student_moves_to_its_target_on_its_own_responses(train: Train, shar
 
 def test_some_responses_are_kept_as_text(train: Train) -> None:
     run = train("kd", *ON_POLICY, "trainer.val_every_n_steps=2", "trainer.max_steps=3")
+    totals = run.read_summary()["meta"]["rollouts"]
+    assert totals["tokens"] == round(4 * sum(column(run, "rollout/response_length")))
+    assert totals["seconds"] > 0
     samples = read_samples(run.path)
     assert list(samples) == [2, 3]
     for records in samples.values():

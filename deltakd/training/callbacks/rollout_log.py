@@ -76,6 +76,11 @@ class RolloutLog(L.Callback):
         self._first, self._warned = list(state_dict["first"]), state_dict["warned"]
         self._latest.extend(state_dict["latest"])
 
+    @property
+    def totals(self) -> dict[str, float]:
+        """Seconds spent writing by this process, which ``training_seconds`` leaves out, and tokens over all ranks."""
+        return {"seconds": round(self.seconds, 3), "tokens": self.tokens}
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
