@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 _ARXIV = re.compile(r"arXiv (\d{4}\.\d{4,5})")
-_READS = re.compile(r"\s*Reads:? (?P<roles>[^.]*(?:\.\.\.)?[^.]*)\.")
+_READS = re.compile(r"\s*Reads:? (?P<roles>.*?)\.(?=\s|$)")
 
 
 def loss_table(root: Path) -> str:
@@ -89,6 +89,4 @@ def _folder(folder: Path, title: str) -> str:
 
 def _first_sentence(path: Path) -> str:
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    paragraph = " ".join(docstring.split("\n\n", 1)[0].split())
-    # How a command is started, its own page says.
-    return re.sub(r"``(.+?)``", r"`\1`", re.sub(r": ``python -m [^`]*``", "", paragraph))
+    return re.sub(r"``(.+?)``", r"`\1`", " ".join(docstring.split("\n\n", 1)[0].split()))
