@@ -235,7 +235,7 @@ def _announce(parts: Parts, data: DistillationData, state: SavedState | None) ->
     if parts.sets.stream is not None:
         shards = len(parts.sets.stream.shards)
         log.info(
-            "%s: at most %d optimiser steps over a stream of %d shards%s.",
+            "%s: up to %d optimiser steps over a stream (shards: %d)%s.",
             parts.settings.name,
             data.total_steps,
             shards,

@@ -188,6 +188,8 @@ def test_the_run_ends_with_the_passes_and_says_so(folder: Path, tokenizer: PreTr
     assert one.counts == Counts(rows=20, examples=20, tokens=one.counts.tokens)
     cut = loader(made, max_epochs=1, max_steps=3)
     assert len(list(cut)) == len(cut) == 6
+    # Of the rows drawn together with those of the last step, only these count.
+    assert cut.counts[:2] == (12, 12)
 
 
 def test_limit_keeps_the_first_rows_of_every_pass(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -80,7 +80,7 @@ class ControlTokens:
                 f"{what} holds a control token of the tokenizer and a private character above U+100000; remove one of "
                 "them"
             )
-        if not self._tokenizer.is_fast:
+        if own_backend(self._tokenizer) is None:
             found = next(match[0] for match in map(self._pattern.search, texts) if match)
             raise RowError(
                 f"{what} holds the control token {found!r}, which {type(self._tokenizer).__name__} can't write as "
@@ -137,6 +137,17 @@ class ControlTokens:
             for turn in row.messages
         ]
         return replace(row, messages=tuple(turns))
+
+
+def own_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Return the Rust tokenizer behind this one; None where Python code has a say in how texts become ids."""
+    from transformers import PreTrainedTokenizerFast
+
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return None
+    kind = type(tokenizer)
+    own = kind._encode_plus is PreTrainedTokenizerFast._encode_plus
+    return tokenizer.backend_tokenizer if own and kind.__call__ is PreTrainedTokenizerFast.__call__ else None
 
 
 class Renamed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, final
 
@@ -53,6 +53,14 @@ class Counts(NamedTuple):
     def plus(self, **more: int) -> Counts:
         """Return the counts with these added."""
         return self._replace(**{name: getattr(self, name) + count for name, count in more.items()})
+
+    def with_all(self, others: Iterable[Counts]) -> Counts:
+        """Return the counts with all these added."""
+        return Counts(*map(sum, zip(self, *others, strict=True)))
+
+    def since(self, before: Counts) -> Counts:
+        """Return what came after these counts."""
+        return Counts(*(now - then for now, then in zip(self, before, strict=True)))
 
 
 class Mark(NamedTuple):

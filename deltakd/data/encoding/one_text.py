@@ -141,7 +141,8 @@ def _spans(
         if check.mark >= 0:
             if marks is None:
                 marks = [place for place, token in enumerate(whole) if token in encoder.mark_ids]
-            extra = encoder.added_around[0] if one.add_special else 0
+            front = whole[: encoder.added_around[0]] if one.add_special else []
+            extra = sum(token in encoder.mark_ids for token in front)
             if len(marks) != check.marks + extra:
                 return None
             base = marks[check.mark + extra]

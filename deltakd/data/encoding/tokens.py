@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from deltakd.data.encoding.control_tokens import ControlTokens
+from deltakd.data.encoding.control_tokens import ControlTokens, own_backend
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,7 +52,7 @@ class TextEncoder:
         self.end = eos_id(tokenizer)
         self.eos = str(tokenizer.eos_token)
         self.bos = str(tokenizer.bos_token or "")
-        self._backend = _own_backend(tokenizer)
+        self._backend = own_backend(tokenizer)
 
     @cached_property
     def marks(self) -> re.Pattern[str] | None:
@@ -155,14 +155,3 @@ def alternation(tokens: Sequence[str]) -> re.Pattern[str] | None:
     """Return a pattern of these texts, the longest first; None if there are none."""
     longest_first = sorted(tokens, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
-
-
-def _own_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """The Rust tokenizer behind this one; None where Python code has a say in how texts become ids."""
-    from transformers import PreTrainedTokenizerFast
-
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        return None
-    kind = type(tokenizer)
-    own = kind._encode_plus is PreTrainedTokenizerFast._encode_plus
-    return tokenizer.backend_tokenizer if own and kind.__call__ is PreTrainedTokenizerFast.__call__ else None

@@ -17,8 +17,10 @@ from typing import Any
 
 import numpy as np
 
-#: An error shows at most this many bad lines of a file.
+#: An error shows at most this many causes of bad lines.
 SHOWN_PROBLEMS = 10
+#: Of one cause.
+_SHOWN_PLACES = 3
 #: Of a text file; Parquet and Arrow compress by themselves.
 COMPRESSIONS = ("", ".gz", ".zst")
 #: Rows of a Parquet file in memory at once.
@@ -56,11 +58,23 @@ class Problems:
 
     def raise_any(self) -> None:
         """Raise a ValueError if there were bad lines."""
-        if self.messages:
-            shown = "\n  ".join(self.messages[:SHOWN_PROBLEMS])
-            more = len(self.messages) - SHOWN_PROBLEMS
-            rest = f"\n  and {more} more" if more > 0 else ""
-            raise ValueError(f"{self.name}: {len(self.messages)} bad record(s):\n  {shown}{rest}")
+        if not self.messages:
+            return
+        # Places of one cause stand together: most often it is that of every line.
+        causes: dict[str, list[str]] = {}
+        for message in self.messages:
+            place, colon, cause = message.partition(": ")
+            causes.setdefault(colon + cause or message, []).append(place)
+        lines = [cause if cause == places[0] else _listed(places) + cause for cause, places in causes.items()]
+        shown = "\n  ".join(lines[:SHOWN_PROBLEMS])
+        more = len(lines) - SHOWN_PROBLEMS
+        rest = f"\n  and {more} more" if more > 0 else ""
+        raise ValueError(f"{self.name}: {len(self.messages)} bad record(s):\n  {shown}{rest}")
+
+
+def _listed(places: list[str]) -> str:
+    more = len(places) - _SHOWN_PLACES
+    return ", ".join(places[:_SHOWN_PLACES]) + (f" and {more} more" if more > 0 else "")
 
 
 def read_file(path: Path, name: str, problems: Problems, start: int = 0) -> Iterator[Record]:

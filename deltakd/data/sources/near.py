@@ -21,10 +21,11 @@ from __future__ import annotations
 
 import re
 import tempfile
+import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
-from typing import Any, NamedTuple, Self, final
+from typing import Any, NamedTuple, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,7 +78,7 @@ class Near(NamedTuple):
 
 @final
 class Corpus:
-    """Different texts, of which only hashes are kept; use it as a context."""
+    """Different texts, of which only hashes are kept."""
 
     def __init__(self) -> None:
         self._places: dict[int, int] = {}
@@ -85,13 +86,8 @@ class Corpus:
         self._numerals: list[int] = []
         self._sizes: list[NDArray[np.int64]] = []
         self._spool = tempfile.TemporaryFile()  # noqa: SIM115
+        weakref.finalize(self, self._spool.close)
         self._factors = np.random.Generator(np.random.PCG64(0)).integers(0, 2**63, SHINGLE, np.uint64) * 2 + 1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._spool.close()
 
     def add(self, texts: Iterable[str]) -> NDArray[np.int64]:
         """Return [texts], a place for each; the same for the same text."""
@@ -132,7 +128,7 @@ class Corpus:
         """Find the near duplicates of the few among the many; the same words are the nearest.
 
         Args:
-            few, many: places of texts; a text may be on both sides.
+            few, many: places of texts; a text may be on both sides. Texts on neither count for nothing.
         """
         _, first, same = np.unique(np.array(self._words, np.int64), return_index=True, return_inverse=True)
         numbers = first[same]
@@ -141,7 +137,7 @@ class Corpus:
         for number in np.flatnonzero(left & right).tolist():
             found[number][number] = 1.0
         sizes = np.concatenate([np.empty(0, np.int64), *self._sizes])
-        different = numbers == np.arange(len(numbers))
+        different = (numbers == np.arange(len(numbers))) & (left | right)
         pool = self._pool(sizes, left, right & different)
         shingles = self._shingles(sizes, pool, different)
         for one, other in shingles.candidates(left[pool], right[pool]):

@@ -190,7 +190,10 @@ def _missing(record: Mapping[str, Any], where: str, what: str, allowed: Sequence
     found = ", ".join(sorted(map(str, record))) or "none"
     empty = [key for key in allowed if key in record]
     state = f"{what} is empty" if empty else f"no {what}"
-    return f"{where}: {state}; keys found: {found}; give a non-empty one of: {', '.join(allowed)}"
+    hint = "" if empty else f"; or name its column: data.columns={{{what}: ...}}"
+    if what == "instruction" and "text" in record:
+        hint += "; or train on the texts as they are: data=text"
+    return f"{where}: {state}; keys found: {found}; give a non-empty one of: {', '.join(allowed)}{hint}"
 
 
 def _one_text(record: Mapping[str, Any], keys: Sequence[str], where: str) -> str:
