@@ -47,7 +47,8 @@ class DataConfig(ABC):
         shuffle_buffer: of a stream, rows (or documents) that are shuffled in memory; kept by every process.
         batch_size: rows per process and micro-batch; None: as many as ``max_tokens_per_batch`` allows.
         max_tokens_per_batch: positions per process and micro-batch (rows times longest row); None: use ``batch_size``.
-        cache_dir: folder for tokenised sets; None keeps nothing.
+        cache_dir: folder that keeps rows, tokens and overlaps for later runs; they are found by the content of the
+            sources. It may be deleted at any time. None keeps nothing.
         prepare: called first; makes the files if they are missing.
         strip_answers: a regular expression; matches are removed from all answers, including those of evaluation sets.
         columns: our name of a column -> its name in ``train`` and ``val``. Evaluation sets and ``exclude`` may be

@@ -56,7 +56,7 @@ class Setting:
         home: the references'.
         checkpointed: activations are recomputed in the backward pass.
         budget: MiB for a chunk of logits.
-        form: ``fused`` or ``autograd``: how the loss is computed (kernels/chunked.py).
+        form: ``fused``, ``gated`` or ``autograd``: how the loss is computed (kernels/chunked.py).
         adapted: the raw student is the student with its adapter off.
         cached_heads: (elements, bytes per element) of the heads of cached references.
         cached_bytes: bytes read from disk per valid token.

@@ -134,7 +134,7 @@ def make_setting(
     **others: Any,
 ) -> Setting:
     """Return what the costs of a step depend on; ``others`` are further fields of ``Setting``."""
-    fused = settings.loss.fused_form is not None
+    form = settings.loss.fused_form
     return Setting(
         student,
         references,
@@ -146,7 +146,7 @@ def make_setting(
         precision=str(settings.trainer.precision),
         checkpointed=settings.model.gradient_checkpointing,
         budget=float(settings.kernels.memory_budget),
-        form="fused" if fused else "autograd",
+        form="autograd" if form is None else form.kind,
         **others,
     )
 
