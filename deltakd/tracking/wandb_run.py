@@ -1,4 +1,4 @@
-"""What a run sends to Weights & Biases beyond numbers: its origin, its answers, its student."""
+"""Send to Weights & Biases, beyond numbers, a run's origin, answers and student."""
 
 from __future__ import annotations
 

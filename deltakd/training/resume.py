@@ -57,7 +57,7 @@ def read_state(directory: RunDirectory) -> SavedState | None:
             damage.append(str(error))
             continue
         if damage:
-            log.warning("%s. The run goes on from the one before it, step %d.", damage[0], state.step)
+            log.warning("%s. The run continues from the one before it, step %d.", damage[0], state.step)
         return state
     if damage:
         raise ValueError(f"{'; '.join(damage)}: remove {directory.checkpoints} to start again")
