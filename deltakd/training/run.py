@@ -203,6 +203,7 @@ def _meta(parts: Parts, fitted: Fitted, started: float) -> dict[str, Any]:
         "data": parts.sets.counts | fitted.streamed,
         "valid_tokens": training.valid_tokens,
         "training_seconds": round(training.seconds, 3),
+        "rollouts": None if fitted.rollout_log is None else fitted.rollout_log.totals,
         "seconds": round(time.perf_counter() - started, 3),
         "tokens_per_second": round(training.tokens_per_second, 1),
         "peak_memory_mib": round(peak_memory_mib(), 1),

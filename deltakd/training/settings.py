@@ -115,7 +115,7 @@ class RunSettings:
         delta_weight: a number, or the config of a schedule; the loss holds it already.
         objective: the metric asked for; None: see ``metric``.
         run_dir: where everything goes; None: a directory of its own under ``outputs/``.
-        resume: go on where the run in ``run_dir`` stopped; ``force``: even if its inputs have changed since.
+        resume: continue where the run in ``run_dir`` stopped; ``force``: even if its inputs have changed since.
         model: the models that the config names.
         specs: role -> model, of those to load: the student and the references that the loss reads.
         data: where the rows come from, and how they are tokenised.

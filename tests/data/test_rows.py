@@ -87,7 +87,7 @@ def test_a_row_with_another_answer() -> None:
         ({"messages": []}, r"messages must be a non-empty list"),
         ({"messages": [USER]}, r"f:4: messages have no assistant turn; roles found: user"),
         ({"messages": [ANSWER]}, r"no user turn"),
-        ({"messages": [ANSWER, USER, ANSWER]}, r"the first assistant turn stands before the first user turn"),
+        ({"messages": [ANSWER, USER, ANSWER]}, r"the first assistant turn comes before the first user turn"),
         ({"messages": [{"role": "sage", "content": "x"}]}, r"role 'sage'; allowed: system, developer, user"),
         ({"messages": [USER, WRONG]}, r"f:4: all assistant turns have weight 0"),
         ({"prompt": [USER, ANSWER]}, r"f:4: all assistant turns have weight 0, as those of a prompt have"),

@@ -50,7 +50,7 @@ class Problems:
 
     @contextmanager
     def noting(self, kind: type[ValueError]) -> Iterator[None]:
-        """Note an error of this kind, and go on."""
+        """Note an error of this kind, and continue."""
         try:
             yield
         except kind as error:
@@ -84,8 +84,8 @@ def read_file(path: Path, name: str, problems: Problems, start: int = 0) -> Iter
 
     Args:
         path: the file.
-        name: as messages call it; its ending tells the format.
-        problems: is told of each line that is no record.
+        name: as messages call it; its suffix gives the format.
+        problems: collects each line that is not a record.
         start: number of the first record wanted; lines of JSON before it are not parsed, nor row groups of Parquet
             read.
 
