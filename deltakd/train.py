@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from deltakd.cli import guarded
 from deltakd.config.compose import check_overrides, register_folders, whole_mappings
 from deltakd.config.folders import CONF_DIR, use_config_dir
+from deltakd.config.key_help import key_help
 from deltakd.distributed.ranks import agreed, external_launch, is_main_process, launch_id
 from deltakd.io.run_directory import RUN_DIR_VARIABLE, RunDirectory
 from deltakd.studies.multirun import Job, run_job
@@ -91,7 +92,7 @@ or write them into a file, once:
 or take an experiment of conf/experiment, for a first try the invented world of the quickstart:
   python -m deltakd.study experiments/quickstart     # makes its models, and compares; or, once they are there:
   python -m deltakd.train experiment=quickstart
---cfg job prints every key with its value; conf/ says what each means."""
+--help says what every key means."""
 
 
 def main() -> None:
@@ -101,6 +102,9 @@ def main() -> None:
         print(f"error: {WHAT_TO_GIVE}", file=sys.stderr)
         sys.exit(2)
     guarded(lambda: use_config_dir(given.config_dir), "")
+    if given.help:
+        print(key_help(given.overrides))
+        return
     register_folders()
     # In place of overrides, completion has words of its own.
     if not given.shell_completion:

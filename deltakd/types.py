@@ -223,7 +223,25 @@ class LossOutput:
 
 
 @dataclass(frozen=True)
-class LinearForwardKL:
+class Gate:
+    """Logits with a weight per token: exp(−KL(p_to ‖ p_origin) / nats) · Σ c_r z_r, the probabilities at τ = 1.
+
+    Args:
+        nats: the scale of the KL, above 0.
+        to, origin: roles.
+        coefficients: role -> c_r.
+        name: the weight's name in ``parts``.
+    """
+
+    nats: float
+    to: str
+    origin: str
+    coefficients: Mapping[str, float]
+    name: str
+
+
+@dataclass(frozen=True)
+class LinearKL:
     """The coefficients of λ · CE + (1 − λ) · scale · KL(softmax(Σ c_r z_r / τ) ‖ softmax(z_student / τ)).
 
     Args:
@@ -232,6 +250,8 @@ class LinearForwardKL:
         ce_weight: λ.
         scale: τ² or 1.
         name: the KL's name in ``parts``.
+        reverse: KL(student ‖ target) instead.
+        gate: logits with a weight per token, added to the target's.
     """
 
     coefficients: Mapping[str, float]
@@ -239,6 +259,13 @@ class LinearForwardKL:
     ce_weight: float
     scale: float = 1.0
     name: str = "forward_kl"
+    reverse: bool = False
+    gate: Gate | None = None
+
+    @property
+    def kind(self) -> str:
+        """``fused`` or ``gated``: how many tensors of logits a kernel holds."""
+        return "fused" if self.gate is None else "gated"
 
 
 class Loss(ABC):
@@ -283,7 +310,7 @@ class Loss(ABC):
         return {}
 
     @property
-    def fused_form(self) -> LinearForwardKL | None:
+    def fused_form(self) -> LinearKL | None:
         """The loss at the coming step as ``deltakd.kernels.fused`` computes it; None: autograd does."""
         return None
 

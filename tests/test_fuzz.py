@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -18,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from deltakd.config.build import make_settings
 from deltakd.config.compose import compose_config
-from deltakd.data import AlpacaTemplate, ChatTemplate, encode_rows, parse_row, read_rows
+from deltakd.data import AlpacaTemplate, ChatTemplate, encode_rows, parse_row, read_rows, read_texts, row_record
 from deltakd.io.hub import hub_reachable
 from tests import tiny
 from tests.data.conftest import CHAT
@@ -197,31 +199,45 @@ def test_any_override_is_taken_or_refused_in_words(
 TEXTS = st.sampled_from(
     ["", " ", "ask", "</s>", "<|im_start|>", "\ud83d", "{x}", "é\u2028", "\0", "x" * 300]
 ) | st.text(max_size=5)
-TURN_KEYS = st.sampled_from(["role", "content", "x"])
+TURN_KEYS = st.sampled_from(["role", "content", "x", "type", "text", "function", "name", "arguments"])
 ANYTHING = TEXTS | st.recursive(
     st.none() | st.booleans() | st.sampled_from([0, -1, 0.5, 10**400, float("nan")]) | TEXTS,
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(TURN_KEYS, inner, max_size=2),
     max_leaves=3,
 )
-TURN = st.fixed_dictionaries(
-    {"role": st.sampled_from(["system", "user", "assistant", "tool"]) | ANYTHING, "content": TEXTS | ANYTHING}
+ROLES = st.sampled_from(["system", "user", "assistant", "tool", "human", "gpt", "observation", "function_call"])
+CALLS = st.sampled_from([[{"function": {"name": "f", "arguments": "{}"}}], [{"name": "f", "arguments": {"x": None}}]])
+PARTS = st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": TEXTS}), max_size=2)
+EXTRAS: dict[str, st.SearchStrategy[Any]] = {
+    "tool_calls": CALLS | ANYTHING,
+    "reasoning_content": TEXTS | ANYTHING,
+    "tool_call_id": TEXTS | ANYTHING,
+    "name": TEXTS | ANYTHING,
+    "weight": st.sampled_from([0, 1, 0.0, True, False, None, 2, "0"]) | ANYTHING,
+}
+TURN = st.fixed_dictionaries({"role": ROLES | ANYTHING, "content": TEXTS | PARTS | ANYTHING}, optional=EXTRAS)
+SHARED_TURN = st.fixed_dictionaries({"from": ROLES | ANYTHING, "value": TEXTS | st.just('{"name": "f"}') | ANYTHING})
+GOOD_TURN = st.fixed_dictionaries(
+    {"role": st.sampled_from(["system", "user", "assistant", "tool"]), "content": TEXTS | PARTS},
+    optional={"tool_calls": CALLS, "weight": st.sampled_from([0, 1]), "reasoning_content": TEXTS},
 )
-GOOD_TURN = st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": TEXTS})
+TURNS = st.lists(GOOD_TURN, max_size=4) | st.lists(TURN | SHARED_TURN | ANYTHING, max_size=3)
+TURNS |= TURNS.map(lambda turns: json.dumps(turns)) | ANYTHING
 FIELDS = [
-    "instruction",
-    "question",
-    "input",
-    "context",
-    "response",
-    "output",
-    "answer",
-    "prompt",
-    "category",
-    "text",
-    "z",
-]
-RECORD = st.dictionaries(st.sampled_from(FIELDS), TEXTS | ANYTHING, max_size=4) | st.fixed_dictionaries(
-    {"messages": st.lists(GOOD_TURN, max_size=4) | st.lists(TURN | ANYTHING, max_size=3) | ANYTHING}
+    "instruction", "question", "input", "context", "response", "output", "answer", "prompt", "category", "text", "z",
+    "completion", "chosen", "label", "system", "system_prompt", "history", "tools",
+]  # fmt: skip
+TALKS = ["messages", "conversations", "conversation", "prompt", "completion", "chosen", "response"]
+ASIDE: dict[str, st.SearchStrategy[Any]] = {
+    "system": TEXTS | ANYTHING,
+    "history": st.lists(st.lists(TEXTS, min_size=2, max_size=2), max_size=2) | ANYTHING,
+    "tools": st.just([{"name": "f"}]) | ANYTHING,
+}
+RECORD = (
+    st.dictionaries(st.sampled_from(FIELDS), TEXTS | ANYTHING, max_size=4)
+    | st.dictionaries(st.sampled_from(TALKS), TURNS, min_size=1, max_size=2)
+    | st.fixed_dictionaries({"messages": TURNS}, optional=ASIDE)
+    | st.fixed_dictionaries({"instruction": TEXTS, "output": TEXTS}, optional=ASIDE)
 )
 
 #: As that of Gemma: roles must alternate, and there is no system.
@@ -239,12 +255,15 @@ def tokenizer_with(template: str) -> PreTrainedTokenizerFast:
 
 def check_record(record: Any, path: Path, tokenizers: list[PreTrainedTokenizerFast]) -> None:
     path.write_text(json.dumps(record) + "\n", encoding="utf-8")
-    told = refusal(lambda: read_rows(str(path)))
+    told = refusal(lambda: read_rows(str(path)), record)
     if told is not None:
         assert path.name in told
         return
     (row,) = read_rows(str(path))
     assert row == parse_row(record, "here", 0)
+    # What a row holds comes back from its record, and goes into fingerprints.
+    assert parse_row(row_record(row), "here", 0, need_response=False) == row
+    assert json.loads(json.dumps(row_record(row), allow_nan=True)) == row_record(row) or "NaN" in json.dumps(record)
     for tokenizer in tokenizers:
         for template in (AlpacaTemplate(), ChatTemplate(tokenizer)):
             told = refusal(
@@ -275,3 +294,72 @@ def test_any_record_is_a_row_or_refused_with_its_place_many_times(
     tmp_path_factory: pytest.TempPathFactory, tokenizers: list[PreTrainedTokenizerFast], record: Any
 ) -> None:
     check_record(record, tmp_path_factory.getbasetemp() / "fuzzed.jsonl", tokenizers)
+
+
+CELLS = st.sampled_from(
+    ["", "a", '"', '"a"', '"a\nb"', "NaN", "42", ",", ";", "\t", "\r", "\0", "\ud83d", "{", "[]", "x" * 300]
+)
+LINES = st.lists(st.lists(CELLS, max_size=4).map(",".join), max_size=4).map("\n".join)
+FILES = LINES.map(lambda text: f"instruction,output\n{text}") | LINES | st.lists(RECORD, max_size=3).map(json.dumps)
+FILES |= st.sampled_from(["PAR1", "ARROW1\0\0", "\ufeff", "null", "[[1]]", '{"data": [{}]}', '{}\n{"a": 1}'])
+ENDINGS = ["jsonl", "json", "csv", "tsv", "txt", "parquet", "arrow"]
+ENDINGS += [f"{kind}.{end}" for kind in ("jsonl", "json", "csv", "tsv", "txt") for end in ("gz", "zst")]
+COLUMN_MAPS = st.dictionaries(st.sampled_from(["instruction", "response", "text"]), CELLS, max_size=2)
+
+
+def check_file(folder: Path, text: str, ending: str, squeezed: bool, columns: dict[str, str]) -> None:
+    path = folder / f"fuzzed.{ending}"
+    compression = {"gz": "gzip", "zst": "zstd"}.get(ending.rpartition(".")[2]) if squeezed else None
+    with pa.output_stream(str(path), compression=compression) as stream:
+        stream.write(text.encode("utf-8", "surrogatepass"))
+    try:
+        for read in (read_rows, read_texts):
+            told = refusal(lambda read=read: read(str(path), columns=columns), (text, columns))
+            assert told is None or path.name in told
+    finally:
+        path.unlink()
+
+
+@fuzz(200)
+@given(text=FILES, ending=st.sampled_from(ENDINGS), squeezed=st.booleans(), columns=COLUMN_MAPS)
+def test_any_file_under_any_name_is_read_or_refused_by_name(
+    tmp_path_factory: pytest.TempPathFactory, text: str, ending: str, squeezed: bool, columns: dict[str, str]
+) -> None:
+    check_file(tmp_path_factory.getbasetemp(), text, ending, squeezed, columns)
+
+
+@pytest.mark.slow
+@fuzz(3000)
+@given(text=FILES, ending=st.sampled_from(ENDINGS), squeezed=st.booleans(), columns=COLUMN_MAPS)
+def test_any_file_under_any_name_is_read_or_refused_by_name_many_times(
+    tmp_path_factory: pytest.TempPathFactory, text: str, ending: str, squeezed: bool, columns: dict[str, str]
+) -> None:
+    check_file(tmp_path_factory.getbasetemp(), text, ending, squeezed, columns)
+
+
+def check_table(records: list[dict[str, Any]], path: Path) -> None:
+    try:
+        table = pa.Table.from_pylist(records)
+        pa.parquet.write_table(table, path)
+    # Arrow has types: most lists of drawn records are no table.
+    except (pa.ArrowException, UnicodeEncodeError, OverflowError, TypeError):
+        return
+    told = refusal(lambda: read_rows(str(path)), records)
+    assert told is None or path.name in told
+
+
+@fuzz(150)
+@given(records=st.lists(RECORD, min_size=1, max_size=2))
+def test_any_table_is_read_or_refused_by_name(
+    tmp_path_factory: pytest.TempPathFactory, records: list[dict[str, Any]]
+) -> None:
+    check_table(records, tmp_path_factory.getbasetemp() / "fuzzed.parquet")
+
+
+@pytest.mark.slow
+@fuzz(3000)
+@given(records=st.lists(RECORD, min_size=1, max_size=2))
+def test_any_table_is_read_or_refused_by_name_many_times(
+    tmp_path_factory: pytest.TempPathFactory, records: list[dict[str, Any]]
+) -> None:
+    check_table(records, tmp_path_factory.getbasetemp() / "fuzzed.parquet")

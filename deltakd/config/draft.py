@@ -33,7 +33,7 @@ from deltakd.references.settings import device_problems
 from deltakd.rollouts import RolloutSettings
 from deltakd.training.optim import AdamW
 from deltakd.training.settings import KernelSettings, RunSettings, TrainerSettings
-from deltakd.types import Loss, is_reference_role, require_kind
+from deltakd.types import STUDENT, Loss, is_reference_role, require_kind
 
 #: Keys of ``model`` that are not roles.
 _NO_ROLES = ("tokenizer", "lora", "attn_implementation", "gradient_checkpointing", "trust_remote_code")
@@ -101,7 +101,7 @@ class Draft:
     def check_alone(self) -> None:
         """Add what stands against a command that is one process and trains nothing."""
         if self.dry_run:
-            self.problems.append("trainer.dry_run says what a training will need; give it to deltakd.train")
+            self.problems.append("trainer.dry_run prints what a training run will need; give it to deltakd.train")
         self.problems += alone_problems(read_launch(os.environ))
 
     def settings(self, roles: Collection[str] | None, has_adapter: bool) -> RunSettings:
@@ -121,6 +121,7 @@ class Draft:
             problems += self.reference.problems(specs)
         for part in (self.optim, self.data, self.trainer, self.strategy):
             problems += part.problems() if part is not None else []
+        problems += self._half_weights_problems()
         if self.rollout is not None:
             problems += rollout_problems(self.rollout, self.loss, self.data, self.reference)
         if self.data is not None:
@@ -132,6 +133,21 @@ class Draft:
         if problems:
             raise ConfigError(problems.told())
         return self.made(specs)
+
+    def _half_weights_problems(self) -> list[str]:
+        if self.optim is None or self.optim.half_weights == "nearest" or self.strategy is None:
+            return []
+        found = []
+        if self.strategy.name == "deepspeed":
+            found.append(
+                f"optim.half_weights={self.optim.half_weights} does not go with DeepSpeed, whose ZeRO keeps float32 "
+                "masters of its own; leave it at nearest"
+            )
+        student = self.model.specs.get(STUDENT)
+        kinds = (student.dtype if student else "", self.trainer.precision if self.trainer else "")
+        if self.optim.half_weights == "stochastic" and ("float16" in kinds or "16-true" in kinds):
+            found.append("optim.half_weights=stochastic is for bfloat16, and the student is float16; give masters")
+        return found
 
     def made(self, specs: Mapping[str, ModelSpec]) -> RunSettings:
         """Make the settings; there must be no problems, so that every group is built."""
@@ -195,7 +211,7 @@ def _built(kind: type | tuple[type, ...], node: Any, key: str, problems: list[st
 
 
 def _built_each(node: Any, key: str, problems: list[str]) -> dict[str, Any]:
-    """Build the entries of a group that maps names to nodes; None stands for no entries."""
+    """Build the entries of a group that maps names to nodes; None means no entries."""
     if node is not None and not isinstance(node, Mapping):
         problems.append(f"{key} is {node!r}; it must be a mapping of names, or null")
         return {}

@@ -17,7 +17,7 @@ from deltakd.data.encoding.token_cache import tokenizer_fingerprint
 from deltakd.data.encoding.token_table import encode_rows
 from deltakd.data.load import LoadedSets, SplitRows, load_instruction_sets, load_text_sets, split_rows
 from deltakd.data.settings import DataConfig, InstructionData, TextData
-from deltakd.data.sources.overlap import Overlap, find_overlaps, known_overlaps
+from deltakd.data.sources.overlap import Overlap, OverlapSearch, find_overlaps
 from deltakd.data.sources.parsing import parse_row
 from deltakd.data.sources.readers import read_rows, read_texts
 from deltakd.data.sources.rows import Row, row_record, with_answer
@@ -33,6 +33,7 @@ __all__ = [
     "LoadedSets",
     "MicroBatch",
     "Overlap",
+    "OverlapSearch",
     "PlainTemplate",
     "Row",
     "Sampler",
@@ -49,7 +50,6 @@ __all__ = [
     "encode_row",
     "encode_rows",
     "find_overlaps",
-    "known_overlaps",
     "load_instruction_sets",
     "load_text_sets",
     "make_template",

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from deltakd.data.encoding.encode import check_limits
 from deltakd.data.encoding.encoded_set import EncodedSet
 from deltakd.data.encoding.example_stream import Stream
 from deltakd.data.encoding.packing import pack_texts
 from deltakd.data.encoding.segments import Template
 from deltakd.data.encoding.templates import make_template
 from deltakd.data.encoding.token_cache import fingerprint
-from deltakd.data.encoding.token_table import encode_rows
+from deltakd.data.encoding.token_table import encode_prompt_rows, encode_rows
 from deltakd.data.sources.overlap import overlapping
 from deltakd.data.sources.prepared import prepared_rows, reading_key
 from deltakd.data.sources.readers import read_rows, read_texts
@@ -77,6 +78,7 @@ def split_rows(
     columns: Mapping[str, str] | None = None,
     limit: int | None = None,
     seed: int = 0,
+    need_response: bool = True,
     cache_dir: str | Path | None = None,
 ) -> SplitRows:
     """Read instruction rows and split them into training and validation rows.
@@ -88,6 +90,7 @@ def split_rows(
             (``overlapping``). So are tasks of validation rows, by the rule of ``unlike``.
         strip_answers, columns: as for ``iter_rows``; of ``columns``, excluded sources need have none.
         limit: keep only the first ``limit`` rows of train and of val (for debugging).
+        need_response: True if a training row without an answer is an error.
         cache_dir: folder that keeps the rows and the choice for later runs; None: they are only in a temporary place.
 
     Raises:
@@ -95,7 +98,7 @@ def split_rows(
     """
     options: dict[str, Any] = {"strip_answers": strip_answers, "columns": columns, "limit": limit}
     options["cache_dir"] = cache_dir
-    rows, key = prepared_rows(train, subset=train_subset, **options)
+    rows, key = prepared_rows(train, subset=train_subset, need_response=need_response, **options)
     given, val_key = (None, "") if val is None else prepared_rows(val, subset=val_subset, **options)
     keys = [key, val_key, *(reading_key(source, columns=columns) for source in exclude)]
 
@@ -157,6 +160,7 @@ def load_instruction_sets(
     limit: int | None = None,
     cache_dir: str | Path | None = None,
     seed: int = 0,
+    prompts_only: bool = False,
 ) -> LoadedSets:
     """Read and tokenise instruction data.
 
@@ -165,6 +169,7 @@ def load_instruction_sets(
             ``split_rows``.
         template: as for ``make_template``.
         tokenizer, max_length, max_prompt_length, overlong, split_turns, cache_dir: as for ``encode_rows``.
+        prompts_only: of training rows only the prompts are wanted, so that they need no response: the student answers.
 
     Raises:
         ValueError: as ``split_rows`` and ``encode_rows``.
@@ -181,15 +186,25 @@ def load_instruction_sets(
         columns=columns,
         limit=limit,
         seed=seed,
+        need_response=not prompts_only,
         cache_dir=cache_dir,
     )
     options: dict[str, Any] = {"max_length": max_length, "max_prompt_length": max_prompt_length}
     options |= {"overlong": overlong, "split_turns": split_turns, "cache_dir": cache_dir}
-    train_set = encode_rows(kept, written, tokenizer, **options)
+    if prompts_only:
+        check_limits(tokenizer, max_length, max_prompt_length, overlong)
+        train_set = encode_prompt_rows(
+            kept, written, tokenizer, max_prompt_length=max_prompt_length, cache_dir=cache_dir
+        )
+    else:
+        train_set = encode_rows(kept, written, tokenizer, **options)
     val_set = encode_rows(val_rows, written, tokenizer, **options) if val_rows else None
     counts = {"train_rows": len(kept), "val_rows": len(val_rows), "excluded": excluded}
     counts |= _prefixed("train", train_set) | _prefixed("val", val_set)
-    _report(train_set, val_set, counts)
+    if prompts_only:
+        _report_prompts(train_set, val_set, counts)
+    else:
+        _report(train_set, val_set, counts)
     return LoadedSets(train_set, val_set, val_rows, kept, counts)
 
 
@@ -257,4 +272,30 @@ def _report(train: EncodedSet, val: EncodedSet | None, counts: Mapping[str, int]
         counts["train/dropped"],
         counts["train/cut_prompts"],
         counts["train/cut_responses"],
+    )
+    if counts["train/kept_borders"]:
+        log.info(
+            "in %d training examples the tokenizer merges the end of a prompt with the beginning of its answer; the "
+            "merge is undone, so that the answer follows the prompt that generation sees; prompts that end with a line "
+            "break, not with a space, merge less",
+            counts["train/kept_borders"],
+        )
+    if counts["train/control_tokens"]:
+        log.info(
+            "%d training examples hold control tokens of the tokenizer in their data, such as EOS; they are read as "
+            "text",
+            counts["train/control_tokens"],
+        )
+
+
+def _report_prompts(train: EncodedSet, val: EncodedSet | None, counts: Mapping[str, int]) -> None:
+    log.info(
+        "instructions: %d prompts of %d to %d tokens for the student to answer, and %d examples to validate on; of the "
+        "training rows %d were excluded, %d prompts cut",
+        len(train),
+        int(train.lengths.min()),
+        int(train.lengths.max()),
+        0 if val is None else len(val),
+        counts["excluded"],
+        counts["train/cut_prompts"],
     )

@@ -145,10 +145,12 @@ def streamed_sets(
         val_rows: its rows, where there are any.
     """
     sizes = [shard.size for shard in stream.shards]
+    together = sum(size or 0 for size in sizes) / 2**20
     log.info(
-        "stream: %d shards%s; %d examples to validate on",
+        "stream: %d shard%s%s; %d examples to validate on",
         len(sizes),
-        "" if None in sizes else f" of {sum(size or 0 for size in sizes) / 2**30:.2f} GiB together",
+        "" if len(sizes) == 1 else "s",
+        "" if None in sizes else f", together {together:,.1f} MiB",
         0 if val is None else len(val),
     )
     counts = {"val_rows": len(val_rows) if val is None or val_rows else val.counts["rows"]}

@@ -47,7 +47,8 @@ class DataConfig(ABC):
         shuffle_buffer: of a stream, rows (or documents) that are shuffled in memory; kept by every process.
         batch_size: rows per process and micro-batch; None: as many as ``max_tokens_per_batch`` allows.
         max_tokens_per_batch: positions per process and micro-batch (rows times longest row); None: use ``batch_size``.
-        cache_dir: folder for tokenised sets; None keeps nothing.
+        cache_dir: folder that keeps rows, tokens and overlaps for later runs; they are found by the content of the
+            sources. It may be deleted at any time. None keeps nothing.
         prepare: called first; makes the files if they are missing.
         strip_answers: a regular expression; matches are removed from all answers, including those of evaluation sets.
         columns: our name of a column -> its name in ``train`` and ``val``. Evaluation sets and ``exclude`` may be
@@ -107,8 +108,13 @@ class DataConfig(ABC):
             self.prepare()
 
     @abstractmethod
-    def load(self, tokenizer: PreTrainedTokenizerBase) -> LoadedSets:
-        """Read and tokenise the data."""
+    def load(self, tokenizer: PreTrainedTokenizerBase, prompts_only: bool = False) -> LoadedSets:
+        """Read and tokenise the data.
+
+        Args:
+            tokenizer: the student's.
+            prompts_only: only the prompts of training rows are wanted: the student answers them.
+        """
 
     def check_lengths(self, sets: LoadedSets) -> None:
         """Raise a ValueError if a row does not fit the budget of a micro-batch; see ``check_budget``."""
@@ -221,12 +227,14 @@ class InstructionData(DataConfig):
         """Return the sources, including the excluded sets."""
         return {**super().sources(), "data.exclude": self.exclude}
 
-    def load(self, tokenizer: PreTrainedTokenizerBase) -> LoadedSets:
+    def load(self, tokenizer: PreTrainedTokenizerBase, prompts_only: bool = False) -> LoadedSets:
         """Read, render and tokenise the rows."""
         template = self.make_template(tokenizer)
         if self.streaming:
             return self._open(template, tokenizer)
-        return load_instruction_sets(template=template, tokenizer=tokenizer, **self._choice(), **self._limits())
+        return load_instruction_sets(
+            template=template, tokenizer=tokenizer, prompts_only=prompts_only, **self._choice(), **self._limits()
+        )
 
     def _open(self, template: Template, tokenizer: PreTrainedTokenizerBase) -> LoadedSets:
         assert self.train is not None, "checked by problems()"
@@ -313,8 +321,9 @@ class TextData(DataConfig):
             found.append(f"data.max_length is {self.max_length}; a block needs 2 tokens or more")
         return found
 
-    def load(self, tokenizer: PreTrainedTokenizerBase) -> LoadedSets:
+    def load(self, tokenizer: PreTrainedTokenizerBase, prompts_only: bool = False) -> LoadedSets:
         """Read, tokenise and pack the documents."""
+        assert not prompts_only, "text has no prompts; checked with the config"
         assert self.train is not None, "checked by problems()"
         if self.streaming:
             return self._open(self.train, tokenizer)

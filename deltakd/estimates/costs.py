@@ -56,10 +56,11 @@ class Setting:
         home: the references'.
         checkpointed: activations are recomputed in the backward pass.
         budget: MiB for a chunk of logits.
-        form: ``fused`` or ``autograd``: how the loss is computed (kernels/chunked.py).
+        form: ``fused``, ``gated`` or ``autograd``: how the loss is computed (kernels/chunked.py).
         adapted: the raw student is the student with its adapter off.
         cached_heads: (elements, bytes per element) of the heads of cached references.
         cached_bytes: bytes read from disk per valid token.
+        half_weights: ``optim.half_weights``.
     """
 
     student: Skeleton
@@ -78,6 +79,7 @@ class Setting:
     adapted: bool = False
     cached_heads: Sequence[tuple[int, int]] = field(default=())
     cached_bytes: int = 0
+    half_weights: str = "nearest"
 
     @property
     def tokens(self) -> int:
@@ -109,7 +111,7 @@ def memory(setting: Setting) -> list[Need]:
 
 def _held(setting: Setting) -> Held:
     on_gpu = setting.device != "cpu" and not setting.layout.offload
-    return setting.layout.held(setting.student, setting.accumulate, setting.precision, on_gpu)
+    return setting.layout.held(setting.student, setting.accumulate, setting.precision, on_gpu, setting.half_weights)
 
 
 def _shard_device(setting: Setting) -> str:

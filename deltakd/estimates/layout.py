@@ -1,4 +1,4 @@
-"""What each strategy keeps on a rank and sends between ranks.
+"""Memory on a rank and traffic between ranks, for each strategy.
 
 N is the number of ranks. Collectives are counted as rings: from each rank an all-reduce sends 2 (N − 1)/N of its bytes,
 a reduce-scatter and an all-gather (N − 1)/N (Rajbhandari et al., ZeRO, arXiv 1910.02054, section 7). What each strategy
@@ -112,10 +112,13 @@ class Layout:
             return "float16" if precision.startswith("16") else "bfloat16"
         return {"bf16-true": "bfloat16", "16-true": "float16", "64-true": "float64"}.get(precision)
 
-    def held(self, student: Skeleton, accumulate: int, precision: str, fused_update: bool) -> Held:
+    def held(
+        self, student: Skeleton, accumulate: int, precision: str, fused_update: bool, half_weights: str = "nearest"
+    ) -> Held:
         """Return the student's bytes on one rank.
 
-        A single process has AdamW's two moments in each trained parameter's dtype. DDP adds a second copy of the
+        A single process has AdamW's two moments in each trained parameter's dtype, or in float32, with masters if there
+        are any, where ``optim.half_weights`` asks for it. DDP adds a second copy of the
         gradients, in its buckets. FSDP2 shards everything; from the forward to the backward pass it holds parameters
         outside blocks whole, and two blocks at a time. ZeRO keeps sharded moments in float32, and a sharded float32
         master copy (stages 1 and 2 always, stage 3 if the weights are not float32 or with offloading); in half
@@ -126,23 +129,27 @@ class Layout:
             accumulate: micro-batches per step.
             precision: of the trainer.
             fused_update: AdamW updates all parameters at once, with a temporary of their size.
+            half_weights: ``optim.half_weights``.
         """
         weights, trained = student.weight_bytes, student.trained_bytes
         half = 2 * student.linear_elements if self.casts(precision) else 0
         again = accumulate > 1
+        state = 2 * trained
+        if half_weights != "nearest" and trained < SINGLE * student.trained:
+            state = SINGLE * student.trained * (3 if half_weights == "masters" else 2)
         if self.engine in ("one", "ddp"):
             buckets = trained if self.engine == "ddp" and self.ranks > 1 else 0
             made = trained + buckets
             early = made if again else buckets
             temporary = trained if fused_update else 0
-            return Held(weights, 2 * trained, made, kept=made, early=early, update=temporary, half=half)
+            return Held(weights, state, made, kept=made, early=early, update=temporary, half=half)
         if self.engine == "fsdp":
             shard = trained // self.ranks
             outside = weights - student.blocks_bytes
             alone = self.ranks == 1
             return Held(
                 weights // self.ranks,
-                2 * shard,
+                state // self.ranks,
                 shard,
                 kept=shard,
                 early=shard if again else 0,

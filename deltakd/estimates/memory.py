@@ -122,6 +122,7 @@ def setting_of(settings: RunSettings, device: str, home: str) -> Setting:
         adapted=settings.model.lora is not None and settings.cache is None and STUDENT_RAW in settings.loss.requires,
         cached_heads=heads,
         cached_bytes=token_bytes,
+        half_weights=settings.optim.half_weights,
     )
 
 
@@ -133,7 +134,7 @@ def make_setting(
     **others: Any,
 ) -> Setting:
     """Return what the costs of a step depend on; ``others`` are further fields of ``Setting``."""
-    fused = settings.loss.fused_form is not None
+    form = settings.loss.fused_form
     return Setting(
         student,
         references,
@@ -145,7 +146,7 @@ def make_setting(
         precision=str(settings.trainer.precision),
         checkpointed=settings.model.gradient_checkpointing,
         budget=float(settings.kernels.memory_budget),
-        form="fused" if fused else "autograd",
+        form="autograd" if form is None else form.kind,
         **others,
     )
 

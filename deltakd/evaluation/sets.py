@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from deltakd.data import DataConfig, Overlap, Row, known_overlaps
+from deltakd.data import DataConfig, Overlap, OverlapSearch, Row
 from deltakd.evaluation import EvaluationSet, find_scorer
 from deltakd.evaluation.answers import make_set
 from deltakd.evaluation.scoring import stripped
@@ -66,6 +66,7 @@ def read_checked_sets(
     asked = evaluation.prompts_of(data)
     positions = positions_of(model)
     problems = _reference_problems("val", val_rows[: evaluation.val_limit], evaluation.val_scorer, evaluation)
+    search = None if train_rows is None else OverlapSearch(train_rows, data.cache_dir)
     sets, described = [], {}
     for name, entry in evaluation.sets.items():
         try:
@@ -74,7 +75,7 @@ def read_checked_sets(
         except ValueError as error:
             problems.append(f"evaluation.sets.{name}: {error}")
             continue
-        overlaps = None if train_rows is None else known_overlaps(rows, train_rows, data.cache_dir)
+        overlaps = None if search is None else search.overlaps(rows)
         short = _short_of_room(one, positions, evaluation.decoding.max_new_tokens)
         problems += _reference_problems(name, rows, one.scorer, evaluation)
         problems += unknown_prompt_problems(

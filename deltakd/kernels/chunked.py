@@ -17,13 +17,13 @@ from torch import Tensor
 
 from deltakd.kernels.buckets import Buckets, bucketed_chunk
 from deltakd.kernels.fused import add_head_gradients, fused_chunk, fusible
-from deltakd.types import STUDENT, Head, HeadLogits, LinearForwardKL, Loss, at_least_float32
+from deltakd.types import STUDENT, Head, HeadLogits, LinearKL, Loss, at_least_float32
 
 #: MiB that the logits of a chunk, and everything computed from them, may take.
 MEMORY_BUDGET = 256.0
-#: Tensors the size of a chunk's logits that exist at once: by hand, over a reduced vocabulary, and under autograd
-#: in the most demanding loss.
-_TENSORS = {"fused": 2, "buckets": 4, "autograd": 16}
+#: Tensors the size of a chunk's logits that exist at once: by hand, without and with a gate, over a reduced vocabulary,
+#: and under autograd in the most demanding loss.
+_TENSORS = {"fused": 2, "gated": 3, "buckets": 4, "autograd": 16}
 #: Smaller chunks spend their time on the head's gradient, which each chunk adds to as a whole.
 _MIN_CHUNK = 32
 
@@ -35,7 +35,7 @@ def chunk_size_for(memory_budget: float, vocabulary: int, itemsize: int, form: s
         memory_budget: MiB.
         vocabulary: V.
         itemsize: bytes of a logit.
-        form: ``fused`` (by hand), ``buckets`` (over a reduced vocabulary), or ``autograd``.
+        form: ``fused`` or ``gated`` (by hand), ``buckets`` (over a reduced vocabulary), or ``autograd``.
     """
     return max(_MIN_CHUNK, int(memory_budget * 2**20 / (_TENSORS[form] * vocabulary * itemsize)))
 
@@ -82,7 +82,7 @@ def chunked_loss(
     wants_gradients = torch.is_grad_enabled() and bool(trained)
     form = fusible(loss, student, references) if wants_gradients and buckets is None else None
     itemsize = torch.promote_types(student.weight.dtype, torch.float32).itemsize
-    kind = "buckets" if buckets is not None else "autograd" if form is None else "fused"
+    kind = "buckets" if buckets is not None else "autograd" if form is None else form.kind
     size = chunk_size or chunk_size_for(memory_budget, student.weight.shape[0], itemsize, kind)
     work = _Work(loss, form, student, references, labels, size, buckets, sampled_log_probs)
     if not wants_gradients:
@@ -120,7 +120,7 @@ class _Work:
     """A loss over N tokens and how to cut it into chunks; ``run`` fills ``parts``, which carry no gradient."""
 
     loss: Loss
-    form: LinearForwardKL | None
+    form: LinearKL | None
     student: Head
     references: Mapping[str, Head]
     labels: Tensor

@@ -1,13 +1,14 @@
-"""Forward KL to a target that is linear in the logits, by hand: value and gradient of a chunk in two tensors.
+"""Forward and reverse KL to a linear target, by hand: value and gradient of a chunk in two or three tensors.
 
-This covers ``sft``, ``kd``, ``delta_kd``, ``delta_shift``, ``delta_bilinear``, ``delta_multi_teacher`` and ``taid``
-(the untreated ones). The definitions are in ``deltakd/losses``: ``Distillation`` of a ``ShiftedTarget`` under
-``ForwardKL``, and ``SupervisedFineTuning``; ``tests/kernels/test_chunked.py`` shows that values and gradients agree.
+This covers ``sft``, ``kd``, ``delta_kd``, ``delta_shift``, ``delta_bilinear``, ``delta_multi_teacher``, ``taid``,
+``delta_gated``, ``kd_reverse`` and ``delta_kd_reverse`` (the untreated ones). The definitions are in
+``deltakd/losses``: ``Distillation`` of a ``ShiftedTarget`` or a ``GatedDeltaTarget`` under ``ForwardKL`` or
+``ReverseKL``, and ``SupervisedFineTuning``; ``tests/kernels/test_chunked.py`` shows that values and gradients agree.
 
-With q = softmax(z_s / τ) and p = softmax(Σ c_r z_r / τ), the gradient of λ·CE + (1 − λ)·s·KL(p ‖ q) w.r.t. z_s is
-λ (softmax(z_s) − onehot) + (1 − λ) (s / τ) (q − p) (docs/design.md#identities, number 9), so autograd has nothing to
-keep. Matrix products cover a whole chunk; everything after them covers a few rows at a time, which stay in the
-processor's cache.
+With q = softmax(z_s / τ) and p = softmax(Σ c_r z_r / τ), the gradient of λ·CE + (1 − λ)·s·D w.r.t. z_s is
+λ (softmax(z_s) − onehot) + (1 − λ) (s / τ) d, with d = q − p for KL(p ‖ q) (docs/design.md#identities, number 9) and
+d = q (log q − log p − KL(q ‖ p)) for KL(q ‖ p), so autograd has nothing to keep. Matrix products cover a whole chunk;
+everything after them covers a few rows at a time, which stay in the processor's cache.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ import torch
 from torch import Tensor
 
 from deltakd.kernels.blocks import row_blocks
-from deltakd.types import Head, HeadLogits, LinearForwardKL, Loss
+from deltakd.types import Gate, Head, HeadLogits, LinearKL, Loss
 
 
-def fusible(loss: Loss, student: Head, references: Mapping[str, Head]) -> LinearForwardKL | None:
+def fusible(loss: Loss, student: Head, references: Mapping[str, Head]) -> LinearKL | None:
     """Return the form to compute by hand, or None if autograd has to differentiate the loss.
 
     A bias of −inf (a token that a model rules out) is left to the plain formula, which handles it.
@@ -41,7 +42,7 @@ def _linear(head: Head) -> bool:
 
 @torch.no_grad()
 def fused_chunk(
-    form: LinearForwardKL, student: Head, references: Mapping[str, Head], labels: Tensor
+    form: LinearKL, student: Head, references: Mapping[str, Head], labels: Tensor
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Compute loss and gradient of n tokens.
 
@@ -55,14 +56,38 @@ def fused_chunk(
     """
     z_NV = student.logits()
     target_NV = None if form.ce_weight == 1.0 else HeadLogits(z_NV, references).combined(form.coefficients)
+    gated = {}
+    if target_NV is not None and form.gate is not None:
+        gated[form.gate.name] = _add_gated(form.gate, form.coefficients, target_NV, references)
     blocks = [
         _block(form, z_NV[rows], None if target_NV is None else target_NV[rows], labels[rows])
         for rows in row_blocks(z_NV)
     ]
-    return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}, z_NV
+    return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]} | gated, z_NV
 
 
-def _block(form: LinearForwardKL, z_NV: Tensor, target_NV: Tensor | None, labels: Tensor) -> dict[str, Tensor]:
+def _add_gated(
+    gate: Gate, coefficients: Mapping[str, float], target_NV: Tensor, references: Mapping[str, Head]
+) -> Tensor:
+    """Add the gated logits to the target's in place; return the gate, [n]."""
+    # The target may be the very logits, which are then not multiplied out once more.
+    to_NV = target_NV if coefficients == {gate.to: 1.0} else references[gate.to].logits()
+    shift_NV = references[gate.origin].logits()
+    gate_N = torch.empty_like(target_NV[:, 0])
+    for rows in row_blocks(target_NV):
+        log_p_NV, log_r_NV = to_NV[rows].log_softmax(-1), shift_NV[rows].log_softmax(-1)
+        p_NV = log_p_NV.exp()
+        kl_N = torch.linalg.vecdot(p_NV, log_p_NV.sub_(log_r_NV)) - p_NV.sum(-1) + log_r_NV.exp_().sum(-1)
+        gate_N[rows] = kl_N.clamp_min_(0.0).div_(-gate.nats).exp_()
+    shift_NV.mul_(gate.coefficients.get(gate.origin, 0.0))
+    for role, factor in gate.coefficients.items():
+        if role != gate.origin:
+            references[role].add_logits(shift_NV, factor)
+    target_NV.addcmul_(shift_NV, gate_N[:, None])
+    return gate_N
+
+
+def _block(form: LinearKL, z_NV: Tensor, target_NV: Tensor | None, labels: Tensor) -> dict[str, Tensor]:
     """Return loss and parts of a few tokens. The student's logits become the gradient; the target's are overwritten."""
     tau, ce_weight = form.temperature, form.ce_weight
     rows_N = torch.arange(len(labels), device=labels.device)
@@ -78,23 +103,43 @@ def _block(form: LinearForwardKL, z_NV: Tensor, target_NV: Tensor | None, labels
             log_q_NV = z_NV.div_(tau).log_softmax(-1)
             target_NV.div_(tau)
         log_p_NV = target_NV.log_softmax(-1)
-        p_NV = torch.exp(log_p_NV, out=target_NV)
-        kl_N = torch.linalg.vecdot(p_NV, log_p_NV.sub_(log_q_NV)) - p_NV.sum(-1)
-        # As in the plain formula (losses.divergences.kl): Σ (q − p) is 0 up to the rounding of the normalisation.
-        q_NV = torch.exp(log_q_NV, out=z_NV)
-        kl_N += q_NV.sum(-1)
+        factor, with_ce = (1 - ce_weight) * form.scale / tau, ce_weight if tau == 1.0 else 0.0
+        if form.reverse:
+            kl_N = _reverse_kl(log_p_NV, log_q_NV, z_NV, factor, with_ce)
+        else:
+            kl_N = _forward_kl(log_p_NV, log_q_NV, target_NV, z_NV, factor, with_ce)
+        if ce_grad_NV is not None:
+            z_NV.add_(ce_grad_NV, alpha=ce_weight)
         values |= {form.name: kl_N, "loss": (1 - ce_weight) * form.scale * kl_N}
         if ce_weight > 0:
             values["loss"] = values["loss"] + ce_weight * ce_N
-        factor = (1 - ce_weight) * form.scale / tau
-        weight = factor + (ce_weight if tau == 1.0 else 0.0)
-        if weight != 1.0:
-            q_NV.mul_(weight)
-        if ce_grad_NV is not None:
-            q_NV.add_(ce_grad_NV, alpha=ce_weight)
-        q_NV.sub_(p_NV, alpha=factor)
     z_NV[rows_N, labels] -= ce_weight
     return values
+
+
+def _forward_kl(
+    log_p_NV: Tensor, log_q_NV: Tensor, target_NV: Tensor, z_NV: Tensor, factor: float, ce_weight: float
+) -> Tensor:
+    """Return KL(p ‖ q), [n]; ``z_NV`` becomes factor · (q − p) + ce_weight · q, and the others are overwritten."""
+    p_NV = torch.exp(log_p_NV, out=target_NV)
+    kl_N = torch.linalg.vecdot(p_NV, log_p_NV.sub_(log_q_NV)) - p_NV.sum(-1)
+    # As in the plain formula (losses.divergences.kl): Σ (q − p) is 0 up to the rounding of the normalisation.
+    q_NV = torch.exp(log_q_NV, out=z_NV)
+    kl_N += q_NV.sum(-1)
+    if factor + ce_weight != 1.0:
+        q_NV.mul_(factor + ce_weight)
+    q_NV.sub_(p_NV, alpha=factor)
+    return kl_N
+
+
+def _reverse_kl(log_p_NV: Tensor, log_q_NV: Tensor, z_NV: Tensor, factor: float, ce_weight: float) -> Tensor:
+    """Return KL(q ‖ p), [n]; ``z_NV`` becomes factor · q (log q − log p − KL) + ce_weight · q, as ``_forward_kl``."""
+    q_NV = torch.exp(log_q_NV, out=z_NV)
+    log_q_NV.sub_(log_p_NV)
+    inner_N = torch.linalg.vecdot(q_NV, log_q_NV)
+    kl_N = inner_N - q_NV.sum(-1) + log_p_NV.exp_().sum(-1)
+    q_NV.mul_(log_q_NV.sub_(inner_N[:, None]).mul_(factor).add_(ce_weight))
+    return kl_N
 
 
 def add_head_gradients(student: Head, grad_NV: Tensor, rows: slice, grads: Mapping[str, Any]) -> None:

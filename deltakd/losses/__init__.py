@@ -15,6 +15,7 @@ from deltakd.losses.divergences import (
     ToDi,
     TotalVariation,
 )
+from deltakd.losses.gated import GatedDeltaTarget, gated_delta_target
 from deltakd.losses.matching import (
     DeltaMatching,
     DistillationPlusMatching,
@@ -51,6 +52,7 @@ __all__ = [
     "DistillationPlusMatching",
     "Divergence",
     "ForwardKL",
+    "GatedDeltaTarget",
     "JensenShannon",
     "LogitMSE",
     "LogitMatching",
@@ -77,6 +79,7 @@ __all__ = [
     "cross_entropy",
     "delta_target",
     "extrapolated_policy_gradient",
+    "gated_delta_target",
     "multi_teacher_target",
     "shift_target",
     "taid_target",

@@ -10,7 +10,7 @@ from torch import Tensor
 from deltakd.losses.divergences import Divergence
 from deltakd.losses.mixing import LabelMixture, tempered, tempered_student
 from deltakd.losses.targets import Target
-from deltakd.types import LinearForwardKL, Schedule, require_kind
+from deltakd.types import LinearKL, Schedule, require_kind
 
 
 @final
@@ -19,7 +19,7 @@ class Distillation(LabelMixture):
 
     D is between softmax(z_target / τ), detached, and softmax(z_student / τ).
 
-    With forward KL and a target that is linear in the logits (``Target.coefficients``),
+    With forward or reverse KL and a target that is linear in the logits (``Target.coefficients``, ``Target.gate``),
     ``deltakd.kernels.fused.fused_chunk`` computes the whole loss in training; ``tests/kernels/test_chunked.py`` shows
     that the two agree, values and gradients (``test_every_loss_by_name``).
 
@@ -60,26 +60,36 @@ class Distillation(LabelMixture):
 
     @property
     def term_whole_vocabulary_reasons(self) -> tuple[str, ...]:
-        """Reasons of the target and of the divergence."""
-        return self.target.whole_vocabulary_reasons + self.divergence.whole_vocabulary_reasons
+        """Reasons of the target and of the divergence; a gate reads probabilities at τ = 1."""
+        reasons = self.target.whole_vocabulary_reasons + self.divergence.whole_vocabulary_reasons
+        if self.target.gate is None or self.temperature == 1.0:
+            return reasons
+        return (*reasons, f"a gate needs log-probs at temperature 1, and loss.temperature is {self.temperature:g}")
 
-    def _fused_term(self) -> LinearForwardKL | None:
+    def _fused_term(self) -> LinearKL | None:
         coefficients = self.target.coefficients
-        if coefficients is None or not self.divergence.is_forward_kl:
+        measure = self.divergence
+        if coefficients is None or not (measure.is_forward_kl or measure.is_reverse_kl):
             return None
         scale = self.temperature**2 if self.temperature_squared else 1.0
-        return LinearForwardKL(coefficients, self.temperature, self.ce_weight, scale, self.divergence.name)
+        options = (self.temperature, self.ce_weight, scale, measure.name, measure.is_reverse_kl, self.target.gate)
+        return LinearKL(coefficients, *options)
 
     def term(self, logits: Mapping[str, Tensor], log_student_NV: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """D(target, student): [N], under the divergence's name."""
-        divergence_N = divergence_to(self.target, self.divergence, self.temperature, logits, log_student_NV)
-        return divergence_N, {self.divergence.name: divergence_N}
+        """D(target, student): [N], under the divergence's name, and what the target logs."""
+        target_NV, parts = self.target.with_parts(logits)
+        divergence_N = _divergence(target_NV, self.divergence, self.temperature, log_student_NV)
+        return divergence_N, {self.divergence.name: divergence_N, **parts}
 
 
 def divergence_to(
     target: Target, divergence: Divergence, temperature: float, logits: Mapping[str, Tensor], log_student_NV: Tensor
 ) -> Tensor:
     """D(target, student) at τ: [N] nats."""
-    log_p_NV = tempered(target(logits), temperature)
+    return _divergence(target(logits), divergence, temperature, log_student_NV)
+
+
+def _divergence(target_NV: Tensor, divergence: Divergence, temperature: float, log_student_NV: Tensor) -> Tensor:
+    log_p_NV = tempered(target_NV, temperature)
     log_q_NV = tempered_student(log_student_NV, temperature)
     return divergence(log_p_NV, log_q_NV)

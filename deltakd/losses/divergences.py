@@ -29,6 +29,8 @@ class Divergence(ABC):
     name: str
     #: True if the formula is KL(P ‖ Q) itself, so that a kernel may compute it instead.
     is_forward_kl: bool = False
+    #: Likewise for KL(Q ‖ P).
+    is_reverse_kl: bool = False
 
     @abstractmethod
     def __call__(self, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
@@ -92,9 +94,13 @@ class ForwardKL(Divergence):
 
 @final
 class ReverseKL(Divergence):
-    """KL(Q ‖ P) = Σ Q log(Q / P): mode-seeking (MiniLLM, arXiv 2306.08543; here per token and on given data)."""
+    """KL(Q ‖ P) = Σ Q log(Q / P): mode-seeking (MiniLLM, arXiv 2306.08543; here per token and on given data).
+
+    As for ``ForwardKL``, this is the definition, and a kernel computes it in training where the target is linear.
+    """
 
     name = "reverse_kl"
+    is_reverse_kl = True
 
     def __call__(self, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
         """[N] nats."""

@@ -10,7 +10,7 @@ from typing import final
 import torch.nn.functional as F
 from torch import Tensor
 
-from deltakd.types import STUDENT, LinearForwardKL, Loss, LossOutput, at_least_float32
+from deltakd.types import STUDENT, LinearKL, Loss, LossOutput, at_least_float32
 
 
 class LabelMixture(Loss):
@@ -60,9 +60,9 @@ class LabelMixture(Loss):
         """
 
     @property
-    def fused_form(self) -> LinearForwardKL | None:
+    def fused_form(self) -> LinearKL | None:
         """The form that a kernel computes by hand, if the term has one; at λ = 1 every loss has one."""
-        return LinearForwardKL({}, 1.0, 1.0) if self.ce_weight == 1.0 else self._fused_term()
+        return LinearKL({}, 1.0, 1.0) if self.ce_weight == 1.0 else self._fused_term()
 
     @property
     @final
@@ -72,7 +72,7 @@ class LabelMixture(Loss):
         alone.ce_weight = 0.0
         return alone
 
-    def _fused_term(self) -> LinearForwardKL | None:
+    def _fused_term(self) -> LinearKL | None:
         return None
 
     @property

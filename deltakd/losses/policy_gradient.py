@@ -1,4 +1,4 @@
-"""Losses of sampled tokens: a policy gradient whose advantage is exact over the vocabulary (DESIGN 3.8)."""
+"""Losses of sampled tokens: a policy gradient, its advantage exact over the vocabulary (docs/design.md)."""
 
 from __future__ import annotations
 

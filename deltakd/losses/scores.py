@@ -1,4 +1,4 @@
-"""Scores: what each token of the vocabulary is worth to a policy gradient, before centring (DESIGN 3.8)."""
+"""Scores: the worth of each token to a policy gradient, before centring (docs/design.md#on-policy)."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ class Score(ABC):
 
 @final
 class TowardsTarget(Score):
-    """log p_target − log π_θ: following it is reverse KL to the target, token by token (identity (a) of DESIGN 3.8).
+    """log p_target − log π_θ: following it is reverse KL to the target, token by token.
+
+    That is identity (a) of docs/design.md#on-policy.
 
     Args:
         target: what the student should match: the teacher (OPD), an extrapolated teacher (ExOPD), the delta target.

@@ -8,7 +8,7 @@ from typing import final
 import torch.nn.functional as F
 from torch import Tensor
 
-from deltakd.types import STUDENT, LinearForwardKL, Loss, LossOutput, at_least_float32
+from deltakd.types import STUDENT, LinearKL, Loss, LossOutput, at_least_float32
 
 
 def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
@@ -36,9 +36,9 @@ class SupervisedFineTuning(Loss):
         return frozenset()
 
     @property
-    def fused_form(self) -> LinearForwardKL:
+    def fused_form(self) -> LinearKL:
         """λ = 1."""
-        return LinearForwardKL({}, temperature=1.0, ce_weight=1.0)
+        return LinearKL({}, temperature=1.0, ce_weight=1.0)
 
     def __call__(self, logits: Mapping[str, Tensor], labels: Tensor) -> LossOutput:
         """Score N tokens.

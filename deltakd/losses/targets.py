@@ -21,6 +21,7 @@ from deltakd.types import (
     STUDENT_RAW,
     TEACHER,
     TEACHER_RAW,
+    Gate,
     HeadLogits,
     Schedule,
     at_least_float32,
@@ -40,6 +41,10 @@ class Target(ABC):
     def __call__(self, logits: Mapping[str, Tensor]) -> Tensor:
         """[N, V] target logits at τ = 1, at least float32, detached."""
 
+    def with_parts(self, logits: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the target, and what is to be logged of it: name -> [N]."""
+        return self(logits), {}
+
     @property
     def schedules(self) -> Mapping[str, Schedule]:
         """The numbers that change with training, by the name under which they are logged."""
@@ -48,6 +53,11 @@ class Target(ABC):
     @property
     def coefficients(self) -> Mapping[str, float] | None:
         """Role -> factor on its logits, for the coming step; None if the target is not linear in the logits."""
+        return None
+
+    @property
+    def gate(self) -> Gate | None:
+        """What is added to the ``coefficients`` with a weight per token, for the coming step; None: nothing."""
         return None
 
     @property

@@ -1,4 +1,4 @@
-"""What the log says before training: the models that are not loaded, and one row as it will be trained."""
+"""Log lines before training: the models that are not loaded, and one row as it will be trained."""
 
 from __future__ import annotations
 
@@ -47,18 +47,24 @@ def _listed(roles: Sequence[str]) -> str:
 
 
 def preview_data(data: DataConfig, train: EncodedSet, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Log the first training row as it will be trained, as ``data.preview`` says."""
+    """Log the first training row as it will be trained, or the prompt to answer, as ``data.preview`` says."""
     if data.preview == "none" or not len(train):
         return
     row = train[0]
     in_colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    text = preview_row(row, tokenizer, ids=data.preview == "ids", marks=COLOUR if in_colour else BRACKETS)
+    if not count_trained(row):
+        log.info(
+            "The first prompt that the student answers (row %d, %d tokens):\n%s", row.row_id, len(row.input_ids), text
+        )
+        return
     log.info(
         "The first training row (row %d, %d tokens); the %d trained tokens are %s:\n%s",
         row.row_id,
         len(row.input_ids),
         count_trained(row),
         "green" if in_colour else f"in {BRACKETS.before} {BRACKETS.after}",
-        preview_row(row, tokenizer, ids=data.preview == "ids", marks=COLOUR if in_colour else BRACKETS),
+        text,
     )
 
 

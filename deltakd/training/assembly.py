@@ -81,7 +81,7 @@ def load_parts(settings: RunSettings, directory: RunDirectory) -> Parts:
         settings.data.make_files()
         tokenizer = open_tokenizer(settings.model, directory.path / "tokenizer")
         vocabulary = shared_vocabulary(settings.model, settings.specs, tokenizer)
-        sets = settings.data.load(tokenizer)
+        sets = settings.data.load(tokenizer, prompts_only=settings.rollout.own_rows_alone)
         settings.data.check_lengths(sets)
         check_tokens(sets, tokenizer, vocabulary)
         cached = None
@@ -111,12 +111,25 @@ def _read_evaluation(
         trust_remote_code=settings.model.trust_remote_code,
     )
     train_rows = sets.train_rows if isinstance(settings.data, InstructionData) and sets.stream is None else None
-    if sets.stream is not None and settings.evaluation.sets:
-        log.info("The evaluation sets are not looked for in a stream; what data.exclude names is left out of it.")
+    if sets.stream is not None:
+        _warn_of_sets_in_stream(settings)
     answered = sets.val_rows if settings.generates_on_validation else []
     return read_checked_sets(
         settings.evaluation, settings.deviations, settings.data, tokenizer, student, train_rows, answered
     )
+
+
+def _warn_of_sets_in_stream(settings: RunSettings) -> None:
+    """A stream is never searched as a whole; what ``data.exclude`` names is left out of it on the way."""
+    excluded = settings.data.exclude if isinstance(settings.data, InstructionData) else ()
+    open_sets = [entry.source for entry in settings.evaluation.sets.values() if entry.source not in excluded]
+    if open_sets and not settings.evaluation.allow_overlap:
+        remedy = f"; to leave their tasks out: data.exclude=[{','.join(open_sets)}]"
+        log.warning(
+            "Whether rows of a stream are also in the evaluation sets %s is not checked%s.",
+            ", ".join(open_sets),
+            remedy if isinstance(settings.data, InstructionData) else "",
+        )
 
 
 def check_tokens(sets: LoadedSets, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:

@@ -237,13 +237,13 @@ class DistillationModule(L.LightningModule):
         """Make AdamW and its schedule, stepped once per optimiser step."""
         self._warn_of_rounding()
         kind = optimizer_class(self.trainer.strategy)
-        optimizer, scheduler = self.optim.build(self.student, self.total_steps, kind)
+        optimizer, scheduler = self.optim.build(self.student, self.total_steps, kind, self.seed)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _warn_of_rounding(self) -> None:
         # In half precision DeepSpeed adds the updates to float32 weights of its own.
         half = str(self.trainer.precision).startswith(("16", "bf16"))
-        if isinstance(self.trainer.strategy, ZeroStrategy) and half:
+        if (isinstance(self.trainer.strategy, ZeroStrategy) and half) or self.optim.half_weights != "nearest":
             return
         found = rounding_warning(self.student.parameters(), self.optim.lr)
         if found and self.trainer.is_global_zero:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Gt, Len, Lt
 from torch import nn
 from transformers import get_scheduler
+
+from deltakd.training.half_precision import HALF, HalfPrecisionAdamW
 
 #: An update of AdamW is about ``lr``. Below this it is mostly smaller than half of the last of bfloat16's 8 bits in a
 #: usual weight (0.02), and rounded away.
@@ -23,13 +25,14 @@ def rounding_warning(parameters: Iterable[nn.Parameter], lr: float) -> str | Non
         parameters: of the student, as the optimiser will change them.
         lr: peak learning rate.
     """
-    half = {p.dtype for p in parameters if p.requires_grad} & {torch.bfloat16, torch.float16}
+    half = {p.dtype for p in parameters if p.requires_grad} & set(HALF)
     if not half or lr >= _LEAST_LR_IN_HALF:
         return None
     named = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in half))
     return (
         f"the student's weights are {named}, and with optim.lr={lr:g} most updates are too small for it: they are "
-        "rounded away. Give model.student.dtype=float32 with trainer.precision=bf16-mixed, or a higher optim.lr"
+        "rounded away. Give optim.half_weights=masters (or stochastic, which takes less memory, for bfloat16), "
+        "model.student.dtype=float32 with trainer.precision=bf16-mixed, or a higher optim.lr"
     )
 
 
@@ -45,6 +48,9 @@ class AdamW:
         schedule: a name for transformers' ``get_scheduler``: cosine, linear, constant_with_warmup, ...
         schedule_options: options of that schedule, such as ``min_lr_rate`` for cosine_with_min_lr.
         warmup_steps: optimiser steps from 0 to ``lr``; a number below 1 is a fraction of all steps.
+        half_weights: how updates reach bfloat16 and float16 weights. ``nearest``: PyTorch's AdamW; small ones are
+            rounded away. ``masters``: each weight has a float32 copy that is updated, and is its rounding.
+            ``stochastic`` (bfloat16): rounded up or down at random, right on average. Moments are then in float32, too.
     """
 
     lr: Annotated[float, Gt(0)] = 5e-4
@@ -54,6 +60,7 @@ class AdamW:
     schedule: str = "cosine"
     schedule_options: Mapping[str, Any] = field(default_factory=dict)
     warmup_steps: Annotated[float, Ge(0)] = 0
+    half_weights: Literal["nearest", "masters", "stochastic"] = "nearest"
 
     def problems(self) -> list[str]:
         """Return what is wrong with ``optim``, one sentence each."""
@@ -68,14 +75,19 @@ class AdamW:
         return found
 
     def build(
-        self, model: nn.Module, total_steps: int, kind: type[torch.optim.Optimizer] = torch.optim.AdamW
+        self,
+        model: nn.Module,
+        total_steps: int,
+        kind: type[torch.optim.Optimizer] = torch.optim.AdamW,
+        seed: int = 0,
     ) -> tuple[torch.optim.Optimizer, Any]:
         """Return the optimiser over the trainable parameters, and its scheduler, stepped once per optimiser step.
 
         Args:
             model: the student.
             total_steps: optimiser steps in the whole run.
-            kind: an implementation of AdamW with PyTorch's arguments.
+            kind: an implementation of AdamW with PyTorch's arguments; for ``half_weights=nearest``.
+            seed: of the noise of stochastic rounding.
         """
         trainable = [p for p in model.parameters() if p.requires_grad]
         groups = [
@@ -83,7 +95,11 @@ class AdamW:
             {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
         ]
         options: dict[str, Any] = {"lr": self.lr, "betas": (self.betas[0], self.betas[1]), "eps": self.eps}
-        optimizer = kind([g for g in groups if g["params"]], **options)
+        given = [group for group in groups if group["params"]]
+        if self.half_weights == "nearest":
+            optimizer = kind(given, **options)
+        else:
+            optimizer = HalfPrecisionAdamW(given, **options, half_weights=self.half_weights, seed=seed)
         warmup = self.warmup_steps if self.warmup_steps >= 1 else self.warmup_steps * total_steps
         scheduler = get_scheduler(self.schedule, optimizer, round(warmup), total_steps, dict(self.schedule_options))
         return optimizer, scheduler

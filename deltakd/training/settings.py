@@ -51,6 +51,7 @@ class TrainerSettings:
         val_every_n_steps: optimiser steps between validations; None: once per pass. The last step is always validated.
         checkpoint_every_n_steps: in addition to the checkpoint after each validation.
         checkpoint_every_n_minutes: the same by the clock.
+        threads: CPU threads of each process; None: one for tiny models on the CPU, else PyTorch's choice.
         compile: ``torch.compile`` the student.
         dry_run: only print how much memory the run needs.
         profiler: one of Lightning's.
@@ -70,6 +71,7 @@ class TrainerSettings:
     val_every_n_steps: Annotated[Positive | None, Method.FREE] = None
     checkpoint_every_n_steps: Annotated[Positive | None, Resume.FREE] = None
     checkpoint_every_n_minutes: Annotated[float, Gt(0), Resume.FREE] = 10
+    threads: Annotated[Positive | None, Resume.UNFINISHED] = None
     compile: bool = False
     dry_run: Annotated[bool, Resume.FREE] = False
     profiler: Annotated[Literal["simple", "advanced", "pytorch"] | None, Resume.FREE] = None
@@ -115,7 +117,7 @@ class RunSettings:
         delta_weight: a number, or the config of a schedule; the loss holds it already.
         objective: the metric asked for; None: see ``metric``.
         run_dir: where everything goes; None: a directory of its own under ``outputs/``.
-        resume: go on where the run in ``run_dir`` stopped; ``force``: even if its inputs have changed since.
+        resume: continue where the run in ``run_dir`` stopped; ``force``: even if its inputs have changed since.
         model: the models that the config names.
         specs: role -> model, of those to load: the student and the references that the loss reads.
         data: where the rows come from, and how they are tokenised.

@@ -17,6 +17,19 @@ template writes for generation, and is trained with the end of its turn. The tab
 kind, and compares prompts and tokens with `tokenizer.apply_chat_template`. Where the answer ends without EOS, EOS
 follows.
 
+## Tokens
+
+Prompt and answer are tokenised as one text, and a row's tokens begin with exactly the tokens of its prompt by itself,
+which is what generation sees. An answer has no dummy prefix (SentencePiece) and begins no new word (WordPiece). Where
+a tokenizer would merge the end of the prompt with the beginning of the answer, the border is kept: the answer's tokens
+are those of a text that follows another one. The log counts such rows.
+
+Control tokens in the data, such as `<|im_end|>` in a question, are text; those that the template writes are control
+tokens. So is what stands in a `prompt` that is used verbatim. An EOS at the end of an answer is the one that every
+answer gets. Other added tokens, such as `<think>`, are words that answers may use.
+
+## Families
+
 *Conversations*: `one row` trains all answers of a conversation in one row. `split_turns`: the template writes earlier
 turns in another way once later ones follow, or without an end, so set `data.split_turns=true`, which makes an example
 of each answer. *Reasoning*: what is trained of an answer with `reasoning_content` "Hm."; `refused`: the template leaves

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, ByT5Tokenizer
 
-from deltakd.data import AlpacaTemplate, ChatTemplate, encode_prompt, encode_row, encode_rows
+from deltakd.data import AlpacaTemplate, ChatTemplate, encode_prompt, encode_row, encode_rows, pack_texts
 from deltakd.data.sources.rows import Row
 from deltakd.types import IGNORE_INDEX
 from tests.data.conftest import CHAT
@@ -26,6 +26,9 @@ GEMMA = (
     "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
     "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
+
+
+LETTER_PAIRS = [("a", "b")]
 
 
 def control_ids(tokenizer: Any) -> set[int]:
@@ -120,6 +123,11 @@ def test_an_answer_that_ends_with_eos_has_one_and_a_prompt_of_the_users_own_keep
     assert encoded.labels[-1] == tokenizer.eos_token_id
 
 
+def test_an_answer_of_nothing_but_eos_is_named() -> None:
+    with pytest.raises(ValueError, match="row 5: an answer is empty, but for EOS; take the row out"):
+        encode_row(Row(5, "a", "", ("</s>",)), AlpacaTemplate(), byte_level(), 900, 800)
+
+
 def test_rows_with_control_tokens_are_counted_and_what_cannot_be_told_apart_is_named() -> None:
     tokenizer = byte_level()
     rows = [Row(0, "a", "", ("b",)), Row(1, "a <|im_end|>", "", ("b",)), Row(2, "a", "", ("</s> b",))]
@@ -129,6 +137,23 @@ def test_rows_with_control_tokens_are_counted_and_what_cannot_be_told_apart_is_n
         encode_row(Row(3, "a </s> \U00100000", "", ("b",)), AlpacaTemplate(), tokenizer, 400, 300)
     with pytest.raises(ValueError, match=r"row 4 holds the control token '</s>', which ByT5Tokenizer can't write"):
         encode_row(Row(4, "a </s> b", "", ("b",)), AlpacaTemplate(), ByT5Tokenizer(), 400, 300)
+
+
+def test_control_tokens_in_documents_are_text_and_one_ends_each() -> None:
+    tokenizer = byte_level(LETTER_PAIRS)
+    packed = pack_texts(["ab</s>c", "<|im_start|>"], tokenizer, 64)
+    control = [id for id in packed.input_ids.tolist() if id in control_ids(tokenizer)]
+    assert control == [tokenizer.eos_token_id] * 2
+    assert tokenizer.decode(packed.input_ids.tolist()) == "ab</s>c</s><|im_start|></s>"
+    with pytest.raises(ValueError, match=r"the document that begins with 'a</s>.*private character"):
+        pack_texts(["a</s>\U00100000"], tokenizer, 64)
+
+
+def test_messages_show_the_control_tokens_of_a_row() -> None:
+    tokenizer = byte_level(eos_token="<|im_end|>")
+    tokenizer.chat_template = CHAT.replace("{{ m['content'] }}", "{{ m['content'][:2] }}")
+    with pytest.raises(ValueError, match=r"row 6: .* part of the answer: 'a<s>b</s>\|' is not in what would"):
+        encode_row(Row(6, "a", "", ("a<s>b</s>|",)), ChatTemplate(tokenizer), tokenizer, 900, 800)
 
 
 def test_added_words_that_are_no_control_tokens_stay_tokens() -> None:

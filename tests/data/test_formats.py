@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 
 from deltakd.data import InstructionData, Row, read_rows, read_texts
-from deltakd.data.sources.records import missing_sources
+from deltakd.data.sources.records import Problems, missing_sources
 
 Write = Callable[[str, Any], str]
 
@@ -213,3 +213,17 @@ def test_unknown_names_of_columns_are_a_problem_of_the_config(tmp_path: Path) ->
     data = InstructionData(train=written(tmp_path / "a.jsonl"), columns={"respons": "x"})
     (problem,) = data.problems()
     assert problem.startswith("data.columns has 'respons', which is no name of ours; allowed: instruction, input, resp")
+
+
+def test_bad_lines_of_one_cause_stand_together_and_no_cause_is_lost() -> None:
+    problems = Problems("data")
+    for message in ("a:1: x: y", "row 1 has tools", "a:2: x: y", "row 2 has tools", "a:3: z"):
+        problems.add(message)
+    with pytest.raises(ValueError, match=r"5 bad") as caught:
+        problems.raise_any()
+    assert str(caught.value).splitlines()[1:] == [
+        "  a:1, a:2: x: y",
+        "  row 1 has tools",
+        "  row 2 has tools",
+        "  a:3: z",
+    ]

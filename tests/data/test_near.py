@@ -30,7 +30,7 @@ def counted(texts: list[Words]) -> Counter[Words]:
 
 
 def by_definition(a: Words, b: Words, count: Counter[Words], texts: int) -> float | None:
-    """The similarity of two of so many texts by the words of the definition, or None."""
+    """The similarity of two of ``count`` texts by the definition, or None."""
     if a == b:
         return 1.0
     one, other = grams(a), grams(b)
@@ -70,9 +70,10 @@ def test_the_search_finds_what_the_definition_finds_and_nothing_else(
     left, right = ({words_of(text) for text in texts} for texts in (few, many))
     every = {(a, b): by_definition(a, b, count, len(different)) for a in left for b in right}
     expected = {pair: similarity for pair, similarity in every.items() if similarity is not None}
-    with Corpus() as corpus:
-        places = [corpus.add(few), corpus.add(text.upper() for text in many)]
-        numbers, found = corpus.near(*places)
+    corpus = Corpus()
+    corpus.add(random_text(rng) for _ in range(100))
+    places = [corpus.add(few), corpus.add(text.upper() for text in many)]
+    numbers, found = corpus.near(*places)
     words = dict(zip(numbers[np.concatenate(places)].tolist(), map(words_of, few + many), strict=True))
     assert {(words[a], words[b]): value for b, some in found.items() for a, value in some.items()} == expected
     assert any(similarity < 1 for similarity in expected.values())

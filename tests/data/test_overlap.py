@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from deltakd.data import find_overlaps, known_overlaps, read_rows
+from deltakd.data import OverlapSearch, find_overlaps, read_rows
 from deltakd.data.sources import overlap
 from deltakd.data.sources.overlap import overlapping
 from deltakd.data.sources.rows import Row
@@ -108,8 +108,17 @@ def test_text_without_spaces_is_compared_by_its_characters() -> None:
 def test_overlaps_are_looked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, others = [Row(0, LONG), Row(1, "Who wrote Emma?")], [Row(7, LONG + " today")]
     found = find_overlaps(asked, others)
-    assert known_overlaps(asked, others, None) == known_overlaps(asked, others, tmp_path) == found != []
+    assert OverlapSearch(others, tmp_path).overlaps(asked) == found != []
     monkeypatch.setattr(overlap, "_Search", None)
-    assert known_overlaps(asked, others, tmp_path) == found
+    assert OverlapSearch(others, tmp_path).overlaps(asked) == found
     with pytest.raises(TypeError):
-        known_overlaps(asked, [*others, Row(8, "Who wrote Emma?")], tmp_path)
+        OverlapSearch([*others, Row(8, "Who wrote Emma?")], tmp_path).overlaps(asked)
+
+
+def test_sets_that_are_compared_one_after_the_other_do_not_count_for_each_other() -> None:
+    stem = " ".join(f"stem{n}" for n in range(20))
+    others = [Row(n, f"{stem} end{n}", "given") for n in range(4)]
+    asked = [[Row(0, f"{stem} end1", "given")], [Row(n, f"{stem} last{n}", f"text {n}") for n in range(9)]] * 2
+    search = OverlapSearch(others)
+    assert [search.overlaps(rows) for rows in asked] == [find_overlaps(rows, others) for rows in asked]
+    assert search.overlaps(asked[0]) != []

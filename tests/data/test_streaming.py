@@ -185,9 +185,11 @@ def test_the_run_ends_with_the_passes_and_says_so(folder: Path, tokenizer: PreTr
     assert len(one) == 2000
     assert len(list(one)) == 2 * 5  # 17 rows in steps of 4: the last takes 3 of the next pass
     assert one.total_steps == 5
-    assert one.counts == Counts(rows=17, examples=20, tokens=one.counts.tokens)
+    assert one.counts == Counts(rows=20, examples=20, tokens=one.counts.tokens)
     cut = loader(made, max_epochs=1, max_steps=3)
     assert len(list(cut)) == len(cut) == 6
+    # Of the rows drawn together with those of the last step, only these count.
+    assert cut.counts[:2] == (12, 12)
 
 
 def test_limit_keeps_the_first_rows_of_every_pass(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -200,16 +202,20 @@ def test_limit_keeps_the_first_rows_of_every_pass(folder: Path, tokenizer: PreTr
 def test_tasks_of_other_sets_are_left_out_and_counted(
     folder: Path, write: Callable[[str, Any], str], tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    banned = write("test.jsonl", [{"instruction": "4 SAY"}, {"instruction": "9 say"}])
+    long = "which of the seven planets is the one that has rings of ice around it"
+    near = [{"instruction": f"say {long}", "output": "x"}]
+    (folder / "9.jsonl").write_text("".join(json.dumps(row) + "\n" for row in near))
+    banned = write("test.jsonl", [{"instruction": "4 SAY"}, {"instruction": "9 say"}, {"instruction": long}])
     val = write("val.jsonl", rows(1))
-    indexed = settings(sorted(map(str, folder.glob("[024].*"))), streaming=False, exclude=[banned], val=val)
-    made = settings(folder, exclude=[banned], val=val).load(tokenizer)
+    indexed = settings(sorted(map(str, folder.glob("[0249].*"))), streaming=False, exclude=[banned], val=val)
+    made = settings(folder, exclude=[banned], val=val, shuffle_buffer=100).load(tokenizer)
     batches = loader(made, batch_size=1, accumulate=1, max_epochs=1)
     answered = {tokenizer.decode(row).split(" say")[0] for batch in batches for row in batch.input_ids.tolist()}
     assert len(answered) == 14
-    assert batches.counts.excluded == 3
+    # Two tasks, a near duplicate, and a row of the validation set.
+    assert batches.counts.excluded == 4
     read = indexed.split()
-    assert (len(read.train), read.excluded) == (13, 3)
+    assert (len(read.train), read.excluded) == (13, 4)
 
 
 def test_bad_shards_are_named_when_they_are_read(

@@ -41,7 +41,7 @@ def test_budget_is_shared_by_all_documents(tokenizer: PreTrainedTokenizerFast, m
 
 def test_cache(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = pack_texts(["abcd", "efg"], tokenizer, 5, tmp_path)
-    monkeypatch.setattr(packing, "plain_tokens", None)
+    monkeypatch.setattr(packing, "TextEncoder", None)
     again = pack_texts(["abcd", "efg"], tokenizer, 5, tmp_path)
     assert list(first) == list(again)
     assert first.fingerprint == again.fingerprint

@@ -1,4 +1,4 @@
-"""Real processes: every strategy gives the numbers of one process, and goes on where it stopped.
+"""Real processes: every strategy gives the numbers of one process, and resumes where it stopped.
 
 A few run always; the rest are slow (`make test-slow`).
 """
@@ -51,7 +51,7 @@ def warm() -> None:
 
 
 def train(overrides: list[str], directory: Path) -> list[str]:
-    """What the log says."""
+    """The log."""
     warnings.simplefilter("ignore")
     said: list[str] = []
     handler = logging.Handler()
@@ -62,7 +62,7 @@ def train(overrides: list[str], directory: Path) -> list[str]:
 
 
 def run(world: World, directory: Path, loss: str, ranks: int, *overrides: str) -> Path:
-    """A training on so many CPU processes; its directory."""
+    """Train on ``devices`` CPU processes; return the run's directory."""
     log_of(world, directory, loss, ranks, *overrides)
     return directory
 
@@ -182,6 +182,28 @@ def test_an_adapter_switched_off_is_the_raw_student(strategy: str, world: World,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("half_weights", ["masters", "stochastic"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_half_precision_weights_go_on(strategy: str, half_weights: str, world: World, tmp_path: Path) -> None:
+    """Masters and moments are restored in float32, whole or in parts: the run ends as if it had not stopped."""
+    options = [
+        *chosen(strategy),
+        "model.student.dtype=bfloat16",
+        f"optim.half_weights={half_weights}",
+        "optim.lr=1e-4",
+        "trainer.checkpoint_every_n_steps=2",
+        "trainer.val_every_n_steps=6",
+    ]
+    stopped = run(world, tmp_path / "run", "kd", 2, *options)
+    losses, student = metrics(stopped, "train/loss"), load_file(stopped / "student" / "model.safetensors")
+    drop_last(stopped, 4)
+    run(world, stopped, "kd", 2, *options, "resume=true")
+    assert metrics(stopped, "train/loss") == losses
+    again = load_file(stopped / "student" / "model.safetensors")
+    assert all(torch.equal(again[name], value) for name, value in student.items())
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [2, 1])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "deepspeed_zero2", "deepspeed_zero3"])
 def test_an_adapter_goes_on(strategy: str, after: int, world: World, tmp_path: Path) -> None:
@@ -236,7 +258,7 @@ def test_a_checkpoint_cut_in_half_is_told_and_the_one_before_it_used(
     os.truncate(damaged, damaged.stat().st_size // 2)
     unfinish(whole)
     said = log_of(world, whole, "delta_kd", 2, *options, "resume=true")
-    assert any("The run goes on from the one before it, step 4" in message for message in said), said
+    assert any("The run continues from the one before it, step 4" in message for message in said), said
     torch.testing.assert_close(metrics(whole, "train/loss"), losses, rtol=1e-6, atol=0)
     resumed = load_file(whole / "student" / "model.safetensors")
     for key in student:

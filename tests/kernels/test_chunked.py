@@ -13,7 +13,7 @@ from deltakd.kernels import chunked_loss
 from deltakd.kernels.blocks import BLOCK_BYTES
 from deltakd.losses import Distillation, ForwardKL, SupervisedFineTuning, delta_target
 from deltakd.types import Head, HeadLogits, Loss
-from tests.losses.by_name import NAMES, variants
+from tests.losses.by_name import NAMES, loss_named, variants
 
 N, V = 13, 37
 LOSSES = {"sft": SupervisedFineTuning(), "delta_kd": Distillation(delta_target(0.7), ForwardKL(), 1.5, 0.3)}
@@ -104,6 +104,25 @@ def test_every_loss_by_name(name: str, dtype: torch.dtype, tolerance: float, opt
         actual = gradients(total, heads["student"])
         for ours, theirs in zip(actual, gradients(expected, heads["student"]), strict=True):
             assert_near(ours, theirs, tolerance)
+
+
+@pytest.mark.parametrize("name", ["kd_reverse", "delta_kd_reverse", "delta_gated"])
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.7, "ce_weight": 0.0}], ids=str)
+def test_a_gradient_by_hand_against_differences(name: str, options: dict[str, Any]) -> None:
+    """Central differences of the summed loss w.r.t. single hidden states and weights, in float64."""
+    loss, heads = loss_named(name, delta_weight=0.7, **options), make_heads(torch.float64)
+    student = heads["student"]
+    assert loss.fused_form is not None
+    total, _ = chunked_loss(loss, heads, labels(), 5)
+    for tensor, gradient in zip((student.hidden, student.weight), gradients(total, student), strict=False):
+        flat = tensor.detach().view(-1)
+        for at in range(0, len(flat), 7):
+            sides = []
+            for step in (1e-5, -1e-5):
+                flat[at] += step
+                sides.append(plain(loss, heads, labels()).item())
+                flat[at] -= step
+            assert gradient.view(-1)[at].item() == pytest.approx((sides[0] - sides[1]) / 2e-5, rel=1e-5, abs=1e-7)
 
 
 def numpy_logits(head: Head) -> np.ndarray:

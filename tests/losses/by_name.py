@@ -56,7 +56,7 @@ def variants(name: str) -> list[Loss]:
 
 
 def _treatment_key(name: str) -> str | None:
-    if name.startswith("delta_"):
+    if name.startswith("delta_") and name != "delta_gated":
         return "target__treatment"
     if name.startswith("parallel_") or name == "kd_plus_delta":
         return "matching__treatment"

@@ -1,4 +1,4 @@
-"""What a loss says of itself: defaults of the base class, answers composed from the parts, plug-ins of one's own."""
+"""What a loss says of itself: defaults of the base class, answers composed from the parts, plug-ins of users."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from deltakd.losses import (
     DistillationPlusMatching,
     Divergence,
     ForwardKL,
+    JensenShannon,
     LogitMatching,
     LogitMSE,
     Matching,
@@ -27,9 +28,10 @@ from deltakd.losses import (
     Target,
     Treatment,
     delta_target,
+    gated_delta_target,
     teacher_target,
 )
-from deltakd.types import Head, LinearForwardKL, Loss, LossOutput, require_kind
+from deltakd.types import Gate, Head, LinearKL, Loss, LossOutput, require_kind
 
 CLIPPED = Treatment(clip=2.0)
 ALIKE = "weighs all tokens of the vocabulary alike"
@@ -38,7 +40,7 @@ RATIO = "a ratio of two models is compared on plausible tokens one by one"
 
 
 class Squared(Loss):
-    """One property and one method: all that a loss of one's own needs."""
+    """One property and one method: all that a user's loss needs."""
 
     requires = frozenset({"teacher"})
 
@@ -110,12 +112,19 @@ def test_parts_of_your_own_are_parts_like_others() -> None:
     assert matching.requires == {"teacher"}
 
 
-def test_only_an_untreated_target_under_forward_kl_has_a_fused_form() -> None:
+def test_an_untreated_target_under_forward_or_reverse_kl_has_a_fused_form() -> None:
     loss = Distillation(delta_target(0.25), ForwardKL(), 2.0, 0.3, temperature_squared=True)
     coefficients = {"teacher": 1.0, "student_raw": 0.25, "teacher_raw": -0.25}
-    assert loss.fused_form == LinearForwardKL(coefficients, 2.0, 0.3, 4.0, "forward_kl")
+    assert loss.fused_form == LinearKL(coefficients, 2.0, 0.3, 4.0, "forward_kl")
     assert Distillation(delta_target(0.25, CLIPPED), ForwardKL()).fused_form is None
-    assert Distillation(delta_target(0.25), ReverseKL()).fused_form is None
+    reverse = Distillation(delta_target(0.25), ReverseKL()).fused_form
+    assert reverse == LinearKL(coefficients, 1.0, 0.5, 1.0, "reverse_kl", reverse=True)
+    assert Distillation(delta_target(0.25), JensenShannon()).fused_form is None
+    gated = Distillation(gated_delta_target(0.25, 2.0), ForwardKL()).fused_form
+    gate = Gate(2.0, "teacher", "teacher_raw", {"student_raw": 0.25, "teacher_raw": -0.25}, "delta_gate")
+    assert gated == LinearKL({"teacher": 1.0}, 1.0, 0.5, gate=gate)
+    assert gated.kind == "gated"
+    assert Distillation(gated_delta_target(0.0), ForwardKL()).fused_form == LinearKL({"teacher": 1.0}, 1.0, 0.5)
     # λ = 1 is SFT, whatever the rest.
     assert Distillation(delta_target(0.25, CLIPPED), ReverseKL(), ce_weight=1.0).fused_form is not None
 

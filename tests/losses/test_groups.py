@@ -31,6 +31,7 @@ from deltakd.losses import (
     TotalVariation,
     bilinear_target,
     delta_target,
+    gated_delta_target,
     multi_teacher_target,
     shift_target,
     taid_target,
@@ -44,6 +45,7 @@ TARGETS: Mapping[str, Callable[[], Target]] = {
     "delta": lambda: delta_target(WEIGHT),
     "shift": lambda: shift_target(WEIGHT),
     "bilinear": lambda: bilinear_target(WEIGHT, 1.0),
+    "gated": lambda: gated_delta_target(WEIGHT, 1.0),
     "taid": lambda: taid_target(0.4, 1.0, 5e-4, 0.99),
     "multi_teacher": lambda: multi_teacher_target([0.5, 0.5], WEIGHT),
 }

@@ -1,4 +1,4 @@
-"""Losses of sampled tokens: the identities (a) to (g) of DESIGN 3.8 by enumeration, NumPy oracles, clipping, values."""
+"""Losses of sampled tokens: identities (a) to (g) of docs/design.md by enumeration, NumPy oracles, clipping, values."""
 
 from __future__ import annotations
 

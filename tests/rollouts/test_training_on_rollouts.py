@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from deltakd.config.build import make_settings
 from deltakd.config.compose import compose_config
 from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
+from deltakd.rollouts.samples import read_samples
 from deltakd.training.module import DistillationModule
 from deltakd.training.run import run_training
 from deltakd.types import Batch
@@ -50,6 +53,21 @@ def test_the_student_moves_to_its_target_on_its_own_responses(train: Train, shar
     assert all(0 < length <= 6 for length in column(run, "rollout/response_length"))
     assert all(0 <= part <= 1 for part in column(run, "rollout/finished_fraction"))
     assert column(run, "rollout/entropy") == column(run, "train/ce")
+
+
+def test_some_responses_are_kept_as_text(train: Train) -> None:
+    run = train("kd", *ON_POLICY, "trainer.val_every_n_steps=2", "trainer.max_steps=3")
+    totals = run.read_summary()["meta"]["rollouts"]
+    assert totals["tokens"] == round(4 * sum(column(run, "rollout/response_length")))
+    assert totals["seconds"] > 0
+    samples = read_samples(run.path)
+    assert list(samples) == [2, 3]
+    for records in samples.values():
+        assert len(records) == 4
+        for record in records:
+            assert record["prompt"].endswith(">")
+            assert 1 <= record["output_tokens"] <= 6
+            assert record["finished"] or record["output_tokens"] == 6
 
 
 def test_prompts_are_those_of_the_data_and_responses_are_not(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,3 +191,19 @@ def test_what_cannot_work_is_said_before_anything_is_loaded(
 def test_a_step_that_is_no_multiple_of_its_responses_is_refused(train: Train) -> None:
     with pytest.raises(ValueError, match=r"4 rows, which is no multiple of rollout\.per_prompt = 3"):
         train("sft", *ON_POLICY, "rollout.per_prompt=3")
+
+
+def test_rows_need_no_response(train: Train, world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """Prompts alone, and conversations that end with the user; one with answers is answered at its last turn."""
+    turns = [("user", "one two"), ("assistant", "three"), ("user", "four five")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    rows = [{"prompt": f"one two {n}>"} for n in range(6)] + [{"messages": messages}] * 2
+    file = world.root / "prompts.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with caplog.at_level("INFO"):
+        run = train("kd", *ON_POLICY, f"data.train={file}", "trainer.max_steps=2")
+    assert len(column(run, "train/loss")) == 2
+    assert "8 prompts, which the student answers" in caplog.text
+    assert re.search(r"The first prompt that the student answers \(row 0, \d+ tokens\):\none two 0>", caplog.text)
+    with pytest.raises(ValueError, match="response"):
+        train("kd", "data.val=null", f"data.train={file}", name="given")

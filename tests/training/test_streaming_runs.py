@@ -12,9 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from deltakd.config.build import make_settings
+from deltakd.config.compose import compose_config
 from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
-from tests.tiny import World, make_rows, write_rows
+from deltakd.training.run import run_training
+from tests.distributed.processes import on_ranks
+from tests.tiny import World, make_rows, save_model, write_rows
 from tests.training.test_interruption import start, wait_for_step
 
 
@@ -39,11 +43,9 @@ def test_a_run_over_a_stream_ends_with_its_passes(
     options = (f"data.train={shards}", "data.streaming=true", "trainer.max_epochs=1", "trainer.max_steps=100")
     run = train("delta_kd", *options, "trainer.val_every_n_steps=4", "evaluation.generate=false")
     summary = run.read_summary()
-    rows = summary["meta"]["data"]["train_rows"]
-    excluded = summary["meta"]["data"]["excluded"]
-    assert rows == 39
-    steps = -(-(39 - excluded) // 4)
-    assert summary["meta"]["data"]["train/examples"] == 4 * steps
+    counts = summary["meta"]["data"]
+    steps = -(-(39 - counts["excluded"]) // 4)
+    assert counts["train/examples"] == 4 * steps == counts["train_rows"] - counts["excluded"]
     assert f"end with step {steps} of trainer.max_steps=100" in caplog.text
     # The last step is validated, though it is no fourth one; and the run is finished there.
     assert steps % 4
@@ -102,3 +104,34 @@ def test_a_run_does_not_go_on_with_other_shards_unless_it_is_told_to(
         assert part in problem
     run = train("delta_kd", *options, "trainer.max_steps=6", "resume=force")
     assert len(run.read_summary()["meta"]["changed_inputs"]) == 1
+
+
+def run(arguments: list[str], directory: Path) -> None:
+    run_training(make_settings(compose_config("train", arguments)), directory)
+
+
+@pytest.mark.slow
+def test_two_ranks_train_on_the_steps_of_one_and_end_together(shards: Path, world: World, tmp_path: Path) -> None:
+    options = (
+        *STREAM,
+        f"data.train={shards}",
+        "trainer.max_epochs=2",
+        "trainer.max_steps=100",
+        "trainer.devices=2",
+        "trainer.accelerator=cpu",
+        "strategy=ddp",
+        "data.batch_size=2",
+        # Each rank draws its own dropout.
+        f"model.student.path={save_model(tmp_path / 'plain', seed=1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)}",
+        "optim.lr=0.001",
+    )
+    two, one = tmp_path / "two", tmp_path / "one"
+    on_ranks(2, run, world.overrides(two, "delta_kd", *options), two)
+    run(world.overrides(one, "delta_kd", *options, "trainer.devices=1", "strategy=auto", "data.batch_size=4"), one)
+    records = []
+    for directory in (two, one):
+        with (directory / "metrics.csv").open() as file:
+            records.append([float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]])
+    assert len(records[0]) == len(records[1]) == -(-2 * 39 // 4)
+    assert records[0] == pytest.approx(records[1], rel=1e-4)
+    assert RunDirectory(two).read_summary()["meta"]["data"] == RunDirectory(one).read_summary()["meta"]["data"]

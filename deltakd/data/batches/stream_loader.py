@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any, final
 
 from deltakd.data.batches.loader import collate
-from deltakd.data.batches.windows import Pool, Windows
-from deltakd.data.encoding.example_stream import Counts, Example, ExampleStream, Mark
+from deltakd.data.batches.windows import Pool, Step, Windows
+from deltakd.data.encoding.example_stream import Counts, ExampleStream, Mark
 from deltakd.types import Batch
 
 #: Optimiser steps that wait, tokenised and padded, for the training.
@@ -27,7 +27,7 @@ class _MadeStep:
         number: of the step, from 0.
         batches: this rank's micro-batches.
         window: first step of its window, and where the window begins.
-        counts: of the stream at the end of its window.
+        counts: of the rows of all steps up to this one.
         is_last: no step comes after it, since the passes asked for are over.
     """
 
@@ -136,19 +136,21 @@ class StreamLoader:
             window = self._windows.draw(pool, step)
             over = self._epochs is not None and window.end.epoch >= self._epochs
             last = step + len(window.steps) - 1
+            counts = window.begin.counts
             for micro_batches in window.steps:
+                counts = counts.with_all(row.counts for rows in micro_batches for row in rows)
                 if start <= step < self.total_steps:
                     batches, at = self._collate(micro_batches, step), (window.first_step, window.begin)
-                    yield _MadeStep(step, batches, at, window.end.counts, over and step == last)
+                    yield _MadeStep(step, batches, at, counts, over and step == last)
                 step += 1
             if over:
                 return
 
-    def _collate(self, micro_batches: list[list[Example]], step: int) -> list[Batch]:
-        tokens = sum(row.valid_tokens for rows in micro_batches for row in rows)
+    def _collate(self, micro_batches: Step, step: int) -> list[Batch]:
+        tokens = sum(row.example.valid_tokens for rows in micro_batches for row in rows)
         # Neighbouring micro-batches go to different ranks, as in the samplers.
         own = micro_batches[self._rank :: self._world_size]
-        return [collate(rows, self._pad_id, step, tokens) for rows in own]
+        return [collate([row.example for row in rows], self._pad_id, step, tokens) for rows in own]
 
 
 class _Ahead:

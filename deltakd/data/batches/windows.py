@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import NamedTuple, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,10 +14,18 @@ from numpy.typing import NDArray
 from deltakd.data.batches.budget import pack, starts_of
 from deltakd.data.batches.sampler import WINDOW_STEPS
 from deltakd.data.batches.stream import shuffled_steps
-from deltakd.data.encoding.example_stream import Drawn, Example, Mark
+from deltakd.data.encoding.example_stream import Counts, Drawn, Example, Mark
+
+
+class Taken(NamedTuple):
+    """An example, and what became of the rows between its beginning and the next one's."""
+
+    example: Example
+    counts: Counts
+
 
 #: The micro-batches of an optimiser step, over all ranks.
-Step = list[list[Example]]
+Step = list[list[Taken]]
 
 
 @dataclass(frozen=True)
@@ -61,11 +69,12 @@ class Pool:
         self.fill(count)
         return np.array([len(drawn.example.input_ids) for drawn in self._drawn[:count]], dtype=np.int64)
 
-    def take(self, count: int) -> list[Example]:
+    def take(self, count: int) -> list[Taken]:
         """Remove and return the first examples."""
-        self.fill(count)
+        self.fill(count + 1)
+        counts = [drawn.mark.counts for drawn in self._drawn[: count + 1]]
         taken, self._drawn = self._drawn[:count], self._drawn[count:]
-        return [drawn.example for drawn in taken]
+        return [Taken(drawn.example, counts[n + 1].since(counts[n])) for n, drawn in enumerate(taken)]
 
     def rest_of_epoch(self, most: int) -> int | None:
         """Return how many examples are left of the first one's pass; None if more than ``most``.
@@ -125,7 +134,7 @@ class RowWindows(Windows):
         size = self.batch_size * self.per_step
         left = pool.rest_of_epoch(self.most_steps * size)
         count = self.most_steps if left is None else min(-(-left // size), self.most_steps)
-        rows = sorted(pool.take(count * size), key=lambda row: len(row.input_ids))
+        rows = sorted(pool.take(count * size), key=lambda row: len(row.example.input_ids))
         micro = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
         return _grouped(micro, self.per_step)
 
@@ -172,9 +181,9 @@ class BudgetWindows(Windows):
         return len(starts_of(np.sort(pool.lengths(count))[::-1], self.max_tokens))
 
 
-def _lengths(rows: Sequence[Example]) -> NDArray[np.int64]:
-    return np.array([len(row.input_ids) for row in rows], dtype=np.int64)
+def _lengths(rows: Sequence[Taken]) -> NDArray[np.int64]:
+    return np.array([len(row.example.input_ids) for row in rows], dtype=np.int64)
 
 
-def _grouped(micro: list[list[Example]], per_step: int) -> list[Step]:
+def _grouped(micro: list[list[Taken]], per_step: int) -> list[Step]:
     return [micro[first : first + per_step] for first in range(0, len(micro), per_step)]

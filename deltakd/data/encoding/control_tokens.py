@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 #: Private characters, one a control token: the first of those that stand in for data, and of the second tokenizer's.
 _DATA, _TEMPLATE = 0x100000, 0x108000
 _PRIVATE = re.compile("[\U00100000-\U0010fffd]")
+#: A run of one of them in a message, as it is or as Python writes it.
+_WRITTEN = re.compile(r"(\\U0010[0-9a-f]{4}|[\U00100000-\U0010fffd])\1*")
 #: How templates write control tokens, special or not: <|user|>, <｜User｜>.
 _BARRED = re.compile(r"<[|｜].*[|｜]>")
 
@@ -44,6 +46,7 @@ class ControlTokens:
         known |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
         self._ids = {text: id for text, id in known.items() if text}
         self._control_ids = set(self._ids.values()) - {tokenizer.unk_token_id}
+        self._names = list(self._ids)
         self._numbers = {text: number for number, text in enumerate(self._ids)}
         longest_first = sorted(self._ids, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
@@ -61,18 +64,28 @@ class ControlTokens:
         row = self._without_eos(row)
         if not any(map(self._pattern.search, _texts(row))):
             return row, False
-        if any(map(_PRIVATE.search, (*_texts(row), row.prompt or ""))):
+        self._check(row.label, (*_texts(row), row.prompt or ""))
+        return _mapped(row, lambda text: self._pattern.sub(self._stand_in(_DATA), text)), True
+
+    def guarded_text(self, text: str) -> tuple[str, bool]:
+        """Do for a plain text, all of which is data, what ``guarded`` does for a row."""
+        if not self._pattern.search(text):
+            return text, False
+        self._check(f"the document that begins with {text[:40]!r}", (text,))
+        return self._pattern.sub(self._stand_in(_DATA), text), True
+
+    def _check(self, what: str, texts: tuple[str, ...]) -> None:
+        if any(map(_PRIVATE.search, texts)):
             raise RowError(
-                f"{row.label} holds a control token of the tokenizer and a private character above U+100000; remove "
-                "one of them"
+                f"{what} holds a control token of the tokenizer and a private character above U+100000; remove one of "
+                "them"
             )
-        if not self._tokenizer.is_fast:
-            found = next(match[0] for match in map(self._pattern.search, _texts(row)) if match)
+        if own_backend(self._tokenizer) is None:
+            found = next(match[0] for match in map(self._pattern.search, texts) if match)
             raise RowError(
-                f"{row.label} holds the control token {found!r}, which {type(self._tokenizer).__name__} can't write as "
+                f"{what} holds the control token {found!r}, which {type(self._tokenizer).__name__} can't write as "
                 "text; remove it, or use a fast tokenizer"
             )
-        return _mapped(row, lambda text: self._pattern.sub(self._stand_in(_DATA), text)), True
 
     def ids(self, texts: list[str], add_special: bool) -> list[list[int]]:
         """Return the ids of rendered texts with stand-ins for the control tokens in data, which become text."""
@@ -80,7 +93,16 @@ class ControlTokens:
         if renamed is None or renamed.names != tuple(self._ids):
             renamed = _renamed[self._tokenizer] = Renamed(self._tokenizer, tuple(self._ids), self._stand_in(_TEMPLATE))
         texts = [self._restored(self._pattern.sub(self._stand_in(_TEMPLATE), text)) for text in texts]
-        return [renamed.ids(text, add_special) for text in texts]
+        return renamed.ids(texts, add_special)
+
+    def readable(self, message: str) -> str:
+        """Return a message about a guarded row with the control tokens themselves in place of their stand-ins."""
+
+        def name(match: re.Match[str]) -> str:
+            number = int(match[1][2:], 16) if match[1][0] == "\\" else ord(match[1])
+            return self._names[number - _DATA] if number - _DATA < len(self._names) else match[0]
+
+        return _WRITTEN.sub(name, message)
 
     def count(self, text: str) -> int:
         """Return how many control tokens the template has written into a rendered text; UNK does not count."""
@@ -93,8 +115,8 @@ class ControlTokens:
     def _restored(self, text: str) -> str:
         for character in set(_PRIVATE.findall(text)):
             number = ord(character) - _DATA
-            if number < len(self._numbers):
-                name = list(self._numbers)[number]
+            if number < len(self._names):
+                name = self._names[number]
                 text = text.replace(character * len(name), name)
         return text
 
@@ -115,6 +137,17 @@ class ControlTokens:
             for turn in row.messages
         ]
         return replace(row, messages=tuple(turns))
+
+
+def own_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Return the Rust tokenizer behind this one; None where Python code has a say in how texts become ids."""
+    from transformers import PreTrainedTokenizerFast
+
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return None
+    kind = type(tokenizer)
+    own = kind._encode_plus is PreTrainedTokenizerFast._encode_plus
+    return tokenizer.backend_tokenizer if own and kind.__call__ is PreTrainedTokenizerFast.__call__ else None
 
 
 class Renamed:
@@ -138,10 +171,10 @@ class Renamed:
         renamed = {self._backend.token_to_id(new.get(name, name)): id for name, id in ids.items()}
         self._original = {there: here for there, here in renamed.items() if there is not None and there != here}
 
-    def ids(self, text: str, add_special: bool) -> list[int]:
-        """Return a text's ids in the copied tokenizer."""
-        ids = self._backend.encode(text, add_special_tokens=add_special).ids
-        return [self._original.get(id, id) for id in ids] if self._original else list(ids)
+    def ids(self, texts: list[str], add_special: bool) -> list[list[int]]:
+        """Return the texts' ids in the copied tokenizer."""
+        found = [one.ids for one in self._backend.encode_batch_fast(texts, add_special_tokens=add_special)]
+        return [[self._original.get(id, id) for id in ids] for ids in found] if self._original else found
 
 
 def _loaded(state: dict[str, Any]) -> Tokenizer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -101,21 +101,36 @@ def encode_batch(
     texts: list[OneText] = []
     for place, row in enumerate(rows):
         try:
-            row, guarded = encoder.control.guarded(row)
-            texts.append(join(_trained_segments(row, template), encoder, guarded))
+            texts.append(_one_text(row, template, encoder, _trained_segments))
             places.append(place)
         except RowError as error:
             outcomes[place] = Outcome(None, problem=error)
     for place, text, tokenised in zip(places, texts, tokenise(texts, encoder), strict=True):
         row = rows[place]
         if isinstance(tokenised, TextError):
-            outcomes[place] = Outcome(None, problem=RowError(f"{row.label}: {tokenised}"))
+            outcomes[place] = Outcome(None, problem=_row_error(row, tokenised, encoder))
             continue
         prompt = _Prompt(tokenised.ids[: tokenised.spans[0][0]], text.text[: text.spans[0][0]])
         kept = _cut(prompt, row, template, encoder, max_prompt_length)
         outcome = _outcome(row, tokenised, kept, max_length, max_prompt_length, overlong)
         outcomes[place] = replace(outcome, control_tokens=True) if text.guarded else outcome
     return [outcome for outcome in outcomes if outcome is not None]
+
+
+def _one_text(
+    row: Row, template: Template, encoder: TextEncoder, segments_of: Callable[[Row, Template], list[Segment]]
+) -> OneText:
+    guarded, held = encoder.control.guarded(row)
+    try:
+        return join(segments_of(guarded, template), encoder, held)
+    except RowError as error:
+        if not held:
+            raise
+        raise RowError(encoder.control.readable(str(error))) from error
+
+
+def _row_error(row: Row, error: TextError, encoder: TextEncoder) -> RowError:
+    return RowError(encoder.control.readable(f"{row.label}: {error}"))
 
 
 def _trained_segments(row: Row, template: Template) -> list[Segment]:
@@ -178,14 +193,13 @@ def encode_prompts(
     texts = []
     for row in rows:
         with problems.noting(RowError):
-            row, guarded = encoder.control.guarded(row)
-            texts.append(join(_prompt_segments(row, template), encoder, guarded))
+            texts.append(_one_text(row, template, encoder, _prompt_segments))
     problems.raise_any()
     found, cut = [], 0
     for row, text, tokenised in zip(rows, texts, tokenise(texts, encoder), strict=True):
-        with problems.noting(TextError):
+        with problems.noting(RowError):
             if isinstance(tokenised, TextError):
-                raise TextError(f"{row.label}: {tokenised}")
+                raise _row_error(row, tokenised, encoder)
             kept = _cut(_Prompt(tokenised.ids, text.text), row, template, encoder, max_prompt_length)
             cut += len(kept) < len(tokenised.ids)
             found.append(kept)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, final
 
@@ -14,7 +14,7 @@ from deltakd.data.encoding.encode import Outcome, check_limits, encode_batch
 from deltakd.data.encoding.examples import examples
 from deltakd.data.encoding.packing import CHARACTERS_PER_TOKEN, PIECE_BLOCKS, _pieces
 from deltakd.data.encoding.segments import Template
-from deltakd.data.encoding.tokens import Request, TextEncoder
+from deltakd.data.encoding.tokens import TextEncoder
 from deltakd.data.sources.passes import Passes, Place
 from deltakd.data.sources.rows import Row
 from deltakd.data.sources.shards import Shard
@@ -29,7 +29,7 @@ E = TypeVar("E")
 
 
 class Counts(NamedTuple):
-    """What became of the rows before a place of the stream.
+    """Counts of the rows before a place of the stream, by what became of them.
 
     Args:
         rows: rows or documents read.
@@ -54,15 +54,23 @@ class Counts(NamedTuple):
         """Return the counts with these added."""
         return self._replace(**{name: getattr(self, name) + count for name, count in more.items()})
 
+    def with_all(self, others: Iterable[Counts]) -> Counts:
+        """Return the counts with all these added."""
+        return Counts(*map(sum, zip(self, *others, strict=True)))
+
+    def since(self, before: Counts) -> Counts:
+        """Return what came after these counts."""
+        return Counts(*(now - then for now, then in zip(self, before, strict=True)))
+
 
 class Mark(NamedTuple):
-    """Where an example begins; the stream can go on from there.
+    """Where an example begins; the stream can continue from there.
 
     Args:
         buffer: where its buffer begins.
         item: place of its row in the shuffled buffer.
         skip: examples of that row before it; for text, tokens.
-        counts: of everything before it. The rows of the open buffer count when it has been used up.
+        counts: of everything before it. What was excluded from a buffer counts when it has been used up.
     """
 
     buffer: Place = Place()
@@ -162,8 +170,10 @@ class ExampleStream(ABC, Generic[R, E]):
                     for drawn in taking.take(row, place, number, skip):
                         self._check_tokens(drawn.example)
                         yield drawn
+                    taking.counts = taking.counts.plus(rows=1)
                     skip = 0
-            taking.counts = taking.counts.plus(rows=buffer.read, excluded=buffer.read - len(buffer.items))
+            excluded = buffer.read - len(buffer.items)
+            taking.counts = taking.counts.plus(rows=excluded, excluded=excluded)
             if buffer.after.epoch > place.epoch:
                 if before == taking.counts.examples:
                     raise ValueError(_nothing(taking.counts))
@@ -281,7 +291,7 @@ class BlockExamples(ExampleStream[str, NDArray[np.int32]]):
         size = PIECE_BLOCKS * CHARACTERS_PER_TOKEN * self._length
         pieces = [(place, piece) for place, row in enumerate(rows) for piece, _ in _pieces(row, size)]
         tokens: list[list[int]] = [[] for _ in rows]
-        for (place, _), ids in zip(pieces, self._encoder.ids([Request(piece) for _, piece in pieces]), strict=True):
+        for (place, _), ids in zip(pieces, self._encoder.documents([piece for _, piece in pieces]), strict=True):
             tokens[place] += ids
         return [_flat([*ids, self._encoder.end]) for ids in tokens]
 
@@ -332,7 +342,7 @@ class Stream:
 
     @property
     def versions(self) -> dict[str, str]:
-        """Shard -> what tells another content."""
+        """Shard -> what identifies its content."""
         return {shard.name: shard.version for shard in self.shards}
 
 

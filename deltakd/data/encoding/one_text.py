@@ -114,7 +114,9 @@ class _Check:
 
 def _checks(one: OneText, encoder: TextEncoder, requests: list[Request]) -> list[_Check]:
     """One for the beginning of each trained span, and for its end if text follows it."""
-    borders = [border for span in one.spans for border in span if border < len(one.text)]
+    borders = [border for span in one.spans for border in span]
+    if borders and borders[-1] == len(one.text):
+        borders.pop()
     if not borders:
         return []
     found = list(encoder.marks.finditer(one.text)) if encoder.marks else []
@@ -139,7 +141,8 @@ def _spans(
         if check.mark >= 0:
             if marks is None:
                 marks = [place for place, token in enumerate(whole) if token in encoder.mark_ids]
-            extra = encoder.added_around[0] if one.add_special else 0
+            front = whole[: encoder.added_around[0]] if one.add_special else []
+            extra = sum(token in encoder.mark_ids for token in front)
             if len(marks) != check.marks + extra:
                 return None
             base = marks[check.mark + extra]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from deltakd.data.encoding.encoded_set import EncodedSet
 from deltakd.data.encoding.token_cache import fingerprint, tokenizer_fingerprint
-from deltakd.data.encoding.tokens import eos_id, plain_tokens
+from deltakd.data.encoding.tokens import TextEncoder, eos_id
 from deltakd.io.arrays import ArrayWriter, kept_arrays
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ PIECE_BLOCKS = 20
 #: English text has about four characters per token; only the size of the pieces depends on it.
 CHARACTERS_PER_TOKEN = 4
 SHUFFLE_SEED = 0
+#: Pieces tokenised at once.
+BATCH = 256
 
 
 def pack_texts(
@@ -73,7 +75,7 @@ def _tokens(
     documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, block_length: int, max_tokens: int | None
 ) -> NDArray[np.int32]:
     """Return all tokens, concatenated: [tokens] int32."""
-    end = eos_id(tokenizer)
+    encoder = TextEncoder(tokenizer)
     size = PIECE_BLOCKS * CHARACTERS_PER_TOKEN * block_length
     pieces = [piece for document in documents for piece in _pieces(document, size)]
     if max_tokens is not None:
@@ -81,10 +83,11 @@ def _tokens(
         pieces = [(pieces[index][0], True) for index in order]
     parts: list[NDArray[np.int32]] = []
     total = 0
-    for text, last in pieces:
-        ids = plain_tokens(text, tokenizer) + ([end] if last else [])
-        parts.append(np.asarray(ids, dtype=np.int32))
-        total += len(ids)
+    for start in range(0, len(pieces), BATCH):
+        batch = pieces[start : start + BATCH]
+        for (_, last), ids in zip(batch, encoder.documents([text for text, _ in batch]), strict=True):
+            parts.append(np.asarray(ids + [encoder.end] * last, dtype=np.int32))
+            total += len(parts[-1])
         if max_tokens is not None and total >= max_tokens:
             break
     tokens = np.concatenate(parts or [np.empty(0, np.int32)])[:max_tokens]

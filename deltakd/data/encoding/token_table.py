@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from deltakd.data.encoding.encode import Outcome, check_limits, encode_batch
-from deltakd.data.encoding.encoded_set import EncodedSet
+from deltakd.data.encoding.encode import Outcome, check_limits, encode_batch, encode_prompts
+from deltakd.data.encoding.encoded_set import Encoded, EncodedSet
 from deltakd.data.encoding.examples import examples
 from deltakd.data.encoding.segments import Template
 from deltakd.data.encoding.token_cache import fingerprint, tokenizer_fingerprint
 from deltakd.data.encoding.workers import in_order, usable_processes
 from deltakd.data.sources.records import Problems
-from deltakd.data.sources.rows import Row
+from deltakd.data.sources.rows import Row, RowError
 from deltakd.data.sources.stored_rows import rows_digest
 from deltakd.io.arrays import Arrays, ArrayWriter, kept_arrays
 from deltakd.io.progress import progress_bar
+from deltakd.types import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,6 +72,54 @@ def encode_rows(
 
     table = kept_arrays(f"tokens-{key}", cache_dir, _DTYPES, build, "tokens")
     return _as_set(table, key, max_length, max_prompt_length)
+
+
+def encode_prompt_rows(
+    rows: Sequence[Row],
+    template: Template,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_prompt_length: int,
+    cache_dir: str | Path | None = None,
+) -> EncodedSet:
+    """Tokenise prompts alone, for a student that answers them: no label is trained, and rows need no response.
+
+    Args:
+        rows: the rows; a conversation's prompt is everything before its last answer.
+        template, tokenizer, max_prompt_length: as for ``encode_prompt``.
+        cache_dir: as for ``encode_rows``.
+
+    Raises:
+        ValueError: as ``encode_prompts``.
+    """
+    if not len(rows):
+        raise ValueError("there are no rows to tokenise")
+    key = fingerprint("prompts", rows_digest(rows), tokenizer_fingerprint(tokenizer), repr(template), max_prompt_length)
+
+    def tokenise(number: int) -> _Piece:
+        some = rows[number * BATCH : (number + 1) * BATCH]
+        return _prompt_piece(some, template, tokenizer, max_prompt_length)
+
+    def build(writer: ArrayWriter) -> None:
+        _write(writer, tokenise, len(rows))
+
+    table = kept_arrays(f"tokens-{key}", cache_dir, _DTYPES, build, "tokens")
+    return _as_set(table, key, max_prompt_length, max_prompt_length)
+
+
+def _prompt_piece(
+    rows: Sequence[Row], template: Template, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int
+) -> _Piece:
+    try:
+        prompts, cut = encode_prompts(rows, template, tokenizer, max_prompt_length)
+    except ValueError as error:
+        return _piece([Outcome(None, problem=RowError(str(error)))])
+    kept = [
+        Outcome(Encoded(ids, [IGNORE_INDEX] * len(ids), row.id), len(ids), len(ids))
+        for row, ids in zip(rows, prompts, strict=True)
+    ]
+    piece = _piece(kept)
+    return piece._replace(counts=piece.counts | {"cut_prompts": cut})
 
 
 class _Piece(NamedTuple):

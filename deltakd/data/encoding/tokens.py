@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from deltakd.data.encoding.control_tokens import ControlTokens
+from deltakd.data.encoding.control_tokens import ControlTokens, own_backend
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,12 +21,6 @@ def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
     if not isinstance(tokenizer.eos_token_id, int):
         raise ValueError("the tokenizer has no EOS token, so a model could not learn to stop; set tokenizer.eos_token")
     return tokenizer.eos_token_id
-
-
-def plain_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids of a text, without special tokens."""
-    # verbose=False: no warning about the model's longest input, since rows are cut later.
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 class Request(NamedTuple):
@@ -58,7 +52,7 @@ class TextEncoder:
         self.end = eos_id(tokenizer)
         self.eos = str(tokenizer.eos_token)
         self.bos = str(tokenizer.bos_token or "")
-        self._backend = _own_backend(tokenizer)
+        self._backend = own_backend(tokenizer)
 
     @cached_property
     def marks(self) -> re.Pattern[str] | None:
@@ -102,6 +96,14 @@ class TextEncoder:
     def one(self, text: str, add_special: bool = False, guarded: bool = False) -> list[int]:
         """Return the ids of one text."""
         return self.ids([Request(text, add_special, guarded)])[0]
+
+    def documents(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of plain texts, in which control tokens are text like any other.
+
+        Raises:
+            ValueError: a text holds control tokens that can't be written as text (``ControlTokens.guarded``).
+        """
+        return self.ids([Request(guarded, guarded=held) for guarded, held in map(self.control.guarded_text, texts)])
 
     def following(self, text: str, guarded: bool = False) -> list[int] | None:
         """Return the ids of a text that follows other text, and merges with none of it.
@@ -153,14 +155,3 @@ def alternation(tokens: Sequence[str]) -> re.Pattern[str] | None:
     """Return a pattern of these texts, the longest first; None if there are none."""
     longest_first = sorted(tokens, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
-
-
-def _own_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """The Rust tokenizer behind this one; None where Python code has a say in how texts become ids."""
-    from transformers import PreTrainedTokenizerFast
-
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        return None
-    kind = type(tokenizer)
-    own = kind._encode_plus is PreTrainedTokenizerFast._encode_plus
-    return tokenizer.backend_tokenizer if own and kind.__call__ is PreTrainedTokenizerFast.__call__ else None

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,41 +63,71 @@ def find_overlaps(asked: Sequence[Row], others: Iterable[Row]) -> list[Overlap]:
         asked: an evaluation set.
         others: training rows.
     """
-    others = others if isinstance(others, Sequence) else list(others)
-    search = _Search(asked, others)
-    best: dict[_Task, Overlap] = {}
-    for task, at in search.others.items():
-        for match, similarity in search.matches(task):
-            overlap = Overlap(0, others[at[0]].id, similarity, task == match)
-            held = best.get(match)
-            if held is None or (overlap.exact, overlap.similarity) > (held.exact, held.similarity):
-                best[match] = overlap
-    found = {at: overlap for task, overlap in best.items() for at in search.asked[task]}
-    return [Overlap(asked[at].id, found[at].other_id, found[at].similarity, found[at].exact) for at in sorted(found)]
+    return OverlapSearch(others if isinstance(others, Sequence) else list(others)).overlaps(asked)
 
 
-def known_overlaps(asked: Sequence[Row], others: Sequence[Row], cache_dir: str | Path | None) -> list[Overlap]:
-    """Return what ``find_overlaps`` finds, or has found for an earlier run.
+@final
+class OverlapSearch:
+    """Finds the overlaps of several sets with the same rows, whose instructions it reads once.
 
     Args:
-        asked, others: as for ``find_overlaps``.
-        cache_dir: folder that keeps it for later runs; None keeps nothing.
+        others: training rows.
+        cache_dir: folder that keeps what was found for later runs; None keeps nothing.
     """
-    if cache_dir is None:
-        return find_overlaps(asked, others)
 
-    def build(writer: ArrayWriter) -> None:
-        writer.meta["overlaps"] = [astuple(overlap) for overlap in find_overlaps(asked, others)]
+    def __init__(self, others: Sequence[Row], cache_dir: str | Path | None = None) -> None:
+        self._others = others
+        self._cache_dir = cache_dir
+        self._instructions: _Instructions | None = None
 
-    key = hashlib.sha256(":".join([reading_code(), rows_digest(asked), rows_digest(others)]).encode()).hexdigest()
-    kept = kept_arrays(f"overlaps-{key}", cache_dir, {}, build, "the overlaps")
-    return [Overlap(*values) for values in kept.meta["overlaps"]]
+    def overlaps(self, asked: Sequence[Row]) -> list[Overlap]:
+        """Return what ``find_overlaps`` finds."""
+        if self._cache_dir is None:
+            return self._found(asked)
+
+        def build(writer: ArrayWriter) -> None:
+            writer.meta["overlaps"] = [astuple(overlap) for overlap in self._found(asked)]
+
+        parts = (reading_code(), rows_digest(asked), rows_digest(self._others))
+        key = hashlib.sha256(":".join(parts).encode()).hexdigest()
+        kept = kept_arrays(f"overlaps-{key}", self._cache_dir, {}, build, "the overlaps")
+        return [Overlap(*values) for values in kept.meta["overlaps"]]
+
+    def _found(self, asked: Sequence[Row]) -> list[Overlap]:
+        if self._instructions is None:
+            self._instructions = _Instructions(self._others)
+        search = _Search(asked, self._instructions)
+        best: dict[_Task, Overlap] = {}
+        for task, at in search.others.items():
+            for match, similarity in search.matches(task):
+                overlap = Overlap(0, self._others[at[0]].id, similarity, task == match)
+                held = best.get(match)
+                if held is None or (overlap.exact, overlap.similarity) > (held.exact, held.similarity):
+                    best[match] = overlap
+        found = {at: overlap for task, overlap in best.items() for at in search.asked[task]}
+        return [
+            Overlap(asked[at].id, found[at].other_id, found[at].similarity, found[at].exact) for at in sorted(found)
+        ]
 
 
 def overlapping(rows: Sequence[Row], banned: Sequence[Row]) -> set[int]:
     """Return the positions of the ``rows`` whose task is among ``banned``, by the rules of ``find_overlaps``."""
-    search = _Search(banned, rows)
+    search = _Search(banned, _Instructions(rows))
     return {at for task, found in search.others.items() if any(search.matches(task)) for at in found}
+
+
+class _Instructions:
+    """The instructions of rows.
+
+    Args:
+        rows: any number of rows.
+    """
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = rows
+        self.tasks = tasks_of(rows)
+        self.corpus = Corpus()
+        self.places = self.corpus.add(_shown("looking for near duplicates", rows, 0))
 
 
 class _Search:
@@ -106,25 +137,24 @@ class _Search:
 
     Args:
         asked: rows whose tasks are looked for; few.
-        others: rows by whose tasks they are looked for; any number.
+        others: instructions of the rows by whose tasks they are looked for; any number.
     """
 
-    def __init__(self, asked: Sequence[Row], others: Sequence[Row]) -> None:
-        with Corpus() as instructions:
-            left = instructions.add(task_texts(row)[0] for row in asked)
-            right = instructions.add(_shown("looking for near duplicates", others, 0))
-            near = instructions.near(left, right)
-        self._alike, left, right = near.found, near.numbers[left], near.numbers[right]
-        self._generic = _generic(left, right, tasks_of(asked), tasks_of(others))
+    def __init__(self, asked: Sequence[Row], others: _Instructions) -> None:
+        left = others.corpus.add(task_texts(row)[0] for row in asked)
+        near = others.corpus.near(left, others.places)
+        self._alike, left, right = near.found, near.numbers[left], near.numbers[others.places]
+        self._generic = _generic(left, right, tasks_of(asked), others.tasks)
         # Most inputs are never compared, since their instructions are unlike all others.
         met = {one for found in self._alike.values() for one in found}
         asking = np.flatnonzero(np.isin(left, list(met)))
         asked_by = np.flatnonzero(np.isin(right, list(self._alike)))
-        with Corpus() as inputs:
-            given_left = inputs.add(task_texts(asked[at])[1] for at in asking.tolist())
-            given_right = inputs.add(_shown("comparing inputs", taken(others, asked_by), 1))
-            empty = inputs.add([""])
-            given = inputs.near(given_left, given_right)
+        inputs = Corpus()
+        given_left = inputs.add(task_texts(asked[at])[1] for at in asking.tolist())
+        given_right = inputs.add(_shown("comparing inputs", taken(others.rows, asked_by), 1))
+        empty = inputs.add([""])
+        # An empty input counts as one of the different ones, whether a row has it or not.
+        given = inputs.near(given_left, np.append(given_right, empty))
         self._alike_inputs, self._empty = given.found, int(given.numbers[empty[0]])
         self.asked = _by_task(asking, left, given.numbers[given_left])
         given_right = given.numbers[given_right]

@@ -176,7 +176,7 @@ def _refuse_disliked(record: Mapping[str, Any], where: str) -> None:
         )
     if isinstance(record.get("chosen"), str) and not any(record.get(key) for key in (*INSTRUCTION_KEYS, "prompt")):
         raise ValueError(
-            f"{where}: chosen is a text without a prompt, so question and answer can't be told apart; give prompt and "
+            f"{where}: chosen is a text without a prompt, so question and answer can't be separated; give prompt and "
             f"chosen, or chosen as a list of messages"
         )
 
@@ -190,7 +190,10 @@ def _missing(record: Mapping[str, Any], where: str, what: str, allowed: Sequence
     found = ", ".join(sorted(map(str, record))) or "none"
     empty = [key for key in allowed if key in record]
     state = f"{what} is empty" if empty else f"no {what}"
-    return f"{where}: {state}; keys found: {found}; give a non-empty one of: {', '.join(allowed)}"
+    hint = "" if empty else f"; or name its column: data.columns={{{what}: ...}}"
+    if what == "instruction" and "text" in record:
+        hint += "; or train on the texts as they are: data=text"
+    return f"{where}: {state}; keys found: {found}; give a non-empty one of: {', '.join(allowed)}{hint}"
 
 
 def _one_text(record: Mapping[str, Any], keys: Sequence[str], where: str) -> str:

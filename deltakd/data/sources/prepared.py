@@ -28,12 +28,13 @@ def prepared_rows(
     strip_answers: str | None = None,
     columns: Mapping[str, str] | None = None,
     limit: int | None = None,
+    need_response: bool = True,
     cache_dir: str | Path | None = None,
 ) -> tuple[StoredRows, str | None]:
     """Read rows, or find them where an earlier run has put them.
 
     Args:
-        source, subset, strip_answers, columns, limit: as for ``iter_rows``.
+        source, subset, strip_answers, columns, limit, need_response: as for ``iter_rows``.
         cache_dir: folder that keeps the rows for later runs; None: they are only in a temporary place.
 
     Returns:
@@ -43,7 +44,7 @@ def prepared_rows(
         ValueError: as ``read_rows``.
     """
     options: dict[str, Any] = {"subset": subset, "strip_answers": strip_answers, "limit": limit}
-    options["columns"] = dict(columns or {})
+    options |= {"columns": dict(columns or {}), "need_response": need_response}
     key = reading_key(source, **options)
 
     def read() -> Iterator[Row]:

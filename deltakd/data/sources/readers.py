@@ -283,14 +283,15 @@ def _texts_of(source: Source, subset: str | None) -> list[str]:
     texts = []
     for record in reader:
         try:
-            texts.append(_text_of(record))
+            texts.append(text_of(record))
         except ValueError as error:
             reader.problems.add(str(error))
     reader.problems.raise_any()
     return texts
 
 
-def _text_of(record: Record) -> str:
+def text_of(record: Record) -> str:
+    """Return a record's document. Raise a ValueError if it has none."""
     text = record.value.get("text")
     if text is None:
         return parse_row(record.value, record.where, record.number, need_response=True).text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -117,7 +118,7 @@ def missing_sources(sources: Mapping[str, str | Sequence[str] | None]) -> list[s
 
 
 def _check_exists(location: str) -> None:
-    if not _is_hub_id(location) and (os.path.exists(expanded(location)) or not _HUB_FILE.fullmatch(location)):
+    if not is_hub_id(location) and (os.path.exists(expanded(location)) or not _HUB_FILE.fullmatch(location)):
         source_files(location)
 
 
@@ -141,12 +142,12 @@ def iter_records(source: Source, problems: Problems) -> Iterator[Record]:
         missing -= record.value.keys()
         if missing:
             there |= dict.fromkeys(record.value)
-        yield replace(record, value=_renamed(record.value, source))
+        yield replace(record, value=with_our_names(record.value, source))
     if missing and last >= 0 and source.need_columns:
         raise ValueError(_no_column(source, missing, list(there)))
 
 
-def _renamed(record: dict[str, Any], source: Source) -> dict[str, Any]:
+def with_our_names(record: dict[str, Any], source: Source) -> dict[str, Any]:
     ours = {
         ours: theirs
         for ours, theirs in source.columns.items()
@@ -165,7 +166,7 @@ def _no_column(source: Source, missing: set[str], there: Sequence[str]) -> str:
 
 
 def _located(location: str, problems: Problems) -> Iterator[Record]:
-    if _is_hub_id(location):
+    if is_hub_id(location):
         yield from _hub_records(location)
         return
     if _is_saved(expanded(location)):
@@ -221,11 +222,11 @@ def _is_data(file: Path, root: Path) -> bool:
 
 
 def _check_alike(location: str, files: Sequence[Path], root: Path) -> None:
-    kinds = sorted({kind_of(file.name) for file in files})
+    kinds = Counter(kind_of(file.name) for file in files)
     if len(kinds) > 1:
         raise ValueError(
-            f"{location} is a folder with files of several kinds ({', '.join(kinds)}); say which to read with a glob, "
-            f"such as '{location}/**/*{kinds[0]}'"
+            f"{location} is a folder with files of several kinds ({', '.join(sorted(kinds))}); say which to read with "
+            f"a glob, such as '{location}/**/*{kinds.most_common(1)[0][0]}*'"
         )
     by_split = {split: file for file in reversed(files) for split in _splits_of(file.relative_to(root))}
     if len(by_split) > 1:
@@ -267,7 +268,7 @@ def _unknown(location: str) -> str:
     )
 
 
-def _is_hub_id(location: str) -> bool:
+def is_hub_id(location: str) -> bool:
     known = location.endswith(RECORD_SUFFIXES + TEXT_SUFFIXES)
     return bool(_HUB_ID.fullmatch(location)) and not known and not os.path.exists(location)
 
@@ -300,7 +301,7 @@ def hub_files(location: str) -> list[Path]:
     Raises:
         ValueError: the data set can't be loaded.
     """
-    table = _hub_table(location) if _is_hub_id(location) else None
+    table = _hub_table(location) if is_hub_id(location) else None
     return [Path(file["filename"]) for file in getattr(table, "cache_files", ())]
 
 
@@ -312,7 +313,7 @@ def _hub_table(name: str) -> Any:
         return datasets.load_dataset(name, split="train", download_config=only_local)
     # The hub's client raises a dozen types from several libraries; the user needs one line and a remedy.
     except Exception as error:
-        raise ValueError(_unreachable(name, error)) from error
+        raise ValueError(unreachable(name, error)) from error
 
 
 def _table_records(table: Any, name: str) -> Iterator[Record]:
@@ -328,10 +329,10 @@ def _hub_file(name: str, file: str) -> Path:
             huggingface_hub.hf_hub_download(name, file, repo_type="dataset", local_files_only=not hub_reachable())
         )
     except Exception as error:
-        raise ValueError(_unreachable(f"{name}:{file}", error)) from error
+        raise ValueError(unreachable(f"{name}:{file}", error)) from error
 
 
-def _unreachable(name: str, error: Exception) -> str:
+def unreachable(name: str, error: Exception) -> str:
     reason = str(error).strip().split("\n")[0][:200]
     return (
         f"cannot load data set {name!r} from the hub ({type(error).__name__}: {reason}); download it once and give "

@@ -16,15 +16,15 @@ from typing import Any
 
 from deltakd.data.sources.formats import Problems, Record, read_file, without_gaps
 from deltakd.data.sources.parsing import parse_row, unread_keys
-from deltakd.data.sources.readers import _text_of, documents
+from deltakd.data.sources.readers import documents, text_of
 from deltakd.data.sources.records import (
     Source,
-    _is_hub_id,
-    _renamed,
-    _unreachable,
+    is_hub_id,
     is_text,
     parse_source,
     source_files,
+    unreachable,
+    with_our_names,
 )
 from deltakd.data.sources.rows import Row
 from deltakd.io.hub import hub_reachable
@@ -43,7 +43,7 @@ class Shard:
         number: its place in the list of shards.
         name: for messages: the file, or the hub data set and the number of its shard.
         source: where it is, and the filter on its records.
-        version: what tells another content: bytes of a file, the version of a hub data set.
+        version: what identifies its content: bytes of a file, the version of a hub data set.
         part: number of the shard within a hub data set; None: a file.
     """
 
@@ -87,7 +87,7 @@ class Shard:
             records = self._hub_records(start)
         for record in records:
             if self.source.columns:
-                record = replace(record, value=_renamed(record.value, self.source))
+                record = replace(record, value=with_our_names(record.value, self.source))
             if chosen is None or self.source.value_of(record, chosen[0]) == chosen[1]:
                 yield record
 
@@ -104,7 +104,7 @@ class Shard:
                 yield Record(number, f"{self.name}[{number}]", without_gaps(dict(value)))
         # As in ``records``: a dozen types from several libraries.
         except Exception as error:
-            raise ValueError(_unreachable(self.name, error)) from error
+            raise ValueError(unreachable(self.name, error)) from error
 
 
 class _First(Problems):
@@ -165,12 +165,12 @@ def read_shard_texts(shard: Shard, start: int) -> Iterator[tuple[int, str]]:
         yield from dropwhile(lambda document: document[0] < start, numbered)
         return
     for record in shard.records(start):
-        yield record.number, _text_of(record)
+        yield record.number, text_of(record)
 
 
 def _parts(source: Source) -> Iterator[tuple[str, Source, str, int | None]]:
     """Yield (name, source, version, part) of the shards of one source."""
-    if _is_hub_id(source.location):
+    if is_hub_id(source.location):
         data, version = _open_hub(source.location)
         for part in range(data.num_shards):
             yield f"{source.location} (shard {part} of {data.num_shards})", source, version, part
@@ -200,7 +200,7 @@ def _open_hub(name: str) -> tuple[Any, str]:
         builder = datasets.load_dataset_builder(name, download_config=only_local)
         return builder.as_streaming_dataset(split="train"), str(builder.hash)
     except Exception as error:
-        raise ValueError(_unreachable(name, error)) from error
+        raise ValueError(unreachable(name, error)) from error
 
 
 @cache
