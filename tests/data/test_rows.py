@@ -64,6 +64,10 @@ def test_a_row_with_another_answer() -> None:
     talk = Row(0, messages=(USER, ANSWER, USER, ANSWER, USER))
     assert with_answer(talk, "new").messages == (USER, ANSWER, USER, new)
     assert with_answer(Row(0, messages=(USER,)), "new").messages == (USER, new)
+    thought = ANSWER | {"reasoning_content": "think", "tool_calls": [CALL]}
+    held = Row(0, messages=(USER, thought, USER))
+    assert with_answer(held, held.references[0]).messages == (USER, thought)
+    assert with_answer(held, "new").messages == (USER, new)
 
 
 @pytest.mark.parametrize(
