@@ -23,7 +23,7 @@ from deltakd.data.load_stream import open_instruction_stream, open_text_stream, 
 from deltakd.data.sources.parsing import COLUMNS
 from deltakd.data.sources.readers import read_rows, read_texts
 from deltakd.data.sources.records import missing_sources
-from deltakd.io.keys import Cache, Resume, Seed, keys_with
+from deltakd.io.keys import Cache, Method, Resume, Seed, keys_with
 from deltakd.io.patterns import pattern_problems
 
 Sources = str | Sequence[str]
@@ -47,7 +47,8 @@ class DataConfig(ABC):
         shuffle_buffer: of a stream, rows (or documents) that are shuffled in memory; kept by every process.
         batch_size: rows per process and micro-batch; None: as many as ``max_tokens_per_batch`` allows.
         max_tokens_per_batch: positions per process and micro-batch (rows times longest row); None: use ``batch_size``.
-        cache_dir: folder for tokenised sets; None keeps nothing.
+        cache_dir: folder that keeps rows, tokens and overlaps for later runs; they are found by the content of the
+            sources. It may be deleted at any time. None keeps nothing.
         prepare: called first; makes the files if they are missing.
         strip_answers: a regular expression; matches are removed from all answers, including those of evaluation sets.
         columns: our name of a column -> its name in ``train`` and ``val``. Evaluation sets and ``exclude`` may be
@@ -57,7 +58,7 @@ class DataConfig(ABC):
 
     train: Sources | None
     val: Sources | None = None
-    sets: Annotated[Mapping[str, Any], Resume.UNFINISHED, Cache.FREE] = field(default_factory=dict)
+    sets: Annotated[Mapping[str, Any], Resume.UNFINISHED, Cache.FREE, Method.FREE] = field(default_factory=dict)
     template: str | Mapping[str, str] = "alpaca"
     max_length: Positive = 512
     max_prompt_length: Positive = 256
@@ -66,7 +67,7 @@ class DataConfig(ABC):
     shuffle_buffer: Annotated[Positive, Cache.FREE] = 10_000
     batch_size: Annotated[Positive | None, Resume.UNFINISHED, Cache.FREE] = 8
     max_tokens_per_batch: Annotated[Positive | None, Resume.UNFINISHED, Cache.FREE] = None
-    cache_dir: Annotated[str | None, Cache.FREE] = None
+    cache_dir: Annotated[str | None, Cache.FREE, Method.FREE] = None
     prepare: Annotated[Callable[[], Any] | None, Cache.FREE] = None
     strip_answers: str | None = None
     columns: Mapping[str, str] | None = None

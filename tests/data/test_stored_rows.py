@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from deltakd.data import Row, load, load_instruction_sets, read_rows
 from deltakd.data.encoding import token_table
-from deltakd.data.encoding.workers import usable_processes
+from deltakd.data.encoding.workers import in_order, usable_processes
 from deltakd.data.sources import prepared
 from deltakd.data.sources.prepared import prepared_rows
 from deltakd.data.sources.stored_rows import rows_digest, store_rows
@@ -133,3 +133,8 @@ def test_a_hub_data_set_is_found_again_until_its_files_change(tmp_path: Path, mo
         assert answers() == ("yes",)
     publish("no")
     assert answers() == ("no",)
+
+
+def test_a_killed_process_is_told_in_a_sentence() -> None:
+    with pytest.raises(ValueError, match=r"was killed.*RAYON_NUM_THREADS=1"):
+        list(in_order(lambda number: os._exit(number), 4, 2))

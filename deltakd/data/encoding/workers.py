@@ -11,6 +11,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
@@ -48,6 +49,7 @@ def in_order(work: Callable[[int], T], count: int, processes: int) -> Iterator[T
         processes: to use at once.
 
     Raises:
+        ValueError: a process was killed.
         Exception: what ``work`` raises.
     """
     if processes < 2 or count < 2:
@@ -77,6 +79,11 @@ def _forked(work: Callable[[int], Any], processes: int) -> Iterator[ProcessPoolE
             # Other threads of this process hold no lock that the work needs.
             warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
             yield pool
+    except BrokenProcessPool as error:
+        raise ValueError(
+            "a process that tokenised rows was killed, perhaps because memory ran out; use fewer of them, such as "
+            "RAYON_NUM_THREADS=1, or find its reason in the system's log"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
         _work = None
