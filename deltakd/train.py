@@ -99,7 +99,6 @@ or take an experiment of conf/experiment, for a first try the invented world of 
 
 
 def main() -> None:
-    """Check the overrides' keys, then hand over to Hydra."""
     given = get_args_parser().parse_args(sys.argv[1:])
     if set(sys.argv[1:]) <= {"--multirun", "-m"}:
         print(f"error: {WHAT_TO_GIVE}", file=sys.stderr)
