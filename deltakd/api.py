@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -292,9 +293,10 @@ def _library(config_dir: str | Path | None) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in (CONFIG_DIR_VARIABLE, RUN_DIR_VARIABLE)}
     use_config_dir(config_dir)
     show_log()
-    quiet_libraries()
     try:
-        yield
+        with warnings.catch_warnings():
+            quiet_libraries()
+            yield
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)

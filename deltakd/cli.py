@@ -8,6 +8,7 @@ import logging
 import os
 import runpy
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -129,6 +130,8 @@ def quiet_libraries() -> None:
     """
     for name in ("lightning.pytorch", "lightning.fabric", "httpx", "filelock"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # What will change in their own later versions: no user can act on it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(accelerate|peft|torch|transformers)(\.|$)")
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     # transformers asks the hub's client when it is imported, and never again.

@@ -64,21 +64,17 @@ class PlainStages:
         self._waiting = dict(minutes)
 
     def expect(self, minutes: Mapping[str, float | None]) -> None:
-        """See :class:`Stages`."""
         self._waiting |= {name: each for name, each in minutes.items() if name in self._waiting}
 
     def start(self, name: str) -> None:
-        """See :class:`Stages`."""
         self._say(f"{self._numbers[name]} ...")
 
     def finish(self, name: str, outcome: str, seconds: float, before: bool = False) -> None:
-        """See :class:`Stages`."""
         self._waiting.pop(name)
         done = "finished before" if before else f"{outcome}, {seconds:.0f} s{self._left()}"
         self._say(f"{self._numbers[name]}: {done}")
 
     def fail(self, name: str, problem: str, seconds: float) -> None:
-        """See :class:`Stages`."""
         self._waiting.pop(name)
         self._say(f"{self._numbers[name]}: failed after {seconds:.0f} s: {problem}")
 
@@ -134,17 +130,14 @@ class StageTable:
         self._current: _Row | None = None
 
     def expect(self, minutes: Mapping[str, float | None]) -> None:
-        """See :class:`Stages`."""
         for name, expected in minutes.items():
             self._rows[name].expected = expected
 
     def start(self, name: str) -> None:
-        """See :class:`Stages`."""
         self._current = self._rows[name]
         self._current.state, self._current.what, self._current.started = "running", "loading", self.clock()
 
     def progress(self, what: str, done: int, total: int, note: str = "") -> None:
-        """See :class:`deltakd.io.progress.Display`."""
         row = self._current
         if row is None:
             return
@@ -153,19 +146,16 @@ class StageTable:
         row.done, row.total, row.note = done, total, note
 
     def finish(self, name: str, outcome: str, seconds: float, before: bool = False) -> None:
-        """See :class:`Stages`."""
         row = self._rows[name]
         row.state, row.note, row.seconds = "finished before" if before else "finished", outcome, seconds
         self._current = None
 
     def fail(self, name: str, problem: str, seconds: float) -> None:
-        """See :class:`Stages`."""
         row = self._rows[name]
         row.state, row.note, row.seconds = "failed", problem, seconds
         self._current = None
 
     def end(self, state: str) -> None:
-        """End the current run without a result."""
         if self._current is not None:
             self._current.state, self._current.seconds = state, self.clock() - self._current.started
             self._current = None

@@ -114,6 +114,9 @@ def fit(parts: Parts, loggers: list[Logger], state: SavedState | None, lifeline:
     else:
         _announce(parts, data, state)
         _train(trainer, module, data, state)
+        if module.total_steps != data.total_steps and is_main_process():
+            # Of a stream, the last step is known only at its end.
+            write_total_steps(parts.directory.path, module.total_steps)
     return Fitted(final_student(module, checkpoints), module, checkpoints, training_log, stream_end.counts, rollout_log)
 
 
