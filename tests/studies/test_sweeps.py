@@ -135,7 +135,7 @@ def test_a_text_that_hydra_would_read_as_something_else_is_refused(text: str, sa
     problem = text_problem(text)
     assert problem is None if said is None else said in str(problem), problem
     if problem is not None:
-        remedy = yaml.safe_load(problem[problem.index("quotes of its own: ") + 19 :])
+        remedy = yaml.safe_load(problem[problem.index("to give this text, quote it: ") + 28 :])
         assert OverridesParser.create().parse_override(f"key={remedy}").value() == text
         assert text_problem(remedy) is None
 
