@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.table import Table
 
 from deltakd.io.errors import Stopped
-from deltakd.io.progress import shown_on
+from deltakd.io.progress import in_minutes, shown_on
 
 _STYLES = {"running": "bold", "waiting": "dim", "stopped": "yellow", "failed": "red"}
 
@@ -80,7 +80,7 @@ class PlainStages:
 
     def _left(self) -> str:
         known = [minutes for minutes in self._waiting.values() if minutes is not None]
-        return f"; about {sum(known):.0f} minutes left" if known else ""
+        return f"; {in_minutes(sum(known))} left" if known else ""
 
     def _say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -180,7 +180,7 @@ class StageTable:
             for name, row in group.items():
                 table.add_row(*_cells(name, row, now), style=_STYLES.get(row.state))
         left = self._minutes_left(now)
-        table.caption, table.caption_justify = f"about {left:.0f} minutes left" if left else None, "left"
+        table.caption, table.caption_justify = f"{in_minutes(left)} left" if left else None, "left"
         return table
 
     def _minutes_left(self, now: float) -> float:
