@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -134,7 +135,7 @@ def distill(
     """Distil a student, export and evaluate it; the same run as ``deltakd train``, from Python.
 
     What is left out is as the experiment says, or as ``conf/`` does. Called again with ``resume=True`` and the same
-    ``run_dir``, it goes on where it stopped; a finished run is only read.
+    ``run_dir``, it continues where it stopped; a finished run is only read.
 
     Args:
         student: the model to train: a hub id, a directory, or a loaded ``transformers`` model. A copy of a loaded model
@@ -177,10 +178,10 @@ def distill(
         except Stopped as stop:
             if stop.signum != signal.SIGINT:
                 raise
-            raise KeyboardInterrupt(f"{stop}. To go on: {how_to_resume}") from None
+            raise KeyboardInterrupt(f"{stop}. To continue: {how_to_resume}") from None
         except SystemExit as error:
             # So ends Lightning at a second Ctrl-C; a notebook would take it for the end of its kernel.
-            raise KeyboardInterrupt(f"interrupted. To go on from the last checkpoint: {how_to_resume}") from error
+            raise KeyboardInterrupt(f"interrupted. To continue from the last checkpoint: {how_to_resume}") from error
         return Run(directory, RunDirectory(directory).read_summary())
 
 
@@ -292,9 +293,10 @@ def _library(config_dir: str | Path | None) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in (CONFIG_DIR_VARIABLE, RUN_DIR_VARIABLE)}
     use_config_dir(config_dir)
     show_log()
-    quiet_libraries()
     try:
-        yield
+        with warnings.catch_warnings():
+            quiet_libraries()
+            yield
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)

@@ -11,7 +11,7 @@ from deltakd.config.compose import compose_config
 
 log = logging.getLogger(__name__)
 
-USAGE = """Run the references once, so that trainings read them from disk.
+USAGE = """Run the references once, so that training runs read them from disk.
 
   python -m deltakd.cache experiment=delta_kd_gpt2 reference=cached reference.path=DIR [key=value ...]
 
@@ -20,7 +20,7 @@ Overrides are those of deltakd.train; the same ones, given to deltakd.train, the
   reference.store=topk     log-probs of K tokens and the rest: small, approximate, for one temperature
                            [reference.k=64, or reference.target_error=0.01, by which K is chosen]
   reference.remake=true    make damaged files again
-Started again with the same reference.path it goes on where it stopped.
+Started again with the same reference.path it continues where it stopped.
 """
 
 

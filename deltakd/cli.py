@@ -8,6 +8,7 @@ import logging
 import os
 import runpy
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -129,6 +130,8 @@ def quiet_libraries() -> None:
     """
     for name in ("lightning.pytorch", "lightning.fabric", "httpx", "filelock"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # What will change in their own later versions: no user can act on it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(accelerate|peft|torch|transformers)(\.|$)")
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     # transformers asks the hub's client when it is imported, and never again.
@@ -147,10 +150,10 @@ def guarded(action: Callable[[], T], how_to_resume: str) -> T:
     try:
         return action()
     except Stopped as stop:
-        print(f"{stop}. To go on: {how_to_resume}", file=sys.stderr)
+        print(f"{stop}. To continue: {how_to_resume}", file=sys.stderr)
         sys.exit(128 + stop.signum)
     except KeyboardInterrupt:
-        print(f"interrupted. To go on from the last checkpoint: {how_to_resume}", file=sys.stderr)
+        print(f"interrupted. To continue from the last checkpoint: {how_to_resume}", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         said = _in_one_line(error, how_to_resume)
@@ -174,7 +177,7 @@ def _in_one_line(error: Exception, how_to_resume: str) -> str | None:
 
 
 def is_users(error: Exception) -> bool:
-    """Return True if the error's own words say what the user can mend."""
+    """Return True if the message of the error tells the user what to fix."""
     lightning = sys.modules.get("lightning.fabric.utilities.exceptions")
     misuse = (lightning.MisconfigurationException,) if lightning else ()
     return isinstance(error, (ValueError, NonFiniteLossError, *misuse))

@@ -20,7 +20,7 @@ USAGE = """Let the teacher answer the training prompts; SFT on its answers is se
 
 Overrides are those of deltakd.train; the loss and the trainer's settings play no part. Answers are chosen by
   evaluation.decoding.do_sample=false  'evaluation.seeds=[10]' (the first counts)  evaluation.batch_size=32
-Started again with the same run_dir it goes on where it stopped.
+Started again with the same run_dir it continues where it stopped.
 """
 
 #: Overrides that belong to the answering, or that SFT has no use for.

@@ -1,4 +1,4 @@
-"""An experiment file of one's own: ``python -m deltakd.init my_run student=... teacher=... data=my.jsonl``."""
+"""Write an experiment file for your models and data: ``python -m deltakd.init my_run student=... data=...``."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _TEXT = """\
 # python -m deltakd.train experiment=[name]
 #
 # [where]
-# Whatever stands here can be given again on the command line, which wins: optim.lr=1e-4 seed=1 loss=kd. Keys that are
+# The command line overrides everything here: optim.lr=1e-4 seed=1 loss=kd. Keys that are
 # not here keep their defaults; `deltakd train --help` lists all keys and what they mean.
 defaults:
   - override /loss: [loss] # sft, kd, delta_kd, ...: conf/loss of deltakd, or a file in the loss folder beside this one

@@ -1,4 +1,4 @@
-"""Estimates before anything is rented: ``python -m deltakd.plan --paper``, or with the overrides of a training."""
+"""Estimates before anything is rented: ``python -m deltakd.plan --paper``, or with the overrides of a training run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ USAGE = """Estimate memory, floating-point operations and bytes moved in an opti
   python -m deltakd.plan --student qwen2.5-1.5b --teacher qwen2.5-7b --gpus 2,4 --strategies fsdp+shard,ddp
   python -m deltakd.plan --paper --tflops 400 --interconnect 50 --tokens 1e9
 
-The first form is a training as deltakd.train would run it, its models' configurations at hand. The others need none:
+The first form is a run as deltakd.train would start it; it reads the models' configurations. The others read none:
 --student and --teacher are a name (qwen2.5-0.5b, 1.5b, 3b, 7b, 14b, 32b, 72b) or '{model_type: ..., vocab_size: ...}';
 overrides (data.batch_size=2, loss=kd, ...) say the rest. A strategy is one of conf/strategy, with +shard, +replicate
 or +cached for the references.
@@ -86,7 +86,7 @@ def _check(given: argparse.Namespace, sizes: bool) -> None:
         problems.append("--student, --teacher and --gpus go together; give all three, or --paper")
     if not sizes and (given.gpus or given.strategies):
         problems.append(
-            "--gpus and --strategies are for --student and --teacher; a training has trainer.devices=8, strategy=..."
+            "--gpus and --strategies go with --student and --teacher; a training run has trainer.devices=8 strategy=..."
         )
     if given.steps and given.tokens:
         problems.append("--steps and --tokens are both given; give one")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+#: Most characters of the names of runs in the name of a report's folder.
+_LONGEST_NAME = 60
+
 USAGE = """Compare finished runs: one page that opens without a network, and tables and figures for a paper.
 
   python -m deltakd.report outputs/quickstart                 a study, or any folder that holds runs
@@ -36,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and write the report."""
     parser = argparse.ArgumentParser("deltakd.report", description=USAGE, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("paths", nargs="+", metavar="PATH", help="run directories, folders of them, studies, globs")
-    parser.add_argument("--output", type=Path, default=Path("outputs/report"), help="folder (default: outputs/report)")
+    parser.add_argument("--output", type=Path, help="folder (default: report/ beside the runs)")
     parser.add_argument("--title", help="heading (default: made from the paths)")
     parser.add_argument("--baseline", metavar="NAME", help="method to compare with (default: sft, else the first)")
     parser.add_argument(
@@ -83,6 +88,7 @@ def write(arguments: argparse.Namespace, command: str) -> list[Path]:
     from deltakd.results.tables import make_comparisons
 
     found = find_runs(arguments.paths)
+    log.info("%d runs found.", len(found.runs))
     notes = list(found.skipped)
     methods = make_methods(found.runs, known_losses(), notes)
     comparisons = make_comparisons(methods, arguments.baseline, arguments.mixed)
@@ -93,7 +99,9 @@ def write(arguments: argparse.Namespace, command: str) -> list[Path]:
     preservation = {} if arguments.preservation == 0 else _preservation(methods, arguments.preservation)
     title = arguments.title or _title(arguments.paths)
     page = make_page(title, methods, comparisons, preservation, notes, command)
-    files = write_report(page, arguments.output, tidy)
+    runs = [run.path for method in methods for run in method.runs]
+    log.info("Writing the page and its figures.")
+    files = write_report(page, arguments.output or default_output(arguments.paths, runs), tidy)
     for warning in page.warnings:
         log.warning("%s", tidy(warning))
     print(markdown(comparisons))
@@ -101,14 +109,39 @@ def write(arguments: argparse.Namespace, command: str) -> list[Path]:
     return files
 
 
+def default_output(paths: Sequence[str], runs: Sequence[Path]) -> Path:
+    """Return the folder of the report: ``report`` in the folder of the runs, so that each has its own.
+
+    Of some of a folder's runs the report is called after them: it does not take the place of the whole folder's.
+
+    Args:
+        paths: as given; one that is a folder above all runs, or a study, stands for all of them.
+        runs: their directories.
+    """
+    (folder,) = {Path(os.path.commonpath([run.resolve().parent for run in runs]))}
+    given = [Path(path).resolve() for path in paths]
+    whole = len(given) == 1 and (folder.is_relative_to(given[0]) or (given[0] / "study.yaml").is_file())
+    if whole and folder.is_relative_to(given[0]):
+        folder = given[0]
+    names = "_".join(re.sub(r"[^\w.=-]+", "_", path.name).strip("_") for path in given)
+    name = "report" if whole else f"report_{names[:_LONGEST_NAME]}"
+    return Path(os.path.relpath(folder / name)) if folder.is_relative_to(Path.cwd()) else folder / name
+
+
 def _preservation(methods: Sequence[Method], rows: int | None) -> Mapping[str, list[Preservation]]:
     """Measure every trained method; the models that they learnt from are left out."""
-    chosen = [method for method in methods if not method.role]
-    return {
-        method.label: measured
-        for method in chosen
-        if (measured := [preservation_of(RunDirectory(r.path), rows) for r in method.finished if not r.evaluation_only])
-    }
+    runs = [
+        (method.label, run)
+        for method in methods
+        if not method.role
+        for run in method.finished
+        if not run.evaluation_only
+    ]
+    measured: dict[str, list[Preservation]] = {}
+    for number, (label, run) in enumerate(runs, 1):
+        log.info("Shift preservation, %d of %d: %s", number, len(runs), tidy(str(run.path)))
+        measured.setdefault(label, []).append(preservation_of(RunDirectory(run.path), rows))
+    return measured
 
 
 def preservation_of(directory: RunDirectory, rows: int | None = None, views: int = 4) -> Preservation:

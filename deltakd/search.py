@@ -18,7 +18,7 @@ USAGE = """Run a sweep file on this machine, one trial after the other, chosen b
   python -m deltakd.search --check sweeps/delta_weight.yaml [key=value ...]
 
 The file is one of Weights & Biases. Its overrides are those of its command, then those given here. Each trial is a run
-in outputs/search/<name of the file>/<number>; the same command again goes on where it stopped, and --trials may grow.
+in outputs/search/<name of the file>/<number>; the same command continues where it stopped, and --trials may grow.
 At the end: the best value, search.csv and search.png.
 """
 

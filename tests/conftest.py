@@ -31,7 +31,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture
 def train(world: World, tmp_path: Path) -> Callable[..., RunDirectory]:
-    """Run a training in this process: ``train(loss, *overrides, name=...)``."""
+    """Train in this process: ``train(loss, *overrides, name=...)``."""
 
     def run(loss: str = "delta_kd", *overrides: str, name: str = "run", drop: tuple[str, ...] = ()) -> RunDirectory:
         directory = tmp_path / name

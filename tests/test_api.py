@@ -92,6 +92,21 @@ def test_a_run_from_python_is_the_run_of_the_command_line(world: World, folder: 
     assert again.scores["train/loss"] == run.scores["train/loss"]
 
 
+@pytest.mark.slow
+def test_a_default_run_never_imports_deepspeed(world: World, folder: Path) -> None:
+    code = (
+        "import json, sys, deltakd; given = json.loads(sys.argv[1]);"
+        "deltakd.distill(**given, progress=False);"
+        "print([name for name in sys.modules if name.partition('.')[0] == 'deepspeed'])"
+    )
+    given = json.dumps(small(world, max_steps=1, loss="sft"), default=str)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code, given], env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["[]"], done.stderr
+    assert "Warning" not in done.stderr
+    assert "accelerator" not in done.stderr
+
+
 def test_a_finished_run_is_only_read(world: World, folder: Path) -> None:
     first = distill(**small(world, run_dir="here", loss="sft"))
     with pytest.raises(ConfigError, match="run_dir=here already holds a run"):

@@ -112,7 +112,7 @@ def test_a_run_that_is_not_finished_is_refused(finished: RunDirectory, tmp_path:
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "file").write_text("x")
     finished.summary.write_text("{")
-    with pytest.raises(ConfigError, match=r"(?s)can't be exported: summary.json, line 1.*there is there already"):
+    with pytest.raises(ConfigError, match=r"(?s)can't be exported: summary.json, line 1.*there already exists"):
         export([f"run={finished.path}", f"output={tmp_path / 'there'}"])
     finished.summary.unlink()
     with pytest.raises(ConfigError, match=r"not finished \(step 2 of 2\); end it first: .* with resume=true run_dir="):

@@ -1,4 +1,4 @@
-"""What is installed from a wheel: the package with its configs."""
+"""A wheel installs the package with its configs."""
 
 from __future__ import annotations
 

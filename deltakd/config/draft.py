@@ -101,7 +101,7 @@ class Draft:
     def check_alone(self) -> None:
         """Add what stands against a command that is one process and trains nothing."""
         if self.dry_run:
-            self.problems.append("trainer.dry_run says what a training will need; give it to deltakd.train")
+            self.problems.append("trainer.dry_run prints what a training run will need; give it to deltakd.train")
         self.problems += alone_problems(read_launch(os.environ))
 
     def settings(self, roles: Collection[str] | None, has_adapter: bool) -> RunSettings:
@@ -211,7 +211,7 @@ def _built(kind: type | tuple[type, ...], node: Any, key: str, problems: list[st
 
 
 def _built_each(node: Any, key: str, problems: list[str]) -> dict[str, Any]:
-    """Build the entries of a group that maps names to nodes; None stands for no entries."""
+    """Build the entries of a group that maps names to nodes; None means no entries."""
     if node is not None and not isinstance(node, Mapping):
         problems.append(f"{key} is {node!r}; it must be a mapping of names, or null")
         return {}

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from deltakd.io.files import replacing, write_text
+from deltakd.models.saving import save_weights
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def saved_model(role: str, value: Any, given: Given, problems: list[str]) -> Any
         problems.append(f"{role} is a loaded model that does not know its tokenizer; give tokenizer=...")
         return None
     with replacing(path, f"the copy of {role}") as partial:
-        value.save_pretrained(partial)
+        save_weights(value, partial)
         tokenizer.save_pretrained(partial)
     return str(path)
 

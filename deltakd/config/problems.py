@@ -1,4 +1,4 @@
-"""What is wrong with a config, collected while its groups are built."""
+"""Problems of a config, collected while its groups are built."""
 
 from __future__ import annotations
 

@@ -275,14 +275,14 @@ def _report(train: EncodedSet, val: EncodedSet | None, counts: Mapping[str, int]
     )
     if counts["train/kept_borders"]:
         log.info(
-            "in %d training rows the tokenizer merges the end of a prompt with the beginning of its answer; the merge "
-            "is undone, so that the answer follows the prompt that generation sees; prompts that end with a line "
+            "in %d training examples the tokenizer merges the end of a prompt with the beginning of its answer; the "
+            "merge is undone, so that the answer follows the prompt that generation sees; prompts that end with a line "
             "break, not with a space, merge less",
             counts["train/kept_borders"],
         )
     if counts["train/control_tokens"]:
         log.info(
-            "%d training rows hold control tokens of the tokenizer in their data, such as EOS; they are trained as "
+            "%d training examples hold control tokens of the tokenizer in their data, such as EOS; they are read as "
             "text",
             counts["train/control_tokens"],
         )

@@ -23,7 +23,7 @@ from deltakd.data.load_stream import open_instruction_stream, open_text_stream, 
 from deltakd.data.sources.parsing import COLUMNS
 from deltakd.data.sources.readers import read_rows, read_texts
 from deltakd.data.sources.records import missing_sources
-from deltakd.io.keys import Cache, Resume, Seed, keys_with
+from deltakd.io.keys import Cache, Method, Resume, Seed, keys_with
 from deltakd.io.patterns import pattern_problems
 
 Sources = str | Sequence[str]
@@ -58,7 +58,7 @@ class DataConfig(ABC):
 
     train: Sources | None
     val: Sources | None = None
-    sets: Annotated[Mapping[str, Any], Resume.UNFINISHED, Cache.FREE] = field(default_factory=dict)
+    sets: Annotated[Mapping[str, Any], Resume.UNFINISHED, Cache.FREE, Method.FREE] = field(default_factory=dict)
     template: str | Mapping[str, str] = "alpaca"
     max_length: Positive = 512
     max_prompt_length: Positive = 256
@@ -67,7 +67,7 @@ class DataConfig(ABC):
     shuffle_buffer: Annotated[Positive, Cache.FREE] = 10_000
     batch_size: Annotated[Positive | None, Resume.UNFINISHED, Cache.FREE] = 8
     max_tokens_per_batch: Annotated[Positive | None, Resume.UNFINISHED, Cache.FREE] = None
-    cache_dir: Annotated[str | None, Cache.FREE] = None
+    cache_dir: Annotated[str | None, Cache.FREE, Method.FREE] = None
     prepare: Annotated[Callable[[], Any] | None, Cache.FREE] = None
     strip_answers: str | None = None
     columns: Mapping[str, str] | None = None

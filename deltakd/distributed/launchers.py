@@ -1,4 +1,4 @@
-"""What torchrun and SLURM, which start all ranks of a run, say about it in each process's environment."""
+"""Read what torchrun and SLURM, which start all ranks of a run, put into each process's environment."""
 
 from __future__ import annotations
 

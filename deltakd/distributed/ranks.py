@@ -131,13 +131,13 @@ def _store(launch: Launch) -> Any:
 
 
 def _give_up(rank: int) -> NoReturn:
-    print(f"error: rank {rank} did not go on, so this rank can't either; see what it says", file=sys.stderr)
+    print(f"error: rank {rank} stopped responding, so this rank stops, too; see its output", file=sys.stderr)
     sys.exit(2)
 
 
 @final
 class _Meeting:
-    """What the ranks tell each other at one point of the program."""
+    """The messages that ranks exchange at one point of the program."""
 
     def __init__(self, store: Any, launch: Launch, what: str) -> None:
         self._store = store

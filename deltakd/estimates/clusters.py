@@ -153,7 +153,7 @@ def read_architecture(text: str, option: str) -> tuple[str, dict[str, Any]]:
 
 
 def assumed(overrides: Sequence[str]) -> list[str]:
-    """Return the overrides of ``BASE`` that stand in for what the user's own do not say."""
+    """Return the overrides of ``BASE`` that fill in what the user's own leave out."""
     given = {override.split("=", 1)[0] for override in overrides}
     return [override for override in BASE if override.split("=", 1)[0] not in given]
 
@@ -179,7 +179,7 @@ def make_cases(
     """
     cfg = compose_config("train", [*assumed(overrides), *overrides])
     if cfg.model.lora:
-        raise ValueError("model/lora is counted only in a training whose models are at hand; leave --student out")
+        raise ValueError("model/lora is counted only for models that are available; leave --student out")
     step = make_step_settings(cfg)
     precision = str(step.trainer.precision)
     shapes = {role: student if role == STUDENT_RAW else teacher for role in sorted(step.loss.requires)}

@@ -1,4 +1,4 @@
-"""What each strategy keeps on a rank and sends between ranks.
+"""Memory on a rank and traffic between ranks, for each strategy.
 
 N is the number of ranks. Collectives are counted as rings: from each rank an all-reduce sends 2 (N − 1)/N of its bytes,
 a reduce-scatter and an all-gather (N − 1)/N (Rajbhandari et al., ZeRO, arXiv 1910.02054, section 7). What each strategy

@@ -100,7 +100,7 @@ class MeasuredReferences:
             self._cached.to(device)
 
     def missing(self) -> dict[str, str]:
-        """Return role -> why it is not available, as far as the config tells without loading a model."""
+        """Return role -> why it is not available, as far as the config shows without loading a model."""
         there = frozenset(self._loaded) | (frozenset() if self._cached is None else self._cached.roles)
         reasons = {role: self._reason(role) for role in WANTED if role not in there}
         return {role: reason for role, reason in reasons.items() if reason}
@@ -238,7 +238,7 @@ class MeasuredReferences:
                 self._loaded[role] = open_reference(role, spec, self._models, self._tokenizer, self._vocabulary)
             except (ValueError, OSError, torch.OutOfMemoryError) as error:
                 self.reasons[role] = str(error)
-                log.warning("The %s can't be had to measure with it: %s", role, error)
+                log.warning("The %s is not available, so its measures are left out: %s", role, error)
         if role not in self._loaded:
             self._given_up.add(role)
         return self._loaded.get(role)

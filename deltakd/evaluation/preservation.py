@@ -192,7 +192,7 @@ class _Subject:
         return [f"{role}: {reason}" for role, reason in self.references.missing().items()]
 
     def missing_data(self) -> list[str]:
-        """Return what is missing of the rows, as far as can be told without reading them, one sentence each."""
+        """Return what is missing of the rows, as far as is known without reading them, one sentence each."""
         data = self.run.data
         if not data.validates:
             return [f"{_ROWS}: the run has no validation data (neither data.val nor data.val_size)"]

@@ -36,7 +36,7 @@ class Scorer:
 
     Args:
         metrics: names of its metrics.
-        main: the metric that stands for it in lists.
+        main: the metric that represents it in lists.
         description: recorded with results.
         score_row: (answer, references) -> each metric in per cent (0 to 100).
         reads: True if answers can be compared with the reference.
@@ -129,7 +129,7 @@ def find_scorer(name: str, rouge_tokenizer: str = "default") -> Scorer:
 #: The metrics of all scorers; a row has those of one scorer.
 METRICS = tuple(metric for scorer in SCORERS.values() for metric in scorer.metrics)
 
-#: The metrics that stand for their scorers.
+#: The metrics that represent their scorers.
 MAIN_METRICS = tuple(scorer.main for scorer in SCORERS.values())
 
 #: Titles of the metrics that are shown to people.
@@ -142,7 +142,7 @@ METRIC_TITLES: Mapping[str, str] = {
 
 
 def main_metric(scored: Mapping[str, object]) -> str:
-    """Return the metric that stands for a scored record.
+    """Return the main metric of a scored record.
 
     Raises:
         ValueError: it has none.

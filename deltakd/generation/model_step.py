@@ -1,4 +1,4 @@
-"""What generation needs from a model: one step with a cache, evaluation mode, and the number of positions."""
+"""The parts of a model that generation uses: one step with a cache, evaluation mode, the number of positions."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def kept_arrays(
     A folder gets its final name only when it is complete, so interrupted and concurrent processes do no harm.
 
     Args:
-        name: of the folder; tells everything apart that the arrays depend on.
+        name: of the folder; it identifies everything that the arrays depend on.
         cache_dir: where the folder is, created if missing. None: the files are only in a temporary place, and go when
             the process ends.
         dtypes: as for ``ArrayWriter``.

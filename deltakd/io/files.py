@@ -55,7 +55,7 @@ def way_out(reason: str, how_to_resume: str) -> str:
 
     Args:
         reason: what ``disk_reason`` said.
-        how_to_resume: what a user does to go on.
+        how_to_resume: how a user continues.
     """
     if reason in map(os.strerror, _PERMISSION):
         return f"Get access to it, then: {how_to_resume}; or give another place"

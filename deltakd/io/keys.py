@@ -37,6 +37,13 @@ class Cache(Enum):
     FREE = "free"
 
 
+class Method(Enum):
+    """How a key relates to the methods that a report compares; without this or Resume.FREE it tells them apart."""
+
+    #: Repeated on purpose (the seed), compared elsewhere (the evaluation), or without effect on what is trained.
+    FREE = "free"
+
+
 class Protocol(Enum):
     """How a key of ``evaluation`` relates to a published protocol."""
 

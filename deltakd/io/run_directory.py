@@ -148,7 +148,7 @@ class RunDirectory:
                 raise ConfigError(
                     [
                         f"run_dir={self.path} already holds a run; give another run_dir, "
-                        "or resume=true to go on with that one"
+                        "or resume=true to continue that one"
                     ]
                 )
             held = yaml.safe_load(self.config.read_text(encoding="utf-8"))

@@ -100,7 +100,7 @@ def _adapter(hint: Any) -> TypeAdapter[Any] | None:
 
 
 def allowed(hint: Any) -> str:
-    """Say in words which values an annotation allows; text in an ``Annotated`` stands for itself."""
+    """Say in words which values an annotation allows; text in an ``Annotated`` is used as it is."""
     return " or ".join(dict.fromkeys(_words(hint)))
 
 

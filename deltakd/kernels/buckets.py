@@ -82,7 +82,7 @@ class BucketLogits(Mapping[str, Tensor]):
     Args:
         kept: [N, K] the student's logits on the support.
         tail: [N] τ · logsumexp(z / τ) of the student over all other tokens; None if there are none.
-        tail_at_one: [N] the same at τ = 1.
+        tail_at_one: [N] the tails at τ = 1.
         buckets: those of the references.
     """
 

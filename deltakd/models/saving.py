@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
+import accelerate.utils.other
 from transformers import PreTrainedTokenizerBase
 
 from deltakd.io.files import replacing
@@ -14,6 +16,26 @@ from deltakd.models.language_model import LanguageModel
 from deltakd.models.lora import merged
 
 log = logging.getLogger(__name__)
+
+
+def save_weights(model: Any, directory: Path) -> None:
+    """Write a transformers model's weights and configuration.
+
+    accelerate imports DeepSpeed, for seconds and with a warning of its own, to see whether the model is one of its
+    engines: while DeepSpeed is not imported, nothing is.
+
+    Args:
+        model: a transformers model.
+        directory: where they go.
+    """
+    other = accelerate.utils.other
+    available = other.is_deepspeed_available
+    if "deepspeed" not in sys.modules:
+        other.is_deepspeed_available = lambda: False
+    try:
+        model.save_pretrained(directory)
+    finally:
+        other.is_deepspeed_available = available
 
 
 def save_student(
@@ -45,7 +67,7 @@ def save_student(
         causal_lm.generation_config.eos_token_id = tokenizer.eos_token_id
     causal_lm.generation_config.bos_token_id = tokenizer.bos_token_id
     with replacing(directory, "the student") as partial:
-        causal_lm.save_pretrained(partial)
+        save_weights(causal_lm, partial)
         tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
         if check is not None:

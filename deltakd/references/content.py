@@ -1,4 +1,4 @@
-"""What the content of a cache depends on, and whether a run may use it. Every difference is reported."""
+"""The inputs that the content of a cache depends on; a run with others is rejected, and each difference named."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def data_identity(data: DataConfig, tokenizer: PreTrainedTokenizerBase, sets: Lo
 
 
 def cache_problems(models: ModelSettings, loss: Loss, settings: CacheSettings, adding: bool = False) -> list[str]:
-    """Return why a run may not use its cache, as far as the config tells, one sentence each.
+    """Return why a run may not use its cache, as far as the config shows, one sentence each.
 
     Args:
         models: the group ``model``.

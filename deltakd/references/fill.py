@@ -224,5 +224,5 @@ def _disk_full(store: CacheStore, sets: LoadedSets) -> Iterator[None]:
         raise StoreError(
             f"the disk of reference.path={store.path} is full ({error.reason}): {done} rows are stored, {rows} need "
             f"another {in_units(needed)}, {in_units(shutil.disk_usage(store.path).free)} are free. Nothing half "
-            "written is left; make room, and the same command goes on"
+            "written is left; free some space, and the same command continues"
         ) from None

@@ -20,7 +20,7 @@ from deltakd.types import STUDENT
 
 
 class ReferenceSettings:
-    """What a choice of the group ``reference`` says: ``LiveSettings``, ``CacheSettings``, or a source of one's own.
+    """Base of the choices of the group ``reference``: ``LiveSettings``, ``CacheSettings``, or your own source.
 
     Attributes:
         placement: a device of their own for references that run; ``auto``: the student's.
@@ -46,7 +46,7 @@ class ReferenceSettings:
 class SourceSettings(ReferenceSettings, ABC):
     """References that are made of loaded models.
 
-    For a source of one's own, subclass it as a frozen dataclass, and name it as the ``_target_`` of a YAML in
+    For your own source, subclass it as a frozen dataclass, and name it as the ``_target_`` of a YAML in
     ``conf/reference``; what ``make`` returns keeps the contract of ``References``.
     """
 

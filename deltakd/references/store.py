@@ -69,7 +69,7 @@ class StoredFile:
 
 @dataclass
 class Manifest:
-    """What a cache holds, and what its content depends on.
+    """The format of a cache, and the inputs that its content depends on.
 
     Args:
         content: everything that determines the files' content (see ``deltakd.references.content``).

@@ -71,7 +71,7 @@ class Style:
     Args:
         number: number of its colour in the style sheet, from 1.
         color: its colour on light ground.
-        dash: dash pattern of its lines; tells methods of one colour apart.
+        dash: dash pattern of its lines; it distinguishes methods of one colour.
     """
 
     number: int

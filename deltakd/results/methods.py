@@ -15,30 +15,11 @@ from numpy.typing import NDArray
 
 from deltakd.config.loss_names import KnownLosses, delta_weight_keys, flat, loss_name
 from deltakd.results.reading import Run, job_label
+from deltakd.training.settings import NOT_THE_METHOD
 
-#: Keys that do not affect training, or that are compared elsewhere (the evaluation, by its answers).
-_NOT_THE_METHOD = (
-    "seed",
-    "run_dir",
-    "name",
-    "resume",
-    "objective",
-    "logger",
-    "callbacks",
-    "kernels",
-    "reference",
-    "evaluation",
-    "delta_weight",  # losses that use it have it as a setting of their own
-    "data.sets",
-    "data.cache_dir",
-    "trainer.enable_progress_bar",
-    "trainer.log_every_n_steps",
-    "trainer.checkpoint_every_n_steps",
-    "trainer.checkpoint_every_n_minutes",
-    "trainer.val_every_n_steps",
-    "trainer.profiler",
-    "trainer.dry_run",
-)
+#: A setting in a label has at most this many characters, and a label at most so many settings; longer ones are in the
+#: legend alone.
+_SETTING, _SETTINGS = 18, 2
 
 
 @dataclass(frozen=True)
@@ -54,6 +35,7 @@ class Method:
         family: key shared by methods that differ only in the delta weight.
         at_zero: key shared by a Delta-KD and the plain distillation that it becomes at weight 0; None for all other
             methods.
+        settings: key -> value in which it differs from the other methods of its loss; the label may leave them out.
     """
 
     label: str
@@ -63,6 +45,7 @@ class Method:
     delta_weight: float | None = None
     family: str = ""
     at_zero: str | None = None
+    settings: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @property
     def shown_role(self) -> str | None:
@@ -145,7 +128,8 @@ def make_methods(runs: Sequence[Run], known: KnownLosses, notes: list[str]) -> l
         "" if group[0].evaluation_only else loss_name(group[0].config.get("loss") or {}, known) for group in members
     ]
     roles = [_role(group, runs) for group in members]
-    labels = _unique([_label(i, members, losses, roles) for i in range(len(members))])
+    differing = [_differing(i, members, losses, roles) for i in range(len(members))]
+    labels = _unique([_label(*of) for of in zip(members, losses, differing, strict=True)])
     weighted = [
         frozenset() if group[0].evaluation_only else delta_weight_keys(group[0].config.get("loss") or {}, known)
         for group in members
@@ -153,7 +137,7 @@ def make_methods(runs: Sequence[Run], known: KnownLosses, notes: list[str]) -> l
     weights = [_delta_weight(group[0], keys) for group, keys in zip(members, weighted, strict=True)]
     families = [_family(group[0], keys) for group, keys in zip(members, weighted, strict=True)]
     at_zero = [_at_zero(group[0]) for group in members]
-    parts = zip(labels, members, roles, losses, weights, families, at_zero, strict=True)
+    parts = zip(labels, members, roles, losses, weights, families, at_zero, differing, strict=True)
     methods = [Method(*of) for of in parts]
     return [m for m in methods if m.role] + [m for m in methods if not m.role]
 
@@ -165,7 +149,7 @@ def _identity(run: Run) -> tuple[Any, ...]:
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    settings = {key: value for key, value in flat(run.config).items() if not _is_below(key, _NOT_THE_METHOD)}
+    settings = {key: value for key, value in flat(run.config).items() if not _is_below(key, NOT_THE_METHOD)}
     return settings | {"references": "topk" if _approximate_references(run) else "exact"}
 
 
@@ -226,18 +210,21 @@ def _at_zero(run: Run) -> str | None:
     return repr(sorted((key, repr(value)) for key, value in kept.items()))
 
 
-def _label(index: int, members: Sequence[list[Run]], losses: Sequence[str], roles: Sequence[str | None]) -> str:
-    group = members[index]
+def _label(group: Sequence[Run], loss: str, differing: Mapping[str, str]) -> str:
+    """Return a short name: the study's, or the loss with the settings that fit; the legend has all of them."""
     named = _stage_name(group)
     if named:
         return named
     if group[0].evaluation_only:
         model = Path(str(group[0].config["evaluated_model"]))
         return f"{model.parent.name if model.name == 'student' else model.name} (evaluated)"
-    siblings = [
-        other for other, loss, role in zip(members, losses, roles, strict=True) if loss == losses[index] and not role
-    ]
-    return losses[index] + _what_differs(group[0], [other[0] for other in siblings])
+    kept = differing if len(differing) <= _SETTINGS else {k: v for k, v in differing.items() if k == "delta_weight"}
+    shown = [f"{_last(key)}={value}" for key, value in kept.items()]
+    return " ".join([loss, *(text for text in shown if len(text) <= _SETTING)])
+
+
+def _last(key: str) -> str:
+    return key.rpartition(".")[2]
 
 
 def _stage_name(group: Sequence[Run]) -> str | None:
@@ -258,21 +245,31 @@ def _stage(run: Run) -> str | None:
     return job_label(stage, name) if name and Path(name).name == run.path.name and not run.evaluation_only else None
 
 
-def _what_differs(run: Run, siblings: Sequence[Run]) -> str:
-    """Return `` key=value`` for every setting in which runs of the same loss differ."""
+def _differing(
+    index: int, members: Sequence[list[Run]], losses: Sequence[str], roles: Sequence[str | None]
+) -> dict[str, str]:
+    """Return key -> value for every setting in which the methods of one loss differ."""
+    run = members[index][0]
+    if run.evaluation_only:
+        return {}
+    siblings = [
+        other[0]
+        for other, loss, role in zip(members, losses, roles, strict=True)
+        if loss == losses[index] and not role and not other[0].evaluation_only
+    ]
     settings = [_settings(other) for other in siblings]
     keys = sorted({key for each in settings for key in each})
-    differing = [key for key in keys if len({repr(each.get(key)) for each in settings}) > 1]
     own = _settings(run)
     weight = run.config.get("delta_weight")
     shown: dict[str, Any] = {}
-    for key in differing:
-        value = own.get(key)
+    for key in keys:
+        if len({repr(each.get(key)) for each in settings}) < 2:
+            continue
         is_weight = key.startswith("loss.") and all(
             each.get(key) == other.config.get("delta_weight") for each, other in zip(settings, siblings, strict=True)
         )
-        shown["delta_weight" if is_weight else key.removeprefix("loss.")] = weight if is_weight else value
-    return "".join(f" {key}={_short(value)}" for key, value in shown.items())
+        shown["delta_weight" if is_weight else key.removeprefix("loss.")] = weight if is_weight else own.get(key)
+    return {key: _short(value) for key, value in shown.items()}
 
 
 def _short(value: Any) -> str:

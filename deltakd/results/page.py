@@ -155,6 +155,7 @@ class _View:
         self._page = page
         self.plates = plates
         self.figure_sections = [entry for entry in _FIGURE_SECTIONS if plates[entry[2]].panels]
+        self.settings = sections.settings_of(page.methods)
         self.tables = notes_once(page.comparisons)
         self.beyond = beyond_tables(page.methods)
         self.beyond_notes = NOTES
@@ -207,6 +208,7 @@ def write_report(page: Page, folder: Path, tidy: Callable[[str], str] = str) -> 
         "report.html": render(page, tidy),
         "report.md": f"# {page.title}\n\n{markdown(page.comparisons)}"
         + beyond_markdown(beyond_tables(page.methods))
+        + _settings(page)
         + _notes(page, tidy),
         "table.tex": latex(page.comparisons),
     }
@@ -214,6 +216,12 @@ def write_report(page: Page, folder: Path, tidy: Callable[[str], str] = str) -> 
         write_text(folder / name, text)
     panels = [panel for plate in page.plates.values() for panel in plate.panels]
     return [folder / name for name in texts] + [panel.write_pdf(drawings) for panel in panels]
+
+
+def _settings(page: Page) -> str:
+    """Return the legend: in which settings methods of one loss differ."""
+    lines = [f"* {label}: {', '.join(settings)}\n" for label, settings in sections.settings_of(page.methods)]
+    return "".join(["\nSettings in which methods of one loss differ:\n\n", *lines]) if lines else ""
 
 
 def _notes(page: Page, tidy: Callable[[str], str]) -> str:

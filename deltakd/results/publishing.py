@@ -40,7 +40,7 @@ def export_problems(run: RunDirectory, output: Path | None, repository: str | No
     if output is None and repository is None:
         problems.append("give output=<directory>, push_to_hub=<owner>/<name>, or both")
     if output is not None and output.exists() and (not output.is_dir() or any(output.iterdir())):
-        problems.append(f"output={output} is there already; give another directory, or remove that one")
+        problems.append(f"output={output} already exists; give another directory, or remove that one")
     if repository is not None:
         problems += _repository_problems(repository)
     return problems
@@ -53,7 +53,7 @@ def _run_problems(run: RunDirectory) -> list[str]:
     if entry.corrupt:
         return [f"run={run.path} can't be exported: {entry.corrupt}"]
     if "evaluated_model" in entry.config or "answering_teacher" in entry.config:
-        return [f"run={run.path} trained no model; give the directory of a training"]
+        return [f"run={run.path} trained no model; give the directory of a training run"]
     if not run.finished:
         return [
             f"run={run.path} is not finished ({entry.columns['state']}); end it first: the command that started it, "

@@ -24,6 +24,15 @@ EXAMPLES = 3
 _TITLE = 90
 
 
+def settings_of(methods: Sequence[Method]) -> list[tuple[str, list[str]]]:
+    """Return (label, ``key=value`` of each setting) of the methods whose label leaves out how they differ."""
+    return [
+        (method.label, [f"{key}={value}" for key, value in method.settings.items()])
+        for method in methods
+        if method.settings
+    ]
+
+
 @dataclass(frozen=True)
 class CostRow:
     """The average cost of a method's runs; ``cells`` are texts, one for each of COST_COLUMNS."""

@@ -6,7 +6,7 @@ these three are normal, then for every number of seeds from 2 and whatever the t
 x in at most a share x of cases, for every x. Holm's correction then keeps the family-wise error rate at its level,
 however the methods depend on each other. Means over many prompts are close to normal whatever the scores are; that
 the few seeds are is an assumption, which no number of prompts can test. With one training seed the variance between
-trainings is not estimated: the interval is about these two trained models on other prompts, not about the methods.
+training runs is not estimated: the interval is about these two trained models on other prompts, not about the methods.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Difference:
         p: two-sided p-value of the same interval for a difference of 0: below 0.05 if the interval excludes 0.
         p_holm: ``p`` corrected for all methods compared (Holm 1979).
         over: what varies: ``training seeds and prompts``, or ``prompts`` if one of the two has a single training seed,
-            in which case nothing is known of other trainings.
+            in which case nothing is known of other training runs.
     """
 
     method: str

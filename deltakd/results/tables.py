@@ -91,8 +91,8 @@ class Comparison:
         notes = []
         if over == {PROMPTS}:
             notes.append(
-                "± is one standard error over prompts, since there is one training seed; of other trainings it says "
-                "nothing."
+                "± is one standard error over prompts, since there is one training seed; it says nothing of "
+                "other training runs."
             )
         elif over:
             single = "; where there is one seed, over prompts." if PROMPTS in over else "."
@@ -108,7 +108,7 @@ class Comparison:
             )
             if PROMPTS in varied:
                 notes.append(
-                    "Where a side has one training seed, the variance between trainings is not estimated: the "
+                    "Where a side has one training seed, the variance between training runs is not estimated: the "
                     "difference is one of two trained models."
                 )
             notes.append(self._about_bold(any(score.best for score in scores)))

@@ -126,6 +126,13 @@ class RolloutLoader:
         assert self._round is not None
         return sum(len(response.tokens) for response in self._round.responses(step))
 
+    def responses_of_step(self, step: int) -> list[tuple[Encoded, Response]]:
+        """Return the responses of a step of the round in use, over all ranks, each with its row as in the data."""
+        assert self._round is not None
+        places = zip(self.sampler.rows_of_step(step), self._is_own(step), strict=True)
+        asked = [self.encoded[int(place)] for place, own in places if own for _ in range(self.settings.per_prompt)]
+        return list(zip(asked, self._round.responses(step), strict=True))
+
     def _rows(self, step: int) -> list[_Row]:
         """Return the rows of a step over all ranks, from short to long."""
         if self._round is None or step not in self._round:

@@ -40,7 +40,7 @@ class Stages(Protocol):
         """
 
     def fail(self, name: str, problem: str, seconds: float) -> None:
-        """Report that a run failed while others go on.
+        """Report that a run failed while others continue.
 
         Args:
             name: of the run.
@@ -241,7 +241,7 @@ def _clock_time(seconds: float) -> str:
 
 @contextmanager
 def stages_on(console: Console, title: str, minutes: Mapping[str, float | None]) -> Iterator[Stages]:
-    """Show the runs of a study while they go on.
+    """Show the runs of a study while it runs.
 
     Args:
         console: on a terminal it shows one table, and what the stages' own bars would show goes into it.

@@ -70,7 +70,7 @@ def run_job(job: Job, action: Callable[[], float]) -> float:
 
     Args:
         job: the job.
-        action: the training run; returns the objective, and raises SystemExit for errors that users can mend.
+        action: the training run; returns the objective, and raises SystemExit for errors that users can fix.
 
     Returns:
         The objective; NaN if the job failed.

@@ -57,7 +57,7 @@ def run_study(study: Study, console: Console, stages: Collection[str] = (), chec
                 raise ConfigError(
                     [
                         f"{len(problems)} of the {len(own)} runs of stage {stage} failed ({'; '.join(problems)}). The "
-                        "others are kept; the same command tries these again, --stages goes on with other stages"
+                        "others are kept; the same command tries these again, --stages runs other stages"
                     ]
                 )
     say_hours(study, console)

@@ -73,7 +73,7 @@ class Hyperband:
     Args:
         min_resource: validations before a run may be ended.
         max_resource: validations of a whole run; None: those of the first run that is finished.
-        reduction_factor: one run in this many goes on.
+        reduction_factor: one run in this many continues.
     """
 
     min_resource: int

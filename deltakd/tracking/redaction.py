@@ -19,7 +19,7 @@ _HIDDEN = "***"
 def redacted(value: Any) -> Any:
     """Return a copy whose texts have ``~`` for the home directory and ``***`` for secrets.
 
-    Secrets are the values of environment variables whose names end in KEY, TOKEN, SECRET, PASSWORD or the like (if at
+    Secrets are the values of environment variables whose names end in KEY, TOKEN, SECRET, PASSWORD or similar (if at
     least 8 characters long), and the user part of URLs.
 
     Args:

@@ -1,4 +1,4 @@
-"""What a run sends to Weights & Biases beyond numbers: its origin, its answers, its student."""
+"""Send to Weights & Biases, beyond numbers, a run's origin, answers and student."""
 
 from __future__ import annotations
 
@@ -76,6 +76,21 @@ class RunWandbLogger(WandbLogger):
         chosen = _spread(sorted(by_step), TABLE_STEPS)
         columns = {f"step {k}": [r["output"] for r in by_step[k][:TABLE_ROWS]] for k in chosen}
         self._table("val/answers", by_step[step], columns, step)
+
+    def log_responses(self, records: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Log the table ``rollout/responses``: what the student wrote for an optimiser step.
+
+        Args:
+            records: as ``rollouts.samples.sample_record`` makes them.
+            step: counted from 1.
+        """
+        import wandb
+
+        columns = ["row_id", "prompt", "output", "output_tokens", "finished"]
+        data = [[record[column] for column in columns] for record in records]
+        table = wandb.Table(columns=["row", "prompt", "response", "tokens", "finished"], data=redacted(data))
+        with self._staging():
+            self.experiment.log({"rollout/responses": table, "trainer/global_step": step})
 
     def log_results(self, student: Path, scores: Mapping[str, float], step: int) -> None:
         """Log the final answers, and the exported student as an artifact of type ``model`` that says how it was made.

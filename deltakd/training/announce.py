@@ -1,4 +1,4 @@
-"""What the log says before training: the models that are not loaded, and one row as it will be trained."""
+"""Log lines before training: the models that are not loaded, and one row as it will be trained."""
 
 from __future__ import annotations
 

@@ -53,6 +53,7 @@ class Fitted:
         checkpoints: the best step and its metrics.
         training_log: token counts and speed.
         streamed: what became of the rows of a stream; empty for indexed data.
+        rollout_log: what the student wrote while it trained, and how long that took; None if it wrote nothing.
     """
 
     student: LanguageModel
@@ -60,6 +61,7 @@ class Fitted:
     checkpoints: Checkpoints
     training_log: TrainingLog
     streamed: dict[str, int]
+    rollout_log: RolloutLog | None
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -89,8 +91,17 @@ def fit(parts: Parts, loggers: list[Logger], state: SavedState | None, lifeline:
     checkpoints = _make_checkpoints(parts, data, validation)
     training_log = TrainingLog(settings.log_every_n_steps)
     watching = [checkpoints, StopOnSignal(checkpoints)]
-    rollout_log = [RolloutLog(training_log)] if isinstance(data, RolloutData) else []
-    callbacks = [lifeline, stream_end, *rollout_log, training_log, *([validation] if validation else []), *watching]
+    rollout_log = _make_rollout_log(parts, data, training_log, loggers)
+    kept: list[TrainingLog | StreamEnd | RolloutLog] = [training_log, stream_end]
+    kept += [rollout_log] if rollout_log else []
+    callbacks = [
+        lifeline,
+        stream_end,
+        *([rollout_log] if rollout_log else []),
+        training_log,
+        *([validation] if validation else []),
+        *watching,
+    ]
     trainer = make_trainer(parts, callbacks, loggers)
     check_ranks(trainer, ranks)
     if is_main_process():
@@ -99,11 +110,14 @@ def fit(parts: Parts, loggers: list[Logger], state: SavedState | None, lifeline:
         check_step_size(state, checkpoints, data)
     module = make_module(parts, data.total_steps)
     if state and state.step >= stream_end.saved_steps(state.content, data.total_steps):
-        restore(module, (checkpoints, training_log, stream_end), state)
+        restore(module, (checkpoints, *kept), state)
     else:
         _announce(parts, data, state)
         _train(trainer, module, data, state)
-    return Fitted(final_student(module, checkpoints), module, checkpoints, training_log, stream_end.counts)
+        if module.total_steps != data.total_steps and is_main_process():
+            # Of a stream, the last step is known only at its end.
+            write_total_steps(parts.directory.path, module.total_steps)
+    return Fitted(final_student(module, checkpoints), module, checkpoints, training_log, stream_end.counts, rollout_log)
 
 
 def make_data(parts: Parts, ranks: int) -> DistillationData:
@@ -190,6 +204,16 @@ def _make_validation(parts: Parts, data: DistillationData, loggers: list[Logger]
     steps = _validation_steps(data, settings.val_every_n_steps)
     generate = _make_generate(parts, loggers) if parts.settings.generates_on_validation else None
     return Validation(data.val_loader, steps, generate)
+
+
+def _make_rollout_log(
+    parts: Parts, data: DistillationData, training_log: TrainingLog, loggers: list[Logger]
+) -> RolloutLog | None:
+    """Return the callback of an on-policy run, which keeps responses of the steps that others validate after."""
+    if not isinstance(data, RolloutData):
+        return None
+    steps = _validation_steps(data, parts.settings.trainer.val_every_n_steps)
+    return RolloutLog(training_log, parts.directory.path, steps, wandb_of(loggers))
 
 
 def _validation_steps(data: DistillationData, every: int | None) -> frozenset[int]:

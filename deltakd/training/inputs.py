@@ -1,4 +1,4 @@
-"""What a run reads, as fingerprints: a run that is gone on with has to read the same.
+"""Fingerprints of a run's inputs: a resumed run must read the same ones.
 
 A config names files, not their content. ``inputs.json`` in the run directory keeps what the first start has read.
 """
@@ -41,7 +41,7 @@ _HOW = {
 def read_inputs(
     settings: RunSettings, tokenizer: PreTrainedTokenizerBase, sets: LoadedSets, cached: CachedReferences | None
 ) -> dict[str, str | None]:
-    """Return input -> sha256 or commit; None where it can't be told.
+    """Return input -> sha256 or commit; None if it is unknown.
 
     Args:
         settings: of the run.
@@ -69,8 +69,8 @@ def check_inputs(
     Args:
         directory: of the run.
         inputs: as ``read_inputs`` gives them.
-        shards: of streamed data, each with what tells another content; they say what ``data.train`` is.
-        force: go on with other inputs; ``changed_inputs`` tells of them from then on.
+        shards: of streamed data, each with what identifies its content; together they identify ``data.train``.
+        force: continue with other inputs; ``changed_inputs`` lists them from then on.
 
     Raises:
         ConfigError: every input that is another one than then.
@@ -88,12 +88,12 @@ def check_inputs(
     ]
     if changed and not force:
         remedy = (
-            f"put back what was there, give another run_dir, or go on in run_dir={directory} with what is there now by "
-            "resume=force"
+            f"put back what was there, give another run_dir, or continue in run_dir={directory} with the present "
+            "inputs by resume=force"
         )
         raise ConfigError([f"{sentence}; {remedy}" for sentence in changed])
     for sentence in changed:
-        log.warning("%s; the run goes on with it (resume=force).", sentence)
+        log.warning("%s; the run continues with it (resume=force).", sentence)
     # What can't be told now may have been told before.
     known = before | {name: value for name, value in inputs.items() if value is not None or name not in before}
     changed = [*held.get("changed", []), *changed]
@@ -103,7 +103,7 @@ def check_inputs(
 
 
 def changed_inputs(directory: Path) -> list[str]:
-    """Return what the run has gone on with though it was another, one sentence each."""
+    """Return the inputs that changed before the run was resumed by force, one sentence each."""
     return list(_read(directory).get("changed", []))
 
 

@@ -15,7 +15,7 @@ from deltakd.distributed.ranks import is_main_process
 from deltakd.distributed.sharding import is_sharded
 from deltakd.io.run_directory import RunDirectory
 from deltakd.models import LanguageModel
-from deltakd.training.callbacks import Checkpoints, StreamEnd, TrainingLog
+from deltakd.training.callbacks import Checkpoints, RolloutLog, StreamEnd, TrainingLog
 from deltakd.training.callbacks.checkpoints import read_checkpoint
 from deltakd.training.module import DistillationModule
 from deltakd.training.step import DistillationStep
@@ -57,7 +57,7 @@ def read_state(directory: RunDirectory) -> SavedState | None:
             damage.append(str(error))
             continue
         if damage:
-            log.warning("%s. The run goes on from the one before it, step %d.", damage[0], state.step)
+            log.warning("%s. The run continues from the one before it, step %d.", damage[0], state.step)
         return state
     if damage:
         raise ValueError(f"{'; '.join(damage)}: remove {directory.checkpoints} to start again")
@@ -81,7 +81,9 @@ def check_step_size(state: SavedState, checkpoints: Checkpoints, data: Distillat
 
 
 def restore(
-    module: DistillationModule, callbacks: Sequence[Checkpoints | TrainingLog | StreamEnd], state: SavedState
+    module: DistillationModule,
+    callbacks: Sequence[Checkpoints | TrainingLog | StreamEnd | RolloutLog],
+    state: SavedState,
 ) -> None:
     """Restore the state of a run whose training is done, without a trainer."""
     restore_weights(module, state)

@@ -31,6 +31,7 @@ from deltakd.training.fit import Fitted, fit
 from deltakd.training.inputs import changed_inputs
 from deltakd.training.resume import read_state
 from deltakd.training.settings import RESUME_POLICY, RunSettings
+from deltakd.training.threads import choose_threads, threads_kept
 from deltakd.types import STUDENT
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def run_training(settings: RunSettings, run_dir: Path, how_to_resume: str = "") 
     if directory.finished:
         log.info("%s is finished already; nothing to do.", run_dir)
         return _objective_value(settings, directory.read_summary())
-    with Lifeline(how_to_resume or f"the same command with resume=true run_dir={run_dir}") as lifeline:
+    with Lifeline(how_to_resume or f"the same command with resume=true run_dir={run_dir}") as lifeline, threads_kept():
         return _run(settings, directory, claim, lifeline)
 
 
@@ -75,6 +76,7 @@ def _run(
     card = _card_facts(settings, directory)
     with claim:
         parts = load_parts(settings, directory)
+    choose_threads(settings.trainer, parts.models.loaded.values())
     state = read_state(directory)
     resume_step = state.step if state else 0
     loggers = _make_loggers(settings, directory, resume_step) if main else []
@@ -203,6 +205,7 @@ def _meta(parts: Parts, fitted: Fitted, started: float) -> dict[str, Any]:
         "data": parts.sets.counts | fitted.streamed,
         "valid_tokens": training.valid_tokens,
         "training_seconds": round(training.seconds, 3),
+        "rollouts": None if fitted.rollout_log is None else fitted.rollout_log.totals,
         "seconds": round(time.perf_counter() - started, 3),
         "tokens_per_second": round(training.tokens_per_second, 1),
         "peak_memory_mib": round(peak_memory_mib(), 1),

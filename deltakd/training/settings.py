@@ -16,7 +16,7 @@ from deltakd.data import InstructionData, TextData
 from deltakd.distributed.settings import StrategySettings
 from deltakd.evaluation import SCORERS
 from deltakd.evaluation.settings import SCORES, EvaluationSettings
-from deltakd.io.keys import Resume, Seed, keys_with
+from deltakd.io.keys import Method, Resume, Seed, keys_with
 from deltakd.io.run_directory import ResumePolicy
 from deltakd.kernels import MEMORY_BUDGET
 from deltakd.models.settings import ModelSettings, ModelSpec
@@ -51,6 +51,7 @@ class TrainerSettings:
         val_every_n_steps: optimiser steps between validations; None: once per pass. The last step is always validated.
         checkpoint_every_n_steps: in addition to the checkpoint after each validation.
         checkpoint_every_n_minutes: the same by the clock.
+        threads: CPU threads of each process; None: one for tiny models on the CPU, else PyTorch's choice.
         compile: ``torch.compile`` the student.
         dry_run: only print how much memory the run needs.
         profiler: one of Lightning's.
@@ -67,9 +68,10 @@ class TrainerSettings:
     accumulate_grad_batches: Positive = 1
     gradient_clip_val: Annotated[float, Ge(0)] | None = 1.0
     log_every_n_steps: Annotated[int, Ge(1), Resume.FREE] = 10
-    val_every_n_steps: Positive | None = None
+    val_every_n_steps: Annotated[Positive | None, Method.FREE] = None
     checkpoint_every_n_steps: Annotated[Positive | None, Resume.FREE] = None
     checkpoint_every_n_minutes: Annotated[float, Gt(0), Resume.FREE] = 10
+    threads: Annotated[Positive | None, Resume.UNFINISHED] = None
     compile: bool = False
     dry_run: Annotated[bool, Resume.FREE] = False
     profiler: Annotated[Literal["simple", "advanced", "pytorch"] | None, Resume.FREE] = None
@@ -115,7 +117,7 @@ class RunSettings:
         delta_weight: a number, or the config of a schedule; the loss holds it already.
         objective: the metric asked for; None: see ``metric``.
         run_dir: where everything goes; None: a directory of its own under ``outputs/``.
-        resume: go on where the run in ``run_dir`` stopped; ``force``: even if its inputs have changed since.
+        resume: continue where the run in ``run_dir`` stopped; ``force``: even if its inputs have changed since.
         model: the models that the config names.
         specs: role -> model, of those to load: the student and the references that the loss reads.
         data: where the rows come from, and how they are tokenised.
@@ -136,9 +138,10 @@ class RunSettings:
     """
 
     name: Annotated[str, Resume.FREE]
-    seed: Seed
-    delta_weight: Any
-    objective: str | None
+    seed: Annotated[Seed, Method.FREE]
+    # Losses that use it have it as a setting of their own.
+    delta_weight: Annotated[Any, Method.FREE]
+    objective: Annotated[str | None, Method.FREE]
     run_dir: Annotated[str | None, Resume.FREE]
     resume: Annotated[bool | Literal["force"], Resume.FREE]
     model: ModelSettings
@@ -146,16 +149,16 @@ class RunSettings:
     data: InstructionData | TextData
     trainer: TrainerSettings
     strategy: StrategySettings
-    kernels: KernelSettings
-    reference: LiveSettings | CacheSettings | ReferenceSettings
+    kernels: Annotated[KernelSettings, Method.FREE]
+    reference: Annotated[LiveSettings | CacheSettings | ReferenceSettings, Method.FREE]
     rollout: RolloutSettings
-    evaluation: EvaluationSettings
+    evaluation: Annotated[EvaluationSettings, Method.FREE]
     deviations: tuple[str, ...]
     optim: AdamW
     loss: Loss
     loss_name: str
     logger: Annotated[Mapping[str, MakeLogger], Resume.FREE]
-    callbacks: Mapping[str, Any]
+    callbacks: Annotated[Mapping[str, Any], Method.FREE]
     record: Mapping[str, Any]
 
     @property
@@ -205,3 +208,6 @@ RESUME_POLICY = ResumePolicy(
     always=tuple(keys_with(RunSettings, Resume.FREE)),
     until_finished=tuple(keys_with(RunSettings, Resume.UNFINISHED)),
 )
+
+#: Keys that do not tell methods apart in a report.
+NOT_THE_METHOD = (*keys_with(RunSettings, Resume.FREE), *keys_with(RunSettings, Method.FREE))

@@ -30,7 +30,7 @@ def counted(texts: list[Words]) -> Counter[Words]:
 
 
 def by_definition(a: Words, b: Words, count: Counter[Words], texts: int) -> float | None:
-    """The similarity of two of so many texts by the words of the definition, or None."""
+    """The similarity of two of ``count`` texts by the definition, or None."""
     if a == b:
         return 1.0
     one, other = grams(a), grams(b)

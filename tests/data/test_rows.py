@@ -64,6 +64,10 @@ def test_a_row_with_another_answer() -> None:
     talk = Row(0, messages=(USER, ANSWER, USER, ANSWER, USER))
     assert with_answer(talk, "new").messages == (USER, ANSWER, USER, new)
     assert with_answer(Row(0, messages=(USER,)), "new").messages == (USER, new)
+    thought = ANSWER | {"reasoning_content": "think", "tool_calls": [CALL]}
+    held = Row(0, messages=(USER, thought, USER))
+    assert with_answer(held, held.references[0]).messages == (USER, thought)
+    assert with_answer(held, "new").messages == (USER, new)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +91,7 @@ def test_a_row_with_another_answer() -> None:
         ({"messages": []}, r"messages must be a non-empty list"),
         ({"messages": [USER]}, r"f:4: messages have no assistant turn; roles found: user"),
         ({"messages": [ANSWER]}, r"no user turn"),
-        ({"messages": [ANSWER, USER, ANSWER]}, r"the first assistant turn stands before the first user turn"),
+        ({"messages": [ANSWER, USER, ANSWER]}, r"the first assistant turn comes before the first user turn"),
         ({"messages": [{"role": "sage", "content": "x"}]}, r"role 'sage'; allowed: system, developer, user"),
         ({"messages": [USER, WRONG]}, r"f:4: all assistant turns have weight 0"),
         ({"prompt": [USER, ANSWER]}, r"f:4: all assistant turns have weight 0, as those of a prompt have"),

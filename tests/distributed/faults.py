@@ -39,7 +39,7 @@ class FullDisk(L.Callback):
 
     Args:
         ballast: a file that fills its disk; None: the system takes no larger files from the main process any more.
-        step: after so many optimiser steps, before they are saved; None: after the last checkpoint.
+        step: after this many optimiser steps, before they are saved; None: after the last checkpoint.
     """
 
     ROOM = 40_000

@@ -14,7 +14,7 @@ from deltakd.distributed.devices import choose_device, training_problems
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A machine with so many GPUs of each kind, as torch and Lightning would see it."""
+    """A machine with this many GPUs of each kind, as torch and Lightning would see it."""
 
     def there(cuda: int = 0, mps: bool = False, xpu: int = 0) -> None:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)

@@ -1,4 +1,4 @@
-"""Real processes that are killed, stopped and left without room, and their runs gone on with (`make test-slow`)."""
+"""Real processes that are killed, stopped and left without room, and their runs resumed (`make test-slow`)."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_a_killed_rank_is_named_and_the_run_goes_on(
     assert ended - killed < LIMIT
     assert done.returncode == (1 if rank else -9)
     said = rf"rank {1 - rank} ends: rank {rank} \(pid \d+ on .*\) has died; this was after 3 optimiser steps\. "
-    assert re.search(said + f"To go on .*: the same command with resume=true run_dir={directory}\n", done.stderr)
+    assert re.search(said + f"To continue .*: the same command with resume=true run_dir={directory}\n", done.stderr)
     assert "Traceback" not in done.stderr
     assert read_checkpoint(directory / "checkpoints" / LAST)["global_step"] == 2
     check_goes_on(world, directory, strategy, whole)

@@ -1,4 +1,4 @@
-"""Real processes: every strategy gives the numbers of one process, and goes on where it stopped.
+"""Real processes: every strategy gives the numbers of one process, and resumes where it stopped.
 
 A few run always; the rest are slow (`make test-slow`).
 """
@@ -51,7 +51,7 @@ def warm() -> None:
 
 
 def train(overrides: list[str], directory: Path) -> list[str]:
-    """What the log says."""
+    """The log."""
     warnings.simplefilter("ignore")
     said: list[str] = []
     handler = logging.Handler()
@@ -62,7 +62,7 @@ def train(overrides: list[str], directory: Path) -> list[str]:
 
 
 def run(world: World, directory: Path, loss: str, ranks: int, *overrides: str) -> Path:
-    """A training on so many CPU processes; its directory."""
+    """Train on ``devices`` CPU processes; return the run's directory."""
     log_of(world, directory, loss, ranks, *overrides)
     return directory
 
@@ -258,7 +258,7 @@ def test_a_checkpoint_cut_in_half_is_told_and_the_one_before_it_used(
     os.truncate(damaged, damaged.stat().st_size // 2)
     unfinish(whole)
     said = log_of(world, whole, "delta_kd", 2, *options, "resume=true")
-    assert any("The run goes on from the one before it, step 4" in message for message in said), said
+    assert any("The run continues from the one before it, step 4" in message for message in said), said
     torch.testing.assert_close(metrics(whole, "train/loss"), losses, rtol=1e-6, atol=0)
     resumed = load_file(whole / "student" / "model.safetensors")
     for key in student:

@@ -120,6 +120,11 @@ def test_citations_of_the_documentation_in_the_code_lead_to_a_section() -> None:
         assert f"{{ #{anchor} }}" in (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8"), anchor
 
 
+def test_every_command_is_in_the_readme_with_a_line() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [name for name in COMMANDS if f"| `{name}` | " not in readme] == []
+
+
 def test_every_loss_and_target_says_what_it_reads() -> None:
     for path in sorted((CONF_DIR / "loss").glob("**/*.yaml")):
         about, roles = described(path)

@@ -49,7 +49,7 @@ def test_sizes_without_models(capsys: pytest.CaptureFixture[str], monkeypatch: p
         (["--student", "{model_type: gpt2}", *SIZES[2:]], "a mapping with model_type, vocab_size and its sizes"),
         (["--paper", *SIZES[:2]], "--paper names the models"),
         (SIZES[:4], "--student, --teacher and --gpus go together"),
-        (["loss=kd", "--gpus", "8"], "a training has trainer.devices=8, strategy=..."),
+        (["loss=kd", "--gpus", "8"], "a training run has trainer.devices=8 strategy=..."),
     ],
 )  # fmt: skip
 def test_what_can_not_be(given: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

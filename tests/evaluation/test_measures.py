@@ -136,7 +136,9 @@ def test_what_can_not_be_had_is_left_out_and_said(
     models = ("model.teacher.path=/no/such/model", f"model.teacher_raw.path={short}")
     run = train("sft", ON, *models, name="none")
     assert set(figures(run, "val")) == {"perplexity", "ece", "tokens"}
-    assert "The teacher can't be had to measure with it: model.teacher.path=/no/such/model" in caplog.text
+    assert (
+        "The teacher is not available, so its measures are left out: model.teacher.path=/no/such/model" in caplog.text
+    )
     assert "The teacher_raw has positions for 8 tokens" in caplog.text
     assert "val is measured without teacher, teacher_raw." in caplog.text
     alone = train("kd", ON, "evaluation.measures.references=none", name="alone")

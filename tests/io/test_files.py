@@ -39,7 +39,7 @@ from deltakd.tracking.loggers import RunCSVLogger
 
 @contextmanager
 def no_room(limit: int = 2000) -> Iterator[None]:
-    """The system takes no files beyond so many bytes from this process."""
+    """The system lets this process write no file larger than this many bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:

@@ -24,7 +24,7 @@ def test_keys_that_never_stop_a_resumption() -> None:
 def test_keys_that_may_differ_until_a_run_is_finished() -> None:
     assert set(keys_with(RunSettings, Resume.UNFINISHED)) == {
         "data.sets", "data.batch_size", "data.max_tokens_per_batch",
-        "trainer.devices", "trainer.num_nodes",
+        "trainer.devices", "trainer.num_nodes", "trainer.threads",
         "evaluation.sets", "evaluation.limit", "evaluation.batch_size",
     }  # fmt: skip
     assert RESUME_POLICY.allows("evaluation.limit", finished=False)

@@ -1,4 +1,4 @@
-"""What a loss says of itself: defaults of the base class, answers composed from the parts, plug-ins of one's own."""
+"""What a loss says of itself: defaults of the base class, answers composed from the parts, plug-ins of users."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ RATIO = "a ratio of two models is compared on plausible tokens one by one"
 
 
 class Squared(Loss):
-    """One property and one method: all that a loss of one's own needs."""
+    """One property and one method: all that a user's loss needs."""
 
     requires = frozenset({"teacher"})
 

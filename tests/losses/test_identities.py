@@ -1,6 +1,6 @@
 """The identities of docs/design.md#identities on random float64 logits; the name of each test has its number.
 
-16, and those on whole trainings and real models, are in tests/runs; 8 is also in test_divergences.
+16, and those on whole training runs and real models, are in tests/runs; 8 is also in test_divergences.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``deltakd.cache`` and trainings from what it made."""
+"""``deltakd.cache``, and training runs from what it made."""
 
 from __future__ import annotations
 
@@ -313,7 +313,7 @@ def test_an_interrupted_one_goes_on_and_ends_byte_for_byte_the_same(
 
 
 def _stop_after(monkeypatch: pytest.MonkeyPatch, shards: int, error: BaseException) -> None:
-    """Fail while the shard after so many is on its way to the disk, when part of it is there."""
+    """Fail in the middle of writing the shard after this many."""
     sync: Callable[[int], None] = os.fsync
 
     def failing(descriptor: int) -> None:

@@ -1,4 +1,4 @@
-"""Run directories as trainings leave them, written by hand: what reports read, without training anything."""
+"""Run directories as training runs leave them, written by hand, so that reports can be tested without training."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def test_a_repeated_run_is_left_out_and_a_setting_that_differs_is_named(tmp_path
     write_run(tmp_path / "3", "kd", 5, finished=False)
     write_run(tmp_path / "4", "kd", 5)
     methods, notes = methods_of(tmp_path)
-    assert [method.label for method in methods] == ["kd optim.lr=0.001", "kd optim.lr=0.1"]
+    assert [method.label for method in methods] == ["kd lr=0.001", "kd lr=0.1"]
     assert methods[0].seeds == [0, 5]
     assert len(notes) == 2
     assert f"{tmp_path}/1 repeats {tmp_path}/0" in notes[0]
@@ -154,3 +155,23 @@ def test_stages_keep_their_names_and_models_that_others_learnt_from_are_told_apa
         ("first", None),
         ("kd", None),
     ]
+
+
+def test_many_settings_that_differ_make_no_long_name_but_a_legend(tmp_path: Path) -> None:
+    def settings(number: int) -> Callable[[Config], None]:
+        def change(config: Config) -> None:
+            config["optim"] |= {"lr": 0.1 * number, "weight_decay": 0.1 * number}
+            config["data"] |= {"max_length": 100 + number, "preview": "none" if number else "text"}
+
+        return change
+
+    for number in range(3):
+        write_run(tmp_path / str(number), "delta_kd", weight=0.5 * number, change=settings(number))
+        write_run(tmp_path / f"kd{number}", "kd", change=settings(number))
+    methods, _ = methods_of(tmp_path)
+    labels = [method.label for method in methods]
+    assert labels[:3] == [f"delta_kd delta_weight={weight}" for weight in (0.0, 0.5, 1.0)]
+    assert labels[3:] == ["kd", "kd (2)", "kd (3)"]
+    assert list(methods[3].settings) == ["data.max_length", "optim.lr", "optim.weight_decay"]
+    assert methods[5].settings["data.max_length"] == "102"
+    assert max(map(len, labels)) <= 30

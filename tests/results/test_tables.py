@@ -63,7 +63,7 @@ def test_one_seed_is_said_to_be_one(tmp_path: Path) -> None:
     notes = " ".join(tables_of(tmp_path)[0].notes)
     assert "over prompts, since there is one training seed" in notes
     assert "a 95 % t-interval over prompts in brackets" in notes
-    assert "the variance between trainings is not estimated" in notes
+    assert "the variance between training runs is not estimated" in notes
 
 
 @pytest.mark.parametrize(

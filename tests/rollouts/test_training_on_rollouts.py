@@ -16,6 +16,7 @@ from deltakd.config.build import make_settings
 from deltakd.config.compose import compose_config
 from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
+from deltakd.rollouts.samples import read_samples
 from deltakd.training.module import DistillationModule
 from deltakd.training.run import run_training
 from deltakd.types import Batch
@@ -52,6 +53,21 @@ def test_the_student_moves_to_its_target_on_its_own_responses(train: Train, shar
     assert all(0 < length <= 6 for length in column(run, "rollout/response_length"))
     assert all(0 <= part <= 1 for part in column(run, "rollout/finished_fraction"))
     assert column(run, "rollout/entropy") == column(run, "train/ce")
+
+
+def test_some_responses_are_kept_as_text(train: Train) -> None:
+    run = train("kd", *ON_POLICY, "trainer.val_every_n_steps=2", "trainer.max_steps=3")
+    totals = run.read_summary()["meta"]["rollouts"]
+    assert totals["tokens"] == round(4 * sum(column(run, "rollout/response_length")))
+    assert totals["seconds"] > 0
+    samples = read_samples(run.path)
+    assert list(samples) == [2, 3]
+    for records in samples.values():
+        assert len(records) == 4
+        for record in records:
+            assert record["prompt"].endswith(">")
+            assert 1 <= record["output_tokens"] <= 6
+            assert record["finished"] or record["output_tokens"] == 6
 
 
 def test_prompts_are_those_of_the_data_and_responses_are_not(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:

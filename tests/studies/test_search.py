@@ -85,7 +85,7 @@ def go(search: Search) -> tuple[list[Outcome], str]:
 
 
 class FakeTraining:
-    """An objective with a known best point; some of its trainings end otherwise."""
+    """An objective with a known best point; some of its runs end otherwise."""
 
     def __init__(self, **endings: Exception) -> None:
         self.endings = {int(number[1:]): error for number, error in endings.items()}

@@ -1,4 +1,4 @@
-"""What the log says before the first step."""
+"""The log before the first step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that is gone on with has to read what it began with; what it says of its precision."""
+"""A resumed run must read what it began with; what it says of its precision."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real processes that are killed, and their runs gone on with: bitwise the run that was never interrupted."""
+"""Real processes that are killed, and their runs resumed: bitwise the run that was never interrupted."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(
 def test_a_token_budget_resumes_in_the_middle_of_a_pass(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Micro-batches of as many rows as fit: stopped in step 11, gone on with to the same last bit."""
+    """Micro-batches of as many rows as fit: stopped in step 11, resumed to the same last bit."""
     budget = ("data.batch_size=null", "data.max_tokens_per_batch=256", "evaluation=none", "trainer.max_steps=24")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -72,10 +72,10 @@ def test_a_killed_run_over_a_stream_is_bitwise_the_uninterrupted_one(
     torch.set_num_threads(threads)
     directory = tmp_path / "killed"
     arguments = [*world.overrides(directory, "delta_kd", *options), "resume=true"]
-    for step in (7, 30):
+    for step, signum in ((7, signal.SIGKILL), (30, signal.SIGTERM)):
         process = start(arguments)
         wait_for_step(directory, step, process)
-        os.kill(process.pid, signal.SIGKILL)
+        os.kill(process.pid, signum)
         process.communicate()
     process = start(arguments)
     _, errors = process.communicate(timeout=200)

@@ -29,7 +29,7 @@ E = TypeVar("E")
 
 
 class Counts(NamedTuple):
-    """What became of the rows before a place of the stream.
+    """Counts of the rows before a place of the stream, by what became of them.
 
     Args:
         rows: rows or documents read.
@@ -64,7 +64,7 @@ class Counts(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """Where an example begins; the stream can go on from there.
+    """Where an example begins; the stream can continue from there.
 
     Args:
         buffer: where its buffer begins.
@@ -342,7 +342,7 @@ class Stream:
 
     @property
     def versions(self) -> dict[str, str]:
-        """Shard -> what tells another content."""
+        """Shard -> what identifies its content."""
         return {shard.name: shard.version for shard in self.shards}
 
 

@@ -34,7 +34,7 @@ _ESCAPES = {"\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 @dataclass(frozen=True)
 class Marks:
-    """What stands before and after the trained part."""
+    """The marks before and after the trained part."""
 
     before: str
     after: str

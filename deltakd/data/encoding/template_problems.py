@@ -1,4 +1,4 @@
-r"""What is wrong with ``data.template`` as the config gives it, before any tokenizer is opened.
+r"""Problems of ``data.template`` as the config gives it, before any tokenizer is opened.
 
 A shell or single quotes in YAML leave ``\n`` as a backslash and an n. The prompt would then read so, and train well
 enough that nobody looks.

@@ -1,4 +1,4 @@
-"""Whether the text that a row trains holds its answers, and the ends of them."""
+"""Check that the text a row trains on holds its answers and their ends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SHOWN = 60
 
 
 def check_trained(row: Row, segments: Sequence[Segment]) -> None:
-    """Raise a RowError unless each answer stands in the segment that trains it, and something ends it.
+    """Raise a RowError unless the segment that trains an answer holds it, and something ends it.
 
     An answer is its content, its reasoning, and the names and arguments of its tool calls. White space does not count:
     templates strip it. Some templates leave out reasoning or calls; a model would learn not to think, or to say
@@ -54,7 +54,7 @@ _REMEDY = (
 
 
 def _after(row: Row, answer: str, segment: Segment) -> str:
-    """What stands after the answer, white space apart."""
+    """Return the text after the answer, ignoring white space."""
     there, wanted = _dense(segment.text), _dense(answer)
     if not wanted:
         return there

@@ -25,6 +25,8 @@ _SHOWN_PLACES = 3
 COMPRESSIONS = ("", ".gz", ".zst")
 #: Rows of a Parquet file in memory at once.
 _BATCH = 1_000
+#: How JSON begins a character that is written by its number.
+_ESCAPE = "\\u"
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 
@@ -50,7 +52,7 @@ class Problems:
 
     @contextmanager
     def noting(self, kind: type[ValueError]) -> Iterator[None]:
-        """Note an error of this kind, and go on."""
+        """Note an error of this kind, and continue."""
         try:
             yield
         except kind as error:
@@ -84,8 +86,8 @@ def read_file(path: Path, name: str, problems: Problems, start: int = 0) -> Iter
 
     Args:
         path: the file.
-        name: as messages call it; its ending tells the format.
-        problems: is told of each line that is no record.
+        name: as messages call it; its suffix gives the format.
+        problems: collects each line that is not a record.
         start: number of the first record wanted; lines of JSON before it are not parsed, nor row groups of Parquet
             read.
 
@@ -154,12 +156,13 @@ def _jsonl_records(path: Path, name: str, problems: Problems, start: int = 0) ->
         except (ValueError, RecursionError) as error:
             problems.add(f"{where}: not readable as JSON: {error}")
             continue
-        yield from as_record(number, where, value, problems)
+        yield from as_record(number, where, value, problems, escapes=_ESCAPE in line)
 
 
 def _json_records(path: Path, name: str, problems: Problems) -> Iterator[Record]:
+    text = "\n".join(read_lines(path, name))
     try:
-        values = json.loads("\n".join(read_lines(path, name)))
+        values = json.loads(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and error.lineno > 1 and error.colno == 1:
             # Several objects, one a line, under the name of .json.
@@ -178,16 +181,24 @@ def _json_records(path: Path, name: str, problems: Problems) -> Iterator[Record]
         )
     if not isinstance(values, list):
         raise ValueError(f"{name}: expected a JSON list of records, got {type(values).__name__}")
+    escapes = _ESCAPE in text
     for number, value in enumerate(values):
-        yield from as_record(number, f"{name}[{number}]", value, problems)
+        yield from as_record(number, f"{name}[{number}]", value, problems, escapes)
 
 
-def as_record(number: int, where: str, value: Any, problems: Problems) -> Iterator[Record]:
-    """Yield the value as a record; tell ``problems`` if it is no object, or holds half characters."""
+def as_record(number: int, where: str, value: Any, problems: Problems, escapes: bool) -> Iterator[Record]:
+    """Yield the value as a record; tell ``problems`` if it is no object, or holds half characters.
+
+    Args:
+        number, where: of the record.
+        value: what JSON gave.
+        problems: is told.
+        escapes: True if the JSON has escaped characters; half a character can't be written otherwise.
+    """
     if not isinstance(value, dict):
         problems.add(f"{where}: expected a JSON object, got {type(value).__name__}")
         return
-    broken = [key for key, part in value.items() if _has_surrogate([key, part])]
+    broken = [key for key, part in value.items() if _has_surrogate([key, part])] if escapes else []
     for key in broken:
         problems.add(
             f"{where}: {key!a} has half a character (a lone surrogate, such as \\ud83d, of a text that was cut inside "

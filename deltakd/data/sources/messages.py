@@ -92,7 +92,7 @@ def check_order(turns: Sequence[Message], where: str, need_response: bool) -> No
     if "user" not in roles:
         raise ValueError(f"{where}: messages have no user turn; roles found: {found}")
     if "assistant" in roles and roles.index("assistant") < roles.index("user"):
-        raise ValueError(f"{where}: the first assistant turn stands before the first user turn; remove it")
+        raise ValueError(f"{where}: the first assistant turn comes before the first user turn; remove it")
     if need_response and "assistant" not in roles:
         raise ValueError(f"{where}: messages have no assistant turn; roles found: {found}")
     if (need_response or roles[-1] == "assistant") and not any(map(is_answer, turns)):
@@ -109,7 +109,7 @@ def whole_characters(text: str, where: str, key: str) -> str:
     """
     half = _HALF.search(text)
     if half is not None:
-        raise ValueError(f"{where}: {key} holds {half[0]!a}, half of a character; mend or remove the text")
+        raise ValueError(f"{where}: {key} holds {half[0]!a}, half of a character; fix or remove the text")
     return text
 
 

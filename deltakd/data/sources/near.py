@@ -60,12 +60,12 @@ def words_of(text: str) -> Words:
 
 
 def common(texts: int) -> int:
-    """Return the number of different texts, out of so many, beyond which a shingle belongs to a frame."""
+    """Return the number of different texts, out of ``count``, above which a shingle belongs to a frame."""
     return min(max(int(COMMON_SHARE * texts), LEAST_COMMON), MOST_COMMON)
 
 
 class Near(NamedTuple):
-    """What is near to what, by the numbers of texts: those of the same words have the same number.
+    """Near duplicates by number of text; texts with the same words share a number.
 
     Args:
         numbers: [texts] number of each text, at the place that ``add`` gave it.
@@ -119,7 +119,7 @@ class Corpus:
         owners = owners[starts]
         order = np.lexsort((hashes, owners))
         owners, hashes = owners[order], hashes[order]
-        # A shingle counts once for a text, however often it stands there.
+        # A shingle counts once per text, however often it occurs.
         once = _first_of_its_kind(owners) | _first_of_its_kind(hashes)
         self._spool.write(hashes[once].data)
         self._sizes.append(np.bincount(owners[once], minlength=len(texts)))
@@ -162,7 +162,7 @@ class Corpus:
         return np.flatnonzero(left | (right & (sizes > 0) & (shared >= NEAR * sizes - 1e-9)))
 
     def _shingles(self, sizes: NDArray[np.int64], pool: NDArray[np.int64], different: NDArray[np.bool_]) -> _Shingles:
-        """Return the shingles of the pool, with the number of different texts that each stands in."""
+        """Return the shingles of the pool, with the number of different texts that contain each."""
         parts = list(self._pieces(sizes, _membership(pool, len(sizes))))
         owners = np.concatenate([np.empty(0, np.int64), *(owners for owners, _ in parts)])
         hashes = np.concatenate([np.empty(0, np.uint64), *(hashes for _, hashes in parts)])
@@ -200,7 +200,7 @@ def _membership(numbers: NDArray[np.int64], size: int) -> NDArray[np.bool_]:
 
 
 def _places_of(values: NDArray[np.uint64], ordered: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Return where each value stands in ``ordered``, and whether it does."""
+    """Return the place of each value in ``ordered``, and True if it is there."""
     if not len(ordered):
         return np.zeros(len(values), np.int64), np.zeros(len(values), np.bool_)
     places = np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)

@@ -176,7 +176,7 @@ def _refuse_disliked(record: Mapping[str, Any], where: str) -> None:
         )
     if isinstance(record.get("chosen"), str) and not any(record.get(key) for key in (*INSTRUCTION_KEYS, "prompt")):
         raise ValueError(
-            f"{where}: chosen is a text without a prompt, so question and answer can't be told apart; give prompt and "
+            f"{where}: chosen is a text without a prompt, so question and answer can't be separated; give prompt and "
             f"chosen, or chosen as a list of messages"
         )
 

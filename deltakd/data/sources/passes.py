@@ -64,7 +64,7 @@ class Passes(Generic[T]):
         read: reads a shard.
         seed: for the orders.
         size: rows of a buffer.
-        limit: keep only the first so many rows, of the shards as they are listed, in every pass.
+        limit: keep only the first N rows of the shards, as listed, in every pass.
         keep: chooses the rows of a buffer that are trained on, before it is shuffled; None: all.
     """
 
@@ -133,7 +133,7 @@ class Passes(Generic[T]):
     def _note_empty(self, shard: Shard) -> None:
         if shard.number not in self._empty:
             self._empty.add(shard.number)
-            log.warning("%s has no rows; the stream goes on with the next shard.", shard.name)
+            log.warning("%s has no rows; the stream continues with the next shard.", shard.name)
 
     def _draw(self, epoch: int, purpose: int, number: int) -> np.random.Generator:
         # ``RowStream`` draws the permutation of a whole pass from [seed, epoch], which is the same as [..., 0, 0].

@@ -105,10 +105,13 @@ def before_last_answer(messages: Sequence[Message]) -> tuple[Message, ...]:
 def with_answer(row: Row, answer: str) -> Row:
     """Return the row with this answer as its only one.
 
-    In a conversation, it replaces the last answer; earlier turns stay, later ones are dropped.
+    In a conversation, it replaces the last answer; earlier turns stay, later ones are dropped. The answer that is there
+    already keeps its reasoning and its calls.
     """
     if row.messages is None:
         return replace(row, responses=(answer,))
+    if row.references == (answer,):
+        return replace(row, messages=row.messages[: len(row.asked) + 1])
     return replace(row, messages=(*row.asked, {"role": "assistant", "content": answer}))
 
 

@@ -43,7 +43,7 @@ class Shard:
         number: its place in the list of shards.
         name: for messages: the file, or the hub data set and the number of its shard.
         source: where it is, and the filter on its records.
-        version: what tells another content: bytes of a file, the version of a hub data set.
+        version: what identifies its content: bytes of a file, the version of a hub data set.
         part: number of the shard within a hub data set; None: a file.
     """
 

@@ -65,9 +65,9 @@ def store_rows(
 
     Args:
         rows: read only if there is no such folder.
-        name: of the folder; tells apart what the rows depend on.
+        name: of the folder; it identifies what the rows depend on.
         cache_dir: as for ``kept_arrays``.
-        advance: told the number of rows so far.
+        advance: called with the number of rows so far.
 
     Raises:
         ValueError: as ``rows`` and ``kept_arrays``.
@@ -145,7 +145,7 @@ class StoredRows(Sequence[Row]):
 
     @property
     def tasks(self) -> Tasks:
-        """What the rows ask, as digests."""
+        """The digests of the rows' tasks."""
         return Tasks(self._of("instructions"), self._of("inputs"), self._of("talks"))
 
     def digest(self) -> str:

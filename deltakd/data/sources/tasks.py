@@ -1,4 +1,4 @@
-"""What rows ask, as digests: which of two sets of rows have the same task, word for word."""
+"""Digests of the tasks of rows: find the rows of two sets that have the same task, word for word."""
 
 from __future__ import annotations
 

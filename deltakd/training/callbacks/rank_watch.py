@@ -81,4 +81,4 @@ class Lifeline(L.Callback):
 
     def _epilogue(self) -> str:
         step = 0 if self._trainer is None else self._trainer.global_step
-        return f"this was after {step} optimiser steps. To go on from the last checkpoint: {self.how_to_resume}"
+        return f"this was after {step} optimiser steps. To continue from the last checkpoint: {self.how_to_resume}"

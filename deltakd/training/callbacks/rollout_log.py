@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Collection
+from pathlib import Path
 from typing import Any, final
 
 import lightning as L
 
 from deltakd.rollouts import RolloutData
+from deltakd.rollouts.responses import prompt_of
+from deltakd.rollouts.samples import sample_record, write_samples
+from deltakd.tracking.wandb_run import RunWandbLogger
 from deltakd.training.callbacks.steps import at_step_end
 from deltakd.training.callbacks.training_log import TrainingLog
 from deltakd.training.module import DistillationModule
@@ -18,6 +23,8 @@ log = logging.getLogger(__name__)
 
 #: Steps over which the finished fraction is averaged.
 WINDOW = 20
+#: Responses kept as text.
+KEPT = 16
 #: A fall of the finished fraction by this much, from the first steps' mean, is said.
 FALL = 0.2
 
@@ -30,12 +37,24 @@ class RolloutLog(L.Callback):
 
     Args:
         training_log: knows the seconds spent on training.
+        directory: the run directory.
+        steps: optimiser steps (from 1) of which some responses are kept as text.
+        tracker: gets them as a table, too.
     """
 
-    def __init__(self, training_log: TrainingLog) -> None:
+    def __init__(
+        self,
+        training_log: TrainingLog,
+        directory: Path,
+        steps: Collection[int],
+        tracker: RunWandbLogger | None,
+    ) -> None:
         self.seconds = 0.0
         self.tokens = 0
         self._training_log = training_log
+        self._directory = directory
+        self._steps = frozenset(steps)
+        self._tracker = tracker
         self._seen = 0.0
         self._first: list[float] = []
         self._latest: deque[float] = deque(maxlen=WINDOW)
@@ -56,6 +75,11 @@ class RolloutLog(L.Callback):
         self.seconds, self.tokens = state_dict["seconds"], state_dict["tokens"]
         self._first, self._warned = list(state_dict["first"]), state_dict["warned"]
         self._latest.extend(state_dict["latest"])
+
+    @property
+    def totals(self) -> dict[str, float]:
+        """Seconds spent writing by this process, which ``training_seconds`` leaves out, and tokens over all ranks."""
+        return {"seconds": round(self.seconds, 3), "tokens": self.tokens}
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -78,6 +102,17 @@ class RolloutLog(L.Callback):
             pl_module.step_metrics["rollout/entropy"] = pl_module.step_metrics["train/ce"]
         if trainer.is_global_zero:
             self._watch(loader.metrics["rollout/finished_fraction"], batch.step)
+            if trainer.global_step in self._steps:
+                self._keep(data, batch.step)
+
+    def _keep(self, data: RolloutData, step: int) -> None:
+        """Write some responses of a step as text."""
+        assert data.loader is not None
+        some = data.loader.responses_of_step(step)[:KEPT]
+        records = [sample_record(row.row_id, prompt_of(row), response, data.tokenizer) for row, response in some]
+        write_samples(self._directory, step + 1, records)
+        if self._tracker is not None:
+            self._tracker.log_responses(records, step + 1)
 
     def _watch(self, finished_fraction: float, step: int) -> None:
         self._latest.append(finished_fraction)
