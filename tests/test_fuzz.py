@@ -100,7 +100,8 @@ def refusal(action: Callable[[], Any], given: Any = None) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
+# Hypothesis writes out the arguments of every example; a config has thousands of characters.
+@dataclass(frozen=True, repr=False)
 class Base:
     """A composed config, its dotted keys, and what is said of it as it is."""
 

@@ -13,10 +13,12 @@ import torch
 from deltakd.data import DataConfig, InstructionData, TextData
 from deltakd.evaluation import SCORERS
 from deltakd.evaluation.settings import SCORES, EvaluationSettings
+from deltakd.generation.model_step import positions_of
 from deltakd.io.hub import hub_reachable
 from deltakd.models import ModelSettings, ModelSpec, load_config, spec_problems
 from deltakd.models.causal import NotCausalError
 from deltakd.models.quantization import student_problems
+from deltakd.models.roles import position_problems
 from deltakd.references import CacheSettings, CacheStore, ReferenceSettings
 from deltakd.references.content import cache_problems
 from deltakd.references.topk import topk_problems
@@ -63,8 +65,14 @@ def role_problems(named: Collection[str], requires: Collection[str]) -> list[str
     return found
 
 
-def model_problems(models: ModelSettings, specs: Mapping[str, ModelSpec]) -> list[str]:
-    """Return what is wrong with the models to load: paths, dtypes, quantisation, tokenizers, configurations."""
+def model_problems(models: ModelSettings, specs: Mapping[str, ModelSpec], max_length: int | None = None) -> list[str]:
+    """Return what is wrong with the models to load: paths, dtypes, quantisation, tokenizers, configurations.
+
+    Args:
+        models: the group ``model``.
+        specs: role -> where its model comes from, of the models to load.
+        max_length: tokens of the longest row, which need as many positions; None: not known.
+    """
     problems: list[str] = []
     if STUDENT not in specs:  # which was said already
         return problems
@@ -80,7 +88,7 @@ def model_problems(models: ModelSettings, specs: Mapping[str, ModelSpec]) -> lis
     found += _say_how_to_make(unmade)
     problems += found
     if not found:
-        problems += _config_problems(specs, models.trust_remote_code)
+        problems += _config_problems(specs, models.trust_remote_code, max_length)
     problems += student_problems(student.quantization, models.lora is not None)
     problems += [
         f"model.{role}.init=random: a reference has to have learnt something; give model.{role}.path"
@@ -154,25 +162,26 @@ def _say_how_to_make(unmade: dict[str, str]) -> list[str]:
     ]
 
 
-def _config_problems(specs: Mapping[str, ModelSpec], trust_remote_code: bool) -> list[str]:
+def _config_problems(specs: Mapping[str, ModelSpec], trust_remote_code: bool, max_length: int | None) -> list[str]:
     """Fetch each configuration; name all models that need an unreachable hub in one sentence."""
     missing: dict[str, ValueError] = {}
-    not_causal: list[str] = []
+    found: list[str] = []
     for role, spec in specs.items():
         if spec.init == "pretrained" or (spec.architecture or {}).get("model_type"):
             try:
-                load_config(role, spec, vocabulary=_ANY_VOCABULARY, trust_remote_code=trust_remote_code)
+                config = load_config(role, spec, vocabulary=_ANY_VOCABULARY, trust_remote_code=trust_remote_code)
+                found += position_problems(role, positions_of(config), max_length)
             except NotCausalError as error:
-                not_causal.append(str(error))
+                found.append(str(error))
             except ValueError as error:
                 missing[role] = error
     on_hub = [role for role in missing if not os.path.isdir(str(specs[role].path))]
     if hub_reachable() or len(on_hub) < 2:
-        return not_causal + [str(error) for error in missing.values()]
+        return found + [str(error) for error in missing.values()]
     named = ", ".join(f"model.{role}.path={specs[role].path}" for role in on_hub)
-    not_causal += [str(missing[role]) for role in missing if role not in on_hub]
+    found += [str(missing[role]) for role in missing if role not in on_hub]
     return [
-        *not_causal,
+        *found,
         "these models are not in the local cache, and the Hugging Face hub can't be reached: "
         f"{named}; to use local copies give model.<role>.path=/path/to/model_directory",
     ]

@@ -114,7 +114,7 @@ class Draft:
         problems += role_problems(self.model.specs, () if self.loss is None else self.loss.requires)
         known = roles if roles is None else [role for role in roles if is_reference_role(role)]
         specs = specs_to_load(self.model, known, has_adapter, problems)
-        problems += model_problems(self.model, specs)
+        problems += model_problems(self.model, specs, None if self.data is None else self.data.max_length)
         if self.evaluation is not None:
             problems += self.evaluation.problems(self.data)
         if self.reference is not None:

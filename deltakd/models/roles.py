@@ -80,6 +80,16 @@ def _vocabulary_with(
     return common_vocabulary(tokenizer, other, role)
 
 
+def position_problems(role: str, positions: int | None, max_length: int | None) -> list[str]:
+    """Return a sentence if rows of ``max_length`` tokens do not fit a model; None: no limit, or not known yet."""
+    if positions is None or max_length is None or max_length <= positions:
+        return []
+    return [
+        f"data.max_length is {max_length}, but model.{role} has positions for {positions} tokens only; "
+        f"give data.max_length={positions} or less, or another model"
+    ]
+
+
 def open_model(
     role: str,
     spec: ModelSpec,
@@ -114,12 +124,9 @@ def open_model(
         attn_implementation=models.attn_implementation,
         trust_remote_code=models.trust_remote_code,
     )
-    positions = position_limit(hf)
-    if positions is not None and max_length is not None and max_length > positions:
-        raise ValueError(
-            f"data.max_length is {max_length}, but model.{role} has positions for {positions} tokens only; "
-            f"give data.max_length={positions} or less, or another model"
-        )
+    problems = position_problems(role, position_limit(hf), max_length)
+    if problems:
+        raise ValueError("; ".join(problems))
     model = LanguageModel(hf, vocabulary)
     model.check_head()
     check_recurrence(role, model)

@@ -113,6 +113,14 @@ def whole_characters(text: str, where: str, key: str) -> str:
     return text
 
 
+def holds_turns(value: Any) -> bool:
+    """True for a list of turns, or its JSON text."""
+    turns = _from_json(value) if isinstance(value, str) and value.lstrip().startswith("[") else value
+    if not isinstance(turns, list) or not turns or not isinstance(turns[0], dict):
+        return False
+    return isinstance(value, list) or any(key in turns[0] for key in _ROLE)
+
+
 def _from_json(value: Any) -> Any:
     """Return what a text holds as JSON, if it is a list or an object; else the value itself."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):

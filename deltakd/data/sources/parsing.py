@@ -8,6 +8,7 @@ from typing import Any
 from deltakd.data.sources.messages import (
     TURN_KEYS,
     check_order,
+    holds_turns,
     parse_history,
     parse_messages,
     parse_tools,
@@ -106,10 +107,7 @@ def _turn_keys(record: Mapping[str, Any]) -> tuple[str, ...]:
     whole = tuple(key for key in MESSAGE_KEYS if record.get(key) is not None)
     if whole:
         return whole
-    apart = any(
-        isinstance(record.get(key), list) and record[key] and isinstance(record[key][0], dict)
-        for key in ("prompt", "chosen")
-    )
+    apart = holds_turns(record.get("prompt")) or holds_turns(record.get("chosen"))
     return ("prompt", *RESPONSE_KEYS) if apart else ()
 
 
@@ -123,7 +121,7 @@ def _conversation(record: Mapping[str, Any], where: str) -> list[Message] | None
         turns: list[Message] = _only({key: parse_messages(record[key], where, key) for key in keys}, where)
         return turns
     prompt, answers = record.get("prompt"), _answer_turns(record, where)
-    if isinstance(prompt, list):
+    if holds_turns(prompt):
         # Whoever writes the prompt apart wants the completion trained, and none of the answers before it.
         asked = [turn | {"weight": 0} if is_answer(turn) else turn for turn in parse_messages(prompt, where, "prompt")]
         return asked + answers
@@ -140,9 +138,9 @@ def _answer_turns(record: Mapping[str, Any], where: str) -> list[Message]:
     given: dict[str, list[Message]] = {}
     for key in RESPONSE_KEYS:
         value = record.get(key)
-        if isinstance(value, str) and value.strip():
+        if isinstance(value, str) and value.strip() and not holds_turns(value):
             value = [{"role": "assistant", "content": value}]
-        if value not in (None, "", []) and not isinstance(value, str):
+        if value not in (None, "", []) and (not isinstance(value, str) or value.strip()):
             given[key] = parse_messages(value, where, key)
     return _only(given, where) or []
 
