@@ -25,7 +25,6 @@ Started again with the same reference.path it continues where it stopped.
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line and make the cache."""
     parser = make_parser("cache", USAGE)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for deltakd.train")
     overrides = parse(parser, argv).overrides

@@ -37,7 +37,6 @@ With run=, the sets, decoding options, template and lengths are those of that ru
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line and evaluate."""
     parser = make_parser("evaluate", USAGE)
     parser.add_argument("overrides", nargs="+", help="run=..., model=..., and Hydra overrides")
     arguments = parse(parser, argv)

@@ -21,7 +21,6 @@ KEYS = ("run", "output", "push_to_hub", "private")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line and export."""
     parser = argparse.ArgumentParser("deltakd.export", description=USAGE, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("arguments", nargs="+", metavar="key=value", help=", ".join(KEYS))
     arguments = parser.parse_args(argv).arguments

@@ -37,7 +37,6 @@ _OURS = (
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line and generate."""
     parser = make_parser("generate", USAGE)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for deltakd.train")
     overrides = parse(parser, argv).overrides

@@ -113,7 +113,6 @@ _NEEDED = ("student", "teacher", "teacher_raw", "data")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line and write the file."""
     usage = USAGE.format(names=textwrap.fill(", ".join(NAMES), 100))
     parser = argparse.ArgumentParser("deltakd.init", description=usage, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("name", help="of the experiment: letters, digits, _ and -")

@@ -27,7 +27,6 @@ or +cached for the references.
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line and print the tables."""
     parser = make_parser("plan", USAGE)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for deltakd.train")
     parser.add_argument("--paper", action="store_true", help="72B teachers, 7B and 1.5B students, on 8, 16 and 64 GPUs")

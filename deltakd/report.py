@@ -38,7 +38,6 @@ hold it yet, and kept there.
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line and write the report."""
     parser = argparse.ArgumentParser("deltakd.report", description=USAGE, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("paths", nargs="+", metavar="PATH", help="run directories, folders of them, studies, globs")
     parser.add_argument("--output", type=Path, help="folder (default: report/ beside the runs)")

@@ -25,7 +25,6 @@ The best of the runs of each method (here those that share loss and training dat
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line and print."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["diff"]:
         parser = argparse.ArgumentParser("deltakd.runs diff", description="The keys in which two configs differ.")

@@ -24,7 +24,6 @@ At the end: the best value, search.csv and search.png.
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line, check the sweep file, search."""
     parser = make_parser("search", USAGE)
     parser.add_argument("file", type=Path, help="a sweep file")
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for deltakd.train")

@@ -25,7 +25,6 @@ outputs/<study>/<stage>/<key=value,...>. A run that fails costs no other run of 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line and run."""
     parser = make_parser("study", USAGE)
     parser.add_argument("folder", type=Path, help="folder that holds study.yaml, such as experiments/quickstart")
     parser.add_argument("--stages", nargs="+", default=[], metavar="STAGE", help="run these alone (default: all)")

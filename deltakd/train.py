@@ -20,6 +20,7 @@ from deltakd.config.key_help import key_help
 from deltakd.distributed.ranks import agreed, external_launch, is_main_process, launch_id
 from deltakd.io.run_directory import RUN_DIR_VARIABLE, RunDirectory
 from deltakd.studies.multirun import Job, run_job
+from deltakd.studies.same_jobs import earlier_job, find_same_jobs, in_words, tell_jobs
 
 #: Set by `wandb agent` for the runs that it starts.
 SWEEP_VARIABLE, RUN_ID_VARIABLE = "WANDB_SWEEP_ID", "WANDB_RUN_ID"
@@ -54,6 +55,8 @@ def _run_dir(cfg: DictConfig) -> Path:
 
 @hydra.main(str(CONF_DIR), "train", version_base="1.3")
 def _train(cfg: DictConfig) -> float | None:
+    if HydraConfig.get().mode == RunMode.MULTIRUN and earlier_job(HydraConfig.get().job.num) is not None:
+        return float("nan")  # it was said at the start
     # These import Lightning and all models, which --help and a mistyped key need not wait for.
     if cfg.trainer.dry_run:
         from deltakd.config.build import make_settings
@@ -96,7 +99,6 @@ or take an experiment of conf/experiment, for a first try the invented world of 
 
 
 def main() -> None:
-    """Check the overrides' keys, then hand over to Hydra."""
     given = get_args_parser().parse_args(sys.argv[1:])
     if set(sys.argv[1:]) <= {"--multirun", "-m"}:
         print(f"error: {WHAT_TO_GIVE}", file=sys.stderr)
@@ -109,6 +111,11 @@ def main() -> None:
     # In place of overrides, completion has words of its own.
     if not given.shell_completion:
         guarded(lambda: check_overrides("train", given.overrides), "")
+    if given.multirun and not given.shell_completion:
+        same = guarded(lambda: find_same_jobs(given.overrides), "")
+        tell_jobs(same)
+        if same and is_main_process():
+            print(in_words(same), file=sys.stderr)
         opened = dict(zip(given.overrides, whole_mappings(given.overrides), strict=True))
         sys.argv[1:] = [opened.get(word, word) for word in sys.argv[1:]]
     _train()

@@ -204,9 +204,7 @@ class Schedule(Protocol):
         """Return the state that a resumed run needs to continue exactly."""
         ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned."""
-        ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True)

@@ -229,7 +229,7 @@ def test_all_mistakes_are_reported_at_once_before_anything_is_loaded(talkative: 
     for problem in (
         "model.teacher.path is missing",
         "evaluation.decoding.temperature is 0",
-        "evaluation.seeds is []; it must be a list (each a whole number from 0) of at least 1",
+        "evaluation.seeds is []; it must be a list (each a whole number from 0",
         "data is plain text, which has no prompts to answer",
     ):
         assert any(problem in p for p in caught.value.problems), problem

@@ -66,13 +66,11 @@ def is_group(key: str) -> bool:
 
 
 def group_names() -> list[str]:
-    """Return the names of all groups."""
     folders = config_folders()
     return sorted({str(p.relative_to(folder)) for folder in folders for p in folder.rglob("*") if p.is_dir()})
 
 
 def choices(group: str) -> list[str]:
-    """Return the names of a group's choices."""
     return sorted({path.stem for folder in config_folders() for path in (folder / group).glob("*.yaml")})
 
 

@@ -63,7 +63,6 @@ class Process:
 
     @classmethod
     def this(cls, rank: int) -> Process:
-        """Return the calling process."""
         return cls(rank, socket.gethostname(), os.getpid())
 
     def __str__(self) -> str:

@@ -99,7 +99,6 @@ class Case:
 
 
 def strategies() -> list[str]:
-    """Return the names in ``conf/strategy``."""
     return choices("strategy")
 
 

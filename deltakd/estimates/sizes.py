@@ -76,7 +76,6 @@ class Skeleton:
 
     @property
     def config(self) -> Any:
-        """The model's configuration."""
         return self.model.config
 
     @property

@@ -160,7 +160,6 @@ class _Subject:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The exported tokenizer."""
         return load_tokenizer(
             str(self.run.directory.student), "the student", trust_remote_code=self.run.models.trust_remote_code
         )

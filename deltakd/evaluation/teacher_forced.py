@@ -37,7 +37,6 @@ class MeasuredBatch:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Return the model's device."""
     return next(model.parameters()).device
 
 

@@ -92,7 +92,6 @@ def disk_reason(error: BaseException) -> str | None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a directory, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

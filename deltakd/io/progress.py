@@ -172,6 +172,13 @@ def _in_log(description: str, total: int, unit: str) -> Advance:
     return advance
 
 
+def in_minutes(minutes: float) -> str:
+    """Return ``about 3 minutes``, in words where it is one or less."""
+    if minutes < 0.5:
+        return "less than a minute"
+    return "about 1 minute" if minutes < 1.5 else f"about {minutes:.0f} minutes"
+
+
 def _clock(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 

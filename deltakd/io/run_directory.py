@@ -126,7 +126,6 @@ class RunDirectory:
 
     @property
     def finished(self) -> bool:
-        """True if the run is finished."""
         return self.summary.is_file()
 
     def claim(self, config: Mapping[str, Any], resume: bool, policy: ResumePolicy | None = None) -> Claim:
@@ -176,11 +175,9 @@ class RunDirectory:
         write_text(self.config, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
 
     def read_summary(self) -> dict[str, Any]:
-        """Return the content of ``summary.json``."""
         return json.loads(self.summary.read_text(encoding="utf-8"))
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        """Write ``summary.json``, whole or not at all."""
         write_json(self.summary, summary)
 
 

@@ -50,12 +50,10 @@ class Distillation(LabelMixture):
 
     @property
     def term_requires(self) -> frozenset[str]:
-        """The references that the target reads."""
         return self.target.requires
 
     @property
     def schedules(self) -> Mapping[str, Schedule]:
-        """Schedules of the target."""
         return self.target.schedules
 
     @property

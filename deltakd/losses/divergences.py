@@ -88,7 +88,6 @@ class ForwardKL(Divergence):
     is_forward_kl = True
 
     def __call__(self, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
-        """[N] nats."""
         return kl(log_p_NV, log_q_NV)
 
 
@@ -103,7 +102,6 @@ class ReverseKL(Divergence):
     is_reverse_kl = True
 
     def __call__(self, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
-        """[N] nats."""
         return kl(log_q_NV, log_p_NV)
 
 
@@ -122,7 +120,6 @@ class SymmetricKL(Divergence):
         self.weight = weight
 
     def __call__(self, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
-        """[N] nats."""
         # A weight of 0 must not multiply an infinite KL.
         forward_N = self.weight * kl(log_p_NV, log_q_NV) if self.weight > 0 else 0.0
         reverse_N = (1 - self.weight) * kl(log_q_NV, log_p_NV) if self.weight < 1 else 0.0
@@ -153,7 +150,6 @@ class JensenShannon(Divergence):
         self.beta = beta
 
     def __call__(self, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
-        """[N] nats."""
         log_m_NV = log_mixture(self.beta, log_p_NV, log_q_NV)
         return self.beta * kl(log_p_NV, log_m_NV) + (1 - self.beta) * kl(log_q_NV, log_m_NV)
 
@@ -195,7 +191,6 @@ class SkewForwardKL(_SkewKL):
     name = "skew_forward_kl"
 
     def __call__(self, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
-        """[N] nats."""
         return self._skewed(log_p_NV, log_q_NV)
 
 
@@ -210,7 +205,6 @@ class SkewReverseKL(_SkewKL):
     name = "skew_reverse_kl"
 
     def __call__(self, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
-        """[N] nats."""
         return self._skewed(log_q_NV, log_p_NV)
 
 
@@ -233,7 +227,6 @@ class AdaptiveKL(Divergence):
         self.head_mass = head_mass
 
     def __call__(self, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
-        """[N] nats."""
         head_N, tail_N = self._weights(log_p_NV, log_q_NV)
         # A weight of 0 must not multiply an infinite KL: Q may rule out a tail whose gap is 0 up to rounding.
         forward_N = (head_N * kl(log_p_NV, log_q_NV)).masked_fill(head_N == 0, 0.0)
@@ -261,7 +254,6 @@ class ToDi(Divergence):
     name = "todi"
 
     def __call__(self, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
-        """[N] nats."""
         p_NV, q_NV = log_p_NV.exp(), log_q_NV.exp()
         ratio_NV = (log_p_NV - log_q_NV).masked_fill((p_NV == 0) & (q_NV == 0), 0.0)
         w_NV = ratio_NV.detach().sigmoid()

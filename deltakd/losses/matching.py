@@ -106,7 +106,6 @@ class RatioMatching(Matching):
         return ("a ratio of two models is compared on plausible tokens one by one",)
 
     def __call__(self, logits: Mapping[str, Tensor], log_student_NV: Tensor, temperature: float) -> Tensor:
-        """[N] nats."""
         log_probs = log_probs_of(self.requires, logits)
         with torch.no_grad():
             roles = (self.to, self.origin, self.over)
@@ -223,17 +222,14 @@ class DeltaMatching(LabelMixture):
 
     @property
     def term_requires(self) -> frozenset[str]:
-        """The references of the matching."""
         return self.matching.requires
 
     @property
     def schedules(self) -> Mapping[str, Schedule]:
-        """Schedules of the matching."""
         return self.matching.schedules
 
     @property
     def term_whole_vocabulary_reasons(self) -> tuple[str, ...]:
-        """Reasons of the matching."""
         return self.matching.whole_vocabulary_reasons(self.temperature)
 
     def term(self, logits: Mapping[str, Tensor], log_student_NV: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -67,7 +67,6 @@ class Parallelogram(LabelMixture):
 
     @property
     def term_requires(self) -> frozenset[str]:
-        """The references that the corners read."""
         return frozenset().union(*(target.requires for _, target in self.corners.values()))
 
     @property

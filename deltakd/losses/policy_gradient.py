@@ -84,7 +84,6 @@ class PolicyGradient(Loss):
 
     @property
     def schedules(self) -> Mapping[str, Schedule]:
-        """Schedules of the scores."""
         return {**self.score.schedules, **({} if self.agrees_with is None else self.agrees_with.schedules)}
 
     @property

@@ -34,7 +34,6 @@ class Constant:
         """Nothing to move."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing to keep."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -79,7 +78,6 @@ class Ramp:
         return {"value": self.value}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from there."""
         self.value = state["value"]
 
 
@@ -135,7 +133,6 @@ class AdaptiveInterpolation:
         return {"value": self.value, "momentum": self._momentum, "loss_before": self._loss_before}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from there."""
         self.value = state["value"]
         self._momentum = state["momentum"]
         self._loss_before = state["loss_before"]

@@ -61,12 +61,10 @@ class TowardsTarget(Score):
 
     @property
     def requires(self) -> frozenset[str]:
-        """Those of the target."""
         return self.target.requires
 
     @property
     def schedules(self) -> Mapping[str, Schedule]:
-        """Those of the target."""
         return self.target.schedules
 
     @torch.no_grad()

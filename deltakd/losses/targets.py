@@ -62,7 +62,6 @@ class Target(ABC):
 
     @property
     def whole_vocabulary_reasons(self) -> tuple[str, ...]:
-        """As for ``Loss``."""
         return ()
 
 

@@ -19,9 +19,7 @@ class References(Protocol):
     """
 
     @property
-    def roles(self) -> frozenset[str]:
-        """The roles it can serve."""
-        ...
+    def roles(self) -> frozenset[str]: ...
 
     def to(self, device: torch.device) -> None:
         """Return heads on ``device``, the student's, from now on."""

@@ -42,7 +42,6 @@ class CachedReferences:
 
     @property
     def roles(self) -> frozenset[str]:
-        """The roles it serves."""
         return frozenset(self._models)
 
     @property

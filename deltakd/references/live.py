@@ -54,7 +54,6 @@ class LiveReferences:
 
     @property
     def roles(self) -> frozenset[str]:
-        """The roles it can serve."""
         extra = {STUDENT_RAW} if self._adapted_student is not None else set()
         return frozenset(self._models) | extra
 

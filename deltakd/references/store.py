@@ -149,7 +149,6 @@ class CacheStore:
         return (path / MANIFEST).is_file()
 
     def save(self) -> None:
-        """Write the manifest."""
         manifest = self.manifest
         entries = {
             "format": FORMAT_VERSION,

@@ -42,7 +42,6 @@ class BeyondRow:
 
     @property
     def label(self) -> str:
-        """The method's label."""
         return self.method.label
 
 

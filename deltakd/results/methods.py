@@ -55,7 +55,6 @@ class Method:
 
     @property
     def finished(self) -> list[Run]:
-        """The finished runs."""
         return [run for run in self.runs if run.finished]
 
     @property

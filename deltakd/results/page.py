@@ -60,7 +60,6 @@ class Page:
 
     @property
     def plates(self) -> dict[str, Plate]:
-        """All figures."""
         students = [method for method in self.methods if not method.role] or self.methods
         trained = [method for method in students if any(run.curves for run in method.runs)]
         return {

@@ -30,7 +30,6 @@ class ProtocolGroup:
     protocol: Protocol
 
     def describe(self) -> list[str]:
-        """Return one sentence for each set."""
         return [
             f"{name}: {aspects['prompts']}, {aspects['decoding']}, scored by {aspects['scorer']}."
             for name, aspects in self.protocol.items()

@@ -47,7 +47,6 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """True if the run is finished."""
         return self.summary is not None
 
     @property
@@ -61,7 +60,6 @@ class Run:
 
     @property
     def seed(self) -> int:
-        """The training seed."""
         return int(self.config.get("seed") or 0)
 
     @property

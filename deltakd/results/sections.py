@@ -205,7 +205,6 @@ class RunRow:
 
 
 def run_rows(methods: Sequence[Method]) -> list[RunRow]:
-    """Return all runs, by method."""
     return [_run_row(method, run) for method in methods for run in method.runs]
 
 

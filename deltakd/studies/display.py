@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.table import Table
 
 from deltakd.io.errors import Stopped
-from deltakd.io.progress import shown_on
+from deltakd.io.progress import in_minutes, shown_on
 
 _STYLES = {"running": "bold", "waiting": "dim", "stopped": "yellow", "failed": "red"}
 
@@ -64,27 +64,23 @@ class PlainStages:
         self._waiting = dict(minutes)
 
     def expect(self, minutes: Mapping[str, float | None]) -> None:
-        """See :class:`Stages`."""
         self._waiting |= {name: each for name, each in minutes.items() if name in self._waiting}
 
     def start(self, name: str) -> None:
-        """See :class:`Stages`."""
         self._say(f"{self._numbers[name]} ...")
 
     def finish(self, name: str, outcome: str, seconds: float, before: bool = False) -> None:
-        """See :class:`Stages`."""
         self._waiting.pop(name)
         done = "finished before" if before else f"{outcome}, {seconds:.0f} s{self._left()}"
         self._say(f"{self._numbers[name]}: {done}")
 
     def fail(self, name: str, problem: str, seconds: float) -> None:
-        """See :class:`Stages`."""
         self._waiting.pop(name)
         self._say(f"{self._numbers[name]}: failed after {seconds:.0f} s: {problem}")
 
     def _left(self) -> str:
         known = [minutes for minutes in self._waiting.values() if minutes is not None]
-        return f"; about {sum(known):.0f} minutes left" if known else ""
+        return f"; {in_minutes(sum(known))} left" if known else ""
 
     def _say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -134,17 +130,14 @@ class StageTable:
         self._current: _Row | None = None
 
     def expect(self, minutes: Mapping[str, float | None]) -> None:
-        """See :class:`Stages`."""
         for name, expected in minutes.items():
             self._rows[name].expected = expected
 
     def start(self, name: str) -> None:
-        """See :class:`Stages`."""
         self._current = self._rows[name]
         self._current.state, self._current.what, self._current.started = "running", "loading", self.clock()
 
     def progress(self, what: str, done: int, total: int, note: str = "") -> None:
-        """See :class:`deltakd.io.progress.Display`."""
         row = self._current
         if row is None:
             return
@@ -153,19 +146,16 @@ class StageTable:
         row.done, row.total, row.note = done, total, note
 
     def finish(self, name: str, outcome: str, seconds: float, before: bool = False) -> None:
-        """See :class:`Stages`."""
         row = self._rows[name]
         row.state, row.note, row.seconds = "finished before" if before else "finished", outcome, seconds
         self._current = None
 
     def fail(self, name: str, problem: str, seconds: float) -> None:
-        """See :class:`Stages`."""
         row = self._rows[name]
         row.state, row.note, row.seconds = "failed", problem, seconds
         self._current = None
 
     def end(self, state: str) -> None:
-        """End the current run without a result."""
         if self._current is not None:
             self._current.state, self._current.seconds = state, self.clock() - self._current.started
             self._current = None
@@ -190,7 +180,7 @@ class StageTable:
             for name, row in group.items():
                 table.add_row(*_cells(name, row, now), style=_STYLES.get(row.state))
         left = self._minutes_left(now)
-        table.caption, table.caption_justify = f"about {left:.0f} minutes left" if left else None, "left"
+        table.caption, table.caption_justify = f"{in_minutes(left)} left" if left else None, "left"
         return table
 
     def _minutes_left(self, now: float) -> float:

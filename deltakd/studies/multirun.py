@@ -56,7 +56,6 @@ class Job:
         return self.root / "jobs" / f"{self.number}.json"
 
     def write(self, state: str, seconds: float | None = None) -> None:
-        """Record the job's state."""
         settings = dict(override.split("=", 1) for override in self.overrides if "=" in override)
         directory = os.path.relpath(self.run_dir, self.root)
         content = {"settings": settings, "state": state, "seconds": seconds, "directory": directory}

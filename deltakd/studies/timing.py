@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 
+from deltakd.io.progress import in_minutes
 from deltakd.io.run_directory import RunDirectory
 from deltakd.studies.study_file import Job, Study
 
@@ -41,7 +42,7 @@ def say_estimate(jobs: Sequence[Job], measured: Mapping[str, Sequence[float]], c
     expected = expected_minutes(todo, measured)
     known = [minutes for minutes in expected.values() if minutes is not None]
     unknown = len(todo) - len(known)
-    total = f"about {sum(known):.0f} minutes" if known else "for how long is not known"
+    total = in_minutes(sum(known)) if known else "for how long is not known"
     more = f", {unknown} of them of unknown length" if known and unknown else ""
     lines = [f"{len(todo)} of {len(jobs)} runs to do; {total}{more}."]
     names = list(dict.fromkeys(job.stage.name for job in todo))

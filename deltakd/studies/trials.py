@@ -97,7 +97,6 @@ class Search:
         return min(asked or size, size)
 
     def overrides(self, params: dict[str, Scalar], number: int) -> list[str]:
-        """Return all overrides of a trial."""
         directory = self.directory / str(number)
         own = [f"objective={self.sweep.metric}", f"name={self.name}/{number}", f"run_dir={directory}", "resume=true"]
         if self.sweep.hyperband:

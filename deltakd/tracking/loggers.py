@@ -136,12 +136,10 @@ def finish_loggers(loggers: list[Logger], failed: bool = False) -> None:
 
 
 def csv_logger(*, directory: Path, name: str, config: dict[str, Any], resume_step: int) -> Logger:
-    """Return a logger that writes ``metrics.csv``."""
     return RunCSVLogger(directory, resume_step)
 
 
 def tensorboard_logger(*, directory: Path, name: str, config: dict[str, Any], resume_step: int) -> Logger:
-    """Return a logger that writes ``tensorboard/``."""
     logger = TensorBoardLogger(
         save_dir=directory,
         name="tensorboard",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from latex2mathml.converter import convert
 sys.path.insert(0, str(Path(__file__).parent))
 
 from result_pages import experiment_pages, page_names
-from tables import divergence_table, loss_table, matching_table, target_table, tree
+from tables import divergence_table, example, loss_table, matching_table, target_table, tree
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
@@ -28,12 +29,13 @@ GENERATED = {
     "divergences": divergence_table,
     "matchings": matching_table,
     "tree": tree,
+    **{path.stem: partial(example, path.name) for path in (ROOT / "docs" / "examples").glob("*.py")},
 }
 
 _FORMULA = re.compile(r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<latex>.*?)\\[)\]]</(?P=tag)>', flags=re.DOTALL)
 #: Code, which stays as it is, or a symbol with an index: z_t0, π_θ.
 _INDEXED = re.compile(
-    r"(?P<code>^ *```.*?^ *```$|^    [^\n]*$|`[^`\n]*`|\$\$.*?\$\$)|\b(?P<symbol>[zπwβ])_(?P<index>[a-zθ]\w*)",
+    r"(?P<code>^ *```.*?^ *```$|^    [^\n]*$|`[^`\n]*`|\$\$.*?\$\$)|\b(?P<symbol>[zpπwβ])_(?P<index>[a-zθ]\w*)",
     flags=re.DOTALL | re.MULTILINE,
 )
 _MARK = re.compile(r"^<!-- (\w+) -->$", flags=re.MULTILINE)

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 _ARXIV = re.compile(r"arXiv (\d{4}\.\d{4,5})")
-_READS = re.compile(r"\s*Reads:? (?P<roles>[^.]*(?:\.\.\.)?[^.]*)\.")
+_READS = re.compile(r"\s*Reads:? (?P<roles>.*?)\.(?=\s|$)")
 
 
 def loss_table(root: Path) -> str:
@@ -31,12 +31,11 @@ def matching_table(root: Path) -> str:
 
 
 def _table(override: str, directory: Path, reads: bool = True) -> str:
-    heads = [override, "what it is", *(["reads"] if reads else [])]
-    lines = ['<div class="files" markdown>', "", f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+    lines = ['<div class="files" markdown>', "", f"| {override} | what it is |", "| --- | --- |"]
     for path in sorted(directory.glob("*.yaml")):
         about, roles = described(path)
-        cells = [f"`{path.stem}`", about, *([roles] if reads else [])]
-        lines.append(f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |")
+        text = f"{about}<br>Reads {roles}." if reads and roles != "–" else about
+        lines.append(f"| `{path.stem}` | {text.replace('|', '&#124;')} |")
     return "\n".join([*lines, "", "</div>"])
 
 
@@ -69,21 +68,25 @@ def opening_comment(path: Path) -> str:
 def tree(root: Path) -> str:
     """The files of the package, each with the first sentence of its docstring."""
     package = root / "deltakd"
-    sections = [_folder(package, "The commands and what all parts share")]
+    sections = [_folder(package, "## The commands, and what all parts share")]
     for folder in sorted(path.parent for path in package.rglob("__init__.py") if path.parent != package):
-        name = folder.relative_to(root).as_posix()
-        about = _first_sentence(folder / "__init__.py").rstrip(".")
-        sections.append(_folder(folder, f"`{name}/`: {about[:1].lower() + about[1:]}"))
+        about = _first_sentence(folder / "__init__.py")
+        sections.append(_folder(folder, f"## `{folder.relative_to(root).as_posix()}/`\n\n{about}"))
     return "\n\n".join(sections)
+
+
+def example(name: str, root: Path) -> str:
+    """A file of docs/examples/ as a block of code."""
+    return f"```python\n{(root / 'docs' / 'examples' / name).read_text(encoding='utf-8').strip()}\n```"
 
 
 def _folder(folder: Path, title: str) -> str:
     files = [path for path in sorted(folder.glob("*.py")) if not path.name.startswith("__")]
     rows = [f"| `{path.name}` | {_first_sentence(path).replace('|', '&#124;')} |" for path in files]
-    return "\n".join([f"## {title}", "", *(["| file | what it holds |", "| --- | --- |", *rows] if rows else [])])
+    table = ['<div class="files" markdown>', "", "| file | what it holds |", "| --- | --- |", *rows, "", "</div>"]
+    return "\n".join([title, "", *(table if rows else [])])
 
 
 def _first_sentence(path: Path) -> str:
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    paragraph = " ".join(docstring.split("\n\n", 1)[0].split())
-    return re.sub(r"``(.+?)``", r"`\1`", paragraph)
+    return re.sub(r"``(.+?)``", r"`\1`", " ".join(docstring.split("\n\n", 1)[0].split()))

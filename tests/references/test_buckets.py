@@ -20,7 +20,7 @@ from tests.losses.by_name import DISTILLING, loss_named
 
 N, V = 11, 29
 ALIKE = ("kd_logit_mse", "parallel_ratio", "parallel_cross")
-AT_ONE = ("parallel_logit", "kd_plus_delta")
+AT_ONE = ("delta_gated", "parallel_logit", "kd_plus_delta")
 WIDTHS = {"student": 6, "teacher": 9, "teacher_raw": 9, "student_raw": 6, "teacher_2": 5, "teacher_raw_2": 5}
 
 

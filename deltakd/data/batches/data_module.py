@@ -91,7 +91,6 @@ class DistillationData(lightning.LightningDataModule):
         return (self.batch_size or self.max_tokens or 0) * self.accumulate * world_size
 
     def sampler(self) -> Sampler:
-        """Return the order of the rows for this rank."""
         place = self._place()
         if place not in self._samplers:
             self._samplers[place] = self._make_sampler(*place)

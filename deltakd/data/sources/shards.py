@@ -111,7 +111,6 @@ class _First(Problems):
     """Raises the first problem: a stream can't collect those of data that it never reads to the end."""
 
     def add(self, message: str) -> None:
-        """Raise it."""
         raise ValueError(message)
 
 

@@ -49,7 +49,6 @@ def rows_digest(rows: Sequence[Row]) -> str:
 
 
 def tasks_of(rows: Sequence[Row]) -> Tasks:
-    """Return what rows ask."""
     return rows.tasks if isinstance(rows, StoredRows) else task_digests(rows)
 
 

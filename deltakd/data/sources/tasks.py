@@ -54,7 +54,6 @@ class Tasks(NamedTuple):
 
 
 def task_digests(rows: Sequence[Row]) -> Tasks:
-    """Return what rows ask."""
     texts = [task_texts(row) for row in rows]
     instructions = np.frombuffer(b"".join(_digest(asked) for asked, _ in texts), np.uint64)
     inputs = np.frombuffer(b"".join(_digest(given) for _, given in texts), np.uint64)

@@ -95,7 +95,6 @@ class Checkpoints(Checkpoint):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the best step and its metrics."""
         self.best_metrics = state_dict["best_metrics"]
         self.best_step = state_dict["best_step"]
 

@@ -48,7 +48,6 @@ class TrainingProgress(L.Callback):
         self._advance(trainer.global_step, f"loss {pl_module.step_metrics['train/loss']:.4f}{speed}")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Close the bar."""
         self._open.close()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:

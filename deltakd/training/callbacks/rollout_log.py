@@ -71,7 +71,6 @@ class RolloutLog(L.Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned."""
         self.seconds, self.tokens = state_dict["seconds"], state_dict["tokens"]
         self._first, self._warned = list(state_dict["first"]), state_dict["warned"]
         self._latest.extend(state_dict["latest"])

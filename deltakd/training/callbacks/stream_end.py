@@ -37,7 +37,6 @@ class StreamEnd(L.Callback):
         return {"counts": self.counts, "total_steps": self._total_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore them."""
         self.counts, self._total_steps = state_dict["counts"], state_dict["total_steps"]
 
     def saved_steps(self, checkpoint: Mapping[str, Any], most: int) -> int:

@@ -38,7 +38,6 @@ class TrainingLog(L.Callback):
         self._window = (0, 0.0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the counts so far."""
         return {
             "valid_tokens": self.valid_tokens,
             "positions": self.positions,
@@ -47,7 +46,6 @@ class TrainingLog(L.Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the counts."""
         for name, value in state_dict.items():
             setattr(self, name, value)
         self._window = (self.valid_tokens, self.seconds)
@@ -60,7 +58,6 @@ class TrainingLog(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        """Start the clock."""
         self._started = time.perf_counter()
 
     def on_train_batch_end(
