@@ -109,6 +109,9 @@ class Base:
     keys: tuple[str, ...]
     refusal: str | None
 
+    def __repr__(self) -> str:
+        return f"Base(of {len(self.keys)} keys)"
+
 
 def walk(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     for key, value in node.items():
