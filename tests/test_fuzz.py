@@ -101,7 +101,7 @@ def refusal(action: Callable[[], Any], given: Any = None) -> str | None:
 
 
 # Hypothesis writes out the arguments of every example; a config has thousands of characters.
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Base:
     """A composed config, its dotted keys, and what is said of it as it is."""
 
@@ -109,8 +109,8 @@ class Base:
     keys: tuple[str, ...]
     refusal: str | None
 
-    def __repr__(self) -> str:
-        return f"Base(of {len(self.keys)} keys)"
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(f"Base(of {len(self.keys)} keys)")
 
 
 def walk(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
