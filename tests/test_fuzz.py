@@ -101,13 +101,16 @@ def refusal(action: Callable[[], Any], given: Any = None) -> str | None:
 
 
 # Hypothesis writes out the arguments of every example; a config has thousands of characters.
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Base:
     """A composed config, its dotted keys, and what is said of it as it is."""
 
     node: dict[str, Any]
     keys: tuple[str, ...]
     refusal: str | None
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(f"Base(of {len(self.keys)} keys)")
 
 
 def walk(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

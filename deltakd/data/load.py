@@ -100,7 +100,7 @@ def split_rows(
     options["cache_dir"] = cache_dir
     rows, key = prepared_rows(train, subset=train_subset, need_response=need_response, **options)
     given, val_key = (None, "") if val is None else prepared_rows(val, subset=val_subset, **options)
-    keys = [key, val_key, *(reading_key(source, columns=columns) for source in exclude)]
+    keys = [key, val_key, *(reading_key(source, columns=dict(columns or {})) for source in exclude)]
 
     def build(writer: ArrayWriter) -> None:
         kept, held = _chosen(rows, given, banned_rows(exclude, columns), val_size, seed)

@@ -166,8 +166,8 @@ def plain_function(logits: Any, labels: Any) -> Any:
         (lambda: require_kind(plain_function, Loss, "loss"), r"loss is the function tests\.\S+\.plain_function, not"),
         (
             lambda: require_kind(Total(), Loss, "loss"),
-            r"loss is an object of tests\.\S+\.Total, not a deltakd\.types\.Loss; name one that is ready-made, or a "
-            r"subclass of Loss as its _target_",
+            r"loss is an object of tests\.\S+\.Total, not a deltakd\.types\.losses\.Loss; name one that is "
+            r"ready-made, or a subclass of Loss as its _target_",
         ),
         (
             lambda: Distillation("delta", ForwardKL()),

@@ -125,7 +125,11 @@ def test_a_delta_weight_that_moves(train: Train, world: World) -> None:
         ("kd_plus_delta", ["delta_weight=-1"], "delta_weight is -1.0; for this loss it must be at least 0"),
         ("taid", ["loss.target.start=1"], "loss.target.start is 1; it must be at least 0 and below 1"),
         ("kd", ["loss.divergence=todi"], "loss.divergence is 'todi'; .* choose one with loss/divergence=NAME"),
-        ("sft", ["loss._target_=builtins.dict"], "loss is {}, not a deltakd.types.Loss; name one that is ready-made"),
+        (
+            "sft",
+            ["loss._target_=builtins.dict"],
+            "loss is {}, not a deltakd.types.losses.Loss; name one that is ready-made",
+        ),
         ("sft", ["loss._target_=deltakd.losses.ToDi"], "loss is an object of deltakd.losses.divergences.ToDi, not a"),
         (
             "sft",

@@ -1,0 +1,38 @@
+"""The types that all parts of deltakd share, and the legend of tensor names.
+
+Tensor names end in their shape:
+
+    B  rows of a batch                 N  valid target tokens (label != IGNORE_INDEX, after the shift)
+    T  positions of a row              D  hidden size (differs between models)
+    V  vocabulary of the tokenizer
+
+So ``hidden_ND`` holds one hidden state for each valid token, ``labels_BT`` one label for each position.
+"""
+
+from deltakd.types.batch import IGNORE_INDEX, Batch
+from deltakd.types.heads import Head, HeadLogits, at_least_float32, in_float64
+from deltakd.types.losses import Gate, LinearKL, Loss, LossOutput, Progress, Schedule, require_kind
+from deltakd.types.roles import ROLES, STUDENT, STUDENT_RAW, TEACHER, TEACHER_RAW, is_reference_role, teacher_pair
+
+__all__ = [
+    "IGNORE_INDEX",
+    "ROLES",
+    "STUDENT",
+    "STUDENT_RAW",
+    "TEACHER",
+    "TEACHER_RAW",
+    "Batch",
+    "Gate",
+    "Head",
+    "HeadLogits",
+    "LinearKL",
+    "Loss",
+    "LossOutput",
+    "Progress",
+    "Schedule",
+    "at_least_float32",
+    "in_float64",
+    "is_reference_role",
+    "require_kind",
+    "teacher_pair",
+]

@@ -1,0 +1,81 @@
+"""A micro-batch, and where its valid tokens are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+#: The label of a position that is not trained on (prompt, padding).
+IGNORE_INDEX = -100
+
+
+@dataclass
+class Batch:
+    """Rows of one micro-batch, padded on the right.
+
+    Args:
+        input_ids: [B, T] int64.
+        attention_mask: [B, T] int64, 1 on real tokens.
+        labels: [B, T] int64; the token itself where it is trained on, else IGNORE_INDEX. Not shifted: position t
+            is predicted from the hidden state at t − 1.
+        row_ids: [B] int64, the row's number in its data set.
+        step: the optimiser step (from 0) that this micro-batch belongs to.
+        step_tokens: valid tokens in that whole optimiser step, over all ranks and micro-batches.
+        sampled_log_probs: [B, T] float32 nats: of each label when an earlier student sampled it, 0 elsewhere; None: as
+            for ``HeadLogits``.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    row_ids: Tensor
+    step: int
+    step_tokens: int
+    sampled_log_probs: Tensor | None = None
+    _valid: Tensor | None = None
+
+    @property
+    def valid_BT(self) -> Tensor:
+        """[B, T−1] bool: True where the *next* token is trained on."""
+        return self.labels[:, 1:] != IGNORE_INDEX
+
+    @property
+    def valid_N(self) -> Tensor:
+        """[N] int64: indices into the flattened [B, T] where the valid tokens are predicted, in row-major order.
+
+        Computed once, before the batch moves: on a GPU the search forces a synchronisation.
+        """
+        if self._valid is None:
+            row_N, position_N = torch.where(self.valid_BT)
+            self._valid = row_N * self.labels.shape[1] + position_N
+        return self._valid
+
+    @property
+    def labels_N(self) -> Tensor:
+        """[N] int64: the tokens trained on, in row-major order."""
+        return self.labels.flatten()[self.valid_N + 1]
+
+    @property
+    def sampled_log_probs_N(self) -> Tensor | None:
+        """[N] float32 nats, of ``labels_N``; None: see ``sampled_log_probs``."""
+        return None if self.sampled_log_probs is None else self.sampled_log_probs.flatten()[self.valid_N + 1]
+
+    def at_valid(self, values_BTD: Tensor) -> Tensor:
+        """Return [N, D], the values at the positions that predict the valid tokens."""
+        return values_BTD.flatten(0, 1)[self.valid_N]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """Return the batch with its tensors on ``device``."""
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=non_blocking),
+            attention_mask=self.attention_mask.to(device, non_blocking=non_blocking),
+            labels=self.labels.to(device, non_blocking=non_blocking),
+            row_ids=self.row_ids.to(device, non_blocking=non_blocking),
+            sampled_log_probs=None
+            if self.sampled_log_probs is None
+            else self.sampled_log_probs.to(device, non_blocking=non_blocking),
+            _valid=self.valid_N.to(device, non_blocking=non_blocking),
+        )

@@ -1,0 +1,137 @@
+"""Logits that are not computed yet, and their precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from deltakd.types.roles import STUDENT
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Upcast half types to float32; float32 and float64 stay as they are (docs/design.md#numerics)."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+def in_float64(tensor: Tensor) -> Tensor:
+    """Return the tensor in float64 on its device, or on the CPU where the device has no float64 (MPS)."""
+    return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
+
+
+@dataclass(frozen=True)
+class Head:
+    """Logits that are not computed yet: hidden states and output embedding.
+
+    logits = softcap · tanh(scale · (hidden · weightᵀ + bias) / softcap), without the tanh where ``softcap`` is None.
+
+    Args:
+        hidden: [N, D] last hidden states of the valid tokens.
+        weight: [V, D] rows of the output embedding, cut to the vocabulary of the tokenizer.
+        bias: [V] or None.
+        softcap: the bound of Gemma2's soft-capping, or None.
+        scale: factor on the logits (Cohere's ``logit_scale``, 1 / Granite's ``logits_scaling``).
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+    scale: float = 1.0
+
+    def __len__(self) -> int:
+        return self.hidden.shape[0]
+
+    def rows(self, start: int, stop: int) -> Head:
+        """Return the head of tokens ``start`` to ``stop`` (exclusive)."""
+        return Head(self.hidden[start:stop], self.weight, self.bias, self.softcap, self.scale)
+
+    def upcast(self) -> Head:
+        """Return the head with weight and bias in at least float32, so that chunks need not each convert them."""
+        bias = None if self.bias is None else at_least_float32(self.bias)
+        return Head(self.hidden, at_least_float32(self.weight), bias, self.softcap, self.scale)
+
+    def logits(self) -> Tensor:
+        """Return the logits, [N, V] in at least float32, computed with autocast off (docs/design.md#numerics)."""
+        with torch.autocast(self.hidden.device.type, enabled=False):
+            weight_VD = at_least_float32(self.weight)
+            logits_NV = at_least_float32(self.hidden).to(weight_VD.dtype) @ weight_VD.T
+            if self.bias is not None:
+                logits_NV = logits_NV + self.bias.to(weight_VD.dtype)
+            if self.scale != 1.0:
+                logits_NV = logits_NV * self.scale
+            if self.softcap is not None:
+                logits_NV = self.softcap * torch.tanh(logits_NV / self.softcap)
+        return logits_NV
+
+    def add_logits(self, total: Tensor | None, factor: float) -> Tensor:
+        """Return ``total + factor · logits()``, added in place; a linear head adds inside the matrix product."""
+        with torch.autocast(self.hidden.device.type, enabled=False):
+            if self.softcap is not None:
+                logits_NV = self.logits()
+                return logits_NV.mul_(factor) if total is None else total.add_(logits_NV, alpha=factor)
+            weight_VD = at_least_float32(self.weight)
+            hidden_ND = at_least_float32(self.hidden).to(weight_VD.dtype)
+            if total is None:
+                total = torch.empty(len(hidden_ND), len(weight_VD), dtype=weight_VD.dtype, device=weight_VD.device)
+                beta = 0.0
+            else:
+                beta = 1.0
+            total.addmm_(hidden_ND, weight_VD.T, beta=beta, alpha=factor * self.scale)
+            if self.bias is not None:
+                total.add_(self.bias.to(weight_VD.dtype), alpha=factor * self.scale)
+        return total
+
+
+@final
+class HeadLogits(Mapping[str, Tensor]):
+    """Logits by role, computed on first access, and weighted sums of them.
+
+    A loss may read it like a dict. Logits read by name are kept. A ``combined`` sum of roles that nobody reads by name
+    takes the memory of one tensor of logits, for any number of roles.
+
+    Args:
+        student: [N, V] the student's logits, on the graph.
+        heads: role -> Head of the references, over the same N tokens.
+        sampled_log_probs: [N] nats, the log-probs that the labels had when an earlier student sampled them; None: they
+            were not sampled, or by the student as it is.
+    """
+
+    def __init__(self, student: Tensor, heads: Mapping[str, Head], sampled_log_probs: Tensor | None = None) -> None:
+        self._heads = heads
+        self._made = {STUDENT: student}
+        self.sampled_log_probs = sampled_log_probs
+
+    def __getitem__(self, role: str) -> Tensor:
+        if role not in self._made:
+            with torch.no_grad():
+                self._made[role] = self._heads[role].logits()
+        return self._made[role]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((STUDENT, *self._heads))
+
+    def __len__(self) -> int:
+        return 1 + len(self._heads)
+
+    @torch.no_grad()
+    def combined(self, coefficients: Mapping[str, float]) -> Tensor:
+        """Return Σ coefficient · logits[role]: [N, V], new and detached; −inf where a head's bias rules a token out."""
+        total: Tensor | None = None
+        # Computed logits first: the other heads' products are then added in place.
+        for role in sorted(coefficients, key=lambda role: role not in self._made):
+            factor = coefficients[role]
+            if role in self._made:
+                term = self._made[role]
+                total = term * factor if total is None else total.add_(term, alpha=factor)
+            else:
+                total = self._heads[role].add_logits(total, factor)
+        assert total is not None, "a sum of no roles"
+        for role in coefficients:
+            bias = self._heads[role].bias if role in self._heads else None
+            if bias is not None:
+                total.masked_fill_(torch.isneginf(bias), -torch.inf)
+        return total

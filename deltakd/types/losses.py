@@ -1,0 +1,202 @@
+"""What a loss is, and what it says of itself."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, final, runtime_checkable
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far training is.
+
+    Args:
+        step: optimiser steps done.
+        total_steps: optimiser steps in the whole run.
+    """
+
+    step: int
+    total_steps: int
+
+
+@runtime_checkable
+class Schedule(Protocol):
+    """A number in a loss that changes during training, once per optimiser step."""
+
+    @property
+    def value(self) -> float:
+        """The number for the coming optimiser step."""
+        ...
+
+    def on_step(self, progress: Progress, reduced_loss: float) -> None:
+        """Move on after an optimiser step.
+
+        Args:
+            progress: how far training is now.
+            reduced_loss: the step's loss over all ranks and micro-batches, in nats per token.
+        """
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state that a resumed run needs to continue exactly."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """The value of a loss on N tokens.
+
+    Args:
+        per_token: [N] nats, at least float32; training minimises the mean.
+        parts: name -> [N] nats: the terms of ``per_token``, for the log.
+    """
+
+    per_token: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Logits with a weight per token: exp(−KL(p_to ‖ p_origin) / nats) · Σ c_r z_r, the probabilities at τ = 1.
+
+    Args:
+        nats: the scale of the KL, above 0.
+        to, origin: roles.
+        coefficients: role -> c_r.
+        name: the weight's name in ``parts``.
+    """
+
+    nats: float
+    to: str
+    origin: str
+    coefficients: Mapping[str, float]
+    name: str
+
+
+@dataclass(frozen=True)
+class LinearKL:
+    """The coefficients of λ · CE + (1 − λ) · scale · KL(softmax(Σ c_r z_r / τ) ‖ softmax(z_student / τ)).
+
+    Args:
+        coefficients: role -> c_r; empty if λ = 1.
+        temperature: τ.
+        ce_weight: λ.
+        scale: τ² or 1.
+        name: the KL's name in ``parts``.
+        reverse: KL(student ‖ target) instead.
+        gate: logits with a weight per token, added to the target's.
+    """
+
+    coefficients: Mapping[str, float]
+    temperature: float
+    ce_weight: float
+    scale: float = 1.0
+    name: str = "forward_kl"
+    reverse: bool = False
+    gate: Gate | None = None
+
+    @property
+    def kind(self) -> str:
+        """``fused`` or ``gated``: how many tensors of logits a kernel holds."""
+        return "fused" if self.gate is None else "gated"
+
+
+class Loss(ABC):
+    """A loss plug-in, built by Hydra from ``conf/loss/<name>.yaml``.
+
+    To write your own, subclass it and define ``requires`` and ``__call__``. Everything else has a default. The config,
+    the kernels and the reference stores ask a loss what it can do, never what type it is.
+    """
+
+    #: τ at which the loss reads the references; a top-K store holds log-probs at this temperature.
+    temperature: float = 1.0
+
+    #: True if the loss scores whole sequences, such as a policy gradient or a sequence-level KL on sampled answers:
+    #: ``per_token`` then depends on the other tokens of the row, so tokens must not be cut into chunks or dropped.
+    #: No loss sets it yet, and nothing reads it yet.
+    needs_whole_sequences: bool = False
+
+    #: True if the labels must be tokens that the student sampled itself (``rollout=student``).
+    needs_sampled_tokens: bool = False
+
+    #: True if the loss compares models with different tokenizers: it then reads an alignment of their tokens, and
+    #: logits may differ in V. No loss sets it yet, and nothing reads it yet.
+    needs_alignment: bool = False
+
+    @property
+    @abstractmethod
+    def requires(self) -> frozenset[str]:
+        """The reference roles whose logits the loss reads; no other reference is loaded."""
+
+    @abstractmethod
+    def __call__(self, logits: Mapping[str, Tensor], labels: Tensor) -> LossOutput:
+        """Score N tokens.
+
+        Args:
+            logits: role -> [N, V] float, for ``student`` and every role in ``requires``.
+            labels: [N] int64.
+        """
+
+    @property
+    def schedules(self) -> Mapping[str, Schedule]:
+        """The schedules inside the loss, by the name under which they are logged; checkpoints hold their state."""
+        return {}
+
+    @property
+    def fused_form(self) -> LinearKL | None:
+        """The loss at the coming step as ``deltakd.kernels.fused`` computes it; None: autograd does."""
+        return None
+
+    @property
+    def distillation_term(self) -> Loss:
+        """The part of the loss that reads references, by which a store of them is judged; by default the whole loss."""
+        return self
+
+    @property
+    def whole_vocabulary_reasons(self) -> tuple[str, ...]:
+        """Why the loss needs more than K tokens and one bucket for the rest, one clause per reason.
+
+        Empty if a top-K store of references can serve the loss. By default only temperature 1 allows that: at another τ
+        the logits over buckets are τ · log-probs at τ, which the loss must take into account.
+        """
+        if self.temperature == 1.0:
+            return ()
+        return (f"a loss of your own needs temperature 1, and its temperature is {self.temperature:g}",)
+
+    @property
+    @final
+    def needs_whole_vocabulary(self) -> bool:
+        """True if the loss can't be computed over K tokens and one bucket for the rest."""
+        return bool(self.whole_vocabulary_reasons)
+
+
+def require_kind(thing: object, kind: type | tuple[type, ...], key: str) -> None:
+    """Check that a plug-in is what the config key needs.
+
+    Args:
+        thing: what the config gave.
+        kind: the base class that it has to have, or several of which it has to have one.
+        key: the config key, for the message.
+
+    Raises:
+        ValueError: it is something else; the message says what, and what to do.
+    """
+    if isinstance(thing, kind):
+        return
+    if hasattr(thing, "__qualname__"):
+        what = f"the {'class' if isinstance(thing, type) else 'function'} {thing.__module__}.{thing.__qualname__}"
+    elif isinstance(thing, str | int | float | list | dict | None):
+        what = repr(thing)
+    else:
+        what = f"an object of {type(thing).__module__}.{type(thing).__qualname__}"
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    raise ValueError(
+        f"{key} is {what}, not a {' or '.join(f'{one.__module__}.{one.__qualname__}' for one in kinds)}; name one that "
+        f"is ready-made, or a subclass of {' or '.join(one.__name__ for one in kinds)} as its _target_"
+    )

@@ -1,0 +1,24 @@
+"""The models of a run, by role."""
+
+from __future__ import annotations
+
+import re
+
+STUDENT = "student"
+TEACHER = "teacher"
+TEACHER_RAW = "teacher_raw"
+STUDENT_RAW = "student_raw"
+#: The roles of Delta-KD. Further (teacher, raw teacher) pairs are numbered: ``teacher_2``, ``teacher_raw_2``, ...
+ROLES = (STUDENT, TEACHER, TEACHER_RAW, STUDENT_RAW)
+_NUMBERED = re.compile(r"teacher(_raw)?_([2-9]|[1-9]\d+)")
+
+
+def is_reference_role(name: str) -> bool:
+    """True if a loss may ask for a frozen model of this name."""
+    return name in ROLES[1:] or _NUMBERED.fullmatch(name) is not None
+
+
+def teacher_pair(number: int) -> tuple[str, str]:
+    """Return the roles (teacher, raw teacher) of a pair, counted from 1: the first pair's roles carry no number."""
+    suffix = "" if number == 1 else f"_{number}"
+    return TEACHER + suffix, TEACHER_RAW + suffix
