@@ -117,7 +117,7 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
     [
         ("a,b", "'a,b' is several values to Hydra; list them one by one, or to give this text, quote it"),
         ("true", "the text 'true' would become true; write true without quotes, or"),
-        ("2026_11", "the text '2026_11' would become 202611; write 202611 without quotes, or to give this text, quote it"),
+        ("2026_11", "the text '2026_11' would become 202611; write 202611 without quotes, or to give this text, quote"),
         ("7", "the text '7' would become 7; write 7 without quotes, or"),
         ("0.5", "the text '0.5' would become 0.5; write 0.5 without quotes"),
         (" a", "the text ' a' would become 'a'"),
