@@ -28,6 +28,8 @@ TESTS = (
     (15, "tests/references/test_cache.py::test_the_command_in_a_process_of_its_own"),
     (20, "tests/test_commands.py::test_train_then_evaluate"),
     (35, "tests/test_commands.py::test_delta_kd_gpt2_from_a_hub_cache"),
+    (40, "tests/docs/test_commands.py::test_the_commands_of_a_page_run_in_order[README]"),
+    (60, "tests/docs/test_commands.py::test_the_commands_of_a_page_run_in_order[extend]"),
     (25, "tests/test_commands.py::test_identity_16_two_processes_are_one"),
     (70, "tests/test_console_script.py::test_two_processes_and_two_jobs_start_as_under_python_m"),
     (270, "tests/distributed/test_scale.py::test_two_processes_are_one"),

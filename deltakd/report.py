@@ -93,7 +93,7 @@ def write(arguments: argparse.Namespace, command: str) -> list[Path]:
     comparisons = make_comparisons(methods, arguments.baseline, arguments.mixed)
     if len({tuple(table.protocol) for table in comparisons}) > 1:
         notes.append(
-            "These runs were evaluated by different protocols: each has a table of its own (--mixed: one table)."
+            "These runs were evaluated by different protocols, so each protocol has its own table (--mixed: one table)."
         )
     preservation = {} if arguments.preservation == 0 else _preservation(methods, arguments.preservation)
     title = arguments.title or _title(arguments.paths)

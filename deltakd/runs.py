@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--filter", action="append", default=[], metavar="KEY=VALUE", help="also != > < >= <=")
     parser.add_argument("--sort", metavar="KEY", help="numbers from high to low, runs without it last")
     parser.add_argument("--ascending", action="store_true", help="sort numbers from low to high")
-    parser.add_argument("--best-of", metavar="KEY,KEY", help="of runs that share these, the first by --sort alone")
+    parser.add_argument("--best-of", metavar="KEY,KEY", help="of runs that share these, keep the first by --sort")
     parser.add_argument("--columns", metavar="KEY,KEY", help="instead of the usual ones")
     options = parser.parse_args(arguments)
     guarded(lambda: show_runs(options), "")

@@ -199,7 +199,7 @@ def test_what_the_hub_refuses_and_a_hub_that_is_away(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     hub.status = 403
-    with pytest.raises(ConfigError, match=r"the hub refused .* check the owner and the token's rights"):
+    with pytest.raises(ConfigError, match=r"the hub rejected it .* check the owner and the token's rights"):
         export([f"run={finished.path}", "push_to_hub=somebody/student"])
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     output = tmp_path / "model"

@@ -115,7 +115,7 @@ def rollout_problems(
     data: InstructionData | TextData | None,
     reference: ReferenceSettings | None,
 ) -> list[str]:
-    """Return what is wrong with the rollouts, by themselves and beside the other groups."""
+    """Return the problems of the rollouts, in themselves and together with the other groups."""
     found = rollout.problems(loss)
     if not rollout.on_policy:
         return found
@@ -208,7 +208,7 @@ def stream_problems(data: DataConfig, trainer: TrainerSettings | None, reference
     if trainer.max_epochs is not None and trainer.max_epochs % 1:
         problems.append(
             f"trainer.max_epochs is {trainer.max_epochs}, but data.streaming=true knows only whole passes; give a "
-            "whole number, or trainer.max_epochs=null to stop after trainer.max_steps alone"
+            "whole number, or trainer.max_epochs=null to stop by trainer.max_steps only"
         )
     if data.validates and trainer.val_every_n_steps is None:
         problems.append(

@@ -229,9 +229,7 @@ def _one_line(error: Exception) -> str:
     absent = re.match(r"In '(\S+)': Could not find '(\S+)/(\S+?)'", str(error))
     if absent and is_group(absent[2]):
         file, group, choice = absent.groups()
-        return (
-            f"{_no_choice(group, choice)}; it stands in the defaults of {file if file != 'train' else 'the experiment'}"
-        )
+        return f"{_no_choice(group, choice)}; it is in the defaults of {file if file != 'train' else 'the experiment'}"
     return " ".join(str(error).split())
 
 

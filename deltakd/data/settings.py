@@ -217,7 +217,7 @@ class InstructionData(DataConfig):
         if self.streaming and self.val_size:
             found.append(
                 f"data.val_size is {self.val_size}, but the rows of data.streaming=true are not counted, so none can "
-                "be drawn from them; hold rows out in a file of their own: data.val=... data.val_size=0"
+                "be drawn from them; hold rows out in a separate file: data.val=... data.val_size=0"
             )
         if self.streaming and self.train_subset is not None:
             found.append(_no_subset())
@@ -360,5 +360,5 @@ class TextData(DataConfig):
 def _no_subset() -> str:
     return (
         "data.train_subset names lines of an indexed file, and data.streaming=true indexes none; choose rows by "
-        "data.train=FILE#field=value, or write the lines into a file of their own"
+        "data.train=FILE#field=value, or write those lines into a separate file"
     )

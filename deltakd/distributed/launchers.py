@@ -81,7 +81,7 @@ def _slurm_problem(environ: Mapping[str, str]) -> str:
         return ""
     if not any(name.startswith("SLURM_STEP") for name in environ):
         return (
-            f"SLURM has given this job {tasks} tasks, but this process was not started by srun and is alone; write "
+            f"SLURM has given this job {tasks} tasks, but this process runs alone: srun did not start it; write "
             "srun before the command in the batch script"
         )
     if "SLURM_NTASKS_PER_NODE" not in environ:

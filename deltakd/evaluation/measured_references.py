@@ -214,12 +214,12 @@ class MeasuredReferences:
                 LiveReferences({role: model}, placement=self._placement).to(self._device)
             except torch.OutOfMemoryError as error:
                 log.warning(
-                    "There is no room for the %s beside the student, so nothing is measured with it "
+                    "The %s does not fit beside the student, so its measures are left out "
                     "(evaluation.measures.references=none loads no model): %s",
                     role,
                     error,
                 )
-                self.reasons[role] = f"there is no room for it beside the student ({error})"
+                self.reasons[role] = f"it does not fit beside the student ({error})"
                 if not model.quantized:
                     model.to("cpu")
                 self._loaded.pop(role)

@@ -116,7 +116,7 @@ def measure(subject: Subject, validation: EncodedSet | None) -> Measured:
     references = None
     if (subject.references.shards and place()[1] > 1) or any(is_sharded(model) for model in subject.loaded.values()):
         log.info(
-            "The references are sharded, and no rank can run one by itself: the student is measured alone. "
+            "The references are sharded, and no single rank can run one: only the student is measured. "
             "deltakd.evaluate run=... measures it beside them, on a device that holds them."
         )
     elif evaluation.measures.references != "none":

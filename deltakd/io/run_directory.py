@@ -64,7 +64,7 @@ class Claim:
             self.give_back()
 
     def give_back(self) -> None:
-        """Remove all that this run has put there; what was there before was empty."""
+        """Remove everything this run wrote there; the directory was empty before."""
         if self._found is None:
             return
         for entry in self.path.iterdir():

@@ -1,4 +1,4 @@
-"""YAML files that users write: read whole, or refused in one sentence that says where."""
+"""YAML files that users write: read completely, or rejected in one sentence that says where."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from deltakd.io.errors import ConfigError
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which YAML would keep the last and say nothing."""
+    """Rejects a key that is given twice; YAML would silently keep the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()

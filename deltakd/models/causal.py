@@ -34,7 +34,7 @@ def check_causal(key: str, config: PretrainedConfig) -> None:
 def _other_kind(config: PretrainedConfig) -> str | None:
     """Return what the model is, in words; None for a causal language model."""
     if config.is_encoder_decoder:
-        return "an encoder-decoder, whose answers attend to a prompt of their own"
+        return "an encoder-decoder, whose decoder attends to a separate prompt"
     # Code that comes with the model.
     if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return None

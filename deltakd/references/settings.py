@@ -79,7 +79,7 @@ class LiveSettings(SourceSettings):
     def make(
         self, models: Mapping[str, LanguageModel], adapted_student: LanguageModel | None, strategy: StrategySettings
     ) -> References:
-        """Return references that run beside the student."""
+        """Return references that run alongside the student."""
         return LiveReferences(
             models,
             adapted_student,

@@ -1,4 +1,4 @@
-"""Group runs into methods: repetitions under several seeds form one; models that others learnt from stand apart."""
+"""Group runs into methods: runs that differ in their seed are one; models that others learnt from are listed apart."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def _run_problems(run: RunDirectory) -> list[str]:
             f"with resume=true run_dir={run.path}"
         ]
     if not (run.student / "config.json").is_file():
-        return [f"run={run.path} is finished, but its student/ is gone; train it again in another run_dir"]
+        return [f"run={run.path} is finished, but its student/ is missing; train it again in another run_dir"]
     return []
 
 
@@ -117,7 +117,7 @@ def push(folder: Path, repository: str, private: bool) -> str:
     except HfHubHTTPError as error:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            [f"push_to_hub={repository}: the hub refused ({said}); check the owner and the token's rights. {later}"]
+            [f"push_to_hub={repository}: the hub rejected it ({said}); check the owner and the token's rights. {later}"]
         ) from None
     except (OfflineModeIsEnabled, _TRANSPORT_ERROR, OSError) as error:
         raise ConfigError(

@@ -169,7 +169,7 @@ def _check(scores: Mapping[str, NDArray[np.float64]], seeds: Mapping[str, list[i
     unfit = [m for m, v in scores.items() if len(seeds.get(m, ())) != len(v) or len(set(seeds[m])) != len(v)]
     if unfit:
         named = ", ".join(f"{m} {len(scores[m])} scores, seeds {list(seeds.get(m, ()))}" for m in unfit)
-        raise ValueError(f"each row of scores needs a training seed of its own: {named}")
+        raise ValueError(f"each row of scores needs its own training seed: {named}")
 
 
 def _sides(

@@ -113,7 +113,7 @@ class Comparison:
                 )
             notes.append(self._about_bold(any(score.best for score in scores)))
         if any(row.method.role for row in self.rows):
-            notes.append("Models that others learnt from stand above the line and are not compared.")
+            notes.append("Models that others learnt from are listed above the line and are not compared.")
         return notes
 
     def _about_sampling(self) -> str:

@@ -195,7 +195,7 @@ def _given(node: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 def _with_text_names(node: Any, key: str, problems: list[str]) -> Any:
-    """Return a mapping with texts as keys; others become problems, and what stands under them can still be checked."""
+    """Return a mapping with texts as keys; others become problems, and their values can still be checked."""
     if not isinstance(node, Mapping):
         return node
     problems += [
@@ -233,7 +233,7 @@ def _for_yaml(problem: str) -> str:
 
 
 def _name_problems(name: str, key: str, allowed_slash: bool) -> list[str]:
-    """Names become directories, and stand in quotes in overrides."""
+    """Names become directories, and are quoted in overrides."""
     parts = name.split("/") if allowed_slash else [name]
     if all(re.fullmatch(r"[^/'\"\\$\x00-\x1f]+", part) and part not in (".", "..") for part in parts):
         return []

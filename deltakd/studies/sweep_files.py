@@ -317,7 +317,7 @@ def _command_overrides(command: Any) -> tuple[list[str], list[str]]:
     strange = [w for w in words if w not in found and w not in ("-m", PROGRAM) and not w.startswith("${")]
     problems = [f"command holds {word!r}, which is neither an override nor {wanted}" for word in strange]
     if "${args_no_hyphens}" not in words:
-        problems.append(f"command lacks ${{args_no_hyphens}}, which stands for the parameters; give {wanted}")
+        problems.append(f"command lacks ${{args_no_hyphens}}, the place of the parameters; give {wanted}")
     return found, problems
 
 

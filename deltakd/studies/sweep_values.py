@@ -22,7 +22,7 @@ def text_problem(text: str) -> str | None:
     """
     # Inside single quotes Hydra reads all but these two as they stand.
     quoted = "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
-    remedy = f"to give this text write it with quotes of its own: {_in_yaml(quoted)}"
+    remedy = f"to give this text, quote it: {_in_yaml(quoted)}"
     try:
         parsed = OverridesParser.create().parse_override(f"key={text}")
         swept = parsed.is_sweep_override()

@@ -61,7 +61,7 @@ def say_hours(study: Study, console: Console) -> None:
     hours = {stage: sum(seconds) / 3600 for stage, seconds in measured.items() if seconds}
     if not hours:
         return
-    lines = ["Hours of finished runs (of one that was interrupted, since its last start alone):"]
+    lines = ["Hours of finished runs (of an interrupted one, only since its last start):"]
     lines += [f"  {stage}: {each:.2f} (runs: {len(measured[stage])})" for stage, each in hours.items()]
     lines.append(f"  in all: {sum(hours.values()):.2f}")
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)

@@ -232,7 +232,7 @@ def test_what_a_stream_needs_is_said_at_once(world: World, tmp_path: Path) -> No
     options += ["data.max_tokens_per_batch=100", "data.batch_size=null", "reference=cached", "reference.path=x"]
     found = "\n".join(told(world, tmp_path, "data.streaming=true", *options))
     for part in (
-        "hold rows out in a file of their own: data.val=... data.val_size=0",
+        "hold rows out in a separate file: data.val=... data.val_size=0",
         "data.train_subset names lines of an indexed file",
         "data.max_tokens_per_batch is 100, but a row may have data.max_length=120 tokens",
         "give reference=live, or data.streaming=false",

@@ -156,7 +156,7 @@ def test_prompts_that_a_template_refuses_are_named_together(make_tokenizer: Fact
     ):
         with pytest.raises(ValueError, match=r"2 bad record\(s\)") as caught:
             run()
-        assert "row 1 (x.jsonl:2), row 3 (x.jsonl:4): the chat template refuses the turns system, user" in str(
+        assert "row 1 (x.jsonl:2), row 3 (x.jsonl:4): the chat template rejects the turns system, user" in str(
             caught.value
         )
         assert "row 3 (x.jsonl:4)" in str(caught.value)

@@ -119,7 +119,7 @@ def test_what_a_template_refuses_is_said_with_row_and_remedy(make_tokenizer: Fac
     row = Row(7, messages=(system, *talk("a", "b")), where="x.jsonl:8")
     with pytest.raises(ValueError, match="roles must alternate") as caught:
         template.render(row)
-    assert str(caught.value).startswith("row 7 (x.jsonl:8): the chat template refuses the turns system, user: roles")
+    assert str(caught.value).startswith("row 7 (x.jsonl:8): the chat template rejects the turns system, user: roles")
     assert "data.template=alpaca" in str(caught.value)
 
 

@@ -20,10 +20,10 @@ def numbered_rows(n: int, seed: int) -> list[dict[str, str]]:
     return [row | {"instruction": f"Say number {seed}{i:04}"} for i, row in enumerate(make_rows(n, seed))]
 
 
-@pytest.fixture(scope="module")
-def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the models and files that the pages name, and the commands on the PATH."""
-    home = tmp_path_factory.mktemp("reader")
+@pytest.fixture
+def reader(tmp_path: Path) -> Path:
+    """A folder, for one page, with the models and files that the pages name, and the commands on the PATH."""
+    home = tmp_path / "reader"
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
     for seed, (name, width) in enumerate({"student": 16, "teacher": 24, "teacher_raw": 24}.items()):
@@ -64,7 +64,7 @@ def test_the_commands_of_a_page_run_in_order(page: Path, reader: Path) -> None:
         program = {"bash": ["bash", "-euo", "pipefail"], "python": ["python"]}.get(block.language)
         if program and block.runs and (block.language == "bash" or not block.title):
             done = subprocess.run(
-                [*program, "-c", block.text], cwd=reader, env=variables, capture_output=True, text=True, timeout=300
+                [*program, "-c", block.text], cwd=reader, env=variables, capture_output=True, text=True, timeout=900
             )
             assert done.returncode == 0, f"{block.where}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
             assert not re.search(r"Traceback \(most recent", done.stderr), block.where

@@ -169,7 +169,7 @@ def test_a_reference_that_does_not_fit_costs_no_run(
     monkeypatch.setattr(torch.nn.Module, "to", to)
     run = train("sft", ON)
     assert set(figures(run, "val")) == {"perplexity", "ece", "tokens"}
-    assert "There is no room for the teacher beside the student" in caplog.text
+    assert "The teacher does not fit beside the student" in caplog.text
     assert run.read_summary()["meta"]["measured"]["val"]["references"] == "live"
 
 

@@ -115,9 +115,9 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("a,b", "'a,b' is several values to Hydra; list them one by one, or to give this text write it with quotes of"),
+        ("a,b", "'a,b' is several values to Hydra; list them one by one, or to give this text, quote it"),
         ("true", "the text 'true' would become true; write true without quotes, or"),
-        ("2026_11", "the text '2026_11' would become 202611; write 202611 without quotes, or to give this text write"),
+        ("2026_11", "the text '2026_11' would become 202611; write 202611 without quotes, or to give this text, quote"),
         ("7", "the text '7' would become 7; write 7 without quotes, or"),
         ("0.5", "the text '0.5' would become 0.5; write 0.5 without quotes"),
         (" a", "the text ' a' would become 'a'"),
@@ -135,7 +135,7 @@ def test_a_text_that_hydra_would_read_as_something_else_is_refused(text: str, sa
     problem = text_problem(text)
     assert problem is None if said is None else said in str(problem), problem
     if problem is not None:
-        remedy = yaml.safe_load(problem[problem.index("quotes of its own: ") + 19 :])
+        remedy = yaml.safe_load(problem[problem.index("to give this text, quote it: ") + 28 :])
         assert OverridesParser.create().parse_override(f"key={remedy}").value() == text
         assert text_problem(remedy) is None
 
@@ -178,7 +178,7 @@ def test_values_of_another_type_than_the_key_takes_are_refused(tmp_path: Path) -
     for part in (
         "model.trust_remote_code is 'no'; it must be true or false",
         "loss.temperature is 'warm'; it must be a finite number",
-        "seed is 0.0; it must be a whole number from 0; write 0",
+        "seed is 0.0; it must be a whole number from 0 to 4294967295; write 0",
     ):
         assert part in told, told
     assert "data.batch_size" not in told

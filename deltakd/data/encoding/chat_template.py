@@ -288,7 +288,7 @@ def _frozen(template: str) -> str:
 def _refused(row: Row, messages: list[Message], error: Exception) -> str:
     roles = ", ".join(message["role"] for message in messages)
     return (
-        f"{row.label}: the chat template refuses the turns {roles}: {error}; let user and assistant alternate, write "
+        f"{row.label}: the chat template rejects the turns {roles}: {error}; let user and assistant alternate, write "
         f"the system prompt into the first user turn, or use another template, such as data.template=alpaca"
     )
 

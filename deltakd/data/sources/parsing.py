@@ -161,7 +161,7 @@ def _with_system(turns: list[Message], system: str, where: str) -> list[Message]
         return turns
     if turns[0]["role"] == "system":
         if turns[0]["content"] != system:
-            raise ValueError(f"{where}: system and the system turn differ, and only one of them can be meant")
+            raise ValueError(f"{where}: system and the system turn differ; keep one of them")
         return turns
     return [{"role": "system", "content": system}, *turns]
 
@@ -208,7 +208,7 @@ def _only(values: Mapping[str, Any], where: str) -> Any:
     distinct = list(values.values())
     if any(value != distinct[0] for value in distinct):
         keys = " and ".join(values)
-        raise ValueError(f"{where}: {keys} differ, and only one of them can be meant; remove the others")
+        raise ValueError(f"{where}: {keys} differ, but they mean the same field; keep one")
     return distinct[0] if distinct else None
 
 

@@ -76,7 +76,7 @@ class Row:
 
 
 class RowError(ValueError):
-    """A row that its template can't write out as it must be; says which, where it stands, and what to do."""
+    """A row that its template can't write correctly; says which, where it is, and what to do."""
 
 
 def is_answer(message: Message) -> bool:

@@ -51,5 +51,5 @@ class TrainingProgress(L.Callback):
         self._open.close()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Close the bar, so that what is said next stands below it."""
+        """Close the bar, so that later output starts below it."""
         self._open.close()
