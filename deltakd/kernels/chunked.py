@@ -9,7 +9,7 @@ all logits at once.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,17 @@ from torch import Tensor
 
 from deltakd.kernels.buckets import Buckets, bucketed_chunk
 from deltakd.kernels.fused import add_head_gradients, fused_chunk, fusible
-from deltakd.types import STUDENT, Head, HeadLogits, LinearKL, Loss, at_least_float32
+from deltakd.types import (
+    NO_FACTS,
+    STUDENT,
+    Head,
+    HeadLogits,
+    LinearKL,
+    Loss,
+    SequenceLoss,
+    TokenFacts,
+    at_least_float32,
+)
 
 #: MiB that the logits of a chunk, and everything computed from them, may take.
 MEMORY_BUDGET = 256.0
@@ -47,7 +57,7 @@ def chunked_loss(
     chunk_size: int | None = None,
     memory_budget: float = MEMORY_BUDGET,
     buckets: Buckets | None = None,
-    sampled_log_probs: Tensor | None = None,
+    facts: TokenFacts = NO_FACTS,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum a loss over N tokens, holding no more than one chunk of any model's logits.
 
@@ -62,14 +72,14 @@ def chunked_loss(
         memory_budget: MiB for the logits of a chunk and everything computed from them. The gradient of the head, at
             least float32, comes on top.
         buckets: the references over a reduced vocabulary, in place of their heads.
-        sampled_log_probs: [N] nats, as for ``HeadLogits``.
+        facts: of the N tokens; a loss of whole sequences needs their rows.
 
     Returns:
         The sum of ``per_token`` (nats; differentiable w.r.t. the student's hidden, weight and bias), and the detached
         sum of each part. For N = 0: a zero attached to the graph, and no parts.
 
     Raises:
-        ValueError: a required role has no head, or the heads disagree in N or V.
+        ValueError: a required role has no head, the heads disagree in N or V, or a loss of whole sequences has no rows.
     """
     _check_heads(loss, heads, labels, buckets)
     student = heads[STUDENT]
@@ -84,7 +94,9 @@ def chunked_loss(
     itemsize = torch.promote_types(student.weight.dtype, torch.float32).itemsize
     kind = "buckets" if buckets is not None else "autograd" if form is None else form.kind
     size = chunk_size or chunk_size_for(memory_budget, student.weight.shape[0], itemsize, kind)
-    work = _Work(loss, form, student, references, labels, size, buckets, sampled_log_probs)
+    if isinstance(loss, SequenceLoss):
+        facts = _weighted(loss, student, references, labels, size, facts)
+    work = _Work(loss, form, student, references, labels, size, buckets, facts)
     if not wants_gradients:
         with torch.no_grad():
             return work.run(None), work.parts
@@ -115,6 +127,28 @@ def _check_heads(loss: Loss, heads: Mapping[str, Head], labels: Tensor, buckets:
         raise ValueError(f"heads must agree in (tokens, vocabulary) and have {len(labels)} tokens; given: {shapes}")
 
 
+@torch.no_grad()
+def _weighted(
+    loss: SequenceLoss,
+    student: Head,
+    references: Mapping[str, Head],
+    labels: Tensor,
+    size: int,
+    facts: TokenFacts,
+) -> TokenFacts:
+    """Return the facts with a loss's weights, from a first pass over the chunks."""
+    if facts.rows is None:
+        raise ValueError(f"{type(loss).__name__} is a loss of whole sequences: give facts=TokenFacts(rows=...)")
+    student = student.upcast()
+    rewards = []
+    for start in range(0, len(labels), size):
+        tokens = slice(start, min(start + size, len(labels)))
+        some = {role: head.rows(tokens.start, tokens.stop) for role, head in references.items()}
+        logits = HeadLogits(student.rows(tokens.start, tokens.stop).logits(), some, facts.part(tokens))
+        rewards.append(loss.token_rewards(logits, labels[tokens]))
+    return replace(facts, weights=loss.sequence_weights(torch.cat(rewards), facts.rows))
+
+
 @dataclass
 class _Work:
     """A loss over N tokens and how to cut it into chunks; ``run`` fills ``parts``, which carry no gradient."""
@@ -126,7 +160,7 @@ class _Work:
     labels: Tensor
     size: int
     buckets: Buckets | None = None
-    sampled_log_probs: Tensor | None = None
+    facts: TokenFacts = NO_FACTS
     parts: dict[str, Tensor] = field(default_factory=dict)
 
     def run(self, grads: dict[str, Tensor] | None) -> Tensor:
@@ -148,8 +182,8 @@ class _Work:
             elif self.buckets is not None:
                 values = _by_buckets(self.loss, chunk, self.buckets.rows(rows.start, rows.stop), rows, grads)
             else:
-                sampled_N = None if self.sampled_log_probs is None else self.sampled_log_probs[rows]
-                values = _by_autograd(self.loss, chunk, references, self.labels[rows], sampled_N, rows, grads)
+                facts = self.facts.part(rows)
+                values = _by_autograd(self.loss, chunk, references, self.labels[rows], facts, rows, grads)
             total += values.pop("loss").sum()
             for name, value_N in values.items():
                 self.parts[name] = self.parts.get(name, 0) + value_N.sum()
@@ -161,7 +195,7 @@ def _by_autograd(
     chunk: Head,
     references: Mapping[str, Head],
     labels: Tensor,
-    sampled_log_probs: Tensor | None,
+    facts: TokenFacts,
     rows: slice,
     grads: dict[str, Tensor] | None,
 ) -> dict[str, Tensor]:
@@ -170,7 +204,7 @@ def _by_autograd(
     if grads is not None:
         chunk, leaves = _with_leaves(chunk, grads)
     with torch.set_grad_enabled(grads is not None):
-        output = loss(HeadLogits(chunk.logits(), references, sampled_log_probs), labels)
+        output = loss(HeadLogits(chunk.logits(), references, facts), labels)
         chunk_sum = output.per_token.sum()
     if grads is not None and chunk_sum.requires_grad:
         _add_gradients(grads, leaves, torch.autograd.grad(chunk_sum, list(leaves.values())), rows)

@@ -31,6 +31,7 @@ from deltakd.losses.policy_gradient import (
     target_policy_gradient,
 )
 from deltakd.losses.scores import Score, TeacherShift, TowardsTarget
+from deltakd.losses.sequence_kl import SequenceReverseKL
 from deltakd.losses.sft import SupervisedFineTuning, cross_entropy
 from deltakd.losses.targets import (
     ShiftedTarget,
@@ -62,6 +63,7 @@ __all__ = [
     "RatioMatching",
     "ReverseKL",
     "Score",
+    "SequenceReverseKL",
     "ShiftedTarget",
     "SignedParallelogram",
     "SkewForwardKL",

@@ -17,6 +17,7 @@ from deltakd.types import (
     STUDENT_RAW,
     TEACHER,
     TEACHER_RAW,
+    HeadLogits,
     Loss,
     LossOutput,
     Schedule,
@@ -95,8 +96,8 @@ class PolicyGradient(Loss):
         """Score N sampled tokens.
 
         Args:
-            logits: role -> [N, V] float, for ``student`` and every role in ``requires``. A mapping of logits whose
-                labels were sampled by an earlier student has ``sampled_log_probs``, [N].
+            logits: role -> [N, V] float, for ``student`` and every role in ``requires``. ``HeadLogits`` may
+                know how likely the labels were when an earlier student sampled them.
             labels: [N] int64, the sampled tokens.
 
         Returns:
@@ -108,7 +109,7 @@ class PolicyGradient(Loss):
         if self.ce_weight == 1.0:
             return LossOutput(-log_pi_N, {"ce": -log_pi_N})
         advantage_N, estimate_N, parts = self._advantage(logits, log_student_NV.detach(), labels)
-        gain_N = self._gain(advantage_N, log_pi_N, getattr(logits, "sampled_log_probs", None))
+        gain_N = policy_gain(advantage_N, log_pi_N, sampled_log_probs(logits), self.ratio_clip)
         # The value is the estimate, the gradient that of the surrogate.
         term_N = estimate_N - (gain_N - gain_N.detach())
         per_token_N = (1 - self.ce_weight) * term_N
@@ -134,14 +135,23 @@ class PolicyGradient(Loss):
             advantage_N = advantage_N.clamp(-self.advantage_clip, self.advantage_clip)
         return advantage_N, estimate_N, {"advantage": advantage_N, "advantage_square": advantage_N.square(), **agreeing}
 
-    def _gain(self, advantage_N: Tensor, log_pi_N: Tensor, sampled_log_probs_N: Tensor | None) -> Tensor:
-        if sampled_log_probs_N is None:
-            return advantage_N * log_pi_N
-        ratio_N = (log_pi_N - sampled_log_probs_N).exp()
-        gain_N = advantage_N * ratio_N
-        if self.ratio_clip is None:
-            return gain_N
-        return torch.minimum(gain_N, advantage_N * ratio_N.clamp(1 - self.ratio_clip, 1 + self.ratio_clip))
+
+def sampled_log_probs(logits: Mapping[str, Tensor]) -> Tensor | None:
+    """Return the log-probs that the labels had when an earlier student sampled them, [N] nats, if they are known."""
+    return logits.facts.sampled_log_probs if isinstance(logits, HeadLogits) else None
+
+
+def policy_gain(
+    advantage_N: Tensor, log_pi_N: Tensor, sampled_log_probs_N: Tensor | None, ratio_clip: float | None
+) -> Tensor:
+    """[N] what a policy gradient makes larger: A · log π, or PPO's clipped A · π / π_sampled."""
+    if sampled_log_probs_N is None:
+        return advantage_N * log_pi_N
+    ratio_N = (log_pi_N - sampled_log_probs_N).exp()
+    gain_N = advantage_N * ratio_N
+    if ratio_clip is None:
+        return gain_N
+    return torch.minimum(gain_N, advantage_N * ratio_N.clamp(1 - ratio_clip, 1 + ratio_clip))
 
 
 def centred(score_NV: Tensor, log_student_NV: Tensor, labels: Tensor) -> Tensor:

@@ -63,5 +63,5 @@ class DistillationStep(nn.Module):
             batch.labels_N,
             memory_budget=self.memory_budget,
             buckets=buckets,
-            sampled_log_probs=batch.sampled_log_probs_N,
+            facts=batch.facts_N,
         )

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from deltakd.types.heads import TokenFacts
+
 #: The label of a position that is not trained on (prompt, padding).
 IGNORE_INDEX = -100
 
@@ -24,7 +26,7 @@ class Batch:
         step: the optimiser step (from 0) that this micro-batch belongs to.
         step_tokens: valid tokens in that whole optimiser step, over all ranks and micro-batches.
         sampled_log_probs: [B, T] float32 nats: of each label when an earlier student sampled it, 0 elsewhere; None: as
-            for ``HeadLogits``.
+            for ``TokenFacts``.
     """
 
     input_ids: Tensor
@@ -58,9 +60,10 @@ class Batch:
         return self.labels.flatten()[self.valid_N + 1]
 
     @property
-    def sampled_log_probs_N(self) -> Tensor | None:
-        """[N] float32 nats, of ``labels_N``; None: see ``sampled_log_probs``."""
-        return None if self.sampled_log_probs is None else self.sampled_log_probs.flatten()[self.valid_N + 1]
+    def facts_N(self) -> TokenFacts:
+        """What is known of the N valid tokens: their rows, and how likely they were when they were sampled."""
+        sampled = None if self.sampled_log_probs is None else self.sampled_log_probs.flatten()[self.valid_N + 1]
+        return TokenFacts(self.valid_N // self.labels.shape[1], sampled)
 
     def at_valid(self, values_BTD: Tensor) -> Tensor:
         """Return [N, D], the values at the positions that predict the valid tokens."""

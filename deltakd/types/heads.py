@@ -86,6 +86,30 @@ class Head:
         return total
 
 
+@dataclass(frozen=True)
+class TokenFacts:
+    """What a loss may know of N tokens beside logits and labels.
+
+    Args:
+        rows: [N] int64, ascending: the row that each token belongs to; None: unknown.
+        sampled_log_probs: [N] nats, the log-probs that the labels had when an earlier student sampled them; None: they
+            were not sampled, or by the student as it is.
+        weights: [N], what a loss of whole sequences made of their rewards (``SequenceLoss``); None for other losses.
+    """
+
+    rows: Tensor | None = None
+    sampled_log_probs: Tensor | None = None
+    weights: Tensor | None = None
+
+    def part(self, tokens: slice) -> TokenFacts:
+        """Return the facts of some of the tokens."""
+        return TokenFacts(*(None if fact is None else fact[tokens] for fact in vars(self).values()))
+
+
+#: Nothing is known.
+NO_FACTS = TokenFacts()
+
+
 @final
 class HeadLogits(Mapping[str, Tensor]):
     """Logits by role, computed on first access, and weighted sums of them.
@@ -96,14 +120,13 @@ class HeadLogits(Mapping[str, Tensor]):
     Args:
         student: [N, V] the student's logits, on the graph.
         heads: role -> Head of the references, over the same N tokens.
-        sampled_log_probs: [N] nats, the log-probs that the labels had when an earlier student sampled them; None: they
-            were not sampled, or by the student as it is.
+        facts: of the N tokens.
     """
 
-    def __init__(self, student: Tensor, heads: Mapping[str, Head], sampled_log_probs: Tensor | None = None) -> None:
+    def __init__(self, student: Tensor, heads: Mapping[str, Head], facts: TokenFacts = NO_FACTS) -> None:
         self._heads = heads
         self._made = {STUDENT: student}
-        self.sampled_log_probs = sampled_log_probs
+        self.facts = facts
 
     def __getitem__(self, role: str) -> Tensor:
         if role not in self._made:

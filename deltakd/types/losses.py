@@ -117,9 +117,7 @@ class Loss(ABC):
     #: τ at which the loss reads the references; a top-K store holds log-probs at this temperature.
     temperature: float = 1.0
 
-    #: True if the loss scores whole sequences, such as a policy gradient or a sequence-level KL on sampled answers:
-    #: ``per_token`` then depends on the other tokens of the row, so tokens must not be cut into chunks or dropped.
-    #: No loss sets it yet, and nothing reads it yet.
+    #: True if ``per_token`` depends on the other tokens of the row; the loss is then a ``SequenceLoss``.
     needs_whole_sequences: bool = False
 
     #: True if the labels must be tokens that the student sampled itself (``rollout=student``).
@@ -174,6 +172,32 @@ class Loss(ABC):
     def needs_whole_vocabulary(self) -> bool:
         """True if the loss can't be computed over K tokens and one bucket for the rest."""
         return bool(self.whole_vocabulary_reasons)
+
+
+class SequenceLoss(Loss):
+    """A loss of whole responses: what a token is worth depends on the tokens of its row.
+
+    It takes two passes over the tokens. The first scores each token by itself, without gradients; the scores of each
+    row become weights; the second is that of any loss, and finds the weights in ``logits.facts.weights``.
+    """
+
+    needs_whole_sequences = True
+
+    @abstractmethod
+    def token_rewards(self, logits: Mapping[str, Tensor], labels: Tensor) -> Tensor:
+        """Score N tokens by themselves: [N] nats, detached."""
+
+    @abstractmethod
+    def sequence_weights(self, rewards: Tensor, rows: Tensor) -> Tensor:
+        """Turn rewards into weights.
+
+        Args:
+            rewards: [N], as from ``token_rewards``, the tokens of a row in their order.
+            rows: [N] int64, ascending: the row of each token.
+
+        Returns:
+            [N], for ``logits.facts.weights``.
+        """
 
 
 def require_kind(thing: object, kind: type | tuple[type, ...], key: str) -> None:

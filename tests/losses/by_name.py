@@ -14,7 +14,7 @@ from deltakd.types import Loss
 
 _ALL = sorted(path.stem for path in (CONF_DIR / "loss").glob("*.yaml"))
 #: Losses of tokens that the student sampled: their value is not what their gradient differentiates.
-SAMPLED = ["delta_opd", "exopd", "opd", "opd2"]
+SAMPLED = ["delta_opd", "exopd", "minillm", "opd", "opd2"]
 #: Losses of any tokens.
 NAMES = [name for name in _ALL if name not in SAMPLED]
 #: All but SFT: those with a term beside the cross-entropy.

@@ -155,7 +155,7 @@ def test_a_round_serves_several_steps_with_what_was_sampled_before() -> None:
     # Steps 0 to 3 and 4 to 5 were asked for in two rounds, step 2's rows with its own keys.
     assert [request.keys[0].step for request in engine.asked] == [step for step in range(1, 7) for _ in range(4)]
     for batch in batches:
-        sampled = batch.sampled_log_probs_N
+        sampled = batch.facts_N.sampled_log_probs
         assert sampled is not None
         starts = [place for place, value in enumerate(sampled.tolist()) if value == -1]
         assert len(starts) == len(batch.row_ids)

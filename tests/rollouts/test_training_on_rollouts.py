@@ -40,7 +40,7 @@ def sharp(world: World) -> list[str]:
     return [f"model.{role}.path={world.root / 'on_policy' / role}" for role in ("teacher", "teacher_raw")]
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("opd", "exopd", "opd2")]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("opd", "exopd", "opd2", "minillm")]
 
 
 @pytest.mark.parametrize("name", ["kd_reverse", "delta_opd", *SLOW])

@@ -1,0 +1,138 @@
+"""Reverse KL between whole responses (MiniLLM, arXiv 2306.08543; docs/design.md#on-policy)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import final
+
+import torch
+from torch import Tensor
+
+from deltakd.losses.divergences import kl
+from deltakd.losses.policy_gradient import policy_gain, sampled_log_probs
+from deltakd.losses.targets import Target
+from deltakd.types import STUDENT, HeadLogits, LossOutput, Schedule, SequenceLoss, at_least_float32, require_kind
+
+
+@final
+class SequenceReverseKL(SequenceLoss):
+    """λ · CE + (1 − λ) · [KL(π_θ ‖ target) per token − R ∇log π_θ(label)], on responses that the student sampled.
+
+    KL(π_θ ‖ target) between distributions of whole responses is the expected sum over t of r_t = log π_θ(y_t) − log
+    target(y_t). Its gradient has two parts (equation 3 of the paper): that of each token's own KL, which is exact over
+    the vocabulary, and a policy gradient for what a token does to those after it, whose advantage R is −Σ r over the
+    later tokens of the response; with ``length_normalised`` their mean, as in equation 6. The value is the KL per
+    token.
+
+    Where one round of responses serves several optimiser steps, the second part takes clipped ratios, as
+    ``PolicyGradient`` does.
+
+    Args:
+        target: what the student should match; the paper's is the teacher.
+        ce_weight: λ in [0, 1].
+        length_normalised: divide R by the number of later tokens.
+        reward_clip: bound on |r| in nats in R, or None.
+        ratio_clip: as for ``PolicyGradient``.
+
+    Raises:
+        ValueError: the target is not one, or a number is out of range.
+    """
+
+    needs_sampled_tokens = True
+
+    def __init__(
+        self,
+        target: Target,
+        ce_weight: float = 0.0,
+        length_normalised: bool = True,
+        reward_clip: float | None = None,
+        ratio_clip: float | None = 0.2,
+    ) -> None:
+        require_kind(target, Target, "loss.target")
+        problems = []
+        if not 0 <= ce_weight <= 1:
+            problems.append(f"loss.ce_weight is {ce_weight}; it must be between 0 (no labels) and 1 (labels only)")
+        if reward_clip is not None and not 0 < reward_clip < math.inf:
+            problems.append(f"loss.reward_clip is {reward_clip}; it must be a finite number above 0, or null")
+        if ratio_clip is not None and not 0 < ratio_clip < 1:
+            problems.append(f"loss.ratio_clip is {ratio_clip}; it must be above 0 and below 1, or null")
+        if problems:
+            raise ValueError("; ".join(problems))
+        self.target = target
+        self.ce_weight = float(ce_weight)
+        self.length_normalised = length_normalised
+        self.reward_clip = reward_clip
+        self.ratio_clip = ratio_clip
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """The references that the target reads."""
+        return self.target.requires
+
+    @property
+    def schedules(self) -> Mapping[str, Schedule]:
+        """Schedules of the target."""
+        return self.target.schedules
+
+    @property
+    def whole_vocabulary_reasons(self) -> tuple[str, ...]:
+        """A sampled token may be none of the K."""
+        return ("a policy gradient scores the sampled token by itself",)
+
+    @torch.no_grad()
+    def token_rewards(self, logits: Mapping[str, Tensor], labels: Tensor) -> Tensor:
+        """[N] nats: −r_t, how much likelier the label is to the target than to the student."""
+        of_target_N = _of_labels(self.target(logits).log_softmax(-1), labels)
+        rewards_N = of_target_N - _of_labels(at_least_float32(logits[STUDENT]).log_softmax(-1), labels)
+        return rewards_N if self.reward_clip is None else rewards_N.clamp(-self.reward_clip, self.reward_clip)
+
+    @torch.no_grad()
+    def sequence_weights(self, rewards: Tensor, rows: Tensor) -> Tensor:
+        """[N] nats: R, the sum (or the mean) of the rewards of each row's later tokens; 0 for its last token."""
+        later_N, count_N = sums_of_later(rewards, rows)
+        return later_N / count_N.clamp_min(1) if self.length_normalised else later_N
+
+    def __call__(self, logits: Mapping[str, Tensor], labels: Tensor) -> LossOutput:
+        """Score N sampled tokens.
+
+        Args:
+            logits: role -> [N, V] float, for ``student`` and every role in ``requires``. Without weights (plain
+                mappings), the second part of the gradient is left out.
+            labels: [N] int64, the sampled tokens.
+
+        Returns:
+            per_token [N] nats; parts: ``ce``, ``reverse_kl``, and with weights ``advantage`` and ``advantage_square``.
+        """
+        log_student_NV = at_least_float32(logits[STUDENT]).log_softmax(-1)
+        log_pi_N = _of_labels(log_student_NV, labels)
+        kl_N = kl(log_student_NV, self.target(logits).log_softmax(-1))
+        term_N, parts = kl_N, {"ce": -log_pi_N, "reverse_kl": kl_N}
+        weights_N = logits.facts.weights if isinstance(logits, HeadLogits) else None
+        if weights_N is not None:
+            gain_N = policy_gain(weights_N, log_pi_N, sampled_log_probs(logits), self.ratio_clip)
+            term_N = kl_N - (gain_N - gain_N.detach())
+            parts |= {"advantage": weights_N, "advantage_square": weights_N.square()}
+        per_token_N = (1 - self.ce_weight) * term_N
+        if self.ce_weight > 0:
+            per_token_N = per_token_N - self.ce_weight * log_pi_N
+        return LossOutput(per_token_N, parts)
+
+
+def _of_labels(log_probs_NV: Tensor, labels: Tensor) -> Tensor:
+    return log_probs_NV.gather(-1, labels[:, None]).squeeze(-1)
+
+
+def sums_of_later(values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return, for each token, the sum of the values of its row's later tokens, and their number: [N] each.
+
+    Args:
+        values: [N].
+        rows: [N] int64, ascending.
+    """
+    # Sums to the end of all tokens, less what lies beyond the row; in float64, since rows cancel.
+    from_here_N = values.double().flip(0).cumsum(0).flip(0)
+    ends_N = torch.searchsorted(rows, rows, right=True)
+    beyond_N = torch.cat([from_here_N, from_here_N.new_zeros(1)])[ends_N]
+    places_N = torch.arange(len(rows), device=rows.device)
+    return (from_here_N - values.double() - beyond_N).to(values.dtype), ends_N - places_N - 1
