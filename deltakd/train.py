@@ -116,6 +116,7 @@ def main() -> None:
         tell_jobs(same)
         if same and is_main_process():
             print(in_words(same), file=sys.stderr)
+    if not given.shell_completion:
         opened = dict(zip(given.overrides, whole_mappings(given.overrides), strict=True))
         sys.argv[1:] = [opened.get(word, word) for word in sys.argv[1:]]
     _train()
