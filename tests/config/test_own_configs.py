@@ -231,3 +231,17 @@ def test_a_mapping_takes_keys_of_the_users_own(
     monkeypatch.setattr("sys.argv", ["deltakd.train", *given, "--cfg", "job"])
     train.main()
     assert "mine: my.jsonl" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("override", "remedy"),
+    [
+        ("data.train=a.jsonl#kind=x", """'data.train="a.jsonl#kind=x"'"""),
+        ("data.train=[a.jsonl#kind=x]", "put each text in the list or mapping that has special characters"),
+    ],
+)
+def test_an_override_that_hydra_cannot_parse_says_how_to_quote_it(override: str, remedy: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose_config("train", ["seed=1", override])
+    assert remedy in str(caught.value)
+    assert compose_config("train", ['data.train="a.jsonl#kind=x"']).data.train == "a.jsonl#kind=x"
