@@ -11,6 +11,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
+#: All that the repository's first page lists.
+TOP_LEVEL = {
+    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff", "LICENSE"),
+    *("Makefile", "pyproject.toml", "constraints.txt", "mkdocs.yml", ".gitignore", ".importlinter"),
+    *("deltakd", "conf", "experiments", "sweeps", "tests", "docs", ".ci", ".github"),
+}
+
+
+def test_nothing_else_is_at_the_top_level() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert {name.partition("/")[0] for name in listed.splitlines()} - TOP_LEVEL == set()
+
 
 @pytest.mark.slow
 def test_a_wheel_holds_the_configs_and_composes_them(tmp_path: Path) -> None:
@@ -18,6 +30,8 @@ def test_a_wheel_holds_the_configs_and_composes_them(tmp_path: Path) -> None:
     subprocess.run(build, check=True)
     (wheel,) = tmp_path.glob("deltakd-*.whl")
     with zipfile.ZipFile(wheel) as archive:
+        assert {name.partition("/")[0].partition("-")[0] for name in archive.namelist()} == {"deltakd"}
+        assert not [name for name in archive.namelist() if "docs" in name]
         archive.extractall(tmp_path / "site")
     assert (tmp_path / "site" / "deltakd" / "conf" / "train.yaml").is_file()
     command = [sys.executable, "-m", "deltakd.train", "experiment=kd_gpt2", "--cfg", "job"]
