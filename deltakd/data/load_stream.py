@@ -20,7 +20,7 @@ from deltakd.data.sources.overlap import overlapping
 from deltakd.data.sources.passes import Passes, Read
 from deltakd.data.sources.readers import _stripped
 from deltakd.data.sources.rows import Row
-from deltakd.data.sources.shards import Shard, list_shards, read_shard_rows, read_shard_texts
+from deltakd.data.sources.shards import Shard, absent_columns, list_shards, read_shard_rows, read_shard_texts
 from deltakd.data.sources.tasks import Tasks, task_digests, unlike
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def open_instruction_stream(
 
     rules = ["rows", repr(template), encoding, strip_answers, [row.question for row in (*banned, *val_rows)]]
     key = _fingerprint(shards, tokenizer, shuffle_buffer, limit, rules)
-    first = encode_rows(_first(shards, read, FIRST_ROWS), template, tokenizer, **encoding)
+    first = encode_rows(_first(shards, read, FIRST_ROWS, columns), template, tokenizer, **encoding)
     return Stream(shards, start, key), replace(first, fingerprint=key)
 
 
@@ -130,7 +130,7 @@ def open_text_stream(
         return BlockExamples(passes, _own(tokenizer), block_length, max_tokens)
 
     key = _fingerprint(shards, tokenizer, shuffle_buffer, limit, ["text", block_length])
-    first = pack_texts(_first(shards, read_shard_texts, FIRST_DOCUMENTS), tokenizer, block_length)
+    first = pack_texts(_first(shards, read_shard_texts, FIRST_DOCUMENTS, columns), tokenizer, block_length)
     return Stream(shards, start, key), replace(first, fingerprint=key)
 
 
@@ -165,11 +165,24 @@ def _fingerprint(
     return fingerprint("stream", versions, tokenizer_fingerprint(tokenizer), size, limit, rules)
 
 
-def _first(shards: Sequence[Shard], read: Read[T], count: int) -> list[T]:
-    """Return the first items of the shards in their order."""
-    items = list(islice((item for shard in shards for _, item in read(shard, 0)), count))
+def _first(shards: Sequence[Shard], read: Read[T], count: int, columns: Mapping[str, str] | None) -> list[T]:
+    """Return the first items of the shards in their order.
+
+    Warns of columns that none of them has: a stream is not read to the end to learn whether a later one does.
+    """
+    absent = absent_columns(shards, count) if columns else []
+    try:
+        items = list(islice((item for shard in shards for _, item in read(shard, 0)), count))
+    except ValueError as error:
+        # Most often the name of the column is wrong, and not the row.
+        if absent:
+            raise ValueError("; ".join(absent)) from error
+        raise
     if not items:
-        raise ValueError(f"{shards[0].name} and the other shards are empty; give data with at least one row")
+        others = " and the other shards are" if len(shards) > 1 else " is"
+        raise ValueError(f"{shards[0].name}{others} empty; give data with at least one row")
+    for sentence in absent:
+        log.warning("%s.", sentence)
     return items
 
 

@@ -140,6 +140,31 @@ def test_files_that_are_not_what_their_names_say(write: Write, tmp_path: Path) -
         read_rows(str(path))
 
 
+@pytest.mark.parametrize(
+    ("suffix", "kind"),
+    [(".parquet", "it is Parquet; rename it to .parquet"), (".arrow", "it is Arrow; rename it to .arrow")],
+)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.json"])
+def test_a_table_under_the_name_of_a_text_is_recognised(name: str, suffix: str, kind: str, tmp_path: Path) -> None:
+    # Bytes that are no UTF-8 must follow the head, as they do in tables of real size.
+    table = written(tmp_path / f"right{suffix}", [{"question": f"é {n} " * 9, "answer": str(n)} for n in range(999)])
+    (tmp_path / name).write_bytes(Path(table).read_bytes())
+    with pytest.raises(ValueError, match=f"cannot read .*{name}: {kind}"):
+        read_rows(str(tmp_path / name))
+
+
+def test_a_compressed_file_and_utf_16_are_recognised(tmp_path: Path) -> None:
+    text = '{"question": "é", "answer": "b"}\n'
+    contents = {"add .gz": gzip.compress(text.encode()), "it is UTF-16": text.encode("utf-16")}
+    for what, content in contents.items():
+        (tmp_path / "a.jsonl").write_bytes(content)
+        with pytest.raises(ValueError, match=what):
+            read_rows(str(tmp_path / "a.jsonl"))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(text.encode("utf-16")))
+    with pytest.raises(ValueError, match="it is UTF-16; save it as UTF-8"):
+        read_rows(str(tmp_path / "a.jsonl.gz"))
+
+
 def test_a_folder_and_a_glob_are_read_file_by_file(tmp_path: Path) -> None:
     (tmp_path / "deep" / "er").mkdir(parents=True)
     for number, name in enumerate(["b.jsonl", "a.jsonl", "deep/c.jsonl.gz", "deep/er/d.jsonl"]):

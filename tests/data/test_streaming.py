@@ -242,6 +242,21 @@ def test_bad_shards_are_named_when_they_are_read(
     assert "has no file that can be read" in error(b"", ".exe")
 
 
+def test_columns_that_the_first_rows_lack_are_named(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"ask": row["instruction"], "out": row["output"]}) + "\n" for row in rows(9)))
+    with pytest.raises(ValueError, match=r"columns has {instruction: asK}, .*none of the first 64 .*are: ask, out$"):
+        settings(path, columns={"instruction": "asK", "response": "out"}).load(tokenizer)
+    # The rows can be used without an input, and a later one may have it.
+    settings(path, columns={"instruction": "ask", "response": "out", "input": "ctx"}).load(tokenizer)
+    assert "data.columns has {input: ctx}, but none of the first 64 records" in caplog.text
+    caplog.clear()
+    settings(path, columns={"instruction": "ask", "response": "out"}).load(tokenizer)
+    assert not caplog.text
+
+
 def test_a_shard_that_changes_or_goes_is_named_in_the_next_pass(
     folder: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:

@@ -27,6 +27,15 @@ COMPRESSIONS = ("", ".gz", ".zst")
 _BATCH = 1_000
 #: How JSON begins a character that is written by its number.
 _ESCAPE = "\\u"
+#: How files begin that are often named .jsonl or .csv by mistake -> what they are.
+_FIRST_BYTES = {
+    b"PAR1": "it is Parquet; rename it to .parquet",
+    b"ARROW1": "it is Arrow; rename it to .arrow",
+    b"\x1f\x8b": "it is compressed with gzip; add .gz to its name",
+    b"\x28\xb5\x2f\xfd": "it is compressed with Zstandard; add .zst to its name",
+    b"\xff\xfe": "it is UTF-16; save it as UTF-8 (iconv -f UTF-16 -t UTF-8)",
+    b"\xfe\xff": "it is UTF-16; save it as UTF-8 (iconv -f UTF-16 -t UTF-8)",
+}
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 
@@ -120,26 +129,36 @@ def _raw_lines(path: Path, name: str, newline: str) -> Iterator[str]:
             for number, line in enumerate(stream, 1):  # noqa: B007
                 yield line
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"cannot read {name}: near line {number + 1} is text that is not UTF-8 ({error.reason}); save it as UTF-8 "
-            f"(iconv -f WINDOWS-1252 -t UTF-8, where a spreadsheet wrote it)"
-        ) from error
+        what = _kind_inside(path) or (
+            f"near line {number + 1} is text that is not UTF-8 ({error.reason}); save it as UTF-8 (iconv -f "
+            f"WINDOWS-1252 -t UTF-8, where a spreadsheet wrote it)"
+        )
+        raise ValueError(f"cannot read {name}: {what}") from error
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"cannot read {name}: {error}") from error
 
 
-def _open(path: Path, newline: str) -> io.TextIOWrapper:
-    stream: Any
-    if path.name.endswith(".gz"):
-        stream = gzip.GzipFile(path)
-    elif path.name.endswith(".zst"):
-        import pyarrow
+def _kind_inside(path: Path) -> str:
+    """Say what a file that is no UTF-8 text is by its first bytes, and what to do; "" if they don't tell."""
+    with _open_bytes(path) as stream:
+        head = stream.read(max(map(len, _FIRST_BYTES)))
+    return next((what for first, what in _FIRST_BYTES.items() if head.startswith(first)), "")
 
-        stream = pyarrow.input_stream(str(path), compression="zstd")
-    else:
-        stream = path.open("rb")
+
+def _open(path: Path, newline: str) -> io.TextIOWrapper:
+    stream = _open_bytes(path)
     # utf-8-sig: editors of Windows put a byte order mark at the start of a file; it is no text.
     return io.TextIOWrapper(stream, encoding="utf-8-sig", newline=newline)
+
+
+def _open_bytes(path: Path) -> Any:
+    if path.name.endswith(".gz"):
+        return gzip.GzipFile(path)
+    if path.name.endswith(".zst"):
+        import pyarrow
+
+        return pyarrow.input_stream(str(path), compression="zstd")
+    return path.open("rb")
 
 
 def _jsonl_records(path: Path, name: str, problems: Problems, start: int = 0) -> Iterator[Record]:

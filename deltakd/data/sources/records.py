@@ -144,7 +144,7 @@ def iter_records(source: Source, problems: Problems) -> Iterator[Record]:
             there |= dict.fromkeys(record.value)
         yield replace(record, value=with_our_names(record.value, source))
     if missing and last >= 0 and source.need_columns:
-        raise ValueError(_no_column(source, missing, list(there)))
+        raise ValueError(no_column(source, missing, list(there)))
 
 
 def with_our_names(record: dict[str, Any], source: Source) -> dict[str, Any]:
@@ -157,10 +157,11 @@ def with_our_names(record: dict[str, Any], source: Source) -> dict[str, Any]:
     return kept | {name: record[theirs] for name, theirs in ours.items()}
 
 
-def _no_column(source: Source, missing: set[str], there: Sequence[str]) -> str:
+def no_column(source: Source, missing: set[str], there: Sequence[str], records: str = "no record") -> str:
+    """Say which of a source's columns none of its records has, and which columns they have."""
     wanted = ", ".join(f"{ours}: {theirs}" for ours, theirs in source.columns.items() if theirs in missing)
     return (
-        f"data.columns has {{{wanted}}}, but no record of {source.entry} has {'it' if len(missing) == 1 else 'them'}; "
+        f"data.columns has {{{wanted}}}, but {records} of {source.entry} has {'it' if len(missing) == 1 else 'them'}; "
         f"its columns are: {', '.join(map(str, there)) or 'none'}"
     )
 

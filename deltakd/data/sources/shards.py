@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import dropwhile
+from itertools import dropwhile, groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from deltakd.data.sources.records import (
     Source,
     is_hub_id,
     is_text,
+    no_column,
     parse_source,
     source_files,
     unreachable,
@@ -80,16 +81,18 @@ class Shard:
         Raises:
             ValueError: the first bad line, by its place; or the shard can't be read.
         """
-        path, chosen = Path(self.source.location), self.source.filter
-        if self.part is None:
-            records = read_file(path, self.name, _First(self.name), start)
-        else:
-            records = self._hub_records(start)
-        for record in records:
+        chosen = self.source.filter
+        for record in self.as_written(start):
             if self.source.columns:
                 record = replace(record, value=with_our_names(record.value, self.source))
             if chosen is None or self.source.value_of(record, chosen[0]) == chosen[1]:
                 yield record
+
+    def as_written(self, start: int) -> Iterator[Record]:
+        """Yield all records from number ``start`` on, their columns under their own names. Raises as ``records``."""
+        if self.part is None:
+            return read_file(Path(self.source.location), self.name, _First(self.name), start)
+        return self._hub_records(start)
 
     def row_id(self, number: int) -> int:
         """Return the id of a record: the same in every pass, run and process."""
@@ -138,6 +141,28 @@ def list_shards(sources: str | Sequence[str], columns: Mapping[str, str] | None 
     if problems:
         raise ValueError("; ".join(problems))
     return shards
+
+
+def absent_columns(shards: Sequence[Shard], first: int) -> list[str]:
+    """Return a sentence for each source of whose columns one is in none of its first records.
+
+    Args:
+        shards: as listed.
+        first: records of each source that are looked at.
+
+    Raises:
+        ValueError: as ``Shard.records``.
+    """
+    found = []
+    for source, own in groupby(shards, key=lambda shard: replace(shard.source, location="")):
+        if not source.columns or is_text(shards[0].source.location):
+            continue
+        records = islice((record for shard in own for record in shard.as_written(0)), first)
+        there = list(dict.fromkeys(key for record in records for key in record.value))
+        missing = set(source.columns.values()) - set(there)
+        if there and missing:
+            found.append(no_column(source, missing, there, f"none of the first {first} records"))
+    return found
 
 
 def read_shard_rows(shard: Shard, start: int) -> Iterator[tuple[int, Row]]:
