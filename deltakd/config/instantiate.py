@@ -73,11 +73,14 @@ def _why_unknown(target: str) -> str:
             owner, _, name = owner.rpartition(".")
     except pydoc.ErrorDuringImport as error:
         # Importing a user's module may raise anything. A SyntaxError says its line itself.
-        line = None if isinstance(error.value, SyntaxError) else inspect.getinnerframes(error.tb)[-1]
-        where = f" at {line.filename}:{line.lineno}" if line else ""
-        return f"importing {error.filename} fails{where}: {error.exc.__name__}: {error.value}"
+        where = ""
+        if error.tb is not None and not isinstance(error.value, SyntaxError):
+            last = inspect.getinnerframes(error.tb)[-1]
+            where = f" at {last.filename}:{last.lineno}"
+        return f"importing {error.filename} fails{where}: {type(error.value).__name__}: {error.value}"
     if owner:
-        return f"{owner} has no {name!r}; {_nearest(name, dir(found))}write module.Class"
+        near = _nearest(name, dir(found)).removesuffix("; ")
+        return f"{owner} has no {name!r}; {near or 'write module.Class'}"
     return f"there is no module {name!r} beside conf/, on PYTHONPATH or installed"
 
 
