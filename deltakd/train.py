@@ -57,17 +57,17 @@ def _run_dir(cfg: DictConfig) -> Path:
 def _train(cfg: DictConfig) -> float | None:
     if HydraConfig.get().mode == RunMode.MULTIRUN and earlier_job(HydraConfig.get().job.num) is not None:
         return float("nan")  # it was said at the start
-    # These import Lightning and all models, which --help and a mistyped key need not wait for.
-    if cfg.trainer.dry_run:
-        from deltakd.config.build import make_settings
-        from deltakd.estimates.memory import show_memory
-
-        if is_main_process():
-            guarded(lambda: show_memory(make_settings(cfg)), "")
-        return None
+    # It imports torch, which --help and a mistyped key need not wait for; a wrong value need not wait for Lightning and
+    # the models, which are imported once the config is right.
     from deltakd.config.build import make_settings
-    from deltakd.training.run import run_training
 
+    if cfg.trainer.dry_run:
+        if is_main_process():
+            settings = guarded(lambda: make_settings(cfg), "")
+            from deltakd.estimates.memory import show_memory
+
+            guarded(lambda: show_memory(settings), "")
+        return None
     run_dir = _run_dir(cfg)
     os.environ[RUN_DIR_VARIABLE] = str(run_dir)
     job = HydraConfig.get()
@@ -76,7 +76,10 @@ def _train(cfg: DictConfig) -> float | None:
     how_to_resume = f"the same command with resume=true run_dir={root}"
 
     def action() -> float:
-        return guarded(lambda: run_training(make_settings(cfg), run_dir, how_to_resume), how_to_resume)
+        settings = guarded(lambda: make_settings(cfg), how_to_resume)
+        from deltakd.training.run import run_training
+
+        return guarded(lambda: run_training(settings, run_dir, how_to_resume), how_to_resume)
 
     value = run_job(Job(job.job.num, root, job.overrides.task, run_dir), action) if multirun else action()
     if is_main_process() and RunDirectory(run_dir).finished:

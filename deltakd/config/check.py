@@ -22,7 +22,7 @@ from deltakd.models.roles import position_problems
 from deltakd.references import CacheSettings, CacheStore, ReferenceSettings
 from deltakd.references.content import cache_problems
 from deltakd.references.topk import topk_problems
-from deltakd.rollouts import RolloutSettings
+from deltakd.rollouts.settings import RolloutSettings
 from deltakd.training.settings import TrainerSettings
 from deltakd.types import ROLES, STUDENT, STUDENT_RAW, Loss, LossOutput, is_reference_role
 

@@ -30,7 +30,7 @@ from deltakd.models import LoraSpec, ModelSettings, ModelSpec
 from deltakd.models.settings import TokenizerSettings
 from deltakd.references import CacheSettings, ReferenceSettings
 from deltakd.references.settings import device_problems
-from deltakd.rollouts import RolloutSettings
+from deltakd.rollouts.settings import RolloutSettings
 from deltakd.training.optim import AdamW
 from deltakd.training.settings import KernelSettings, RunSettings, TrainerSettings
 from deltakd.types import STUDENT, Loss, is_reference_role, require_kind

@@ -9,6 +9,7 @@ import pydoc
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache
+from types import SimpleNamespace
 from typing import Any, cast, get_type_hints
 
 from hydra.errors import InstantiationException
@@ -140,7 +141,9 @@ def argument_hints(target: str) -> Mapping[str, Any]:
         if dataclasses.is_dataclass(what):
             return get_type_hints(what, include_extras=True)
         call = cast(Callable[..., Any], what.__init__) if inspect.isclass(what) else what
-        return get_type_hints(call, include_extras=True)
+        # What it returns may be imported for type checkers alone.
+        arguments = {name: hint for name, hint in inspect.get_annotations(call).items() if name != "return"}
+        return get_type_hints(SimpleNamespace(__annotations__=arguments), call.__globals__, include_extras=True)
     # Importing a user's module may raise anything; Hydra's own attempt will report it.
     except Exception:
         return {}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 
 #: Values of ``trainer.accelerator``. Lightning 2.6 has no accelerator ``xpu``, so XPUs serve only the commands that run
 #: no trainer.
@@ -62,7 +62,7 @@ def _kind(accelerator: str) -> str:
     """Return ``cpu``, ``cuda``, ``mps`` or ``xpu``, whichever is chosen and available."""
     if accelerator not in ACCELERATORS:
         raise ValueError(f"trainer.accelerator is {accelerator!r}; allowed: {', '.join(ACCELERATORS)}")
-    there = {"mps": MPSAccelerator.is_available(), "cuda": CUDAAccelerator.is_available(), "cpu": True}
+    there = {"mps": _has_mps(), "cuda": torch.cuda.device_count() > 0, "cpu": True}
     # Only "xpu" itself chooses an XPU: "auto" is the device of training, and Lightning can't train on one.
     found = [kind for kind, is_there in there.items() if is_there] + (["xpu"] if torch.xpu.is_available() else [])
     wanted = {"auto": ("mps", "cuda", "cpu"), "gpu": ("mps", "cuda")}.get(accelerator, (accelerator,))
@@ -73,6 +73,12 @@ def _kind(accelerator: str) -> str:
             "give one of these, or auto"
         )
     return chosen
+
+
+def _has_mps() -> bool:
+    """As Lightning's MPSAccelerator answers; Lightning takes seconds to import, and a config is checked without it."""
+    switched_off = os.environ.get("DISABLE_MPS", "0") == "1"
+    return not switched_off and torch.backends.mps.is_available() and platform.processor() in ("arm", "arm64")
 
 
 def _named(devices: Any) -> list[int]:

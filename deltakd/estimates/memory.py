@@ -20,8 +20,9 @@ from deltakd.estimates.costs import MIB, Need, Setting, memory
 from deltakd.estimates.layout import Layout
 from deltakd.estimates.sizes import Skeleton
 from deltakd.io.console import make_console
-from deltakd.models import add_lora, load_skeleton, load_tokenizer
+from deltakd.models import load_skeleton, load_tokenizer
 from deltakd.models.loading import DTYPES
+from deltakd.models.lora import add_lora
 from deltakd.references import CacheStore
 from deltakd.training.settings import RunSettings, StepSettings
 from deltakd.types import STUDENT, STUDENT_RAW

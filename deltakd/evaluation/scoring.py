@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-from torchmetrics.functional.text.rouge import rouge_score
-
 from deltakd.evaluation.final_number import expected_number, final_number_scores
 from deltakd.evaluation.words import ascii_words, unicode_words
 
@@ -60,6 +58,9 @@ def _rouge_scores(
         words: of a text, lower-cased; None: torchmetrics' own. Porter's rules know endings of a-z alone, so words of
             other scripts are never stemmed.
     """
+    # Not at the top: torchmetrics imports SciPy and Matplotlib, and a config is checked by the scorers' names alone.
+    from torchmetrics.functional.text.rouge import rouge_score
+
     rouge = rouge_score(
         [prediction],
         [list(references)],

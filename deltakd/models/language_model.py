@@ -5,14 +5,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from deltakd.generation.model_step import position_limit
 from deltakd.types import Batch, Head
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @final

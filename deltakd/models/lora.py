@@ -7,11 +7,9 @@ import logging
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from annotated_types import Ge, Lt
 from peft import (
     LoraConfig,
     PeftModel,
@@ -26,25 +24,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from deltakd.models.settings import LoraSpec
+
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class LoraSpec:
-    """A LoRA adapter (arXiv 2106.09685).
-
-    Args:
-        r: rank.
-        alpha: the adapter is scaled by alpha / r.
-        dropout: on the adapter's input.
-        target_modules: peft's names of the layers to adapt; ``all-linear``: every linear layer except the head, and
-            except those whose adapter would not count (``unadaptable``).
-    """
-
-    r: Annotated[int, Ge(1)] = 16
-    alpha: float = 32.0
-    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
-    target_modules: str | Sequence[str] = "all-linear"
 
 
 def add_lora(model: PreTrainedModel, spec: LoraSpec) -> PeftModel:

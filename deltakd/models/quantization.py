@@ -6,11 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    AutoHfQuantizer,
-    AutoQuantizationConfig,
-)
 
 #: transformers lists bitsandbytes twice; ``load_in_8bit`` or ``load_in_4bit`` says which one.
 _BITSANDBYTES = "bitsandbytes"
@@ -27,6 +22,9 @@ def quantization_problems(key: str, settings: Any) -> list[str]:
         return []
     if not isinstance(settings, Mapping):
         return [f"{key} is {settings!r}; give a mapping: {key}={{quant_method: bitsandbytes, load_in_8bit: true}}"]
+    # Not at the top: it imports the model classes, which no check of a run without quantised models needs.
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoHfQuantizer
+
     allowed = sorted({name.removesuffix("_4bit").removesuffix("_8bit") for name in AUTO_QUANTIZATION_CONFIG_MAPPING})
     method = settings.get("quant_method")
     if method not in allowed:
@@ -64,6 +62,8 @@ def student_problems(settings: Any, has_adapter: bool) -> list[str]:
 
 def quantization_config(settings: Mapping[str, Any]) -> Any:
     """Return transformers' config object; unknown options raise transformers' own errors."""
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
     return AutoQuantizationConfig.from_dict(dict(settings))
 
 

@@ -6,9 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge
-
-from deltakd.models.lora import LoraSpec
+from annotated_types import Ge, Lt
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
@@ -49,6 +47,24 @@ class TokenizerSettings:
     train_subset: Mapping[str, str] | None = None
     vocabulary: Annotated[int, Ge(1)] = 8000
     add_prefix_space: bool = False
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """A LoRA adapter (arXiv 2106.09685).
+
+    Args:
+        r: rank.
+        alpha: the adapter is scaled by alpha / r.
+        dropout: on the adapter's input.
+        target_modules: peft's names of the layers to adapt; ``all-linear``: every linear layer except the head, and
+            except those whose adapter would not count (``unadaptable``).
+    """
+
+    r: Annotated[int, Ge(1)] = 16
+    alpha: float = 32.0
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    target_modules: str | Sequence[str] = "all-linear"
 
 
 @dataclass(frozen=True, kw_only=True)

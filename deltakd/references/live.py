@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import final
+from typing import TYPE_CHECKING, final
 
 import torch
 import torch.distributed as dist
 
 from deltakd.distributed.settings import PERSISTENCE_THRESHOLD
 from deltakd.models import LanguageModel
-from deltakd.references.sharded import Engine, sharded
 from deltakd.types import STUDENT_RAW, Batch, Head
+
+if TYPE_CHECKING:
+    from deltakd.references.sharded import Engine
 
 
 @final
@@ -65,6 +67,9 @@ class LiveReferences:
         self._device = device
         home = self._home
         if self._sharding == "shard" and dist.is_initialized():
+            # FSDP2 and DTensor are imported for those who shard.
+            from deltakd.references.sharded import sharded
+
             self._runners = {
                 role: sharded(model, self._engine, device, self._persistence_threshold)
                 for role, model in self._models.items()

@@ -1,26 +1,26 @@
-"""Loggers that write into the run directory."""
+"""Loggers that write into the run directory.
+
+A config is checked with this module: Lightning, whose loggers they are, is imported where one is made.
+"""
 
 from __future__ import annotations
 
-import csv
 import os
-import shutil
 import socket
 import uuid
-import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast, final, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, get_args
 from urllib.parse import urlparse
 
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-
-from deltakd.io.files import WriteError, replacing, write_text
+from deltakd.io.files import write_text
 from deltakd.io.home import home_directory
 from deltakd.tracking.environment import checkout
 from deltakd.tracking.redaction import redacted
-from deltakd.tracking.wandb_run import RunWandbLogger
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import Logger
 
 #: Seconds to wait for the W&B server before going on offline.
 REACH_SECONDS = 3.0
@@ -37,74 +37,10 @@ _MODES_OF_WANDB = {
 }
 
 
-@final
-class RunCSVLogger(CSVLogger):
-    """Writes ``metrics.csv`` in the run directory; a resumed run continues the file.
+class MakeLogger(Protocol):
+    """Makes a logger, once the run directory is there: an entry of the group ``logger``."""
 
-    Lightning's own logger deletes the rows of an earlier process.
-
-    Args:
-        directory: the run directory.
-        resume_step: keep rows up to this optimiser step; later ones belong to lost work.
-    """
-
-    def __init__(self, directory: Path, resume_step: int) -> None:
-        path, former = directory / "metrics.csv", directory / "metrics.csv.former"
-        if path.is_file():
-            os.replace(path, former)
-        kept = _read_metrics(former, resume_step)
-        super().__init__(save_dir=directory, name="", version="", flush_logs_every_n_steps=20)
-        with warnings.catch_warnings():
-            # The directory holds checkpoints and config; the metrics are carried over below.
-            warnings.filterwarnings("ignore", message="Experiment logs directory")
-            writer = self.experiment
-        for row in kept:
-            step = int(row.pop("step"))
-            writer.log_metrics({k: float(v) for k, v in row.items() if v != ""}, step)
-        self.save()
-        former.unlink(missing_ok=True)
-
-    def save(self) -> None:
-        """Write the rows so far; the file is complete at all times, and unchanged if the disk is full.
-
-        Raises:
-            WriteError: the rows could not be written.
-        """
-        writer = self.experiment
-        if not writer.metrics:
-            return
-        path, keys = Path(writer.metrics_file_path), list(writer.metrics_keys)
-        with replacing(path, "metrics") as partial:
-            if path.is_file():
-                shutil.copyfile(path, partial)
-            writer.metrics_file_path = str(partial)
-            try:
-                super().save()
-            except BaseException:
-                writer.metrics_keys = keys
-                raise
-            finally:
-                writer.metrics_file_path = str(path)
-
-    def finalize(self, status: str) -> None:
-        """Write the remaining rows; after a failed run, ignore write errors."""
-        try:
-            super().finalize(status)
-        except WriteError:
-            if status == "success":
-                raise
-
-
-def _read_metrics(path: Path, last_step: int) -> list[dict[str, str]]:
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("step")]
-    return [row for row in rows if int(row["step"]) <= last_step]
-
-
-#: Makes a logger: (directory=, name=, config=, resume_step=) -> Logger.
-MakeLogger = Callable[..., Logger]
+    def __call__(self, *, directory: Path, name: str, config: dict[str, Any], resume_step: int) -> Logger: ...
 
 
 def make_loggers(
@@ -129,6 +65,8 @@ def finish_loggers(loggers: list[Logger], failed: bool = False) -> None:
         loggers: all loggers of the run.
         failed: True if the run did not finish; W&B shows it.
     """
+    from deltakd.tracking.wandb_run import RunWandbLogger
+
     for logger in loggers:
         logger.finalize("failed" if failed else "success")
         if isinstance(logger, RunWandbLogger):
@@ -136,10 +74,14 @@ def finish_loggers(loggers: list[Logger], failed: bool = False) -> None:
 
 
 def csv_logger(*, directory: Path, name: str, config: dict[str, Any], resume_step: int) -> Logger:
+    from deltakd.tracking.csv_run import RunCSVLogger
+
     return RunCSVLogger(directory, resume_step)
 
 
 def tensorboard_logger(*, directory: Path, name: str, config: dict[str, Any], resume_step: int) -> Logger:
+    from lightning.pytorch.loggers import TensorBoardLogger
+
     logger = TensorBoardLogger(
         save_dir=directory,
         name="tensorboard",
@@ -178,7 +120,9 @@ def wandb_logger(
     Raises:
         ValueError: unknown mode.
     """
-    import wandb  # not at the top: it costs over a second, and runs without it should not pay
+    import wandb  # costs over a second, and runs without it should not pay
+
+    from deltakd.tracking.wandb_run import RunWandbLogger
 
     if mode not in get_args(Mode):
         raise ValueError(f"logger.wandb.mode is {mode!r}; allowed: {', '.join(get_args(Mode))}")

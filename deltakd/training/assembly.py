@@ -14,8 +14,9 @@ from deltakd.distributed.ranks import is_main_process, main_process_first
 from deltakd.evaluation.sets import CheckedSets, read_checked_sets
 from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
-from deltakd.models import LanguageModel, add_lora, load_config
+from deltakd.models import LanguageModel, load_config
 from deltakd.models.experts import balance_warning
+from deltakd.models.lora import add_lora
 from deltakd.models.roles import open_model, open_tokenizer, shared_vocabulary
 from deltakd.models.vocabulary import unknown_token_problems
 from deltakd.references import CachedReferences, CacheStore, References, SourceSettings

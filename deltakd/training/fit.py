@@ -20,7 +20,7 @@ from deltakd.evaluation.validation_answers import write_validation_answers
 from deltakd.io.progress import write_total_steps
 from deltakd.models import LanguageModel
 from deltakd.models.tokenizers import pad_id
-from deltakd.rollouts import RolloutData
+from deltakd.rollouts.data import RolloutData
 from deltakd.tracking.wandb_run import wandb_of
 from deltakd.training.assembly import Parts
 from deltakd.training.callbacks import (

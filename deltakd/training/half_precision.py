@@ -12,14 +12,35 @@ from itertools import chain
 from typing import Any, Literal, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 HALF = (torch.bfloat16, torch.float16)
 #: Elements that are updated at once: their float32 copies, and the noise, take some bytes each.
 _AT_ONCE = 2**26
+#: An update of AdamW is about ``lr``. Below this it is mostly smaller than half of the last of bfloat16's 8 bits in a
+#: usual weight (0.02), and rounded away.
+_LEAST_LR_IN_HALF = 1e-4
 _MASTER = "master"
+
+
+def rounding_warning(parameters: Iterable[nn.Parameter], lr: float) -> str | None:
+    """Return what to do where updates are added to half-precision weights and mostly lost; None: nothing.
+
+    Args:
+        parameters: of the student, as the optimiser will change them.
+        lr: peak learning rate.
+    """
+    half = {p.dtype for p in parameters if p.requires_grad} & set(HALF)
+    if not half or lr >= _LEAST_LR_IN_HALF:
+        return None
+    named = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in half))
+    return (
+        f"the student's weights are {named}, and with optim.lr={lr:g} most updates are too small for it: they are "
+        "rounded away. Give optim.half_weights=masters (or stochastic, which takes less memory, for bfloat16), "
+        "model.student.dtype=float32 with trainer.precision=bf16-mixed, or a higher optim.lr"
+    )
 
 
 @final

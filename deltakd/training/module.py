@@ -27,7 +27,8 @@ from deltakd.io.errors import NonFiniteLossError
 from deltakd.kernels import MEMORY_BUDGET
 from deltakd.models import LanguageModel
 from deltakd.references import References
-from deltakd.training.optim import AdamW, rounding_warning
+from deltakd.training.half_precision import rounding_warning
+from deltakd.training.optim import AdamW
 from deltakd.training.step import DistillationStep
 from deltakd.types import Batch, Loss, Progress
 

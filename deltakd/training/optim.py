@@ -2,38 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Gt, Len, Lt
 from torch import nn
-from transformers import get_scheduler
 
-from deltakd.training.half_precision import HALF, HalfPrecisionAdamW
-
-#: An update of AdamW is about ``lr``. Below this it is mostly smaller than half of the last of bfloat16's 8 bits in a
-#: usual weight (0.02), and rounded away.
-_LEAST_LR_IN_HALF = 1e-4
-
-
-def rounding_warning(parameters: Iterable[nn.Parameter], lr: float) -> str | None:
-    """Return what to do where updates are added to half-precision weights and mostly lost; None: nothing.
-
-    Args:
-        parameters: of the student, as the optimiser will change them.
-        lr: peak learning rate.
-    """
-    half = {p.dtype for p in parameters if p.requires_grad} & set(HALF)
-    if not half or lr >= _LEAST_LR_IN_HALF:
-        return None
-    named = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in half))
-    return (
-        f"the student's weights are {named}, and with optim.lr={lr:g} most updates are too small for it: they are "
-        "rounded away. Give optim.half_weights=masters (or stochastic, which takes less memory, for bfloat16), "
-        "model.student.dtype=float32 with trainer.precision=bf16-mixed, or a higher optim.lr"
-    )
+#: Schedules that need no options. Others are tried, by transformers' module of optimisers: it takes seconds to import.
+PLAIN_SCHEDULES = (
+    "cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial", "cosine_with_restarts",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,15 +44,20 @@ class AdamW:
 
     def problems(self) -> list[str]:
         """Return what is wrong with ``optim``, one sentence each."""
-        found = []
+        if self.schedule in PLAIN_SCHEDULES and not self.schedule_options:
+            return []
         try:
-            probe = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-            get_scheduler(self.schedule, probe, 1, 10, dict(self.schedule_options))
+            self._scheduler(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), 1, 10)
         except (ValueError, TypeError) as error:
-            found.append(
+            return [
                 f"optim.schedule={self.schedule} with optim.schedule_options={dict(self.schedule_options)}: {error}"
-            )
-        return found
+            ]
+        return []
+
+    def _scheduler(self, optimizer: torch.optim.Optimizer, warmup: int, total_steps: int) -> Any:
+        from transformers import get_scheduler
+
+        return get_scheduler(self.schedule, optimizer, warmup, total_steps, dict(self.schedule_options))
 
     def build(
         self,
@@ -99,7 +84,9 @@ class AdamW:
         if self.half_weights == "nearest":
             optimizer = kind(given, **options)
         else:
+            # With DTensor, which a run of float32 weights need not import.
+            from deltakd.training.half_precision import HalfPrecisionAdamW
+
             optimizer = HalfPrecisionAdamW(given, **options, half_weights=self.half_weights, seed=seed)
         warmup = self.warmup_steps if self.warmup_steps >= 1 else self.warmup_steps * total_steps
-        scheduler = get_scheduler(self.schedule, optimizer, round(warmup), total_steps, dict(self.schedule_options))
-        return optimizer, scheduler
+        return optimizer, self._scheduler(optimizer, round(warmup), total_steps)

@@ -18,9 +18,10 @@ from deltakd.evaluation.answers import evaluate_sets, shown
 from deltakd.evaluation.measures import Measured, Subject, measure
 from deltakd.io.files import write_text
 from deltakd.io.run_directory import RunDirectory
-from deltakd.models import ExportCheck, LanguageModel, save_student
+from deltakd.models import ExportCheck, LanguageModel
 from deltakd.models.identity import count_parameters, exported_parameters, trained_parameters
 from deltakd.models.roles import open_exported
+from deltakd.models.saving import save_student
 from deltakd.tracking.environment import environment, peak_memory_mib
 from deltakd.tracking.loggers import finish_loggers, make_loggers
 from deltakd.tracking.model_card import CardFacts, model_card

@@ -21,7 +21,7 @@ from deltakd.io.run_directory import ResumePolicy
 from deltakd.kernels import MEMORY_BUDGET
 from deltakd.models.settings import ModelSettings, ModelSpec
 from deltakd.references import CacheSettings, LiveSettings, ReferenceSettings
-from deltakd.rollouts import RolloutSettings
+from deltakd.rollouts.settings import RolloutSettings
 from deltakd.tracking.loggers import MakeLogger
 from deltakd.training.optim import AdamW
 from deltakd.types import Loss

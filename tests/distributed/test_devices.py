@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import platform
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
+from lightning.fabric.accelerators import CUDAAccelerator, MPSAccelerator
 
 from deltakd.distributed.devices import choose_device, training_problems
 
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A machine with this many GPUs of each kind, as torch and Lightning would see it."""
+    """A machine with this many GPUs of each kind, as torch would see it."""
+    monkeypatch.delenv("DISABLE_MPS", raising=False)
 
     def there(cuda: int = 0, mps: bool = False, xpu: int = 0) -> None:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
         monkeypatch.setattr(torch.xpu, "device_count", lambda: xpu)
         monkeypatch.setattr(torch.xpu, "is_available", lambda: xpu > 0)
-        monkeypatch.setattr(MPSAccelerator, "is_available", staticmethod(lambda: mps))
-        monkeypatch.setattr(CUDAAccelerator, "is_available", staticmethod(lambda: cuda > 0))
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        monkeypatch.setattr(platform, "processor", lambda: "arm" if mps else "x86_64")
 
     return there
 
@@ -67,6 +69,22 @@ def test_what_is_not_there_is_said(machine: Any) -> None:
     assert "Lightning 2.6 can't train on XPUs" in training_problems("xpu")[0]
     with pytest.raises(ValueError, match="is 'tpu'; allowed: auto, cpu, gpu, cuda, mps, xpu"):
         choose_device("tpu")
+
+
+@pytest.mark.parametrize("there", [{}, {"cuda": 2}, {"mps": True}])
+@pytest.mark.parametrize("disabled", [None, "0", "1"])
+@pytest.mark.parametrize("processor", [None, "arm64", "i386"])
+def test_lightning_finds_the_same_devices(
+    machine: Any, monkeypatch: pytest.MonkeyPatch, there: dict[str, Any], disabled: str | None, processor: str | None
+) -> None:
+    machine(**there)
+    if disabled is not None:
+        monkeypatch.setenv("DISABLE_MPS", disabled)
+    if processor is not None:
+        monkeypatch.setattr(platform, "processor", lambda: processor)
+    assert (training_problems("cuda") == []) == CUDAAccelerator.is_available()
+    # Lightning asks once in a process; behind its cache is the question itself.
+    assert (training_problems("mps") == []) == MPSAccelerator.is_available.__wrapped__()
 
 
 @pytest.mark.parametrize("accelerator", ["auto", "cpu"])

@@ -34,7 +34,7 @@ from deltakd.io.files import (
 )
 from deltakd.io.run_directory import RunDirectory
 from deltakd.references.store import CacheStore
-from deltakd.tracking.loggers import RunCSVLogger
+from deltakd.tracking.csv_run import RunCSVLogger
 
 
 @contextmanager

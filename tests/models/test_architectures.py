@@ -17,9 +17,9 @@ from deltakd.generation import Decoding, generate
 from deltakd.io.run_directory import RunDirectory
 from deltakd.kernels import chunked_loss
 from deltakd.losses import SupervisedFineTuning
-from deltakd.models import LanguageModel, LoraSpec, add_lora
+from deltakd.models import LanguageModel, LoraSpec
 from deltakd.models.experts import balance_warning
-from deltakd.models.lora import merged
+from deltakd.models.lora import add_lora, merged
 from deltakd.models.recurrence import check_recurrence, keeps_a_state
 from tests.tiny import save_model
 

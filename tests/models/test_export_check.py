@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from deltakd.models import ExportCheck, LanguageModel, LoraSpec, ModelSettings, ModelSpec, add_lora, load_model, saving
-from deltakd.models.lora import merged
+from deltakd.models import ExportCheck, LanguageModel, LoraSpec, ModelSettings, ModelSpec, load_model, saving
+from deltakd.models.lora import add_lora, merged
 from deltakd.models.saving import save_student
 from tests.tiny import make_tokenizer, save_model
 

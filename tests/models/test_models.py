@@ -15,13 +15,13 @@ from deltakd.models import (
     LanguageModel,
     LoraSpec,
     ModelSpec,
-    add_lora,
     common_vocabulary,
     load_model,
-    save_student,
     spec_problems,
     train_tokenizer,
 )
+from deltakd.models.lora import add_lora
+from deltakd.models.saving import save_student
 from deltakd.types import IGNORE_INDEX, Batch
 from tests.tiny import make_tokenizer, save_model
 

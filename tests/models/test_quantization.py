@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
-from deltakd.models import LanguageModel, LoraSpec, ModelSpec, add_lora, load_model, loading
-from deltakd.models.lora import merged
+from deltakd.models import LanguageModel, LoraSpec, ModelSpec, load_model, loading
+from deltakd.models.lora import add_lora, merged
 from deltakd.models.quantization import quantization_problems, student_problems, weight_bits
 from tests.tiny import World, save_model
 

@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltakd.models import ModelSettings, ModelSpec, common_vocabulary
 from deltakd.models.identity import count_parameters, model_fingerprint, model_identity, model_version, spec_of
-from deltakd.models.lora import LoraSpec
 from deltakd.models.roles import (
     open_exported,
     open_model,
@@ -19,7 +18,7 @@ from deltakd.models.roles import (
     open_tokenizer,
     shared_vocabulary,
 )
-from deltakd.models.settings import TokenizerSettings
+from deltakd.models.settings import LoraSpec, TokenizerSettings
 from deltakd.models.vocabulary import vocabulary_of
 from deltakd.types import STUDENT, STUDENT_RAW, TEACHER
 from tests.tiny import World, make_rows, make_tokenizer, save_model

@@ -20,8 +20,8 @@ from deltakd.config.compose import compose_config
 from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
 from deltakd.models.export_check import ExportCheck
+from deltakd.training.half_precision import rounding_warning
 from deltakd.training.inputs import INPUTS, changed_inputs, check_inputs, read_inputs
-from deltakd.training.optim import rounding_warning
 from deltakd.training.run import run_training
 from tests.tiny import World, make_rows, make_tokenizer, make_world, save_model, write_rows
 

@@ -10,7 +10,7 @@ from typing import Any, final
 
 import lightning as L
 
-from deltakd.rollouts import RolloutData
+from deltakd.rollouts.data import RolloutData
 from deltakd.rollouts.responses import prompt_of
 from deltakd.rollouts.samples import sample_record, write_samples
 from deltakd.tracking.wandb_run import RunWandbLogger
