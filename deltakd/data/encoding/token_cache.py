@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-#: Increase it when a change gives the same inputs different tokens, or the table different columns.
-FORMAT_VERSION = 2
+#: Increase it when a change gives the same inputs different tokens, or refuses them, or gives the table other columns.
+FORMAT_VERSION = 3
 
 
 def fingerprint(*parts: Any) -> str:
