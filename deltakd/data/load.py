@@ -263,8 +263,9 @@ def _hold_out(places: NDArray[np.int64], size: int, seed: int) -> NDArray[np.int
 
 def _report(train: EncodedSet, val: EncodedSet | None, counts: Mapping[str, int]) -> None:
     log.info(
-        "instructions: %d examples with %d valid tokens to train on and %d to validate on; of the training rows "
-        "%d were excluded, %d dropped, %d prompts and %d responses cut",
+        "instructions: %d examples with %d valid tokens to train on and %d to validate on; %d training rows were "
+        "left out as tasks of validation rows or of data.exclude, %d were dropped as too long or without an answer; "
+        "%d prompts and %d responses were cut",
         len(train),
         int(train.valid_tokens.sum()),
         0 if val is None else len(val),
@@ -290,8 +291,8 @@ def _report(train: EncodedSet, val: EncodedSet | None, counts: Mapping[str, int]
 
 def _report_prompts(train: EncodedSet, val: EncodedSet | None, counts: Mapping[str, int]) -> None:
     log.info(
-        "instructions: %d prompts of %d to %d tokens for the student to answer, and %d examples to validate on; of the "
-        "training rows %d were excluded, %d prompts cut",
+        "instructions: %d prompts of %d to %d tokens for the student to answer, and %d examples to validate on; %d "
+        "training rows were left out as tasks of validation rows or of data.exclude, %d prompts were cut",
         len(train),
         int(train.lengths.min()),
         int(train.lengths.max()),

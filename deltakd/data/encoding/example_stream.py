@@ -176,7 +176,7 @@ class ExampleStream(ABC, Generic[R, E]):
             taking.counts = taking.counts.plus(rows=excluded, excluded=excluded)
             if buffer.after.epoch > place.epoch:
                 if before == taking.counts.examples:
-                    raise ValueError(_nothing(taking.counts))
+                    raise ValueError(self._nothing(taking.counts))
                 before = taking.counts.examples
             place, item = buffer.after, 0
 
@@ -195,6 +195,10 @@ class ExampleStream(ABC, Generic[R, E]):
     @abstractmethod
     def _taking(self, counts: Counts) -> _Taking[E]:
         """Return an object that turns tokens into examples, starting from these counts."""
+
+    @abstractmethod
+    def _nothing(self, counts: Counts) -> str:
+        """Say why a whole pass gave no example, and what to do."""
 
 
 @final
@@ -237,6 +241,13 @@ class RowExamples(ExampleStream[Row, list[Outcome]]):
 
     def _taking(self, counts: Counts) -> _Taking[list[Outcome]]:
         return _TakingRows(counts)
+
+    def _nothing(self, counts: Counts) -> str:
+        return (
+            f"a whole pass over the stream ({counts.rows} rows) gives nothing to train on: {counts.excluded} rows are "
+            f"in data.exclude or in the validation rows, {counts.dropped} were dropped as too long; exclude less, "
+            "raise data.max_length, or set data.overlong=cut"
+        )
 
 
 class _TakingRows(_Taking[list[Outcome]]):
@@ -298,6 +309,12 @@ class BlockExamples(ExampleStream[str, NDArray[np.int32]]):
     def _taking(self, counts: Counts) -> _Taking[NDArray[np.int32]]:
         return _TakingTokens(counts, self._length)
 
+    def _nothing(self, counts: Counts) -> str:
+        return (
+            f"a whole pass over the stream ({counts.rows} documents) does not fill one block of {self._length} "
+            "tokens; give more text, lower data.max_length, or leave out data.streaming=true"
+        )
+
 
 class _TakingTokens(_Taking[NDArray[np.int32]]):
     def __init__(self, counts: Counts, length: int) -> None:
@@ -344,11 +361,3 @@ class Stream:
     def versions(self) -> dict[str, str]:
         """Shard -> what identifies its content."""
         return {shard.name: shard.version for shard in self.shards}
-
-
-def _nothing(counts: Counts) -> str:
-    return (
-        f"a whole pass over the stream ({counts.rows} rows) gives nothing to train on: {counts.excluded} rows are in "
-        f"data.exclude or in the validation rows, {counts.dropped} were dropped as too long; exclude less, raise "
-        "data.max_length, or set data.overlong=cut"
-    )

@@ -11,6 +11,8 @@ from deltakd.data.sources.rows import Message, Row, RowError, content_text, is_a
 
 #: Number of characters shown of missing text.
 _SHOWN = 60
+#: Ends a block of reasoning.
+_THOUGHT = "</think>"
 
 
 def check_trained(row: Row, segments: Sequence[Segment]) -> None:
@@ -36,6 +38,12 @@ def check_trained(row: Row, segments: Sequence[Segment]) -> None:
         after = segment.text[start + len(answer) :].strip() if start >= 0 else _after(row, answer, segment)
         if not answer.strip() and not message.get("tool_calls"):
             raise RowError(f"{row.label}: an answer is empty, but for EOS; take the row out")
+        if _THOUGHT in answer and segment.text.count(_THOUGHT) > answer.count(_THOUGHT):
+            raise RowError(
+                f"{row.label}: the template writes a block of reasoning before an answer that has one already, so the "
+                f"model would learn two; give the reasoning as reasoning_content, or take {_THOUGHT} and what is "
+                f"before it out of the answer"
+            )
         if len(message) > 2:
             _check_other_keys(row, message, segment)
         if not after and not segment.closed:
