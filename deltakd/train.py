@@ -57,8 +57,8 @@ def _run_dir(cfg: DictConfig) -> Path:
 def _train(cfg: DictConfig) -> float | None:
     if HydraConfig.get().mode == RunMode.MULTIRUN and earlier_job(HydraConfig.get().job.num) is not None:
         return float("nan")  # it was said at the start
-    # It imports torch, which --help and a mistyped key need not wait for; a wrong value need not wait for Lightning and
-    # the models, which are imported once the config is right.
+    # This imports torch; --help and a mistyped key should not wait for it. A wrong value should not wait for Lightning
+    # and the models, which are imported once the config is right.
     from deltakd.config.build import make_settings
 
     if cfg.trainer.dry_run:

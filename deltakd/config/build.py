@@ -1,4 +1,4 @@
-"""From a composed config to typed settings: the only place where a config becomes objects.
+"""Turns a composed config into typed settings: the only place where a config becomes objects.
 
 All problems are reported at once, before any weights are loaded.
 """
@@ -66,7 +66,7 @@ def make_caching_settings(cfg: DictConfig) -> RunSettings:
     draft = Draft(resolved(cfg), copied_keys(cfg))
     draft.problems += caching_problems(draft.reference, draft.model, draft.loss)
     draft.check_alone()
-    # A cache's raw student is a model of its own, not a student with its adapter off.
+    # A cache's raw student is a separate model, not a student with its adapter off.
     return draft.settings(None if draft.loss is None else draft.loss.requires, has_adapter=False)
 
 
@@ -134,7 +134,7 @@ def stored_settings(path: Path) -> RunSettings:
     """Make the settings of a finished run from its ``config.yaml``; its models and data may be gone.
 
     Raises:
-        ConfigError: the file can't be read, or this version does not write such files.
+        ConfigError: the file can't be read, or was written by an incompatible version.
     """
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -149,7 +149,7 @@ def stored_settings(path: Path) -> RunSettings:
 
 
 def resolved(cfg: DictConfig) -> dict[str, Any]:
-    """Return a config as plain dicts and lists, interpolations resolved; ``data.sets`` fill in for no evaluation sets.
+    """Return a config as plain dicts and lists, interpolations resolved; ``data.sets`` is the default evaluation.
 
     Raises:
         ConfigError: an interpolation can't be resolved, or a mandatory value is missing.

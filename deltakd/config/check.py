@@ -26,7 +26,7 @@ from deltakd.rollouts.settings import RolloutSettings
 from deltakd.training.settings import TrainerSettings
 from deltakd.types import ROLES, STUDENT, STUDENT_RAW, Loss, LossOutput, is_reference_role
 
-#: Tokens of a model from scratch, while its architecture is checked and no tokenizer is open.
+#: Vocabulary of a model from scratch while its architecture is checked, before a tokenizer is open.
 _ANY_VOCABULARY = 2**18
 #: Where a study's stages put the models for its later stages.
 _STAGE_STUDENT = re.compile(r"outputs/(?P<study>[^/]+)/[^/]+/student")
@@ -53,7 +53,7 @@ def specs_to_load(
 
 
 def role_problems(named: Collection[str], requires: Collection[str]) -> list[str]:
-    """Return a sentence if ``model`` has names that are no roles, and one if the loss reads such names."""
+    """Return a sentence if ``model`` has names that are not roles, and one if the loss reads such names."""
     allowed = f"{', '.join(ROLES)}, and further pairs teacher_2, teacher_raw_2, ..."
     found = []
     unknown = [role for role in named if role != STUDENT and not is_reference_role(role)]
@@ -66,7 +66,7 @@ def role_problems(named: Collection[str], requires: Collection[str]) -> list[str
 
 
 def model_problems(models: ModelSettings, specs: Mapping[str, ModelSpec], max_length: int | None = None) -> list[str]:
-    """Return what is wrong with the models to load: paths, dtypes, quantisation, tokenizers, configurations.
+    """Return the problems of the models to load: paths, dtypes, quantisation, tokenizers, configurations.
 
     Args:
         models: the group ``model``.
@@ -115,7 +115,7 @@ def rollout_problems(
     data: InstructionData | TextData | None,
     reference: ReferenceSettings | None,
 ) -> list[str]:
-    """Return the problems of the rollouts, in themselves and together with the other groups."""
+    """Return the problems of the rollout settings, alone and in combination with other groups."""
     found = rollout.problems(loss)
     if not rollout.on_policy:
         return found
@@ -188,7 +188,7 @@ def _config_problems(specs: Mapping[str, ModelSpec], trust_remote_code: bool, ma
 
 
 def stream_problems(data: DataConfig, trainer: TrainerSettings | None, reference: Any) -> list[str]:
-    """Return what the other groups ask of data that is streamed, and thus not counted."""
+    """Return the problems of other groups' settings with streamed data, which is not counted."""
     if not data.streaming:
         return []
     problems = []
@@ -219,7 +219,7 @@ def stream_problems(data: DataConfig, trainer: TrainerSettings | None, reference
 
 
 def caching_problems(cache: Any, models: ModelSettings, loss: Loss | None) -> list[str]:
-    """Return why no cache can be made; an existing cache must have the same content."""
+    """Return why a cache can't be created; an existing cache must have the same content."""
     if not isinstance(cache, CacheSettings):
         return ["reference is not a cache; add reference=cached reference.path=DIR"]
     if loss is None:
@@ -258,7 +258,7 @@ def objective_problems(
     """Return why the user's objective can't choose the best checkpoint.
 
     Args:
-        objective: what was given; None: the run chooses.
+        objective: the given objective; None: the run chooses.
         data: the data group.
         evaluation: the evaluation group.
         loss: the loss.

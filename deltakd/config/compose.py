@@ -1,4 +1,4 @@
-"""Composing configs with Hydra; for a typo in an override, naming the nearest key."""
+"""Composes configs with Hydra; for a typo in an override, names the nearest key."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ RENAMED_KEYS = {
 
 
 class ConfigFolders(SearchPathPlugin):
-    """Tells Hydra the user's folders, whoever composes: ``hydra.main``, the jobs of a multirun, ``compose``."""
+    """Tells Hydra the user's folders in every case: ``hydra.main``, the jobs of a multirun, ``compose``."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         """Add the folders after the package's own."""
@@ -43,19 +43,19 @@ class ConfigFolders(SearchPathPlugin):
 
 
 def register_folders() -> None:
-    """Let Hydra find what lies in the user's folders."""
+    """Let Hydra find the configs in the user's folders."""
     plugins = Plugins.instance()
     if ConfigFolders not in plugins.discover(SearchPathPlugin):
         plugins.register(ConfigFolders)
 
 
 def compose_config(name: str, overrides: Sequence[str], checked: bool = False) -> DictConfig:
-    """Compose ``conf/<name>.yaml`` with overrides; choices of groups may lie in folders of the user's.
+    """Compose ``conf/<name>.yaml`` with overrides; group choices may be in the user's folders.
 
     Args:
         name: of the base config.
         overrides: Hydra overrides.
-        checked: skip ``check_overrides``, which takes longer than composing: these keys have passed it.
+        checked: the keys have passed ``check_overrides``; skip it, since it takes longer than composing.
 
     Raises:
         ConfigError: an override has an unknown key or choice; the nearest one is named.
@@ -66,7 +66,7 @@ def compose_config(name: str, overrides: Sequence[str], checked: bool = False) -
 
 
 def _compose(name: str, overrides: Sequence[str]) -> DictConfig:
-    # Of a program that uses Hydra itself, the state is put back.
+    # The caller may use Hydra itself, so restore its state.
     hydra = GlobalHydra.instance()
     before, hydra.hydra = hydra.hydra, None
     register_folders()
@@ -101,10 +101,10 @@ def set_values(cfg: DictConfig, values: Mapping[str, Any], problems: list[str]) 
 
 
 def whole_mappings(overrides: Sequence[str]) -> list[str]:
-    """Return the overrides so that a mapping may hold keys of the user's own: ``data.sets={mine: my.jsonl}``.
+    """Return the overrides in a form that allows mappings with the user's own keys: ``data.sets={mine: my.jsonl}``.
 
-    Hydra refuses keys that the config lacks, inside of mappings too. As ``++data.sets={...}`` it takes them. Where only
-    known keys are allowed, making the settings refuses the others by name.
+    Hydra rejects keys that the config lacks, even inside mappings, but accepts ``++data.sets={...}``. Where only known
+    keys are allowed, building the settings rejects the others by name.
     """
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     return [f"++{text}" if _is_whole_mapping(o) else text for text, o in zip(overrides, parsed, strict=True)]
@@ -119,7 +119,7 @@ def read_mapping(text: str) -> dict[str, Any]:
     """Parse a mapping as in a config, where ``1e-5`` is a number.
 
     Raises:
-        ValueError: it is no mapping.
+        ValueError: it is not a mapping.
     """
     try:
         found = OmegaConf.to_container(OmegaConf.create(text))
@@ -131,7 +131,7 @@ def read_mapping(text: str) -> dict[str, Any]:
 
 
 def _how_to_quote(overrides: Sequence[str]) -> str:
-    """Say how to write the first override that Hydra can't parse, such as a source with ``#field=value``."""
+    """Return how to write the first override that Hydra can't parse, such as a source with ``#field=value``."""
     for text in overrides:
         key, _, value = text.partition("=")
         if _parses(text) or not value:
@@ -246,7 +246,7 @@ def _one_line(error: Exception) -> str:
         return (
             f"{parent}/{part} can't be chosen: the chosen {parent} has no {part}; conf/{parent}/ says which ones have"
         )
-    # The search path that Hydra prints after the choices helps nobody.
+    # Drop the search path that Hydra prints after the choices: it does not help users.
     absent = re.match(r"In '(\S+)': Could not find '(\S+)/(\S+?)'", str(error))
     if absent and is_group(absent[2]):
         file, group, choice = absent.groups()

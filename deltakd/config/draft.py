@@ -88,7 +88,7 @@ class Draft:
 
     @property
     def dry_run(self) -> bool:
-        """True if only the memory of the run is asked for."""
+        """True if only the run's memory estimate is requested."""
         return self.trainer is not None and self.trainer.dry_run
 
     def check_devices(self) -> None:
@@ -99,7 +99,7 @@ class Draft:
             self.problems += device_problems("reference.placement", self.reference.placement)
 
     def check_alone(self) -> None:
-        """Add what stands against a command that is one process and trains nothing."""
+        """Add the problems for a command that is a single process and trains nothing."""
         if self.dry_run:
             self.problems.append("trainer.dry_run prints what a training run will need; give it to deltakd.train")
         self.problems += alone_problems(read_launch(os.environ))
@@ -199,7 +199,7 @@ def make_model_settings(node: Any, problems: list[str]) -> ModelSettings:
 
 
 def _built(kind: type | tuple[type, ...], node: Any, key: str, problems: list[str]) -> Any:
-    """Build a group; None where that fails, or where something of another kind comes out."""
+    """Build a group; return None if that fails or gives an object of another kind."""
     made = built(node, key, problems)
     try:
         if made is not None:

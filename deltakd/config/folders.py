@@ -1,4 +1,4 @@
-"""Where configs are found: the package's own ``conf/``, then folders of the user's."""
+"""Where configs are found: the package's own ``conf/``, then the user's folders."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 #: conf/ of the installed wheel, or of the checkout.
 CONF_DIR = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
 
-#: Names a further folder of configs; ``--config-dir`` sets it, so that processes started later know the folder, too.
+#: Names a further config folder; ``--config-dir`` sets it, so that processes started later know the folder, too.
 CONFIG_DIR_VARIABLE = "DELTAKD_CONFIG_DIR"
 
-#: The folder of the working directory that is searched without being named.
+#: The folder in the working directory that is searched by default.
 OWN_FOLDER = "conf"
 
 
 def config_folders() -> list[Path]:
     """Return the folders that are searched, in this order: the package's, ``--config-dir``'s, ``./conf``.
 
-    They are laid out alike: ``<folder>/experiment/my_run.yaml``, ``<folder>/loss/my_loss.yaml``. The first folder that
-    has a file wins, so that a folder named ``conf`` of another program can't change what a run does.
+    All have the same layout: ``<folder>/experiment/my_run.yaml``, ``<folder>/loss/my_loss.yaml``. The first folder that
+    has a file wins, so another program's folder named ``conf`` can't change a run.
     """
     named = os.environ.get(CONFIG_DIR_VARIABLE)
     own = [Path(named)] if named else []
@@ -32,16 +32,16 @@ def config_folders() -> list[Path]:
 
 
 def use_config_dir(folder: Path | str | None) -> None:
-    """Search a further folder, in this process and those that it starts.
+    """Search a further folder, in this process and its child processes.
 
-    Modules beside the folder can be imported: a loss's YAML in ``my_project/conf/loss`` may name a class of
+    Modules next to the folder can be imported: a loss's YAML in ``my_project/conf/loss`` may name a class of
     ``my_project/my_losses.py``.
 
     Args:
         folder: laid out as ``conf/``; None: none.
 
     Raises:
-        ConfigError: there is no such folder.
+        ConfigError: the folder does not exist.
     """
     if folder is None:
         return
@@ -51,14 +51,14 @@ def use_config_dir(folder: Path | str | None) -> None:
     os.environ[CONFIG_DIR_VARIABLE] = str(path)
     beside = str(path.parent)
     if beside not in sys.path:
-        # Last: what lies there replaces no module that could be imported before.
+        # Last, so that it shadows no module that could be imported before.
         sys.path.append(beside)
         known = os.environ.get("PYTHONPATH")
         os.environ["PYTHONPATH"] = f"{known}{os.pathsep}{beside}" if known else beside
 
 
 def is_group(key: str) -> bool:
-    """Return True for a config group, such as ``loss`` or ``loss/divergence``; Hydra's own are none."""
+    """Return True for a config group, such as ``loss`` or ``loss/divergence``; False for Hydra's own."""
     # Hydra checks its own groups: some of their choices come from plugins.
     if "." in key or key.startswith("hydra/"):
         return False
@@ -75,7 +75,7 @@ def choices(group: str) -> list[str]:
 
 
 def choice_files(group: str, name: str) -> list[Path]:
-    """Return the files of a choice, the one that counts first; empty if there is no such choice."""
+    """Return the files of a choice, the effective one first; empty if there is no such choice."""
     files = (folder / group / f"{name}.yaml" for folder in config_folders())
     # pathlib raises where a name is too long to be one.
     return [file for file in files if os.path.isfile(file)]

@@ -1,4 +1,4 @@
-"""Rows and models that are given as objects, kept as files: a run's config names what it can be started from again."""
+"""Saves rows and models given as objects to files, so that a run's config can name them and the run can restart."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from deltakd.models.saving import save_weights
 
 @dataclass(frozen=True)
 class Given:
-    """Where objects are kept, and what goes with them.
+    """Where objects are saved, and with which tokenizer.
 
     Args:
-        folder: files and models are named by their content in it.
+        folder: holds files and models, named by their content.
         tokenizer: saved with models; None: each model's own, by its name.
     """
 
@@ -30,7 +30,7 @@ class Given:
 
 
 def as_source(name: str, value: Any, given: Given, problems: list[str]) -> Any:
-    """Return a source as a config names it: rows are written to a file, named by their content.
+    """Return a source as the config should name it: rows are written to a file named by their content.
 
     Args:
         name: of the argument.
@@ -114,7 +114,7 @@ def _own_tokenizer(model: Any) -> Any:
     name = getattr(model, "name_or_path", "")
     try:
         return AutoTokenizer.from_pretrained(name) if name else None
-    # Neither its directory nor the hub has one.
+    # Neither its directory nor the hub has a tokenizer.
     except (OSError, ValueError):
         return None
 

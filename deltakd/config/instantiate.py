@@ -42,7 +42,7 @@ def built(node: Any, key: str, problems: list[str]) -> Any:
         return instantiate(sound, _convert_="all")
     except InstantiationException as error:
         if found:
-            # Values that were left out may be missing now; they are reported already.
+            # Omitted values may be missing now; they have already been reported.
             return None
         cause = error.__cause__ or error
         # Hydra's error names the node; the constructor's message names only its argument.
@@ -65,7 +65,7 @@ def _unknown_targets(node: Any, key: str) -> Iterator[str]:
 
 
 def _why_unknown(target: str) -> str:
-    """Return why a dotted path names nothing that can be imported; empty if it does name something."""
+    """Return why a dotted path can't be imported; empty if it can."""
     try:
         if pydoc.locate(target) is not None:
             return ""
@@ -73,7 +73,7 @@ def _why_unknown(target: str) -> str:
         while owner and (found := pydoc.locate(owner)) is None:
             owner, _, name = owner.rpartition(".")
     except pydoc.ErrorDuringImport as error:
-        # Importing a user's module may raise anything. A SyntaxError says its line itself.
+        # Importing a user's module may raise anything. A SyntaxError names its own line.
         where = ""
         if error.tb is not None and not isinstance(error.value, SyntaxError):
             last = inspect.getinnerframes(error.tb)[-1]
@@ -109,7 +109,7 @@ def _sound(node: Mapping[str, Any], key: str) -> tuple[dict[str, Any], list[str]
 
 
 def _holds_target(value: Any) -> bool:
-    """True if anything in a list or mapping has a ``_target_``."""
+    """Return True if anything in a list or mapping has a ``_target_``."""
     if isinstance(value, Mapping):
         return "_target_" in value or any(_holds_target(inner) for inner in value.values())
     return isinstance(value, Sequence) and not isinstance(value, str) and any(map(_holds_target, value))
@@ -141,7 +141,7 @@ def argument_hints(target: str) -> Mapping[str, Any]:
         if dataclasses.is_dataclass(what):
             return get_type_hints(what, include_extras=True)
         call = cast(Callable[..., Any], what.__init__) if inspect.isclass(what) else what
-        # What it returns may be imported for type checkers alone.
+        # The return type may be imported only for type checkers.
         arguments = {name: hint for name, hint in inspect.get_annotations(call).items() if name != "return"}
         return get_type_hints(SimpleNamespace(__annotations__=arguments), call.__globals__, include_extras=True)
     # Importing a user's module may raise anything; Hydra's own attempt will report it.

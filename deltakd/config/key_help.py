@@ -1,4 +1,4 @@
-"""What ``deltakd train --help`` says: the groups with their choices, and every key as ``conf/`` explains it."""
+"""The text of ``deltakd train --help``: the groups with their choices, and every key with its comment in ``conf/``."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def key_help(arguments: Sequence[str]) -> str:
     base = (CONF_DIR / "train.yaml").read_text(encoding="utf-8")
     content = yaml.safe_load(base)
     parts = [USAGE, "Groups (GROUP=CHOICE):\n", *_groups(), "\nKeys with their defaults (KEY=VALUE):\n"]
-    # Above the first blank line stand the command and the groups, at the end what is Hydra's.
+    # The command and the groups come before the first blank line, Hydra's part at the end.
     parts.append(base.partition("\n\n")[2].partition("\nhydra:")[0].strip("\n"))
     for group, choice in _defaults(content["defaults"]):
         given = chosen.get(group, choice)
@@ -55,7 +55,7 @@ def _groups() -> Iterator[str]:
 
 
 def _section(group: str, name: str, key: str) -> list[str]:
-    """Return a file's keys below the key of their group, then those of the parts that it is made of."""
+    """Return a file's keys below the key of their group, then the keys of its parts."""
     files = choice_files(group, name)
     if not files:
         return []
@@ -84,7 +84,7 @@ def _defaults(entries: Sequence[Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _body(text: str, without: Sequence[str]) -> str:
-    """Return a YAML's lines without some keys at its top."""
+    """Return a YAML's lines without some top-level keys."""
     lines, skipping = [], False
     for line in text.splitlines():
         key = re.match(r"(\w+):", line)

@@ -1,4 +1,4 @@
-"""Names for resolved loss configs: the YAML in ``conf/loss`` that a config comes from, and the parts chosen in it."""
+"""Names resolved loss configs: by the YAML in ``conf/loss`` that a config comes from, and its chosen parts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Settings = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class KnownLosses:
-    """The losses of a ``conf/loss`` folder, and what can be chosen in them.
+    """The losses of a ``conf/loss`` folder, and their choices.
 
     Args:
         losses: name -> settings.
@@ -29,7 +29,7 @@ class KnownLosses:
 
 
 def known_losses() -> KnownLosses:
-    """Read the losses of all folders that configs are found in."""
+    """Read the losses of all config folders."""
     return read_losses(*(folder / "loss" for folder in config_folders()))
 
 
@@ -38,8 +38,8 @@ def read_losses(*folders: Path) -> KnownLosses:
 
     Args:
         folders: one YAML per loss; a part that its ``defaults`` name is in ``<folder>/<part>/<choice>.yaml``. Files
-            outside the first folder that are no losses, or can't be read, are passed over: they may be another
-            program's.
+            outside the first folder that are not losses, or can't be read, are skipped: they may belong to another
+            program.
     """
     # Read as plain YAML: composing all of them takes seconds, and a report needs only this.
     losses = {file.stem: flat(content) for file, content in _each("", folders)}
@@ -127,7 +127,7 @@ def _identify(given: Settings, known: KnownLosses) -> tuple[str, Settings]:
         return "/".join(classes) or "unknown loss", _as_named(given)
 
     def distance(of: tuple[str, Settings]) -> tuple[int, list[str], int, int]:
-        # Alphabetical order of the parts works: a loss keeps its name with another divergence, not with another target.
+        # Alphabetical order of the parts works: a loss keeps its name with a new divergence, but not with a new target.
         name, settings = of
         others = [part for part in sorted(known.choices) if _differ(part, given, settings)]
         return len(others), others, -_common(given, _without(others, settings)), len(name)

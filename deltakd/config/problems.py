@@ -11,11 +11,11 @@ from typing import final
 class Problems(list[str]):
     """Sentences that open with the key they are about, such as ``optim.lr is 0; it must be ...``.
 
-    A value of another type is left out, so that the rest of its group can still be checked. What is then said of that
-    group would mislead; ``told`` leaves it out.
+    A value of the wrong type is omitted, so that the rest of its group can still be checked. Further problems of that
+    group would be misleading; ``told`` omits them.
 
     Args:
-        copies: keys whose values are copied from other keys.
+        copies: keys with values copied from other keys.
     """
 
     def __init__(self, copies: Collection[str] = ()) -> None:
@@ -25,14 +25,14 @@ class Problems(list[str]):
         self._of_types: frozenset[str] = frozenset()
 
     def close_types(self) -> None:
-        """End the check of types: values named so far were left out. A copied one is told where it was given."""
+        """End the type check: values named so far were omitted. A copied one is reported where it was given."""
         self._refused = frozenset(map(_key, self))
         given = {_value(problem) for problem in self if _key(problem) not in self._copies}
         self[:] = [p for p in self if _key(p) not in self._copies or _value(p) not in given]
         self._of_types = frozenset(self)
 
     def told(self) -> list[str]:
-        """Return each problem once, without those that only come of a value that was left out."""
+        """Return each problem once, without mere consequences of an omitted value."""
         return [p for p in dict.fromkeys(self) if p in self._of_types or not _names_any(p, self._refused)]
 
 

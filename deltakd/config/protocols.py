@@ -1,4 +1,4 @@
-"""Published evaluation protocols: files of ``conf/evaluation``, and how an evaluation deviates from one."""
+"""Published evaluation protocols: files of ``conf/evaluation``, and an evaluation's deviations from one."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def protocols() -> list[str]:
 
 
 def _is_protocol(name: str) -> bool:
-    # Without a look at its text any file of another program's `conf/evaluation` would be composed.
+    # Check the text first: otherwise any file in another program's `conf/evaluation` would be composed.
     mentions = "protocol:" in choice_files("evaluation", name)[0].read_text(encoding="utf-8", errors="replace")
     return mentions and evaluation_group(name).get("protocol") == name
 

@@ -1,4 +1,4 @@
-"""Short names for the keys that every run sets: of ``deltakd init student=...`` and ``distill(student=...)``."""
+"""Short names for the keys that every run sets, for ``deltakd init student=...`` and ``distill(student=...)``."""
 
 from __future__ import annotations
 

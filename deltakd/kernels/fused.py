@@ -70,7 +70,7 @@ def _add_gated(
     gate: Gate, coefficients: Mapping[str, float], target_NV: Tensor, references: Mapping[str, Head]
 ) -> Tensor:
     """Add the gated logits to the target's in place; return the gate, [n]."""
-    # The target may be the very logits, which are then not multiplied out once more.
+    # The target may be these very logits, which then need not be computed again.
     to_NV = target_NV if coefficients == {gate.to: 1.0} else references[gate.to].logits()
     shift_NV = references[gate.origin].logits()
     gate_N = torch.empty_like(target_NV[:, 0])

@@ -38,7 +38,7 @@ class Divergence(ABC):
 
     @property
     def whole_vocabulary_reasons(self) -> tuple[str, ...]:
-        """As for ``Loss``. By default none: weighting tokens by probability needs only likely ones."""
+        """As for ``Loss``. None by default: divergences weighted by probability need only likely tokens."""
         return ()
 
     def _weighs_all_alike(self) -> tuple[str, ...]:

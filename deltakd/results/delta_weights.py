@@ -14,13 +14,13 @@ from deltakd.results.drawing import Panel, Plate, Style
 from deltakd.results.methods import Method
 from deltakd.results.tables import Comparison
 
-#: Measures on held-out rows that are drawn, besides the scores of answers.
+#: Measures on held-out rows to draw, besides the scores of answers.
 _HELD_OUT = ("kl_teacher", "shift_correlation")
 
 
 @dataclass(frozen=True)
 class _Value:
-    """A method in a panel; ``mark`` is that of its protocol in a mixed table."""
+    """A method in a panel; ``mark`` is its protocol's mark in a mixed table."""
 
     label: str
     method: Method
@@ -41,7 +41,7 @@ class _Line:
 def delta_weights(tables: Sequence[Comparison], methods: Sequence[Method], styles: Mapping[str, Style]) -> Plate:
     """Return a panel for each score and measure with a loss that was run at several weights.
 
-    A line joins methods that differ only in the weight, whatever a study calls them; its point at 0 may be plain
+    A line joins methods that differ only in the weight, regardless of their names; its point at 0 may be plain
     distillation with the same settings. Methods without a weight are horizontal lines.
 
     Args:
@@ -101,7 +101,7 @@ def _lines(values: Sequence[_Value], styles: Mapping[str, Style]) -> list[_Line]
 
 
 def _is_zero_of(value: _Value, family: Sequence[_Value]) -> bool:
-    """True if a method is what the family becomes at weight 0, and the family has no run of its own there."""
+    """Return True if a method equals the family at weight 0, and the family has no run there."""
     if value.method.delta_weight is not None or value.mark != family[0].mark:
         return False
     own = any(other.method.delta_weight == 0 for other in family)

@@ -28,7 +28,7 @@ from deltakd.io.progress import read_total_steps
 from deltakd.io.run_directory import RunDirectory
 
 FINISHED = "finished"
-#: Folders of other programs; runs are not nested in runs.
+#: Folders of other programs to skip; runs are not nested.
 _SKIPPED = ("wandb", "checkpoints")
 _COLUMNS = ("run", "state", "date", "loss", "delta_weight", "seed", "student", "seconds")
 #: Columns dropped on a narrow terminal, in this order; between the two go all scores but the first, last one first.
@@ -53,7 +53,7 @@ class Entry:
         path: the directory.
         columns: the values to show: ``state``, ``date``, ``loss`` and so on, and the scores by name.
         config: the run's config with dotted keys.
-        corrupt: what can't be read, or None.
+        corrupt: the unreadable part, or None.
     """
 
     path: Path
@@ -115,7 +115,7 @@ def _mapping(content: Any, path: Path) -> dict[str, Any]:
 
 
 def _corrupt(run: RunDirectory, error: Exception) -> str:
-    """Say in a few words which file is damaged, and how."""
+    """Return, in a few words, which file is damaged, and how."""
     if isinstance(error, json.JSONDecodeError):
         return f"{run.summary.name}, line {error.lineno}: {error.msg}"
     if isinstance(error, yaml.YAMLError):

@@ -1,4 +1,4 @@
-"""Group runs into methods: runs that differ in their seed are one; models that others learnt from are listed apart."""
+"""Groups runs that differ only in their seed into methods; models that others learnt from are listed separately."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from deltakd.config.loss_names import KnownLosses, delta_weight_keys, flat, loss
 from deltakd.results.reading import Run, job_label
 from deltakd.training.settings import NOT_THE_METHOD
 
-#: A setting in a label has at most this many characters, and a label at most so many settings; longer ones are in the
-#: legend alone.
+#: Maximum characters of a setting in a label, and maximum settings per label; longer ones are only in the legend.
 _SETTING, _SETTINGS = 18, 2
 
 
@@ -33,7 +32,7 @@ class Method:
         loss: the loss's name in ``conf/loss``.
         delta_weight: the weight that its loss uses; None if it uses none, or a scheduled one.
         family: key shared by methods that differ only in the delta weight.
-        at_zero: key shared by a Delta-KD and the plain distillation that it becomes at weight 0; None for all other
+        at_zero: key shared by a Delta-KD and its equivalent plain distillation at weight 0; None for all other
             methods.
         settings: key -> value in which it differs from the other methods of its loss; the label may leave them out.
     """

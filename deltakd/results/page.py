@@ -42,7 +42,7 @@ class Page:
         warnings: what is left out or unfinished, one sentence each.
         methods: references first.
         comparisons: the tables of scores.
-        measured: method's label -> shift preservation of those of its runs where it could be measured.
+        measured: method's label -> shift preservation of its runs, where it could be measured.
         missing: why shift preservation could not be measured, one sentence each.
         command: the command that wrote the report.
         styles: method's label -> how it is drawn.
@@ -124,11 +124,11 @@ def _count(number: int, what: str) -> str:
 def render(page: Page, tidy: Callable[[str], str] = str) -> str:
     """Return the page as HTML.
 
-    All foreign text is escaped, above all what models wrote; the page admits its one script by hash, so no other runs.
+    All foreign text is escaped, especially model output; the page allows its one script by hash, so no other can run.
 
     Args:
         page: the contents.
-        tidy: applied to paths, commands and messages, to remove what is private.
+        tidy: applied to paths, commands and messages, to remove private parts.
     """
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=False

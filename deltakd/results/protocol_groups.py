@@ -73,7 +73,7 @@ def _of_set(by_seed: Mapping[int, Sequence[Record]]) -> dict[str, str]:
 
 
 def _scorer(record: Record) -> str:
-    """Return the scorer of a record, identified by its scores, with what of the texts it compared."""
+    """Return the scorer of a record, identified by its scores, with the part of the texts that it compared."""
     name = next(name for name, scorer in SCORERS.items() if scorer.main in record)
     protocol = record.get("protocol", {})
     words, strip = protocol.get(ROUGE_WORDS), protocol.get(STRIP)
@@ -91,7 +91,7 @@ def _decoding(options: Mapping[str, Any], seeds: Sequence[int]) -> str:
         limits["temperature"] = options.get("temperature")
         what = f"sampled under seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
     else:
-        # Greedy answers depend neither on seeds nor on what shapes sampling.
+        # Greedy answers depend neither on seeds nor on sampling options.
         limits = {key: value for key, value in limits.items() if key not in ("temperature", "top_k", "top_p")}
         what = "greedy"
     return f"{what} ({', '.join(f'{key} {value}' for key, value in sorted(limits.items()))})"

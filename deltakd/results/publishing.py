@@ -106,7 +106,7 @@ def push(folder: Path, repository: str, private: bool) -> str:
         Its URL.
 
     Raises:
-        ConfigError: the hub can't be reached, or refuses.
+        ConfigError: the hub can't be reached, or rejects the upload.
     """
     later = f"`hf upload {repository} <output>` uploads later what output=<directory> wrote"
     api = HfApi()

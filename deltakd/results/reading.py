@@ -1,4 +1,4 @@
-"""Find run directories and read them; what can't be read is reported, never guessed."""
+"""Finds run directories and reads them; unreadable parts are reported, never guessed."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class Found:
 
     Args:
         runs: in the order given; those of a study in the order of its table.
-        skipped: what could not be read, and stages that a study does not report, one sentence each.
+        skipped: unreadable parts, and stages that a study does not report, one sentence each.
     """
 
     runs: list[Run] = field(default_factory=list)
@@ -192,8 +192,8 @@ def _walk(path: Path) -> Iterator[Path]:
 def _stages(file: Path, skipped: list[str]) -> tuple[list[tuple[Path, str | None]], list[Path]]:
     """Return a study's runs, those of its table first and with their labels, and the runs left out.
 
-    The table says what is reported: runs of other stages, such as a screening, would be taken for repetitions of the
-    finals, since name and seed do not tell methods apart. Models that reported runs learnt from are always shown.
+    Only the table's stages are reported: runs of others, such as a screening, would look like repetitions of the
+    finals, since name and seed do not distinguish methods. Models that reported runs learnt from are always shown.
 
     Raises:
         ValueError: the file is not a study.
@@ -243,7 +243,7 @@ def _config(run: Path) -> dict[str, Any] | None:
 
 
 def _trains(path: Path) -> bool:
-    """True for the directory of a run, not of a teacher's answers."""
+    """Return True for the directory of a run, False for a teacher's answers."""
     return _is_run(_config(path) or {})
 
 

@@ -25,7 +25,7 @@ _TITLE = 90
 
 
 def settings_of(methods: Sequence[Method]) -> list[tuple[str, list[str]]]:
-    """Return (label, ``key=value`` of each setting) of the methods whose label leaves out how they differ."""
+    """Return (label, ``key=value`` of each setting) of the methods whose label does not show how they differ."""
     return [
         (method.label, [f"{key}={value}" for key, value in method.settings.items()])
         for method in methods
@@ -111,7 +111,7 @@ def token_view(measured: Mapping[str, Sequence[Preservation]]) -> dict[str, Any]
         return None
     tokens = [token for rows in views.values() for row in rows for token in row.tokens]
     shifts = [abs(s) for token in tokens for s in (token.teacher_shift, token.student_shift) if s is not None]
-    # Rare tokens have the largest shifts; a scale up to these would make all others look alike.
+    # Rare tokens have the largest shifts; a scale that includes them would make all others look alike.
     scale = max(1, math.ceil(float(np.percentile(shifts, 95)))) if shifts else 1
     shown = [{"label": label, "rows": [_viewed(row) for row in rows]} for label, rows in views.items()]
     return {"scale": scale, "views": shown}
@@ -185,7 +185,7 @@ def _by_row(run: Run, name: str) -> dict[int, dict[str, Any]]:
 
 
 def title_of(prompt: str) -> str:
-    """Return a line that tells prompts apart: the second that is no ``###`` heading, else the first, shortened."""
+    """Return a line that distinguishes prompts: the second that is not a ``###`` heading, else the first, shortened."""
     lines = [line.strip() for line in prompt.splitlines() if line.strip() and not line.startswith("###")]
     # Templates open with the same sentence in every row.
     line = next(iter(lines[1:]), lines[0] if lines else "(empty prompt)")
@@ -220,7 +220,7 @@ def _run_row(method: Method, run: Run) -> RunRow:
 
 
 def state_of(run: Run) -> str:
-    """Return ``finished 2026-11-22 07:20``, or how far the run came."""
+    """Return ``finished 2026-11-22 07:20``, or the run's progress."""
     when = f"{run.last_written:%Y-%m-%d %H:%M}"
     if run.finished:
         return f"finished {when}"
@@ -237,7 +237,7 @@ def study_commands(methods: Sequence[Method]) -> list[str]:
 
 
 def run_commands(methods: Sequence[Method]) -> list[str]:
-    """Return the command that repeats each training run, in a directory beside it."""
+    """Return the command that repeats each training run, in a directory next to it."""
     trained = [run for method in methods for run in method.runs if not run.evaluation_only]
     return [
         f"python -m deltakd.train --config-dir {shlex.quote(str(run.path))} --config-name config "

@@ -6,7 +6,7 @@ these three are normal, then for every number of seeds from 2 and whatever the t
 x in at most a share x of cases, for every x. Holm's correction then keeps the family-wise error rate at its level,
 however the methods depend on each other. Means over many prompts are close to normal whatever the scores are; that
 the few seeds are is an assumption, which no number of prompts can test. With one training seed the variance between
-training runs is not estimated: the interval is about these two trained models on other prompts, not about the methods.
+training runs is not estimated: the interval then concerns these two trained models on new prompts, not the methods.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, special
 
-#: What varies; only prompts if there is a single seed.
+#: Sources of variation; only prompts if there is a single seed.
 SEEDS_AND_PROMPTS = "training seeds and prompts"
 SEEDS = "training seeds"
 PROMPTS = "prompts"
 
-#: Smaller p-values mean nothing, and quantiles of so few degrees of freedom overflow.
+#: Smaller p-values are meaningless, and quantiles of so few degrees of freedom overflow.
 _LEAST_P = 1e-15
 
 
@@ -36,7 +36,7 @@ class Spread:
         mean: over training seeds and prompts.
         stderr: standard error of the mean; None for a single value.
         seeds: number of training seeds.
-        over: what varies for ``stderr``: ``training seeds``, or ``prompts`` if there is one seed.
+        over: the variation behind ``stderr``: ``training seeds``, or ``prompts`` if there is one seed.
     """
 
     mean: float
@@ -55,8 +55,8 @@ class Difference:
         low, high: 95 % interval.
         p: two-sided p-value of the same interval for a difference of 0: below 0.05 if the interval excludes 0.
         p_holm: ``p`` corrected for all methods compared (Holm 1979).
-        over: what varies: ``training seeds and prompts``, or ``prompts`` if one of the two has a single training seed,
-            in which case nothing is known of other training runs.
+        over: the variation: ``training seeds and prompts``, or ``prompts`` if one of the two has a single training
+            seed, in which case nothing is known about other training runs.
     """
 
     method: str

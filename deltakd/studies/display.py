@@ -35,8 +35,8 @@ class Stages(Protocol):
         Args:
             name: of the run.
             outcome: the objective or another result, in a few words.
-            seconds: what it took.
-            before: True if an earlier start of the study did it.
+            seconds: its duration.
+            before: True if it finished in an earlier start of the study.
         """
 
     def fail(self, name: str, problem: str, seconds: float) -> None:
@@ -44,7 +44,7 @@ class Stages(Protocol):
 
         Args:
             name: of the run.
-            problem: why, in a line.
+            problem: the reason, in one line.
             seconds: what it took.
         """
 
@@ -234,7 +234,7 @@ def stages_on(console: Console, title: str, minutes: Mapping[str, float | None])
     """Show the runs of a study while it runs.
 
     Args:
-        console: on a terminal it shows one table, and what the stages' own bars would show goes into it.
+        console: on a terminal it shows one table, which includes the progress of the stages' own bars.
         title: the study.
         minutes: run -> expected minutes, in order.
     """

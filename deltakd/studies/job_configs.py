@@ -1,4 +1,4 @@
-"""The configs of a study's runs, and which stages they read."""
+"""The configs of a study's runs, and the stages that they read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def compose_jobs(study: Study, jobs: Sequence[Job], checked: bool = False) -> di
     Args:
         study: the study.
         jobs: runs of it.
-        checked: the keys of their overrides have been checked (``check_keys``).
+        checked: True if the keys of their overrides have been checked (``check_keys``).
 
     Raises:
         ConfigError: an override has an unknown key or choice; the nearest one is named.
@@ -38,10 +38,10 @@ def compose_jobs(study: Study, jobs: Sequence[Job], checked: bool = False) -> di
 
 
 def check_predecessors(study: Study, jobs: Sequence[Job], configs: Mapping[str, DictConfig]) -> None:
-    """Check that stages that are read are finished, or run before.
+    """Check that every stage that is read is finished, or runs earlier.
 
     Raises:
-        ConfigError: names all stages that are not.
+        ConfigError: names all stages that do not.
     """
     waiting: dict[str, set[str]] = {}
     order = list(study.jobs)

@@ -92,7 +92,7 @@ def run_job(job: Job, action: Callable[[], float]) -> float:
 
 
 def _hand_on(status: Any) -> None:
-    """Pass on to submitit the signal by which SLURM stopped the run, so that it requeues the job."""
+    """Pass the signal with which SLURM stopped the run on to submitit, so that it requeues the job."""
     if "SUBMITIT_EXECUTOR" in os.environ and status in (128 + signal.SIGUSR1, 128 + signal.SIGUSR2):
         signum = status - 128
         if callable(signal.getsignal(signum)):
@@ -107,7 +107,7 @@ class MultirunSummary(Callback):
     """
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Forget the jobs of a former start: there may have been others."""
+        """Forget the jobs of an earlier start, which may have differed."""
         if is_main_process():
             shutil.rmtree(_root(config) / "jobs", ignore_errors=True)
 
@@ -131,7 +131,7 @@ def _root(config: DictConfig) -> Path:
 
 
 def read_outcomes(root: Path) -> list[Outcome]:
-    """Return the results of the jobs of a multirun, with the settings in which they differ."""
+    """Return the results of a multirun's jobs, with the settings in which they differ."""
     records = {int(path.stem): json.loads(path.read_text()) for path in (root / "jobs").glob("*.json")}
     settings = [record["settings"] for record in records.values()]
     keys = [k for k in dict.fromkeys(k for s in settings for k in s) if len({s.get(k) for s in settings}) > 1]
@@ -149,8 +149,8 @@ def read_outcomes(root: Path) -> list[Outcome]:
 
 
 def conclude(outcomes: Sequence[Outcome], root: Path) -> list[str]:
-    """Write table and plot; return the lines that say what was best."""
-    # Every training run imports this module, and few come here.
+    """Write table and plot; return the lines that report the best setting."""
+    # Every training run imports this module, but few get here.
     from deltakd.evaluation.settings import SCORES
     from deltakd.studies.outcome_plots import write_plot
 

@@ -30,7 +30,7 @@ def write_plot(outcomes: Sequence[Outcome], maximize: bool, title: str, path: Pa
         return False
     columns = min(len(keys), _COLUMNS)
     rows = math.ceil(len(keys) / columns)
-    # Long names of choices stand upright, and need room.
+    # Long choice names are drawn vertically, and need room.
     height = 3.2 + 0.06 * max((len(v) for o in shown for v in o.settings.values() if as_number(v) is None), default=0)
     figure = Figure(figsize=(max(4.5, 3.8 * columns), height * rows), layout="constrained")
     FigureCanvasAgg(figure)

@@ -1,4 +1,4 @@
-"""Results of the runs of a search or a multirun: the best of them, and a table."""
+"""Results of the runs of a search or a multirun: the best one, and a table."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Best:
 
 
 def in_short(settings: dict[str, str]) -> str:
-    """Settings in a line to read: long numbers are cut to 4 digits."""
+    """Return settings as a readable line: long numbers are cut to 4 digits."""
     return " ".join(f"{key}={_short(value)}" for key, value in settings.items())
 
 
@@ -79,7 +79,7 @@ def _short(text: str) -> str:
 
 
 def find_best(outcomes: Sequence[Outcome], maximize: bool) -> Best | None:
-    """Return the best finished setting; runs that differ only in their seed are one setting, and their mean counts.
+    """Return the best finished setting; runs that differ only in their seed count as one, with their mean.
 
     Only the settings with the most runs are compared: otherwise one lucky seed would beat a mean.
     """
@@ -114,7 +114,7 @@ def write_table(outcomes: Sequence[Outcome], path: Path) -> None:
 
 
 def incomparable(objective: str, keys: Sequence[str]) -> str | None:
-    """Return why values of the objective cannot be compared, or None: each loss has a ``val/loss`` of its own.
+    """Return why values of the objective can't be compared, or None: each loss has its own ``val/loss``.
 
     Args:
         objective: name of the metric.

@@ -14,8 +14,8 @@ from lightning.pytorch.callbacks import Checkpoint
 from deltakd.training.callbacks import Validation
 from deltakd.training.callbacks.steps import at_step_end
 
-#: The trial that runs in this process, and its metric. Callbacks are made from a config, which has no place
-#: for a live object.
+#: The trial that runs in this process, and its metric. Callbacks are built from a config, which can't hold a live
+#: object.
 _reporting: ContextVar[tuple[optuna.Trial, str] | None] = ContextVar("_reporting", default=None)
 
 
@@ -25,7 +25,7 @@ def reporting_to(trial: optuna.Trial, metric: str) -> Iterator[None]:
 
     Args:
         trial: a running trial.
-        metric: what is reported, such as ``val/rougeL``.
+        metric: the metric to report, such as ``val/rougeL``.
     """
     token = _reporting.set((trial, metric))
     try:
@@ -42,7 +42,7 @@ class ReportToSearch(Checkpoint):
     Outside a search it does nothing.
 
     Raises:
-        optuna.TrialPruned: the trial is to end here.
+        optuna.TrialPruned: the trial should end here.
     """
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:

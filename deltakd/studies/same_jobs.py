@@ -1,4 +1,4 @@
-"""Jobs of a multirun that would train the same model twice: they differ in nothing that they read."""
+"""Finds jobs of a multirun that would train the same model twice, since they read the same settings."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from omegaconf.errors import OmegaConfBaseException
 
 from deltakd.config.compose import compose_config
 
-#: Tells the processes of the jobs which ones are another job: ``{"3": 1}``.
+#: Tells the jobs' processes which jobs duplicate another one: ``{"3": 1}``.
 SAME_JOBS_VARIABLE = "DELTAKD_SAME_JOBS"
 
-#: Composing takes a tenth of a second a job: more are not compared.
+#: Composing takes a tenth of a second per job: more jobs are not compared.
 MOST = 256
 
-#: Keys that name or place a run, and ``delta_weight``, which counts only where a loss copies it.
+#: Keys that name or place a run, and ``delta_weight``, which counts only if a loss copies it.
 _NO_PART = ("run_dir", "delta_weight")
 
 
 def find_same_jobs(overrides: Sequence[str]) -> dict[int, int]:
-    """Return job -> the earlier job that is the same run, both as Hydra's basic sweeper numbers them.
+    """Return job -> the earlier job that is the same run, numbered as by Hydra's basic sweeper.
 
     ``loss=kd,delta_kd delta_weight=0.5,1`` is three runs, not four: ``kd`` reads no ``delta_weight``.
 
@@ -69,7 +69,7 @@ def _identity(overrides: Sequence[str]) -> str:
 
 
 def tell_jobs(same: Mapping[int, int]) -> None:
-    """Tell the jobs, in this process and those that launchers start, which of them are another job."""
+    """Tell the jobs, in this process and those started by launchers, which of them duplicate another one."""
     os.environ[SAME_JOBS_VARIABLE] = json.dumps(same)
 
 
@@ -80,7 +80,7 @@ def earlier_job(number: int) -> int | None:
 
 
 def in_words(same: Mapping[int, int]) -> str:
-    """Say which jobs are not run, and why."""
+    """Log which jobs are not run, and why."""
     pairs = ", ".join(f"{number} is {earlier}" for number, earlier in same.items())
     return (
         f"{len(same)} of the jobs would train the same model as an earlier one, since they differ in nothing that they "

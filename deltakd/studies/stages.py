@@ -31,13 +31,13 @@ log = logging.getLogger(__name__)
 
 
 def run_study(study: Study, console: Console, stages: Collection[str] = (), checked: bool = False) -> None:
-    """Run what is not finished, then print the time that the study took so far and the comparison.
+    """Run all unfinished jobs, then print the study's total time so far and the comparison.
 
     Args:
-        study: what to run.
-        console: where estimate, progress and comparison go.
-        stages: those to run; empty: all.
-        checked: the keys of their overrides have been checked (``check_keys``).
+        study: the study.
+        console: shows estimate, progress and comparison.
+        stages: the stages to run; empty: all.
+        checked: True if the keys of their overrides have been checked (``check_keys``).
 
     Raises:
         ConfigError: a config is wrong, or a stage that is not to be run is not finished, though one that is reads it:
@@ -68,16 +68,16 @@ def run_study(study: Study, console: Console, stages: Collection[str] = (), chec
 def _run_stage(
     jobs: Sequence[Job], configs: Mapping[str, DictConfig], seconds: list[float], shown: Stages
 ) -> list[str]:
-    """Run the jobs of a stage that are not finished.
+    """Run the unfinished jobs of a stage.
 
     Args:
         jobs: all of one stage.
         configs: by name of the run.
-        seconds: what runs of this stage took so far; grows.
+        seconds: durations of this stage's runs so far; appended to.
         shown: the display.
 
     Returns:
-        Of a stage of several runs those that failed, each with the reason.
+        For a stage of several runs, the failed ones, each with the reason.
     """
     problems = []
     for job in jobs:
@@ -113,7 +113,7 @@ def _generate(cfg: DictConfig, directory: RunDirectory) -> str:
 
 
 def run_caching(cfg: DictConfig) -> dict[str, Any]:
-    """Make or complete the cache that ``reference.path`` names; one that has all rows is only read.
+    """Create or complete the cache at ``reference.path``; a complete one is only read.
 
     Args:
         cfg: composed config (``conf/train.yaml``) with ``reference=cached``.
@@ -140,5 +140,5 @@ def _cache(cfg: DictConfig, directory: RunDirectory) -> str:
     return f"{summary['rows']} rows, {summary['tokens']} tokens, {in_units(summary['bytes'])}"
 
 
-#: What a stage may run (study_file.COMMANDS); each returns its outcome in a few words.
+#: The commands of stages (study_file.COMMANDS); each returns its outcome in a few words.
 _RUN = {"train": _train, "generate": _generate, "cache": _cache}

@@ -1,4 +1,4 @@
-"""``study.yaml`` read and checked: stages in order, each one run, or one for every combination of its sweeps."""
+"""Reads and checks ``study.yaml``: stages in order, each a single run or one for every combination of its sweeps."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from deltakd.io.typed import typed
 from deltakd.io.yaml_files import read_yaml
 
 Command = Literal["train", "generate", "cache"]
-#: What a stage may run: a training run, a teacher's answers, a cache of references.
+#: Commands of a stage: a training run, a teacher's answers, a cache of references.
 COMMANDS: tuple[str, ...] = get_args(Command)
 
-#: File systems do not take longer names.
+#: File systems do not accept longer names.
 _LONGEST_NAME = 200
 
 
@@ -52,9 +52,9 @@ class Job:
     """One run of a study.
 
     Args:
-        stage: where it comes from.
-        name: ``<stage>``, or ``<stage>/<key>=<value>,...`` with what varies in the stage.
-        directory: where it goes.
+        stage: its stage.
+        name: ``<stage>``, or ``<stage>/<key>=<value>,...`` with the settings that vary in the stage.
+        directory: its run directory.
         overrides: Hydra overrides without sweeps.
     """
 
@@ -70,7 +70,7 @@ class Study:
 
     Args:
         name: outputs go to ``outputs/<name>/<stage>``.
-        jobs: stage -> its runs, in the order in which they run.
+        jobs: stage -> its runs, in running order.
         rows: label -> stage, the rows of the comparison table.
         columns: metrics, the columns of the table.
     """
@@ -116,7 +116,7 @@ class _Table:
 
 @dataclass(frozen=True, kw_only=True)
 class _File:
-    """The file, its stages not yet looked into."""
+    """The file, with its stages not yet parsed."""
 
     name: str | None = None
     overrides: Sequence[str] = ()
@@ -128,7 +128,7 @@ def read_study(folder: Path) -> Study:
     """Read ``study.yaml`` of a folder.
 
     Raises:
-        ConfigError: it is absent or no YAML, or everything that is wrong in it.
+        ConfigError: it is absent or not YAML; or lists all problems in it.
     """
     path = folder / "study.yaml"
     if not path.is_file():
@@ -143,7 +143,7 @@ def read_study(folder: Path) -> Study:
     stages = [stage for key, body in read.stages.items() if (stage := _stage(key, body, read, problems))]
     trained = [stage.name for stage in stages if stage.command == "train"]
     rows = dict(read.table.rows) or {stage: stage for stage in trained}
-    # A stage with a problem of its own may well be a training stage.
+    # A stage with a problem may well be a training stage.
     known = {*trained, *(set(read.stages) - {stage.name for stage in stages})}
     problems += [
         f"table.rows.{label} is stage {stage!r}, which does not exist or trains no model"
@@ -164,10 +164,10 @@ def read_study(folder: Path) -> Study:
 
 
 def _read(path: Path, content: Any, problems: list[str]) -> _File:
-    """Check all but the stages; null is the same as nothing.
+    """Check everything but the stages; null means nothing.
 
     Raises:
-        ConfigError: it is no mapping.
+        ConfigError: it is not a mapping.
     """
     if not isinstance(content, Mapping):
         raise ConfigError(
@@ -180,7 +180,7 @@ def _read(path: Path, content: Any, problems: list[str]) -> _File:
         table = _given(given["table"])
         rows = {"rows": _with_text_names(table["rows"], "table.rows", problems)} if "rows" in table else {}
         given["table"] = table | rows
-    # `typed` speaks of a config's keys, under a group; a file's own keys have none.
+    # `typed` names config keys with their group; a file's own keys have none.
     read = typed(_File, given, "study.yaml", found)
     assert read is not None, "every field has a default"
     problems += [
@@ -207,7 +207,7 @@ def _with_text_names(node: Any, key: str, problems: list[str]) -> Any:
 
 
 def _stage(name: str, body: Any, read: _File, problems: list[str]) -> Stage | None:
-    """Check one stage; None where it can't be made."""
+    """Check one stage; return None if it is invalid."""
     key = f"stages.{name}"
     found = _name_problems(name, key, allowed_slash=False)
     given = _given(body) if isinstance(body, Mapping) else {} if body is None else body
@@ -219,7 +219,7 @@ def _stage(name: str, body: Any, read: _File, problems: list[str]) -> Stage | No
 
 
 def _for_yaml(problem: str) -> str:
-    """Say what to do in a file: an override is an entry of a list, and digits are text in quotes."""
+    """Phrase the remedy for a file: an override is a list entry, and digits are quoted text."""
     said = problem.partition("; to give these digits as text")[0]
     if said != problem:
         return f"{said}; to give these digits as text, write them in quotes"
@@ -233,7 +233,7 @@ def _for_yaml(problem: str) -> str:
 
 
 def _name_problems(name: str, key: str, allowed_slash: bool) -> list[str]:
-    """Names become directories, and are quoted in overrides."""
+    """Check a name, which becomes a directory and is quoted in overrides."""
     parts = name.split("/") if allowed_slash else [name]
     if all(re.fullmatch(r"[^/'\"\\$\x00-\x1f]+", part) and part not in (".", "..") for part in parts):
         return []
@@ -270,7 +270,7 @@ def _jobs(study: str, stage: Stage) -> list[Job]:
 
 
 def _parsed(overrides: Sequence[str]) -> list[Override]:
-    """Return the overrides; of several for the same key, the last one (a dict is not merged)."""
+    """Return the overrides, with only the last one for each key (a dict is not merged)."""
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
@@ -279,7 +279,7 @@ def _parsed(overrides: Sequence[str]) -> list[Override]:
 
 
 def _values(override: Override) -> list[str]:
-    """Return an override as it is, or one for each value of its sweep."""
+    """Return an override unchanged, or one for each value of its sweep."""
     if not override.is_sweep_override():
         return [str(override.input_line)]
     if not override.is_discrete_sweep():
@@ -295,7 +295,7 @@ def _last_of_each(overrides: Sequence[str]) -> tuple[str, ...]:
 
 
 def _file_name(varying: Sequence[str]) -> str:
-    """``key=value,key=value`` in letters that a path may have."""
+    """Return ``key=value,key=value`` in characters that a path allows."""
     plain = (given.replace("'", "").replace('"', "") for given in varying)
     return ",".join(re.sub(r"[^\w.=+-]+", "_", given) for given in plain)
 

@@ -1,4 +1,4 @@
-"""Sweep files of Weights & Biases: read, and checked against W&B's schema and our own keys before anything starts."""
+"""Reads Weights & Biases sweep files, and checks them against W&B's schema and our keys before anything starts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from deltakd.studies.sweep_values import number_problem, text_problem
 
 log = logging.getLogger(__name__)
 
-#: The program that a sweep's command has to run.
+#: The program that a sweep's command must run.
 PROGRAM = "deltakd.train"
 
 #: Groups whose choices may change any key of the config.
@@ -72,7 +72,7 @@ class Hyperband:
 
     Args:
         min_resource: validations before a run may be ended.
-        max_resource: validations of a whole run; None: those of the first run that is finished.
+        max_resource: validations of a whole run; None: as many as the first finished run had.
         reduction_factor: one run in this many continues.
     """
 
@@ -91,9 +91,9 @@ class Sweep:
         metric: the objective, such as ``val/rougeL``.
         goal: maximize or minimize.
         overrides: those of the command, and the parameters with one value.
-        parameters: what is searched over.
+        parameters: the parameters to search.
         hyperband: early termination, or None.
-        run_cap: the most runs, or None.
+        run_cap: maximum number of runs, or None.
     """
 
     path: Path
@@ -107,7 +107,7 @@ class Sweep:
 
     @property
     def maximize(self) -> bool:
-        """True if more of the metric is better."""
+        """True if a higher metric is better."""
         return self.goal == "maximize"
 
     def grid(self) -> Iterator[dict[str, Scalar]]:
@@ -132,7 +132,7 @@ def override(key: str, value: Scalar) -> str:
 
 
 def merge_overrides(*groups: Sequence[str]) -> list[str]:
-    """Return all overrides; of two for the same key, the later one."""
+    """Return all overrides, with only the last one for each key."""
     return list({text.split("=", 1)[0]: text for group in groups for text in group}.values())
 
 
@@ -141,11 +141,11 @@ def read_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
 
     Args:
         path: the file.
-        overrides: Hydra overrides that will be given besides; they win over those of the file's command.
+        overrides: additional Hydra overrides; they take precedence over the file's command.
 
     Raises:
-        ConfigError: everything that is wrong with it: W&B's schema (where the package ``sweeps`` is installed), what
-            cannot become an override, and keys and choices that do not exist, with the nearest ones.
+        ConfigError: lists all problems: violations of W&B's schema (if the package ``sweeps`` is installed), values
+            that can't become overrides, and unknown keys and choices, with the nearest ones.
     """
     content = _load(path)
     problems = _schema_problems(content)
@@ -203,7 +203,7 @@ def wandb_schema() -> Any:
 
 
 def _schema_problems(content: dict[str, Any]) -> list[str]:
-    """Return what W&B's own schema rejects."""
+    """Return the violations of W&B's own schema."""
     validator = wandb_schema()
     if validator is None:
         log.info("The package `sweeps` is not installed: the file is checked against our keys, not W&B's schema.")
@@ -221,7 +221,7 @@ def _schema_problems(content: dict[str, Any]) -> list[str]:
 
 
 def _parameters(given: Any, problems: list[str]) -> dict[str, Parameter]:
-    """Read what is searched over; what can't be becomes problems."""
+    """Read the parameters to search; invalid ones become problems."""
     if not isinstance(given, dict) or not given:
         problems.append(f"parameters is {given!r}; give {{optim.lr: {{values: [0.001, 0.003]}}}}")
         return {}
@@ -308,7 +308,7 @@ def _method_problems(content: dict[str, Any], parameters: Mapping[str, Parameter
 
 
 def _command_overrides(command: Any) -> tuple[list[str], list[str]]:
-    """Return the overrides in a sweep's command, and what is wrong with it."""
+    """Return the overrides in a sweep's command, and its problems."""
     wanted = f"[${{env}}, ${{interpreter}}, -m, {PROGRAM}, key=value, ..., ${{args_no_hyphens}}]"
     if not isinstance(command, list):
         return [], [f"command is missing: W&B would pass --key=value, which Hydra does not read; give {wanted}"]

@@ -1,4 +1,4 @@
-"""Values of a sweep file against the types that their keys take, before anything starts."""
+"""Checks values of a sweep file against the types of their keys, before anything starts."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from deltakd.studies.sweep_files import Choices, Parameter, Scalar, Sweep, merge
 
 
 def check_types(sweep: Sweep) -> None:
-    """Try each value by itself, under the first choice of each group; paths are not looked at.
+    """Try each value separately, under the first choice of each group; paths are not checked.
 
     Raises:
-        ConfigError: every value of another type than its key takes.
+        ConfigError: lists every value of the wrong type for its key.
     """
     tried = {key: _tried(parameter) for key, parameter in sweep.parameters.items()}
     first = [override(key, values[0]) for key, values in tried.items()]
@@ -42,7 +42,7 @@ def check_types(sweep: Sweep) -> None:
 
 
 def _tried(parameter: Parameter) -> Sequence[Scalar]:
-    """All values, or the ends of an interval in the form in which they are drawn."""
+    """Return all values, or the ends of an interval in the form in which they are drawn."""
     if isinstance(parameter, Choices):
         return parameter.values
     ends = (parameter.low, parameter.high)

@@ -1,4 +1,4 @@
-"""Values of a sweep file on their way into a config: what a text becomes, and what is no number."""
+"""Values of a sweep file on their way into a config: how texts are parsed, and which values are not numbers."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import QuotedString
 from hydra.errors import HydraException
 
-#: A number with an exponent, which YAML 1.1 takes for text where point or sign is missing.
+#: A number with an exponent, which YAML 1.1 takes for text if point or sign is missing.
 _EXPONENT = re.compile(r"([-+]?\d[\d_]*)(\.\d*)?[eE]([-+]?)(\d+)")
 
 
 def text_problem(text: str) -> str | None:
-    """Return why a text would not reach the config as it stands; None if it does.
+    """Return why a text would not reach the config unchanged; None if it does.
 
     W&B's agents and our search write ``key=text``, which Hydra reads: ``a,b`` is a sweep to it, ``true`` no text. What
     YAML can't say in another way passes: ``null``, lists, mappings, and ``1e-5``, which YAML takes for text.
     """
-    # Inside single quotes Hydra reads all but these two as they stand.
+    # Inside single quotes Hydra reads everything but these two verbatim.
     quoted = "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
     remedy = f"to give this text, quote it: {_in_yaml(quoted)}"
     try:
@@ -39,7 +39,7 @@ def text_problem(text: str) -> str | None:
 
 
 def _plain(text: str) -> Any:
-    """Return what YAML makes of a text without quotes."""
+    """Return an unquoted text as YAML parses it."""
     try:
         return yaml.safe_load(text)
     except (ValueError, yaml.YAMLError):
@@ -55,7 +55,7 @@ def _in_yaml(text: str) -> str:
 
 
 def number_problem(name: str, value: Any) -> str | None:
-    """Return why a value that must be a finite number is none, with the remedy where YAML took a number for text."""
+    """Return why a value is not a finite number, with the remedy if YAML took a number for text."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return None if abs(value) < float("inf") else f"{name} is {value}; give a finite number"
     exponent = _EXPONENT.fullmatch(value) if isinstance(value, str) else None

@@ -1,4 +1,4 @@
-"""Time that a study's runs took, and the expected time of the others."""
+"""The duration of a study's finished runs, and the expected duration of the rest."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from deltakd.studies.study_file import Job, Study
 
 
 def seconds_of(directory: RunDirectory) -> float:
-    """Return the seconds that a finished run took since its last start."""
+    """Return the duration of a finished run since its last start, in seconds."""
     return float(directory.read_summary().get("meta", {}).get("seconds", 0.0))
 
 
 def measured_seconds(jobs: Sequence[Job]) -> dict[str, list[float]]:
-    """Return stage -> seconds that each of its finished runs took."""
+    """Return stage -> durations of its finished runs, in seconds."""
     took: dict[str, list[float]] = {job.stage.name: [] for job in jobs}
     for job in jobs:
         if job.directory.finished:
@@ -27,7 +27,7 @@ def measured_seconds(jobs: Sequence[Job]) -> dict[str, list[float]]:
 
 
 def expected_minutes(jobs: Sequence[Job], measured: Mapping[str, Sequence[float]]) -> dict[str, float | None]:
-    """Return run -> minutes: what finished runs of its stage took on average, else what the study says."""
+    """Return run -> expected minutes: the mean of its stage's finished runs, else the study's estimate."""
     return {
         job.name: statistics.mean(measured[job.stage.name]) / 60 if measured[job.stage.name] else job.stage.minutes
         for job in jobs
@@ -35,7 +35,7 @@ def expected_minutes(jobs: Sequence[Job], measured: Mapping[str, Sequence[float]
 
 
 def say_estimate(jobs: Sequence[Job], measured: Mapping[str, Sequence[float]], console: Console) -> None:
-    """Print the expected time of what is left, by stage and in all; nothing if nothing is left."""
+    """Print the expected remaining time, by stage and in total; nothing if all runs are finished."""
     todo = [job for job in jobs if not job.directory.finished]
     if not todo:
         return
@@ -56,7 +56,7 @@ def say_estimate(jobs: Sequence[Job], measured: Mapping[str, Sequence[float]], c
 
 
 def say_hours(study: Study, console: Console) -> None:
-    """Print the time of all finished runs of the study, over all its starts, by stage and in all."""
+    """Print the time of all finished runs of the study, over all its starts, by stage and in total."""
     measured = measured_seconds([job for jobs in study.jobs.values() for job in jobs])
     hours = {stage: sum(seconds) / 3600 for stage, seconds in measured.items() if seconds}
     if not hours:

@@ -67,8 +67,8 @@ class Search:
     Args:
         sweep: the file's content.
         storage: SQLite file with all trials; their run directories are beside it.
-        trials: number of trials, including those of former starts; None: the file's ``run_cap``, the whole of
-            a grid, or DEFAULT_TRIALS.
+        trials: number of trials, including earlier starts'; None: the file's ``run_cap``, the whole grid, or
+            DEFAULT_TRIALS.
         train: trains one trial.
     """
 
@@ -105,14 +105,14 @@ class Search:
 
 
 def run_search(search: Search, console: Console) -> list[Outcome]:
-    """Run the trials that are not done; an interrupted trial resumes from its checkpoint.
+    """Run the remaining trials; an interrupted trial resumes from its checkpoint.
 
     Args:
-        search: what to search, and where the trials go.
+        search: the parameters, and where the trials go.
         console: progress and the best value are shown here.
 
     Returns:
-        All trials, those of former starts included.
+        All trials, including earlier starts'.
 
     Raises:
         ConfigError: all problems of the config, before anything starts; the storage holds another
@@ -139,7 +139,7 @@ def run_search(search: Search, console: Console) -> list[Outcome]:
 
 
 def _check(search: Search) -> None:
-    """Compose and plan a first trial: what is wrong with a config is said before anything starts."""
+    """Compose and plan a first trial, to report config errors before anything starts."""
     params = {k: p.values[-1] if isinstance(p, Choices) else p.high for k, p in search.sweep.parameters.items()}
     cfg = compose_config("train", search.overrides(params, 0))
     settings = make_settings(cfg)
@@ -166,7 +166,7 @@ def _check(search: Search) -> None:
 
 @contextmanager
 def _only_process(search: Search) -> Iterator[None]:
-    """Keep other processes out: trials found running are then ones that were interrupted."""
+    """Keep other processes out: trials found running must then have been interrupted."""
     try:
         with FileLock(search.storage.with_suffix(".lock"), timeout=0):
             yield
@@ -203,7 +203,7 @@ def _opened(search: Search) -> Iterator[optuna.Study]:
                 [f"{search.storage} holds another search: {shown}; give another --storage, or remove that folder"]
             )
         if search.sweep.method == "grid" and not study.get_trials(deepcopy=False):
-            # Queued, the combinations come in the file's order, whenever the search is interrupted.
+            # Queueing keeps the combinations in the file's order, whenever the search is interrupted.
             for params in search.sweep.grid():
                 study.enqueue_trial(params)
         yield study
@@ -233,7 +233,7 @@ def _pruner(sweep: Sweep) -> optuna.pruners.BasePruner:
 
 
 def _sampler(sweep: Sweep, number: int) -> optuna.samplers.BaseSampler:
-    """Return a sampler seeded by the trial's number: an interrupted search draws what an uninterrupted one would."""
+    """Return a sampler seeded by the trial's number: an interrupted search draws the same as an uninterrupted one."""
     if sweep.method == "bayes":
         return optuna.samplers.TPESampler(seed=number, n_startup_trials=_STARTUP_TRIALS)
     return optuna.samplers.RandomSampler(seed=number)
@@ -252,7 +252,7 @@ def suggest(trial: optuna.Trial, key: str, parameter: Parameter) -> Scalar:
 
 
 def _as_drawn(parameter: Parameter | None, value: Scalar) -> Scalar:
-    """Return a number of whole steps as a whole number: Optuna keeps it as 2.0, which no count of rows takes."""
+    """Return a number of whole steps as an integer: Optuna stores 2.0, which row counts do not accept."""
     whole = isinstance(parameter, Interval) and parameter.whole and isinstance(value, float)
     return round(value) if whole else value  # type: ignore[arg-type]
 
@@ -304,7 +304,7 @@ def _outcomes(search: Search, study: optuna.Study) -> list[Outcome]:
         drawn = {key: _as_drawn(search.sweep.parameters.get(key), value) for key, value in trial.params.items()}
         values = {key: override(key, value).split("=", 1)[1] for key, value in drawn.items()}
         state = _STATES.get(trial.state, UNFINISHED)
-        # The value of a trial that ended early is that of its last validation.
+        # A trial that ended early has the value of its last validation.
         value = trial.value if state in (FINISHED, ENDED_EARLY) else None
         seconds = trial.user_attrs.get("seconds")
         directory = search.directory / str(trial.number)
@@ -313,7 +313,7 @@ def _outcomes(search: Search, study: optuna.Study) -> list[Outcome]:
 
 
 def _conclude(search: Search, outcomes: Sequence[Outcome], console: Console) -> None:
-    """Write table and plot, and say what was best."""
+    """Write table and plot, and report the best setting."""
     maximize = search.sweep.maximize
     table, plot = search.directory / "search.csv", search.directory / "search.png"
     write_table(outcomes, table)
