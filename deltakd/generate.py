@@ -54,12 +54,14 @@ def run_generation(overrides: Sequence[str]) -> dict[str, Any]:
         overrides: Hydra overrides, ``run_dir`` among them.
     """
     cfg = compose_config("train", overrides)
-    # It imports torch and all models, which --help and a mistyped key need not wait for.
+    # It imports torch, which --help and a mistyped key need not wait for; once the config is right, the models follow.
     from deltakd.config.build import make_answering_settings
+
+    settings = make_answering_settings(cfg)
     from deltakd.training.answering import run_answers
 
     run_dir = Path(str(cfg.run_dir))
-    summary = run_answers(make_answering_settings(cfg), run_dir)
+    summary = run_answers(settings, run_dir)
     log.info("Next, SFT on the answers: %s", shlex.join(next_command(overrides, run_dir, bool(summary["held_out"]))))
     return summary
 

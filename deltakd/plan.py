@@ -53,15 +53,16 @@ def plan(given: argparse.Namespace, console: Console) -> None:
     _check(given, bool(sizes))
     # A dry run: asked in a job of another size it is no run of that job.
     cfg = None if sizes else compose_config("train", [*given.overrides, "trainer.dry_run=true"])
-    # They import torch and all models, which --help and a mistyped key need not wait for.
+    # It imports torch, which --help and a mistyped key need not wait for; once the config is right, the models follow.
     from deltakd.config.build import make_settings
+
+    settings = None if cfg is None else make_settings(cfg)
     from deltakd.estimates.clusters import PAPER, assumed, default_ways, make_cases, read_architecture, read_ways
     from deltakd.estimates.memory import planned_setting
     from deltakd.estimates.plan_tables import Rates, show_cases, show_setting
 
     rates = Rates(given.tflops, given.interconnect, given.steps, given.tokens)
-    if cfg is not None:
-        settings = make_settings(cfg)
+    if settings is not None:
         if rates.steps is None and rates.tokens is None and settings.trainer.max_steps:
             rates = Rates(rates.tflops, rates.interconnect, settings.trainer.max_steps)
         show_setting(settings.name, planned_setting(settings), rates, console)

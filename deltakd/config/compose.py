@@ -130,6 +130,27 @@ def read_mapping(text: str) -> dict[str, Any]:
     return {str(key): value for key, value in found.items()}
 
 
+def _how_to_quote(overrides: Sequence[str]) -> str:
+    """Say how to write the first override that Hydra can't parse, such as a source with ``#field=value``."""
+    for text in overrides:
+        key, _, value = text.partition("=")
+        if _parses(text) or not value:
+            continue
+        if value[0] in "[{":
+            return "; put each text in the list or mapping that has special characters, such as #, into double quotes"
+        quoted = f'{key}="{value}"'
+        return f"; put the value into double quotes, and all into single ones: '{quoted}'" if _parses(quoted) else ""
+    return ""
+
+
+def _parses(override: str) -> bool:
+    try:
+        OverridesParser.create().parse_overrides([override])
+    except HydraException:
+        return False
+    return True
+
+
 def check_overrides(name: str, overrides: Sequence[str]) -> None:
     """Check the keys of all overrides at once, sweeps included.
 
@@ -139,7 +160,7 @@ def check_overrides(name: str, overrides: Sequence[str]) -> None:
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
-        raise ConfigError([_one_line(error)]) from None
+        raise ConfigError([_one_line(error) + _how_to_quote(overrides)]) from None
     groups = [o for o in parsed if is_group(o.key_or_group)]
     problems = [p for override in groups for p in _choice_problems(override)]
     problems += launcher_problems([str(o.value()) for o in parsed if o.key_or_group == "hydra/launcher"])

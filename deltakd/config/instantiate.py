@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import pydoc
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache
 from types import SimpleNamespace
 from typing import Any, cast, get_type_hints
@@ -24,12 +25,16 @@ def built(node: Any, key: str, problems: list[str]) -> Any:
         node: what Hydra instantiates; it may contain other nodes with a ``_target_``.
         key: the node's key.
         problems: gets one sentence for each key that the target does not take and each value that does not match its
-            annotation (both are left out, so that the others can still be checked), and for an error that it raises.
+            annotation (both are left out, so that the others can still be checked), for a target that cannot be
+            imported, and for an error that it raises.
     """
     if not isinstance(node, Mapping) or "_target_" not in node:
         problems.append(
             f"{key} is {node!r}; it must be a mapping with a _target_: take one of the choices of the group"
         )
+        return None
+    if unknown := list(_unknown_targets(node, key)):
+        problems += unknown
         return None
     sound, found = _sound(node, key)
     problems += found
@@ -45,6 +50,39 @@ def built(node: Any, key: str, problems: list[str]) -> Any:
         where = f"{key}.{inner[1]}" if inner else key
         problems.append(f"{where}: {' '.join(str(cause).split())}")
         return None
+
+
+def _unknown_targets(node: Any, key: str) -> Iterator[str]:
+    """Yield a sentence for each ``_target_`` in a node that cannot be imported."""
+    if isinstance(node, Mapping):
+        if isinstance(target := node.get("_target_"), str) and (why := _why_unknown(target)):
+            yield f"{key}._target_ is {target!r}, but {why}"
+        for name, value in node.items():
+            yield from _unknown_targets(value, f"{key}.{name}")
+    elif isinstance(node, Sequence) and not isinstance(node, str):
+        for n, value in enumerate(node):
+            yield from _unknown_targets(value, f"{key}.{n}")
+
+
+def _why_unknown(target: str) -> str:
+    """Return why a dotted path names nothing that can be imported; empty if it does name something."""
+    try:
+        if pydoc.locate(target) is not None:
+            return ""
+        owner, _, name = target.rpartition(".")
+        while owner and (found := pydoc.locate(owner)) is None:
+            owner, _, name = owner.rpartition(".")
+    except pydoc.ErrorDuringImport as error:
+        # Importing a user's module may raise anything. A SyntaxError says its line itself.
+        where = ""
+        if error.tb is not None and not isinstance(error.value, SyntaxError):
+            last = inspect.getinnerframes(error.tb)[-1]
+            where = f" at {last.filename}:{last.lineno}"
+        return f"importing {error.filename} fails{where}: {type(error.value).__name__}: {error.value}"
+    if owner:
+        near = _nearest(name, dir(found)).removesuffix("; ")
+        return f"{owner} has no {name!r}; {near or 'write module.Class'}"
+    return f"there is no module {name!r} beside conf/, on PYTHONPATH or installed"
 
 
 def _sound(node: Mapping[str, Any], key: str) -> tuple[dict[str, Any], list[str]]:

@@ -1,4 +1,4 @@
-"""From a data config to tokenised sets: read, hold out, exclude, tokenise, and log what happened."""
+"""From a data config to tokenised sets: read, hold out, exclude, tokenise, and log the outcome."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class SplitRows(NamedTuple):
     Args:
         train: training rows.
         val: validation rows; may be empty.
-        excluded: number of training rows left out because their task must not be trained on.
+        excluded: number of training rows left out because their task is excluded from training.
     """
 
     train: StoredRows
@@ -52,10 +52,10 @@ class LoadedSets(NamedTuple):
     Args:
         train: the training set.
         val: the validation set, or None.
-        val_rows: validation rows before tokenising, for generation, read when asked for; empty for plain text.
+        val_rows: validation rows before tokenising, for generation, read on demand; empty for plain text.
         train_rows: training rows before tokenising, likewise.
         counts: ``train_rows``, ``val_rows``, ``excluded``, and each set's own counts as ``train/...``, ``val/...``.
-        stream: what is trained on in place of ``train`` and ``train_rows``, which then hold its first rows or nothing.
+        stream: streamed training data instead of ``train`` and ``train_rows``, which then hold its first rows or none.
     """
 
     train: EncodedSet
@@ -86,7 +86,7 @@ def split_rows(
     Args:
         train, train_subset: sources and subsets as for ``read_rows``.
         val, val_subset: likewise. If ``val`` is None, ``val_size`` training rows drawn with ``seed`` are held out.
-        exclude: sources whose tasks must not be trained on, such as test sets; their near duplicates are dropped, too
+        exclude: sources whose tasks must not be trained on, such as test sets; near duplicates are dropped, too
             (``overlapping``). So are tasks of validation rows, by the rule of ``unlike``.
         strip_answers, columns: as for ``iter_rows``; of ``columns``, excluded sources need have none.
         limit: keep only the first ``limit`` rows of train and of val (for debugging).
@@ -124,7 +124,7 @@ def banned_rows(exclude: Sequence[str], columns: Mapping[str, str] | None) -> li
 def _chosen(
     rows: StoredRows, given: StoredRows | None, banned: Sequence[Row], val_size: int, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the places of the rows to train on, and of those held out."""
+    """Return the positions of the training rows, and of the held-out rows."""
     allowed = np.arange(len(rows))
     if banned:
         allowed = allowed[unlike(rows.tasks, task_digests(banned))]
@@ -169,7 +169,7 @@ def load_instruction_sets(
             ``split_rows``.
         template: as for ``make_template``.
         tokenizer, max_length, max_prompt_length, overlong, split_turns, cache_dir: as for ``encode_rows``.
-        prompts_only: of training rows only the prompts are wanted, so that they need no response: the student answers.
+        prompts_only: encode only the prompts of training rows, which then need no response: the student answers.
 
     Raises:
         ValueError: as ``split_rows`` and ``encode_rows``.
@@ -263,8 +263,9 @@ def _hold_out(places: NDArray[np.int64], size: int, seed: int) -> NDArray[np.int
 
 def _report(train: EncodedSet, val: EncodedSet | None, counts: Mapping[str, int]) -> None:
     log.info(
-        "instructions: %d examples with %d valid tokens to train on and %d to validate on; of the training rows "
-        "%d were excluded, %d dropped, %d prompts and %d responses cut",
+        "instructions: %d examples with %d valid tokens to train on and %d to validate on; %d training rows were "
+        "left out as tasks of validation rows or of data.exclude, %d were dropped as too long or without an answer; "
+        "%d prompts and %d responses were cut",
         len(train),
         int(train.valid_tokens.sum()),
         0 if val is None else len(val),
@@ -290,8 +291,8 @@ def _report(train: EncodedSet, val: EncodedSet | None, counts: Mapping[str, int]
 
 def _report_prompts(train: EncodedSet, val: EncodedSet | None, counts: Mapping[str, int]) -> None:
     log.info(
-        "instructions: %d prompts of %d to %d tokens for the student to answer, and %d examples to validate on; of the "
-        "training rows %d were excluded, %d prompts cut",
+        "instructions: %d prompts of %d to %d tokens for the student to answer, and %d examples to validate on; %d "
+        "training rows were left out as tasks of validation rows or of data.exclude, %d prompts were cut",
         len(train),
         int(train.lengths.min()),
         int(train.lengths.max()),

@@ -1,4 +1,4 @@
-"""From a data config to a stream: list the shards, read the first rows, and say what is done with the rest."""
+"""From a data config to a stream: list the shards, read the first rows, and set up how the rest is read."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-#: Rows, or documents, that are read before models load: mistakes that every row has show at once.
+#: Rows or documents read before models load, so that errors common to all rows show at once.
 FIRST_ROWS, FIRST_DOCUMENTS = 64, 16
 
 
@@ -51,14 +51,14 @@ def open_instruction_stream(
 ) -> tuple[Stream, EncodedSet]:
     """Open a stream of instruction rows.
 
-    Tasks of ``exclude`` and of ``val_rows``, and near duplicates of the former, are left out by the rules of
-    ``split_rows``, buffer by buffer: what is a generic instruction or a prompt's frame is told from the rows of a
-    buffer.
+    Tasks of ``exclude`` and ``val_rows``, and near duplicates of the former, are left out by the rules of
+    ``split_rows``, buffer by buffer: the rows of a buffer determine which instructions are generic, and which text is
+    a prompt's frame.
 
     Args:
         train, columns: as for ``list_shards``.
         template, tokenizer, max_length, max_prompt_length, overlong, split_turns: as for ``encode_rows``.
-        shuffle_buffer: rows that are shuffled in memory.
+        shuffle_buffer: rows shuffled in memory.
         exclude, strip_answers: as for ``split_rows``.
         val_rows: rows to validate on.
         limit: keep only the first ``limit`` rows of every pass.
@@ -115,7 +115,7 @@ def open_text_stream(
     Args:
         train, shuffle_buffer, columns, limit: as for ``open_instruction_stream``.
         tokenizer, block_length: as for ``pack_texts``.
-        max_tokens: tokens to train on in all.
+        max_tokens: total tokens to train on.
 
     Returns:
         The stream, and blocks of its first documents.
@@ -137,12 +137,12 @@ def open_text_stream(
 def streamed_sets(
     stream: Stream, first: EncodedSet, val: EncodedSet | None, val_rows: Sequence[Row] = ()
 ) -> LoadedSets:
-    """Return a stream and its validation data as a run's sets, and say in the log what is streamed.
+    """Return a stream and its validation data as a run's sets, and log what is streamed.
 
     Args:
-        stream, first: as they were opened.
+        stream, first: from ``open_instruction_stream`` or ``open_text_stream``.
         val: the validation set, or None.
-        val_rows: its rows, where there are any.
+        val_rows: its rows, if any.
     """
     sizes = [shard.size for shard in stream.shards]
     together = sum(size or 0 for size in sizes) / 2**20

@@ -40,20 +40,20 @@ class DataConfig(ABC):
         sets: instruction sets for evaluation: name -> source, or a mapping with ``source``. Pre-training runs
             (``TextData``) may have them, too.
         template: ``alpaca``, ``chat``, or a mapping with_input / without_input / tail.
-        max_length: most tokens of a row (prompt and response); for text, tokens of a block.
-        max_prompt_length: most tokens of a prompt.
+        max_length: maximum tokens of a row (prompt and response); for text, tokens per block.
+        max_prompt_length: maximum tokens of a prompt.
         limit: keep only the first ``limit`` rows or documents of ``train`` and of ``val``.
         streaming: read ``train`` while training instead of indexing it first, for data of any size; see ``Passes``.
-        shuffle_buffer: of a stream, rows (or documents) that are shuffled in memory; kept by every process.
+        shuffle_buffer: for a stream, rows (or documents) shuffled in memory; every process keeps a buffer.
         batch_size: rows per process and micro-batch; None: as many as ``max_tokens_per_batch`` allows.
         max_tokens_per_batch: positions per process and micro-batch (rows times longest row); None: use ``batch_size``.
-        cache_dir: folder that keeps rows, tokens and overlaps for later runs; they are found by the content of the
-            sources. It may be deleted at any time. None keeps nothing.
-        prepare: called first; makes the files if they are missing.
+        cache_dir: folder that keeps rows, tokens and overlaps for later runs, keyed by the content of the sources.
+            It may be deleted at any time. None: keep nothing.
+        prepare: called first, to create the files if they are missing.
         strip_answers: a regular expression; matches are removed from all answers, including those of evaluation sets.
-        columns: our name of a column -> its name in ``train`` and ``val``. Evaluation sets and ``exclude`` may be
-            written otherwise: there, it counts where a record lacks our name.
-        preview: what the log shows of the first training row: ``text``, ``ids`` (each token with its id), ``none``.
+        columns: our name of a column -> its name in ``train`` and ``val``. Evaluation sets and ``exclude`` may use
+            other names: there, it applies only to records without our name.
+        preview: how the log shows the first training row: ``text``, ``ids`` (each token with its id), or ``none``.
     """
 
     train: Sources | None
@@ -91,7 +91,7 @@ class DataConfig(ABC):
 
     @property
     def positions(self) -> int:
-        """Most positions in a micro-batch, padding included."""
+        """Maximum positions in a micro-batch, padding included."""
         if self.batch_size is not None:
             return self.batch_size * self.max_length
         assert self.max_tokens_per_batch is not None, "neither batch_size nor max_tokens_per_batch"
@@ -103,7 +103,7 @@ class DataConfig(ABC):
         return bool(self.val)
 
     def make_files(self) -> None:
-        """Make the files of the data, where the config says how and they are not there."""
+        """Create the data's files if they are missing and the config says how."""
         if self.prepare is not None:
             self.prepare()
 
@@ -113,7 +113,7 @@ class DataConfig(ABC):
 
         Args:
             tokenizer: the student's.
-            prompts_only: only the prompts of training rows are wanted: the student answers them.
+            prompts_only: encode only the prompts of training rows: the student answers them.
         """
 
     def check_lengths(self, sets: LoadedSets) -> None:
@@ -128,7 +128,7 @@ class DataConfig(ABC):
         return make_template(self.template, tokenizer)
 
     def problems(self) -> list[str]:
-        """Return what is wrong with ``data``, one sentence per problem."""
+        """Return the problems with ``data``, one sentence each."""
         found = self.own_problems()
         found += self._batch_problems()
         found += template_problems("data.template", self.template)
@@ -147,7 +147,7 @@ class DataConfig(ABC):
         return found
 
     def _stream_problems(self) -> list[str]:
-        """Return what a stream can't do."""
+        """Return the problems with settings that a stream does not support."""
         found = []
         if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < self.max_length:
             found.append(
@@ -189,8 +189,8 @@ class InstructionData(DataConfig):
         split_seed: draws the held-out rows, independently of the run's seed.
         exclude: sources whose tasks must not be trained on, such as test sets.
         overlong: ``cut`` or ``drop`` rows that are too long.
-        split_turns: make an example of each answer of a conversation, for chat templates that write earlier turns in
-            another way once later ones follow; earlier turns are then read as the model would see them.
+        split_turns: make each answer of a conversation a separate example, for chat templates that render earlier
+            turns differently once later ones follow; the model then reads earlier turns as it would in use.
     """
 
     train_subset: str | None = None

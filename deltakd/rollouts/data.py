@@ -20,7 +20,7 @@ from deltakd.rollouts.settings import RolloutSettings
 
 @runtime_checkable
 class Answering(Protocol):
-    """What rollouts need from the module that is trained."""
+    """The part of the Lightning module that rollouts use."""
 
     def whole_student(self) -> AbstractContextManager[LanguageModel]:
         """Yield the student in eval mode, whole on this rank. Collective: call on every rank."""
@@ -29,7 +29,7 @@ class Answering(Protocol):
 
 @final
 class RolloutData(DistillationData):
-    """Hands out this rank's rollouts; validation is on given responses.
+    """Hands out this rank's rollouts; validation uses the responses in the data.
 
     Args:
         train, val, accumulate, seed, max_epochs, max_steps, world_size: as for ``DistillationData``; an epoch is a pass
@@ -39,7 +39,7 @@ class RolloutData(DistillationData):
         settings: of the rollouts.
         batch_size: rows per process and micro-batch.
         longest: most tokens of prompt and response together.
-        log_probs: the loss weighs tokens by how likely they were when they were sampled.
+        log_probs: record each sampled token's log-prob, for losses that need it.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class RolloutData(DistillationData):
                 f"rollout.fraction is {self.settings.fraction:g} of {prompts} rows a step, less than half a row; "
                 "raise it, or give rollout=none"
             )
-        # Prompts of a step are dealt out by the loader, once their responses' lengths are known.
+        # The loader deals out a step's prompts once the lengths of their responses are known.
         return StepSampler(
             self.train.lengths,
             self.train.valid_tokens,
@@ -136,7 +136,7 @@ class RolloutData(DistillationData):
 
     @contextmanager
     def _whole_student(self) -> Iterator[LanguageModel]:
-        """Yield the student that is trained, at the precision at which it is trained.
+        """Yield the student being trained, at its training precision.
 
         Raises:
             TypeError: the trainer's module can't lend its student.

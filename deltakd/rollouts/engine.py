@@ -1,4 +1,4 @@
-"""The engine that answers prompts with the student itself, by the generator of the evaluation."""
+"""The engine that answers prompts with the student itself, using the evaluation's generator."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Request:
 
     Args:
         prompt: its tokens.
-        keys: one per response: row, step and number of the response are in it.
+        keys: one noise key per response, made of row, step and response number.
     """
 
     prompt: Sequence[int]
@@ -37,7 +37,7 @@ class Request:
 
 
 class Engine(Protocol):
-    """Answers prompts as the student would now."""
+    """Answers prompts with the student's current weights."""
 
     def answer(self, requests: Sequence[Request]) -> list[Response]:
         """Return the responses, request by request and key by key. Collective: call on every rank."""
@@ -77,7 +77,7 @@ class OwnEngine:
     def answer(self, requests: Sequence[Request]) -> list[Response]:
         """As for ``Engine``. In float32 on CPUs, responses do not depend on the number of ranks."""
         rank, world_size = place()
-        # Neighbours in length go to different ranks, so that all have about as much to do.
+        # Prompts of similar length go to different ranks, which balances their work.
         order = np.argsort([-len(request.prompt) for request in requests], kind="stable")
         mine = [int(number) for number in order[rank::world_size]]
         with self._whole_student() as student:
@@ -108,7 +108,7 @@ class OwnEngine:
         response = Response(answer.tokens, answer.finished)
         if not self._log_probs:
             return response
-        # A row by itself: its log-probs then depend on neither batching nor ranks.
+        # One row at a time, so its log-probs depend on neither batching nor ranks.
         batch = collate([answered(0, prompt, response)], 0, 0, 0).to(next(student.parameters()).device)
         log_probs_N = label_log_probs(student.head(batch), batch.labels_N)
         return Response(answer.tokens, answer.finished, log_probs_N.float().cpu().numpy())

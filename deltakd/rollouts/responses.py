@@ -16,12 +16,12 @@ from deltakd.types import IGNORE_INDEX
 
 @dataclass(frozen=True)
 class Response:
-    """What the student wrote.
+    """A response written by the student.
 
     Args:
-        tokens: with the EOS that ended it.
+        tokens: its tokens, including the EOS that ended it.
         finished: True if an EOS ended it.
-        log_probs: [tokens] float32 nats, of each token when it was written, at temperature 1; None: not asked for.
+        log_probs: [tokens] float32 nats, of each token when it was sampled, at temperature 1; None: not requested.
     """
 
     tokens: list[int]
@@ -31,11 +31,11 @@ class Response:
 
 @dataclass(frozen=True)
 class Round:
-    """The responses that serve one or more optimiser steps.
+    """The responses for one or more optimiser steps.
 
     Args:
         first_step: the first of the steps.
-        steps: for each step its responses, in the order of its requests.
+        steps: each step's responses, in the order of its requests.
     """
 
     first_step: int
@@ -49,7 +49,7 @@ class Round:
         return self.steps[step - self.first_step]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything as a few tensors, for a checkpoint."""
+        """Return the round as a few tensors, for a checkpoint."""
         every = [response for step in self.steps for response in step]
         tokens, offsets = flatten([response.tokens for response in every])
         log_probs = [r.log_probs for r in every if r.log_probs is not None]
@@ -75,7 +75,7 @@ class Round:
         return cls(state["first_step"], [[next(remaining) for _ in range(size)] for size in state["sizes"]])
 
     def metrics_of(self, step: int) -> dict[str, float]:
-        """Return the mean length in tokens, and the part of responses that an EOS ended, of a step with responses."""
+        """Return a step's mean response length in tokens, and the share of responses that ended with EOS."""
         every = self.responses(step)
         return (
             {}

@@ -1,4 +1,4 @@
-"""Batches of rollouts: a step's prompts, answered by the student as it is when the step begins."""
+"""Batches of rollouts: a step's prompts, answered with the student's weights at the start of the step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Row:
-    """A row of a step, ready to train on; ``log_probs`` are those of its labels when they were sampled."""
+    """A row of a step, ready to train on; ``log_probs`` are its labels' at the time of sampling."""
 
     encoded: Encoded
     log_probs: Any = None
@@ -41,12 +41,12 @@ class RolloutLoader:
     valid tokens of the whole step: no batch is made before all ranks know all responses.
 
     Responses are a function of the student's weights and the noise keys. A run that resumes at the start of a round
-    writes the same ones again; a round that has begun is in ``state_dict``.
+    writes the same ones again; a round in progress is saved in ``state_dict``.
 
     Args:
         encoded: tokenised rows; only their prompts are read where the student answers.
         sampler: chooses the prompts of each step; its batches play no part.
-        engine: answers.
+        engine: answers the prompts.
         settings: of the rollouts.
         pad_id: as for ``collate``.
         batch_size: rows per rank and micro-batch.
@@ -79,7 +79,7 @@ class RolloutLoader:
         self.rank = rank
         self.world_size = world_size
         self.seed = seed
-        #: ``rollout/...`` of the step in use.
+        #: ``rollout/...`` metrics of the current step.
         self.metrics: dict[str, float] = {}
         #: Seconds spent on responses by this process.
         self.seconds = 0.0
@@ -122,19 +122,19 @@ class RolloutLoader:
         self._round = None if state["round"] is None else Round.from_state(state["round"])
 
     def tokens_of_step(self, step: int) -> int:
-        """Return the tokens that the student wrote for a step of the round in use, over all ranks."""
+        """Return the number of tokens that the student wrote for a step of the current round, over all ranks."""
         assert self._round is not None
         return sum(len(response.tokens) for response in self._round.responses(step))
 
     def responses_of_step(self, step: int) -> list[tuple[Encoded, Response]]:
-        """Return the responses of a step of the round in use, over all ranks, each with its row as in the data."""
+        """Return the responses of a step of the current round, over all ranks, each with its row from the data."""
         assert self._round is not None
         places = zip(self.sampler.rows_of_step(step), self._is_own(step), strict=True)
         asked = [self.encoded[int(place)] for place, own in places if own for _ in range(self.settings.per_prompt)]
         return list(zip(asked, self._round.responses(step), strict=True))
 
     def _rows(self, step: int) -> list[_Row]:
-        """Return the rows of a step over all ranks, from short to long."""
+        """Return the rows of a step over all ranks, shortest first."""
         if self._round is None or step not in self._round:
             self._round = self._answer(step)
         self.metrics |= self._round.metrics_of(step)
@@ -191,7 +191,7 @@ class RolloutLoader:
 
 
 def _valid_tokens(rows: Sequence[_Row]) -> int:
-    """Return the trained tokens of all rows; nothing predicts position 0."""
+    """Return the number of trained tokens in all rows; nothing predicts position 0."""
     return sum(label != IGNORE_INDEX for row in rows for label in row.encoded.labels[1:])
 
 

@@ -15,14 +15,14 @@ Positive = Annotated[int, Ge(1)]
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutSettings:
-    """Which responses the student writes itself, and how.
+    """How many responses the student writes itself, and how.
 
     Args:
-        fraction: the part of an optimiser step's rows whose responses are the student's (λ of GKD, arXiv 2306.13649);
+        fraction: share of an optimiser step's rows whose responses are the student's (λ of GKD, arXiv 2306.13649);
             0: none.
-        per_prompt: responses to each prompt of a step.
-        every: optimiser steps that one round of responses serves.
-        batch_size: responses written together, per process.
+        per_prompt: responses per prompt.
+        every: optimiser steps per round of responses.
+        batch_size: responses generated together, per process.
         decoding: how tokens are chosen.
     """
 
@@ -43,7 +43,7 @@ class RolloutSettings:
         return self.fraction == 1
 
     def problems(self, loss: Loss | None) -> list[str]:
-        """Return what is wrong, one sentence per problem."""
+        """Return the problems, one sentence each."""
         found = self.decoding.problems("rollout.decoding") if self.on_policy else []
         if loss is not None and loss.needs_sampled_tokens:
             found += self._sampling_problems()

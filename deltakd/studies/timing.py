@@ -51,7 +51,7 @@ def say_estimate(jobs: Sequence[Job], measured: Mapping[str, Sequence[float]], c
         each = own[0]
         how = "measured" if measured[stage] else "expected"
         time_each = "unknown" if each is None else f"{each * len(own):.0f} minutes ({each:.1f} each, {how})"
-        lines.append(f"  {stage}: {len(own)} runs, {time_each}")
+        lines.append(f"  {stage}: {len(own)} {'run' if len(own) == 1 else 'runs'}, {time_each}")
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 

@@ -14,6 +14,7 @@ from deltakd import train
 from deltakd.config.build import make_settings
 from deltakd.config.compose import CONF_DIR, check_overrides, compose_config
 from deltakd.config.folders import CONFIG_DIR_VARIABLE, config_folders, use_config_dir
+from deltakd.config.instantiate import built
 from deltakd.config.loss_names import known_losses
 from deltakd.init import main, write_experiment
 from deltakd.io.errors import ConfigError
@@ -231,3 +232,41 @@ def test_a_mapping_takes_keys_of_the_users_own(
     monkeypatch.setattr("sys.argv", ["deltakd.train", *given, "--cfg", "job"])
     train.main()
     assert "mine: my.jsonl" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("override", "remedy"),
+    [
+        ("data.train=a.jsonl#kind=x", """'data.train="a.jsonl#kind=x"'"""),
+        ("data.train=[a.jsonl#kind=x]", "put each text in the list or mapping that has special characters"),
+    ],
+)
+def test_an_override_that_hydra_cannot_parse_says_how_to_quote_it(override: str, remedy: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose_config("train", ["seed=1", override])
+    assert remedy in str(caught.value)
+    assert compose_config("train", ['data.train="a.jsonl#kind=x"']).data.train == "a.jsonl#kind=x"
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("hellingr.Hellinger", "there is no module 'hellingr' beside conf/, on PYTHONPATH or installed"),
+        ("targets_of_mine.Helinger", "targets_of_mine has no 'Helinger'; the nearest is 'Hellinger'"),
+        ("unreadable_of_mine.Loss", "importing {}/unreadable_of_mine.py fails: SyntaxError: "),
+        ("broken_of_mine.Loss", "importing broken_of_mine fails at {}/broken_of_mine.py:2: ZeroDivisionError: "),
+    ],
+)
+def test_a_target_that_cannot_be_imported_is_one_clear_problem(
+    target: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "targets_of_mine.py").write_text("class Hellinger: ...\n")
+    (tmp_path / "unreadable_of_mine.py").write_text("class Loss:\n    def (\n")
+    (tmp_path / "broken_of_mine.py").write_text("import torch\n1 / 0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    problems: list[str] = []
+    node = {"_target_": "deltakd.losses.Distillation", "target": {"_target_": target}}
+    assert built(node, "loss", problems) is None
+    [problem] = problems
+    assert problem.startswith(f"loss.target._target_ is {target!r}, but {said.format(tmp_path)}")
+    assert not caplog.records

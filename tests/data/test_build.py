@@ -66,7 +66,8 @@ def test_what_happened_is_logged_in_a_sentence(
         sets = load(max_length=13, max_prompt_length=4)
     (record,) = caplog.records
     assert "20 examples with 180 valid tokens" in record.getMessage()
-    assert "20 prompts and 10 responses cut" in record.getMessage()
+    assert "0 training rows were left out as tasks of validation rows or of data.exclude" in record.getMessage()
+    assert "20 prompts and 10 responses were cut" in record.getMessage()
     assert sets.counts["train/cut_prompts"] == 20
 
 

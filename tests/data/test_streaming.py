@@ -192,6 +192,13 @@ def test_the_run_ends_with_the_passes_and_says_so(folder: Path, tokenizer: PreTr
     assert cut.counts[:2] == (12, 12)
 
 
+def test_texts_that_do_not_fill_a_block_are_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    (tmp_path / "a.txt").write_text("a few words")
+    made = TextData(train=str(tmp_path / "a.txt"), streaming=True, max_length=64).load(tokenizer)
+    with pytest.raises(ValueError, match=r"\(1 documents\) does not fill one block of 64 tokens; .*data.max_length"):
+        list(loader(made))
+
+
 def test_limit_keeps_the_first_rows_of_every_pass(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     made = settings(folder, limit=5).load(tokenizer)
     seen = numbers(loader(made, batch_size=5, accumulate=1))

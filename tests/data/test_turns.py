@@ -106,6 +106,15 @@ def test_reasoning_that_is_left_out_is_named(make_tokenizer: Factory) -> None:
         encode(make_tokenizer(chat_template=CHAT, eos_token="<|im_end|>"), row)
 
 
+def test_a_second_block_of_reasoning_is_refused(make_tokenizer: Factory) -> None:
+    block = "{% if m.role == 'assistant' %}<think></think>{% endif %}"
+    adds_one = CHAT.replace("{{ m['content'] }}", block + "{{ m['content'] }}")
+    tokenizer = make_tokenizer(chat_template=adds_one, eos_token="<|im_end|>")
+    assert encode(tokenizer, Row(0, messages=turns("a", "b")))
+    with pytest.raises(ValueError, match="row 0: the template writes a block of reasoning before an answer that has"):
+        encode(tokenizer, Row(0, messages=turns("a", "<think>c</think>b")))
+
+
 def test_keys_that_the_template_does_not_read_are_named_once(
     make_tokenizer: Factory, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -14,7 +14,7 @@ from deltakd.data.batches.stream import RowStream
 
 
 def check_budget(lengths: NDArray[np.int64], max_tokens: int, name: str = "training") -> None:
-    """Check that every row fits the budget.
+    """Check that every row fits the token budget.
 
     Args:
         lengths: [n] tokens of each row.
@@ -33,10 +33,10 @@ def check_budget(lengths: NDArray[np.int64], max_tokens: int, name: str = "train
 
 
 def pack(lengths: NDArray[np.int64], max_tokens: int) -> list[NDArray[np.int64]]:
-    """Pack rows into the fewest micro-batches in which rows × longest row stays within the budget.
+    """Pack rows into the fewest micro-batches such that rows × longest row stays within the budget.
 
-    Greedy: the longest row, with as many of the next longest as fit, and so on. No packing needs fewer micro-batches
-    (by exchange), so more rows never need fewer.
+    Greedy: the longest row, with as many of the next longest as fit, and so on. This is optimal (by an exchange
+    argument), so more rows never need fewer micro-batches.
 
     Args:
         lengths: [n] tokens of each row, none above ``max_tokens``.
@@ -50,7 +50,7 @@ def pack(lengths: NDArray[np.int64], max_tokens: int) -> list[NDArray[np.int64]]
 
 
 def starts_of(sorted_lengths: NDArray[np.int64], max_tokens: int) -> list[int]:
-    """Return where the micro-batches begin among rows sorted from long to short; see ``pack``."""
+    """Return where the micro-batches begin among rows sorted from longest to shortest; see ``pack``."""
     starts, start, count = [], 0, len(sorted_lengths)
     while start < count:
         starts.append(start)
@@ -59,7 +59,7 @@ def starts_of(sorted_lengths: NDArray[np.int64], max_tokens: int) -> list[int]:
 
 
 class _Window(NamedTuple):
-    """A stretch of the stream, to be sorted by length and cut into whole optimiser steps."""
+    """A stretch of the stream, sorted by length and cut into whole optimiser steps."""
 
     start: int
     rows: int
@@ -91,13 +91,14 @@ class TokenBudgetSampler:
     Args:
         lengths: [n] tokens of each row.
         valid_tokens: [n] trained tokens of each row.
-        max_tokens: most positions in a rank's micro-batch: rows times longest row.
+        max_tokens: maximum positions in a rank's micro-batch: rows times longest row.
         accumulate: micro-batches per optimiser step.
         world_size: number of ranks.
         rank: this rank, from 0.
         seed: for the permutations.
-        epochs: passes over the data; None: as many as ``max_steps`` needs. A fraction is of the last epoch's steps.
-        max_steps: most optimiser steps; None or -1: no limit.
+        epochs: passes over the data; None: as many as ``max_steps`` needs. A fraction applies to the last epoch's
+            steps.
+        max_steps: maximum optimiser steps; None or -1: no limit.
 
     Raises:
         ValueError: a number below 1, no rows, a row longer than the budget, or neither epochs nor max_steps.
@@ -144,7 +145,7 @@ class TokenBudgetSampler:
 
     @property
     def pass_ends(self) -> list[int]:
-        """Steps of this run, counted from 1, after which every row of a pass has been trained on."""
+        """Steps of this run, counted from 1, that complete a pass over the data."""
         ends: list[int] = []
         epoch = 1
         while (end := self._steps_until(epoch * self._rows)) <= self.total_steps:
@@ -154,7 +155,7 @@ class TokenBudgetSampler:
 
     @property
     def borrowed_rows(self) -> int:
-        """Rows of the next pass that the last window of the first pass takes; 0 where the run ends before."""
+        """Rows of the next pass that the last window of the first pass takes; 0 if the run ends earlier."""
         if self._steps_until(self._rows) > self.total_steps:
             return 0
         return next(window.stop for window in self._windows if window.stop >= self._rows) - self._rows
@@ -168,7 +169,7 @@ class TokenBudgetSampler:
         return self._window_of(step).start // self._rows
 
     def rows_of_step(self, step: int) -> NDArray[np.int64]:
-        """Return the positions of the step's rows in the data set, over all ranks, from long to short.
+        """Return the positions of the step's rows in the data set, over all ranks, longest first.
 
         Raises:
             IndexError: there is no such step in this run.
@@ -178,7 +179,7 @@ class TokenBudgetSampler:
     def micro_batch(self, index: int) -> MicroBatch:
         """Return this rank's micro-batch ``index`` = step * accumulate + number within the step.
 
-        Ranks get micro-batches of neighbouring lengths, so they wait little for each other.
+        Ranks get micro-batches of similar length, so they rarely wait for each other.
         """
         step, number = divmod(index, self.accumulate)
         micro_batches = self._micro_batches(step)
@@ -210,9 +211,9 @@ class TokenBudgetSampler:
         return self._windows[bisect_right(self._windows, step, key=lambda window: window.first_step) - 1]
 
     def _steps_until(self, place: int) -> int:
-        """Return the number of steps after which all rows before a place in the stream have been trained on."""
+        """Return the number of steps after which all rows before a position in the stream have been trained on."""
         self._find_windows(lambda last: last.stop >= place)
-        # The last window that begins before the place.
+        # The last window that begins before the position.
         return self._windows[bisect_right(self._windows, place - 1, key=lambda window: window.start) - 1].end_step
 
     def _count_steps(self, epochs: float | None, max_steps: int | None) -> int:

@@ -30,11 +30,11 @@ class DistillationData(lightning.LightningDataModule):
         seed: for the order of the data.
         max_epochs: passes over the data, or None.
         max_steps: most optimiser steps, or None.
-        val_batch_size: rows per process and validation batch; None: as ``batch_size``.
-        group_by_length: group rows of similar length into steps; with ``max_tokens`` always.
+        val_batch_size: rows per process and validation batch; None: the same as ``batch_size``.
+        group_by_length: group rows of similar length into steps; always on with ``max_tokens``.
         max_tokens: positions per process and micro-batch, padding included, if ``batch_size`` is None.
         world_size: number of processes; None: the trainer's, or 1 before a trainer is attached.
-        stream: what is trained on in place of ``train``, which then holds a few of its rows.
+        stream: streamed training data instead of ``train``, which then holds a few of its rows.
     """
 
     def __init__(
@@ -71,22 +71,22 @@ class DistillationData(lightning.LightningDataModule):
 
     @property
     def total_steps(self) -> int:
-        """Optimiser steps of the whole run; of a stream, the most: its passes may be over before."""
+        """Optimiser steps of the whole run; for a stream, an upper limit: its passes may end earlier."""
         return self.sampler().total_steps if self.stream is None else self._most_steps(self.stream)
 
     @property
     def pass_ends(self) -> list[int]:
-        """Steps of this run, counted from 1, that complete a pass over the data; unknown, so none, for a stream."""
+        """Steps of this run, counted from 1, that complete a pass over the data; none for a stream (unknown)."""
         return self.sampler().pass_ends if self.stream is None else []
 
     @property
     def borrowed_rows(self) -> int:
-        """Rows of the next pass that the last step of the first pass takes, as far as it is known."""
+        """Rows of the next pass that the last step of the first pass takes, as far as known."""
         return self.sampler().borrowed_rows if self.stream is None else 0
 
     @property
     def step_size(self) -> int:
-        """Rows per optimiser step over all ranks; most positions if batches are filled up to ``max_tokens``."""
+        """Rows per optimiser step over all ranks; maximum positions if batches are filled up to ``max_tokens``."""
         _, world_size = self._place()
         return (self.batch_size or self.max_tokens or 0) * self.accumulate * world_size
 
@@ -114,7 +114,7 @@ class DistillationData(lightning.LightningDataModule):
         )
 
     def _most_steps(self, stream: ExampleStream[Any, Any]) -> int:
-        """Return the steps of ``max_steps`` or of the stream's budget of tokens, whichever are fewer."""
+        """Return the steps from ``max_steps`` or the stream's token budget, whichever are fewer."""
         max_steps = None if self.max_steps == -1 else self.max_steps
         if stream.block_length is None or stream.max_tokens is None:
             assert max_steps is not None, "a stream of unknown length needs max_steps"
@@ -125,7 +125,7 @@ class DistillationData(lightning.LightningDataModule):
         return steps if max_steps is None else min(steps, max_steps)
 
     def _blocks(self, length: int) -> int:
-        """Return the blocks of text in a micro-batch."""
+        """Return the number of blocks of text per micro-batch."""
         if self.batch_size is not None:
             return self.batch_size
         assert self.max_tokens is not None, "neither batch_size nor max_tokens"
@@ -134,10 +134,10 @@ class DistillationData(lightning.LightningDataModule):
     def _windows(self, stream: ExampleStream[Any, Any], world_size: int) -> Windows:
         options = {"accumulate": self.accumulate, "world_size": world_size, "seed": self.seed}
         if stream.block_length is not None:
-            # Blocks are all of one length: there is nothing to group.
+            # All blocks have the same length: there is nothing to group.
             return RowWindows(self._blocks(stream.block_length), most_steps=1, **options)
         rows = (self.batch_size or max(1, (self.max_tokens or 0) // stream.max_length)) * self.accumulate * world_size
-        # A window's rows are held in memory like those of the buffer.
+        # A window's rows stay in memory, as the buffer's do.
         options["most_steps"] = min(max(stream.passes.size // rows, 1), WINDOW_STEPS) if self.group_by_length else 1
         if self.batch_size is not None:
             return RowWindows(self.batch_size, **options)
@@ -164,7 +164,7 @@ class DistillationData(lightning.LightningDataModule):
     def val_loader(self) -> EvalLoader | None:
         """Return this rank's validation batches, or None.
 
-        Not Lightning's ``val_dataloader``: a callback of ours runs the validation.
+        Not Lightning's ``val_dataloader``: our own callback runs the validation.
         """
         if self.val is None:
             return None

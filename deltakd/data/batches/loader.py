@@ -22,7 +22,7 @@ def collate(encoded: Sequence[Encoded | Example], pad_id: int, step: int, step_t
     Args:
         encoded: B rows.
         pad_id: any id of the vocabulary.
-        step, step_tokens: passed on to the batch.
+        step, step_tokens: copied into the batch.
     """
     longest = max(len(row.input_ids) for row in encoded)
     input_ids = np.full((len(encoded), longest), pad_id, dtype=np.int64)
@@ -46,8 +46,8 @@ def collate(encoded: Sequence[Encoded | Example], pad_id: int, step: int, step_t
 class StepLoader:
     """One rank's micro-batches of the whole run, resumable.
 
-    ``iter`` starts at the loaded position (initially 0), however far an earlier iterator got. ``len`` is the total of
-    the run, even after resuming. Use one iterator at a time: the position is that of the latest.
+    ``iter`` starts at the loaded position (initially 0), however far an earlier iterator got. ``len`` is the run's
+    total, even after resuming. Use one iterator at a time: the position is the latest iterator's.
 
     Args:
         encoded: the data.

@@ -33,7 +33,7 @@ class MicroBatch:
 class Sampler(Protocol):
     """The order in which a rank sees the data: the rows of each micro-batch of each optimiser step.
 
-    A pure function of its arguments: it keeps only caches between calls, so a run can resume at any step. Every step
+    A pure function of its arguments: only caches are kept between calls, so a run can resume at any step. Every step
     has ``accumulate`` micro-batches on each rank. Its rows do not depend on how its micro-batches are split over ranks
     and accumulation.
     """
@@ -166,7 +166,7 @@ class StepSampler:
         return step * self.rows_per_step // self.rows
 
     def rows_of_step(self, step: int) -> NDArray[np.int64]:
-        """Return the [G] int64 positions of the step's rows in the data set, from short to long.
+        """Return the [G] int64 positions of the step's rows in the data set, shortest first.
 
         Raises:
             IndexError: there is no such step in this run.
@@ -184,7 +184,7 @@ class StepSampler:
     def micro_batch(self, index: int) -> MicroBatch:
         """Return this rank's micro-batch ``index`` = step * accumulate + number within the step.
 
-        Ranks get neighbouring slices of the sorted rows, so they wait little for each other.
+        Ranks get neighbouring slices of the sorted rows, so they rarely wait for each other.
         """
         step, number = divmod(index, self.accumulate)
         rows = self.rows_of_step(step)
@@ -193,7 +193,7 @@ class StepSampler:
 
     def _window_of(self, step: int) -> tuple[int, int]:
         """Return the first step of the step's window, and the step after its last."""
-        # Windows end with the epoch; otherwise its last rows could come after the run's last step.
+        # Windows end with the epoch; otherwise the epoch's last rows could come after the run's last step.
         epoch = self.epoch_of_step(step)
         epoch_first = -(-epoch * self.rows // self.rows_per_step)
         epoch_end = -(-(epoch + 1) * self.rows // self.rows_per_step)

@@ -7,7 +7,7 @@ from typing import final
 import numpy as np
 from numpy.typing import NDArray
 
-#: Number of permutations cached, so that neighbouring requests do not draw them again.
+#: Number of permutations cached, so that requests close together do not draw them again.
 _KEPT = 4
 
 

@@ -1,4 +1,4 @@
-"""One rank's micro-batches of a run over streamed data, made ahead in a thread and resumable exactly."""
+"""One rank's micro-batches of a run over streamed data, prepared ahead in a thread and exactly resumable."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from deltakd.data.batches.windows import Pool, Step, Windows
 from deltakd.data.encoding.example_stream import Counts, ExampleStream, Mark
 from deltakd.types import Batch
 
-#: Optimiser steps that wait, tokenised and padded, for the training.
+#: Optimiser steps prepared ahead of training, tokenised and padded.
 STEPS_AHEAD = 2
-#: Seconds between two looks whether the training still wants steps.
+#: Seconds between checks that training still needs steps.
 _PATIENCE = 0.2
 
 
@@ -28,7 +28,7 @@ class _MadeStep:
         batches: this rank's micro-batches.
         window: first step of its window, and where the window begins.
         counts: of the rows of all steps up to this one.
-        is_last: no step comes after it, since the passes asked for are over.
+        is_last: True if it ends the requested passes, so no step follows.
     """
 
     number: int
@@ -43,9 +43,9 @@ class StreamLoader:
     """Tokenises the stream while the model trains, and hands out micro-batches.
 
     Every rank reads and tokenises the whole stream and keeps its part of each step. So the order, the number of valid
-    tokens of a step and the state are the same on all ranks, for any number of ranks, without a word between them.
+    tokens of a step and the state are the same on all ranks, for any number of ranks, without communication.
 
-    The state is a place in the stream and a few counts: the window in which a step was drawn is drawn again on resume.
+    The state is a position in the stream and a few counts; resuming draws the step's window again.
 
     ``iter`` starts at the loaded position (initially 0). Use one iterator at a time.
 
@@ -56,8 +56,8 @@ class StreamLoader:
         rank: this rank.
         world_size: number of ranks.
         pad_id: as for ``collate``.
-        total_steps: optimiser steps of the run, unless the passes are over before.
-        epochs: most passes over the stream; None: as many as ``total_steps`` needs.
+        total_steps: optimiser steps of the run, unless the passes end earlier.
+        epochs: maximum passes over the stream; None: as many as ``total_steps`` needs.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class StreamLoader:
         with _Ahead(self._steps(start, *self._window)) as steps:
             for step in steps:
                 if step.is_last:
-                    # Before its first batch is handed over, so that the training knows at the end of the step.
+                    # Set before its first batch is handed over, so that training knows by the end of the step.
                     self.total_steps = step.number + 1
                 self._window, self.counts = step.window, step.counts
                 for batch in step.batches[number:]:
@@ -117,7 +117,7 @@ class StreamLoader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue behind the micro-batches handed over. Raises ValueError if the run is shorter."""
+        """Continue after the micro-batches handed over. Raises ValueError if the run is shorter."""
         if state["position"] > len(self):
             raise ValueError(
                 f"the checkpoint was saved after {state['position']} micro-batches, but this run has {len(self)}; "
@@ -129,7 +129,7 @@ class StreamLoader:
         self.counts = Counts(*state["counts"])
 
     def _steps(self, start: int, window_step: int, mark: Mark) -> Iterator[_MadeStep]:
-        """Yield the steps from ``start`` on, which is in the window given or begins the next one."""
+        """Yield the steps from ``start``, which is in the given window or begins the next one."""
         pool = Pool(self._stream.examples(mark))
         step = window_step
         while step < self.total_steps:
@@ -154,7 +154,7 @@ class StreamLoader:
 
 
 class _Ahead:
-    """Runs an iterator of steps in a thread, STEPS_AHEAD steps ahead; its errors come out here."""
+    """Runs an iterator of steps in a thread, STEPS_AHEAD steps ahead, and raises its errors here."""
 
     def __init__(self, steps: Iterator[_MadeStep]) -> None:
         self._steps = steps
@@ -188,7 +188,7 @@ class _Ahead:
             self._put(error)
 
     def _put(self, made: _MadeStep | BaseException | None) -> bool:
-        """Wait for room; False if the steps are wanted no more."""
+        """Wait for room; return False if no more steps are needed."""
         while self._wanted.is_set():
             try:
                 self._made.put(made, timeout=_PATIENCE)

@@ -18,7 +18,7 @@ from deltakd.data.encoding.example_stream import Counts, Drawn, Example, Mark
 
 
 class Taken(NamedTuple):
-    """An example, and what became of the rows between its beginning and the next one's."""
+    """An example, and counts of the rows between its beginning and the next one's."""
 
     example: Example
     counts: Counts
@@ -30,11 +30,11 @@ Step = list[list[Taken]]
 
 @dataclass(frozen=True)
 class Window:
-    """Some optimiser steps whose rows were drawn together, sorted by length and shuffled.
+    """Consecutive optimiser steps whose rows were drawn together, sorted by length and shuffled.
 
     Args:
         first_step: number of the first step.
-        steps: the steps in the order of training.
+        steps: the steps, in training order.
         begin: where its rows begin in the stream.
         end: where the next window's rows begin.
     """
@@ -46,7 +46,7 @@ class Window:
 
 
 class Pool:
-    """Examples that were drawn from a stream and belong to no window yet."""
+    """Examples drawn from a stream that belong to no window yet."""
 
     def __init__(self, examples: Iterator[Drawn]) -> None:
         self._examples = examples
@@ -65,7 +65,7 @@ class Pool:
             self._drawn.append(next(self._examples))
 
     def lengths(self, count: int) -> NDArray[np.int64]:
-        """Return [count], the tokens of the first examples."""
+        """Return [count], the numbers of tokens of the first examples."""
         self.fill(count)
         return np.array([len(drawn.example.input_ids) for drawn in self._drawn[:count]], dtype=np.int64)
 
@@ -77,9 +77,9 @@ class Pool:
         return [Taken(drawn.example, counts[n + 1].since(counts[n])) for n, drawn in enumerate(taken)]
 
     def rest_of_epoch(self, most: int) -> int | None:
-        """Return how many examples are left of the first one's pass; None if more than ``most``.
+        """Return how many examples are left in the first one's pass; None if more than ``most``.
 
-        Draws what it needs to know, and at least one example of the next pass if the answer is a number.
+        Draws as many examples as it needs, including one of the next pass if the answer is a number.
         """
         epoch = self[0].mark.epoch
         for index in range(most + 1):
@@ -91,13 +91,13 @@ class Pool:
 class Windows(ABC):
     """Draws the steps of a run.
 
-    As the samplers do it, windows end with a pass: its last step is filled with the first examples of the next one.
+    As in the samplers, windows end with a pass: its last step is filled with the first examples of the next one.
 
     Args:
         accumulate: micro-batches of a rank in an optimiser step.
         world_size: number of ranks.
         seed: for the order of the steps in a window.
-        most_steps: steps of a window.
+        most_steps: maximum steps per window.
     """
 
     def __init__(self, accumulate: int, world_size: int, seed: int, most_steps: int = WINDOW_STEPS) -> None:
@@ -119,11 +119,11 @@ class Windows(ABC):
 
 @final
 class RowWindows(Windows):
-    """Steps of a fixed number of rows; those of ``StepSampler``.
+    """Steps with a fixed number of rows, as in ``StepSampler``.
 
     Args:
         batch_size: rows per rank and micro-batch.
-        most_steps: 1 leaves the rows in their order, but sorts them by length within the step.
+        most_steps: 1 keeps the rows' order, apart from sorting by length within the step.
     """
 
     def __init__(self, batch_size: int, **options: int) -> None:
@@ -141,10 +141,10 @@ class RowWindows(Windows):
 
 @final
 class BudgetWindows(Windows):
-    """Steps of micro-batches filled up to a budget of positions; those of ``TokenBudgetSampler``.
+    """Steps of micro-batches filled up to a budget of positions, as in ``TokenBudgetSampler``.
 
     Args:
-        max_tokens: most positions in a rank's micro-batch, at least as many as the longest row has.
+        max_tokens: maximum positions in a rank's micro-batch; at least the longest row's tokens.
     """
 
     def __init__(self, max_tokens: int, **options: int) -> None:
@@ -155,7 +155,7 @@ class BudgetWindows(Windows):
         target = self.most_steps * self.per_step
         rows = self._enough(pool, target, pool[0].mark.epoch)
         if self._needed(pool, rows) <= target:
-            # The pass ends here: as many steps as it needs, filled up with examples of the next one.
+            # The pass ends here: use as many steps as it needs, filled up with examples of the next one.
             target = -(-self._needed(pool, rows) // self.per_step) * self.per_step
             rows = self._enough(pool, target)
         rows = bisect_right(range(rows + 1), target, key=lambda count: self._needed(pool, count)) - 1
@@ -165,10 +165,10 @@ class BudgetWindows(Windows):
         return _grouped(micro, self.per_step)
 
     def _enough(self, pool: Pool, micro_batches: int, epoch: int | None = None) -> int:
-        """Return a number of examples that needs more micro-batches than these, or all that are left of the pass."""
+        """Return a number of examples that needs more micro-batches than these, or all that are left in the pass."""
         count = 0
         while self._needed(pool, count) <= micro_batches:
-            # A quarter more each time, so that little more is drawn than goes into the window.
+            # A quarter more each time, so that few examples beyond the window are drawn.
             for _ in range(max(count // 4, self.per_step)):
                 if epoch is not None and pool[count].mark.epoch > epoch:
                     return count
@@ -177,7 +177,7 @@ class BudgetWindows(Windows):
         return count
 
     def _needed(self, pool: Pool, count: int) -> int:
-        """Return the number of micro-batches that the first examples of the pool need."""
+        """Return the number of micro-batches needed for the first examples of the pool."""
         return len(starts_of(np.sort(pool.lengths(count))[::-1], self.max_tokens))
 
 

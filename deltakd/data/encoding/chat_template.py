@@ -1,4 +1,4 @@
-"""The tokenizer's own chat template: what it writes before each answer, and what an answer is in it."""
+"""The tokenizer's own chat template: it renders each prompt, and the answer that follows."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Stands in for a content, to find what the template writes after it; in no template and no data.
+#: Placeholder content, to find what the template writes after it; occurs in no template and no data.
 _MARK = "deltakdquestionmark"
 #: A call of a chat template to the clock, with its format written out.
 _CLOCK = re.compile(r"""strftime_now\(\s*(?:"([^"]*)"|'([^']*)')\s*\)""")
-#: What templates name assistant turns with, for masks of tokens to train.
+#: The tag with which templates mark assistant turns, for masks of trained tokens.
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 #: A key of a message -> the names under which templates read it.
 _READ_AS = {
@@ -33,7 +33,7 @@ _READ_AS = {
 
 
 class HistoryError(RowError):
-    """The template writes earlier turns in another way once later ones follow."""
+    """The template renders earlier turns differently once later ones follow."""
 
 
 class _Turn(NamedTuple):
@@ -47,13 +47,13 @@ class _Turn(NamedTuple):
 class ChatTemplate:
     """The tokenizer's own chat template; assistant turns are trained with their end-of-turn token.
 
-    Each answer follows exactly the prompt that the template writes for generation. Where the template names what the
-    assistant writes (``{% generation %}``), that is what is trained. Templates that read a content as a list of parts
-    get one. A template that writes the date always gets the day on which the process first asked; it is part of the
-    ``repr``.
+    Each answer follows exactly the prompt that the template writes for generation. If the template marks the
+    assistant's text (``{% generation %}``), exactly that is trained. Templates that expect content as a list of parts
+    get one. A template that writes the date always gets the day on which the process first asked; that day is part of
+    the ``repr``.
 
     Raises:
-        ValueError: the tokenizer has no chat template, or one that reads the clock in a way that can't be frozen.
+        ValueError: the tokenizer has no chat template, or its template reads the clock in a way that can't be frozen.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -64,7 +64,7 @@ class ChatTemplate:
             )
         self._tokenizer = tokenizer
         self._text = _frozen(tokenizer.get_chat_template())
-        # Some tokenizers have a template of its own for conversations with tools.
+        # Some tokenizers have a separate template for conversations with tools.
         self._with_tools = _frozen(tokenizer.get_chat_template(tools=[{}]))
 
     def __repr__(self) -> str:
@@ -72,12 +72,12 @@ class ChatTemplate:
         return f"ChatTemplate({self._text!r}{other})"
 
     def render(self, row: Row) -> list[Segment]:
-        """Return prompt and answer pieces in turn, one of each for every answer that is trained.
+        """Return alternating prompt and answer pieces, one pair per trained answer.
 
         Raises:
-            HistoryError: the template writes an earlier answer in another way once later turns follow, so one text
+            HistoryError: the template renders an earlier answer differently once later turns follow, so one text
                 can't hold them all as the model sees them.
-            RowError: the template refuses the row, or does not write an answer after the prompt for it.
+            RowError: the template rejects the row, or does not write an answer after its prompt.
         """
         if row.prompt is not None:
             return _verbatim(row)
@@ -104,17 +104,17 @@ class ChatTemplate:
         if row.prompt is not None:
             return ""
         messages = list(before_last_answer(conversation(row)))
-        # The question itself can't be looked for: "start" stands in "<|im_start|>", too.
+        # Searching for the question itself would fail: "start" also occurs in "<|im_start|>".
         marked = [*messages[:-1], messages[-1] | {"content": _MARK}]
         _, found, tail = self._write(row, marked, prompt=True)[0].rpartition(_MARK)
         return tail if found else ""
 
     def keeps_end(self, row: Row) -> bool:
-        """True: the last question is right before the tail."""
+        """Return True: the last question is right before the tail."""
         return True
 
     def _turn(self, row: Row, messages: list[Message], number: int) -> _Turn:
-        """The prompt of an answer, and the answer as the template ends it where nothing follows."""
+        """Return the prompt of an answer, and the answer as the template ends it when nothing follows."""
         prompt, _ = self._write(row, messages[:number], prompt=True)
         whole, spans = self._write(row, messages[: number + 1], prompt=False)
         if not whole.startswith(prompt):
@@ -126,7 +126,7 @@ class ChatTemplate:
         return _Turn(prompt, answer)
 
     def _as_continued(self, row: Row, message: Message, turn: _Turn, following: str) -> str:
-        """The answer as it is before a later turn; some templates end the last answer in another way (Phi-3)."""
+        """Return the answer as written before a later turn; some templates end the last answer differently (Phi-3)."""
         if following.startswith(turn.prompt + turn.answer):
             return turn.answer
         common = _common(turn.prompt + turn.answer, following)
@@ -137,10 +137,10 @@ class ChatTemplate:
         return answer
 
     def _after_thinking(self, row: Row, messages: list[Message], number: int, prompt: str) -> str:
-        """The answer to a prompt that opens a block of reasoning which the template leaves out of the conversation.
+        """Return the answer to a prompt that opens a reasoning block which the template drops from the conversation.
 
-        DeepSeek-R1 is asked with ``<think>`` and its template drops what an answer holds before ``</think>``. What
-        the model writes there is its reasoning, the end of the block, and the answer, ended as the template ends it.
+        DeepSeek-R1's prompt ends with ``<think>``, and its template drops everything in an answer before
+        ``</think>``. The model itself writes its reasoning, the end of the block, and the answer with its usual end.
         """
         message = messages[number]
         if not prompt.rstrip().endswith("<think>"):
@@ -167,13 +167,13 @@ class ChatTemplate:
         return f"{gap}{reasoning.strip()}\n</think>\n\n{content.strip()}{end.rstrip()}"
 
     def _write(self, row: Row, messages: list[Message], prompt: bool) -> tuple[str, list[tuple[int, int]] | None]:
-        """Render messages; with them, where the assistant's parts are, if the template says so."""
+        """Render messages. Also return where the assistant's parts are, if the template marks them."""
         template = self._with_tools if row.tools else self._text
         spans = _GENERATION.search(template) is not None and not prompt
         form = _as_parts if self._reads_parts else _as_text
         try:
             return self._render(template, [form(message) for message in messages], row.tools, prompt, spans)
-        # Whatever the template's own code may raise on data that it does not expect.
+        # The template's own code may raise anything on data that it does not expect.
         except _template_errors() as error:
             raise RowError(_refused(row, messages, error)) from error
 
@@ -197,14 +197,14 @@ class ChatTemplate:
 
     @cached_property
     def _reads_parts(self) -> bool:
-        """True if the template reads a content as a list of parts alone, as those of image models do."""
+        """Return True if the template reads content only as a list of parts, as image models' templates do."""
         for form in (_as_text, _as_parts):
             message = form({"role": "user", "content": _MARK})
             try:
                 text, _ = self._render(self._text, [message], None, prompt=True, spans=False)
             except _template_errors():
                 continue
-            # A template that reads a text may write a list out as Python or JSON does.
+            # A template that expects text may print a list as Python or JSON does.
             if _MARK in text and "'text'" not in text and '"text"' not in text:
                 return form is _as_parts
         return False
@@ -216,7 +216,7 @@ class ChatTemplate:
         return re.compile("|".join(map(re.escape, reversed(names))) or "(?!)")
 
     def _note_unread(self, row: Row, messages: list[Message]) -> None:
-        """Name, once, the keys of this row that the template does not read."""
+        """Warn, once per key, of keys in this row that the template does not read."""
         template = self._with_tools if row.tools else self._text
         held = {key for message in messages for key in message if key in _READ_AS}
         for key in sorted(held):
@@ -241,17 +241,17 @@ def _template_errors() -> tuple[type[Exception], ...]:
 
 
 def _as_text(message: Message) -> dict[str, Any]:
-    """The message as most templates read it: its content one text; its weight is no part of it."""
+    """Return the message as most templates read it: content as one text, without its weight."""
     return {key: held for key, held in message.items() if key != "weight"} | {"content": content_text(message)}
 
 
 def _as_parts(message: Message) -> dict[str, Any]:
-    """The message as templates of image models read it: its content a list of parts."""
+    """Return the message as image models' templates read it: content as a list of parts."""
     return _as_text(message) | {"content": [{"type": "text", "text": content_text(message)}]}
 
 
 def _check_spans(row: Row, number: int, spans: list[tuple[int, int]], prompt: int, whole: str) -> None:
-    """Raise a RowError unless the template names as the assistant's all that follows the prompt in its turn."""
+    """Raise a RowError unless the template marks everything after the prompt in the turn as the assistant's."""
     own = [(max(start, prompt), stop) for start, stop in spans if stop > prompt]
     if not own:
         raise RowError(f"{row.label}: the chat template's generation block leaves out turn {number}; use another one")
@@ -266,12 +266,12 @@ def _check_spans(row: Row, number: int, spans: list[tuple[int, int]], prompt: in
 
 @cache
 def _today() -> date:
-    """The day on which the process first asked: a run past midnight keeps its date."""
+    """Return the day on which the process first asked: a run past midnight keeps its date."""
     return date.today()
 
 
 def _frozen(template: str) -> str:
-    """The template with the date in place of its calls to the clock.
+    """Return the template with the date in place of its calls to the clock.
 
     Raises:
         ValueError: a call whose format is not written out.

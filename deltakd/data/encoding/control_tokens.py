@@ -1,8 +1,8 @@
-"""Control tokens that stand in data are text: a question about ``<|im_end|>`` does not end the turn.
+"""Control tokens within data are plain text: a question about ``<|im_end|>`` does not end the turn.
 
-Before a row is rendered, each control token in its data is replaced by a stand-in of as many characters, so that the
-control tokens of the rendered text are those that its template has written. The text is then tokenised by a second
-tokenizer, the same but for the names of its control tokens: to it, those in the data are text like any other.
+Before a row is rendered, a stand-in of equal length replaces each control token in its data, so only the template
+writes control tokens into the rendered text. A second tokenizer then tokenises the text. It differs from the first only
+in the names of its control tokens, so those in the data are ordinary text to it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-#: Private characters, one a control token: the first of those that stand in for data, and of the second tokenizer's.
+#: Private characters, one per control token: the first stand-in for data, and the first of the second tokenizer.
 _DATA, _TEMPLATE = 0x100000, 0x108000
 _PRIVATE = re.compile("[\U00100000-\U0010fffd]")
-#: A run of one of them in a message, as it is or as Python writes it.
+#: A run of one of them in a message, verbatim or as Python escapes it.
 _WRITTEN = re.compile(r"(\\U0010[0-9a-f]{4}|[\U00100000-\U0010fffd])\1*")
 #: How templates write control tokens, special or not: <|user|>, <｜User｜>.
 _BARRED = re.compile(r"<[|｜].*[|｜]>")
@@ -32,9 +32,9 @@ _renamed: WeakKeyDictionary[PreTrainedTokenizerBase, Renamed] = WeakKeyDictionar
 
 
 class ControlTokens:
-    """A tokenizer's control tokens, and how data that holds them is tokenised.
+    """A tokenizer's control tokens, and how to tokenise data that contains them.
 
-    Control tokens are the special ones, and those written in bars (``<|user|>``). Other added tokens, such as
+    Control tokens are special tokens, and tokens written with bars (``<|user|>``). Other added tokens, such as
     ``<think>``, are words that answers may use.
     """
 
@@ -52,13 +52,13 @@ class ControlTokens:
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     def guarded(self, row: Row) -> tuple[Row, bool]:
-        """Return the row with stand-ins for the control tokens in its data, and whether there were any.
+        """Return the row with stand-ins for the control tokens in its data, and True if there were any.
 
-        A prompt that is used verbatim keeps its control tokens: it is a template that the user has written out. So
-        does an EOS that closes an answer go: every answer gets one.
+        A verbatim prompt keeps its control tokens: it is a template that the user has written out. An EOS that closes
+        an answer is removed, since every answer gets one.
 
         Raises:
-            RowError: the data holds characters that are stand-ins, too, or the tokenizer can't write control tokens as
+            RowError: the data already contains stand-in characters, or the tokenizer can't write control tokens as
                 text.
         """
         row = self._without_eos(row)
@@ -68,7 +68,7 @@ class ControlTokens:
         return _mapped(row, lambda text: self._pattern.sub(self._stand_in(_DATA), text)), True
 
     def guarded_text(self, text: str) -> tuple[str, bool]:
-        """Do for a plain text, all of which is data, what ``guarded`` does for a row."""
+        """As ``guarded``, for plain text, all of which is data."""
         if not self._pattern.search(text):
             return text, False
         self._check(f"the document that begins with {text[:40]!r}", (text,))
@@ -88,7 +88,7 @@ class ControlTokens:
             )
 
     def ids(self, texts: list[str], add_special: bool) -> list[list[int]]:
-        """Return the ids of rendered texts with stand-ins for the control tokens in data, which become text."""
+        """Return the ids of rendered texts, in which the stand-ins for control tokens in data become text."""
         renamed = _renamed.get(self._tokenizer)
         if renamed is None or renamed.names != tuple(self._ids):
             renamed = _renamed[self._tokenizer] = Renamed(self._tokenizer, tuple(self._ids), self._stand_in(_TEMPLATE))
@@ -96,7 +96,7 @@ class ControlTokens:
         return renamed.ids(texts, add_special)
 
     def readable(self, message: str) -> str:
-        """Return a message about a guarded row with the control tokens themselves in place of their stand-ins."""
+        """Return a message about a guarded row with the original control tokens in place of their stand-ins."""
 
         def name(match: re.Match[str]) -> str:
             number = int(match[1][2:], 16) if match[1][0] == "\\" else ord(match[1])
@@ -105,11 +105,11 @@ class ControlTokens:
         return _WRITTEN.sub(name, message)
 
     def count(self, text: str) -> int:
-        """Return how many control tokens the template has written into a rendered text; UNK does not count."""
+        """Return the number of control tokens that the template wrote into a rendered text; UNK does not count."""
         return sum(match[0] != self._tokenizer.unk_token for match in self._pattern.finditer(text))
 
     def is_control(self, id: int) -> bool:
-        """True for the id of a control token; not for UNK, which stands for any text."""
+        """Return True for the id of a control token, except UNK, which represents any text."""
         return id in self._control_ids
 
     def _restored(self, text: str) -> str:
@@ -140,7 +140,7 @@ class ControlTokens:
 
 
 def own_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Return the Rust tokenizer behind this one; None where Python code has a say in how texts become ids."""
+    """Return the Rust tokenizer behind this one; None if Python code affects how texts become ids."""
     from transformers import PreTrainedTokenizerFast
 
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -151,12 +151,12 @@ def own_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
 
 
 class Renamed:
-    """A fast tokenizer whose control tokens have other names, and the same ids.
+    """A fast tokenizer with renamed control tokens and unchanged ids.
 
     Args:
         tokenizer: the one to copy.
         names: the control tokens.
-        stand_in: gives the new name of a match of one.
+        stand_in: returns the new name for a match.
     """
 
     def __init__(
@@ -184,7 +184,7 @@ def _loaded(state: dict[str, Any]) -> Tokenizer:
 
 
 def _rename(state: dict[str, Any], new: dict[str, str]) -> None:
-    """Give tokens of a serialised tokenizer new names, in its list of added tokens and in its model."""
+    """Rename tokens of a serialised tokenizer, in its list of added tokens and in its model."""
     state["truncation"] = state["padding"] = None
     for token in state["added_tokens"]:
         token["content"] = new.get(token["content"], token["content"])
@@ -194,7 +194,7 @@ def _rename(state: dict[str, Any], new: dict[str, str]) -> None:
     else:
         model["vocab"] = [[new.get(piece, piece), score] for piece, score in model["vocab"]]
     if "merges" in model:
-        # A merge that makes a control token out of text is the very thing to prevent.
+        # A merge that turns text into a control token is exactly what must not happen.
         model["merges"] = [merge for merge in model["merges"] if not new.keys() & _merge_pieces(merge)]
     if model.get("unk_token") in new:
         model["unk_token"] = new[model["unk_token"]]
@@ -206,7 +206,7 @@ def _merge_pieces(merge: str | list[str]) -> set[str]:
 
 
 def _texts(row: Row) -> Iterable[str]:
-    """All texts of a row's data, without a verbatim prompt."""
+    """Yield all texts of a row's data, except a verbatim prompt."""
     yield from (row.instruction, row.input, *row.responses)
     for message in row.messages or ():
         yield from _strings(message)

@@ -29,10 +29,10 @@ class Outcome:
         encoded: its tokens; None if it is dropped, or there is a problem.
         prompt_length: tokens of the prompt before cutting.
         total_length: tokens of the row before cutting.
-        cut_prompt: the prompt was cut.
-        cut_response: the response was cut.
-        kept_border: a merge of prompt and answer was undone (``one_text``).
-        control_tokens: there were control tokens in the data, which are now text (``control_tokens``).
+        cut_prompt: True if the prompt was cut.
+        cut_response: True if the response was cut.
+        kept_border: True if a merge of prompt and answer was undone (``one_text``).
+        control_tokens: True if control tokens in the data became text (``control_tokens``).
         problem: why the row can't be encoded; None if it can.
     """
 
@@ -54,13 +54,13 @@ def encode_row(
     max_prompt_length: int,
     overlong: str = "cut",
 ) -> Encoded | None:
-    """Tokenise one row for training on its first response, as ``encode_batch`` does many.
+    """Tokenise one row for training on its first response; the one-row form of ``encode_batch``.
 
     Returns:
         The tokens, or None if the row is dropped or has nothing to train on.
 
     Raises:
-        RowError: the template can't render the row, or leaves out a part of its answers.
+        RowError: the template can't render the row, or drops part of its answers.
         ValueError: as ``encode_batch``.
     """
     [outcome] = encode_batch([row], template, tokenizer, max_length, max_prompt_length, overlong)
@@ -77,10 +77,10 @@ def encode_batch(
     max_prompt_length: int,
     overlong: str = "cut",
 ) -> list[Outcome]:
-    """Tokenise rows for training, each on its first response, with one call of the tokenizer for all.
+    """Tokenise rows for training, each on its first response, in one call of the tokenizer.
 
     Args:
-        rows: the rows; some hundreds at a time keep the tokenizer's threads busy.
+        rows: the rows; a few hundred at a time keep the tokenizer's threads busy.
         template: renders them.
         tokenizer: must have an EOS token.
         max_length: most tokens of prompt and response, EOS included.
@@ -89,7 +89,7 @@ def encode_batch(
             learn; ``drop`` leaves the row out.
 
     Returns:
-        One outcome a row, in their order. What is wrong with a row is in its outcome.
+        One outcome per row, in order. An outcome also holds the row's problem, if any.
 
     Raises:
         ValueError: there is no EOS token, or the limits contradict each other or leave no room for the template's tail.
@@ -151,7 +151,7 @@ def _outcome(
     cut_response = len(ids) > max_length
     if overlong == "drop" and (cut_prompt or total_length > max_length):
         return Outcome(None, prompt_length, total_length)
-    # What follows the last trained token would cost time and teach nothing.
+    # Tokens after the last trained one cost time and teach nothing.
     ids = ids[: min(max_length, tokenised.spans[-1][1] - gone)]
     labels = [IGNORE_INDEX] * len(ids)
     for start, stop in tokenised.spans:
@@ -170,12 +170,11 @@ def encode_prompt(
 
     In a conversation, the prompt is everything before the last answer; training limits only its first prompt.
 
-    A prompt that is too long loses tokens before the template's tail, which stays whole: an instruction keeps its
-    beginning; a conversation, and every prompt of a chat template, keeps its end, where the last question is. BOS
-    stays.
+    An overlong prompt loses tokens before the template's tail, which stays whole. An instruction keeps its beginning;
+    a conversation, and every prompt of a chat template, keeps its end, where the last question is. BOS stays.
 
     Raises:
-        ValueError: the limit leaves no room for the template's tail, or the template refuses the row.
+        ValueError: the limit leaves no room for the template's tail, or the template rejects the row.
     """
     return encode_prompts([row], template, tokenizer, max_prompt_length)[0][0]
 
@@ -186,7 +185,7 @@ def encode_prompts(
     """Return the tokens of many prompts, each as from ``encode_prompt``, and the number of prompts cut.
 
     Raises:
-        ValueError: as ``encode_prompt``; all rows that the template refuses are named together.
+        ValueError: as ``encode_prompt``; one error lists all rows that the template rejects.
     """
     encoder = TextEncoder(tokenizer)
     problems = Problems("prompts")
@@ -211,7 +210,7 @@ def _prompt_segments(row: Row, template: Template) -> list[Segment]:
     try:
         segments = template.render(row)
     except HistoryError:
-        # Such rows are trained one answer at a time, each after the history as it is written then.
+        # Such rows are trained one answer at a time, each after the history as rendered at that turn.
         segments = template.render(only_last_answer(row))
     answers = [number for number, segment in enumerate(segments) if segment.trained]
     return segments[: answers[-1]] if answers else segments
@@ -227,7 +226,7 @@ def _cut(prompt: _Prompt, row: Row, template: Template, encoder: TextEncoder, ma
     """Return a prompt's tokens, cut if there are too many; see ``encode_prompt``.
 
     Raises:
-        ValueError: the tail alone fills the limit.
+        ValueError: the tail fills the whole limit.
     """
     ids = prompt.ids
     if len(ids) <= max_prompt_length:

@@ -76,7 +76,7 @@ class EncodedSet:
 def count_valid(labels: NDArray[np.int32], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return [n], the number of trained labels in each row, not counting position 0."""
     counts = np.zeros(len(offsets) - 1, np.int64)
-    # Some rows at a time: running sums of all would be several times as large as the labels.
+    # A few rows at a time: running sums over all rows would be several times as large as the labels.
     for first in range(0, len(counts), _ROWS_AT_ONCE):
         bounds = offsets[first : first + _ROWS_AT_ONCE + 1]
         trained = labels[bounds[0] : bounds[-1]] != IGNORE_INDEX

@@ -1,4 +1,4 @@
-"""Streamed rows to examples: instruction rows one by one, text packed into blocks; from any place on."""
+"""From streamed rows to examples, starting anywhere: instruction rows one by one, or text packed into blocks."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from deltakd.types import IGNORE_INDEX
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-#: What a shard holds, and its tokens.
+#: An item of a shard, and its tokens.
 R = TypeVar("R")
 E = TypeVar("E")
 
 
 class Counts(NamedTuple):
-    """Counts of the rows before a place of the stream, by what became of them.
+    """Counts of the rows before a place in the stream, by outcome.
 
     Args:
         rows: rows or documents read.
-        examples: examples or blocks that came out of them.
+        examples: examples or blocks made from them.
         tokens: their tokens.
         excluded: rows left out because their task must not be trained on.
         dropped: rows left out as too long, or with nothing to train on.
-        cut_prompts, cut_responses, kept_borders, control_tokens: rows to which that happened; see ``Outcome``.
+        cut_prompts, cut_responses, kept_borders, control_tokens: number of such rows; see ``Outcome``.
     """
 
     rows: int = 0
@@ -59,7 +59,7 @@ class Counts(NamedTuple):
         return Counts(*map(sum, zip(self, *others, strict=True)))
 
     def since(self, before: Counts) -> Counts:
-        """Return what came after these counts."""
+        """Return the counts since then."""
         return Counts(*(now - then for now, then in zip(self, before, strict=True)))
 
 
@@ -69,8 +69,8 @@ class Mark(NamedTuple):
     Args:
         buffer: where its buffer begins.
         item: place of its row in the shuffled buffer.
-        skip: examples of that row before it; for text, tokens.
-        counts: of everything before it. What was excluded from a buffer counts when it has been used up.
+        skip: examples (for text, tokens) of that row before it.
+        counts: of everything before it. Rows excluded from a buffer count once the buffer is used up.
     """
 
     buffer: Place = Place()
@@ -80,7 +80,7 @@ class Mark(NamedTuple):
 
     @property
     def epoch(self) -> int:
-        """The pass, from 0, that the example is from."""
+        """The pass that the example comes from, counted from 0."""
         return self.buffer.epoch
 
     def numbers(self) -> list[list[int]]:
@@ -89,13 +89,13 @@ class Mark(NamedTuple):
 
     @classmethod
     def of(cls, numbers: Sequence[Sequence[int]]) -> Mark:
-        """Return the mark that gave these numbers."""
+        """Return the mark from these numbers."""
         place, (item, skip), counts = numbers
         return cls(Place(*place), item, skip, Counts(*counts))
 
 
 class Example(NamedTuple):
-    """One tokenised row in a sixth of the memory of lists: a stream holds some ten thousand of them.
+    """One tokenised row in a sixth of the memory of lists: a stream holds about ten thousand of them.
 
     Args:
         input_ids: [T] int32, prompt and response.
@@ -128,17 +128,17 @@ class _Taking(ABC, Generic[E]):
 
     @abstractmethod
     def take(self, row: E, place: Place, item: int, skip: int) -> Iterator[Drawn]:
-        """Yield the examples that a row completes, without its first ``skip`` examples (of text, tokens)."""
+        """Yield the examples that a row completes, without its first ``skip`` examples (for text, tokens)."""
 
 
 class ExampleStream(ABC, Generic[R, E]):
-    """An endless stream of examples; a pure function of its data and seed, from any mark on.
+    """An endless stream of examples that can start at any mark; a pure function of its data and seed.
 
     Args:
-        passes: the rows in their order.
-        max_length: most tokens of an example.
-        block_length: tokens of every example, where all have the same number.
-        max_tokens: tokens to train on in all; None: as many as the run has steps for.
+        passes: the rows, in order.
+        max_length: maximum tokens per example.
+        block_length: tokens per example, if all have the same number.
+        max_tokens: total tokens to train on; None: as many as the run has steps for.
     """
 
     #: Tokens that all models share; None: as many as the tokenizer has.
@@ -158,7 +158,7 @@ class ExampleStream(ABC, Generic[R, E]):
         """Yield the examples from a mark on, or from the beginning; never ends. Use one iterator at a time.
 
         Raises:
-            ValueError: a shard or a row that can't be used, or a whole pass that gives no example.
+            ValueError: a shard or row can't be used, or a whole pass gives no example.
         """
         place, item, skip, counts = mark or Mark()
         taking = self._taking(counts)
@@ -176,7 +176,7 @@ class ExampleStream(ABC, Generic[R, E]):
             taking.counts = taking.counts.plus(rows=excluded, excluded=excluded)
             if buffer.after.epoch > place.epoch:
                 if before == taking.counts.examples:
-                    raise ValueError(_nothing(taking.counts))
+                    raise ValueError(self._nothing(taking.counts))
                 before = taking.counts.examples
             place, item = buffer.after, 0
 
@@ -194,12 +194,16 @@ class ExampleStream(ABC, Generic[R, E]):
 
     @abstractmethod
     def _taking(self, counts: Counts) -> _Taking[E]:
-        """Return what turns tokens into examples, with these counts so far."""
+        """Return an object that turns tokens into examples, starting from these counts."""
+
+    @abstractmethod
+    def _nothing(self, counts: Counts) -> str:
+        """Say why a whole pass gave no example, and what to do."""
 
 
 @final
 class RowExamples(ExampleStream[Row, list[Outcome]]):
-    """Instruction rows, each response an example of its own.
+    """Instruction rows; each response is a separate example.
 
     Args:
         passes: the rows in their order.
@@ -238,6 +242,13 @@ class RowExamples(ExampleStream[Row, list[Outcome]]):
     def _taking(self, counts: Counts) -> _Taking[list[Outcome]]:
         return _TakingRows(counts)
 
+    def _nothing(self, counts: Counts) -> str:
+        return (
+            f"a whole pass over the stream ({counts.rows} rows) gives nothing to train on: {counts.excluded} rows are "
+            f"in data.exclude or in the validation rows, {counts.dropped} were dropped as too long; exclude less, "
+            "raise data.max_length, or set data.overlong=cut"
+        )
+
 
 class _TakingRows(_Taking[list[Outcome]]):
     def take(self, row: list[Outcome], place: Place, item: int, skip: int) -> Iterator[Drawn]:
@@ -261,11 +272,11 @@ class _TakingRows(_Taking[list[Outcome]]):
 class BlockExamples(ExampleStream[str, NDArray[np.int32]]):
     """Documents joined by EOS and cut into blocks in which every token is trained, as ``pack_texts`` does.
 
-    A block goes on over the borders of documents, buffers and passes, so all have the same length. Its row id is its
+    Blocks cross the borders of documents, buffers and passes, so all have the same length. A block's row id is its
     number in the run.
 
     Args:
-        passes: the documents in their order.
+        passes: the documents, in order.
         tokenizer: must have an EOS token. No other thread may use it.
         block_length: tokens per block.
         max_tokens: as for ``ExampleStream``.
@@ -298,6 +309,12 @@ class BlockExamples(ExampleStream[str, NDArray[np.int32]]):
     def _taking(self, counts: Counts) -> _Taking[NDArray[np.int32]]:
         return _TakingTokens(counts, self._length)
 
+    def _nothing(self, counts: Counts) -> str:
+        return (
+            f"a whole pass over the stream ({counts.rows} documents) does not fill one block of {self._length} "
+            "tokens; give more text, lower data.max_length, or leave out data.streaming=true"
+        )
+
 
 class _TakingTokens(_Taking[NDArray[np.int32]]):
     def __init__(self, counts: Counts, length: int) -> None:
@@ -328,12 +345,12 @@ def _flat(ids: list[int]) -> NDArray[np.int32]:
 
 @dataclass(frozen=True)
 class Stream:
-    """Data that is too large to be indexed: where it is, and how it is read.
+    """Data too large to index: where it is, and how to read it.
 
     Args:
         shards: where it is.
-        start: returns the stream of a seed.
-        fingerprint: sha256 of everything that the examples depend on; of a file that is its name and its size.
+        start: returns the stream for a seed.
+        fingerprint: sha256 of everything that the examples depend on; for a file, its name and size.
     """
 
     shards: Sequence[Shard]
@@ -344,11 +361,3 @@ class Stream:
     def versions(self) -> dict[str, str]:
         """Shard -> what identifies its content."""
         return {shard.name: shard.version for shard in self.shards}
-
-
-def _nothing(counts: Counts) -> str:
-    return (
-        f"a whole pass over the stream ({counts.rows} rows) gives nothing to train on: {counts.excluded} rows are in "
-        f"data.exclude or in the validation rows, {counts.dropped} were dropped as too long; exclude less, raise "
-        "data.max_length, or set data.overlong=cut"
-    )

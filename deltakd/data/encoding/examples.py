@@ -1,4 +1,4 @@
-"""The examples that a row makes: one a response, and one a turn where turns are split."""
+"""The examples made from a row: one per response, or one per turn if turns are split."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from deltakd.data.sources.rows import Row, is_answer
 
 
 def examples(row: Row, split_turns: bool = False) -> Iterator[Row]:
-    """Yield the rows, all under this row's id, that are each encoded by itself.
+    """Yield the rows to encode separately; all keep this row's id.
 
-    A row of several responses is one with each. With ``split_turns``, a conversation is one row for each of its
-    answers, which ends with that answer, and reads the answers before it without training them.
+    A row with several responses becomes one row per response. With ``split_turns``, a conversation becomes one row per
+    answer. Each ends with its answer; the answers before it are context and not trained.
     """
     if row.messages is None:
         yield from (replace(row, responses=(response,)) for response in row.responses) if row.responses[1:] else (row,)
@@ -26,7 +26,7 @@ def examples(row: Row, split_turns: bool = False) -> Iterator[Row]:
 
 
 def only_last_answer(row: Row) -> Row:
-    """Return the row with a conversation's last answer as the only one that is trained."""
+    """Return the row with only the conversation's last answer trained."""
     answers = [number for number, message in enumerate(row.messages or ()) if is_answer(message)]
     read = set(answers[:-1])
     if row.messages is None or not read:

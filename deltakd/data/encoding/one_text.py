@@ -1,14 +1,14 @@
-"""A row's prompt and answers are tokenised as one text, and told apart again.
+"""Tokenises a row's prompt and answers as one text, then locates each of them in the tokens.
 
-What is trained must be what generation sees, and generation tokenises the prompt by itself. So the prompt's own ids
-come first: a row's ids always begin with exactly the ids of its prompt, and the answer's tokens are those that follow
-them in the one text. No dummy prefix (SentencePiece) and no new word (WordPiece) begins an answer.
+Training must match generation, which tokenises the prompt alone. A row's ids therefore always begin with exactly the
+ids of its prompt, and the answer's tokens are those that follow in the joined text. No answer begins with a dummy
+prefix (SentencePiece) or a new word (WordPiece).
 
-A tokenizer may merge the end of a prompt with the beginning of an answer, or read the prompt's end in another way once
-more text follows (GPT-2's does with two line breaks). Such a token can't be trained: a model that is asked never gets
-to write it. The border is then kept: the prompt has its own ids, and the answer those of a text that follows another
-one. ``Tokenised.kept_border`` says so. The same holds for each answer of a conversation. A token over the *end* of an
-answer that is not the last belongs to the answer: the model writes the end of its turn with it.
+A tokenizer may merge the end of a prompt with the beginning of an answer, or tokenise the prompt's end differently once
+more text follows (GPT-2's does with two line breaks). Such a token can't be trained: in generation, the model never
+gets to write it. The border is then kept: the prompt keeps its own ids, and the answer gets the ids of a text that
+follows another one. ``Tokenised.kept_border`` records this. The same holds for each answer of a conversation. A token
+that straddles the *end* of an answer other than the last belongs to the answer: the model ends its turn with it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class OneText:
     """A row's segments, joined.
 
     Args:
-        text: all of them, with EOS after each answer that is closed and is not the last segment.
+        text: the joined text, with EOS after each closed answer that is not the last segment.
         add_special: let the tokenizer add its special tokens (BOS).
         spans: [start, stop) of each trained segment in the text.
         closed: EOS ends the tokens.
@@ -55,7 +55,7 @@ class Tokenised:
 
 
 class TextError(ValueError):
-    """The tokenizer merges a prompt with its answer, or data into a control token, and can't be kept from it."""
+    """The tokenizer merges a prompt with its answer, or data into a control token, and this can't be prevented."""
 
 
 def join(segments: Sequence[Segment], encoder: TextEncoder, guarded: bool = False) -> OneText:
@@ -77,7 +77,7 @@ def tokenise(texts: Sequence[OneText], encoder: TextEncoder) -> list[Tokenised |
     """Tokenise many texts with one call of the tokenizer.
 
     Returns:
-        For each text its tokens, or what is wrong with it.
+        Each text's tokens, or its error.
     """
     requests = [Request(one.text, one.add_special, one.guarded) for one in texts]
     checks = [_checks(one, encoder, requests) for one in texts]
@@ -99,12 +99,12 @@ def tokenise(texts: Sequence[OneText], encoder: TextEncoder) -> list[Tokenised |
 
 @dataclass(frozen=True, slots=True)
 class _Check:
-    """That the text before a border has the same tokens by itself as in the whole text.
+    """A check that the text before a border has the same tokens alone as in the whole text.
 
     Args:
-        request: number of the text before the border, among those to tokenise.
-        mark: it begins at this one of the text's marks (``TextEncoder.marks``); -1: at the beginning of the text.
-        marks: the number of the text's marks.
+        request: number of the text before the border, among the texts to tokenise.
+        mark: the mark of the text (``TextEncoder.marks``) at which it begins; -1: the beginning of the text.
+        marks: number of marks in the text.
     """
 
     request: int
@@ -113,7 +113,7 @@ class _Check:
 
 
 def _checks(one: OneText, encoder: TextEncoder, requests: list[Request]) -> list[_Check]:
-    """One for the beginning of each trained span, and for its end if text follows it."""
+    """Return a check for the beginning of each trained span, and for its end if text follows it."""
     borders = [border for span in one.spans for border in span]
     if borders and borders[-1] == len(one.text):
         borders.pop()
@@ -133,7 +133,7 @@ def _checks(one: OneText, encoder: TextEncoder, requests: list[Request]) -> list
 def _spans(
     one: OneText, whole: list[int], checks: list[_Check], ids: list[list[int]], encoder: TextEncoder
 ) -> list[tuple[int, int]] | None:
-    """Where the trained spans are in the tokens of the whole text; None if a border is not between two tokens."""
+    """Return the trained spans within the whole text's tokens; None if a border is not between two tokens."""
     places: list[int] = []
     marks: list[int] | None = None
     for check in checks:
@@ -157,8 +157,8 @@ def _spans(
 
 
 def _one_by_one(one: OneText, encoder: TextEncoder) -> Tokenised:
-    """As ``tokenise``, border by border, keeping each that is not between two tokens."""
-    # The settled tokens, and where in the text they end.
+    """As ``tokenise``, border by border, keeping each border that is not between two tokens."""
+    # The tokens settled so far, and where in the text they end.
     settled: list[int] = []
     at = 0
 
@@ -199,7 +199,7 @@ def _check_data(one: OneText, ids: list[int], encoder: TextEncoder) -> None:
 
 
 def _covering(whole: list[int], part: list[int]) -> int:
-    """Return how many tokens of the whole hold the part that it begins with."""
+    """Return the number of leading tokens of the whole that cover its first part."""
     common = next((n for n, (a, b) in enumerate(zip(whole, part, strict=False)) if a != b), min(len(whole), len(part)))
     return common if common == len(part) else min(common + 1, len(whole))
 

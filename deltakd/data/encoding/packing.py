@@ -42,7 +42,7 @@ def pack_texts(
         block_length: tokens per block; the last block may be shorter, down to 2 tokens.
         cache_dir: folder that keeps the tokens for later runs; None: they are only in a temporary place.
         max_tokens: token budget. With one, documents are first shuffled with a fixed seed, so that every source gets
-            its share; long ones go in pieces of about PIECE_BLOCKS blocks, each closed by EOS.
+            its share; long ones are split into pieces of about PIECE_BLOCKS blocks, each closed by EOS.
 
     Returns:
         Blocks with labels = ids and row ids 0, 1, ...; ``counts`` has ``rows`` (documents) and ``tokens``.

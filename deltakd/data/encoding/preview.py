@@ -1,4 +1,4 @@
-"""One training row as text, the trained part marked: most mistakes with templates and data show there."""
+"""One training row as text with the trained part marked, which shows most mistakes in templates and data."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from deltakd.types import IGNORE_INDEX
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-#: What the log shows of the first training row: its text, its tokens with their ids, or nothing.
+#: How the log shows the first training row: its text, its tokens with their ids, or not at all.
 Preview = Literal["text", "ids", "none"]
 
-#: Most characters of a stretch of text; longer ones lose their middle.
+#: Maximum characters of a stretch of text; longer ones lose their middle.
 TEXT_LIMIT = 480
-#: Most tokens of a stretch that are listed with their ids.
+#: Maximum tokens of a stretch that are listed with their ids.
 IDS_LIMIT = 48
-#: Most stretches, of a conversation with many turns.
+#: Maximum stretches shown of a conversation with many turns.
 STRETCH_LIMIT = 6
 
 #: Tokens before a piece that it is decoded with.
 _CONTEXT = 8
-#: What an incomplete character decodes to.
+#: The result of decoding an incomplete character.
 _UNFINISHED = "\ufffd"
-#: Stands for a space where spaces part the tokens.
+#: Replaces a space within a token, where spaces separate the tokens.
 _SPACE = "␣"
 _ESCAPES = {"\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
@@ -48,7 +48,7 @@ COLOUR = Marks("\x1b[1;32m", "\x1b[0m")
 
 @dataclass(frozen=True)
 class _Stretch:
-    """Consecutive tokens ``start:stop`` of a row that are all trained, or all not."""
+    """Consecutive tokens ``start:stop`` of a row, either all trained or all untrained."""
 
     start: int
     stop: int
@@ -58,14 +58,14 @@ class _Stretch:
 def preview_row(row: Encoded, tokenizer: PreTrainedTokenizerBase, *, ids: bool, marks: Marks) -> str:
     r"""Return the row's tokens as text, each trained stretch between the marks, without line breaks.
 
-    White space and control characters are escaped (``\n``); a backslash of the data is written twice. The middle of
-    long stretches and of long conversations is left out, and counted.
+    White space and control characters are escaped (``\n``), and backslashes in the data are doubled. The middle of
+    long stretches and long conversations is left out, and counted.
 
     Args:
         row: the row as it is trained.
         tokenizer: decodes it.
-        ids: list the tokens, each with its id.
-        marks: written around what is trained.
+        ids: True lists the tokens, each with its id.
+        marks: written around trained stretches.
     """
     shown = []
     for stretch in _stretches(row):
@@ -93,10 +93,10 @@ def _stretches(row: Encoded) -> list[_Stretch]:
 
 
 def _decoded(ids: list[int], start: int, stop: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the share of tokens ``start:stop`` in the text: alone, some tokenizers decode them otherwise."""
+    """Return the part of the text from tokens ``start:stop``; some tokenizers decode them differently alone."""
     first = max(0, start - _CONTEXT)
     before, whole = (str(tokenizer.decode(ids[first:end], clean_up_tokenization_spaces=False)) for end in (start, stop))
-    # A character of several tokens decodes to a replacement until its last one; it belongs to that one.
+    # A character of several tokens decodes to a replacement until its last token, and so belongs to that token.
     before = before.rstrip(_UNFINISHED)
     whole = whole if stop == len(ids) else whole.rstrip(_UNFINISHED)
     if whole.startswith(before):

@@ -1,7 +1,7 @@
-r"""Problems of ``data.template`` as the config gives it, before any tokenizer is opened.
+r"""Problems with ``data.template`` as given in the config, found before any tokenizer is opened.
 
-A shell or single quotes in YAML leave ``\n`` as a backslash and an n. The prompt would then read so, and train well
-enough that nobody looks.
+A shell or single quotes in YAML leave ``\n`` as a backslash and an n. The prompt would then contain both, and train
+well enough that nobody notices.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import Any
 
 from deltakd.data.encoding.templates import plain_template
 
-#: A line break as it is written, not as it is read.
+#: A line break spelled out as a backslash and an n.
 _WRITTEN_BREAK = "\\n"
 
 
 def template_problems(key: str, template: str | Mapping[str, Any]) -> list[str]:
-    """Return one sentence for each text that spells a line break as backslash and n; else why it is no template."""
+    """Return a sentence per text that spells a line break as backslash and n; else why it is not a template."""
     texts = {} if isinstance(template, str) else template
     found = [
         f"{key}.{name} contains a backslash and an n, not a line break; write a real one: in YAML in double quotes, "

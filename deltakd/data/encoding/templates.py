@@ -1,4 +1,4 @@
-"""Templates render a row as text: those that a config writes out, and the choice among all."""
+"""Templates, which render a row as text: format strings from the config, and the choice of a template."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class PlainTemplate:
     """Fills the row into a format string; EOS closes each answer.
 
     Args:
-        with_input: the prompt of rows with an input; fields {instruction} and {input}.
-        without_input: the prompt of the others; field {instruction}.
+        with_input: prompt for rows with an input; fields {instruction} and {input}.
+        without_input: prompt for rows without one; field {instruction}.
         tail_text: the end of both, which survives when a prompt is cut.
 
     Raises:
@@ -44,7 +44,7 @@ class PlainTemplate:
                 raise ValueError(f"template.{name} must end with template.tail = {self.tail_text!r}")
 
     def render(self, row: Row) -> list[Segment]:
-        """Return prompt and answer in turn (several times for a conversation); the first prompt gets BOS."""
+        """Return alternating prompts and answers (several for a conversation); the first prompt gets BOS."""
         segments: list[Segment] = []
         for prompt, response, trained in self._turns(row):
             segments.append(Segment(prompt, trained=False, special_tokens=not segments))
@@ -61,7 +61,7 @@ class PlainTemplate:
         return row.messages is not None
 
     def _turns(self, row: Row) -> Iterator[tuple[str, str | None, bool]]:
-        """Yield prompt, answer, and whether the answer is trained."""
+        """Yield prompt, answer, and True if the answer is trained."""
         _refuse_tools(row)
         if row.messages is None:
             yield _own_prompt(row, self), (row.responses[0] if row.responses else None), True
@@ -73,13 +73,13 @@ class PlainTemplate:
                 continue
             yield self.without_input.format(instruction="\n\n".join(asked)), content_text(message), is_answer(message)
             asked = []
-        # What is asked after the last answer is a prompt only if there is no answer to learn.
+        # Turns after the last answer form a prompt only if there is no answer to learn.
         if asked:
             yield self.without_input.format(instruction="\n\n".join(asked)), None, False
 
 
 def _refuse_tools(row: Row) -> None:
-    """Raise a RowError for what only a chat template can write."""
+    """Raise a RowError for anything that only a chat template can render."""
     held = ["tools"] if row.tools else []
     for number, message in enumerate(row.messages or ()):
         held += [f"{key} in messages[{number}]" for key in ("tool_calls", "reasoning_content") if message.get(key)]
@@ -113,7 +113,7 @@ def _check_fields(name: str, text: str, needed: set[str]) -> None:
         found = ", ".join(f"{{{field}}}" for field in sorted(fields)) or "none"
         raise ValueError(f"template.{name} must have exactly the fields {wanted}; it has {found}")
     try:
-        # Formats and conversions show when a text is filled in: {instruction:d}, {instruction!x}.
+        # Bad formats and conversions show up only when the text is filled in: {instruction:d}, {instruction!x}.
         text.format(**dict.fromkeys(needed, "text"))
     except (ValueError, LookupError, AttributeError) as error:
         raise ValueError(
@@ -155,7 +155,7 @@ def plain_template(name: str | Mapping[str, Any]) -> PlainTemplate | None:
     """Return the template that a config asks for if it needs no tokenizer; None for ``chat``.
 
     Raises:
-        ValueError: unknown name or keys, or texts that are no template.
+        ValueError: unknown name or keys, or texts that are not a template.
     """
     if name == "chat":
         return None

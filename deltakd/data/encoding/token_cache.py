@@ -1,4 +1,4 @@
-"""Fingerprints: tables of tokens are found again by a hash of everything they depend on."""
+"""Fingerprints: cached tables of tokens are looked up by a hash of everything they depend on."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-#: Raise it when a change gives the same inputs different tokens, or the table different columns.
-FORMAT_VERSION = 2
+#: Increase it when a change gives the same inputs different tokens, or refuses them, or gives the table other columns.
+FORMAT_VERSION = 3
 
 
 def fingerprint(*parts: Any) -> str:
@@ -23,7 +23,7 @@ def fingerprint(*parts: Any) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the sha256 of everything that decides how the tokenizer turns text into ids."""
+    """Return the sha256 of everything that affects how the tokenizer turns text into ids."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state: dict[str, Any] = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
     # Left over from the tokenizer's last call; our calls set neither.

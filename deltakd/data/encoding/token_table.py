@@ -45,7 +45,7 @@ def encode_rows(
     split_turns: bool = False,
     cache_dir: str | Path | None = None,
 ) -> EncodedSet:
-    """Tokenise rows once; each response becomes its own example, under the row's id.
+    """Tokenise rows once; each response becomes a separate example with the row's id.
 
     Args:
         rows: the rows.
@@ -123,13 +123,13 @@ def _prompt_piece(
 
 
 class _Piece(NamedTuple):
-    """Some rows of the table, and what happened to those that are not in it.
+    """Part of the table, with counts of the rows left out.
 
     Args:
         arrays: as in the table.
         counts: as of an ``EncodedSet``.
         spans: the least and the most tokens of ``prompts``, and of whole rows (``totals``), before anything is cut.
-        problems: what is wrong with rows.
+        problems: errors in rows.
     """
 
     arrays: dict[str, NDArray[Any]]
@@ -160,7 +160,7 @@ def _piece(outcomes: Sequence[Outcome]) -> _Piece:
 
 
 def _write(writer: ArrayWriter, tokenise: Callable[[int], _Piece], rows: int) -> None:
-    """Tokenise the batches, each a call, and write the table; raise a ValueError if something is wrong with rows."""
+    """Tokenise the batches, one per call, and write the table. Raise a ValueError if rows have errors."""
     counts: Counter[str] = Counter()
     spans: dict[str, list[int]] = {}
     problems = Problems("data")

@@ -1,4 +1,4 @@
-"""Texts to token ids, many at a time: special tokens, and text that follows other text."""
+"""From texts to token ids, many at a time: special tokens, and text that continues other text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from deltakd.data.encoding.control_tokens import ControlTokens, own_backend
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-#: Texts after which a tokenizer may write another text, tried in turn, until one does not merge with it.
+#: Texts to put before a text that continues another one, tried in turn until one does not merge with it.
 _ANCHORS = ("\n", ":", "a", "0", "。", " ")
 
 
@@ -56,9 +56,9 @@ class TextEncoder:
 
     @cached_property
     def marks(self) -> re.Pattern[str] | None:
-        """Matches the tokens at which the tokenizer splits a text before it does anything else; None: none are known.
+        """Matches the tokens at which the tokenizer splits a text first of all; None: none are known.
 
-        What stands between two of them is tokenised for itself.
+        The text between two of them is tokenised separately.
         """
         added = self.tokenizer.added_tokens_decoder.values()
         return alternation([token.content for token in added if not token.normalized and not token.single_word])
@@ -98,7 +98,7 @@ class TextEncoder:
         return self.ids([Request(text, add_special, guarded)])[0]
 
     def documents(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of plain texts, in which control tokens are text like any other.
+        """Return the ids of plain texts, in which control tokens count as ordinary text.
 
         Raises:
             ValueError: a text holds control tokens that can't be written as text (``ControlTokens.guarded``).
@@ -106,12 +106,12 @@ class TextEncoder:
         return self.ids([Request(guarded, guarded=held) for guarded, held in map(self.control.guarded_text, texts)])
 
     def following(self, text: str, guarded: bool = False) -> list[int] | None:
-        """Return the ids of a text that follows other text, and merges with none of it.
+        """Return the ids of a text that follows other text, without merging with it.
 
-        SentencePiece and its like write a blank before a text, and WordPiece begins a word; not so after other text.
+        At the start of a text, SentencePiece adds a space and WordPiece begins a word; after other text, they do not.
 
         Returns:
-            The ids, or None if the text merges with all that were tried.
+            The ids, or None if the text merges with every prefix tried.
         """
         for anchor in _ANCHORS:
             before = self.one(anchor)
@@ -121,7 +121,7 @@ class TextEncoder:
         return None
 
     def last_tokens(self, text: str, tail: str) -> int:
-        """Return how many of the text's last tokens hold its tail, including a token that straddles the border."""
+        """Return how many of the text's last tokens contain its tail, including a token that straddles the border."""
         if not self.tokenizer.is_fast:
             return len(self.one(tail))
         border = len(text) - len(tail)
@@ -147,11 +147,11 @@ class TextEncoder:
         self._backend.no_truncation()
         self._backend.no_padding()
         self._backend.encode_special_tokens = False
-        # Without offsets and without a dictionary a text: a third of the time.
+        # Without offsets and a dictionary per text, this takes a third of the time.
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=special)]
 
 
 def alternation(tokens: Sequence[str]) -> re.Pattern[str] | None:
-    """Return a pattern of these texts, the longest first; None if there are none."""
+    """Return a pattern that matches these texts, the longest first; None if there are none."""
     longest_first = sorted(tokens, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None

@@ -1,4 +1,4 @@
-"""Check that the text a row trains on holds its answers and their ends."""
+"""Check that a row's trained text contains its answers and their ends."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ from typing import Any
 from deltakd.data.encoding.segments import Segment
 from deltakd.data.sources.rows import Message, Row, RowError, content_text, is_answer
 
-#: So many characters of what is missing are shown.
+#: Number of characters shown of missing text.
 _SHOWN = 60
+#: Ends a block of reasoning.
+_THOUGHT = "</think>"
 
 
 def check_trained(row: Row, segments: Sequence[Segment]) -> None:
-    """Raise a RowError unless the segment that trains an answer holds it, and something ends it.
+    """Raise a RowError unless each trained segment contains its answer, and something ends it.
 
     An answer is its content, its reasoning, and the names and arguments of its tool calls. White space does not count:
     templates strip it. Some templates leave out reasoning or calls; a model would learn not to think, or to say
     nothing.
 
     Args:
-        row: with its answers.
-        segments: what its template has written.
+        row: the row, with its answers.
+        segments: the row as its template renders it.
     """
     trained = [number for number, segment in enumerate(segments) if segment.trained]
     answers = _answers(row)
@@ -36,6 +38,12 @@ def check_trained(row: Row, segments: Sequence[Segment]) -> None:
         after = segment.text[start + len(answer) :].strip() if start >= 0 else _after(row, answer, segment)
         if not answer.strip() and not message.get("tool_calls"):
             raise RowError(f"{row.label}: an answer is empty, but for EOS; take the row out")
+        if _THOUGHT in answer and segment.text.count(_THOUGHT) > answer.count(_THOUGHT):
+            raise RowError(
+                f"{row.label}: the template writes a block of reasoning before an answer that has one already, so the "
+                f"model would learn two; give the reasoning as reasoning_content, or take {_THOUGHT} and what is "
+                f"before it out of the answer"
+            )
         if len(message) > 2:
             _check_other_keys(row, message, segment)
         if not after and not segment.closed:
@@ -71,14 +79,14 @@ def _check_other_keys(row: Row, message: Message, segment: Segment) -> None:
         raise RowError(_left_out(row, "reasoning_content", _missing(reasoning, segment.text), segment))
     for call in message.get("tool_calls") or ():
         for part in _leaves(call["function"]):
-            # Templates write arguments as JSON, whose strings have escapes, or plainly.
+            # Templates write arguments either as JSON, whose strings have escapes, or verbatim.
             forms = (part, json.dumps(part, ensure_ascii=False)[1:-1], json.dumps(part)[1:-1])
             if not any(_dense(form) in there for form in forms):
                 raise RowError(_left_out(row, "a part of tool_calls", part[:_SHOWN], segment))
 
 
 def _leaves(value: Any) -> Iterator[str]:
-    """The texts in a call, without its numbers and truth values, which templates spell in their own ways."""
+    """Return the texts in a call, without numbers and truth values, which templates spell differently."""
     if isinstance(value, str):
         try:
             held = json.loads(value) if value.lstrip()[:1] in ("{", "[") else value
@@ -114,7 +122,7 @@ def _dense(text: str) -> str:
 
 
 def _missing(answer: str, text: str) -> str:
-    """The first line of the answer that is not in the text; the whole answer where each line by itself is."""
+    """Return the first line of the answer that is not in the text; the whole answer if every line is."""
     there = _dense(text)
     lines = (line for line in answer.splitlines() if _dense(line) not in there)
     return next(lines, answer).strip()[:_SHOWN]

@@ -1,4 +1,4 @@
-"""Work spread over processes that are forked from this one, so that nothing has to be copied to them."""
+"""Spreads work over processes forked from this one, so nothing has to be copied to them."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 _PARALLELISM = "TOKENIZERS_PARALLELISM"
-#: Linux: the signal that a process gets when its parent is gone.
+#: Linux: sets the signal that a process gets when its parent dies.
 _PR_SET_PDEATHSIG = 1
-#: What the processes do; they find it here when they are forked.
+#: The work to do; forked processes find it here.
 _work: Callable[[int], Any] | None = None
 
 
 def usable_processes() -> int:
-    """Return the number of processes to tokenise with.
+    """Return the number of processes to use for tokenising.
 
-    The variables of the `tokenizers` library count: TOKENIZERS_PARALLELISM=false leaves one, RAYON_NUM_THREADS says how
-    many. Otherwise, it is the number of cores that this process may use. One where processes can't be forked safely:
+    The variables of the `tokenizers` library apply: TOKENIZERS_PARALLELISM=false gives one process, RAYON_NUM_THREADS
+    sets the number. The default is the number of cores that this process may use, or one where forking is not safe:
     outside Linux, and after CUDA has been used.
     """
     torch = sys.modules.get("torch")
@@ -41,12 +41,12 @@ def usable_processes() -> int:
 
 
 def in_order(work: Callable[[int], T], count: int, processes: int) -> Iterator[T]:
-    """Yield work(0), work(1) ... work(count - 1), done in forked processes where there is more than one of them.
+    """Yield work(0), work(1) ... work(count - 1), computed in forked processes if there is more than one.
 
     Args:
         work: must return what can be pickled.
         count: number of pieces.
-        processes: to use at once.
+        processes: number to use at once.
 
     Raises:
         ValueError: a process was killed.
@@ -59,7 +59,7 @@ def in_order(work: Callable[[int], T], count: int, processes: int) -> Iterator[T
         waiting: deque[Future[Any]] = deque()
         for number in range(count):
             waiting.append(pool.submit(_do, number))
-            # Not too far ahead of who takes the results.
+            # Stay close to the consumer of the results.
             if len(waiting) > 2 * processes:
                 yield waiting.popleft().result()
         while waiting:
@@ -76,7 +76,7 @@ def _forked(work: Callable[[int], Any], processes: int) -> Iterator[ProcessPoolE
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _begin, (os.getpid(),))
     try:
         with warnings.catch_warnings():
-            # Other threads of this process hold no lock that the work needs.
+            # Safe: other threads of this process hold no lock that the work needs.
             warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
             yield pool
     except BrokenProcessPool as error:
@@ -94,7 +94,7 @@ def _forked(work: Callable[[int], Any], processes: int) -> Iterator[ProcessPoolE
 
 
 def _begin(parent: int) -> None:
-    # The parent says what happened; and without it, there is nothing to work for.
+    # The parent reports the error; without a parent, nobody needs the result.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

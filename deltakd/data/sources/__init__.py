@@ -1,1 +1,1 @@
-"""Reads rows from files and the hub, and finds rows of the same task."""
+"""Reads rows from files and the hub, and finds rows with the same task."""

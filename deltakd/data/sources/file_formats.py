@@ -19,13 +19,13 @@ import numpy as np
 
 #: An error shows at most this many causes of bad lines.
 SHOWN_PROBLEMS = 10
-#: Of one cause.
+#: Maximum places shown per cause.
 _SHOWN_PLACES = 3
-#: Of a text file; Parquet and Arrow compress by themselves.
+#: Compression of text files; Parquet and Arrow have their own.
 COMPRESSIONS = ("", ".gz", ".zst")
 #: Rows of a Parquet file in memory at once.
 _BATCH = 1_000
-#: How JSON begins a character that is written by its number.
+#: Start of an escaped character in JSON.
 _ESCAPE = "\\u"
 #: How files begin that are often named .jsonl or .csv by mistake -> what they are.
 _FIRST_BYTES = {
@@ -71,7 +71,7 @@ class Problems:
         """Raise a ValueError if there were bad lines."""
         if not self.messages:
             return
-        # Places of one cause stand together: most often it is that of every line.
+        # Group places by cause: most often, every line has the same one.
         causes: dict[str, list[str]] = {}
         for message in self.messages:
             place, colon, cause = message.partition(": ")
@@ -95,13 +95,13 @@ def read_file(path: Path, name: str, problems: Problems, start: int = 0) -> Iter
 
     Args:
         path: the file.
-        name: as messages call it; its suffix gives the format.
-        problems: collects each line that is not a record.
-        start: number of the first record wanted; lines of JSON before it are not parsed, nor row groups of Parquet
-            read.
+        name: its name in messages; the suffix gives the format.
+        problems: collects the lines that are not records.
+        start: number of the first record to read; earlier JSON lines are not parsed, and earlier Parquet row groups
+            not read.
 
     Raises:
-        ValueError: the file can't be read, or is not what its name says.
+        ValueError: the file can't be read, or its content does not match its name.
     """
     kind = kind_of(name)
     if kind == ".jsonl":
@@ -147,7 +147,7 @@ def _kind_inside(path: Path) -> str:
 
 def _open(path: Path, newline: str) -> io.TextIOWrapper:
     stream = _open_bytes(path)
-    # utf-8-sig: editors of Windows put a byte order mark at the start of a file; it is no text.
+    # utf-8-sig: Windows editors put a byte order mark, which is not text, at the start of a file.
     return io.TextIOWrapper(stream, encoding="utf-8-sig", newline=newline)
 
 
@@ -206,13 +206,13 @@ def _json_records(path: Path, name: str, problems: Problems) -> Iterator[Record]
 
 
 def as_record(number: int, where: str, value: Any, problems: Problems, escapes: bool) -> Iterator[Record]:
-    """Yield the value as a record; tell ``problems`` if it is no object, or holds half characters.
+    """Yield the value as a record. Report it to ``problems`` if it is not an object, or has half characters.
 
     Args:
         number, where: of the record.
-        value: what JSON gave.
-        problems: is told.
-        escapes: True if the JSON has escaped characters; half a character can't be written otherwise.
+        value: the parsed JSON.
+        problems: collects the errors.
+        escapes: True if the JSON has escaped characters, the only way to write half a character.
     """
     if not isinstance(value, dict):
         problems.add(f"{where}: expected a JSON object, got {type(value).__name__}")
@@ -328,9 +328,9 @@ def _reading(name: str) -> Iterator[None]:
 
 
 def without_gaps(record: dict[str, Any]) -> dict[str, Any]:
-    """Return a record of a typed table without the gaps that its types make.
+    """Return a record of a typed table without the nulls that the column types add.
 
-    All turns of a column have the same keys there, and all arguments of all tools; those that a turn does not have are
+    There, all turns of a column have the same keys, and so do the arguments of all tools; keys that a turn lacks are
     null. A missing number is NaN.
     """
     return {key: None if _is_nan(value) else _dense(value) for key, value in record.items()}

@@ -1,4 +1,4 @@
-"""Turns of a conversation, as data sets write them, in one form: OpenAI's, ShareGPT's, Alpaca's histories."""
+"""Converts turns of a conversation to one form, from OpenAI's and ShareGPT's formats and Alpaca's histories."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from deltakd.data.sources.rows import Message, is_answer
 
-#: A role as data sets spell it -> the role that chat templates know.
+#: A role as data sets spell it -> its name in chat templates.
 ROLES = {
     "system": "system",
     "developer": "system",
@@ -42,7 +42,7 @@ def parse_messages(value: Any, where: str, key: str = "messages") -> list[Messag
     Args:
         value: a non-empty list of turns, or the same as JSON text (CSV files have no lists).
         where: place of the record, for errors.
-        key: the record's key that holds them.
+        key: the record's key for them.
 
     Raises:
         ValueError: a turn has an unknown role, no content, or parts that are not text.
@@ -71,7 +71,7 @@ def parse_history(value: Any, where: str) -> list[Message]:
 
 
 def parse_tools(value: Any, where: str) -> tuple[dict[str, Any], ...] | None:
-    """Return the functions that a record offers, or None if there are none.
+    """Return a record's tools, or None if it has none.
 
     Raises:
         ValueError: they are no list of JSON objects.
@@ -122,7 +122,7 @@ def holds_turns(value: Any) -> bool:
 
 
 def _from_json(value: Any) -> Any:
-    """Return what a text holds as JSON, if it is a list or an object; else the value itself."""
+    """Return a text parsed as JSON, if that gives a list or an object; else the value itself."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             return json.loads(value)
@@ -227,7 +227,7 @@ def _weight(value: Any, place: str) -> int:
 
 
 def _plain(value: Any, place: str) -> Any:
-    """Return the value. Raise a ValueError if it holds anything that JSON does not."""
+    """Return the value. Raise a ValueError if it contains anything that JSON can't represent."""
     if isinstance(value, dict):
         return {str(key): _plain(part, place) for key, part in value.items()}
     if isinstance(value, list):

@@ -1,20 +1,19 @@
-"""Near duplicates among two sets of texts, found through their rare shingles, in time linear in the texts.
+"""Near duplicates between two sets of texts, found through their rare shingles, in time linear in the texts.
 
-Two texts are near duplicates as Lee et al. (arXiv 2107.06499) tell them in training sets: their 5-grams of words
-(Broder's shingles, 1997) have a Jaccard similarity of 0.8 or more. Beside that they must have the same numbers, and
-they must not be alike because of a frame alone: a prompt's fixed text, or one instruction over many inputs. A shingle
-of many different texts (``common``) belongs to a frame; where half of a text's shingles or more do, the others must be
-as similar by themselves.
+Two texts are near duplicates by the criterion of Lee et al. (arXiv 2107.06499) for training sets: their 5-grams of
+words (Broder's shingles, 1997) have a Jaccard similarity of 0.8 or more. In addition, they must contain the same
+numbers, and their similarity must not come from a frame only: a prompt's fixed text, or one instruction with many
+inputs. A shingle that many different texts have (``common``) belongs to a frame; if half of a text's shingles or more
+do, the remaining ones must be equally similar.
 
-One of the sets is small. Of the other, no text is kept, only hashes of its shingles, on disk. A text of it whose
-shingles are not in four of five cases also shingles of the small set is near to none of it, and goes first. Among the
-others the search is exact, by prefix filtering (Chaudhuri et al. 2006; Bayardo et al. 2007): let every text's shingles
-be ordered from the rarest to the most common. Texts of a similarity t or more share one of their first
-n - ceil(t n) + 1 shingles, so these alone are looked up. By the rule of frames none of them is common, so each leads to
+One of the sets is small. Of the other, only hashes of its shingles are kept, on disk. A text of the large set is
+discarded first if fewer than four fifths of its shingles occur in the small set: it can't be near any text there. For
+the rest the search is exact, by prefix filtering (Chaudhuri et al. 2006; Bayardo et al. 2007): order every text's
+shingles from the rarest to the most common. Texts with a similarity of t or more share one of their first
+n - ceil(t n) + 1 shingles, so only these are looked up. By the rule of frames none of them is common, so each leads to
 a bounded number of texts.
 
-Texts and shingles are known by 64 bits, so two of them are taken for one with a probability of 1e-5 in all where there
-are ten million.
+Texts and shingles are identified by 64 bits, so among ten million the total probability of a collision is 1e-5.
 """
 
 from __future__ import annotations
@@ -30,15 +29,15 @@ from typing import Any, NamedTuple, final
 import numpy as np
 from numpy.typing import NDArray
 
-#: Words of a shingle.
+#: Words per shingle.
 SHINGLE = 5
-#: The least Jaccard similarity of near duplicates.
+#: Minimum Jaccard similarity of near duplicates.
 NEAR = 0.8
-#: A shingle of more than this share of the texts belongs to a frame, within the bounds of the next line.
+#: A shingle in more than this share of the texts belongs to a frame, within the bounds of the next line.
 COMMON_SHARE = 0.01
 LEAST_COMMON, MOST_COMMON = 5, 100
 
-#: Texts that are hashed at once, and shingles that are read back at once.
+#: Number of texts hashed at once, and of shingles read back at once.
 _TEXTS, _SHINGLES = 1_000, 1 << 21
 
 Words = tuple[str, ...]
@@ -50,7 +49,7 @@ _SPACELESS = (
 )
 #: A word; where a script has no spaces, a character.
 _WORD = re.compile(rf"[^\W{_SPACELESS}]+|[{_SPACELESS}]")
-#: Reference marks of Wikipedia, which one release of a data set has and another has not.
+#: Wikipedia's reference marks, which some releases of a data set have and others lack.
 _MARK = re.compile(r"\[\d+\]")
 
 
@@ -65,10 +64,10 @@ def common(texts: int) -> int:
 
 
 class Near(NamedTuple):
-    """Near duplicates by number of text; texts with the same words share a number.
+    """Near duplicates by text number; texts with the same words share a number.
 
     Args:
-        numbers: [texts] number of each text, at the place that ``add`` gave it.
+        numbers: [texts] number of each text, at the position that ``add`` returned.
         found: number of one of the many -> numbers of those of the few near it, with their similarity; 1.0 for itself.
     """
 
@@ -78,7 +77,7 @@ class Near(NamedTuple):
 
 @final
 class Corpus:
-    """Different texts, of which only hashes are kept."""
+    """A set of different texts, kept only as hashes."""
 
     def __init__(self) -> None:
         self._places: dict[int, int] = {}
@@ -90,7 +89,7 @@ class Corpus:
         self._factors = np.random.Generator(np.random.PCG64(0)).integers(0, 2**63, SHINGLE, np.uint64) * 2 + 1
 
     def add(self, texts: Iterable[str]) -> NDArray[np.int64]:
-        """Return [texts], a place for each; the same for the same text."""
+        """Return [texts], a position for each; equal texts get the same one."""
         places = [np.empty(0, np.int64)]
         waiting = iter(texts)
         while batch := list(islice(waiting, _TEXTS)):
@@ -114,7 +113,7 @@ class Corpus:
         starts = np.flatnonzero(left_over >= SHINGLE)
         hashes = np.zeros(len(starts), np.uint64)
         for place, factor in enumerate(self._factors):
-            # A factor of its own for each place; products and sums wrap around.
+            # A separate factor for each position; products and sums wrap around.
             hashes += flat[starts + place] * factor
         owners = owners[starts]
         order = np.lexsort((hashes, owners))
@@ -125,10 +124,10 @@ class Corpus:
         self._sizes.append(np.bincount(owners[once], minlength=len(texts)))
 
     def near(self, few: NDArray[np.int64], many: NDArray[np.int64]) -> Near:
-        """Find the near duplicates of the few among the many; the same words are the nearest.
+        """Find the near duplicates of the few among the many; texts with the same words are the nearest.
 
         Args:
-            few, many: places of texts; a text may be on both sides. Texts on neither count for nothing.
+            few, many: positions of texts; a text may be on both sides. Texts on neither are ignored.
         """
         _, first, same = np.unique(np.array(self._words, np.int64), return_index=True, return_inverse=True)
         numbers = first[same]
@@ -151,7 +150,7 @@ class Corpus:
         return Near(numbers, dict(found))
 
     def _pool(self, sizes: NDArray[np.int64], left: NDArray[Any], right: NDArray[Any]) -> NDArray[np.int64]:
-        """Return the numbers of the few, and of those many that may be near them."""
+        """Return the numbers of the few, and of those among the many that may be near them."""
         known = np.empty(0, np.uint64)
         for _, hashes in self._pieces(sizes, left):
             known = _distinct(np.concatenate([known, hashes]))
@@ -177,7 +176,7 @@ class Corpus:
     def _pieces(
         self, sizes: NDArray[np.int64], chosen: NDArray[np.bool_]
     ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint64]]]:
-        """Yield text and hash of each shingle of the chosen texts, in order, some at a time."""
+        """Yield text and hash of each shingle of the chosen texts, in order, in chunks."""
         ends = np.cumsum(sizes)
         if not len(ends) or not ends[-1] or not chosen.any():
             return
@@ -200,7 +199,7 @@ def _membership(numbers: NDArray[np.int64], size: int) -> NDArray[np.bool_]:
 
 
 def _places_of(values: NDArray[np.uint64], ordered: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Return the place of each value in ``ordered``, and True if it is there."""
+    """Return the position of each value in ``ordered``, and True if it is there."""
     if not len(ordered):
         return np.zeros(len(values), np.int64), np.zeros(len(values), np.bool_)
     places = np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)
@@ -214,7 +213,7 @@ class _Shingles:
         owners, kinds: [shingles] text, in order, and kind of each shingle; no text has one twice.
         frequency: [kinds] number of different texts that have a shingle of the kind, these and others.
         texts: number of texts.
-        common: a kind that more texts have belongs to a frame.
+        common: a kind found in more texts than this belongs to a frame.
     """
 
     def __init__(
@@ -230,7 +229,7 @@ class _Shingles:
         ranks[np.argsort(frequency, kind="stable")] = np.arange(len(frequency))
         ordered = np.sort(owners * count + ranks[kinds])
         self._owners, self._ranks = ordered // count, ordered % count
-        # Shingles of lower rank than this are rare.
+        # Shingles ranked below this are rare.
         self._common = common
         self._rare = int((frequency <= common).sum())
         self._starts = np.searchsorted(self._owners, np.arange(texts + 1))
@@ -240,7 +239,7 @@ class _Shingles:
         self._deciding = np.where(self._framed, rare, sizes)
 
     def candidates(self, left: NDArray[np.bool_], right: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
-        """Yield the pairs, one of each side, that share a shingle which near duplicates must share."""
+        """Yield the pairs, one text from each side, that share a shingle which near duplicates must share."""
         # The small number guards ceil against 0.8 n that came out above a whole number.
         first = self._deciding - np.ceil(NEAR * self._deciding - 1e-9).astype(np.int64) + (self._deciding > 0)
         place = np.arange(len(self._owners)) - self._starts[self._owners]

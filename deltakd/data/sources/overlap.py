@@ -1,4 +1,4 @@
-"""Finds tasks of one set of rows in another, word for word or nearly: a test set that was trained on."""
+"""Finds tasks of one set of rows in another, verbatim or nearly, such as test tasks in training data."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from deltakd.data.sources.tasks import Tasks, generic_instructions, task_texts
 from deltakd.io.arrays import ArrayWriter, kept_arrays
 from deltakd.io.progress import progress_bar
 
-#: Fewer rows than this are compared in a second and need no progress bar.
+#: Comparing fewer rows than this takes a second and needs no progress bar.
 LONG_SEARCH = 20_000
-#: Rows between two updates of the bar.
+#: Rows between two updates of the progress bar.
 _STRIDE = 1_000
 
 #: Numbers of an instruction and of an input.
 _Task = tuple[int, int]
-#: In place of the number of an input that is like none of those it is compared with.
+#: Number of an input that is similar to none of those it is compared with.
 _OTHER = -1
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """A row whose task is in the other set, too.
+    """A row whose task also occurs in the other set.
 
     Args:
         row_id: the row's id.
@@ -48,7 +48,7 @@ class Overlap:
 
 
 def find_overlaps(asked: Sequence[Row], others: Iterable[Row]) -> list[Overlap]:
-    """Return the rows of ``asked`` whose task occurs in ``others``, in their order, each with its most similar row.
+    """Return the rows of ``asked`` whose task occurs in ``others``, in order, each with its most similar row.
 
     Words are compared after case folding, without punctuation and reference marks; in scripts without spaces, a
     character is a word. Two tasks are the same if
@@ -68,11 +68,11 @@ def find_overlaps(asked: Sequence[Row], others: Iterable[Row]) -> list[Overlap]:
 
 @final
 class OverlapSearch:
-    """Finds the overlaps of several sets with the same rows, whose instructions it reads once.
+    """Finds the overlaps of several sets with the same rows, and reads the rows' instructions only once.
 
     Args:
         others: training rows.
-        cache_dir: folder that keeps what was found for later runs; None keeps nothing.
+        cache_dir: folder that keeps the results for later runs; None: keep nothing.
     """
 
     def __init__(self, others: Sequence[Row], cache_dir: str | Path | None = None) -> None:
@@ -81,7 +81,7 @@ class OverlapSearch:
         self._instructions: _Instructions | None = None
 
     def overlaps(self, asked: Sequence[Row]) -> list[Overlap]:
-        """Return what ``find_overlaps`` finds."""
+        """Return the overlaps; see ``find_overlaps``."""
         if self._cache_dir is None:
             return self._found(asked)
 
@@ -131,13 +131,13 @@ class _Instructions:
 
 
 class _Search:
-    """The tasks of both sets whose instructions are alike, by the numbers of their texts, and which texts are alike.
+    """The tasks of both sets with similar instructions, by the numbers of their texts, and which texts are similar.
 
-    Of the others' tasks, those that can't be alike are left out; inputs that are like none of the asked are ``_OTHER``.
+    Tasks of the others that can't be similar are left out; inputs similar to none of the asked ones are ``_OTHER``.
 
     Args:
-        asked: rows whose tasks are looked for; few.
-        others: instructions of the rows by whose tasks they are looked for; any number.
+        asked: rows whose tasks to look for; few.
+        others: instructions of the rows to search; any number.
     """
 
     def __init__(self, asked: Sequence[Row], others: _Instructions) -> None:
@@ -145,7 +145,7 @@ class _Search:
         near = others.corpus.near(left, others.places)
         self._alike, left, right = near.found, near.numbers[left], near.numbers[others.places]
         self._generic = _generic(left, right, tasks_of(asked), others.tasks)
-        # Most inputs are never compared, since their instructions are unlike all others.
+        # Most inputs are never compared, since their instructions are similar to no other.
         met = {one for found in self._alike.values() for one in found}
         asking = np.flatnonzero(np.isin(left, list(met)))
         asked_by = np.flatnonzero(np.isin(right, list(self._alike)))
@@ -153,7 +153,7 @@ class _Search:
         given_left = inputs.add(task_texts(asked[at])[1] for at in asking.tolist())
         given_right = inputs.add(_shown("comparing inputs", taken(others.rows, asked_by), 1))
         empty = inputs.add([""])
-        # An empty input counts as one of the different ones, whether a row has it or not.
+        # An empty input counts as a different one, even if no row has it.
         given = inputs.near(given_left, np.append(given_right, empty))
         self._alike_inputs, self._empty = given.found, int(given.numbers[empty[0]])
         self.asked = _by_task(asking, left, given.numbers[given_left])
@@ -174,7 +174,7 @@ class _Search:
                 yield (other, found), similarity
 
     def _same_inputs(self, instruction: int, given: int, may_lack: bool) -> Iterable[int]:
-        """Inputs of an asked instruction that count as ``given``; ``may_lack``: whether an empty one does."""
+        """Return inputs of an asked instruction that count as ``given``; ``may_lack``: True if an empty one does."""
         if given == self._empty and may_lack:
             return self._inputs[instruction]
         counting = {*self._alike_inputs.get(given, ()), *([self._empty] if may_lack else ())}
@@ -199,10 +199,10 @@ def _generic(left: NDArray[np.int64], right: NDArray[np.int64], asked: Tasks, ot
 def _by_task(
     places: NDArray[np.int64], instructions: NDArray[np.int64], inputs: NDArray[np.int64]
 ) -> dict[_Task, list[int]]:
-    """Return task -> places of its rows in order.
+    """Return task -> positions of its rows, in order.
 
     Args:
-        places: [n] places of rows.
+        places: [n] positions of rows.
         instructions: [rows] number of each row's instruction.
         inputs: [n] numbers of the inputs at ``places``.
     """

@@ -1,4 +1,4 @@
-"""From a record, in any of the usual forms of instruction data, to a row."""
+"""Parses records in the usual formats of instruction data into rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ INPUT_KEYS = ("input", "context")
 RESPONSE_KEYS = ("response", "output", "answer", "completion", "chosen")
 SYSTEM_KEYS = ("system", "system_prompt")
 MESSAGE_KEYS = ("messages", "conversations", "conversation")
-#: The names that ``data.columns`` may give columns.
+#: The column names that ``data.columns`` may map.
 COLUMNS = (
     "instruction",
     "input",
@@ -88,7 +88,7 @@ def parse_row(record: Mapping[str, Any], where: str, id: int, need_response: boo
 
 
 def unread_keys(record: Mapping[str, Any]) -> list[str]:
-    """Return the keys of a record, and of its messages (``messages[].key``), that hold something nobody reads."""
+    """Return the keys of a record, and of its messages (``messages[].key``), with content that is never read."""
     turns = _turn_keys(record)
     if turns:
         read = {*turns, *SYSTEM_KEYS, "tools"}
@@ -103,7 +103,7 @@ def unread_keys(record: Mapping[str, Any]) -> list[str]:
 
 
 def _turn_keys(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the keys that hold a record's turns; () if it is not written as turns."""
+    """Return the keys that hold a record's turns; () if it has no turns."""
     whole = tuple(key for key in MESSAGE_KEYS if record.get(key) is not None)
     if whole:
         return whole
@@ -112,7 +112,7 @@ def _turn_keys(record: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _conversation(record: Mapping[str, Any], where: str) -> list[Message] | None:
-    """Return the turns of a record that is written as turns, or None."""
+    """Return the turns of a record, or None if it has none."""
     keys = _turn_keys(record)
     if not keys:
         return None
@@ -122,7 +122,7 @@ def _conversation(record: Mapping[str, Any], where: str) -> list[Message] | None
         return turns
     prompt, answers = record.get("prompt"), _answer_turns(record, where)
     if holds_turns(prompt):
-        # Whoever writes the prompt apart wants the completion trained, and none of the answers before it.
+        # Data with a separate prompt expects only the completion to be trained, not the answers before it.
         asked = [turn | {"weight": 0} if is_answer(turn) else turn for turn in parse_messages(prompt, where, "prompt")]
         return asked + answers
     first = next((turn["content"] for turn in answers if turn["role"] == "user"), None)
@@ -180,7 +180,7 @@ def _refuse_disliked(record: Mapping[str, Any], where: str) -> None:
 
 
 def _filled(record: Mapping[str, Any]) -> list[str]:
-    """Keys that hold something (0 and False are something), without those that are for people alone."""
+    """Return the keys with content (0 and False count), except those meant only for people."""
     return [key for key in record if key not in ("category", "row_id") and record[key] not in (None, "", [], {})]
 
 

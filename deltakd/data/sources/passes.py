@@ -1,4 +1,4 @@
-"""The order of streamed rows: pass after pass over the shards, through a shuffle buffer."""
+"""The order of streamed rows: repeated passes over the shards, through a shuffle buffer."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from deltakd.data.sources.shards import Shard
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-#: Reads the numbered items of a shard from a number on.
+#: Reads the numbered items of a shard, starting at a number.
 Read = Callable[[Shard, int], Iterator[tuple[int, T]]]
 
 
 class Place(NamedTuple):
-    """A place between two rows of the stream, as plain numbers that a checkpoint can hold.
+    """A position between two rows of the stream, as plain numbers that a checkpoint can hold.
 
     Args:
         epoch: the pass, from 0.
-        shard: place of the next row's shard in the order of the pass.
+        shard: position of the next row's shard in the order of the pass.
         record: number of the next row in its shard.
         rows: rows of the pass before it.
     """
@@ -39,8 +39,8 @@ class Buffer(Generic[T]):
     """A stretch of the stream, shuffled.
 
     Args:
-        items: its rows in the order of training.
-        read: number of rows that were read for it; ``Passes.keep`` may have left out some.
+        items: its rows, in training order.
+        read: number of rows read for it; ``Passes.keep`` may have left out some.
         after: where the next buffer begins.
     """
 
@@ -51,13 +51,13 @@ class Buffer(Generic[T]):
 
 @final
 class Passes(Generic[T]):
-    """Cuts pass after pass over the shards into buffers, each shuffled in memory; a pure function of the seed.
+    """Cuts successive passes over the shards into buffers, each shuffled in memory; a pure function of the seed.
 
-    In every pass the shards come in another order, one after the other. Their rows fill a buffer; a full buffer is
+    Every pass reads the shards one after the other, in a new order. Their rows fill a buffer; a full buffer is
     shuffled, handed out and filled again. So rows are mixed within ``size`` rows of each other, and any buffer can be
-    made again from its place alone: nothing has to be saved, and nothing before it has to be read, but the beginning of
-    one shard. (A buffer that swaps single rows mixes a little further, but its content would belong into every
-    checkpoint.) A buffer that holds a whole pass gives the order of ``RowStream``.
+    rebuilt from its position: nothing has to be saved, and of the data before it only the beginning of one shard has to
+    be read. (A buffer that swaps single rows mixes a little further, but every checkpoint would have to contain it.) A
+    buffer that holds a whole pass gives the order of ``RowStream``.
 
     Args:
         shards: the data.
@@ -65,7 +65,7 @@ class Passes(Generic[T]):
         seed: for the orders.
         size: rows of a buffer.
         limit: keep only the first N rows of the shards, as listed, in every pass.
-        keep: chooses the rows of a buffer that are trained on, before it is shuffled; None: all.
+        keep: chooses a buffer's rows for training, before it is shuffled; None: all.
     """
 
     def __init__(
@@ -85,15 +85,15 @@ class Passes(Generic[T]):
         self._limit = limit
         self._keep = keep
         self._rows: Iterator[tuple[Place, T]] = iter(())
-        #: The first row that is in no buffer yet, with its place; reading goes on behind it.
+        #: The first row that is in no buffer yet, with its position; reading continues after it.
         self._ahead: tuple[Place, T] | None = None
         self._empty: set[int] = set()
 
     def buffer_at(self, place: Place) -> Buffer[T]:
-        """Return the buffer that begins at a place; only another place than the last buffer's end needs a search.
+        """Return the buffer that begins at a position; only one other than the last buffer's end needs a search.
 
         Raises:
-            ValueError: a shard can't be read, has a bad row or has changed, or there is no row in a whole pass.
+            ValueError: a shard can't be read, has a bad row or has changed, or a whole pass has no row.
         """
         if self._ahead is None or self._ahead[0] != place:
             self._rows = self._rows_from(place)
@@ -110,7 +110,7 @@ class Passes(Generic[T]):
         return Buffer([kept[index] for index in order], len(items), after)
 
     def _rows_from(self, place: Place) -> Iterator[tuple[Place, T]]:
-        """Yield the rows of the rest of a pass, each with its place."""
+        """Yield the remaining rows of a pass, each with its position."""
         order = np.arange(len(self.shards))
         if self._limit is None:
             order = self._draw(place.epoch, 2, 0).permutation(len(self.shards))

@@ -1,4 +1,4 @@
-"""Rows of sources on disk, found again as long as neither the sources nor the code that reads them have changed."""
+"""Caches rows of sources on disk, valid while neither the sources nor the code that reads them change."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from deltakd.data.sources.stored_rows import StoredRows, reading_code, store_row
 from deltakd.io.home import expanded
 from deltakd.io.progress import progress_bar
 
-#: Fewer rows than this are read in seconds and need no progress bar.
+#: Reading fewer rows than this takes seconds and needs no progress bar.
 LONG_READ = 20_000
 _CHUNK = 1 << 20
 
@@ -31,14 +31,14 @@ def prepared_rows(
     need_response: bool = True,
     cache_dir: str | Path | None = None,
 ) -> tuple[StoredRows, str | None]:
-    """Read rows, or find them where an earlier run has put them.
+    """Read rows, or reuse those that an earlier run has stored.
 
     Args:
         source, subset, strip_answers, columns, limit, need_response: as for ``iter_rows``.
         cache_dir: folder that keeps the rows for later runs; None: they are only in a temporary place.
 
     Returns:
-        The rows, and a key that tells them from others (64 hex digits); None if a change of the source can't be seen.
+        The rows, and a key that identifies them (64 hex digits); None if changes in the source can't be detected.
 
     Raises:
         ValueError: as ``read_rows``.
@@ -59,14 +59,14 @@ def prepared_rows(
 
 
 def reading_key(source: str | Sequence[str], **options: Any) -> str | None:
-    """Return the sha256 of sources and of how they are read; None if one of them has no files on this machine.
+    """Return the sha256 of sources and reading options; None if a source has no files on this machine.
 
-    The content of files counts, not their times: a file that is copied, or written again, is the same, and a change
-    that leaves size and time alone is seen.
+    It depends on the content of files, not their times: a copied or rewritten file counts as the same, and a change
+    that keeps size and time is detected.
 
     Args:
         source: one source or several.
-        options: ``subset``, ``columns`` and whatever else the rows depend on; must be JSON.
+        options: ``subset``, ``columns`` and anything else that the rows depend on; must be JSON.
     """
     sources = [source] if isinstance(source, str) else list(source)
     subset = options.get("subset") or {}
@@ -96,7 +96,7 @@ def file_sha256(path: Path) -> str:
 
 
 def _records(source: str | Sequence[str]) -> int | None:
-    """Return the number of records of sources that are files of lines or Parquet; None if there are others."""
+    """Return the number of records in sources of line-based files or Parquet; None if there are other kinds."""
     found = [_files_of(entry) for entry in ([source] if isinstance(source, str) else source)]
     files = [file for one in found for file in one or [Path()]]
     if not all(file.name.endswith((".jsonl", ".jsonl.gz", ".parquet")) for file in files):

@@ -2,10 +2,10 @@
 
 A source is a file (JSON lines, JSON, CSV, TSV, Parquet, Arrow; for texts also ``.txt``; all but Parquet and Arrow also
 compressed: ``.gz``, ``.zst``), a folder or glob of such files (``data/*.parquet``), a folder that
-``Dataset.save_to_disk`` has written, a hub data set ``org/name`` (its train split), or one file of it,
+``Dataset.save_to_disk`` wrote, a hub data set ``org/name`` (its train split), or one file of it,
 ``org/name:file.jsonl``. ``source#field=value`` keeps the records whose field has that value. A subset
-``split.json#train`` keeps the 0-based line numbers that the file lists under that key; where a format has no lines,
-records count.
+``split.json#train`` keeps the 0-based line numbers that the file lists under that key; in formats without lines, these
+are record numbers.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def iter_rows(
         need_response: True if a row without an answer is an error.
         strip_answers: a regular expression; matches are removed from answers (not from conversations).
         columns: our name of a column (one of ``COLUMNS``) -> its name in the sources.
-        need_columns: False for sources that may be written otherwise; see ``Source``.
+        need_columns: False for sources that may use other column names; see ``Source``.
         limit: keep only the first ``limit`` rows (for debugging; the rest is not read).
 
     Yields:
@@ -199,7 +199,7 @@ def read_subset(subset: str) -> set[int]:
 
 
 class _Reader:
-    """Iterates over the records of one source that pass its filter and subset; collects the problems."""
+    """Iterates over the records of one source that pass its filter and subset, and collects the problems."""
 
     def __init__(self, source: Source, subset: str | None) -> None:
         self.problems = Problems(source.entry)
@@ -210,7 +210,7 @@ class _Reader:
         self._unread: Counter[str] = Counter()
 
     def note_unread(self, record: Record) -> None:
-        """Count the keys of a record that nobody reads; the filter reads its field."""
+        """Count the keys of a record that are never read; the filter reads its field."""
         filtered = None if self._source.filter is None else self._source.filter[0]
         self._unread.update(key for key in unread_keys(record.value) if key != filtered)
 
@@ -262,7 +262,7 @@ class _Reader:
 
 @cache
 def _warn_once(message: str) -> None:
-    """The sets of an evaluation are read several times by one process."""
+    """Warn once per process, which may read an evaluation's sets several times."""
     log.warning("%s.", message)
 
 

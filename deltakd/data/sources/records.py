@@ -1,4 +1,4 @@
-"""Finds records: in files, folders and globs of files, Hugging Face hub data sets, and single files of those."""
+"""Finds records in files, folders and globs of files, Hugging Face hub data sets, and single files of a data set."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ RECORD_SUFFIXES = tuple(ending for kind, endings in KINDS.items() if kind != ".t
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILE = re.compile(r"(?P<id>[\w.-]+/[\w.-]+):(?P<file>.+)")
-#: What the hub's client and Arrow put beside the data.
+#: Files that the hub's client and Arrow put next to the data.
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 #: Names of splits, in the names of files and folders.
 _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test"}
@@ -54,12 +54,12 @@ class Source:
     """One entry of a list of sources.
 
     Args:
-        entry: as the user wrote it.
+        entry: the text that the user wrote.
         location: path, ``org/name`` or ``org/name:file``, without the filter.
         filter: (field, value) of ``#field=value``, or None.
         columns: our name of a column -> its name in the source.
-        need_columns: True if the source must have these columns; False if it may be written otherwise: then they are
-            read only where a record lacks our name.
+        need_columns: True if the source must have these columns; False if it may use other names: then they are read
+            only from records without our name.
     """
 
     entry: str
@@ -78,7 +78,7 @@ def parse_source(entry: str, columns: Mapping[str, str] | None = None, need_colu
     """Split ``location#field=value``; the rest is as in ``Source``.
 
     Raises:
-        ValueError: what follows ``#`` is no such filter.
+        ValueError: the text after ``#`` is not such a filter.
     """
     location, mark, condition = entry.partition("#")
     if not mark:
@@ -99,7 +99,7 @@ def is_text(location: str) -> bool:
 
 
 def missing_sources(sources: Mapping[str, str | Sequence[str] | None]) -> list[str]:
-    """Return the problems visible without opening anything: malformed sources and missing local files.
+    """Return the problems that show without opening anything: malformed sources and missing local files.
 
     Args:
         sources: config key -> source(s), or None.
@@ -125,7 +125,7 @@ def _check_exists(location: str) -> None:
 def iter_records(source: Source, problems: Problems) -> Iterator[Record]:
     """Iterate over all records of a source, unfiltered, with its columns renamed; bad lines go to ``problems``.
 
-    The files of a folder or glob follow each other by name; numbers go on from one to the next.
+    The files of a folder or glob are read in order of their names; numbering continues from one to the next.
 
     Raises:
         ValueError: a file is missing, unreadable or of an unknown kind, or the hub cannot be reached; or no record has
@@ -186,10 +186,10 @@ def _located(location: str, problems: Problems) -> Iterator[Record]:
 
 
 def source_files(location: str) -> list[Path]:
-    """Return the files of a location, sorted by name: those of a folder and the folders in it, or of a glob.
+    """Return the files of a location, sorted by name: all files below a folder, or those matching a glob.
 
     Raises:
-        ValueError: there are none, or a folder has files of different kinds or splits, of which one must be chosen.
+        ValueError: there are no files, or a folder has several kinds or splits and the user must choose one.
     """
     path = expanded(location)
     if os.path.isdir(path):
@@ -216,7 +216,7 @@ def _is_glob(location: str) -> bool:
 
 
 def _is_data(file: Path, root: Path) -> bool:
-    """Tell data from what lies beside it, such as hidden files and Spark's ``_SUCCESS``."""
+    """Return True for data, False for other files, such as hidden ones and Spark's ``_SUCCESS``."""
     inside = file.relative_to(root).parts if file.is_relative_to(root) else (file.name,)
     hidden = any(part.startswith((".", "_")) for part in inside)
     return not hidden and kind_of(file.name) != "" and file.name not in _DESCRIPTIONS and file.is_file()
@@ -275,7 +275,7 @@ def is_hub_id(location: str) -> bool:
 
 
 def _is_saved(path: Path) -> bool:
-    """True for a folder that ``Dataset.save_to_disk`` has written."""
+    """Return True for a folder written by ``Dataset.save_to_disk``."""
     try:
         return (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
     except (OSError, ValueError):
@@ -297,7 +297,7 @@ def _hub_records(name: str) -> Iterator[Record]:
 
 
 def hub_files(location: str) -> list[Path]:
-    """Return the files that hold a hub data set on this machine; none if the location is no such data set.
+    """Return the local files of a hub data set; none if the location is not a hub data set.
 
     Raises:
         ValueError: the data set can't be loaded.

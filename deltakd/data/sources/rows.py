@@ -26,7 +26,7 @@ class Row:
         prompt: a prompt to use verbatim, instead of instruction and input.
         messages: a conversation, instead of instruction, input and responses. It holds nothing but JSON.
         category: the kind of task, if the data set gives one.
-        where: the row's place (file:line), for error messages; no part of the row.
+        where: the row's place (file:line), for error messages; not part of the row.
         tools: the functions that the model may call, as JSON schemas.
     """
 
@@ -42,7 +42,7 @@ class Row:
 
     @property
     def label(self) -> str:
-        """The row's number and, where it is known, its place, for error messages."""
+        """The row's number and, if known, its place, for error messages."""
         return f"row {self.id}" + (f" ({self.where})" if self.where else "")
 
     @property
@@ -54,7 +54,7 @@ class Row:
 
     @property
     def asked(self) -> tuple[Message, ...]:
-        """Of a conversation, the turns before its last answer; all turns where there is none."""
+        """The turns before a conversation's last answer; all turns if it has no answer."""
         return before_last_answer(self.messages or ())
 
     @property
@@ -76,11 +76,11 @@ class Row:
 
 
 class RowError(ValueError):
-    """A row that its template can't write correctly; says which, where it is, and what to do."""
+    """A row that its template can't render correctly; the message names the row, its place, and the remedy."""
 
 
 def is_answer(message: Message) -> bool:
-    """True for a turn that is trained and scored: the assistant's, unless its weight is 0."""
+    """Return True for a turn that is trained and scored: the assistant's, unless its weight is 0."""
     return message["role"] == "assistant" and message.get("weight") != 0
 
 
@@ -97,7 +97,7 @@ def message_text(message: Message) -> str:
 
 
 def before_last_answer(messages: Sequence[Message]) -> tuple[Message, ...]:
-    """Return the turns before the last answer; all turns where there is none."""
+    """Return the turns before the last answer; all turns if there is no answer."""
     answers = [number for number, message in enumerate(messages) if is_answer(message)]
     return tuple(messages[: answers[-1]] if answers else messages)
 
@@ -105,8 +105,8 @@ def before_last_answer(messages: Sequence[Message]) -> tuple[Message, ...]:
 def with_answer(row: Row, answer: str) -> Row:
     """Return the row with this answer as its only one.
 
-    In a conversation, it replaces the last answer; earlier turns stay, later ones are dropped. The answer that is there
-    already keeps its reasoning and its calls.
+    In a conversation, it replaces the last answer; earlier turns stay, later ones are dropped. If the answer is
+    unchanged, it keeps its reasoning and its calls.
     """
     if row.messages is None:
         return replace(row, responses=(answer,))

@@ -1,7 +1,7 @@
 """Data in shards, for streaming: folders, globs, files, and hub data sets in their streamed form.
 
-A shard is one file, or one shard of a hub data set. Nothing is read to list them, and a shard can be read from any of
-its records on, so a stream of terabytes starts and resumes in seconds.
+A shard is one file, or one shard of a hub data set. Listing shards reads nothing, and reading a shard can start at any
+record, so a stream of terabytes starts and resumes in seconds.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ ROW_BITS = 40
 
 @dataclass(frozen=True)
 class Shard:
-    """A part of the data that is read from front to back.
+    """A part of the data that is read sequentially.
 
     Args:
-        number: its place in the list of shards.
+        number: its position in the list of shards.
         name: for messages: the file, or the hub data set and the number of its shard.
         source: where it is, and the filter on its records.
-        version: what identifies its content: bytes of a file, the version of a hub data set.
+        version: identifies its content: a file's size in bytes, or the version of a hub data set.
         part: number of the shard within a hub data set; None: a file.
     """
 
@@ -56,11 +56,11 @@ class Shard:
 
     @property
     def size(self) -> int | None:
-        """Bytes of a file; None for a shard of a hub data set."""
+        """Size of the file in bytes; None for a shard of a hub data set."""
         return int(self.version.split()[0]) if self.part is None else None
 
     def check(self) -> None:
-        """Raise a ValueError if the file is gone or has another size than when it was listed."""
+        """Raise a ValueError if the file is gone or its size has changed since it was listed."""
         if self.part is not None:
             return
         try:
@@ -76,10 +76,10 @@ class Shard:
             )
 
     def records(self, start: int) -> Iterator[Record]:
-        """Yield the records that pass the filter, from number ``start`` on.
+        """Yield the records that pass the filter, starting at number ``start``.
 
         Raises:
-            ValueError: the first bad line, by its place; or the shard can't be read.
+            ValueError: the first bad line, with its place; or the shard can't be read.
         """
         chosen = self.source.filter
         for record in self.as_written(start):
@@ -111,7 +111,7 @@ class Shard:
 
 
 class _First(Problems):
-    """Raises the first problem: a stream can't collect those of data that it never reads to the end."""
+    """Raises the first problem: a stream can't collect all, since it may never read the data to the end."""
 
     def add(self, message: str) -> None:
         raise ValueError(message)
@@ -125,7 +125,7 @@ def list_shards(sources: str | Sequence[str], columns: Mapping[str, str] | None 
         columns: as in ``Source``.
 
     Raises:
-        ValueError: a source has no file that can be read, or the hub can't be reached; all such sources together.
+        ValueError: sources have no readable file, or the hub can't be reached; one error lists all such sources.
     """
     shards: list[Shard] = []
     problems = []
@@ -166,7 +166,7 @@ def absent_columns(shards: Sequence[Shard], first: int) -> list[str]:
 
 
 def read_shard_rows(shard: Shard, start: int) -> Iterator[tuple[int, Row]]:
-    """Yield (number, row) of a shard's instruction rows, from record ``start`` on.
+    """Yield (number, row) of a shard's instruction rows, starting at record ``start``.
 
     Raises:
         ValueError: as ``Shard.records``, or a record that is no row.
@@ -179,7 +179,7 @@ def read_shard_rows(shard: Shard, start: int) -> Iterator[tuple[int, Row]]:
 
 
 def read_shard_texts(shard: Shard, start: int) -> Iterator[tuple[int, str]]:
-    """Yield (number, text) of a shard's documents, from number ``start`` on; see ``read_texts``.
+    """Yield (number, text) of a shard's documents, starting at number ``start``; see ``read_texts``.
 
     Raises:
         ValueError: as ``Shard.records``, or a record without a text.

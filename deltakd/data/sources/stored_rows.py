@@ -1,4 +1,4 @@
-"""Rows on disk: read once from their sources, then by number, so that a million of them take no memory."""
+"""Rows on disk: read once from their sources, then accessed by number, so a million rows take no memory."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from deltakd.data.sources.rows import Row
 from deltakd.data.sources.tasks import Tasks, task_digests
 from deltakd.io.arrays import Arrays, ArrayWriter, kept_arrays
 
-#: Rows that are written at once.
+#: Rows written at once.
 _BATCH = 1_000
 _DTYPES = {"text": "u1", "ends": "<i8", "ids": "<i8", "instructions": "<u8", "inputs": "<u8", "talks": "|b1"}
 
-#: What a row is made of. Its place is for messages alone.
+#: The parts of a row. Its place is only for messages.
 _FIELDS = sorted(field.name for field in fields(Row) if field.compare)
 _ENCODER = json.JSONEncoder(ensure_ascii=False)
 
 
 @cache
 def reading_code() -> str:
-    """Return the sha256 of the code of this package: rows that other code has read are read again."""
+    """Return the sha256 of this package's code: rows stored by different code are read again."""
     digest = hashlib.sha256()
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
@@ -42,7 +42,7 @@ def row_bytes(row: Row) -> bytes:
 
 
 def rows_digest(rows: Sequence[Row]) -> str:
-    """Return the sha256 of rows, in their order, as 64 hex digits."""
+    """Return the sha256 of rows, in order, as 64 hex digits."""
     if isinstance(rows, StoredRows):
         return rows.digest()
     return _digest(map(row_bytes, rows))
@@ -60,11 +60,11 @@ def taken(rows: Sequence[Row], places: NDArray[np.int64]) -> Sequence[Row]:
 def store_rows(
     rows: Iterable[Row], name: str = "rows", cache_dir: str | Path | None = None, advance: Callable[[int], object] = int
 ) -> StoredRows:
-    """Write rows to disk, unless the folder of this name has them already.
+    """Write rows to disk, unless the folder of this name already has them.
 
     Args:
         rows: read only if there is no such folder.
-        name: of the folder; it identifies what the rows depend on.
+        name: of the folder; identifies everything the rows depend on.
         cache_dir: as for ``kept_arrays``.
         advance: called with the number of rows so far.
 
@@ -99,12 +99,12 @@ def _write(writer: ArrayWriter, batch: Sequence[Row], done: int) -> None:
 
 @final
 class StoredRows(Sequence[Row]):
-    """Rows of a folder that ``store_rows`` has written, or some of them; each is read when it is asked for.
+    """All or some rows of a folder written by ``store_rows``; each is read on demand.
 
     Args:
         stored: the folder's arrays.
-        numbers: [n] int64 places of the rows; None: all.
-        digest: of exactly these rows, if it is known.
+        numbers: [n] int64 positions of the rows; None: all.
+        digest: of exactly these rows, if known.
     """
 
     def __init__(self, stored: Arrays, numbers: NDArray[np.int64] | None = None, digest: str | None = None) -> None:
@@ -134,7 +134,7 @@ class StoredRows(Sequence[Row]):
 
     @property
     def numbers(self) -> NDArray[np.int64]:
-        """[n] places of the rows in their folder."""
+        """[n] positions of the rows in their folder."""
         return self._numbers
 
     @property

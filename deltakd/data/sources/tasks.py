@@ -1,4 +1,4 @@
-"""Digests of the tasks of rows: find the rows of two sets that have the same task, word for word."""
+"""Digests of rows' tasks, to find rows of two sets with exactly the same task."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from deltakd.data.sources.rows import Row, message_text
 
-#: An instruction with more different inputs than this ("Summarise this text.") says nothing without its input.
+#: An instruction with more different inputs than this ("Summarise this text.") means nothing without its input.
 GENERIC_INPUTS = 5
 
 #: The Alpaca frame around instruction and input, in files that hold whole prompts.
@@ -40,12 +40,12 @@ def task_texts(row: Row) -> tuple[str, str]:
 
 
 class Tasks(NamedTuple):
-    """The tasks of rows. Of texts in normal form, 64 bits are kept: two of a million are taken for one with 3e-8.
+    """The tasks of rows, as 64-bit hashes of normalised texts: among a million, a collision has probability 3e-8.
 
     Args:
         instructions: [n] uint64, of the instructions.
         inputs: [n] uint64, of the inputs; in a conversation, of the turns before its last question.
-        talks: [n] bool, true for conversations.
+        talks: [n] bool, True for conversations.
     """
 
     instructions: NDArray[np.uint64]
@@ -61,9 +61,9 @@ def task_digests(rows: Sequence[Row]) -> Tasks:
 
 
 def unlike(tasks: Tasks, banned: Tasks) -> NDArray[np.bool_]:
-    """Return [n], true for the tasks that are not among ``banned``.
+    """Return [n], True for the tasks that are not among ``banned``.
 
-    Tasks are compared by instruction alone, in normal form (case folded, white space collapsed), because copies of a
+    Tasks are compared only by instruction, in normal form (case folded, white space collapsed), because copies of a
     data set differ in the small print of the inputs. An instruction that occurs with more than
     ``GENERIC_INPUTS`` different inputs among all these tasks is compared together with its input. In a
     conversation, all turns before the last answer are compared.
