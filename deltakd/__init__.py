@@ -1,7 +1,7 @@
 """Delta Knowledge Distillation of language models (arXiv 2509.14526).
 
 ``distill`` trains a student from Python; ``prepare`` loads models and data for a ``lightning.Trainer`` of one's own.
-Both are imported when they are first used, with torch and transformers.
+Both are imported on first use, along with torch and transformers.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""``python -m deltakd <command> ...`` is the console script where that is not installed."""
+"""``python -m deltakd <command> ...``: the console script, even if it is not installed."""
 
 from deltakd.cli import main
 

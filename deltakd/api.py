@@ -1,6 +1,6 @@
-"""Distillation from Python: ``distill(student=..., data=...)``, and the parts of a run for a trainer of one's own.
+"""Distillation from Python: ``distill(student=..., data=...)``, and the parts of a run for your own trainer.
 
-Configs are composed and checked as for ``deltakd.train``; only the command line is left out.
+Configs are composed and checked as for ``deltakd.train``, just without the command line.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Run:
 
     @property
     def scores(self) -> dict[str, float]:
-        """Every score of the student, by name: ``val/loss``, ``test/rougeL``, ...; and their standard errors."""
+        """All scores of the student by name (``val/loss``, ``test/rougeL``, ...), with their standard errors."""
         return {name: value for name, value in self.summary.items() if name != "meta"}
 
     @property
@@ -69,7 +69,7 @@ class Run:
 
     @cached_property
     def student(self) -> PreTrainedModel:
-        """The best student, loaded from ``directory/student`` in eval mode, on the CPU."""
+        """The best student, loaded from ``directory/student`` on the CPU, in eval mode."""
         return AutoModelForCausalLM.from_pretrained(self.directory / "student")
 
     @cached_property
@@ -85,13 +85,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The parts of a run, for a ``lightning.Trainer`` of one's own.
+    """The parts of a run, for your own ``lightning.Trainer``.
 
     Args:
         module: the LightningModule; ``module.student.hf`` is the transformers model (with LoRA: PEFT's).
         data: the data module.
         tokenizer: the student's.
-        settings: of the run, checked.
+        settings: the run's checked settings.
     """
 
     module: DistillationModule
@@ -101,9 +101,9 @@ class Prepared:
 
     @property
     def trainer_options(self) -> dict[str, Any]:
-        """What a ``lightning.Trainer`` for these parts must be given; everything else is free.
+        """The arguments that a ``lightning.Trainer`` for these parts needs; the others are up to you.
 
-        The data module hands out the whole run as one epoch, in an order that depends on steps alone.
+        The data module hands out the whole run as one epoch, in an order that depends only on steps.
         """
         trainer = self.settings.trainer
         return {
@@ -134,33 +134,33 @@ def distill(
 ) -> Run:
     """Distil a student, export and evaluate it; the same run as ``deltakd train``, from Python.
 
-    What is left out is as the experiment says, or as ``conf/`` does. Called again with ``resume=True`` and the same
-    ``run_dir``, it continues where it stopped; a finished run is only read.
+    Defaults come from the experiment, then from ``conf/``. Called again with ``resume=True`` and the same ``run_dir``,
+    it continues where it stopped; a finished run is only read.
 
     Args:
-        student: the model to train: a hub id, a directory, or a loaded ``transformers`` model. A copy of a loaded model
-            is kept in ``data.cache_dir``, from which the run and whoever resumes it read it; it is not changed.
+        student: the model to train: a hub id, a directory, or a loaded ``transformers`` model. A loaded model is not
+            changed; the run, and any resumed run, reads a copy of it in ``data.cache_dir``.
         teacher: the fine-tuned model, likewise.
         teacher_raw: the teacher before its fine-tuning, likewise; delta losses read it.
-        student_raw: the student before training, likewise; by default what the student starts from.
-        data: training rows: a file, a hub data set, a list of these; or rows themselves, as a list of dicts, a
+        student_raw: the student before training, likewise; default: the model that the student starts from.
+        data: training rows: a file, a hub data set, or a list of these; or the rows themselves, as a list of dicts, a
             ``datasets.Dataset`` or a ``pandas.DataFrame``.
         val: validation rows, likewise.
-        tokenizer: of loaded models that do not know the name of theirs.
+        tokenizer: for loaded models that do not know their tokenizer's name.
         experiment: a file of ``conf/experiment``, of deltakd or of ``config_dir``.
         overrides: every other key of the config: ``["optim.weight_decay=0", "evaluation=none"]`` as on the command
             line, or ``{"optim.weight_decay": 0, "evaluation": "none"}``.
         config_dir: a folder of configs of your own; ``./conf`` is found without it.
-        resume: go on with the run in ``run_dir``.
+        resume: continue the run in ``run_dir``.
         progress: show a progress bar.
         **values: by short name: loss, delta_weight, template, max_length, max_prompt_length, batch_size, lr, max_steps
-            (then passes don't count unless max_epochs is given, too), max_epochs, val_size, sets, seed, name, run_dir.
+            (passes then count only if max_epochs is given, too), max_epochs, val_size, sets, seed, name, run_dir.
 
     Returns:
         The finished run: student, tokenizer, scores, directory.
 
     Raises:
-        ConfigError: everything that is wrong with the settings, at once, before any weights are loaded.
+        ConfigError: all problems with the settings at once, before any weights are loaded.
         ValueError: data or models that can't be used.
         NonFiniteLossError: the loss diverged.
         KeyboardInterrupt: Ctrl-C, or a notebook's stop button; the state is saved at the end of the current step.
@@ -180,7 +180,7 @@ def distill(
                 raise
             raise KeyboardInterrupt(f"{stop}. To continue: {how_to_resume}") from None
         except SystemExit as error:
-            # So ends Lightning at a second Ctrl-C; a notebook would take it for the end of its kernel.
+            # Lightning exits like this at a second Ctrl-C; a notebook would take it for the end of its kernel.
             raise KeyboardInterrupt(f"interrupted. To continue from the last checkpoint: {how_to_resume}") from error
         return Run(directory, RunDirectory(directory).read_summary())
 
@@ -199,10 +199,10 @@ def prepare(
     config_dir: str | Path | None = None,
     **values: Any,
 ) -> Prepared:
-    """Load models and data of a run as a LightningModule and a data module, for a ``lightning.Trainer`` of one's own.
+    """Load models and data of a run as a LightningModule and a data module, for your own ``lightning.Trainer``.
 
-    Arguments and errors are those of ``distill``. Nothing is trained; the trainer, with its callbacks and loggers, is
-    the caller's: ``lightning.Trainer(**run.trainer_options, ...).fit(run.module, datamodule=run.data)``. Validation
+    Arguments and errors are the same as for ``distill``. Nothing is trained; you supply the trainer with its callbacks
+    and loggers: ``lightning.Trainer(**run.trainer_options, ...).fit(run.module, datamodule=run.data)``. Validation
     rows are in ``run.data.val_loader()``; ``deltakd.training.callbacks.Validation`` measures the student on them.
     """
     roles = {"student": student, "teacher": teacher, "teacher_raw": teacher_raw, "student_raw": student_raw}
@@ -228,7 +228,7 @@ def _configure(
     """Compose a config: groups and text overrides first, then values, which need no quoting.
 
     Raises:
-        ConfigError: unknown names, keys or choices, rows or models that can't be given so.
+        ConfigError: unknown names, keys or choices, or rows or models of an unsupported kind.
     """
     unknown = sorted(set(given) - set(SHORT_NAMES))
     if unknown:
@@ -242,7 +242,7 @@ def _configure(
     values |= {key: value for key, value in extra.items() if value is not None}
     texts = [] if isinstance(overrides, Mapping) else list(overrides)
     if "trainer.max_steps" in values:
-        # Whoever names the steps wants them, however many passes they are; the config ends at whichever comes first.
+        # Given max_steps, train that long, however many passes it takes; the config alone stops at the first limit.
         values = {SHORT_NAMES["max_epochs"]: None} | values
     values |= dict(overrides) if isinstance(overrides, Mapping) else {}
     groups = {key: values.pop(key) for key in list(values) if is_group(key) and not isinstance(values[key], Mapping)}
@@ -279,14 +279,14 @@ def _directory(cfg: DictConfig) -> Path:
     if job is not None:
         return root / job
     path = root / agreed("directory", f"{datetime.now():%Y-%m-%d_%H-%M-%S}")
-    # Two short runs of a notebook may start in the same second.
+    # Two short runs in a notebook may start in the same second.
     further = (path.with_name(f"{path.name}_{number}") for number in range(2, 1000))
     return path if not path.exists() else next(one for one in further if not one.exists())
 
 
 @contextmanager
 def _library(config_dir: str | Path | None) -> Iterator[None]:
-    """Put back what a run changes in the process: handlers of signals, levels of loggers, the folder of configs."""
+    """Restore the process state that a run changes: signal handlers, log levels, the config folder."""
     levels = {name: logging.getLogger(name).level for name in ("lightning.pytorch", "lightning.fabric")}
     in_main_thread = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGINT)

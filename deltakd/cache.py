@@ -32,14 +32,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def make_cache(overrides: Sequence[str]) -> dict[str, Any]:
-    """Make or complete the cache that ``reference.path`` names, and log what it holds; see ``run_caching``.
+    """Create or complete the cache at ``reference.path``, and log its content; see ``run_caching``.
 
     Args:
-        overrides: Hydra overrides; without ``reference=...`` it is ``cached``.
+        overrides: Hydra overrides; ``reference`` defaults to ``cached``.
     """
     given = any(override.startswith("reference=") for override in overrides)
     cfg = compose_config("train", overrides if given else ["reference=cached", *overrides])
-    # It imports torch and all models, which --help and a mistyped key need not wait for.
+    # This imports torch and all models; --help and a mistyped key should not wait for it.
     from deltakd.references.fill import in_units
     from deltakd.studies.stages import run_caching
 

@@ -1,4 +1,4 @@
-"""The console script ``deltakd <command> ...``, and how every command ends: the errors of users in one line."""
+"""The console script ``deltakd <command> ...``, and the exit of every command: users' errors in one line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from deltakd.io.files import WriteError, disk_reason, way_out
 
 T = TypeVar("T")
 
-#: Command -> what it does, in a line. Each is also ``python -m deltakd.<command>``.
+#: Command -> a one-line description. Each also runs as ``python -m deltakd.<command>``.
 COMMANDS = {
     "init": "write an experiment file for models and data of your own",
     "train": "train one model, or with --multirun one for every combination of settings",
@@ -74,18 +74,18 @@ def unknown(command: str) -> str:
 def _run(command: str, arguments: list[str]) -> None:
     """Run the command as ``python -m`` does.
 
-    Its module must be ``__main__``: from there Hydra takes its task, and Lightning, joblib and submitit the command
-    that further processes run.
+    Its module must be ``__main__``: Hydra takes its task from there, and Lightning, joblib and submitit the command to
+    run in further processes.
     """
     sys.argv[1:] = arguments
     if not sys.flags.safe_path:
-        # As under `python -m`, modules of the working directory can be imported: a loss of the user's own.
+        # As with `python -m`, modules in the working directory can be imported, such as a user's own loss.
         sys.path.insert(0, os.getcwd())
     runpy.run_module(f"deltakd.{command}", run_name="__main__", alter_sys=True)
 
 
 def _complete(asked: list[str]) -> None:
-    """Complete by Hydra's means, which know overrides; the command before them is ours.
+    """Complete with Hydra's own completion, which knows overrides; the command before them is ours.
 
     Args:
         asked: ``install=bash``, ``query=bash``, ...
@@ -99,13 +99,13 @@ def _complete(asked: list[str]) -> None:
         if words[1] not in _OVERRIDES:
             return
         os.environ["COMP_LINE"] = " ".join([words[0], *words[2:]])
-    # Hydra takes the program's name from argv, which therefore stays this script's.
+    # Hydra takes the program's name from argv, so argv keeps this script's name.
     sys.argv[1:] = [_COMPLETION[0], *asked]
     runpy.run_module("deltakd.train", run_name="__main__")
 
 
 def make_parser(command: str, usage: str) -> argparse.ArgumentParser:
-    """Return a parser for a command that composes configs, with the options that all of these have."""
+    """Return a parser for a command that composes configs, with their common options."""
     parser = argparse.ArgumentParser(
         f"deltakd.{command}", description=usage, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -124,17 +124,17 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
 
 
 def quiet_libraries() -> None:
-    """Keep libraries' advertisements, device listings and bars of milliseconds off the console; warnings stay.
+    """Keep libraries' advertisements, device listings and very short progress bars off the console; warnings stay.
 
     Lightning sets its level when it is imported: call this after that.
     """
     for name in ("lightning.pytorch", "lightning.fabric", "httpx", "filelock"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # What will change in their own later versions: no user can act on it.
+    # Announced changes in the libraries' later versions: users can't act on them.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(accelerate|peft|torch|transformers)(\.|$)")
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    # transformers asks the hub's client when it is imported, and never again.
+    # transformers reads this from the hub's client once, at import.
     disable_progress_bars()
     if "transformers" in sys.modules:
         sys.modules["transformers"].utils.logging.disable_progress_bar()
@@ -164,7 +164,7 @@ def guarded(action: Callable[[], T], how_to_resume: str) -> T:
 
 
 def _in_one_line(error: Exception, how_to_resume: str) -> str | None:
-    """Return what to tell the user; None for an error that is ours."""
+    """Return the message for the user; None for an error of ours."""
     if is_users(error):
         return str(error)
     reason = disk_reason(error)

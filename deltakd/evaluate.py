@@ -47,11 +47,11 @@ def run_evaluation(arguments: Sequence[str]) -> dict[str, Any]:
     """Evaluate and write ``config.yaml``, ``generations/`` and ``summary.json`` into ``run_dir``.
 
     Raises:
-        ConfigError: neither or both of run and model, unknown keys, no sets, sets that can't be evaluated.
+        ConfigError: neither or both of run and model given, unknown keys, no sets, or sets that can't be evaluated.
         ValueError: a model or a file that can't be read.
     """
     cfg, model_path = _configure(arguments)
-    # These import torch and all models, which --help and a mistyped key need not wait for.
+    # These import torch and all models; --help and a mistyped key should not wait for them.
     from deltakd.config.build import make_evaluation_settings
     from deltakd.distributed.devices import choose_device
     from deltakd.evaluation.answers import evaluate_sets, shown
@@ -116,7 +116,7 @@ def _configure(arguments: Sequence[str]) -> tuple[DictConfig, str]:
         if group not in chosen:
             cfg[group] = held[group]
     if "evaluation" not in chosen:
-        # A run of an earlier version has none of the newer keys.
+        # A run of an earlier version lacks the newer keys.
         cfg.evaluation = OmegaConf.merge(cfg.evaluation, held["evaluation"])
     # A run without generation still knows its sets and decoding; asking for an evaluation asks for answers.
     cfg.evaluation.generate = True
@@ -127,7 +127,7 @@ def _configure(arguments: Sequence[str]) -> tuple[DictConfig, str]:
 
 
 def _validation(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> EncodedSet | None:
-    """Return the validation rows of the data group, if it names any; rows that are gone do not stop the answers."""
+    """Return the validation rows of the data group, if any; missing rows do not stop the evaluation."""
     if not (data.train and data.validates):
         return None
     try:
@@ -139,7 +139,7 @@ def _validation(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Encoded
 
 
 def _train_rows(data: DataConfig) -> Sequence[Row] | None:
-    """Return the rows that the run was trained on; None if they cannot be read any more."""
+    """Return the rows that the run was trained on; None if they can no longer be read."""
     from deltakd.data import InstructionData
 
     if not isinstance(data, InstructionData) or not data.train:

@@ -32,12 +32,12 @@ def export(arguments: Sequence[str]) -> None:
     """Export as the ``key=value`` arguments say.
 
     Raises:
-        ConfigError: everything that is wrong with them, or what the hub says.
+        ConfigError: all problems with them, or the hub's error.
     """
     given, problems = _read(arguments)
     if problems:
         raise ConfigError(problems)
-    # It imports the hub's client and torch, which --help and a mistyped key need not wait for.
+    # This imports the hub's client and torch; --help and a mistyped key should not wait for it.
     from deltakd.results.publishing import run_export
 
     output = Path(given["output"]) if "output" in given else None
@@ -46,7 +46,7 @@ def export(arguments: Sequence[str]) -> None:
 
 
 def _read(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Return the arguments by key, and what is wrong with them."""
+    """Return the arguments by key, and the problems with them."""
     problems, given = [], {}
     for argument in arguments:
         key, sign, value = argument.partition("=")

@@ -23,7 +23,7 @@ Overrides are those of deltakd.train; the loss and the trainer's settings play n
 Started again with the same run_dir it continues where it stopped.
 """
 
-#: Overrides that belong to the answering, or that SFT has no use for.
+#: Overrides that only concern answering, or that SFT does not use.
 _OURS = (
     "run_dir",
     "resume",
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser("generate", USAGE)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for deltakd.train")
     overrides = parse(parser, argv).overrides
-    # From the command line alone: an experiment's own run_dir is where its training goes.
+    # Only from the command line: an experiment's own run_dir is for its training run.
     if not any(override.startswith("run_dir=") for override in overrides):
         overrides.append(f"run_dir=outputs/generate/{datetime.now():%Y-%m-%d_%H-%M-%S}")
     how_to_resume = f"the same command with {next(o for o in reversed(overrides) if o.startswith('run_dir='))}"
@@ -54,7 +54,7 @@ def run_generation(overrides: Sequence[str]) -> dict[str, Any]:
         overrides: Hydra overrides, ``run_dir`` among them.
     """
     cfg = compose_config("train", overrides)
-    # It imports torch, which --help and a mistyped key need not wait for; once the config is right, the models follow.
+    # This imports torch; --help and a mistyped key should not wait for it. The models follow once the config is right.
     from deltakd.config.build import make_answering_settings
 
     settings = make_answering_settings(cfg)
@@ -76,7 +76,7 @@ def next_command(overrides: Sequence[str], run_dir: Path, held_out: bool) -> lis
     """
     from deltakd.evaluation.teacher_answers import TRAIN_FILE, VAL_FILE
 
-    # What was chosen from the data is chosen: nothing is to be excluded or picked by line number a second time.
+    # The rows are already chosen: nothing may be excluded or picked by line number a second time.
     sft = {"loss": "sft", "data.train": run_dir / TRAIN_FILE, "data.train_subset": "null", "data.exclude": "[]"}
     if held_out:
         sft["data.val"] = run_dir / VAL_FILE

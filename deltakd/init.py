@@ -104,11 +104,11 @@ _DEFAULTS: dict[str, Any] = {
     "lr": 5e-4,
 }
 
-#: What can be given, by its short name or its key.
+#: Values that can be given, by short name or key.
 NAMES = (*_DEFAULTS, "student_raw")
-#: Values of these may name files of this machine, which a run started elsewhere must find, too.
+#: Their values may name local files, which a run started from another folder must find, too.
 _PATHS = ("student", "teacher", "teacher_raw", "student_raw", "data", "val", "sets")
-#: Without these no run starts.
+#: Required to start a run.
 _NEEDED = ("student", "teacher", "teacher_raw", "data")
 
 
@@ -134,14 +134,14 @@ def write_experiment(name: str, values: Sequence[str], folder: Path) -> tuple[Pa
 
     Args:
         name: of the experiment.
-        values: ``student=gpt2``, or by its key ``model.student.path=gpt2``.
-        folder: of configs; made if it does not exist.
+        values: ``student=gpt2``, or by key: ``model.student.path=gpt2``.
+        folder: the config folder; created if it does not exist.
 
     Returns:
-        The file, and the keys that are still to be filled in.
+        The file, and the keys that still need values.
 
     Raises:
-        ConfigError: the file exists, the name can't be one, or values that can't be read; all at once.
+        ConfigError: the file exists, the name is invalid, or values can't be parsed; all problems at once.
     """
     path = folder / "experiment" / f"{name}.yaml"
     chosen, problems = _read(values)
@@ -182,8 +182,8 @@ def _place_problems(name: str, path: Path) -> list[str]:
 
 
 def _read(values: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Return short name -> value, and what is wrong, one sentence each."""
-    # Hydra takes a tenth of a second, which --help need not wait for.
+    """Return short name -> value, and the problems, one sentence each."""
+    # Importing Hydra takes a tenth of a second; --help should not wait for it.
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -209,7 +209,7 @@ def _read(values: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _from_anywhere(key: str, value: Any) -> Any:
-    """Return a value in which files that exist are named by their whole path."""
+    """Return the value with existing files replaced by their absolute paths."""
     if key not in _PATHS:
         return value
     if isinstance(value, Mapping):

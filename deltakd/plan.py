@@ -53,7 +53,7 @@ def plan(given: argparse.Namespace, console: Console) -> None:
     _check(given, bool(sizes))
     # A dry run: asked in a job of another size it is no run of that job.
     cfg = None if sizes else compose_config("train", [*given.overrides, "trainer.dry_run=true"])
-    # It imports torch, which --help and a mistyped key need not wait for; once the config is right, the models follow.
+    # This imports torch; --help and a mistyped key should not wait for it. The models follow once the config is right.
     from deltakd.config.build import make_settings
 
     settings = None if cfg is None else make_settings(cfg)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Most characters of the names of runs in the name of a report's folder.
+#: Maximum characters of run names in the name of a report's folder.
 _LONGEST_NAME = 60
 
 USAGE = """Compare finished runs: one page that opens without a network, and tables and figures for a paper.
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--mixed", action="store_true", help="one table for runs of different evaluation protocols")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
-    # It reports every table of every font that goes into a figure.
+    # It logs every table of every font embedded in a figure.
     logging.getLogger("fontTools").setLevel(logging.WARNING)
     given = sys.argv[1:] if argv is None else list(argv)
     command = shlex.join(["python", "-m", "deltakd.report", *given])
@@ -76,9 +76,9 @@ def write(arguments: argparse.Namespace, command: str) -> list[Path]:
         The files, the page first.
 
     Raises:
-        ValueError: no run is found, or the baseline is no method.
+        ValueError: no run is found, or the baseline is not a method.
     """
-    # They import torch, pandas and matplotlib, which --help need not wait for.
+    # They import torch, pandas and matplotlib; --help should not wait for them.
     from deltakd.config.loss_names import known_losses
     from deltakd.results.formats import markdown
     from deltakd.results.methods import make_methods
@@ -109,9 +109,9 @@ def write(arguments: argparse.Namespace, command: str) -> list[Path]:
 
 
 def default_output(paths: Sequence[str], runs: Sequence[Path]) -> Path:
-    """Return the folder of the report: ``report`` in the folder of the runs, so that each has its own.
+    """Return the folder of the report: ``report`` in the folder of the runs, so each has its own.
 
-    Of some of a folder's runs the report is called after them: it does not take the place of the whole folder's.
+    A report on some of a folder's runs is named after them, so it does not replace the report on the whole folder.
 
     Args:
         paths: as given; one that is a folder above all runs, or a study, stands for all of them.
@@ -128,7 +128,7 @@ def default_output(paths: Sequence[str], runs: Sequence[Path]) -> Path:
 
 
 def _preservation(methods: Sequence[Method], rows: int | None) -> Mapping[str, list[Preservation]]:
-    """Measure every trained method; the models that they learnt from are left out."""
+    """Measure every trained method, leaving out the models that they learnt from."""
     runs = [
         (method.label, run)
         for method in methods

@@ -52,7 +52,7 @@ def show_runs(options: argparse.Namespace) -> None:
     Raises:
         ConfigError: unknown folders, keys or conditions.
     """
-    # It imports torch, which --help need not wait for.
+    # This imports torch; --help should not wait for it.
     from deltakd.results.listing import (
         best_of,
         default_columns,

@@ -32,14 +32,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--storage", type=Path, help="SQLite file (outputs/search/<name>/study.db)")
     given = parse(parser, argv)
     sweep = guarded(lambda: read_sweep(given.file, given.overrides), "")
-    # It imports Lightning and all models, which --help and a file with wrong keys need not wait for.
+    # This imports Lightning and all models; --help and a file with wrong keys should not wait for it.
     from deltakd.studies.sweep_types import check_types
 
     guarded(lambda: check_types(sweep), "")
     if given.check:
         print(describe(sweep))
         return
-    # It imports Optuna, which --help and --check need not wait for.
+    # This imports Optuna; --help and --check should not wait for it.
     from deltakd.studies.trials import Search, run_search
 
     search = Search(sweep, given.storage or Path("outputs/search") / given.file.stem / "study.db", given.trials)

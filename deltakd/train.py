@@ -29,8 +29,8 @@ SWEEP_VARIABLE, RUN_ID_VARIABLE = "WANDB_SWEEP_ID", "WANDB_RUN_ID"
 def _run_dir(cfg: DictConfig) -> Path:
     """Return the run directory; each job of a multirun and each run of a W&B sweep has its own.
 
-    The processes that Lightning starts for further ranks run this same command; they are told by the environment.
-    Where torchrun or SLURM starts all ranks, none may name a directory by its own clock.
+    The processes that Lightning starts for further ranks run this same command and get the directory from the
+    environment. If torchrun or SLURM starts all ranks, none may name a directory by its own clock.
     """
     launch = external_launch()
     job = HydraConfig.get()
@@ -48,7 +48,7 @@ def _run_dir(cfg: DictConfig) -> Path:
         return Path(root) / os.environ[RUN_ID_VARIABLE]
     if cfg.run_dir:
         return Path(cfg.run_dir)
-    # A job that is started again finds its directory by its id.
+    # A restarted job finds its directory by its id.
     job_id = launch_id()
     return Path(f"outputs/{cfg.name}") / (job_id or agreed("directory", f"{datetime.now():%Y-%m-%d_%H-%M-%S}"))
 
@@ -111,7 +111,7 @@ def main() -> None:
         print(key_help(given.overrides))
         return
     register_folders()
-    # In place of overrides, completion has words of its own.
+    # Completion has its own words in place of overrides.
     if not given.shell_completion:
         guarded(lambda: check_overrides("train", given.overrides), "")
     if given.multirun and not given.shell_completion:

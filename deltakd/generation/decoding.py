@@ -27,7 +27,7 @@ class Decoding:
         top_k: sample from the k most probable tokens; 0: off; sampling only.
         top_p: sample from the smallest set of tokens with at least this mass; 1: off; sampling only.
         no_repeat_ngram_size: no n-gram of this size occurs twice in prompt and answer together; 0: off.
-        max_new_tokens: most tokens of an answer, EOS included.
+        max_new_tokens: maximum tokens of an answer, EOS included.
     """
 
     do_sample: bool = True
@@ -38,10 +38,10 @@ class Decoding:
     max_new_tokens: Annotated[int, Ge(1)] = 256
 
     def problems(self, key: str = "evaluation.decoding") -> list[str]:
-        """Return what is wrong with the options, one sentence per problem, beginning with the config key.
+        """Return the problems with the options, one sentence each, beginning with the config key.
 
         Args:
-            key: that of the options in the config.
+            key: the config key of the options.
         """
         greedy = "; for the most probable token give do_sample: false"
         found = [p + (greedy if ".temperature is" in p else "") for p in mismatches(self, key)]

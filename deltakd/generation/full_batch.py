@@ -1,4 +1,4 @@
-"""The rows being decoded together: how they start, how finished rows leave, and how new ones join."""
+"""The rows decoded together: how they start, how finished rows leave, and how new ones join."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class DecodingState:
         rows: B rows.
         input_ids: [B, t] tokens that are not in the cache yet.
         mask: [B, T] int64 over everything so far. Padding is on the left; new columns of a finished row are 0, so its
-            position stands still.
+            position does not change.
         history: [B, T] the text so far; padding is −1, −2, …, so that no n-gram of padding ever repeats.
         positions: [B, t] of ``input_ids`` in their rows.
         cache: the model's own cache object; None before the first step.

@@ -21,11 +21,11 @@ from deltakd.generation.model_step import Step, evaluating, position_limit
 from deltakd.generation.noise import NoiseKey
 from deltakd.generation.sampling import TokenChoice
 
-#: New prompts are run once this share of the batch is free. Less would cost more passes; more would leave rows idle.
+#: New prompts are run once this share of the batch is free. A smaller one costs more passes; a larger one idles rows.
 REFILL = 1 / 8
 
-#: Finished rows are removed once they are this share of the batch and no prompt can take their places: none is left, or
-#: the answers to the next one need more room.
+#: Finished rows are removed once they make up this share of the batch and no prompt can replace them, because none is
+#: left or the answers to the next one need more room.
 COMPACT = 1 / 4
 
 
@@ -45,16 +45,16 @@ def generate(
 ) -> list[list[list[int]]]:
     """Continue every prompt under every seed.
 
-    A prompt is run once, and its cache serves all seeds. Finished answers make room for further prompts. If the cache
+    A prompt is run once, and its cache serves all seeds. Finished answers make room for new prompts. If the cache
     cannot be split by rows (recurrent layers), a batch runs until all its answers have ended.
 
     Args:
         model: a transformers decoder, possibly wrapped by PEFT; its training mode is restored afterwards.
         prompts: token ids without padding, at least one each.
-        row_ids: for each prompt its row in the data set, ≥ 0, which fixes its noise.
+        row_ids: each prompt's row in the data set, ≥ 0, which determines its noise.
         decoding: how tokens are chosen.
         seeds: S numbers ≥ 0; greedy decoding ignores them and decodes once for all.
-        batch_size: most answers decoded together; the longest prompts come first, so that a lack of memory shows at
+        batch_size: maximum answers decoded together; the longest prompts come first, so that a lack of memory shows at
             once.
         eos_ids: tokens that end an answer; may be empty.
         vocab_size: V of the tokenizer; logits beyond it are padding and are cut off.
@@ -129,7 +129,7 @@ def sample(
     Args:
         model, prompts, decoding, batch_size, eos_ids, vocab_size, pad_id: as for ``generate``.
         keys: for each prompt the keys of its answers; with greedy decoding all its answers are the same.
-        longest: most tokens of prompt and answer together; None: no limit but the model's.
+        longest: maximum tokens of prompt and answer together; None: only the model's limit.
         progress: called as answers end, with the number ended so far.
 
     Returns:

@@ -22,7 +22,7 @@ class Step:
         self._processors = processors
         self._vocab_size = vocab_size
         self._parameters = inspect.signature(_unwrapped(model).forward).parameters
-        # Pure state-space models (Mamba) name their cache otherwise, and multiply their input by the mask.
+        # Pure state-space models (Mamba) use another name for their cache, and multiply their input by the mask.
         self._cache_name = next(
             (name for name in ("past_key_values", "cache_params") if name in self._parameters), None
         )
@@ -86,7 +86,7 @@ def position_limit(model: nn.Module) -> int | None:
 def positions_of(config: Any) -> int | None:
     """Return how many positions a transformers config allows, or None if it names no limit.
 
-    Of a nested config those of its text decoder count. A scaling of the rotary embedding by ``factor`` extends what
+    In a nested config, the text decoder's count. Scaling the rotary embedding by ``factor`` extends the length that
     the model was trained with.
     """
     text = config.get_text_config(decoder=True)

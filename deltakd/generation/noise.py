@@ -1,7 +1,7 @@
 """Random numbers that belong to (seed, row, step, sample, position), the same on every device.
 
 Philox4x64-10 (Salmon et al., SC 2011, doi 10.1145/2063384.2063405) turns a key and a counter into four 64-bit words, in
-any order and without state. So a number depends on what it is for, never on which rows were decoded together or
+any order and without state. So a number depends only on its purpose, never on which rows were decoded together or
 before. On a CPU NumPy computes it; on other devices integer arithmetic in torch does, with no copy from the host.
 """
 
@@ -44,10 +44,10 @@ def uniform(
     """Draw uniform numbers in [0, 1), multiples of 2⁻⁵³.
 
     Args:
-        keys: one per row; None for a row whose numbers will not be used, which gets zeros.
+        keys: one per row; None for a row whose numbers are not used, which gets zeros.
         positions: the position of each row; different positions share no numbers if ``count`` stays the same.
         count: n, the numbers per row and position.
-        device: where they are made and used.
+        device: where they are computed and used.
 
     Returns:
         [B, n] float64; on the CPU for a device without float64 (MPS).
@@ -83,7 +83,7 @@ def _by_torch(keys: Sequence[NoiseKey | None], positions: Sequence[int], blocks:
         [key.seed, key.row, position * blocks + 1, key.sample, key.step]
         for key, position in zip(known, positions, strict=True)
     ]
-    # One small copy to the device, which need not wait for it.
+    # One small copy to the device, which does not block.
     words_B5 = torch.tensor([[_signed(word) for word in row] for row in words]).to(device, non_blocking=True)
     seed, row, first, sample, step = (word_B.unsqueeze(1) for word_B in words_B5.unbind(1))
     counter = [first + torch.arange(blocks, device=device), sample, step, torch.zeros_like(step)]

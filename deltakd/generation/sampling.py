@@ -1,4 +1,4 @@
-"""Samples each row's next token, with noise that depends on the row's key and the position alone (``noise.py``)."""
+"""Samples each row's next token, with noise that depends only on the row's key and the position (``noise.py``)."""
 
 from __future__ import annotations
 

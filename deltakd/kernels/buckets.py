@@ -1,4 +1,4 @@
-"""A reduced vocabulary: K tokens, and one bucket for all others that keeps their total mass exactly.
+"""A reduced vocabulary: K tokens, and one bucket for all others that preserves their total mass exactly.
 
 A loss runs on it unchanged, unless it says that it needs the whole vocabulary (``Loss.whole_vocabulary_reasons``).
 Bucketing coarsens a distribution. By the data-processing inequality every f-divergence (the KLs, JSD, TVD, the skewed
@@ -28,7 +28,7 @@ class Buckets:
 
     Args:
         support: [N, K] int64, distinct token ids; the label comes first.
-        log_probs: role -> [N, K + 1] log-probs at τ; the last is that of all other tokens together. [N, K] if the
+        log_probs: role -> [N, K + 1] log-probs at τ; the last is for all other tokens together. [N, K] if the
             support is the whole vocabulary.
         temperature: τ.
     """

@@ -72,7 +72,7 @@ def chunked_loss(
         memory_budget: MiB for the logits of a chunk and everything computed from them. The gradient of the head, at
             least float32, comes on top.
         buckets: the references over a reduced vocabulary, in place of their heads.
-        facts: of the N tokens; a loss of whole sequences needs their rows.
+        facts: about the N tokens; a loss of whole sequences needs their rows.
 
     Returns:
         The sum of ``per_token`` (nats; differentiable w.r.t. the student's hidden, weight and bias), and the detached

@@ -1,4 +1,4 @@
-"""Loss formulas. They need torch alone: no models, no trainer."""
+"""Loss formulas. They need only torch: no models, no trainer."""
 
 from deltakd.losses.distillation import Distillation
 from deltakd.losses.divergences import (

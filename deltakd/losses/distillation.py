@@ -25,7 +25,7 @@ class Distillation(LabelMixture):
 
     Args:
         target: what to match.
-        divergence: the measure of how far the student is from it.
+        divergence: measures the student's distance from it.
         temperature: τ.
         ce_weight: λ.
         temperature_squared: multiply the distillation term by τ².

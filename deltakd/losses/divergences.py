@@ -38,7 +38,7 @@ class Divergence(ABC):
 
     @property
     def whole_vocabulary_reasons(self) -> tuple[str, ...]:
-        """As for ``Loss``. By default none: a divergence that weighs tokens by probability needs only likely tokens."""
+        """As for ``Loss``. By default none: weighting tokens by probability needs only likely ones."""
         return ()
 
     def _weighs_all_alike(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The gated delta target: a weight of its own for each position (docs/design.md#plane). It is ours, from no paper."""
+"""The gated delta target: a separate weight for each position (docs/design.md#plane). Ours, not from a paper."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class GatedDeltaTarget(Target):
 
     @property
     def coefficients(self) -> dict[str, float]:
-        """The part of the target that no gate weighs: the teacher's logits."""
+        """The ungated part of the target: the teacher's logits."""
         return {TEACHER: 1.0}
 
     @property

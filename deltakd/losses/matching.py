@@ -1,7 +1,7 @@
 """Delta matching: losses that compare the student's own shift with the teacher's (docs/design.md#parallel).
 
 The paper (arXiv 2509.14526) names parallel variants, but we could not obtain their formulas: these are our
-reconstructions. They have no kernel of their own; autograd differentiates them chunk by chunk.
+reconstructions. They have no kernel; autograd differentiates them chunk by chunk.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from deltakd.losses.targets import teacher_target
 from deltakd.losses.treatments import Treatment, difference, log_probs_of, ruled_out
 from deltakd.types import STUDENT, STUDENT_RAW, TEACHER, TEACHER_RAW, Schedule, require_kind
 
-#: Without a mask, nearly all mass of a normalised ratio is on tokens that no model would say.
+#: Without a mask, nearly all mass of a normalised ratio is on tokens that no model would generate.
 PLAUSIBLE = Treatment(mask=0.1)
 
 
 class Matching(ABC):
-    """How far the student's shift is from the teacher's.
+    """Measures how far the student's shift is from the teacher's.
 
     To write your own, subclass it: ``name``, ``requires`` and ``__call__``.
     """
@@ -71,15 +71,15 @@ def _left_out(
 class RatioMatching(Matching):
     """KL( N[p_to / p_from] ‖ N[π_θ / p_over] ), both sides normalised over the same tokens (docs/design.md#parallel).
 
-    They are those that are plausible and that none of the four models rules out.
+    These are the plausible tokens that none of the four models rules out.
 
     ``parallel_ratio`` compares teacher / teacher_raw with student / student_raw, ``parallel_cross`` compares
     student_raw / teacher_raw with student / teacher. τ divides both log-ratios.
 
     Args:
-        to: the role that the target's ratio has above the line.
-        origin: the role below it.
-        over: the role by which the student is divided.
+        to: the numerator of the target's ratio.
+        origin: its denominator.
+        over: the denominator of the student's ratio.
         treatment: of the target's shift. Its mask restricts the support of both sides; without a mask about 99.8 % of
             the target's mass is on the tail of a real vocabulary.
     """
@@ -128,9 +128,9 @@ class LogitMatching(Matching):
     four models rules out have no weight.
 
     Args:
-        weighting: whose probabilities w are (at τ = 1, detached): ``teacher``, ``student``, ``student_raw``, or
+        weighting: source of the probabilities w (at τ = 1, detached): ``teacher``, ``student``, ``student_raw``, or
             ``uniform``.
-        beta: β. It is the delta weight in ``parallel_logit``, and a number of its own in ``kd_plus_delta``.
+        beta: β. It is the delta weight in ``parallel_logit``, and a separate number in ``kd_plus_delta``.
         beta_name: the config key of β, and the name under which it is logged if it changes.
         treatment: of the teacher's shift; its mask leaves implausible tokens out of the variance.
 
@@ -246,7 +246,7 @@ class DistillationPlusMatching(LabelMixture):
 
     Args:
         divergence: D.
-        matching: what is added to D.
+        matching: the term added to D.
         delta_weight: γ ≥ 0.
         temperature: τ.
         ce_weight: λ.

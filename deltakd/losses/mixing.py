@@ -1,4 +1,4 @@
-"""The base of all distillation losses: cross-entropy of the labels, mixed with a term of the loss's own."""
+"""The base of all distillation losses: cross-entropy of the labels, mixed with a loss-specific term."""
 
 from __future__ import annotations
 

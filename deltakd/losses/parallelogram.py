@@ -1,7 +1,7 @@
-"""Several distributions at once: the Parallelogram Loss and its signed relative (docs/design.md#parallel).
+"""Several distributions at once: the Parallelogram Loss and its signed variant (docs/design.md#parallel).
 
 The paper (arXiv 2509.14526) names a Parallelogram Loss, but we could not obtain its formula: both are our
-reconstructions. They have no kernel of their own; autograd differentiates them chunk by chunk.
+reconstructions. They have no kernel; autograd differentiates them chunk by chunk.
 """
 
 from __future__ import annotations
@@ -119,11 +119,11 @@ class SignedParallelogram(LabelMixture):
 
     Up to a constant this is the cross-entropy to the signed measure m = P_t + α (P_s0 − P_t0): on tokens with m < 0 the
     loss falls without bound as π goes to 0. Therefore negative mass is set to 0, m is normalised again, and the loss is
-    KL(m ‖ π), unless ``unsafe`` asks for the formula as it stands.
+    KL(m ‖ π), unless ``unsafe`` asks for the unmodified formula.
 
     Args:
         delta_weight: α.
-        unsafe: use the formula as it stands, which is unbounded below.
+        unsafe: use the unmodified formula, which is unbounded below.
         temperature: τ.
         ce_weight: λ.
         temperature_squared: multiply the distillation term by τ².

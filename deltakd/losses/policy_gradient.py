@@ -32,14 +32,14 @@ class PolicyGradient(Loss):
 
     The labels are tokens that the student sampled. A is the score of the label minus the score's exact mean under the
     student, which changes no expected gradient and lowers its variance. The *value* of PG is what the gradient
-    estimates (``Score.estimate``), not the surrogate, whose value means nothing.
+    estimates (``Score.estimate``), not the surrogate, whose value is meaningless.
 
     Where one round of responses serves several optimiser steps, logits carry the log-probs with which the labels were
     sampled, and the ratio π_θ / π_sampled replaces ∇log, clipped as in PPO (arXiv 1707.06347).
 
     Args:
-        score: what a token is worth.
-        agrees_with: a second score; tokens whose two advantages differ in sign, or of which one is 0, get A = 0.
+        score: the worth of a token.
+        agrees_with: a second score; tokens whose two advantages differ in sign, or where one is 0, get A = 0.
         ce_weight: λ in [0, 1].
         advantage_clip: bound on |A| in nats, or None.
         ratio_clip: ε: the gain from ratios outside [1 − ε, 1 + ε] is cut off; None: never.
@@ -89,7 +89,7 @@ class PolicyGradient(Loss):
 
     @property
     def whole_vocabulary_reasons(self) -> tuple[str, ...]:
-        """A sampled token may be none of the K."""
+        """A sampled token may be outside the K."""
         return () if self.ce_weight == 1.0 else ("a policy gradient scores the sampled token by itself",)
 
     def __call__(self, logits: Mapping[str, Tensor], labels: Tensor) -> LossOutput:
@@ -110,7 +110,7 @@ class PolicyGradient(Loss):
             return LossOutput(-log_pi_N, {"ce": -log_pi_N})
         advantage_N, estimate_N, parts = self._advantage(logits, log_student_NV.detach(), labels)
         gain_N = policy_gain(advantage_N, log_pi_N, sampled_log_probs(logits), self.ratio_clip)
-        # The value is the estimate, the gradient that of the surrogate.
+        # The value is the estimate; the gradient is the surrogate's.
         term_N = estimate_N - (gain_N - gain_N.detach())
         per_token_N = (1 - self.ce_weight) * term_N
         if self.ce_weight > 0:
@@ -137,14 +137,14 @@ class PolicyGradient(Loss):
 
 
 def sampled_log_probs(logits: Mapping[str, Tensor]) -> Tensor | None:
-    """Return the log-probs that the labels had when an earlier student sampled them, [N] nats, if they are known."""
+    """Return the labels' log-probs when an earlier student sampled them, [N] nats, if known."""
     return logits.facts.sampled_log_probs if isinstance(logits, HeadLogits) else None
 
 
 def policy_gain(
     advantage_N: Tensor, log_pi_N: Tensor, sampled_log_probs_N: Tensor | None, ratio_clip: float | None
 ) -> Tensor:
-    """[N] what a policy gradient makes larger: A · log π, or PPO's clipped A · π / π_sampled."""
+    """[N] the quantity that a policy gradient maximises: A · log π, or PPO's clipped A · π / π_sampled."""
     if sampled_log_probs_N is None:
         return advantage_N * log_pi_N
     ratio_N = (log_pi_N - sampled_log_probs_N).exp()

@@ -44,13 +44,13 @@ class Constant:
 class Ramp:
     """From one number to another along a line or half a cosine; then it stays there.
 
-    Optimiser step k (from 0) uses the value at k / steps of the way.
+    Optimiser step k (from 0) uses the value at fraction k / steps.
 
     Args:
         shape: ``linear`` or ``cosine``.
         start: the value in the first optimiser step.
         end: the value from optimiser step ``steps`` on.
-        steps: how many optimiser steps the way takes; None: the whole run.
+        steps: optimiser steps from start to end; None: the whole run.
         name: the config key, for messages.
 
     Raises:
@@ -188,7 +188,7 @@ def is_zero(schedule: Schedule) -> bool:
 
 
 def moving(**schedules: Schedule) -> dict[str, Schedule]:
-    """The schedules that are not constant, by name; these are what a loss reports as ``schedules``."""
+    """Return the schedules that are not constant, by name, as a loss reports them in ``schedules``."""
     return {name: schedule for name, schedule in schedules.items() if not isinstance(schedule, Constant)}
 
 

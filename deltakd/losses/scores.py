@@ -27,7 +27,7 @@ class Score(ABC):
 
     @abstractmethod
     def __call__(self, logits: Mapping[str, Tensor], log_student_NV: Tensor) -> Tensor:
-        """[N, V] nats, detached; a constant per row plays no part, because scores are centred.
+        """[N, V] nats, detached; a constant per row has no effect, because scores are centred.
 
         Args:
             logits: role -> [N, V].
@@ -36,7 +36,7 @@ class Score(ABC):
 
     @abstractmethod
     def estimate(self, score_NV: Tensor, log_student_NV: Tensor) -> Tensor:
-        """[N] nats: the quantity that following the score makes smaller, exact over the vocabulary."""
+        """[N] nats: the quantity that following the score minimises, exact over the vocabulary."""
 
     @property
     def schedules(self) -> Mapping[str, Schedule]:
@@ -51,7 +51,7 @@ class TowardsTarget(Score):
     That is identity (a) of docs/design.md#on-policy.
 
     Args:
-        target: what the student should match: the teacher (OPD), an extrapolated teacher (ExOPD), the delta target.
+        target: the student's target: the teacher (OPD), an extrapolated teacher (ExOPD), or the delta target.
     """
 
     name = "reverse_kl"
@@ -95,6 +95,6 @@ class TeacherShift(Score):
 
 
 def mean_under(log_student_NV: Tensor, values_NV: Tensor) -> Tensor:
-    """E_θ[values], [N]; a token that the student rules out counts nothing, whatever its value."""
+    """E_θ[values], [N]; a token that the student rules out has no weight, whatever its value."""
     q_NV = log_student_NV.exp()
     return (q_NV * values_NV.masked_fill(q_NV == 0, 0.0)).sum(-1)

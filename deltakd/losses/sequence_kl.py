@@ -29,7 +29,7 @@ class SequenceReverseKL(SequenceLoss):
     ``PolicyGradient`` does.
 
     Args:
-        target: what the student should match; the paper's is the teacher.
+        target: the student's target; the teacher in the paper.
         ce_weight: λ in [0, 1].
         length_normalised: divide R by the number of later tokens.
         reward_clip: bound on |r| in nats in R, or None.
@@ -77,7 +77,7 @@ class SequenceReverseKL(SequenceLoss):
 
     @property
     def whole_vocabulary_reasons(self) -> tuple[str, ...]:
-        """A sampled token may be none of the K."""
+        """A sampled token may be outside the K."""
         return ("a policy gradient scores the sampled token by itself",)
 
     @torch.no_grad()
@@ -130,7 +130,7 @@ def sums_of_later(values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         values: [N].
         rows: [N] int64, ascending.
     """
-    # Sums to the end of all tokens, less what lies beyond the row; in float64, since rows cancel.
+    # Sums to the end of all tokens, minus the part beyond the row; in float64, since rows cancel.
     from_here_N = values.double().flip(0).cumsum(0).flip(0)
     ends_N = torch.searchsorted(rows, rows, right=True)
     beyond_N = torch.cat([from_here_N, from_here_N.new_zeros(1)])[ends_N]

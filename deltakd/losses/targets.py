@@ -1,7 +1,7 @@
 """Targets: the distribution that the student should match, as logits (docs/design.md#targets).
 
 Every target here is a base distribution plus weighted shifts, z = z_base + Σ weight · (z_to − z_from): one class, and
-one function per target that has a name of its own.
+one function per named target.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Target(ABC):
         """[N, V] target logits at τ = 1, at least float32, detached."""
 
     def with_parts(self, logits: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the target, and what is to be logged of it: name -> [N]."""
+        """Return the target, and its values to log: name -> [N]."""
         return self(logits), {}
 
     @property
@@ -57,7 +57,7 @@ class Target(ABC):
 
     @property
     def gate(self) -> Gate | None:
-        """What is added to the ``coefficients`` with a weight per token, for the coming step; None: nothing."""
+        """The term added to the ``coefficients`` with a weight per token, for the coming step; None: nothing."""
         return None
 
     @property
@@ -81,7 +81,7 @@ class Shift(NamedTuple):
 
     @property
     def coefficient(self) -> float:
-        """Weight times factor, now."""
+        """The current weight times factor."""
         return self.weight.value * self.factor
 
 
@@ -244,7 +244,7 @@ def multi_teacher_target(
 ) -> ShiftedTarget:
     """z_s0 + delta_weight · Σ_k β_k (z_tk − z_t0k): the shifts of several teachers on the raw student.
 
-    Our reconstruction: the paper (arXiv 2509.14526) speaks of several teachers (docs/design.md#targets).
+    Our reconstruction: the paper (arXiv 2509.14526) mentions several teachers (docs/design.md#targets).
 
     Args:
         weights: β_k, one per pair (teacher, teacher_raw), (teacher_2, teacher_raw_2), ...

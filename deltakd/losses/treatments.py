@@ -24,7 +24,7 @@ class Treatment:
         centre: a reference's role: subtract the mean of δ under its probabilities.
         clip: c > 0: bound δ to [−c, c].
         mask: m in (0, 1]: a token is plausible if p_ref ≥ m · max p_ref (contrastive decoding, arXiv 2210.15097, uses
-            m = 0.1). The loss decides what happens to the others: a target with a base sets δ = 0, a ratio loss leaves
+            m = 0.1). The loss decides how to treat the others: a target with a base sets δ = 0, a ratio loss leaves
             them out of both sides.
         mask_by: the role that gives p_ref.
 

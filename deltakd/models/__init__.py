@@ -1,6 +1,6 @@
 """Language models as (body, head): loading, tokenizers, adapters, quantisation and export.
 
-Configs are checked with what stands here; ``lora`` and ``saving`` import peft and accelerate, and are imported by name.
+Config checks need only the names here; ``lora`` and ``saving`` import peft and accelerate, so import them by name.
 """
 
 from deltakd.models.export_check import ExportCheck

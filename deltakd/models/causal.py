@@ -1,4 +1,4 @@
-"""True causal language models: each position predicts the next token and sees none of those to come."""
+"""True causal language models: each position predicts the next token and sees no later ones."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 
 class NotCausalError(ValueError):
-    """A model that can't be trained to predict the next token, nor serve as a reference."""
+    """A model that can neither be trained to predict the next token nor serve as a reference."""
 
 
 def check_causal(key: str, config: PretrainedConfig) -> None:
-    """Raise a NotCausalError, with the remedy, if the configuration is of another kind of model.
+    """Raise a NotCausalError, with the remedy, if the configuration describes another kind of model.
 
-    transformers gives an encoder such as BERT a causal head, too; it sees the tokens that it predicts all the same,
-    unless the configuration makes it a decoder.
+    transformers also gives encoders such as BERT a causal head, but they see the tokens that they predict unless the
+    configuration makes them decoders.
 
     Args:
         key: names the model to the user, such as ``model.student.path=bert-base-uncased``.
@@ -32,7 +32,7 @@ def check_causal(key: str, config: PretrainedConfig) -> None:
 
 
 def _other_kind(config: PretrainedConfig) -> str | None:
-    """Return what the model is, in words; None for a causal language model."""
+    """Return a description of the model; None for a causal language model."""
     if config.is_encoder_decoder:
         return "an encoder-decoder, whose decoder attends to a separate prompt"
     # Code that comes with the model.

@@ -1,4 +1,4 @@
-"""Mixtures of experts: what of their own training objective distillation does not train."""
+"""Mixtures of experts: the parts of their own training objective that distillation leaves out."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ _WEIGHTS = ("router_aux_loss_coef", "aux_loss_alpha", "aux_loss_coef", "router_z
 
 
 def balance_warning(config: Any) -> str | None:
-    """Return a sentence on what keeps a student's experts evenly used and is not trained; None for a dense model.
+    """Return a sentence on the untrained load balancing of a student's experts; None for a dense model.
 
-    Losses here are the user's alone: an auxiliary loss is neither added to the student's nor computed of references.
+    Only the user's loss is used: no auxiliary loss is added to the student's or computed for references.
 
     Args:
-        config: of the student, as transformers has it.
+        config: the student's transformers config.
     """
     text = config.get_text_config(decoder=True)
     experts = max((n for name in _COUNTS if isinstance(n := getattr(text, name, None), int)), default=0)

@@ -1,4 +1,4 @@
-"""Proof that an exported directory holds the student that was trained."""
+"""Verifies that an exported directory holds the trained student."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from deltakd.models.tokenizers import PROBE, load_tokenizer
 
 log = logging.getLogger(__name__)
 
-#: Few and short: logits that differ do so in every row, and a large student is run on the CPU here.
+#: Few and short: wrong logits differ in every row, and a large student runs on the CPU here.
 _ROWS, _TOKENS = 4, 64
-#: Largest difference of logits, as a share of the largest logit: (plain, merged with an adapter). The same weights
-#: give the same logits but for the order of sums; a merged adapter is rounded to the weights' dtype.
+#: Largest allowed difference of logits, as a share of the largest logit: (plain, merged with an adapter). Equal weights
+#: give equal logits up to the order of sums; a merged adapter is rounded to the weights' dtype.
 _TOLERANCE = {
     torch.float64: (1e-5, 1e-4),
     torch.float32: (1e-5, 1e-4),
@@ -56,12 +56,12 @@ class ExportCheck:
         """Open the directory as its users will, and compare logits and token ids.
 
         Args:
-            trained: the student as transformers' model, or a PEFT model around it; it stays as it is.
+            trained: the student as a transformers model, or a PEFT model around it; unchanged.
             tokenizer: the student's.
-            directory: what was exported.
+            directory: the exported directory.
 
         Raises:
-            ValueError: it can't be opened, or it is another student or another tokenizer.
+            ValueError: it can't be opened, or its student or tokenizer differs.
         """
         self._check_tokenizer(tokenizer, directory)
         device = next(trained.parameters()).device
@@ -76,7 +76,7 @@ class ExportCheck:
             ours, theirs = _logits(trained, ids_BT), _logits(exported, ids_BT)
             if ours.shape != theirs.shape:
                 raise _differs(f"it has {theirs.shape[-1]} tokens, not {ours.shape[-1]}")
-            # Equal infinities differ by nothing, too.
+            # Equal infinities count as no difference.
             difference = (ours - theirs).abs().masked_fill(ours == theirs, 0).max().item()
             allowed = tolerance * max(1.0, ours.masked_fill(~ours.isfinite(), 0).abs().max().item())
             if not difference <= allowed:

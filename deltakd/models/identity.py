@@ -1,4 +1,4 @@
-"""Which model a role has: its path, its files' checksum, its commit on the hub, and its size."""
+"""Identifies the model of a role: its path, its files' checksum, its commit on the hub, and its size."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def model_version(path: str) -> str | None:
 def model_fingerprint(path: str | Path) -> str | None:
     """Return the sha256 over a local model's weights and configuration; None if the directory has none.
 
-    It shows when another model has taken the place of an earlier one.
+    It shows if a model has been replaced by another one.
     """
     digest = hashlib.sha256()
     files = sorted(p for p in Path(path).glob("*") if p.suffix in (".safetensors", ".bin") or p.name == "config.json")
@@ -57,7 +57,7 @@ def model_fingerprint(path: str | Path) -> str | None:
 def hub_snapshot(name: str) -> Path | None:
     """Return the folder of a model in the local hub cache, named after its commit.
 
-    None if it is not cached, or ``name`` is no valid hub id.
+    None if it is not cached, or ``name`` is not a valid hub id.
     """
     try:
         config = try_to_load_from_cache(name, "config.json")

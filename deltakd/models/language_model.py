@@ -23,7 +23,7 @@ class LanguageModel(nn.Module):
 
     Args:
         hf: the model, or a PEFT model around it.
-        vocabulary: V; rows of the output embedding beyond it are padding and are cut from every head.
+        vocabulary: V; rows of the output embedding beyond it are padding, and are cut from every head.
 
     Raises:
         ValueError: the model has fewer rows than the tokenizer has tokens, or its output embedding is quantised.
@@ -55,7 +55,7 @@ class LanguageModel(nn.Module):
 
     @property
     def quantized(self) -> bool:
-        """True if its linear layers are quantised; they stay on the device where they were made."""
+        """True if its linear layers are quantised; they stay on the device where they were created."""
         return bool(getattr(self.causal_lm, "is_quantized", False))
 
     @property
@@ -74,9 +74,9 @@ class LanguageModel(nn.Module):
         return self.head(batch)
 
     def head(self, batch: Batch) -> Head:
-        """As ``forward``, for callers that are the sharded module themselves.
+        """As ``forward``, for use inside a sharded module.
 
-        A sharded model's head is then whole until the caller's ``forward`` returns.
+        The sharded model's head then stays whole until that module's ``forward`` returns.
         """
         hidden_BTD = self.hidden_states(batch.input_ids, batch.attention_mask)
         return self.head_of(batch.at_valid(hidden_BTD))
@@ -95,7 +95,7 @@ class LanguageModel(nn.Module):
 
     @contextmanager
     def adapter_off(self) -> Iterator[None]:
-        """Switch the LoRA adapter off and eval mode on; restore both on exit."""
+        """Disable the LoRA adapter and enable eval mode; restore both on exit."""
         was_training = self.training
         model: Any = self.hf
         self.eval()
@@ -109,7 +109,7 @@ class LanguageModel(nn.Module):
     def check_head(self) -> None:
         """Compare body and head with the model's own logits on a few tokens.
 
-        Otherwise an architecture with a transform of its logits that ``Head`` lacks would train on wrong ones.
+        Otherwise, an architecture that transforms its logits in a way ``Head`` lacks would train on wrong logits.
 
         Raises:
             ValueError: they differ, or the model can't be run.

@@ -25,7 +25,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def spec_problems(role: str, spec: ModelSpec) -> list[str]:
-    """Return what is wrong with ``model.<role>``, one sentence each; nothing is fetched."""
+    """Return the problems with ``model.<role>``, one sentence each; nothing is fetched."""
     key = f"model.{role}"
     found = []
     if spec.init == "random" and not (spec.architecture or {}).get("model_type"):
@@ -50,7 +50,7 @@ def _path_problems(key: str, path: str) -> list[str]:
 
 
 def _reason(path: str, error: Exception) -> str:
-    """Say in one line why a model is not available."""
+    """Return, in one line, why a model is not available."""
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if os.path.isdir(path):
         return first
@@ -62,7 +62,7 @@ def _reason(path: str, error: Exception) -> str:
 def load_config(
     role: str, spec: ModelSpec, *, vocabulary: int = 0, trust_remote_code: bool = False
 ) -> PretrainedConfig:
-    """Load the configuration alone: cheap, and an early test that the model is available.
+    """Load only the configuration: a cheap, early test that the model is available.
 
     Args:
         role: for the messages.
@@ -160,7 +160,7 @@ def load_skeleton(
         ValueError: as ``load_config``.
     """
     config = load_config(role, spec, vocabulary=vocabulary, trust_remote_code=trust_remote_code)
-    # Built unquantised: from_pretrained quantises layers only as it loads them.
+    # Built unquantised: from_pretrained quantises layers only while loading them.
     config.__dict__.pop("quantization_config", None)
     options: dict[str, Any] = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
     with torch.device("meta"):
@@ -168,7 +168,7 @@ def load_skeleton(
 
 
 def _architecture(role: str, spec: ModelSpec, vocabulary: int, eos_token_id: int | None) -> PretrainedConfig:
-    # A model type's default special tokens are those of its best-known checkpoint, not of this tokenizer.
+    # A model type's default special tokens belong to its best-known checkpoint, not to this tokenizer.
     special = {"bos_token_id": eos_token_id, "eos_token_id": eos_token_id, "pad_token_id": None}
     architecture = special | dict(spec.architecture or {})
     kind = architecture.pop("model_type")

@@ -35,12 +35,12 @@ def add_lora(model: PreTrainedModel, spec: LoraSpec) -> PeftModel:
     A quantised model (QLoRA, arXiv 2305.14314) is prepared as peft documents: unquantised weights become float32.
 
     Raises:
-        ValueError: the adapter would be on a layer whose adapter does not count, or on a tied head or embedding of an
+        ValueError: the adapter would be on a layer where it has no effect, or on a tied head or embedding of an
             architecture that can't untie them.
     """
     left_out = unadaptable(model)
     if getattr(model, "is_quantized", False):
-        # Gradient checkpointing is switched on elsewhere, in one place for all students.
+        # Gradient checkpointing is enabled elsewhere, in one place for all students.
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     modules = spec.target_modules if isinstance(spec.target_modules, str) else list(spec.target_modules)
     config = LoraConfig(
@@ -69,10 +69,10 @@ def add_lora(model: PreTrainedModel, spec: LoraSpec) -> PeftModel:
 
 
 def unadaptable(model: nn.Module) -> dict[str, str]:
-    """Return name -> reason of the layers that can't have an adapter which counts in training and in the export alike.
+    """Return name -> reason for the layers where an adapter would not take effect in both training and export.
 
-    The kernels of state-space layers read some weights themselves, past the layer and its adapter. A matrix that
-    several layers share would, merged, get the adapter of each of them.
+    The kernels of state-space layers read some weights directly, bypassing the layer and its adapter. A matrix shared
+    by several layers would get each layer's adapter when merged.
     """
     found: dict[str, str] = {}
     owners: dict[int, list[str]] = {}
@@ -87,7 +87,7 @@ def unadaptable(model: nn.Module) -> dict[str, str]:
 
 
 def _is_targeted(name: str, modules: str | Sequence[str]) -> bool:
-    """True if peft would adapt a layer: a list names whole names or their ends, a text is a regular expression."""
+    """Return True if peft would adapt a layer: a list holds whole names or suffixes, a text is a regular expression."""
     if isinstance(modules, str):
         return re.fullmatch(modules, name) is not None
     return any(name == each or name.endswith(f".{each}") for each in modules)
@@ -103,7 +103,7 @@ def _reasons(left_out: Mapping[str, str]) -> str:
 def merged(adapted: PeftModel) -> PreTrainedModel:
     """Return a copy of the model with its adapter merged; ``adapted`` is unchanged.
 
-    An adapter on a tied head or embedding changes that one alone. In the copy they are untied, and its config says so.
+    An adapter on a tied head or embedding changes only that one. The copy and its config are therefore untied.
 
     Quantised weights would round most of the adapter's small updates away. The adapter of a quantised model is
     therefore merged into the unquantised weights, read again from their source in the dtype of the model's config.
@@ -132,7 +132,7 @@ def merged(adapted: PeftModel) -> PreTrainedModel:
 
 def _wrapped(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     with warnings.catch_warnings():
-        # ``merged`` unties layers with an adapter; the head of a model of Conv1D is a Linear, and peft sees that.
+        # ``merged`` unties layers with an adapter; the head of a Conv1D model is a Linear, and peft detects that.
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to True but the target module is")
         # peft has patterns for experts that are one matrix, whether they are adapted or not.
@@ -153,9 +153,9 @@ def _merge(adapted: Any) -> PreTrainedModel:
 
 
 def _adapts_a_tied_layer(model: Any) -> bool:
-    """True if an adapter sits on a head or an embedding that share their matrix.
+    """Return True if an adapter is on a head or embedding that share their matrix.
 
-    Not if they are one layer: then its adapter is part of both.
+    Not if they are a single layer: then its adapter is part of both.
     """
     pair = (model.get_input_embeddings(), model.get_output_embeddings())
     if pair[1] is None or pair[0] is pair[1] or not any(isinstance(layer, BaseTunerLayer) for layer in pair):
@@ -164,7 +164,7 @@ def _adapts_a_tied_layer(model: Any) -> bool:
 
 
 def _can_be_untied(model: PreTrainedModel) -> bool:
-    """True if the architecture has a matrix each for head and embedding when its config says so; nothing is loaded."""
+    """Return True if the architecture can have separate head and embedding matrices; nothing is loaded."""
     config = copy.deepcopy(model.config)
     _say_untied(config)
     with torch.device("meta"):
@@ -173,7 +173,7 @@ def _can_be_untied(model: PreTrainedModel) -> bool:
 
 
 def _say_untied(config: Any) -> None:
-    # Models of text and images keep the language model's config inside their own.
+    # Multimodal models keep the language model's config inside their own.
     for part in (config, config.get_text_config()):
         part.tie_word_embeddings = False
 
@@ -184,5 +184,5 @@ def _plain(layer: Any) -> Any:
 
 
 def _is_transposed(model: PreTrainedModel) -> bool:
-    """True if it has Conv1D layers, which store their weight transposed: GPT-2, unless quantised."""
+    """Return True if it has Conv1D layers, which store their weight transposed: GPT-2, unless quantised."""
     return any(isinstance(layer, Conv1D) for layer in model.modules())

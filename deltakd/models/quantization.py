@@ -12,7 +12,7 @@ _BITSANDBYTES = "bitsandbytes"
 
 
 def quantization_problems(key: str, settings: Any) -> list[str]:
-    """Return what is wrong with a quantisation config; nothing is loaded.
+    """Return the problems with a quantisation config; nothing is loaded.
 
     Args:
         key: its config key, such as ``model.teacher.quantization``.
@@ -22,7 +22,7 @@ def quantization_problems(key: str, settings: Any) -> list[str]:
         return []
     if not isinstance(settings, Mapping):
         return [f"{key} is {settings!r}; give a mapping: {key}={{quant_method: bitsandbytes, load_in_8bit: true}}"]
-    # Not at the top: it imports the model classes, which no check of a run without quantised models needs.
+    # Imported here, since it imports the model classes, which runs without quantised models need not load for checks.
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoHfQuantizer
 
     allowed = sorted({name.removesuffix("_4bit").removesuffix("_8bit") for name in AUTO_QUANTIZATION_CONFIG_MAPPING})

@@ -1,7 +1,7 @@
-"""Models with a recurrent state: proof that padding does not enter it, and that a step from the state is right.
+"""Models with a recurrent state: checks that padding does not enter it, and that a step from the state is correct.
 
-Attention leaves padding out by its mask. A state-space, convolutional or linear-attention layer must be told to, and
-some architectures are not: their padded batches would train, score and answer otherwise than the rows alone.
+Attention masks padding out. State-space, convolutional and linear-attention layers must do so explicitly, and some
+architectures do not: their padded batches would train, score and answer differently from the rows alone.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from deltakd.generation.full_batch import DecodingState, Row
 from deltakd.generation.model_step import Step, evaluating, position_limit
 from deltakd.models.language_model import LanguageModel
 
-#: Names of layer types in transformers' configs that keep keys and values of all or the last positions alone.
+#: Names of layer types in transformers' configs that keep only keys and values, of all or the last positions.
 _ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention", "attention"})
 #: Tokens of the two rows that are run alone and together.
 _LENGTHS = (3, 7)
 
 
 def keeps_a_state(model: LanguageModel) -> bool:
-    """True if some layer's past is a state that each token changes, not a list of keys and values."""
+    """Return True if some layer's past is a state that each token changes, not a list of keys and values."""
     hf: Any = model.causal_lm
     kinds = getattr(hf.config.get_text_config(decoder=True), "layer_types", None) or ()
     return bool(getattr(hf, "_is_stateful", False)) or not _ATTENTION.issuperset(kinds)
@@ -32,10 +32,10 @@ def keeps_a_state(model: LanguageModel) -> bool:
 def check_recurrence(role: str, model: LanguageModel) -> None:
     """Run two rows alone, in one batch padded on the right, and by the generation engine, padded on the left.
 
-    Models of attention alone are not run.
+    Pure attention models are skipped.
 
     Raises:
-        ValueError: padding changes what the model says of a row, or a step from its state differs from the whole row.
+        ValueError: padding changes a row's logits, or a step from the state differs from the whole row.
     """
     limit = position_limit(model.causal_lm)
     if not keeps_a_state(model) or (limit is not None and limit <= max(_LENGTHS)):
@@ -70,7 +70,7 @@ def _device(model: LanguageModel) -> torch.device:
 
 
 def _alone(model: LanguageModel, row: list[int]) -> Tensor:
-    """Return [T, V], the logits of a row by itself."""
+    """Return [T, V], the logits of a row run alone."""
     ids_BT = torch.tensor([row], device=_device(model))
     return model.head_of(model.hidden_states(ids_BT, torch.ones_like(ids_BT))[0]).logits()
 
@@ -96,7 +96,7 @@ def _generated(model: LanguageModel, rows: list[list[int]]) -> tuple[Tensor, Ten
 
 
 def _close(model: LanguageModel, given: Any, expected: list[Tensor]) -> bool:
-    """True if logits are the same but for the order of sums; a wrong state is off by far more."""
+    """Return True if logits are equal up to the order of sums; a wrong state is off by far more."""
     tolerance = 1e-3 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 0.1
     scale = max(1.0, max(z_V.abs().max().item() for z_V in expected))
     return all(

@@ -1,4 +1,4 @@
-"""The one way to open a role's tokenizer and model, and an exported student."""
+"""The single place that opens a role's tokenizer and model, and an exported student."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from deltakd.types import STUDENT
 
 
 def open_tokenizer(models: ModelSettings, directory: Path) -> PreTrainedTokenizerBase:
-    """Return the student's tokenizer: loaded, or trained on text and kept in ``directory`` for the next start.
+    """Return the student's tokenizer: loaded, or trained on text and saved in ``directory`` for the next start.
 
     Args:
         models: of the run.
         directory: of a trained tokenizer; created if needed.
 
     Raises:
-        ValueError: there is none, or it has no EOS.
+        ValueError: it is not available, or it has no EOS.
     """
     wanted, spec = models.tokenizer, models.specs[STUDENT]
     if wanted.train_on and not spec.tokenizer:
@@ -58,14 +58,14 @@ def shared_vocabulary(models: ModelSettings, specs: Mapping[str, ModelSpec], tok
         tokenizer: the student's.
 
     Raises:
-        ValueError: one does not, or a model has too few tokens.
+        ValueError: a reference uses another tokenizer, or a model has too few tokens.
     """
     vocabulary = vocabulary_of(tokenizer)
     own = specs[STUDENT].tokenizer or (None if models.tokenizer.train_on else specs[STUDENT].path)
     for role, spec in specs.items():
         if role != STUDENT and (spec.tokenizer or spec.path) != own:
             vocabulary = min(vocabulary, _vocabulary_with(role, spec, tokenizer, f"model.{role}.tokenizer", models))
-    # After the tokenizers: a model of another one lacks rows, too, and that is not what to tell.
+    # After the tokenizers: a model with another tokenizer may lack rows, too, but that is not the cause to report.
     for role, spec in specs.items():
         if spec.init == "pretrained":
             config = load_config(role, spec, trust_remote_code=models.trust_remote_code)

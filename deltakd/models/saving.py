@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 def save_weights(model: Any, directory: Path) -> None:
     """Write a transformers model's weights and configuration.
 
-    accelerate imports DeepSpeed, for seconds and with a warning of its own, to see whether the model is one of its
-    engines: while DeepSpeed is not imported, nothing is.
+    To check if the model is a DeepSpeed engine, accelerate imports DeepSpeed, which takes seconds and logs a warning.
+    This is avoided: unless DeepSpeed is already imported, no model is an engine.
 
     Args:
         model: a transformers model.
@@ -45,18 +45,18 @@ def save_student(
     card: str,
     check: ExportCheck | None = None,
 ) -> None:
-    """Write weights (safetensors, LoRA merged), configuration, tokenizer and model card; all of it or nothing.
+    """Write weights (safetensors, LoRA merged), configuration, tokenizer and model card, all or nothing.
 
     Args:
         model: the trained student, left unchanged.
         tokenizer: its tokenizer.
         directory: replaced if it exists.
         card: Markdown text of the model card.
-        check: compares what was written with the student before it takes its place; None: nothing is compared.
+        check: compares the written files with the student before they replace the directory; None: no comparison.
 
     Raises:
         WriteError: the disk failed.
-        ValueError: what was written is another student; it is removed.
+        ValueError: the written student differs; it is removed.
     """
     causal_lm: Any = model.hf
     if hasattr(causal_lm, "merge_and_unload"):
@@ -71,7 +71,7 @@ def save_student(
         tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
         if check is not None:
-            # A quantised student is exported with its weights as they were before, which give other logits.
+            # A quantised student is exported with its unquantised weights, which give different logits.
             compared = causal_lm if model.quantized else model.hf
             if model.quantized:
                 log.info("The export is compared with the adapter merged into the weights before quantising.")

@@ -1,4 +1,4 @@
-"""The group ``model`` of the config: which model each role has, and how the models are opened."""
+"""The config group ``model``: the model of each role, and how models are opened."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ModelSpec:
         init: ``pretrained``, or ``random``: built from ``architecture`` with weights drawn from the seed.
         architecture: for ``random``: ``model_type`` and options of its transformers configuration.
         tokenizer: where the role's tokenizer is, if not at ``path``.
-        quantization: transformers' quantisation config, a mapping with ``quant_method``; None: as the checkpoint is.
+        quantization: transformers' quantisation config, a mapping with ``quant_method``; None: as in the checkpoint.
     """
 
     path: str | None = None

@@ -22,7 +22,7 @@ def load_tokenizer(path: str, key: str, *, trust_remote_code: bool = False) -> P
     """Load a tokenizer from a hub id or a directory.
 
     Raises:
-        ValueError: there is none; the message names the config key to set.
+        ValueError: it is not available; the message names the config key to set.
     """
     try:
         return AutoTokenizer.from_pretrained(
@@ -113,6 +113,6 @@ def _probe_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> int:
-    """Return the tokenizer's pad id if all models know it, else 0: under the attention mask any id will do."""
+    """Return the tokenizer's pad id if all models have it, else 0: under the attention mask any id works."""
     own = tokenizer.pad_token_id
     return own if own is not None and own < vocabulary else 0

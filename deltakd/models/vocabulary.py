@@ -1,4 +1,4 @@
-"""The tokens of a run: those that the tokenizer makes of data and that every model has a row for."""
+"""The vocabulary of a run: tokens that the tokenizer produces from data and that every model has a row for."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _SHOWN = 5
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase, config: Any = None, role: str = "student") -> int:
     """Return V: the highest id plus 1 (``len(tokenizer)`` is wrong when ids have gaps), cut to the rows of a head.
 
-    A special token beyond the head, such as Gemma 3's image token beside its text models, is cut: text is encoded with
+    A special token beyond the head, such as Gemma 3's image token in its text models, is cut: text is encoded with
     special tokens split, so that only a template could write it, and ``unknown_token_problems`` finds that.
 
     Args:
         tokenizer: the model's.
-        config: of the model, as transformers has it; None: nothing is cut.
+        config: the model's transformers config; None: nothing is cut.
         role: for the messages.
 
     Raises:
@@ -51,13 +51,13 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, config: Any = None, role: 
 
 
 def head_rows(config: Any) -> int | None:
-    """Return the rows of the output embedding by a transformers config, or None if it doesn't say."""
+    """Return the number of output embedding rows from a transformers config, or None if it doesn't say."""
     rows = getattr(config.get_text_config(decoder=True), "vocab_size", None)
     return rows if isinstance(rows, int) and rows > 0 else None
 
 
 def is_unwritten(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bool:
-    """True if text is never encoded as a token: padding, or a special token but BOS, EOS and UNK."""
+    """Return True if text is never encoded as this token: padding, or a special token other than BOS, EOS and UNK."""
     if token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id):
         return False
     added = tokenizer.added_tokens_decoder.get(token_id)
@@ -72,7 +72,7 @@ def unknown_token_problems(
     Args:
         name: of the set, for the message.
         encoded: the set.
-        tokenizer: what it was encoded with.
+        tokenizer: the tokenizer it was encoded with.
         vocabulary: V, tokens that all models share.
     """
     if vocabulary >= vocabulary_of(tokenizer) or not len(encoded.input_ids):
@@ -91,7 +91,7 @@ def unknown_prompt_problems(
     tokenizer: PreTrainedTokenizerBase,
     vocabulary: int | None,
 ) -> list[str]:
-    """As ``unknown_token_problems``, for prompts to answer; None as the vocabulary: unknown, and nothing is said."""
+    """As ``unknown_token_problems``, for prompts to answer; if the vocabulary is None (unknown), report nothing."""
     if vocabulary is None:
         return []
     found = {row: ids for row, ids in zip(row_ids, prompts, strict=True) if max(ids, default=0) >= vocabulary}

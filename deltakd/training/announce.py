@@ -1,4 +1,4 @@
-"""Log lines before training: the models that are not loaded, and one row as it will be trained."""
+"""Log lines before training: which models are not loaded, and one row as it will be trained."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ log = logging.getLogger(__name__)
 
 
 def announce_models(settings: RunSettings) -> None:
-    """Log which of the models that the config names are not loaded for training, and whether they are later."""
+    """Log which of the config's models are not loaded for training, and if they are loaded later."""
     own = (STUDENT, *settings.specs)
     named = [role for role, spec in settings.model.specs.items() if role not in own and spec.path]
     cached = [role for role in named if settings.cache is not None and role in settings.loss.requires]
-    # A raw student has the path of the student, which nobody gave for it.
+    # A raw student's path is the student's by default, not one that the user gave.
     unread = [role for role in named if role not in (STUDENT_RAW, *cached)]
     measures = settings.evaluation.measures
     measured = measures.rows != 0 and measures.references != "none"
@@ -47,7 +47,7 @@ def _listed(roles: Sequence[str]) -> str:
 
 
 def preview_data(data: DataConfig, train: EncodedSet, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Log the first training row as it will be trained, or the prompt to answer, as ``data.preview`` says."""
+    """Log the first training row as it will be trained, or the prompt to answer, as set by ``data.preview``."""
     if data.preview == "none" or not len(train):
         return
     row = train[0]
@@ -69,7 +69,7 @@ def preview_data(data: DataConfig, train: EncodedSet, tokenizer: PreTrainedToken
 
 
 def warn_of_verbatim_prompts(data: DataConfig, rows: Sequence[Row]) -> None:
-    """Warn of rows that a chat template does not wrap, since they are a whole prompt already."""
+    """Warn of rows that a chat template does not wrap because they are already whole prompts."""
     count = sum(row.prompt is not None for row in rows)
     if data.template == "chat" and count:
         log.warning(

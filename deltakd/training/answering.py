@@ -55,7 +55,7 @@ def run_answers(settings: RunSettings, run_dir: Path) -> dict[str, Any]:
     with claim:
         parts = _load(settings, teacher, directory)
     counts, speed = answer_prompts(parts, directory.path, holds_out=settings.data.val is None)
-    # Costs of this start alone: those of earlier ones are unknown.
+    # Only this start's costs: earlier ones are unknown.
     costs = costs_since(started, speed)
     summary = counts | {"meta": environment() | answering_record(parts) | costs}
     directory.write_summary(summary)

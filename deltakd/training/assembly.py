@@ -121,7 +121,7 @@ def _read_evaluation(
 
 
 def _warn_of_sets_in_stream(settings: RunSettings) -> None:
-    """A stream is never searched as a whole; what ``data.exclude`` names is left out of it on the way."""
+    """A stream is never searched as a whole; tasks of ``data.exclude`` are dropped while streaming."""
     excluded = settings.data.exclude if isinstance(settings.data, InstructionData) else ()
     open_sets = [entry.source for entry in settings.evaluation.sets.values() if entry.source not in excluded]
     if open_sets and not settings.evaluation.allow_overlap:
@@ -234,7 +234,7 @@ def _trainable(student: LanguageModel, settings: RunSettings) -> LanguageModel:
         student = LanguageModel(add_lora(student.causal_lm, lora), student.vocabulary)
     if settings.model.gradient_checkpointing:
         student.causal_lm.gradient_checkpointing_enable()
-        # With LoRA nothing before the first adapter needs a gradient, and a checkpointed block would detach the graph.
+        # With LoRA, nothing before the first adapter needs a gradient, so a checkpointed block would detach the graph.
         student.causal_lm.enable_input_require_grads()
     if settings.trainer.compile:
         student.causal_lm.base_model.compile()

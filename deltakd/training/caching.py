@@ -39,7 +39,7 @@ def fill_cache(settings: RunSettings) -> dict[str, Any]:
         The content of ``summary.json``.
 
     Raises:
-        ConfigError: the existing cache is of other data; names every difference.
+        ConfigError: the existing cache was made from other data; names every difference.
         StoreError: a damaged cache, or a full disk.
         ValueError: data or models that can't be used, or no K that meets ``reference.target_error``.
     """

@@ -1,4 +1,4 @@
-"""The training of a run, from the start or from ``last.ckpt``, to the best student."""
+"""Trains a run, from the start or from ``last.ckpt``, to the best student."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from deltakd.training.trainer import make_trainer
 
 log = logging.getLogger(__name__)
 
-#: Rows of the next pass, as a share of a pass, that its last step takes without a word in the log.
+#: Share of a pass that the last step may take from the next pass without a log line.
 BORROWED_SHARE = 0.1
 
 
@@ -52,8 +52,8 @@ class Fitted:
         module: the trained module.
         checkpoints: the best step and its metrics.
         training_log: token counts and speed.
-        streamed: what became of the rows of a stream; empty for indexed data.
-        rollout_log: what the student wrote while it trained, and how long that took; None if it wrote nothing.
+        streamed: counts of a stream's rows by outcome; empty for indexed data.
+        rollout_log: the student's responses during training, and the time they took; None if it wrote none.
     """
 
     student: LanguageModel
@@ -115,7 +115,7 @@ def fit(parts: Parts, loggers: list[Logger], state: SavedState | None, lifeline:
         _announce(parts, data, state)
         _train(trainer, module, data, state)
         if module.total_steps != data.total_steps and is_main_process():
-            # Of a stream, the last step is known only at its end.
+            # For a stream, the last step is known only at its end.
             write_total_steps(parts.directory.path, module.total_steps)
     return Fitted(final_student(module, checkpoints), module, checkpoints, training_log, stream_end.counts, rollout_log)
 
@@ -209,7 +209,7 @@ def _make_validation(parts: Parts, data: DistillationData, loggers: list[Logger]
 def _make_rollout_log(
     parts: Parts, data: DistillationData, training_log: TrainingLog, loggers: list[Logger]
 ) -> RolloutLog | None:
-    """Return the callback of an on-policy run, which keeps responses of the steps that others validate after."""
+    """Return the callback of an on-policy run, which keeps responses of the validated steps."""
     if not isinstance(data, RolloutData):
         return None
     steps = _validation_steps(data, parts.settings.trainer.val_every_n_steps)

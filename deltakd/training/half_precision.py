@@ -1,4 +1,4 @@
-"""AdamW for bfloat16 and float16 weights: updates are computed in float32, and none is rounded away for good.
+"""AdamW for bfloat16 and float16 weights: updates are computed in float32, and none is lost to rounding.
 
 A bfloat16 number has 8 significant bits: an update below 1/512 of a weight is rounded away, step after step. Two
 remedies: keep the weights in float32, too, and round a copy (mixed-precision training, arXiv 1710.03740); or round up
@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 HALF = (torch.bfloat16, torch.float16)
-#: Elements that are updated at once: their float32 copies, and the noise, take some bytes each.
+#: Elements updated at once; each needs a few bytes for its float32 copy and the noise.
 _AT_ONCE = 2**26
 #: An update of AdamW is about ``lr``. Below this it is mostly smaller than half of the last of bfloat16's 8 bits in a
 #: usual weight (0.02), and rounded away.
@@ -26,7 +26,7 @@ _MASTER = "master"
 
 
 def rounding_warning(parameters: Iterable[nn.Parameter], lr: float) -> str | None:
-    """Return what to do where updates are added to half-precision weights and mostly lost; None: nothing.
+    """Return the remedy if updates to half-precision weights would mostly be lost; None if they would not.
 
     Args:
         parameters: of the student, as the optimiser will change them.
@@ -47,8 +47,8 @@ def rounding_warning(parameters: Iterable[nn.Parameter], lr: float) -> str | Non
 class HalfPrecisionAdamW(torch.optim.Optimizer):
     """AdamW as PyTorch's, in float32 for weights of any floating-point type.
 
-    Weights in float32 are updated as by ``torch.optim.AdamW``. The noise of stochastic rounding depends on seed and
-    step alone, so that a resumed run draws the same, and all ranks of DDP do.
+    Weights in float32 are updated as by ``torch.optim.AdamW``. The noise of stochastic rounding depends only on seed
+    and step, so resumed runs and all ranks of DDP draw the same.
 
     Args:
         params: as for ``torch.optim.AdamW``.
@@ -126,7 +126,7 @@ class HalfPrecisionAdamW(torch.optim.Optimizer):
             target.copy_(values)
 
     def _state_of(self, parameter: Tensor) -> dict[str, Any]:
-        """Return the state of a weight, made at its first update."""
+        """Return the state of a weight, created at its first update."""
         state: dict[str, Any] = self.state[parameter]
         if not state:
             state["step"] = torch.tensor(0.0, dtype=torch.float32)
@@ -141,7 +141,7 @@ class HalfPrecisionAdamW(torch.optim.Optimizer):
         return torch.Generator(device).manual_seed((self._seed * 0x9E3779B97F4A7C15 + step) % 2**63)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As inherited, but states keep their dtype: PyTorch would cast them to that of the weights."""
+        """As inherited, but states keep their dtype: PyTorch would cast them to the weights' dtype."""
         super().load_state_dict(state_dict)
         numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         for number, parameter in zip(numbers, self._parameters(), strict=True):

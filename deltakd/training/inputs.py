@@ -1,6 +1,6 @@
 """Fingerprints of a run's inputs: a resumed run must read the same ones.
 
-A config names files, not their content. ``inputs.json`` in the run directory keeps what the first start has read.
+A config names files, not their content. ``inputs.json`` in the run directory records what the first start read.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ INPUTS = "inputs.json"
 #: Shards of a stream in a message.
 SHOWN_SHARDS = 5
 
-#: How an input differs; a model's files are others.
+#: How an input differs; a model's files have changed.
 _HOW = {
     "data.train": "the rows are others",
     "data.val": "the rows are others",
@@ -47,7 +47,7 @@ def read_inputs(
         settings: of the run.
         tokenizer: the student's.
         sets: tokenised rows; what is trained on depends on the tokenizer, too.
-        cached: the references where they were run before: then their models are not read.
+        cached: cached references, if the run uses them: then their models are not read.
     """
     inputs = {
         "tokenizer": tokenizer_fingerprint(tokenizer),
@@ -64,7 +64,7 @@ def read_inputs(
 def check_inputs(
     directory: Path, inputs: Mapping[str, str | None], shards: Mapping[str, str] | None = None, *, force: bool
 ) -> None:
-    """Keep what the run reads, or compare it with what its first start has read.
+    """Record the run's inputs, or compare them with those of its first start.
 
     Args:
         directory: of the run.
@@ -73,8 +73,8 @@ def check_inputs(
         force: continue with other inputs; ``changed_inputs`` lists them from then on.
 
     Raises:
-        ConfigError: every input that is another one than then.
-        WriteError: the disk did not take it.
+        ConfigError: names every input that has changed since.
+        WriteError: the disk failed.
     """
     held = _read(directory)
     before: dict[str, str | None] = held.get("inputs", {})
@@ -94,7 +94,7 @@ def check_inputs(
         raise ConfigError([f"{sentence}; {remedy}" for sentence in changed])
     for sentence in changed:
         log.warning("%s; the run continues with it (resume=force).", sentence)
-    # What can't be told now may have been told before.
+    # A fingerprint that is unknown now may have been known before.
     known = before | {name: value for name, value in inputs.items() if value is not None or name not in before}
     changed = [*held.get("changed", []), *changed]
     kept = {"inputs": known, "changed": changed} | ({"shards": dict(shards)} if shards else {})
@@ -130,6 +130,6 @@ def _read(directory: Path) -> dict[str, Any]:
 
 
 def _lasting(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a cache's content what makes the numbers that are read; where its models lay then plays no part."""
+    """Return the part of a cache's content that determines its numbers, without the models' former paths."""
     models = {role: {k: v for k, v in model.items() if k != "path"} for role, model in content["models"].items()}
     return {key: content[key] for key in ("store", "vocabulary", "k", "temperature")} | {"models": models}

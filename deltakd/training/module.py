@@ -72,7 +72,7 @@ class DistillationModule(L.LightningModule):
         self.shell = Shell(student) if will_be_sharded else None
         #: ``train/...`` of the last whole optimiser step, over all ranks.
         self.step_metrics: dict[str, float] = {}
-        #: Of the current optimiser step on this rank: sums of the loss and its parts over micro-batches, and the rows.
+        #: For the current optimiser step on this rank: sums of the loss and its parts over micro-batches, and the rows.
         self._sums: dict[str, Tensor] = {}
         self._row_ids: list[int] = []
         self._batch_idx = 0
@@ -89,7 +89,7 @@ class DistillationModule(L.LightningModule):
 
     @contextmanager
     def whole_student(self) -> Iterator[LanguageModel]:
-        """Yield the student in eval mode, as a model that this rank can run by itself.
+        """Yield the student in eval mode, as a model that this rank can run alone.
 
         Collective: call on every rank.
         """
@@ -122,7 +122,7 @@ class DistillationModule(L.LightningModule):
         """Move the references to the student's device.
 
         Raises:
-            ValueError: the trainer would cut the stream of micro-batches into other steps than the data module.
+            ValueError: the trainer would split the micro-batches into different steps than the data module.
         """
         self._check_trainer()
         if self.step.references is not None:
@@ -155,7 +155,7 @@ class DistillationModule(L.LightningModule):
         torch.manual_seed(_mix(self.seed, batch_idx, self.global_rank))
         total, parts = self.step(batch)
         share = total / batch.step_tokens
-        # With several ranks all raise together at the end of the step: one alone would leave the others waiting.
+        # With several ranks, all raise together at the end of the step: a single one would leave the others waiting.
         if self.trainer.world_size == 1 and not torch.isfinite(share):
             raise _non_finite("loss", share.item(), batch.step, batch.row_ids.tolist())
         shares = {name: value / batch.step_tokens for name, value in parts.items()}
@@ -263,7 +263,7 @@ class DistillationModule(L.LightningModule):
             schedule.load_state_dict(checkpoint["schedules"][name])
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Move a batch by its own ``to``."""
+        """Move a batch with its own ``to``."""
         return batch.to(device, non_blocking=True)
 
 

@@ -10,7 +10,7 @@ import torch
 from annotated_types import Ge, Gt, Len, Lt
 from torch import nn
 
-#: Schedules that need no options. Others are tried, by transformers' module of optimisers: it takes seconds to import.
+#: Schedules that need no options. Others are checked by building them with transformers, which takes seconds to import.
 PLAIN_SCHEDULES = (
     "cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial", "cosine_with_restarts",
 )  # fmt: skip
@@ -29,7 +29,7 @@ class AdamW:
         schedule_options: options of that schedule, such as ``min_lr_rate`` for cosine_with_min_lr.
         warmup_steps: optimiser steps from 0 to ``lr``; a number below 1 is a fraction of all steps.
         half_weights: how updates reach bfloat16 and float16 weights. ``nearest``: PyTorch's AdamW; small ones are
-            rounded away. ``masters``: each weight has a float32 copy that is updated, and is its rounding.
+            rounded away. ``masters``: a float32 copy of each weight is updated, and the weight is its rounding.
             ``stochastic`` (bfloat16): rounded up or down at random, right on average. Moments are then in float32, too.
     """
 
@@ -43,7 +43,7 @@ class AdamW:
     half_weights: Literal["nearest", "masters", "stochastic"] = "nearest"
 
     def problems(self) -> list[str]:
-        """Return what is wrong with ``optim``, one sentence each."""
+        """Return the problems with ``optim``, one sentence each."""
         if self.schedule in PLAIN_SCHEDULES and not self.schedule_options:
             return []
         try:

@@ -85,7 +85,7 @@ def restore(
     callbacks: Sequence[Checkpoints | TrainingLog | StreamEnd | RolloutLog],
     state: SavedState,
 ) -> None:
-    """Restore the state of a run whose training is done, without a trainer."""
+    """Restore the state of a run that has finished training, without a trainer."""
     restore_weights(module, state)
     module.on_load_checkpoint(state.content)
     for callback in callbacks:

@@ -79,7 +79,7 @@ class TrainerSettings:
     detect_anomaly: bool = False
 
     def problems(self) -> list[str]:
-        """Return what is wrong with ``trainer``, one sentence each."""
+        """Return the problems with ``trainer``, one sentence each."""
         if self.max_epochs is None and self.max_steps is None:
             return ["trainer.max_epochs and trainer.max_steps are both null; give at least one"]
         return []
@@ -125,7 +125,7 @@ class RunSettings:
         strategy: how the run is spread over processes.
         kernels: memory of the chunked loss.
         reference: where the references' hidden states come from.
-        rollout: which responses the student writes itself.
+        rollout: how many responses the student writes itself, and how.
         evaluation: how the trained student is evaluated.
         deviations: how the evaluation deviates from the protocol that it names.
         optim: optimiser and schedule.

@@ -27,7 +27,7 @@ class DistillationStep(nn.Module):
 
     Args:
         student: the model to train, the only submodule.
-        references: the frozen models, or None for a loss that reads none. They are no submodule: not in the
+        references: the frozen models, or None for a loss that reads none. They are not a submodule: not in the
             checkpoint, not in the optimiser, untouched by ``train()`` and ``to()``.
         loss: the loss plug-in.
         memory_budget: MiB for a chunk of logits and everything computed from them.

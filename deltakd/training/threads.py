@@ -1,4 +1,4 @@
-"""CPU threads of a run: PyTorch's choice, one thread a core, makes tiny models slower, not faster."""
+"""CPU threads of a run: PyTorch's default of one thread per core makes tiny models slower, not faster."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from deltakd.training.settings import TrainerSettings
 
 log = logging.getLogger(__name__)
 
-#: Models of fewer parameters, all of a run together, are computed by one thread. Threads meet after every operation;
-#: below this size an operation takes about as long as the meeting, and where another program keeps a core busy, all
-#: wait for the slowest: on a busy machine two threads took 14 times the CPU time of one for a step of 0.4 million
+#: Below this many parameters, over all models of a run, one thread is used. Threads synchronise after every operation.
+#: Below this size, that takes about as long as the operation, and if another program keeps a core busy, all threads
+#: wait for the slowest: on a busy machine, two threads took 14 times the CPU time of one for a step of 0.4 million
 #: parameters, and 5 times for 15 million.
 TINY = 20_000_000
 
@@ -26,7 +26,7 @@ _VARIABLE = "OMP_NUM_THREADS"
 
 @contextmanager
 def threads_kept() -> Iterator[None]:
-    """Put back the number of threads afterwards: a notebook goes on after a run."""
+    """Restore the number of threads afterwards: a notebook continues after a run."""
     threads, variable = torch.get_num_threads(), os.environ.get(_VARIABLE)
     try:
         yield
@@ -41,8 +41,8 @@ def threads_kept() -> Iterator[None]:
 def choose_threads(settings: TrainerSettings, models: Iterable[nn.Module]) -> int:
     """Set the number of CPU threads of this process and return it.
 
-    ``trainer.threads`` counts first, then OMP_NUM_THREADS, which Lightning sets to a rank's share of the cores. Without
-    either, a run of tiny models on the CPU takes one.
+    ``trainer.threads`` takes precedence, then OMP_NUM_THREADS, which Lightning sets to a rank's share of the cores.
+    Without either, a run of tiny models on the CPU uses one thread.
 
     Args:
         settings: of the run.

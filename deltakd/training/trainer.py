@@ -18,7 +18,7 @@ def make_trainer(parts: Parts, callbacks: list[L.Callback], loggers: list[Logger
 
     Args:
         parts: of the run.
-        callbacks: those of every run; the config's own are called before them.
+        callbacks: callbacks of every run; the config's own are called before them.
         loggers: of the main process.
     """
     run, settings = parts.settings, parts.settings.trainer

@@ -1,4 +1,4 @@
-"""The types that all parts of deltakd share, and the legend of tensor names.
+"""Types shared by all parts of deltakd, and the legend of tensor names.
 
 Tensor names end in their shape:
 

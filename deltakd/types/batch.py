@@ -25,8 +25,8 @@ class Batch:
         row_ids: [B] int64, the row's number in its data set.
         step: the optimiser step (from 0) that this micro-batch belongs to.
         step_tokens: valid tokens in that whole optimiser step, over all ranks and micro-batches.
-        sampled_log_probs: [B, T] float32 nats: of each label when an earlier student sampled it, 0 elsewhere; None: as
-            for ``TokenFacts``.
+        sampled_log_probs: [B, T] float32 nats: each label's log-prob when an earlier student sampled it, 0 elsewhere;
+            None: as for ``TokenFacts``.
     """
 
     input_ids: Tensor
@@ -61,7 +61,7 @@ class Batch:
 
     @property
     def facts_N(self) -> TokenFacts:
-        """What is known of the N valid tokens: their rows, and how likely they were when they were sampled."""
+        """Facts about the N valid tokens: their rows, and their log-probs at sampling time."""
         sampled = None if self.sampled_log_probs is None else self.sampled_log_probs.flatten()[self.valid_N + 1]
         return TokenFacts(self.valid_N // self.labels.shape[1], sampled)
 

@@ -1,4 +1,4 @@
-"""Logits that are not computed yet, and their precision."""
+"""Logits not yet computed, and their precision."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 
 def in_float64(tensor: Tensor) -> Tensor:
-    """Return the tensor in float64 on its device, or on the CPU where the device has no float64 (MPS)."""
+    """Return the tensor in float64 on its device, or on the CPU if the device has no float64 (MPS)."""
     return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
 
 
 @dataclass(frozen=True)
 class Head:
-    """Logits that are not computed yet: hidden states and output embedding.
+    """Logits not yet computed: hidden states and output embedding.
 
     logits = softcap · tanh(scale · (hidden · weightᵀ + bias) / softcap), without the tanh where ``softcap`` is None.
 
@@ -50,7 +50,7 @@ class Head:
         return Head(self.hidden[start:stop], self.weight, self.bias, self.softcap, self.scale)
 
     def upcast(self) -> Head:
-        """Return the head with weight and bias in at least float32, so that chunks need not each convert them."""
+        """Return the head with weight and bias in at least float32, converted once instead of per chunk."""
         bias = None if self.bias is None else at_least_float32(self.bias)
         return Head(self.hidden, at_least_float32(self.weight), bias, self.softcap, self.scale)
 
@@ -88,13 +88,13 @@ class Head:
 
 @dataclass(frozen=True)
 class TokenFacts:
-    """What a loss may know of N tokens beside logits and labels.
+    """What a loss may know about N tokens besides logits and labels.
 
     Args:
         rows: [N] int64, ascending: the row that each token belongs to; None: unknown.
-        sampled_log_probs: [N] nats, the log-probs that the labels had when an earlier student sampled them; None: they
-            were not sampled, or by the student as it is.
-        weights: [N], what a loss of whole sequences made of their rewards (``SequenceLoss``); None for other losses.
+        sampled_log_probs: [N] nats, the labels' log-probs when an earlier student sampled them; None: they were not
+            sampled, or the current student sampled them.
+        weights: [N], computed from rewards by a loss of whole sequences (``SequenceLoss``); None for other losses.
     """
 
     rows: Tensor | None = None
@@ -102,7 +102,7 @@ class TokenFacts:
     weights: Tensor | None = None
 
     def part(self, tokens: slice) -> TokenFacts:
-        """Return the facts of some of the tokens."""
+        """Return the facts about some of the tokens."""
         return TokenFacts(*(None if fact is None else fact[tokens] for fact in vars(self).values()))
 
 
@@ -114,13 +114,13 @@ NO_FACTS = TokenFacts()
 class HeadLogits(Mapping[str, Tensor]):
     """Logits by role, computed on first access, and weighted sums of them.
 
-    A loss may read it like a dict. Logits read by name are kept. A ``combined`` sum of roles that nobody reads by name
-    takes the memory of one tensor of logits, for any number of roles.
+    A loss may read it like a dict. Logits read by name are kept. A ``combined`` sum of roles not read by name takes the
+    memory of one tensor of logits, for any number of roles.
 
     Args:
         student: [N, V] the student's logits, on the graph.
         heads: role -> Head of the references, over the same N tokens.
-        facts: of the N tokens.
+        facts: about the N tokens.
     """
 
     def __init__(self, student: Tensor, heads: Mapping[str, Head], facts: TokenFacts = NO_FACTS) -> None:

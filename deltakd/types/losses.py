@@ -1,4 +1,4 @@
-"""What a loss is, and what it says of itself."""
+"""The interface of losses: their values, and the properties they declare."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Progress:
-    """How far training is.
+    """The progress of training.
 
     Args:
         step: optimiser steps done.
@@ -36,7 +36,7 @@ class Schedule(Protocol):
         """Move on after an optimiser step.
 
         Args:
-            progress: how far training is now.
+            progress: the current progress of training.
             reduced_loss: the step's loss over all ranks and micro-batches, in nats per token.
         """
         ...
@@ -111,7 +111,7 @@ class Loss(ABC):
     """A loss plug-in, built by Hydra from ``conf/loss/<name>.yaml``.
 
     To write your own, subclass it and define ``requires`` and ``__call__``. Everything else has a default. The config,
-    the kernels and the reference stores ask a loss what it can do, never what type it is.
+    the kernels and the reference stores ask a loss about its capabilities, never its type.
     """
 
     #: τ at which the loss reads the references; a top-K store holds log-probs at this temperature.
@@ -120,7 +120,7 @@ class Loss(ABC):
     #: True if ``per_token`` depends on the other tokens of the row; the loss is then a ``SequenceLoss``.
     needs_whole_sequences: bool = False
 
-    #: True if the labels must be tokens that the student sampled itself (``rollout=student``).
+    #: True if the labels must be tokens sampled by the student itself (``rollout=student``).
     needs_sampled_tokens: bool = False
 
     #: True if the loss compares models with different tokenizers: it then reads an alignment of their tokens, and
@@ -143,7 +143,7 @@ class Loss(ABC):
 
     @property
     def schedules(self) -> Mapping[str, Schedule]:
-        """The schedules inside the loss, by the name under which they are logged; checkpoints hold their state."""
+        """The schedules inside the loss, by their names in the log; checkpoints hold their state."""
         return {}
 
     @property
@@ -153,7 +153,7 @@ class Loss(ABC):
 
     @property
     def distillation_term(self) -> Loss:
-        """The part of the loss that reads references, by which a store of them is judged; by default the whole loss."""
+        """The part of the loss that reads references, used to judge a store of them; by default the whole loss."""
         return self
 
     @property
@@ -175,24 +175,24 @@ class Loss(ABC):
 
 
 class SequenceLoss(Loss):
-    """A loss of whole responses: what a token is worth depends on the tokens of its row.
+    """A loss of whole responses: a token's worth depends on the other tokens of its row.
 
-    It takes two passes over the tokens. The first scores each token by itself, without gradients; the scores of each
-    row become weights; the second is that of any loss, and finds the weights in ``logits.facts.weights``.
+    It takes two passes over the tokens. The first scores each token separately, without gradients; the scores of each
+    row become weights. The second pass is as for any loss, with the weights in ``logits.facts.weights``.
     """
 
     needs_whole_sequences = True
 
     @abstractmethod
     def token_rewards(self, logits: Mapping[str, Tensor], labels: Tensor) -> Tensor:
-        """Score N tokens by themselves: [N] nats, detached."""
+        """Score N tokens separately: [N] nats, detached."""
 
     @abstractmethod
     def sequence_weights(self, rewards: Tensor, rows: Tensor) -> Tensor:
         """Turn rewards into weights.
 
         Args:
-            rewards: [N], as from ``token_rewards``, the tokens of a row in their order.
+            rewards: [N], as from ``token_rewards``, with each row's tokens in order.
             rows: [N] int64, ascending: the row of each token.
 
         Returns:
@@ -201,15 +201,15 @@ class SequenceLoss(Loss):
 
 
 def require_kind(thing: object, kind: type | tuple[type, ...], key: str) -> None:
-    """Check that a plug-in is what the config key needs.
+    """Check that a plug-in has the type that the config key needs.
 
     Args:
-        thing: what the config gave.
-        kind: the base class that it has to have, or several of which it has to have one.
+        thing: the object that the config gave.
+        kind: the required base class, or several, one of which is required.
         key: the config key, for the message.
 
     Raises:
-        ValueError: it is something else; the message says what, and what to do.
+        ValueError: it has another type; the message names it and the remedy.
     """
     if isinstance(thing, kind):
         return

@@ -14,11 +14,11 @@ _NUMBERED = re.compile(r"teacher(_raw)?_([2-9]|[1-9]\d+)")
 
 
 def is_reference_role(name: str) -> bool:
-    """True if a loss may ask for a frozen model of this name."""
+    """Return True if a loss may ask for a frozen model of this name."""
     return name in ROLES[1:] or _NUMBERED.fullmatch(name) is not None
 
 
 def teacher_pair(number: int) -> tuple[str, str]:
-    """Return the roles (teacher, raw teacher) of a pair, counted from 1: the first pair's roles carry no number."""
+    """Return the roles (teacher, raw teacher) of a pair, counted from 1; the first pair's roles have no number."""
     suffix = "" if number == 1 else f"_{number}"
     return TEACHER + suffix, TEACHER_RAW + suffix

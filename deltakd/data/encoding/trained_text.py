@@ -86,7 +86,7 @@ def _check_other_keys(row: Row, message: Message, segment: Segment) -> None:
 
 
 def _leaves(value: Any) -> Iterator[str]:
-    """Return the texts in a call, without numbers and truth values, which templates spell differently."""
+    """Yield the texts in a call, without numbers and truth values, which templates spell differently."""
     if isinstance(value, str):
         try:
             held = json.loads(value) if value.lstrip()[:1] in ("{", "[") else value

@@ -1,7 +1,7 @@
-"""Checkpoints: the last state, to resume from, and the best student, to keep.
+"""Checkpoints: the latest state, for resuming, and the best student.
 
 ``last.ckpt`` is a file, or a directory if the strategy shards (each rank writes its part). It is written under another
-name and renamed once complete; the one before stays as ``previous.ckpt``, in case the disk damages the newer one.
+name and renamed once complete; the one before is kept as ``previous.ckpt``, in case the disk damages the newer one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ BEST = "best.ckpt"
 class Checkpoints(Checkpoint):
     """Saves ``last.ckpt`` (everything needed to resume) and ``best.ckpt`` (the student with the best objective).
 
-    Both are written at the end of an optimiser step, after the validation of that step where there is one, so that
+    Both are written at the end of an optimiser step, after that step's validation if there is one, so that
     a resumed run never has to repeat or skip a validation.
 
     Args:
@@ -45,7 +45,7 @@ class Checkpoints(Checkpoint):
             step.
         mode: ``max`` or ``min``.
         step_size: rows (or positions) per optimiser step over all ranks; saved, for a resumed run to compare with.
-        every_n_steps: optimiser steps between two saves of ``last.ckpt``; None: by time alone.
+        every_n_steps: optimiser steps between two saves of ``last.ckpt``; None: only by time.
         every_n_minutes: minutes between two saves of ``last.ckpt``.
     """
 
@@ -83,7 +83,7 @@ class Checkpoints(Checkpoint):
 
     @property
     def best_path(self) -> Path:
-        """The weights of the best student; absent where nothing was validated."""
+        """The weights of the best student; absent if nothing was validated."""
         return self.directory / BEST
 
     def state_dict(self) -> dict[str, Any]:
@@ -164,9 +164,9 @@ class Checkpoints(Checkpoint):
             self._save_student(trainer)
 
     def _rank(self, metrics: Mapping[str, float]) -> tuple[float, float]:
-        """Return what is lower for the better student: the objective and, where it ties, as scores of 0 do, its CE.
+        """Return a key that is lower for the better student: the objective, then the CE to break ties (scores of 0).
 
-        A loss of the user's may have no part ``ce``; then it is the loss itself.
+        If a user's loss has no part ``ce``, the loss itself breaks ties.
         """
         score = metrics[self.objective]
         return (-score if self.mode == "max" else score, metrics.get("val/ce", metrics.get("val/loss", math.inf)))

@@ -30,7 +30,7 @@ class TrainingProgress(L.Callback):
         self._advance: Advance | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin at the step that training goes on from."""
+        """Begin at the step from which training continues."""
         assert isinstance(pl_module, DistillationModule)
         shown = self.shown and trainer.is_global_zero
         # A display has the run's name already.

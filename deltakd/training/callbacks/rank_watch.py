@@ -1,4 +1,4 @@
-"""Ranks of a training run watch each other, from the moment they are joined to the end of the run."""
+"""Lets the ranks of a training run watch each other, from the moment they are joined to the end of the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run logs of the responses that its student writes."""
+"""Logs the responses that a run's student writes."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ log = logging.getLogger(__name__)
 WINDOW = 20
 #: Responses kept as text.
 KEPT = 16
-#: A fall of the finished fraction by this much, from the first steps' mean, is said.
+#: A drop of the finished fraction by this much, from the first steps' mean, triggers a warning.
 FALL = 0.2
 
 
 @final
 class RolloutLog(L.Callback):
-    """Adds ``rollout/...`` to the metrics of each optimiser step, and says once if responses stop ending.
+    """Adds ``rollout/...`` to the metrics of each optimiser step, and warns once if responses stop ending.
 
     It must come before the ``TrainingLog``, which writes the metrics.
 
     Args:
         training_log: knows the seconds spent on training.
         directory: the run directory.
-        steps: optimiser steps (from 1) of which some responses are kept as text.
-        tracker: gets them as a table, too.
+        steps: optimiser steps (from 1) for which some responses are kept as text.
+        tracker: also gets them, as a table.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class RolloutLog(L.Callback):
         self._warned = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the seconds and tokens so far, and what the warning depends on."""
+        """Return the seconds and tokens so far, and the state of the warning."""
         return {
             "seconds": self.seconds,
             "tokens": self.tokens,

@@ -38,7 +38,7 @@ class StopOnSignal(Checkpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Install the handlers, after Lightning's own, which would not wait for the end of the step."""
         if threading.current_thread() is not threading.main_thread():
-            # Python gives signals to the main thread alone; such a program stops its threads by other means.
+            # Python delivers signals only to the main thread; such a program stops its threads by other means.
             return
         for signum in SIGNALS:
             self._previous[signum] = signal.signal(signum, self._receive)
@@ -63,7 +63,7 @@ class StopOnSignal(Checkpoint):
         self._restore()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Restore the previous handlers: after an error Lightning calls no ``teardown``, and a notebook goes on."""
+        """Restore the previous handlers: after an error Lightning calls no ``teardown``, and a notebook continues."""
         self._restore()
 
     def _restore(self) -> None:

@@ -1,4 +1,4 @@
-"""Which micro-batches end an optimiser step."""
+"""Tells which micro-batches end an optimiser step."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import lightning as L
 
 
 def at_step_end(trainer: L.Trainer) -> bool:
-    """True if the micro-batch that just ended was the last of its optimiser step."""
+    """Return True if the micro-batch that just ended was the last of its optimiser step."""
     return trainer.fit_loop.batch_idx % trainer.accumulate_grad_batches == trainer.accumulate_grad_batches - 1

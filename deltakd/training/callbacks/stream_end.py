@@ -1,4 +1,4 @@
-"""The end of a stream: which step is the last is known only when it comes."""
+"""The end of a stream: the last step is known only once it is reached."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ log = logging.getLogger(__name__)
 
 @final
 class StreamEnd(L.Callback):
-    """Makes the step with which the passes over a stream end the run's last, and keeps the stream's counts.
+    """Ends the run with the step that completes the passes over a stream, and keeps the stream's counts.
 
-    Of indexed data all this is known beforehand, and the callback does nothing.
+    For indexed data all this is known beforehand, and the callback does nothing.
 
     Args:
-        validation: also has to run after the last step.
+        validation: must also run after the last step.
     """
 
     def __init__(self, validation: Validation | None) -> None:
@@ -40,11 +40,11 @@ class StreamEnd(L.Callback):
         self.counts, self._total_steps = state_dict["counts"], state_dict["total_steps"]
 
     def saved_steps(self, checkpoint: Mapping[str, Any], most: int) -> int:
-        """Return the optimiser steps of the run as its checkpoint knows them.
+        """Return the optimiser steps of the run according to its checkpoint.
 
         Args:
             checkpoint: its content.
-            most: the steps that the run has unless its passes are over before.
+            most: the steps of the run, unless its passes end earlier.
         """
         known = checkpoint["callbacks"][self.state_key]["total_steps"]
         return most if known is None else min(known, most)
@@ -52,7 +52,7 @@ class StreamEnd(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        """Take over what the loader knows by now."""
+        """Update from the loader's current knowledge."""
         loader = trainer.train_dataloader
         if not isinstance(loader, StreamLoader):
             return

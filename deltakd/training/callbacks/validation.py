@@ -28,7 +28,7 @@ class Validation(L.Callback):
     Args:
         batches: returns this rank's validation batches, in a fixed order; called once the ranks are joined.
         steps: optimiser steps (counted from 1) after which to validate.
-        generate: answers and scores; None: the loss alone.
+        generate: answers and scores; None: only the loss.
     """
 
     def __init__(
