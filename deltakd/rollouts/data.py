@@ -14,7 +14,7 @@ from deltakd.data.encoding.encoded_set import EncodedSet
 from deltakd.models import LanguageModel
 from deltakd.models.tokenizers import pad_id
 from deltakd.rollouts.engine import OwnEngine
-from deltakd.rollouts.loader import RolloutLoader
+from deltakd.rollouts.rollout_loader import RolloutLoader
 from deltakd.rollouts.settings import RolloutSettings
 
 

@@ -27,6 +27,8 @@ COMMANDS: tuple[str, ...] = get_args(Command)
 
 #: File systems do not accept longer names.
 _LONGEST_NAME = 200
+#: What a stage that makes a cache chooses, beside its own overrides.
+_CACHED = "reference=cached"
 
 
 @dataclass(frozen=True)
@@ -257,7 +259,7 @@ def _jobs(study: str, stage: Stage) -> list[Job]:
         directory = RunDirectory(Path("outputs") / study / name)
         fixed = [f"name='{study}/{name}'", f"run_dir='{directory.path}'", "resume=true"]
         if stage.command == "cache":
-            fixed += ["reference=cached", f"reference.path='{directory.path}'"]
+            fixed += [_CACHED, f"reference.path='{directory.path}'"]
         jobs.append(Job(stage, name, directory, _last_of_each([*combination, *fixed])))
     names = [job.name for job in jobs]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -310,7 +312,9 @@ def check_keys(jobs: Sequence[Job]) -> None:
     problems: list[str] = []
     for stage, job in reversed(first.items()):
         try:
-            check_overrides("train", job.stage.overrides)
+            # A cache's choice of references comes first: its other overrides are keys of it.
+            chosen = [_CACHED] if job.stage.command == "cache" else []
+            check_overrides("train", [*chosen, *job.stage.overrides])
         except ConfigError as error:
             problems += [f"stage {stage}: {problem}" for problem in error.problems]
     if problems:

@@ -9,7 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from deltakd.types.roles import STUDENT
+from deltakd.types.role_names import STUDENT
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import PretrainedConfig
+from transformers.utils import ModelOutput
 
 from deltakd.generation import Decoding, generate
 
@@ -18,9 +19,9 @@ class OneStep(nn.Module):
         self.logits = nn.Parameter(torch.tensor(probabilities).log())
         self.config = PretrainedConfig()
 
-    def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
+    def forward(self, input_ids: torch.Tensor, past_key_values: object = None, **_: Any) -> Any:
         logits = self.logits.expand(input_ids.shape[0], 1, -1)
-        return type("Output", (), {"logits": logits, "past_key_values": object()})()
+        return ModelOutput(logits=logits, past_key_values=object())
 
 
 def counts(decoding: Decoding, rows: int) -> list[int]:

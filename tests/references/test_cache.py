@@ -330,7 +330,9 @@ def test_a_full_disk_leaves_whole_shards_and_says_what_to_do(
     whole: tuple[Path, list[str]], cached: Cached, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, kind = whole
-    message = r"parts is full \(No space left on device\): 24 rows are stored, 16 need another .* the same command goes"
+    message = (
+        r"parts is full \(No space left on device\): 24 rows are stored, 16 need another .* same command continues"
+    )
     with monkeypatch.context() as patch:
         _stop_after(patch, 3, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
         with pytest.raises(StoreError, match=message):

@@ -13,8 +13,8 @@ import torch
 from deltakd.data.batches.sampler import StepSampler
 from deltakd.data.encoding.encoded_set import Encoded, EncodedSet, flatten
 from deltakd.rollouts.engine import Request
-from deltakd.rollouts.loader import RolloutLoader
 from deltakd.rollouts.responses import Response, Round, answered, prompt_of
+from deltakd.rollouts.rollout_loader import RolloutLoader
 from deltakd.rollouts.settings import RolloutSettings
 from deltakd.types import IGNORE_INDEX, Batch
 

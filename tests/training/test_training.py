@@ -292,7 +292,7 @@ def test_a_checkpoint_of_another_architecture(train: Train, world: World, tmp_pa
         (["evaluation.sets=x.jsonl"], r"evaluation.sets is 'x.jsonl'; give names and files"),
         (
             ["evaluation.seeds=10"],
-            r"evaluation.seeds is 10; it must be a list \(each a whole number from 0\) of at least 1",
+            r"evaluation.seeds is 10; it must be a list \(each a whole number from 0 to 4294967295\) of at least 1",
         ),
         (["trainer.max_steps=abc"], r"trainer.max_steps is 'abc'; it must be a whole number from 1 or null"),
         (

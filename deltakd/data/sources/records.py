@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from deltakd.data.sources.formats import (
+from deltakd.data.sources.file_formats import (
     KINDS,
     Problems,
     Record,

@@ -14,7 +14,7 @@ from itertools import dropwhile, groupby, islice
 from pathlib import Path
 from typing import Any
 
-from deltakd.data.sources.formats import Problems, Record, read_file, without_gaps
+from deltakd.data.sources.file_formats import Problems, Record, read_file, without_gaps
 from deltakd.data.sources.parsing import parse_row, unread_keys
 from deltakd.data.sources.readers import documents, text_of
 from deltakd.data.sources.records import (
