@@ -32,7 +32,7 @@ class AnswerToken:
 
 
 class Pieces:
-    """Decodes token ids as in the middle of a text, where a token keeps its leading space.
+    """Decodes token ids as they appear within a text, where a token keeps its leading space.
 
     Args:
         tokenizer: decodes the ids; special tokens are kept.
@@ -55,7 +55,7 @@ class Pieces:
         return str(self._tokenizer.decode(self._front + ids, clean_up_tokenization_spaces=False))
 
     def answer(self, row: Encoded) -> Iterator[AnswerToken]:
-        """Yield the row's trained tokens in order, those of ``Batch.labels_N``."""
+        """Yield the row's trained tokens in order, as in ``Batch.labels_N``."""
         position = 0
         for index in range(1, len(row.labels)):
             token = row.labels[index]

@@ -18,7 +18,7 @@ _MARK = re.compile(r"(?<!#)####(?!#)[ \t]*")
 def marked_number(text: str) -> Decimal | None:
     """Return the number right after the first ``####``; None without a mark or a number after it.
 
-    The first mark counts, since a model that does not stop goes on to invent further problems.
+    The first mark counts, since a model that does not stop continues by inventing further problems.
     """
     mark = _MARK.search(text)
     number = _NUMBER.match(text, mark.end()) if mark else None

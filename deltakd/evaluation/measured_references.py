@@ -64,7 +64,7 @@ def cut(head: Head, vocabulary: int) -> Head:
 
 @final
 class MeasuredReferences:
-    """Finds the references available for each set of rows; logs the others.
+    """Finds the references available for each set of rows, and logs the missing ones.
 
     Args:
         models: the models that the run names.
@@ -93,7 +93,7 @@ class MeasuredReferences:
         self._device = device
         self._loaded: dict[str, LanguageModel] = dict(loaded)
         self._given_up: set[str] = set()
-        #: Role -> why it was last left out.
+        #: Role -> the latest reason for leaving it out.
         self.reasons: dict[str, str] = {}
         self._cached = None if cache is None else self._open(cache)
         if self._cached is not None:
@@ -106,7 +106,7 @@ class MeasuredReferences:
         return {role: reason for role, reason in reasons.items() if reason}
 
     def _is_named(self, role: str) -> bool:
-        """True if the config names a trained model for the role: then it may be missed."""
+        """Return True if the config names a trained model for the role, whose absence is worth reporting."""
         spec = spec_of(self._models, role)
         return spec is not None and spec.path is not None and spec.init == "pretrained"
 
@@ -165,9 +165,9 @@ class MeasuredReferences:
         return self._cached.roles if there.all() else frozenset()
 
     def _open(self, settings: CacheSettings) -> CachedReferences | None:
-        """Return the cached roles whose models are those of the config; None if there are none.
+        """Return the cached roles whose models match the config; None if there are none.
 
-        Rows are found by their tokens, so the cache may have been made from other data than the run's.
+        Rows are found by their tokens, so the cache may have been made from different data.
         """
         path = Path(str(settings.path))
         if not settings.path or not CacheStore.is_at(path):
@@ -207,7 +207,7 @@ class MeasuredReferences:
         return found
 
     def _fitting(self, models: Mapping[str, LanguageModel]) -> dict[str, LanguageModel]:
-        """Move to the device the models that fit beside the student, and return them; give up the others."""
+        """Move the models that fit alongside the student to the device, and return them; give up the rest."""
         found = {}
         for role, model in models.items():
             try:

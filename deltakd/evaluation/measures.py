@@ -1,4 +1,4 @@
-"""Teacher-forced measures of a finished student beyond ROUGE: the same for every method, whatever its loss reads."""
+"""Teacher-forced measures of a finished student beyond ROUGE: the same for all methods, whatever their losses read."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Measured:
 
     Args:
         scores: ``<set>/<measure>``: ``perplexity``, ``ece`` and ``top1_agreement`` (per cent), ``kl_teacher`` (nats per
-            token), ``shift_correlation``; what could not be measured is absent.
+            token), ``shift_correlation``; measures that are not available are absent.
         counts: set -> ``rows`` and ``tokens`` measured, ``tokens_without_shift`` (those without a correlation), and
             the source of the ``references``.
     """
@@ -103,7 +103,7 @@ def encode_set(
 def measure(subject: Subject, validation: EncodedSet | None) -> Measured:
     """Measure the student on validation rows and, if answers are generated, on the evaluation sets.
 
-    A run that generates no answers is judged on validation data alone. Each rank measures its share of the rows; the
+    A run that generates no answers is judged only on validation data. Each rank measures its share of the rows; the
     results cover all ranks. Collective: call on every rank.
 
     Args:

@@ -71,7 +71,7 @@ class RecordedRun:
         name: the run's name.
         models: the models that its config names.
         data: where its rows came from.
-        measures: how its summary was measured.
+        measures: the settings of its summary's measures.
         references: the group ``reference``; a ``CacheSettings`` names a cache.
         device: where to measure.
     """
@@ -146,7 +146,7 @@ def _read(path: Path) -> Preservation | None:
 
 
 def _agrees(held: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """True if stored results match the present models and rows; a value of None (absent) matches anything."""
+    """Return True if stored results match the current models and rows; a value of None (absent) matches anything."""
     return all(value is None or held.get(key) == value for key, value in now.items())
 
 
@@ -191,7 +191,7 @@ class _Subject:
         return [f"{role}: {reason}" for role, reason in self.references.missing().items()]
 
     def missing_data(self) -> list[str]:
-        """Return what is missing of the rows, as far as is known without reading them, one sentence each."""
+        """Return the problems with the rows that are known without reading them, one sentence each."""
         data = self.run.data
         if not data.validates:
             return [f"{_ROWS}: the run has no validation data (neither data.val nor data.val_size)"]
@@ -212,7 +212,7 @@ class _Subject:
         return encoded
 
     def identity(self, held_out: EncodedSet | None) -> dict[str, Any]:
-        """Return what the results depend on; None for what is absent (a hub model before its first download)."""
+        """Return the inputs of the results; None for an absent one (a hub model before its first download)."""
         return {
             "version": VERSION,
             STUDENT: model_fingerprint(self.run.directory.student),

@@ -65,14 +65,14 @@ class EvaluationSet:
         return len(self.row_ids)
 
     def part(self, number: int, parts: int) -> EvaluationSet:
-        """Return every ``parts``-th row from row ``number`` on; the parts together are the set."""
+        """Return every ``parts``-th row, starting at row ``number``; the parts together make up the set."""
         rows = slice(number, None, parts)
         lists = {name: getattr(self, name)[rows] for name in ("row_ids", "prompts", "prompt_ids", "references")}
         return replace(self, **lists)
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """How prompts are made and answers scored, decoding aside, as each record holds it."""
+        """How prompts are made and answers scored, apart from decoding, as stored in each record."""
         protocol = {**self.asked, "scorer": self.scorer}
         if self.scorer == "rouge" and self.rouge_tokenizer != "default":
             # The default is not recorded, so that answers scored before there was a choice need not be scored anew.
@@ -184,7 +184,7 @@ def _asked(eval_set: EvaluationSet, index: int) -> Record:
 
 
 def matches(records: Sequence[Record], eval_set: EvaluationSet, decoding: Decoding, seed: int) -> bool:
-    """True if stored records answer exactly this question and need not be generated again.
+    """Return True if stored records answer exactly this question and need not be generated again.
 
     Compares the decoding options, the seed, and each row's id, prompt, prompt length and references, in order. The
     records do not name the *model* that answered: the caller keeps a file for each.

@@ -14,17 +14,17 @@ from deltakd.evaluation.words import ascii_words, unicode_words
 #: Explicit, because torchmetrics' default keys include rougeLsum, which downloads nltk data.
 ROUGE_KEYS = ("rouge1", "rouge2", "rougeL")
 
-#: What ``evaluation.rouge_tokenizer`` may be: the words of ``rouge_score``, or those of all scripts.
+#: Values of ``evaluation.rouge_tokenizer``: the words of ``rouge_score``, or words of all scripts.
 RougeTokenizer = Literal["default", "unicode"]
 
-#: The default of ``evaluation.strip``: blocks of reasoning, with the white space after them. Where a template opens the
-#: block in the prompt, the answer has its end alone. A block without an end goes to the end of the text: the model used
-#: up its tokens before it answered.
+#: The default of ``evaluation.strip``: reasoning blocks, with the white space after them. If a template opens the block
+#: in the prompt, the answer contains only its end. A block without an end extends to the end of the text: the model
+#: used up its tokens before it answered.
 THINK_BLOCKS = r"(?s)(?:\A(?:(?!<think>).)*</think>|<think>.*?(?:</think>|\Z))\s*"
 
 
 def stripped(text: str, pattern: str | None) -> str:
-    """Return the part of a text that is scored: without what the pattern matches; None matches nothing."""
+    """Return the scored part of a text: without the pattern's matches; None matches nothing."""
     return text if pattern is None else re.sub(pattern, "", text)
 
 
@@ -55,8 +55,8 @@ def _rouge_scores(
     Args:
         prediction: the answer.
         references: one or more.
-        words: of a text, lower-cased; None: torchmetrics' own. Porter's rules know endings of a-z alone, so words of
-            other scripts are never stemmed.
+        words: returns a text's lower-cased words; None: torchmetrics' own. Porter's rules only know a-z endings, so
+            words of other scripts are never stemmed.
     """
     # Not at the top: torchmetrics imports SciPy and Matplotlib, and a config is checked by the scorers' names alone.
     from torchmetrics.functional.text.rouge import rouge_score
@@ -66,7 +66,7 @@ def _rouge_scores(
         [list(references)],
         accumulate="best",
         use_stemmer=True,
-        # torchmetrics' own normaliser would drop what is not a-z or 0-9 first.
+        # torchmetrics' own normaliser would first drop everything except a-z and 0-9.
         normalizer=None if words is None else str,
         tokenizer=words,
         rouge_keys=ROUGE_KEYS,
@@ -81,7 +81,7 @@ def _collapsed(text: str) -> str:
     return " ".join(text.split())
 
 
-#: Recorded of exact match: published protocols mean more than one thing by it.
+#: The definition of exact match to record, since published protocols differ.
 _EXACT_MATCH = (
     "exact match after white space is collapsed, case and punctuation kept (the scripts of MiniLLM and of Natural "
     "Instructions lower-case and drop punctuation first, so theirs is never below this one)"
@@ -127,7 +127,7 @@ def find_scorer(name: str, rouge_tokenizer: str = "default") -> Scorer:
     )
 
 
-#: The metrics of all scorers; a row has those of one scorer.
+#: The metrics of all scorers; a row has the metrics of one scorer.
 METRICS = tuple(metric for scorer in SCORERS.values() for metric in scorer.metrics)
 
 #: The metrics that represent their scorers.
@@ -174,7 +174,7 @@ def score(
         references: at least one text for each row.
         scorer: one of SCORERS.
         rouge_tokenizer: ``default`` or ``unicode``.
-        strip: a regular expression; what it matches is no part of predictions and references.
+        strip: a regular expression; its matches are removed from predictions and references.
 
     Returns:
         For each row the scorer's metrics, in per cent (0 to 100).

@@ -20,7 +20,7 @@ from deltakd.models.vocabulary import head_rows, unknown_prompt_problems
 
 log = logging.getLogger(__name__)
 
-#: Number of ids in a message; the record has all of them.
+#: Number of ids shown in a message; the record has all of them.
 _SHOWN = 10
 
 
@@ -48,7 +48,7 @@ def read_checked_sets(
 ) -> CheckedSets:
     """Read every evaluation set; report all problems at once.
 
-    References of the validation rows are checked alike: their answers are scored during training.
+    References of the validation rows are checked, too: their answers are scored during training.
 
     Args:
         evaluation: the group ``evaluation``.
@@ -131,7 +131,7 @@ def _record(
 
 
 def _reference_problems(name: str, rows: Sequence[Row], scorer: str, evaluation: EvaluationSettings) -> list[str]:
-    """Return why answers to the rows can't be scored; what only lowers scores, for every method alike, is warned of."""
+    """Return why answers to the rows can't be scored; warn of problems that only lower every method's scores."""
     reads = find_scorer(scorer, evaluation.rouge_tokenizer).reads
     # Numbers are compared with those of all references; ROUGE takes the best reference of a row.
     enough = any if scorer == "rouge" else all

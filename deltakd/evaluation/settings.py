@@ -1,4 +1,4 @@
-"""The config group ``evaluation``: what the trained student is asked, and how its answers are scored."""
+"""The config group ``evaluation``: the prompts for the trained student, and the scoring of its answers."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class MeasureSettings:
 
     Args:
         rows: first N rows of the validation data and of each evaluation set; None: all; 0: nothing is measured.
-        references: ``auto``: those in the reference cache, and the models that the config gives a path for, whether
-            the loss reads them or not; ``none``: the student alone.
+        references: ``auto``: models in the reference cache, and models with a path in the config, whether the loss
+            reads them or not; ``none``: only the student.
     """
 
     rows: Annotated[int, Ge(0)] | None = 256
@@ -68,8 +68,8 @@ class EvaluationSettings:
             ``unicode`` (letters and digits of all scripts).
         strip: a regular expression; what it matches is removed from answers and references before they are scored, and
             stays in the records. The default removes blocks of reasoning; None: nothing is removed.
-        template: template of the prompts; None: that of the data.
-        max_prompt_length: maximum tokens of a prompt; None: that of the data.
+        template: template of the prompts; None: the data's.
+        max_prompt_length: maximum tokens of a prompt; None: the data's.
         protocol: the published protocol that the group claims to follow, a file of ``conf/evaluation``; None: none.
         allow_overlap: only warn if rows of a set were trained on.
         measures: measures beyond scores of answers; independent of ``generate`` on validation data.
@@ -98,7 +98,7 @@ class EvaluationSettings:
 
     @property
     def comparison(self) -> dict[str, Any]:
-        """What of answers and references every scorer compares, as arguments of ``make_set``."""
+        """The parts of answers and references that scorers compare, as arguments of ``make_set``."""
         return {"rouge_tokenizer": self.rouge_tokenizer, "strip": self.strip}
 
     def scorer_of(self, name: str) -> str:
@@ -130,7 +130,7 @@ class EvaluationSettings:
         return replace(data, **{key: value for key, value in own.items() if value is not None})
 
     def problems(self, data: DataConfig | None) -> list[str]:
-        """Return problems that would show only after training: name clashes, missing files, another template."""
+        """Return problems that would show only after training: name clashes, missing files, a different template."""
         found = self.decoding.problems() + pattern_problems("evaluation.strip", self.strip)
         if self.template is not None:
             found += template_problems("evaluation.template", self.template)

@@ -1,4 +1,4 @@
-"""Shift preservation: how much of the teacher's shift the student has, token by token (docs/design.md#evaluation)."""
+"""Shift preservation: how much of the teacher's shift the student shows per token (docs/design.md#evaluation)."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _correlation(logits: Mapping[str, Tensor], rounding: float) -> Tensor:
         # Rounding errors grow with the logits, which may be far larger than their differences.
         size_N = 1.0 + sum(torch.maximum(logits[role].amax(-1), -lowest[role]) for role in (tuned, raw))
         if (deviation[name] <= _ROUNDINGS * rounding * size_N * spread_N).any():
-            # The largest logit is a cheap bound and nearly always enough; here it takes the weighted norm.
+            # The largest logit is a cheap bound and nearly always enough; here the weighted norm is needed.
             size_N = 1.0 + sum(torch.linalg.vecdot(weight_NV * logits[r], logits[r]).sqrt() for r in (tuned, raw))
         defined.append(deviation[name] > _ROUNDINGS * rounding * size_N * spread_N)
     covariance_N = torch.linalg.vecdot(weighted[STUDENT], centred[TEACHER])

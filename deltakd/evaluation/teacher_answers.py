@@ -27,7 +27,7 @@ from deltakd.types import TEACHER
 
 log = logging.getLogger(__name__)
 
-#: Prompts in a file of ``answers/``: the most that an interruption loses, and the largest batch.
+#: Prompts per file of ``answers/``: the maximum loss through an interruption, and the largest batch.
 SHARD_PROMPTS = 256
 
 TRAIN_FILE = "train.jsonl"
@@ -36,14 +36,14 @@ VAL_FILE = "val.jsonl"
 
 @dataclass(frozen=True)
 class Answering:
-    """Everything that answering needs, loaded.
+    """Everything needed for answering, loaded.
 
     Args:
         path: path of the teacher, for the log and the record.
         data: gives the template and the prompt length.
         evaluation: how answers are decoded.
         rows: the training rows, whose prompts are answered, and the validation rows.
-        tokenizer: the student's, checked to be the teacher's, too.
+        tokenizer: the student's, checked to match the teacher's.
         vocabulary: number of tokens that both share.
         teacher: on its device.
         show_progress: show a progress bar.

@@ -10,7 +10,7 @@ from typing import Any
 from deltakd.evaluation.protocol import STRIP
 from deltakd.evaluation.scoring import stripped
 
-#: A word: a run of letters, digits and underscores, or any other visible character by itself.
+#: A word: a run of letters, digits and underscores, or any other single visible character.
 _WORD = re.compile(r"\w+|[^\w\s]")
 #: Lengths n of distinct-n.
 DISTINCT = (1, 2, 4)
@@ -30,8 +30,8 @@ def text_measures(records_by_seed: Mapping[int, Sequence[Mapping[str, Any]]]) ->
     """Measure answers under each sampling seed, and average over seeds.
 
     Args:
-        records_by_seed: sampling seed -> records with ``output`` and ``reference`` (a list of texts); what their
-            ``protocol`` strips is not measured.
+        records_by_seed: sampling seed -> records with ``output`` and ``reference`` (a list of texts); parts that their
+            ``protocol`` strips are not measured.
 
     Returns:
         The TEXT_MEASURES. ``distinct_n`` (per cent): see ``distinct``, over all answers. ``length_ratio``: words of all

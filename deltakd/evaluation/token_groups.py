@@ -88,9 +88,9 @@ class Preservation:
     """Shift preservation of one run on held-out rows.
 
     Args:
-        missing: what prevented measuring, one sentence each, beginning with what is missing (``teacher: ...``); if not
-            empty, all else is empty.
-        measured_on: what the results depend on: models, rows, limits.
+        missing: obstacles to measuring, one sentence each, beginning with the missing item (``teacher: ...``); if not
+            empty, everything else is empty.
+        measured_on: the inputs of the results: models, rows, limits.
         overall: all tokens; None if something is missing.
         by_position: bin of POSITIONS -> its tokens; bins without tokens are absent.
         by_class: likewise, one of CLASSES.

@@ -11,7 +11,7 @@ _WITHOUT_SPACES = (
     *("CJK ", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "BOPOMOFO", "IDEOGRAPHIC"),
     *("THAI", "LAO", "KHMER", "MYANMAR", "TAI ", "NEW TAI ", "JAVANESE", "BALINESE", "YI "),
 )
-#: Joiners: they shape the letters beside them (Persian, Hindi), and end no word.
+#: Joiners: they shape adjacent letters (Persian, Hindi), and do not end a word.
 _JOINERS = re.compile("[\u200c\u200d]")
 #: Kinds of characters: letters and digits, letters that are words by themselves, marks on them, and all others.
 _LETTER, _ALONE, _MARK, _BETWEEN = "letter", "alone", "mark", "between"
@@ -25,8 +25,8 @@ def ascii_words(text: str) -> list[str]:
 def unicode_words(text: str) -> list[str]:
     """Return the runs of letters and digits of all scripts, lower-cased; in scripts without spaces, single letters.
 
-    A mark belongs to the letter that it stands on, and texts that Unicode calls equal (NFC) have equal words. Of text
-    in ASCII these are the words of ``ascii_words``.
+    A mark belongs to its base letter, and canonically equivalent texts (NFC) have equal words. For ASCII text, these
+    are the words of ``ascii_words``.
     """
     words: list[str] = []
     before = _BETWEEN

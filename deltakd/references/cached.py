@@ -1,4 +1,4 @@
-"""References that were run once and are read from disk."""
+"""References that were run once and are now read from disk."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class CachedReferences:
 
     def __init__(self, store: CacheStore, roles: Collection[str]) -> None:
         content: dict[str, Any] = store.manifest.content
-        #: What decides the numbers that are read (``deltakd.references.content``).
+        #: The inputs that determine the cached numbers (``deltakd.references.content``).
         self.content = content
         self._models: dict[str, dict[str, Any]] = {role: content["models"][role] for role in sorted(roles)}
         self._path = store.path
-        #: Number of tokens that the cached models share; every head is cut to it.
+        #: Number of tokens shared by the cached models; every head is cut to it.
         self.vocabulary: int = content["vocabulary"]
         self._is_topk = content["store"] == "topk"
         self._temperature = float(content["temperature"] or 1.0)
@@ -55,7 +55,7 @@ class CachedReferences:
         self._heads = {name: tensor.to(device) for name, tensor in self._heads.items()}
 
     def start(self, batch: Batch) -> Callable[[], dict[str, Head] | Buckets]:
-        """Look the rows up now; the returned function reads them.
+        """Look up the rows now; the returned function reads them.
 
         Raises:
             StoreError: a row is not in the cache.

@@ -1,4 +1,4 @@
-"""The inputs that the content of a cache depends on; a run with others is rejected, and each difference named."""
+"""The inputs that determine a cache's content; a run with different ones is rejected, with each difference named."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def cached_model_problems(role: str, spec: ModelSpec | None, held: Mapping[str, 
 
 
 def differs(key: str, here: object, there: object, path: object) -> str:
-    """Say in one sentence what the config gives, what the cache was made with, and what to do."""
+    """Return a sentence with the config's value, the cache's value, and the remedy."""
     return (
         f"{key} is {here}, but the cache reference.path={path} was made with {there}; give the same, or make another "
         "cache in another directory"
@@ -117,8 +117,8 @@ def data_problems(content: Mapping[str, Any], given: Mapping[str, Any], path: ob
 
     Args:
         content: of the cache.
-        given: ``data_identity`` of this run.
-        path: of the cache.
+        given: this run's ``data_identity``.
+        path: the cache's path.
     """
     same_sets = {name: given["sets"][name] in (None, content["sets"][name]) for name in ("train", "val")}
     if all(same_sets.values()) and given["tokenizer"] == content["tokenizer"]:

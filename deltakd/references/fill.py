@@ -1,4 +1,4 @@
-"""Running the references once over the rows that a cache lacks."""
+"""Runs the references once over the rows missing from a cache."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def summary_of(store: CacheStore) -> dict[str, Any]:
 
 
 def drop_damaged(store: CacheStore) -> None:
-    """Remove damaged files from the cache; filling it makes them again."""
+    """Remove damaged files from the cache; filling it recreates them."""
     bad = store.bad_files(checksum=True)
     for file, problem in bad.items():
         log.info("%s %s; it is made again.", store.path / file, problem)
@@ -57,7 +57,7 @@ def drop_damaged(store: CacheStore) -> None:
 
 
 def make_missing(caching: Caching, store: CacheStore) -> float | None:
-    """Run the references over all rows that the store lacks. Each shard is written as soon as it is full.
+    """Run the references over all rows missing from the store. Each shard is written as soon as it is full.
 
     Returns:
         The speed in valid tokens/s; None if nothing was left to do.
@@ -170,7 +170,7 @@ def _announce(store: CacheStore, valid_tokens: dict[str, NDArray[np.int64]], hea
     """Log how much will be stored: the rows' tokens and keys, and the output embeddings.
 
     Raises:
-        StoreError: the disk has less room than that.
+        StoreError: the disk has less free space than that.
     """
     each = store.manifest.content["bytes_per_token"]
     tokens = {name: int(counts.sum()) for name, counts in valid_tokens.items()}
@@ -206,7 +206,7 @@ def in_units(size: float) -> str:
 
 @contextmanager
 def _disk_full(store: CacheStore, sets: LoadedSets) -> Iterator[None]:
-    """Turn "no space left" into a message that says what is done and what to do.
+    """Turn "no space left" into a message with the progress so far and the remedy.
 
     Raises:
         StoreError: the disk or the user's quota is full.

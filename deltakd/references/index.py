@@ -77,7 +77,7 @@ class RowIndex:
         return len(self._first)
 
     def find(self, keys: NDArray[np.uint8]) -> NDArray[np.int64]:
-        """Return [n], the places of the rows with keys [n, 16]; −1 where a row is not in the cache."""
+        """Return [n], the positions of the rows with keys [n, 16]; −1 for a row that is not in the cache."""
         pairs = _halves(keys)
         if not len(self):
             return np.full(len(pairs), -1, np.int64)

@@ -25,9 +25,9 @@ class LiveReferences:
         models: role -> model; frozen here and put in eval mode for good.
         adapted_student: a LoRA student that serves ``student_raw`` with its adapter switched off. If it is sharded,
             its head is whole only in the ``forward`` of the sharded module: call the references from there.
-        placement: ``auto``: the student's device; else the name of the device where the references stay.
+        placement: ``auto``: the student's device; else the name of the references' device.
         sharding: ``replicate``: each rank holds all of them; ``shard``: each holds a part and gathers layer by layer.
-        engine: what shards them.
+        engine: the library that shards them.
         persistence_threshold: ZeRO 3 keeps parameters with fewer elements whole on each rank.
     """
 
@@ -60,7 +60,7 @@ class LiveReferences:
         return frozenset(self._models) | extra
 
     def to(self, device: torch.device) -> None:
-        """Follow the student to ``device``, or stay where ``placement`` says and send hidden states there.
+        """Move to ``device`` with the student, or stay on the device of ``placement`` and send hidden states over.
 
         Sharded references are sharded here; it is then collective: call on every rank.
         """
@@ -76,7 +76,7 @@ class LiveReferences:
             }
             return
         for model in self._models.values():
-            # Most quantised weights can't be moved, or only once, from CPU memory to the device that packs them.
+            # Most quantised weights can't be moved, or only once: from CPU memory to the device that packs them.
             if not (model.quantized and next(model.parameters()).device.type == home.type):
                 model.to(home)
 

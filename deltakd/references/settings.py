@@ -23,7 +23,7 @@ class ReferenceSettings:
     """Base of the choices of the group ``reference``: ``LiveSettings``, ``CacheSettings``, or your own source.
 
     Attributes:
-        placement: a device of their own for references that run; ``auto``: the student's.
+        placement: a separate device for live references; ``auto``: the student's.
         shards: True if each rank holds a part of the models.
     """
 
@@ -44,10 +44,10 @@ class ReferenceSettings:
 
 
 class SourceSettings(ReferenceSettings, ABC):
-    """References that are made of loaded models.
+    """References made from loaded models.
 
     For your own source, subclass it as a frozen dataclass, and name it as the ``_target_`` of a YAML in
-    ``conf/reference``; what ``make`` returns keeps the contract of ``References``.
+    ``conf/reference``; ``make`` must return an object that fulfils the contract of ``References``.
     """
 
     @abstractmethod
@@ -59,14 +59,14 @@ class SourceSettings(ReferenceSettings, ABC):
         Args:
             models: role -> model, for each role that the loss reads; to be frozen.
             adapted_student: a LoRA student that serves as ``student_raw`` with its adapter off, or None.
-            strategy: sharded references are sharded by what shards the student, or FSDP2 where nothing does.
+            strategy: sharded references use the library that shards the student, or FSDP2 if none does.
         """
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class LiveSettings(SourceSettings):
-    """The references run beside the student on every batch (``conf/reference/live.yaml``).
+    """The references run alongside the student on every batch (``conf/reference/live.yaml``).
 
     Args:
         placement: ``auto``: the student's device; else the name of the device where they stay, such as ``cuda:1``.
@@ -120,13 +120,13 @@ class CacheSettings(ReferenceSettings):
     Args:
         path: the directory of the cache.
         store: ``hidden``: last hidden states, exact, for every loss; ``topk``: log-probs of K tokens and of the rest,
-            small, approximate, for one τ. None: whichever is there, or ``hidden`` for a new cache.
+            small, approximate, for one τ. None: the existing cache's, or ``hidden`` for a new cache.
         k: tokens in the support of ``topk``; None: chosen by ``target_error``.
         target_error: the largest relative error that the chosen K may cause on a sample, in the loss's distillation
             term (without the cross-entropy, which is exact) and in its gradient.
         dtype: of the stored numbers; None: the models' own for ``hidden``, float16 for ``topk``.
         verify: check all checksums when the cache is opened; sizes are always checked.
-        remake: make damaged files again (``deltakd.cache`` only).
+        remake: recreate damaged files (``deltakd.cache`` only).
     """
 
     path: str | None = None

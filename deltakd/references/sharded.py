@@ -17,7 +17,7 @@ from deltakd.distributed.sharding import shard_by_blocks
 from deltakd.models import LanguageModel
 from deltakd.types import Batch, Head
 
-#: What shards the references.
+#: The library that shards the references.
 Engine = Literal["fsdp", "deepspeed"]
 
 
@@ -46,11 +46,11 @@ def sharded(
     """Shard a frozen model over all ranks. Collective: call on every rank.
 
     The parameters shrink to this rank's shard one block at a time, so that the device never holds all of them. Until
-    then a model loaded in its file's dtype is that memory-mapped file, shared by the ranks of a machine.
+    then a model loaded in its file's dtype is just the memory-mapped file, shared by the ranks of a machine.
 
     Args:
         model: whole, on the CPU or on ``device``; sharded in place.
-        engine: what shards it.
+        engine: the library that shards it.
         device: of this rank.
         persistence_threshold: ZeRO 3 keeps parameters with fewer elements whole.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from deltakd.io.files import PARTIAL, make_folder, write_bytes, write_json
 
-#: Raise it when older files can no longer be read.
+#: Increase it when older files can no longer be read.
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 #: Arrays of a shard that belong to no role.
@@ -27,7 +27,7 @@ _NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<i2", "U8": "u1", "
 
 
 class StoreError(ValueError):
-    """The cache can't be used as it is; the message says what to do."""
+    """The cache can't be used in its current state; the message names the remedy."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class StoredFile:
         file: its name.
         bytes: its size.
         sha256: over its content.
-        rows, tokens: how many it holds, if it is a shard.
+        rows, tokens: numbers of rows and tokens, if it is a shard.
     """
 
     file: str
@@ -48,7 +48,7 @@ class StoredFile:
     tokens: int = 0
 
     def problem(self, folder: Path, checksum: bool) -> str | None:
-        """Return what is wrong with the file, in a few words; None if nothing is.
+        """Return the file's problem, in a few words; None if it is intact.
 
         Args:
             folder: where it is.
@@ -187,15 +187,15 @@ class CacheStore:
         return StoredFile(name, len(content), hashlib.sha256(content).hexdigest(), rows, tokens)
 
     def bad_files(self, checksum: bool) -> dict[str, str]:
-        """Return file -> what is wrong with it."""
+        """Return file -> problem, for every damaged file."""
         problems = {entry.file: entry.problem(self.path, checksum) for entry in self.manifest.files}
         return {file: problem for file, problem in problems.items() if problem is not None}
 
     def check(self, checksum: bool) -> None:
-        """Check that all files are as they were written.
+        """Check that all files are unchanged since they were written.
 
         Raises:
-            StoreError: names every damaged file and the command that makes it again.
+            StoreError: names every damaged file and the command that recreates it.
         """
         bad = self.bad_files(checksum)
         if bad:
@@ -206,7 +206,7 @@ class CacheStore:
             )
 
     def drop(self, files: Mapping[str, str]) -> None:
-        """Delete files and their manifest entries; filling the cache makes them again."""
+        """Delete files and their manifest entries; filling the cache recreates them."""
         for file in files:
             (self.path / file).unlink(missing_ok=True)
         if self.manifest.heads is not None and self.manifest.heads.file in files:

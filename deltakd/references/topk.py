@@ -1,4 +1,4 @@
-"""From heads to buckets; which losses buckets can serve, and at what cost in accuracy."""
+"""Turns heads into buckets; tells which losses buckets can serve, and at what cost in accuracy."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def sample_errors(
 ) -> list[dict[str, Any]]:
     """Measure the errors of a top-K store on a sample, for several K.
 
-    They are those of the loss's distillation term: the cross-entropy of the labels is exact with any K, and in a
-    mixture would hide what the store does to the rest.
+    Errors are measured on the loss's distillation term: the cross-entropy of the labels is exact with any K, and in a
+    mixture would hide the store's effect on the rest.
 
     Args:
         loss: the loss.
@@ -121,6 +121,6 @@ def _loss_and_gradients(
 
 
 def _relative(value: Tensor, exact: Tensor) -> float:
-    """Return ‖value − exact‖ / ‖exact‖; for an exact value of 0, whether ``value`` differs, as 0 or 1."""
+    """Return ‖value − exact‖ / ‖exact‖; if the exact value is 0, return 1 if ``value`` differs, else 0."""
     size = float(in_float64(exact).norm())
     return float(in_float64(value - exact).norm()) / size if size else float(bool(value.any()))
