@@ -1,4 +1,4 @@
-"""The one way to choose a device: the one on which Lightning would train, also for commands without a trainer."""
+"""The single place that chooses a device: the one on which Lightning would train, even without a trainer."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-#: Values of ``trainer.accelerator``. Lightning 2.6 has no accelerator ``xpu``, so XPUs serve only the commands that run
-#: no trainer.
+#: Values of ``trainer.accelerator``. Lightning 2.6 has no accelerator ``xpu``, so XPUs serve only commands without a
+#: trainer.
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "xpu")
 
 
@@ -76,7 +76,7 @@ def _kind(accelerator: str) -> str:
 
 
 def _has_mps() -> bool:
-    """As Lightning's MPSAccelerator answers; Lightning takes seconds to import, and a config is checked without it."""
+    """Return the same as Lightning's MPSAccelerator; config checks avoid importing Lightning, which takes seconds."""
     switched_off = os.environ.get("DISABLE_MPS", "0") == "1"
     return not switched_off and torch.backends.mps.is_available() and platform.processor() in ("arm", "arm64")
 

@@ -1,4 +1,4 @@
-"""Read what torchrun and SLURM, which start all ranks of a run, put into each process's environment."""
+"""Reads the environment variables that torchrun and SLURM, which start all ranks, set in each process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LAUNCHERS = {
 
 @dataclass(frozen=True)
 class Launch:
-    """How the processes of a run were started, if not by Lightning.
+    """How the processes of a run were started, unless by Lightning.
 
     Args:
         name: ``torchrun`` or ``SLURM``.
@@ -30,7 +30,7 @@ class Launch:
         nodes: machines (torchrun: agents).
         id: the same for all ranks, and for a later start of the same job; None if there is none.
         restarted: True if the launcher started the same job before.
-        problem: why the ranks can't be joined as they were started; empty if they can.
+        problem: why the ranks can't be joined as started; empty if they can.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Launch:
 
 
 def read_launch(environ: Mapping[str, str]) -> Launch | None:
-    """Read what torchrun or else SLURM says about this process, in Lightning's order.
+    """Read torchrun's, or else SLURM's, information about this process, in Lightning's order.
 
     Args:
         environ: the environment.
@@ -58,7 +58,7 @@ def read_launch(environ: Mapping[str, str]) -> Launch | None:
             rank=int(environ["RANK"]),
             world_size=int(environ["WORLD_SIZE"]),
             nodes=int(environ.get("GROUP_WORLD_SIZE", 1)),
-            # Without --rdzv_id all runs are called none.
+            # Without --rdzv_id, all runs have the id none.
             id=None if run in ("", "none") else f"torchrun_{run}",
             restarted=int(environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0,
         )
@@ -93,7 +93,7 @@ def _slurm_problem(environ: Mapping[str, str]) -> str:
 
 
 def launch_problems(launch: Launch | None, devices: Any, num_nodes: int) -> list[str]:
-    """Return how ``trainer.devices`` and ``trainer.num_nodes`` differ from what was started, one sentence each.
+    """Return how ``trainer.devices`` and ``trainer.num_nodes`` differ from the started processes, one sentence each.
 
     Args:
         launch: from ``read_launch``.

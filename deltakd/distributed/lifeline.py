@@ -25,7 +25,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
-#: Seconds after a failure in which other ranks may fail by themselves: each then reports its own error.
+#: Seconds after a failure in which other ranks may fail independently: each then reports its own error.
 GRACE_SECONDS = 3.0
 #: Seconds to wait for the hub to answer.
 CONNECT_SECONDS = 30.0
@@ -115,7 +115,7 @@ class _Channel:
 
 @final
 class Hub(threading.Thread):
-    """Runs in rank 0 with a line from every rank, its own too; finds out who is gone and tells the rest.
+    """Runs in rank 0 with a line from every rank, including its own; detects lost ranks and tells the rest.
 
     Args:
         listener: from :func:`listen`.
@@ -193,7 +193,7 @@ class Hub(threading.Thread):
             self._conclude(f"{self._processes[rank]} has failed ({reason})", excepted=self._failed)
 
     def _conclude(self, verdict: str, excepted: Collection[int] = ()) -> None:
-        """Tell all ranks why they must exit, except those that exit with an error of their own."""
+        """Tell all ranks why they must exit, except those that exit with their own error."""
         self._over = True
         # Rank 0 last: the hub dies with it.
         for rank in sorted(self._lines, reverse=True):

@@ -1,4 +1,4 @@
-"""Which process this is, and how ranks coordinate before there is a trainer.
+"""Identifies this process, and coordinates ranks before there is a trainer.
 
 Lightning's own launcher starts the other ranks once rank 0 is ready to train. torchrun and SLURM start all at once:
 without coordination they would write the same files at the same time, and wait forever for a rank that gave up.
@@ -18,11 +18,11 @@ from typing import Any, NoReturn, final
 
 from deltakd.distributed.launchers import Launch, read_launch
 
-#: How long the last of all ranks may take to start after the first, as in torch's own process groups.
+#: Maximum time between the starts of the first and the last rank, as in torch's own process groups.
 START_TIMEOUT = timedelta(minutes=30)
-#: Seconds between polls of what the other ranks said.
+#: Seconds between polls of the other ranks' messages.
 POLL_SECONDS = 0.1
-#: Seconds that rank 0, which may serve the store, waits for the others to learn why it exits.
+#: Seconds for which rank 0, which may serve the store, waits for the others to learn why it exits.
 FAREWELL_SECONDS = 10.0
 
 _DONE, _FAILED = b"done", b"failed"
@@ -32,7 +32,7 @@ _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 
 
 def is_main_process() -> bool:
-    """True in the process that writes: rank 0, by the launcher's environment variables."""
+    """Return True in the process that writes: rank 0, by the launcher's environment variables."""
     # Lightning takes seconds to import, so ask it only if it is imported: it may have learnt the rank since.
     lightning = sys.modules.get("lightning.fabric.utilities.rank_zero")
     if lightning is not None:
@@ -151,7 +151,7 @@ class _Meeting:
             self._store.set(self._key(self._launch.rank, of), word)
 
     def hear(self, rank: int, of: str = "word", seconds: float = math.inf) -> bytes | None:
-        """Wait for a rank's word and return it; None if it is gone or too slow. Signals can interrupt the wait."""
+        """Wait for a rank's message and return it; None if it is gone or too slow. Signals can interrupt the wait."""
         deadline = time.monotonic() + seconds
         try:
             while not self._store.check([self._key(rank, of)]):

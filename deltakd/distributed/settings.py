@@ -34,7 +34,7 @@ class StrategySettings:
         return self.name == "fsdp" or (self.name == "deepspeed" and self.stage == 3)
 
     def problems(self) -> list[str]:
-        """Return what is wrong with ``strategy``, one sentence each."""
+        """Return the problems with ``strategy``, one sentence each."""
         if self.name != "deepspeed":
             return []
         found = []

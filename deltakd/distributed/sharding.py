@@ -40,7 +40,7 @@ def place() -> tuple[int, int]:
 
 
 def shard_by_blocks(root: nn.Module, mesh: DeviceMesh, reshard_after_forward: bool | None = None) -> None:
-    """Shard a module in place by FSDP2: each transformer block by itself, all else with the root.
+    """Shard a module in place with FSDP2: each transformer block separately, everything else with the root.
 
     Blocks are gathered as they run. The root's own parameters, such as embeddings and head, are whole while the root's
     ``forward`` runs.
@@ -102,9 +102,9 @@ def gradient_norm(model: nn.Module) -> float | None:
 
 @final
 class Shell:
-    """A copy of a model without parameters, to be filled with those of its sharded twin.
+    """A copy of a model without parameters, to be filled from its sharded twin.
 
-    Generation and export need a model that one rank can run by itself, at its own pace.
+    Generation and export need a model that one rank can run alone, at its own pace.
 
     Args:
         model: the model before it is sharded; it is copied and left unchanged.

@@ -71,9 +71,9 @@ def make_plugins(settings: StrategySettings) -> list[Any]:
 
 
 def cluster_plugin() -> SLURMEnvironment | None:
-    """Return Lightning's plugin for processes that SLURM started; None where Lightning's own choice is right.
+    """Return Lightning's plugin for processes started by SLURM; None if Lightning's own choice is right.
 
-    On SIGUSR1 Lightning's default would save a checkpoint of its own format and requeue the job.
+    On SIGUSR1, Lightning's default would save a checkpoint in its own format and requeue the job.
     """
     if TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
         return None
@@ -88,7 +88,7 @@ class WholeFiles(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write through a Python file, whose errors say why the disk failed."""
+        """Write through a Python file, whose errors give the reason for a disk failure."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(path, "wb") as file:
             torch.save(checkpoint, file)

@@ -1,4 +1,4 @@
-"""Reading DeepSpeed's checkpoints on another number of ranks than wrote them."""
+"""Reads DeepSpeed's checkpoints on a different number of ranks than wrote them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def for_any_ranks(checkpoint: Path, strategy: DeepSpeedStrategy) -> Iterator[Pat
     Collective: call on every rank.
 
     Raises:
-        OSError: no room on the disk; it is as large as the checkpoint itself.
+        OSError: the disk is full; the copy is as large as the checkpoint itself.
     """
     universal = checkpoint.with_name(f"{checkpoint.name}.universal")
     # No barrier in `finally`: if one rank fails, the others may never reach it.

@@ -1,1 +1,1 @@
-"""Files, run directories, progress and errors: used by every part of deltakd, dependent on none."""
+"""Files, run directories, progress and errors: used by every part of deltakd, but dependent on none."""

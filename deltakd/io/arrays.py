@@ -23,7 +23,7 @@ class Arrays(NamedTuple):
 
     Args:
         arrays: name -> flat array, mapped from its file.
-        meta: what was written beside them.
+        meta: the metadata written with them.
     """
 
     arrays: dict[str, NDArray[Any]]
@@ -44,7 +44,7 @@ class ArrayWriter:
         self._folder = folder
         self._dtypes = {name: np.dtype(dtype) for name, dtype in dtypes.items()}
         self._files: dict[str, BinaryIO] = {name: (folder / name).open("wb") for name in dtypes}
-        #: To be written beside the arrays; must be JSON.
+        #: Metadata to write with the arrays; must be JSON.
         self.meta: dict[str, Any] = {}
 
     def append(self, name: str, values: ArrayLike) -> None:
@@ -80,15 +80,15 @@ def kept_arrays(
     A folder gets its final name only when it is complete, so interrupted and concurrent processes do no harm.
 
     Args:
-        name: of the folder; it identifies everything that the arrays depend on.
-        cache_dir: where the folder is, created if missing. None: the files are only in a temporary place, and go when
-            the process ends.
+        name: of the folder; identifies everything that the arrays depend on.
+        cache_dir: where the folder is, created if missing. None: the files are temporary, and are deleted when the
+            process ends.
         dtypes: as for ``ArrayWriter``.
         build: writes the arrays.
-        what: they are, for messages.
+        what: a name for the arrays, for messages.
 
     Raises:
-        ValueError: a file is not as it was written.
+        ValueError: a file has changed since it was written.
         WriteError: the disk failed.
     """
     if cache_dir is None:
@@ -109,10 +109,10 @@ def _temporary(dtypes: Mapping[str, str], build: Callable[[ArrayWriter], None], 
 
 
 def open_arrays(folder: Path) -> Arrays:
-    """Map the arrays that an ``ArrayWriter`` has written.
+    """Map the arrays written by an ``ArrayWriter``.
 
     Raises:
-        ValueError: a file is missing or not of its size, or the list of them can't be read.
+        ValueError: a file is missing or has the wrong size, or the list of files can't be read.
     """
     try:
         index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
@@ -124,7 +124,7 @@ def open_arrays(folder: Path) -> Arrays:
 
 
 class _SizeError(ValueError):
-    """A file that has another size than when it was written."""
+    """A file whose size has changed since it was written."""
 
 
 def _mapped(path: Path, dtype: str, size: int) -> NDArray[Any]:
@@ -132,5 +132,5 @@ def _mapped(path: Path, dtype: str, size: int) -> NDArray[Any]:
     found = path.stat().st_size
     if found != size * kind.itemsize:
         raise _SizeError(f"{path} has {found} bytes, not {size * kind.itemsize}")
-    # A file of no bytes can't be mapped. A plain view is faster to slice than numpy's own class of maps.
+    # An empty file can't be mapped. A plain view is faster to slice than numpy's memmap class.
     return np.memmap(path, kind, mode="r").view(np.ndarray) if size else np.empty(0, kind)

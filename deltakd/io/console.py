@@ -1,4 +1,4 @@
-"""The console that commands print their tables to."""
+"""The console to which commands print their tables."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import os
 
 from rich.console import Console
 
-#: Columns where the output goes to a pipe or a file; Rich takes 80 there, which cuts wide tables.
+#: Width if the output goes to a pipe or a file; Rich's 80 columns would cut wide tables.
 FILE_COLUMNS = 200
 
 
 def make_console(quiet: bool = False) -> Console:
-    """Return a console of the terminal's width; of ``FILE_COLUMNS`` (or ``COLUMNS``) where there is no terminal.
+    """Return a console with the terminal's width, or ``FILE_COLUMNS`` (or ``COLUMNS``) without a terminal.
 
     Args:
         quiet: print nothing, for processes other than the main one.

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 
 class ConfigError(ValueError):
-    """Everything that is wrong with a config, at once.
+    """All problems of a config at once.
 
     Args:
         problems: one sentence each.

@@ -1,4 +1,4 @@
-"""The one way to write a file or a directory: whole or not at all, with a clear message if the disk fails.
+"""The single place that writes files and directories: all or nothing, with a clear message if the disk fails.
 
 Content is written to a partial file next to its target, flushed to disk (fsync), and renamed. Readers see the old
 content or the new, and a killed process leaves nothing half-written under a final name. Processes that write the same

@@ -20,7 +20,7 @@ _QUESTION = "Name three colours."
 
 
 def usage(data: DataConfig, decoding: Decoding) -> str:
-    """Return code that opens the model and asks it in the form that it was trained on."""
+    """Return code that opens the model and prompts it in the format of its training."""
     options = f"max_new_tokens={decoding.max_new_tokens}, do_sample={decoding.do_sample}"
     return (
         "## Use\n\nThe model opens with transformers alone. Ask it in the form that it was trained on:\n\n```python\n"
@@ -56,7 +56,7 @@ def _with_input(data: DataConfig) -> str:
 
 
 def _plain(data: DataConfig) -> PlainTemplate | None:
-    """Return the template that is a text to fill in; None for a chat template and for plain text."""
+    """Return the format-string template; None for a chat template and for plain text."""
     if isinstance(data, TextData):
         return None
     if isinstance(data.template, Mapping):
@@ -108,7 +108,7 @@ def _number(weight: Schedule, factor: float) -> str:
 
 
 def hub_ids(sources: Iterable[str | None]) -> list[str]:
-    """Return the hub ids ``owner/name`` among models or data sources; files and folders of this machine are none."""
+    """Return the hub ids ``owner/name`` among models or data sources, without local files and folders."""
     found = []
     for source in sources:
         name = (source or "").partition("#")[0].partition(":")[0]

@@ -17,13 +17,13 @@ import torch
 
 from deltakd.distributed.devices import choose_device
 
-#: Where the package is: a checkout, or the site-packages of an environment.
+#: The package's location: a checkout, or an environment's site-packages.
 ROOT = Path(__file__).resolve().parents[2]
 
 #: Maximum number of characters kept of a checkout's changes.
 CHANGES_LIMIT = 1_000_000
 
-#: Variables by which git takes another repository than that of the folder.
+#: Variables that make git use a repository other than the folder's.
 _OTHER_REPOSITORY = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR")
 
 PACKAGES = (
@@ -55,9 +55,9 @@ def _device_name() -> str:
 
 
 def checkout() -> Path | None:
-    """Return the checkout of this project that the package runs from; None where it is installed.
+    """Return the checkout of this project that the package runs from; None if it is installed.
 
-    Packages are often installed inside a repository of the user's, whose commit and changes are none of ours.
+    Packages are often installed inside a user's repository, whose commit and changes do not concern us.
     """
     top = _git("rev-parse", "--show-toplevel").strip()
     if not top or Path(top).resolve() != ROOT.resolve():
@@ -118,7 +118,7 @@ def _version(package: str) -> str | None:
 
 
 def peak_memory_mib() -> float:
-    """Return the peak memory in MiB: of the GPU where one was used, else of this process since it started."""
+    """Return the peak memory in MiB: the GPU's if one was used, else this process's since it started."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -126,7 +126,7 @@ def peak_memory_mib() -> float:
 
 
 def costs_since(started: float, speed: float | None) -> dict[str, Any]:
-    """Return what a run without a trainer took, for its ``summary.json``.
+    """Return the costs of a run without a trainer, for its ``summary.json``.
 
     Args:
         started: when it began, by ``time.perf_counter``.

@@ -1,6 +1,6 @@
 """Loggers that write into the run directory.
 
-A config is checked with this module: Lightning, whose loggers they are, is imported where one is made.
+Config checks import this module, so Lightning, which provides the loggers, is imported only when one is created.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from deltakd.tracking.redaction import redacted
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
 
-#: Seconds to wait for the W&B server before going on offline.
+#: Seconds to wait for the W&B server before continuing offline.
 REACH_SECONDS = 3.0
 
 Mode = Literal["auto", "online", "offline", "disabled"]
-#: What W&B takes for WANDB_MODE, and whether it is online then.
+#: Values of WANDB_MODE that W&B accepts -> True if online.
 _MODES_OF_WANDB = {
     "online": True,
     "run": True,
@@ -38,7 +38,7 @@ _MODES_OF_WANDB = {
 
 
 class MakeLogger(Protocol):
-    """Makes a logger, once the run directory is there: an entry of the group ``logger``."""
+    """Creates a logger once the run directory exists: an entry of the group ``logger``."""
 
     def __call__(self, *, directory: Path, name: str, config: dict[str, Any], resume_step: int) -> Logger: ...
 
@@ -129,13 +129,13 @@ def wandb_logger(
     chosen: str = mode
     if mode == "auto":
         chosen = os.environ.get("WANDB_MODE") or ("online" if _logged_in() and _server_answers() else "offline")
-    # A resumed run stays one W&B run; in a sweep it is the one that the agent was given.
+    # A resumed run stays the same W&B run; in a sweep, it is the run that the agent was given.
     id_file = directory / "wandb_id"
     agents = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
     if agents or not id_file.is_file():
         write_text(id_file, agents or uuid.uuid4().hex[:8])
     if home_directory() is None:
-        # W&B looks there in many places, whether it needs anything or not, and fails in each.
+        # W&B looks there in many places, even if it needs nothing, and fails in each.
         os.environ["HOME"] = str(directory / "wandb")
     root = checkout()
     run = wandb.init(
@@ -164,10 +164,10 @@ def wandb_logger(
 
 
 def logger_problems(makers: Mapping[str, MakeLogger]) -> list[str]:
-    """Return why a logger could not start, one sentence each; W&B asks for its key when models are loaded already.
+    """Return why a logger could not start, one sentence each; W&B asks for its key only after models are loaded.
 
     Args:
-        makers: name in the config -> what makes the logger.
+        makers: name in the config -> the logger's factory.
     """
     found = []
     for name, make in makers.items():
@@ -179,7 +179,7 @@ def logger_problems(makers: Mapping[str, MakeLogger]) -> list[str]:
 
 
 def _wandb_problems(told: str, mode: str | None, name: str) -> list[str]:
-    """Problems of a mode that is given; none is chosen by what is at hand."""
+    """Return the problems of the given mode; without one, the mode is chosen by availability."""
     if not mode:
         return []
     if mode not in _MODES_OF_WANDB:
@@ -197,7 +197,7 @@ def _logged_in() -> bool:
 
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    # Where W&B looks; without a home directory these stay as they are, and are not there.
+    # Where W&B looks; without a home directory these paths stay unexpanded, and do not exist.
     named = os.environ.get("NETRC")
     for place in [named] if named else ["~/.netrc", "~/_netrc"]:
         try:

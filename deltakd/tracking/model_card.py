@@ -18,7 +18,7 @@ from deltakd.tracking.card_usage import distances, hub_ids, usage
 from deltakd.tracking.redaction import redacted
 from deltakd.types import STUDENT, Loss
 
-#: The run's config beside an exported model, for those who want to train it again.
+#: The run's config next to an exported model, for training it again.
 CONFIG_FILE = "training_config.yaml"
 _LIMITATIONS = (
     "The model copies what its teacher and its training data say, with their errors and biases, and was evaluated on "
@@ -40,7 +40,7 @@ class CardFacts:
         evaluation: how answers were generated and scored.
         hyperparameters: shown as YAML.
         objective: the loss itself.
-        folder: where the command was given: paths in the config begin there.
+        folder: the command's working directory: paths in the config are relative to it.
         run: the run directory.
     """
 
@@ -61,7 +61,7 @@ def model_card(facts: CardFacts, summary: Mapping[str, Any]) -> str:
 
     Args:
         facts: facts of the run.
-        summary: ``summary.json`` of the run; what it lacks is left out.
+        summary: ``summary.json`` of the run; missing parts are left out.
     """
     summary = redacted(dict(summary))
     meta = summary.get("meta", {})
@@ -114,7 +114,7 @@ def _made_from(run: CardFacts, meta: Mapping[str, Any]) -> str:
 
 
 def _trained(models: ModelSettings, meta: Mapping[str, Any]) -> str | None:
-    """Return how many parameters were trained, and of what."""
+    """Return how many parameters were trained, and which."""
     trained, lora = meta.get("trained_parameters"), models.lora
     if trained is None:
         return None
@@ -176,7 +176,7 @@ def _again(facts: CardFacts, meta: Mapping[str, Any]) -> str:
 
 
 def _quoted(path: Path) -> str:
-    """Return the path for a shell, which writes out ``~`` only where it is not quoted."""
+    """Return the path for a shell, which expands ``~`` only outside quotes."""
     text = str(redacted(str(path)))
     return f"~/{shlex.quote(text[2:])}" if text.startswith("~/") else shlex.quote(text)
 

@@ -1,4 +1,4 @@
-"""Remove home directories and secrets from all that leaves this machine (W&B, model cards)."""
+"""Removes home directories and secrets from everything that leaves this machine (W&B, model cards)."""
 
 from __future__ import annotations
 

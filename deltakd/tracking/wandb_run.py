@@ -1,4 +1,4 @@
-"""Send to Weights & Biases, beyond numbers, a run's origin, answers and student."""
+"""Sends a run's origin, answers and student to Weights & Biases, in addition to its numbers."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ _SMALL_SUFFIXES = (".json", ".md", ".jinja", ".txt", ".model")
 class RunWandbLogger(WandbLogger):
     """Lightning's logger, extended to origins, answers and the student.
 
-    What it adds is free of home directories and secrets. Artifact files wait for their upload in the run directory, not
-    in the user's home.
+    Its additions contain no home directories or secrets. Artifact files wait for their upload in the run directory,
+    not in the user's home.
 
     Args:
         run: the W&B run.
@@ -78,7 +78,7 @@ class RunWandbLogger(WandbLogger):
         self._table("val/answers", by_step[step], columns, step)
 
     def log_responses(self, records: Sequence[Mapping[str, Any]], step: int) -> None:
-        """Log the table ``rollout/responses``: what the student wrote for an optimiser step.
+        """Log the table ``rollout/responses``: the student's responses for an optimiser step.
 
         Args:
             records: as ``rollouts.samples.sample_record`` makes them.
@@ -179,7 +179,7 @@ def origin_of(
     tokenizer: PreTrainedTokenizerBase,
     sets: LoadedSets,
 ) -> dict[str, Any]:
-    """Return what a run's result depends on: ``data`` (fingerprints, counts), ``models`` (identity by role).
+    """Return the inputs of a run's result: ``data`` (fingerprints, counts), ``models`` (identity by role).
 
     Includes models that were read only through a reference cache.
     """
