@@ -85,7 +85,7 @@ class Case:
     Args:
         gpus: number of GPUs.
         way: how they are used.
-        setting: what the costs depend on.
+        setting: the inputs to the costs.
     """
 
     gpus: int
@@ -94,7 +94,7 @@ class Case:
 
     @property
     def references(self) -> str:
-        """How the references are held, in a word."""
+        """The placement of the references, in a word."""
         return REFERENCES[self.way.references] if self.setting.references or self.setting.cached_heads else "none"
 
 

@@ -54,10 +54,10 @@ class Setting:
         precision: of the trainer.
         device: the student's.
         home: the references'.
-        checkpointed: activations are recomputed in the backward pass.
+        checkpointed: True if activations are recomputed in the backward pass.
         budget: MiB for a chunk of logits.
         form: ``fused``, ``gated`` or ``autograd``: how the loss is computed (kernels/chunked.py).
-        adapted: the raw student is the student with its adapter off.
+        adapted: True if the raw student is the student with its adapter off.
         cached_heads: (elements, bytes per element) of the heads of cached references.
         cached_bytes: bytes read from disk per valid token.
         half_weights: ``optim.half_weights``.
@@ -120,7 +120,7 @@ def _shard_device(setting: Setting) -> str:
 
 
 def _standing(setting: Setting) -> list[Need]:
-    """Return what is in memory all the time."""
+    """Return the memory that is always in use."""
     held, device, home = _held(setting), setting.device, setting.home
     needs = [
         Need("weights of the student", _shard_device(setting), held.weights),
@@ -139,7 +139,7 @@ def _standing(setting: Setting) -> list[Need]:
 
 
 def _given(setting: Setting) -> list[Need]:
-    """Return what the references hand to the loss."""
+    """Return the memory of the references' inputs to the loss."""
     gathered = sum(setting.layout.held_of_reference(s)[1] for s in setting.references.values())
     hidden = sum(setting.valid * s.config.hidden_size * s.head_itemsize for s in setting.references.values())
     return [

@@ -1,4 +1,4 @@
-"""How much memory a run needs, from its config alone, and how much there is: ``trainer.dry_run=true``."""
+"""The memory that a run needs, estimated from its config, and the memory available: ``trainer.dry_run=true``."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def show_memory(settings: RunSettings, console: Console | None = None) -> None:
     table.add_row("there is", *(_mib(size) if (size := there[device]) is not None else "?" for device in devices))
     (console or make_console()).print(table)
     for device in devices:
-        # Processes share CPU memory, but each has a GPU of its own.
+        # Processes share CPU memory, but each has its own GPU.
         wanted = total[device] * (together if device == "cpu" else 1)
         has = there[device]
         if has is not None and wanted > has:
@@ -98,7 +98,7 @@ def planned_setting(settings: RunSettings) -> Setting:
 
 
 def setting_of(settings: RunSettings, device: str, home: str) -> Setting:
-    """Return what the costs of the run's steps depend on.
+    """Return the inputs to the costs of the run's steps.
 
     Args:
         settings: of the run.
@@ -134,7 +134,7 @@ def make_setting(
     references: Mapping[str, Skeleton],
     **others: Any,
 ) -> Setting:
-    """Return what the costs of a step depend on; ``others`` are further fields of ``Setting``."""
+    """Return the inputs to the costs of a step; ``others`` are further fields of ``Setting``."""
     form = settings.loss.fused_form
     return Setting(
         student,
@@ -219,7 +219,7 @@ def _devices(settings: RunSettings) -> tuple[str, str]:
 
 
 def placement_of(settings: RunSettings) -> str:
-    """Return where the references run: ``auto`` is the student's device, as for those that are read from a cache."""
+    """Return where the references run: ``auto`` is the student's device, as for cached ones."""
     return settings.reference.placement
 
 

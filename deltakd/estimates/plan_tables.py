@@ -27,7 +27,7 @@ from deltakd.estimates.costs import (
 GIB = 2**30
 #: Fraction of a GPU's memory available to tensors; CUDA context, NCCL and fragmentation take about the rest.
 USABLE = 0.9
-#: Columns of a terminal from which the tables have space to spare; on narrower ones the columns move together.
+#: Terminal width from which the tables have space to spare; on narrower terminals the columns move together.
 SPACIOUS = 110
 #: Columns of the memory table -> prefixes of the needs' names.
 _GROUPS = {
@@ -97,7 +97,7 @@ def _say(sentence: str, console: Console) -> None:
 
 
 def _sizes(setting: Setting) -> str:
-    """Return in a paragraph which models and rows the figures are of, and why of these."""
+    """Return a paragraph on the models and rows behind the figures, and why these were chosen."""
     models = {"student": setting.student, **setting.references}
     named = ", ".join(f"{role} {_amount(skeleton.parameters)}" for role, skeleton in models.items())
     learnt = setting.student.trained
@@ -131,7 +131,7 @@ def _parts(title: str, parts: Iterable[Amount]) -> Table:
 def show_cases(
     title: str, cases: Sequence[Case], assumed: Sequence[str], gpu_memory: float, rates: Rates, console: Console
 ) -> None:
-    """Print many settings side by side: what was assumed, a table of memory, and one of work.
+    """Print many settings side by side: the assumptions, a memory table, and a work table.
 
     Args:
         title: of the tables.
@@ -142,7 +142,7 @@ def show_cases(
         console: prints.
     """
     console.print(f"[bold]{title}[/]")
-    # The cases are of the same models; that of cached references has not loaded them.
+    # All cases use the same models; the one with cached references has not loaded them.
     _say(_sizes(max((case.setting for case in cases), key=lambda setting: len(setting.references))), console)
     if assumed:
         _say(f"Not given, so taken as usual for models of this size: {', '.join(assumed)}.", console)
@@ -183,7 +183,7 @@ def _memory_table(cases: Sequence[Case], gpu_memory: float, width: int) -> Table
 
 
 def fits(total: float, gpu_memory: float) -> str:
-    """Return whether ``total`` GiB fit: ``yes``, ``tight`` (too little is left for the libraries) or ``no``."""
+    """Return ``yes`` if ``total`` GiB fit, ``tight`` if too little is left for the libraries, else ``no``."""
     return "yes" if total <= USABLE * gpu_memory else "tight" if total <= gpu_memory else "no"
 
 
@@ -232,7 +232,7 @@ def _gib(needs: Iterable[Need]) -> float:
 
 
 def _number(value: float) -> str:
-    """Format to about three significant digits, and 0 as nothing."""
+    """Format to about three significant digits, and 0 as an empty text."""
     if value == 0:
         return ""
     return f"{value:,.0f}" if value >= 100 else f"{value:,.1f}" if value >= 10 else f"{value:.3g}"

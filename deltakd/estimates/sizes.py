@@ -23,7 +23,7 @@ class Skeleton:
     Args:
         model: the model on ``meta``, with its adapter if it has one.
         spec: where it comes from.
-        dtype: what its parameters are converted to; None: they keep their own.
+        dtype: the dtype that its parameters are converted to; None: they keep their own.
     """
 
     model: PreTrainedModel | Any

@@ -33,7 +33,7 @@ _written = itertools.count()
 
 
 class WriteError(OSError):
-    """The disk failed; what was there before is unchanged.
+    """The disk failed; the previous content is unchanged.
 
     Args:
         message: what, where, why, and what is kept.
@@ -51,10 +51,10 @@ class WriteError(OSError):
 
 
 def way_out(reason: str, how_to_resume: str) -> str:
-    """Return what to do where the disk did not take something, as a sentence.
+    """Return the remedy after a disk failure, as a sentence.
 
     Args:
-        reason: what ``disk_reason`` said.
+        reason: the result of ``disk_reason``.
         how_to_resume: how a user continues.
     """
     if reason in map(os.strerror, _PERMISSION):
@@ -65,8 +65,8 @@ def way_out(reason: str, how_to_resume: str) -> str:
 def disk_reason(error: BaseException) -> str | None:
     """Return why the disk failed, in a few words; None if the error has another cause.
 
-    torch and safetensors replace the system's errors with their own, and sharded checkpoints wrap those of all ranks
-    in one.
+    torch and safetensors replace the system's errors with their own, and sharded checkpoints wrap all ranks' errors in
+    one.
     """
     seen: list[BaseException] = []
     waiting = [error]
@@ -128,8 +128,8 @@ def replacing(path: Path, what: str = "", *, first_wins: bool = False) -> Iterat
 
     Args:
         path: the target; missing parents are created.
-        what: what it is, for the message; its name by default.
-        first_wins: keep what another process put there in the meantime, for content that is the same from all.
+        what: a description for the message; its name by default.
+        first_wins: keep content that another process put there in the meantime, if all processes write the same.
 
     Raises:
         WriteError: the disk failed.
@@ -151,14 +151,14 @@ def replacing(path: Path, what: str = "", *, first_wins: bool = False) -> Iterat
 
 
 def make_folder(path: Path, what: str) -> None:
-    """Make a folder and its parents, as far as they are not there.
+    """Create a folder and its missing parents.
 
     Args:
         path: the folder.
         what: it is for, for the message.
 
     Raises:
-        WriteError: the disk did not take it.
+        WriteError: the disk failed.
     """
     with telling(what, path):
         path.mkdir(parents=True, exist_ok=True)
@@ -206,7 +206,7 @@ def write_json_lines(path: str | Path, records: Iterable[dict[str, Any]], what: 
 
 
 def read_json_lines(path: str | Path) -> list[dict[str, Any]] | None:
-    """Return the records that ``write_json_lines`` wrote; None if there is no file.
+    """Return the records written by ``write_json_lines``; None if there is no file.
 
     Raises:
         ValueError: a line is not JSON; the message names file and line.

@@ -1,4 +1,4 @@
-"""The home directory, which a process need not have: containers run users that no database knows, without HOME."""
+"""The home directory, which may not exist: containers run users that no database knows, without HOME."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from pathlib import Path
 
 
 def home_directory() -> Path | None:
-    """Return the user's home directory; None where neither HOME nor the user database has one."""
+    """Return the user's home directory; None if neither HOME nor the user database has one."""
     # Not Path.home(), which raises there.
     found = os.path.expanduser("~")
     return None if found == "~" else Path(found)
 
 
 def expanded(path: str | Path) -> Path:
-    """Return the path with ``~`` and ``~user`` written out.
+    """Return the path with ``~`` and ``~user`` expanded.
 
     Raises:
-        ValueError: there is no such home directory.
+        ValueError: the home directory is unknown.
     """
     try:
         return Path(path).expanduser()

@@ -1,4 +1,4 @@
-"""A quick test whether the Hugging Face hub is reachable."""
+"""A quick test of whether the Hugging Face hub is reachable."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ REACH_SECONDS = 3.0
 
 @lru_cache(maxsize=1)
 def hub_reachable() -> bool:
-    """True if the hub is reachable; tried once per process.
+    """Return True if the hub is reachable; tried once per process.
 
     Offline, the hub's client would retry every file for half a minute, even if all are in the local cache. Behind a
-    proxy the answer is always True: only the client knows how to go through it.
+    proxy the result is always True: only the client knows how to use it.
     """
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
         return False

@@ -1,4 +1,4 @@
-"""Marks that say more about a config key than its type, at the place where the key is defined.
+"""Marks that describe a config key beyond its type, where the key is defined.
 
 A settings dataclass marks its fields by ``Annotated``::
 
@@ -17,12 +17,12 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Le
 
-#: A seed that every library takes: NumPy's old generator, which Lightning seeds, ends at 32 bits.
+#: A seed that every library accepts: NumPy's legacy generator, which Lightning seeds, is limited to 32 bits.
 Seed = Annotated[int, Ge(0), Le(2**32 - 1)]
 
 
 class Resume(Enum):
-    """When a key may change on resume. A key without this mark never may."""
+    """When a key may change on resume. A key without this mark never may change."""
 
     #: Always: it does not affect what is trained or measured.
     FREE = "free"

@@ -6,7 +6,7 @@ import re
 
 
 def pattern_problems(key: str, pattern: str | None) -> list[str]:
-    """Return what is wrong with the pattern of a config key: one sentence, or none."""
+    """Return the problem with a config key's pattern: one sentence, or none."""
     try:
         re.compile(pattern or "")
     except (re.error, OverflowError, RecursionError) as error:

@@ -20,11 +20,11 @@ from deltakd.io.files import write_text
 log = logging.getLogger(__name__)
 
 _TOTAL_STEPS = "total_steps"
-#: Most characters of a bar's name, and room for its note: ``loss 0.2391  11,036 tokens/s``.
+#: Maximum characters of a bar's name, and room for its note: ``loss 0.2391  11,036 tokens/s``.
 _NAME, _NOTE = 20, 29
 #: Seconds between two drawings in a notebook, and the width of its bar.
 _REDRAWN, _CELLS = 0.5, 30
-#: Seconds between two lines of the log: at least; and at most, if there is progress at all.
+#: Minimum seconds between two log lines, and the maximum if there is any progress.
 _LOGGED = (5.0, 60.0)
 
 
@@ -36,8 +36,8 @@ class Display(Protocol):
 
         Args:
             what: the work, such as ``training``.
-            done: how much is done.
-            total: how much there is.
+            done: the amount done.
+            total: the total amount.
             note: extra text.
         """
 
@@ -61,7 +61,7 @@ def current_display() -> Display | None:
 
 
 class Advance(Protocol):
-    """Shows how far the work has come."""
+    """Shows the progress of the work."""
 
     def __call__(self, done: int, note: str = "") -> None:
         """Show progress; ``note`` is extra text, such as a loss; two spaces part its parts."""
@@ -72,11 +72,11 @@ def progress_bar(description: str, total: int, shown: bool, *, done: int = 0, un
     """Show progress: on the shared display, as a bar on a terminal, or in a notebook, else as lines of the log.
 
     Args:
-        description: what is done, for the reader.
-        total: how much there is.
+        description: the work, for the reader.
+        total: the total amount.
         shown: False: show nothing, except on a shared display.
-        done: how much was done before.
-        unit: what is counted, such as ``step``; for the lines of the log.
+        done: the amount done before.
+        unit: the unit of counting, such as ``step``, for log lines.
     """
     display = current_display()
     if display is not None:
@@ -111,7 +111,7 @@ def _bar(console: Console, description: str, total: int, done: int) -> Iterator[
         column.get_table_column().no_wrap = True
     out, err = sys.stdout, sys.stderr
     with Progress(*columns, console=console) as progress:
-        # Rich has put its own streams in place of these: what is logged goes above the bar.
+        # Rich has replaced these streams with its own, so that log lines go above the bar.
         logging_to = {id(out): sys.stdout, id(err): sys.stderr}
         streams = [h for h in logging.getLogger().handlers if isinstance(h, logging.StreamHandler)]
         before = [(handler, handler.stream) for handler in streams if id(handler.stream) in logging_to]
@@ -150,7 +150,7 @@ def _in_notebook(description: str, total: int) -> Advance:
 
 
 def _in_log(description: str, total: int, unit: str) -> Advance:
-    """Log a line for each tenth of the work, at least one in a minute; nothing of what is done in seconds."""
+    """Log a line for each tenth of the work, at least one per minute; nothing if the work takes seconds."""
     started = last = time.monotonic()
     first: int | None = None
     tenth, counted = -1, f"{unit} " if unit else ""
@@ -173,7 +173,7 @@ def _in_log(description: str, total: int, unit: str) -> Advance:
 
 
 def in_minutes(minutes: float) -> str:
-    """Return ``about 3 minutes``, in words where it is one or less."""
+    """Return ``about 3 minutes``, in words if it is one or less."""
     if minutes < 0.5:
         return "less than a minute"
     return "about 1 minute" if minutes < 1.5 else f"about {minutes:.0f} minutes"
@@ -184,11 +184,11 @@ def _clock(seconds: float) -> str:
 
 
 def write_total_steps(run_dir: Path, steps: int) -> None:
-    """Store the total number of optimiser steps: the config alone may not tell it."""
+    """Store the total number of optimiser steps, which may not follow from the config."""
     write_text(run_dir / _TOTAL_STEPS, f"{steps}\n")
 
 
 def read_total_steps(run_dir: Path) -> int | None:
-    """Return what :func:`write_total_steps` stored; None if nothing was."""
+    """Return the number stored by :func:`write_total_steps`; None if there is none."""
     file = run_dir / _TOTAL_STEPS
     return int(file.read_text(encoding="utf-8")) if file.is_file() else None

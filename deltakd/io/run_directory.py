@@ -14,7 +14,7 @@ import yaml
 from deltakd.io.errors import ConfigError
 from deltakd.io.files import PARTIAL, make_folder, write_json, write_text
 
-#: Tells the processes of further ranks where the run goes.
+#: Tells the processes of further ranks the run directory.
 RUN_DIR_VARIABLE = "DELTAKD_RUN_DIR"
 
 #: Files of ``checkpoints/``.
@@ -23,7 +23,7 @@ LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
 @dataclass(frozen=True)
 class ResumePolicy:
-    """Which keys of a run's config may change on resume; a key covers all keys below it.
+    """The keys of a run's config that may change on resume; a key covers all keys below it.
 
     Args:
         always: keys that do not affect what is trained.
@@ -43,12 +43,11 @@ class ResumePolicy:
 class Claim:
     """A directory that a run has claimed; as a context, it is given back if what is inside the block fails.
 
-    A run that is refused while it reads its data and models then leaves nothing behind.
+    A run that fails while it reads its data and models then leaves nothing behind.
 
     Args:
         path: the directory.
-        found: the deepest directory on the way to it that was there before; None: a run is continued here, which is
-            never given back.
+        found: the deepest existing directory above it; None: a run continues here, and is never given back.
     """
 
     def __init__(self, path: Path, found: Path | None) -> None:
@@ -56,7 +55,7 @@ class Claim:
         self._found = found
 
     def __enter__(self) -> None:
-        """Begin what may fail."""
+        """Enter the block that may fail."""
 
     def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
         """Give the directory back if the block failed."""
@@ -73,7 +72,7 @@ class Claim:
             else:
                 entry.unlink(missing_ok=True)
         for folder in (self.path, *self.path.parents):
-            # Other runs may have come to lie beside this one.
+            # Other runs may have been created next to this one.
             if folder == self._found or any(folder.iterdir()):
                 return
             folder.rmdir()
@@ -111,7 +110,7 @@ class RunDirectory:
 
     @property
     def previous_checkpoint(self) -> Path:
-        """The one before it."""
+        """The previous state."""
         return self.checkpoints / PREVIOUS
 
     @property
@@ -134,7 +133,7 @@ class RunDirectory:
         Args:
             config: resolved, as plain dicts and lists.
             resume: continue a run in this directory.
-            policy: which keys may then differ; None: none.
+            policy: the keys that may then differ; None: none.
 
         Returns:
             The claim; ``with`` it, a run that can't start gives the directory back.

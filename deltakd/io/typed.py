@@ -1,6 +1,6 @@
-"""Building settings dataclasses from config values; every mismatch with an annotation becomes a sentence.
+"""Builds settings dataclasses from config values; every mismatch with an annotation becomes a sentence.
 
-pydantic checks in strict mode: ``no`` is not ``False``, ``1e2`` is no whole number, ``0.5`` is no count of rows.
+pydantic checks in strict mode: ``no`` is not ``False``, ``1e2`` is not an integer, ``0.5`` is not a count of rows.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def typed(kind: type[T], node: Any, key: str, problems: list[str]) -> T | None:
     """Make a settings dataclass from a config node.
 
     Args:
-        kind: the dataclass. Its annotations say what is allowed.
+        kind: the dataclass. Its annotations define the allowed values.
         node: a mapping.
         key: the node's key, such as ``model.student``.
         problems: gets one sentence for each unknown key and each value of the wrong type. Such values are left out, so
@@ -100,7 +100,7 @@ def _adapter(hint: Any) -> TypeAdapter[Any] | None:
 
 
 def allowed(hint: Any) -> str:
-    """Say in words which values an annotation allows; text in an ``Annotated`` is used as it is."""
+    """Return, in words, the values that an annotation allows; text in an ``Annotated`` is used verbatim."""
     return " or ".join(dict.fromkeys(_words(hint)))
 
 
@@ -146,7 +146,7 @@ def _bounds(marks: Sequence[Any]) -> str:
 
 
 def _length(marks: Sequence[Any]) -> str:
-    """Return how many entries a list needs, in words."""
+    """Return the number of entries that a list needs, in words."""
     lengths = [mark for mark in marks if isinstance(mark, annotated_types.Len)]
     if not lengths:
         return ""
@@ -155,7 +155,7 @@ def _length(marks: Sequence[Any]) -> str:
 
 
 def _shown(value: Any) -> str:
-    """Return a value about as YAML writes it, so that text and numbers can be told apart."""
+    """Return a value roughly as YAML writes it, so that text and numbers can be distinguished."""
     if value is None:
         return "null"
     return repr(value).lower() if isinstance(value, bool) else repr(value)

@@ -1,4 +1,4 @@
-"""YAML files that users write: read completely, or rejected in one sentence that says where."""
+"""YAML files that users write: read completely, or rejected in one sentence with the location."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> Any:
-    """Return what a YAML file holds; None if it is empty.
+    """Return the content of a YAML file; None if it is empty.
 
     Raises:
-        ConfigError: it can't be read, is no YAML, or a key of it stands twice; with the line and column.
+        ConfigError: it can't be read, is not YAML, or has a duplicate key; with line and column.
     """
     try:
         return yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
