@@ -88,7 +88,7 @@ def _train(cfg: DictConfig) -> float | None:
     return value
 
 
-#: What ``deltakd.train`` alone answers.
+#: Printed only by ``deltakd.train``.
 WHAT_TO_GIVE = """nothing to train yet; give models and data:
   python -m deltakd.train loss=delta_kd model.student.path=... model.teacher.path=... model.teacher_raw.path=... \\
       data.train=my.jsonl

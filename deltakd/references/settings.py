@@ -35,7 +35,7 @@ class ReferenceSettings:
         return False
 
     def problems(self, specs: Mapping[str, ModelSpec]) -> list[str]:
-        """Return what is wrong with ``reference``, one sentence each.
+        """Return the problems with ``reference``, one sentence each.
 
         Args:
             specs: role -> where its model comes from, of the models to load.
@@ -95,7 +95,7 @@ class LiveSettings(SourceSettings):
         return self.sharding == "shard"
 
     def problems(self, specs: Mapping[str, ModelSpec]) -> list[str]:
-        """Return what is wrong with ``reference``, one sentence each."""
+        """Return the problems with ``reference``, one sentence each."""
         found = []
         if self.shards:
             if self.placement != "auto":
@@ -138,7 +138,7 @@ class CacheSettings(ReferenceSettings):
     remake: Annotated[bool, Resume.FREE] = False
 
     def problems(self, specs: Mapping[str, ModelSpec]) -> list[str]:
-        """Return what is wrong with ``reference``, one sentence each."""
+        """Return the problems with ``reference``, one sentence each."""
         if self.path:
             return []
         return ["reference.path is missing; give the directory of the cache: reference.path=outputs/cache_of_x"]

@@ -27,7 +27,7 @@ COMMANDS: tuple[str, ...] = get_args(Command)
 
 #: File systems do not accept longer names.
 _LONGEST_NAME = 200
-#: What a stage that makes a cache chooses, beside its own overrides.
+#: Choices of a stage that creates a cache, in addition to its own overrides.
 _CACHED = "reference=cached"
 
 
