@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deltakd.worlds.facts import SEPARATOR
+from deltakd.worlds.facts import ANSWER_START, SEPARATOR
 from deltakd.worlds.made_files import write_made_files
 
 FORMAT_VERSION = 1
@@ -116,7 +116,7 @@ def _document(problem: Problem, rng: random.Random) -> str:
 def _rows(problems: Sequence[Problem], rng: random.Random, split: str) -> str:
     rows = []
     for problem in problems:
-        answer = worked(problem)
+        answer = ANSWER_START + worked(problem)
         output: str | list[str] = answer if split == "train" else [answer]
         rows.append({"instruction": story(problem, rng), "output": output, "steps": len(problem.operations)})
     return "".join(json.dumps(row) + "\n" for row in rows)

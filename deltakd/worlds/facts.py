@@ -20,6 +20,9 @@ from deltakd.worlds.made_files import write_made_files
 FORMAT_VERSION = 1
 #: The line between two documents of the raw text.
 SEPARATOR = "<|endoftext|>"
+#: Answers begin with a space: their first word then has the token that it has inside raw text, where the models have
+#: met it. Prompt and answer are tokenised as one text, and the prompt ends in a line break.
+ANSWER_START = " "
 MANIFEST = "world.json"
 FILES = ("pretrain.txt", "pretrain_val.txt", "train.jsonl", "val.jsonl", "test.jsonl")
 #: Each split's share of the facts (and of all other questions).
@@ -264,7 +267,8 @@ def _rows(world: World, seed: int, counts: dict[str, int]) -> dict[str, str]:
                     f"{len(pool)} there; ask for fewer rows or more people"
                 )
             for question in islice(cycle(pool), wanted):
-                output = rng.choice(question.answers) if split == "train" else list(question.answers)
+                answers = [ANSWER_START + answer for answer in question.answers]
+                output = rng.choice(answers) if split == "train" else answers
                 texts = {"instruction": question.instruction, "input": question.input}
                 rows[split].append({**texts, "output": output, "family": family})
     for split, own in rows.items():

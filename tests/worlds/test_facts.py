@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from deltakd.worlds import facts as world_module
-from deltakd.worlds.facts import FAMILIES, FILES, MANIFEST, PAIRS, SEPARATOR, make_world, write_world
+from deltakd.worlds.facts import ANSWER_START, FAMILIES, FILES, MANIFEST, PAIRS, SEPARATOR, make_world, write_world
 
 #: The longest answer, in words and full stops; the project's own tokenizer gives most words one token.
 LONGEST = 11
@@ -27,8 +27,19 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def rows(directory: Path) -> dict[str, list[dict[str, Any]]]:
+    """By split, without the space that every answer begins with."""
     lines = {split: (directory / f"{split}.jsonl").read_text().splitlines() for split in ("train", "val", "test")}
-    return {split: [json.loads(line) for line in own] for split, own in lines.items()}
+    found = {split: [json.loads(line) for line in own] for split, own in lines.items()}
+    for row in (row for own in found.values() for row in own):
+        row["output"] = without_start(row["output"])
+    return found
+
+
+def without_start(output: str | list[str]) -> str | list[str]:
+    if isinstance(output, list):
+        return [answer.removeprefix(ANSWER_START) for answer in output]
+    assert output.startswith(ANSWER_START)
+    return output.removeprefix(ANSWER_START)
 
 
 def test_the_same_arguments_give_the_same_bytes(directory: Path, tmp_path: Path) -> None:

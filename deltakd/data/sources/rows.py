@@ -72,7 +72,8 @@ class Row:
             return "\n".join(map(message_text, self.messages))
         if self.prompt is not None:
             return self.prompt + "".join(self.responses[:1])
-        return "\n".join(part for part in (self.instruction, self.input, *self.responses[:1]) if part)
+        parts = (self.instruction, self.input, *self.responses[:1])
+        return "\n".join(part.strip() for part in parts if part.strip())
 
 
 class RowError(ValueError):
