@@ -28,8 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
+
+from deltakd.io.console import make_console
 
 HELD_OUT, EXCLUDED = 500, 200
 LIMITS = {"max_length": 512, "max_prompt_length": 256}
@@ -221,7 +222,7 @@ def main() -> None:
     table = Table("way", "rows", *columns)
     for way, rows, values in found:
         table.add_row(way, f"{rows:,}", *(str(values.get(column, "")) for column in columns))
-    Console().print(table)
+    make_console().print(table)
 
 
 if __name__ == "__main__":
