@@ -30,6 +30,8 @@ class SupervisedFineTuning(Loss):
     (``test_values_and_gradients``).
     """
 
+    ce_weight = 1.0
+
     @property
     def requires(self) -> frozenset[str]:
         """Nothing."""

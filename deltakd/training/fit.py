@@ -274,6 +274,11 @@ def _announce(parts: Parts, data: DistillationData, state: SavedState | None) ->
             len(parts.sets.train),
             going_on,
         )
+        if parts.settings.loss.ce_weight > 0:
+            log.warning(
+                "The loss mixes in the cross-entropy of the labels, which are the student's own samples: its expected "
+                "gradient is 0, so it only adds noise. Give loss.ce_weight=0."
+            )
         return
     log.info(
         "%s: %d optimiser steps over %d rows with %d valid tokens a pass%s.",

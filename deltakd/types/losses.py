@@ -117,6 +117,9 @@ class Loss(ABC):
     #: τ at which the loss reads the references; a top-K store holds log-probs at this temperature.
     temperature: float = 1.0
 
+    #: λ, the weight of the labels' cross-entropy; 0 for a loss without one.
+    ce_weight: float = 0.0
+
     #: True if ``per_token`` depends on the other tokens of the row; the loss is then a ``SequenceLoss``.
     needs_whole_sequences: bool = False
 

@@ -55,8 +55,9 @@ def test_the_student_moves_to_its_target_on_its_own_responses(train: Train, shar
     assert column(run, "rollout/entropy") == column(run, "train/ce")
 
 
-def test_some_responses_are_kept_as_text(train: Train) -> None:
-    run = train("kd", *ON_POLICY, "trainer.val_every_n_steps=2", "trainer.max_steps=3")
+def test_some_responses_are_kept_as_text(train: Train, caplog: pytest.LogCaptureFixture) -> None:
+    run = train("kd", *ON_POLICY, "loss.ce_weight=0", "trainer.val_every_n_steps=2", "trainer.max_steps=3")
+    assert "Give loss.ce_weight=0." not in caplog.text
     totals = run.read_summary()["meta"]["rollouts"]
     assert totals["tokens"] == round(4 * sum(column(run, "rollout/response_length")))
     assert totals["seconds"] > 0
@@ -204,6 +205,7 @@ def test_rows_need_no_response(train: Train, world: World, caplog: pytest.LogCap
         run = train("kd", *ON_POLICY, f"data.train={file}", "trainer.max_steps=2")
     assert len(column(run, "train/loss")) == 2
     assert "8 prompts, which the student answers" in caplog.text
+    assert "Give loss.ce_weight=0." in caplog.text
     assert re.search(r"The first prompt that the student answers \(row 0, \d+ tokens\):\none two 0>", caplog.text)
     with pytest.raises(ValueError, match="response"):
         train("kd", "data.val=null", f"data.train={file}", name="given")
