@@ -119,22 +119,23 @@ def rollout_problems(
     found = rollout.problems(loss)
     if not rollout.on_policy:
         return found
+    answers = f"rollout.fraction is {rollout.fraction:g}, so the student answers prompts"
     if isinstance(data, TextData):
-        found.append("rollout=student needs prompts to answer, and data is plain text; give data=instruction")
+        found.append(f"{answers}, and data is plain text, which has none; give data=instruction, or rollout=none")
     elif data is not None and data.streaming:
         found.append(
-            "rollout=student draws the prompts of a step from an indexed data set, and data.streaming=true has none; "
-            "give data.streaming=false"
+            f"{answers}, which are drawn from an indexed data set, and data.streaming=true has none; give "
+            "data.streaming=false, or rollout=none"
         )
     elif data is not None and data.batch_size is None:
         found.append(
-            "rollout=student needs data.batch_size: lengths of responses are not known in advance, so batches can't be "
-            "filled up to data.max_tokens_per_batch"
+            f"{answers}, and the lengths of its responses are not known in advance, so batches can't be filled up to "
+            "data.max_tokens_per_batch; give data.batch_size, or rollout=none"
         )
     if isinstance(reference, CacheSettings) and loss is not None and loss.requires:
         found.append(
-            "reference=cached holds the references over the data's responses, and with rollout=student the student "
-            "writes others; give reference=live"
+            f"{answers}, and reference=cached holds the references over the data's responses; give reference=live, or "
+            "rollout=none"
         )
     return found
 

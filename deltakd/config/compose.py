@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.override_parser.types import Glob, Override, OverrideType
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -214,7 +214,9 @@ def _choice_problems(override: Override) -> list[str]:
 
 def _choices_named(override: Override) -> list[str]:
     if override.is_sweep_override():
-        return list(override.sweep_string_iterator()) if override.is_discrete_sweep() else []
+        # Hydra itself expands a glob, when the sweep starts.
+        listed = override.is_discrete_sweep() and not isinstance(override.value(), Glob)
+        return list(override.sweep_string_iterator()) if listed else []
     value: Any = override.value()
     if override.is_delete() or isinstance(value, dict):
         return []

@@ -270,3 +270,8 @@ def test_a_target_that_cannot_be_imported_is_one_clear_problem(
     [problem] = problems
     assert problem.startswith(f"loss.target._target_ is {target!r}, but {said.format(tmp_path)}")
     assert not caplog.records
+
+
+def test_a_glob_is_left_to_hydra() -> None:
+    check_overrides("train", ["loss=glob(kd*)"])
+    check_overrides("train", ["model=glob(*)"])

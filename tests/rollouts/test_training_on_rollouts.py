@@ -173,9 +173,13 @@ def test_two_processes_are_one(
         (
             "kd",
             ("rollout=student", "data.batch_size=null", "data.max_tokens_per_batch=500"),
-            "rollout=student needs data.batch_size",
+            "give data.batch_size, or rollout=none",
         ),
-        ("sft", ("rollout=student", "data=text"), "needs prompts to answer, and data is plain text"),
+        (
+            "sft",
+            ("rollout=student", "data=text"),
+            "so the student answers prompts, and data is plain text",
+        ),
     ],
 )
 def test_what_cannot_work_is_said_before_anything_is_loaded(
