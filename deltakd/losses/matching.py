@@ -94,6 +94,7 @@ class RatioMatching(Matching):
         treatment: Treatment = PLAUSIBLE,
     ) -> None:
         self.to, self.origin, self.over = to, origin, over
+        require_kind(treatment, Treatment, "loss.matching.treatment")
         self.treatment = treatment
 
     @property
@@ -151,7 +152,8 @@ class LogitMatching(Matching):
         if weighting not in self.WEIGHTINGS:
             raise ValueError(f"loss.matching.weighting is {weighting!r}; allowed: {', '.join(self.WEIGHTINGS)}")
         self.weighting = weighting
-        self.treatment = treatment or Treatment()
+        self.treatment = Treatment() if treatment is None else treatment
+        require_kind(self.treatment, Treatment, "loss.matching.treatment")
         self._beta = make_schedule(beta, beta_name)
         self._beta_name = beta_name
 

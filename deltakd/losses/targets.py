@@ -25,6 +25,7 @@ from deltakd.types import (
     HeadLogits,
     Schedule,
     at_least_float32,
+    require_kind,
     teacher_pair,
 )
 
@@ -113,6 +114,7 @@ class ShiftedTarget(Target):
     ) -> None:
         self.base = base
         self.shifts = [shift for shift in shifts if shift.factor != 0.0 and not is_zero(shift.weight)]
+        require_kind(treatment, Treatment, "loss.target.treatment")
         self.treatment = treatment
         self._name = name
 

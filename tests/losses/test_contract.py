@@ -32,6 +32,7 @@ from deltakd.losses import (
     teacher_target,
 )
 from deltakd.types import Gate, Head, LinearKL, Loss, LossOutput, require_kind
+from tests.losses.by_name import loss_named
 
 CLIPPED = Treatment(clip=2.0)
 ALIKE = "weighs all tokens of the vocabulary alike"
@@ -193,3 +194,10 @@ def test_a_loss_without_its_property_or_method_cannot_be_made() -> None:
 
     with pytest.raises(TypeError, match=r"abstract class Unfinished .*__call__"):
         Unfinished()  # type: ignore[abstract]
+
+
+@pytest.mark.parametrize("name", ["delta_kd", "delta_shift", "parallel_logit", "parallel_ratio", "parallelogram"])
+def test_a_treatment_has_to_be_one(name: str) -> None:
+    key = {"delta": "target__treatment", "parallel": "matching__treatment"}.get(name.split("_")[0], "treatment")
+    with pytest.raises(Exception, match=r"treatment is \{.*\}, not a deltakd\.losses\.treatments\.Treatment"):
+        loss_named(name, **{f"{key}___target_": "builtins.dict"})
