@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Literal, final
 
 import torch
 from torch import Tensor
 
+from deltakd.losses.sampled import check_numbers, of_labels, policy_gain, sampled_log_probs, with_gain, with_labels
 from deltakd.losses.schedules import Constant
 from deltakd.losses.scores import Score, TeacherShift, TowardsTarget, mean_under
 from deltakd.losses.targets import Shift, ShiftedTarget, Target, teacher_target
@@ -17,7 +17,6 @@ from deltakd.types import (
     STUDENT_RAW,
     TEACHER,
     TEACHER_RAW,
-    HeadLogits,
     Loss,
     LossOutput,
     Schedule,
@@ -61,15 +60,7 @@ class PolicyGradient(Loss):
         require_kind(score, Score, "loss.score")
         if agrees_with is not None:
             require_kind(agrees_with, Score, "loss.agrees_with")
-        problems = []
-        if not 0 <= ce_weight <= 1:
-            problems.append(f"loss.ce_weight is {ce_weight}; it must be between 0 (no labels) and 1 (labels only)")
-        if advantage_clip is not None and not 0 < advantage_clip < math.inf:
-            problems.append(f"loss.advantage_clip is {advantage_clip}; it must be a finite number above 0, or null")
-        if ratio_clip is not None and not 0 < ratio_clip < 1:
-            problems.append(f"loss.ratio_clip is {ratio_clip}; it must be above 0 and below 1, or null")
-        if problems:
-            raise ValueError("; ".join(problems))
+        check_numbers(ce_weight, ratio_clip, advantage_clip=advantage_clip)
         self.score = score
         self.agrees_with = agrees_with
         self.ce_weight = float(ce_weight)
@@ -105,16 +96,12 @@ class PolicyGradient(Loss):
             ``advantage_square`` of the labels, and ``agreeing`` (1 or 0) if there is a second score.
         """
         log_student_NV = at_least_float32(logits[STUDENT]).log_softmax(-1)
-        log_pi_N = log_student_NV.gather(-1, labels[:, None]).squeeze(-1)
+        log_pi_N = of_labels(log_student_NV, labels)
         if self.ce_weight == 1.0:
             return LossOutput(-log_pi_N, {"ce": -log_pi_N})
         advantage_N, estimate_N, parts = self._advantage(logits, log_student_NV.detach(), labels)
         gain_N = policy_gain(advantage_N, log_pi_N, sampled_log_probs(logits), self.ratio_clip)
-        # The value is the estimate; the gradient is the surrogate's.
-        term_N = estimate_N - (gain_N - gain_N.detach())
-        per_token_N = (1 - self.ce_weight) * term_N
-        if self.ce_weight > 0:
-            per_token_N = per_token_N - self.ce_weight * log_pi_N
+        per_token_N = with_labels(with_gain(estimate_N, gain_N), log_pi_N, self.ce_weight)
         return LossOutput(per_token_N, {"ce": -log_pi_N, self.score.name: estimate_N, **parts})
 
     @torch.no_grad()
@@ -136,27 +123,9 @@ class PolicyGradient(Loss):
         return advantage_N, estimate_N, {"advantage": advantage_N, "advantage_square": advantage_N.square(), **agreeing}
 
 
-def sampled_log_probs(logits: Mapping[str, Tensor]) -> Tensor | None:
-    """Return the labels' log-probs when an earlier student sampled them, [N] nats, if known."""
-    return logits.facts.sampled_log_probs if isinstance(logits, HeadLogits) else None
-
-
-def policy_gain(
-    advantage_N: Tensor, log_pi_N: Tensor, sampled_log_probs_N: Tensor | None, ratio_clip: float | None
-) -> Tensor:
-    """[N] the quantity that a policy gradient maximises: A · log π, or PPO's clipped A · π / π_sampled."""
-    if sampled_log_probs_N is None:
-        return advantage_N * log_pi_N
-    ratio_N = (log_pi_N - sampled_log_probs_N).exp()
-    gain_N = advantage_N * ratio_N
-    if ratio_clip is None:
-        return gain_N
-    return torch.minimum(gain_N, advantage_N * ratio_N.clamp(1 - ratio_clip, 1 + ratio_clip))
-
-
 def centred(score_NV: Tensor, log_student_NV: Tensor, labels: Tensor) -> Tensor:
     """Return the labels' scores minus the mean score under the student: [N] nats."""
-    return score_NV.gather(-1, labels[:, None]).squeeze(-1) - mean_under(log_student_NV, score_NV)
+    return of_labels(score_NV, labels) - mean_under(log_student_NV, score_NV)
 
 
 def target_policy_gradient(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import final
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deltakd.losses.divergences import kl
-from deltakd.losses.policy_gradient import policy_gain, sampled_log_probs
+from deltakd.losses.sampled import check_numbers, of_labels, policy_gain, sampled_log_probs, with_gain, with_labels
 from deltakd.losses.targets import Target
 from deltakd.types import STUDENT, HeadLogits, LossOutput, Schedule, SequenceLoss, at_least_float32, require_kind
 
@@ -50,15 +49,7 @@ class SequenceReverseKL(SequenceLoss):
         ratio_clip: float | None = 0.2,
     ) -> None:
         require_kind(target, Target, "loss.target")
-        problems = []
-        if not 0 <= ce_weight <= 1:
-            problems.append(f"loss.ce_weight is {ce_weight}; it must be between 0 (no labels) and 1 (labels only)")
-        if reward_clip is not None and not 0 < reward_clip < math.inf:
-            problems.append(f"loss.reward_clip is {reward_clip}; it must be a finite number above 0, or null")
-        if ratio_clip is not None and not 0 < ratio_clip < 1:
-            problems.append(f"loss.ratio_clip is {ratio_clip}; it must be above 0 and below 1, or null")
-        if problems:
-            raise ValueError("; ".join(problems))
+        check_numbers(ce_weight, ratio_clip, reward_clip=reward_clip)
         self.target = target
         self.ce_weight = float(ce_weight)
         self.length_normalised = length_normalised
@@ -83,8 +74,8 @@ class SequenceReverseKL(SequenceLoss):
     @torch.no_grad()
     def token_rewards(self, logits: Mapping[str, Tensor], labels: Tensor) -> Tensor:
         """[N] nats: −r_t, how much likelier the label is to the target than to the student."""
-        of_target_N = _of_labels(self.target(logits).log_softmax(-1), labels)
-        rewards_N = of_target_N - _of_labels(at_least_float32(logits[STUDENT]).log_softmax(-1), labels)
+        of_target_N = of_labels(self.target(logits).log_softmax(-1), labels)
+        rewards_N = of_target_N - of_labels(at_least_float32(logits[STUDENT]).log_softmax(-1), labels)
         return rewards_N if self.reward_clip is None else rewards_N.clamp(-self.reward_clip, self.reward_clip)
 
     @torch.no_grad()
@@ -105,22 +96,15 @@ class SequenceReverseKL(SequenceLoss):
             per_token [N] nats; parts: ``ce``, ``reverse_kl``, and with weights ``advantage`` and ``advantage_square``.
         """
         log_student_NV = at_least_float32(logits[STUDENT]).log_softmax(-1)
-        log_pi_N = _of_labels(log_student_NV, labels)
+        log_pi_N = of_labels(log_student_NV, labels)
         kl_N = kl(log_student_NV, self.target(logits).log_softmax(-1))
         term_N, parts = kl_N, {"ce": -log_pi_N, "reverse_kl": kl_N}
         weights_N = logits.facts.weights if isinstance(logits, HeadLogits) else None
         if weights_N is not None:
             gain_N = policy_gain(weights_N, log_pi_N, sampled_log_probs(logits), self.ratio_clip)
-            term_N = kl_N - (gain_N - gain_N.detach())
+            term_N = with_gain(kl_N, gain_N)
             parts |= {"advantage": weights_N, "advantage_square": weights_N.square()}
-        per_token_N = (1 - self.ce_weight) * term_N
-        if self.ce_weight > 0:
-            per_token_N = per_token_N - self.ce_weight * log_pi_N
-        return LossOutput(per_token_N, parts)
-
-
-def _of_labels(log_probs_NV: Tensor, labels: Tensor) -> Tensor:
-    return log_probs_NV.gather(-1, labels[:, None]).squeeze(-1)
+        return LossOutput(with_labels(term_N, log_pi_N, self.ce_weight), parts)
 
 
 def sums_of_later(values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
