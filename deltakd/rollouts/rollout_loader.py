@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltakd.data.batches.loader import collate
+from deltakd.data.batches.loader import collate, saved_position
 from deltakd.data.batches.sampler import StepSampler
 from deltakd.data.encoding.encoded_set import Encoded, EncodedSet
 from deltakd.generation.noise import NoiseKey
@@ -92,13 +92,14 @@ class RolloutLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         rows: list[_Row] = []
-        dealt = -1
+        dealt, step_tokens = -1, 0
         for index in range(self._start, len(self)):
             step, number = divmod(index, self.accumulate)
             if step != dealt:
                 rows, dealt = self._rows(step), step
+                step_tokens = _valid_tokens(rows)
             start = (number * self.world_size + self.rank) * self.batch_size
-            batch = self._batch(rows[start : start + self.batch_size], step, _valid_tokens(rows))
+            batch = self._batch(rows[start : start + self.batch_size], step, step_tokens)
             # Set before the batch is handed over: a checkpoint saved while the caller holds it counts it as consumed.
             self._position = index + 1
             yield batch
@@ -106,19 +107,12 @@ class RolloutLoader:
     def state_dict(self) -> dict[str, Any]:
         """Return ``position``, the number of micro-batches handed over, and the round if later steps need it."""
         following = self._position // self.accumulate
-        kept = self._round is not None and following in self._round and following != self._round.first_step
-        assert self._round is not None or not kept
-        return {"position": self._position, "round": self._round.state_dict() if kept and self._round else None}
+        begun = self._round is not None and following in self._round and following != self._round.first_step
+        return {"position": self._position, "round": self._round.state_dict() if self._round and begun else None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after ``position`` micro-batches. Raises ValueError if the run is shorter."""
-        position = state["position"]
-        if not 0 <= position <= len(self):
-            raise ValueError(
-                f"the checkpoint was saved after {position} micro-batches, but this run has {len(self)}; resume with "
-                f"the data, batch sizes and number of processes that it was started with"
-            )
-        self._start = self._position = position
+        self._start = self._position = saved_position(state, len(self))
         self._round = None if state["round"] is None else Round.from_state(state["round"])
 
     def tokens_of_step(self, step: int) -> int:

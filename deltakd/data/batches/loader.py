@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +44,21 @@ def collate(encoded: Sequence[Encoded | Example], pad_id: int, step: int, step_t
     )
 
 
+def saved_position(state: Mapping[str, Any], micro_batches: int) -> int:
+    """Return the number of micro-batches after which a loader's state was saved.
+
+    Raises:
+        ValueError: this run has fewer.
+    """
+    position: int = state["position"]
+    if not 0 <= position <= micro_batches:
+        raise ValueError(
+            f"the checkpoint was saved after {position} micro-batches, but this run has {micro_batches}; resume with "
+            "the data, batch sizes and number of processes that it was started with"
+        )
+    return position
+
+
 class StepLoader:
     """One rank's micro-batches of the whole run, resumable.
 
@@ -79,13 +95,7 @@ class StepLoader:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue after ``position`` micro-batches. Raises ValueError if the run is shorter."""
-        position = state["position"]
-        if not 0 <= position <= len(self):
-            raise ValueError(
-                f"the checkpoint was saved after {position} micro-batches, but this run has {len(self)}; resume with "
-                f"the data, batch sizes and number of processes that it was started with"
-            )
-        self._start = self._position = position
+        self._start = self._position = saved_position(state, len(self))
 
 
 class EvalLoader:

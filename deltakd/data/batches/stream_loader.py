@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, final
 
-from deltakd.data.batches.loader import collate
+from deltakd.data.batches.loader import collate, saved_position
 from deltakd.data.batches.windows import Pool, Step, Windows
 from deltakd.data.encoding.example_stream import Counts, ExampleStream, Mark
 from deltakd.types import Batch
@@ -118,12 +118,7 @@ class StreamLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after the micro-batches handed over. Raises ValueError if the run is shorter."""
-        if state["position"] > len(self):
-            raise ValueError(
-                f"the checkpoint was saved after {state['position']} micro-batches, but this run has {len(self)}; "
-                "resume with the data, batch sizes and number of processes that it was started with"
-            )
-        self._position = state["position"]
+        self._position = saved_position(state, len(self))
         self.total_steps = min(self.total_steps, state["total_steps"])
         self._window = (state["window"], Mark.of(state["mark"]))
         self.counts = Counts(*state["counts"])
