@@ -12,7 +12,16 @@ So ``hidden_ND`` holds one hidden state for each valid token, ``labels_BT`` one 
 from deltakd.types.batch import IGNORE_INDEX, Batch
 from deltakd.types.heads import NO_FACTS, Head, HeadLogits, TokenFacts, at_least_float32, in_float64
 from deltakd.types.losses import Gate, LinearKL, Loss, LossOutput, Progress, Schedule, SequenceLoss, require_kind
-from deltakd.types.role_names import ROLES, STUDENT, STUDENT_RAW, TEACHER, TEACHER_RAW, is_reference_role, teacher_pair
+from deltakd.types.role_names import (
+    ROLES,
+    STUDENT,
+    STUDENT_RAW,
+    TEACHER,
+    TEACHER_RAW,
+    is_reference_role,
+    is_teacher,
+    teacher_pair,
+)
 
 __all__ = [
     "IGNORE_INDEX",
@@ -36,6 +45,7 @@ __all__ = [
     "at_least_float32",
     "in_float64",
     "is_reference_role",
+    "is_teacher",
     "require_kind",
     "teacher_pair",
 ]
