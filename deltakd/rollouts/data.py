@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any, Protocol, final, runtime_checkable
 
 from transformers import PreTrainedTokenizerBase
@@ -13,9 +14,10 @@ from deltakd.data.batches.sampler import Sampler, StepSampler
 from deltakd.data.encoding.encoded_set import EncodedSet
 from deltakd.models import LanguageModel
 from deltakd.models.tokenizers import pad_id
-from deltakd.rollouts.engine import OwnEngine
+from deltakd.rollouts.engine import Engine, OwnEngine
 from deltakd.rollouts.rollout_loader import RolloutLoader
 from deltakd.rollouts.settings import RolloutSettings
+from deltakd.rollouts.vllm_engine import VllmEngine
 
 
 @runtime_checkable
@@ -40,6 +42,7 @@ class RolloutData(DistillationData):
         batch_size: rows per process and micro-batch.
         longest: most tokens of prompt and response together.
         log_probs: record each sampled token's log-prob, for losses that need it.
+        weights_dir: for the files by which a server gets the student's weights.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class RolloutData(DistillationData):
         max_steps: int | None,
         longest: int,
         log_probs: bool,
+        weights_dir: Path,
         world_size: int | None = None,
     ) -> None:
         super().__init__(
@@ -75,6 +79,7 @@ class RolloutData(DistillationData):
         self.settings = settings
         self.longest = longest
         self.log_probs = log_probs
+        self.weights_dir = weights_dir
         self.loader: RolloutLoader | None = None
 
     def _make_sampler(self, rank: int, world_size: int) -> Sampler:
@@ -112,18 +117,10 @@ class RolloutData(DistillationData):
         rank, world_size = self._place()
         sampler = self.sampler()
         assert isinstance(sampler, StepSampler)
-        engine = OwnEngine(
-            self._whole_student,
-            self.tokenizer,
-            self.settings,
-            self.vocabulary,
-            self.longest,
-            self.log_probs and self.settings.every > 1,
-        )
         self.loader = RolloutLoader(
             self.train,
             sampler,
-            engine,
+            self._make_engine(),
             self.settings,
             pad_id=self.pad_id,
             batch_size=self.batch_size,
@@ -133,6 +130,11 @@ class RolloutData(DistillationData):
             seed=self.seed,
         )
         return self.loader
+
+    def _make_engine(self) -> Engine:
+        keeps_log_probs = self.log_probs and self.settings.every > 1
+        shared = (self._whole_student, self.tokenizer, self.settings, self.vocabulary, self.longest, keeps_log_probs)
+        return OwnEngine(*shared) if self.settings.engine == "own" else VllmEngine(*shared, self.weights_dir)
 
     @contextmanager
     def _whole_student(self) -> Iterator[LanguageModel]:

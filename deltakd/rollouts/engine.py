@@ -37,7 +37,13 @@ class Request:
 
 
 class Engine(Protocol):
-    """Answers prompts with the student's current weights."""
+    """Answers prompts with the student's current weights.
+
+    Attributes:
+        metrics: ``rollout/...`` of the last round.
+    """
+
+    metrics: dict[str, float]
 
     def answer(self, requests: Sequence[Request]) -> list[Response]:
         """Return the responses, request by request and key by key. Collective: call on every rank."""
@@ -66,6 +72,7 @@ class OwnEngine:
         longest: int,
         log_probs: bool,
     ) -> None:
+        self.metrics: dict[str, float] = {}
         self._whole_student = whole_student
         self._tokenizer = tokenizer
         self._settings = settings

@@ -150,6 +150,7 @@ class RolloutLoader:
         until = min(step - step % self.settings.every + self.settings.every, self.sampler.total_steps)
         by_step = [self._requests(one) for one in range(step, until)]
         responses = iter(self.engine.answer([request for requests in by_step for request in requests]))
+        self.metrics |= self.engine.metrics
         made = Round(step, [[next(responses) for request in requests for _ in request.keys] for requests in by_step])
         seconds = time.perf_counter() - started
         self.seconds += seconds

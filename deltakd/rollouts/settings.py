@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Le
 
 from deltakd.generation import Decoding
+from deltakd.io.keys import Resume
+from deltakd.rollouts.vllm_settings import VllmSettings
 from deltakd.types import Loss
 
 Positive = Annotated[int, Ge(1)]
@@ -24,6 +26,8 @@ class RolloutSettings:
         every: optimiser steps per round of responses.
         batch_size: responses generated together, per process.
         decoding: how tokens are chosen.
+        engine: ``own``: the student in memory writes the responses; ``vllm``: a vLLM server with its weights does.
+        vllm: that server.
     """
 
     fraction: Annotated[float, Ge(0), Le(1)] = 0.0
@@ -31,6 +35,8 @@ class RolloutSettings:
     every: Positive = 1
     batch_size: Positive = 32
     decoding: Decoding = field(default_factory=Decoding)
+    engine: Literal["own", "vllm"] = "own"
+    vllm: Annotated[VllmSettings, Resume.FREE] = field(default_factory=VllmSettings)
 
     @property
     def on_policy(self) -> bool:
