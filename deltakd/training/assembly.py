@@ -22,7 +22,12 @@ from deltakd.models.roles import open_model, open_tokenizer, shared_vocabulary
 from deltakd.models.vocabulary import unknown_token_problems
 from deltakd.references import CachedReferences, CacheStore, References, SourceSettings
 from deltakd.references.content import data_identity, data_problems, missing_problem, missing_rows, named_sets
-from deltakd.training.announce import announce_models, preview_data, warn_of_verbatim_prompts
+from deltakd.training.announce import (
+    announce_models,
+    preview_data,
+    warn_of_extrapolation,
+    warn_of_verbatim_prompts,
+)
 from deltakd.training.inputs import check_inputs, read_inputs
 from deltakd.training.settings import RunSettings
 from deltakd.types import STUDENT, STUDENT_RAW
@@ -79,6 +84,7 @@ def load_parts(settings: RunSettings, directory: RunDirectory) -> Parts:
     L.seed_everything(settings.seed, verbose=False)
     if is_main_process():
         announce_models(settings)
+        warn_of_extrapolation(settings.loss)
     with main_process_first(f"data of {directory.path}"):
         settings.data.make_files()
         tokenizer = open_tokenizer(settings.model, directory.path / "tokenizer")
