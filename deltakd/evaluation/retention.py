@@ -65,8 +65,15 @@ def retained_sets(
                 f"{bad.label} of the facts has no prompt with a completion; give records such as "
                 '{"prompt": "... Ann lives in", "completion": " Rome."}'
             )
-        limits = {"max_length": data.max_length, "max_prompt_length": data.max_length - 1}
-        encoded = encode_rows(rows, _Verbatim(), tokenizer, **limits, overlong="drop", cache_dir=data.cache_dir)
+        encoded = encode_rows(
+            rows,
+            _Verbatim(),
+            tokenizer,
+            max_length=data.max_length,
+            max_prompt_length=data.max_length - 1,
+            overlong="drop",
+            cache_dir=data.cache_dir,
+        )
         yield FACTS, _without_end(encoded)
 
 
