@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from deltakd.data import InstructionData, LoadedSets
 from deltakd.distributed.ranks import is_main_process, main_process_first
+from deltakd.evaluation.retention import check_retained
 from deltakd.evaluation.sets import CheckedSets, read_checked_sets
 from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
@@ -101,6 +102,7 @@ def load_parts(settings: RunSettings, directory: RunDirectory) -> Parts:
             check_inputs(directory.path, inputs, shards, force=settings.resume == "force")
             preview_data(settings.data, sets.train, tokenizer)
             warn_of_verbatim_prompts(settings.data, sets.train_rows)
+        check_retained(settings.evaluation.measures, settings.data, tokenizer)
         evaluation = _read_evaluation(settings, tokenizer, vocabulary, sets) if settings.evaluation.generate else None
     # Only the evaluation sets needed the raw rows.
     sets = sets._replace(train_rows=[])
