@@ -100,7 +100,8 @@ class RolloutLog(L.Callback):
             # −log π_θ of tokens drawn from π_θ: an unbiased estimate of the entropy.
             pl_module.step_metrics["rollout/entropy"] = pl_module.step_metrics["train/ce"]
         if trainer.is_global_zero:
-            self._watch(loader.metrics["rollout/finished_fraction"], batch.step)
+            if "rollout/finished_fraction" in loader.metrics:
+                self._watch(loader.metrics["rollout/finished_fraction"], batch.step)
             if trainer.global_step in self._steps:
                 self._keep(data, batch.step)
 
