@@ -56,6 +56,11 @@ class RolloutSettings:
         return self.on_policy and self.source == "mixture"
 
     @property
+    def samples_itself(self) -> bool:
+        """True if every response of a step is drawn from the student alone, at the latest at the start of its round."""
+        return self.own_rows_alone and not self.mixes_teacher and not self.replay.size
+
+    @property
     def needs_ratios(self) -> bool:
         """True if tokens are trained on that the student at that step did not sample by itself."""
         return self.every > 1 or self.mixes_teacher or self.replay.size > 0

@@ -125,7 +125,7 @@ def test_an_adaptive_run_is_killed_and_makes_the_same_student(
     assert column(parts, "rollout/student_fraction") == shares
 
 
-@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_killed_run_replays_the_same_tokens_with_the_same_ratios(
     train: Train, sharp: list[str], monkeypatch: pytest.MonkeyPatch, every: int
 ) -> None:
