@@ -144,7 +144,7 @@ class _Carried:
     """One model's probabilities at spans, in logs.
 
     Args:
-        log_probs: [K, V] at the first token of each span, in the student's vocabulary; −inf: nothing belongs to a token.
+        log_probs: [K, V] at the first token of each span, in the student's vocabulary; −inf: nothing belongs to it.
         beginnings: [K, E] of the teachers' tokens that begin the text of the student's tokens to which nothing belongs.
         label: [K] of the student's first label.
         rest: [K] of the span's text, given that label.
