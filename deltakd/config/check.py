@@ -19,7 +19,7 @@ from deltakd.models import ModelSettings, ModelSpec, load_config, spec_problems
 from deltakd.models.causal import NotCausalError
 from deltakd.models.quantization import student_problems
 from deltakd.models.roles import position_problems
-from deltakd.references import CacheSettings, CacheStore, ReferenceSettings
+from deltakd.references import CacheSettings, CacheStore, LiveSettings, ReferenceSettings
 from deltakd.references.content import cache_problems
 from deltakd.references.topk import topk_problems
 from deltakd.rollouts.settings import RolloutSettings
@@ -132,6 +132,16 @@ def rollout_problems(
             f"{answers}, and the lengths of its responses are not known in advance, so batches can't be filled up to "
             "data.max_tokens_per_batch; give data.batch_size, or rollout=none"
         )
+    if rollout.replay.adaptive and data is not None and not data.validates:
+        found.append(
+            "rollout.replay.adaptive=true raises the student's share when the validation loss rises, and there is no "
+            "validation data; give data.val=... or data.val_size=N, or rollout.replay.adaptive=false"
+        )
+    if rollout.mixes_teacher and not isinstance(reference, LiveSettings | CacheSettings | None):
+        found.append(
+            "rollout.source=mixture runs the teacher token by token, and reference is a source of your own; give "
+            "reference=live, or rollout.source=student"
+        )
     if isinstance(reference, CacheSettings) and loss is not None and loss.requires:
         found.append(
             f"{answers}, and reference=cached holds the references over the data's responses; give reference=live, or "
@@ -145,7 +155,11 @@ def engine_problems(rollout: RolloutSettings, models: ModelSettings) -> list[str
     if not rollout.on_policy or rollout.engine == "own":
         return []
     student = models.specs.get(STUDENT)
-    return rollout.vllm.problems(rollout.decoding, student is not None and student.quantization is not None)
+    return rollout.vllm.problems(
+        rollout.decoding,
+        quantized=student is not None and student.quantization is not None,
+        mixes_teacher=rollout.mixes_teacher,
+    )
 
 
 def _unmade_stages(specs: Mapping[str, ModelSpec]) -> dict[str, str]:

@@ -18,6 +18,7 @@ from deltakd.rollouts.engine import Engine, OwnEngine
 from deltakd.rollouts.rollout_loader import RolloutLoader
 from deltakd.rollouts.settings import RolloutSettings
 from deltakd.rollouts.vllm_engine import VllmEngine
+from deltakd.types import TEACHER
 
 
 @runtime_checkable
@@ -26,6 +27,14 @@ class Answering(Protocol):
 
     def whole_student(self) -> AbstractContextManager[LanguageModel]:
         """Yield the student in eval mode, whole on this rank. Collective: call on every rank."""
+        ...
+
+
+class Lending(Protocol):
+    """References that lend a model, such as ``LiveReferences``."""
+
+    def whole(self, role: str) -> AbstractContextManager[LanguageModel]:
+        """Yield a model that this rank can run alone. Collective: call on every rank."""
         ...
 
 
@@ -41,8 +50,9 @@ class RolloutData(DistillationData):
         settings: of the rollouts.
         batch_size: rows per process and micro-batch.
         longest: most tokens of prompt and response together.
-        log_probs: record each sampled token's log-prob, for losses that need it.
+        log_probs: record each sampled token's log-prob where the student at that step did not sample it alone.
         weights_dir: for the files by which a server gets the student's weights.
+        references: lend the teacher, if tokens are drawn from a mixture with it.
     """
 
     def __init__(
@@ -62,6 +72,7 @@ class RolloutData(DistillationData):
         log_probs: bool,
         weights_dir: Path,
         world_size: int | None = None,
+        references: Lending | None = None,
     ) -> None:
         super().__init__(
             train,
@@ -80,6 +91,7 @@ class RolloutData(DistillationData):
         self.longest = longest
         self.log_probs = log_probs
         self.weights_dir = weights_dir
+        self.references = references
         self.loader: RolloutLoader | None = None
 
     def _make_sampler(self, rank: int, world_size: int) -> Sampler:
@@ -132,9 +144,15 @@ class RolloutData(DistillationData):
         return self.loader
 
     def _make_engine(self) -> Engine:
-        keeps_log_probs = self.log_probs and self.settings.every > 1
+        keeps_log_probs = self.log_probs and self.settings.needs_ratios
         shared = (self._whole_student, self.tokenizer, self.settings, self.vocabulary, self.longest, keeps_log_probs)
-        return OwnEngine(*shared) if self.settings.engine == "own" else VllmEngine(*shared, self.weights_dir)
+        if self.settings.engine == "vllm":
+            return VllmEngine(*shared, self.weights_dir)
+        return OwnEngine(*shared, self._whole_teacher if self.settings.mixes_teacher else None)
+
+    def _whole_teacher(self) -> AbstractContextManager[LanguageModel]:
+        assert self.references is not None, "a mixture needs references that lend the teacher"
+        return self.references.whole(TEACHER)
 
     @contextmanager
     def _whole_student(self) -> Iterator[LanguageModel]:

@@ -37,12 +37,13 @@ class VllmSettings:
     checked: Annotated[int, Ge(0)] = 16
     max_logprob_gap: Annotated[float, Gt(0)] = 0.1
 
-    def problems(self, decoding: Decoding, quantized: bool) -> list[str]:
+    def problems(self, decoding: Decoding, *, quantized: bool, mixes_teacher: bool) -> list[str]:
         """Return the problems that need no server, one sentence each.
 
         Args:
             decoding: how tokens are chosen.
             quantized: True if the student's weights are quantised.
+            mixes_teacher: True if tokens are drawn from a mixture with the teacher.
         """
         found = url_problems(self.url, "rollout.vllm.url")
         if self.weights_dir is not None and not Path(self.weights_dir).is_absolute():
@@ -59,5 +60,10 @@ class VllmSettings:
             found.append(
                 "rollout.engine=vllm gets whole weights, and model.student.quantization is given: the server would "
                 "answer with another student than the one that trains; give rollout.engine=own, or no quantization"
+            )
+        if mixes_teacher:
+            found.append(
+                "rollout.source=mixture draws each token from student and teacher together, and a vLLM server holds one "
+                "model; give rollout.engine=own, or rollout.source=student"
             )
         return found

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from deltakd.data import InstructionData, LoadedSets
 from deltakd.distributed.ranks import is_main_process, main_process_first
+from deltakd.evaluation.retention import check_retained
 from deltakd.evaluation.sets import CheckedSets, read_checked_sets
 from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
@@ -19,7 +20,7 @@ from deltakd.models.experts import balance_warning
 from deltakd.models.lora import add_lora
 from deltakd.models.roles import open_model, open_tokenizer, shared_vocabulary
 from deltakd.models.vocabulary import unknown_token_problems
-from deltakd.references import CachedReferences, CacheStore, References, SourceSettings
+from deltakd.references import CachedReferences, CacheStore, LiveReferences, References, SourceSettings
 from deltakd.references.content import data_identity, data_problems, missing_problem, missing_rows, named_sets
 from deltakd.rollouts.vllm_server import check_server
 from deltakd.training.announce import (
@@ -30,7 +31,7 @@ from deltakd.training.announce import (
 )
 from deltakd.training.inputs import check_inputs, read_inputs
 from deltakd.training.settings import RunSettings
-from deltakd.types import STUDENT, STUDENT_RAW
+from deltakd.types import STUDENT, STUDENT_RAW, TEACHER
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +104,7 @@ def load_parts(settings: RunSettings, directory: RunDirectory) -> Parts:
             _check_server(settings, tokenizer, vocabulary)
             preview_data(settings.data, sets.train, tokenizer)
             warn_of_verbatim_prompts(settings.data, sets.train_rows)
+        check_retained(settings.evaluation.measures, settings.data, tokenizer)
         evaluation = _read_evaluation(settings, tokenizer, vocabulary, sets) if settings.evaluation.generate else None
     # Only the evaluation sets needed the raw rows.
     sets = sets._replace(train_rows=[])
@@ -234,6 +236,9 @@ def open_models(
         has_adapter = settings.model.lora is not None
         adapted = student if has_adapter and STUDENT_RAW in settings.loss.requires else None
         references = settings.reference.make(frozen, adapted, settings.strategy)
+        if settings.rollout.mixes_teacher:
+            assert isinstance(references, LiveReferences), "checked with the config"
+            references.prepare_to_lend(TEACHER)
     return Models(student, references, loaded)
 
 

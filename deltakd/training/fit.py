@@ -20,6 +20,7 @@ from deltakd.evaluation.validation_answers import write_validation_answers
 from deltakd.io.progress import write_total_steps
 from deltakd.models import LanguageModel
 from deltakd.models.tokenizers import pad_id
+from deltakd.references import LiveReferences
 from deltakd.rollouts.data import RolloutData
 from deltakd.tracking.wandb_run import wandb_of
 from deltakd.training.assembly import Parts
@@ -27,6 +28,7 @@ from deltakd.training.callbacks import (
     Checkpoints,
     Lifeline,
     RolloutLog,
+    ShareAfterValidation,
     StopOnSignal,
     StreamEnd,
     TrainingLog,
@@ -100,6 +102,7 @@ def fit(parts: Parts, loggers: list[Logger], state: SavedState | None, lifeline:
         *([rollout_log] if rollout_log else []),
         training_log,
         *([validation] if validation else []),
+        *([ShareAfterValidation(validation)] if validation and parts.settings.rollout.replay.adaptive else []),
         *watching,
     ]
     trainer = make_trainer(parts, callbacks, loggers)
@@ -145,6 +148,7 @@ def make_data(parts: Parts, ranks: int) -> DistillationData:
             log_probs=parts.settings.loss.needs_sampled_tokens,
             weights_dir=parts.directory.path / "server_weights",
             world_size=ranks,
+            references=parts.models.references if isinstance(parts.models.references, LiveReferences) else None,
         )
     return DistillationData(
         parts.sets.train,
