@@ -63,7 +63,7 @@ class VllmSettings:
             )
         if mixes_teacher:
             found.append(
-                "rollout.source=mixture draws each token from student and teacher together, and a vLLM server holds one "
-                "model; give rollout.engine=own, or rollout.source=student"
+                "rollout.source=mixture draws each token from student and teacher together, and a vLLM server holds "
+                "one model; give rollout.engine=own, or rollout.source=student"
             )
         return found
