@@ -2,41 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from deltakd.types.alignment import Alignment
 from deltakd.types.heads import TokenFacts
+from deltakd.types.role_names import STUDENT, STUDENT_RAW
 
 #: The label of a position that is not trained on (prompt, padding).
 IGNORE_INDEX = -100
 
 
 @dataclass
-class Batch:
-    """Rows of one micro-batch, padded on the right.
+class TokenStream:
+    """Rows of one micro-batch in one tokenizer, padded on the right.
 
     Args:
         input_ids: [B, T] int64.
         attention_mask: [B, T] int64, 1 on real tokens.
         labels: [B, T] int64; the token itself where it is trained on, else IGNORE_INDEX. Not shifted: position t
             is predicted from the hidden state at t − 1.
-        row_ids: [B] int64, the row's number in its data set.
-        step: the optimiser step (from 0) that this micro-batch belongs to.
-        step_tokens: valid tokens in that whole optimiser step, over all ranks and micro-batches.
-        sampled_log_probs: [B, T] float32 nats: each label's log-prob when an earlier student sampled it, 0 elsewhere;
-            None: as for ``TokenFacts``.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
-    row_ids: Tensor
-    step: int
-    step_tokens: int
-    sampled_log_probs: Tensor | None = None
-    _valid: Tensor | None = None
+    _valid: Tensor | None = field(default=None, kw_only=True)
 
     @property
     def valid_BT(self) -> Tensor:
@@ -60,25 +54,77 @@ class Batch:
         return self.labels.flatten()[self.valid_N + 1]
 
     @property
-    def facts_N(self) -> TokenFacts:
-        """Facts about the N valid tokens: their rows, and their log-probs at sampling time."""
-        sampled = None if self.sampled_log_probs is None else self.sampled_log_probs.flatten()[self.valid_N + 1]
-        return TokenFacts(self.valid_N // self.labels.shape[1], sampled)
+    def rows_N(self) -> Tensor:
+        """[N] int64, ascending: the row of each valid token."""
+        return self.valid_N // self.labels.shape[1]
 
     def at_valid(self, values_BTD: Tensor) -> Tensor:
         """Return [N, D], the values at the positions that predict the valid tokens."""
         return values_BTD.flatten(0, 1)[self.valid_N]
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """Return the batch with its tensors on ``device``."""
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """Return the stream with its tensors on ``device``."""
         return replace(
             self,
             input_ids=self.input_ids.to(device, non_blocking=non_blocking),
             attention_mask=self.attention_mask.to(device, non_blocking=non_blocking),
             labels=self.labels.to(device, non_blocking=non_blocking),
-            row_ids=self.row_ids.to(device, non_blocking=non_blocking),
-            sampled_log_probs=None
-            if self.sampled_log_probs is None
-            else self.sampled_log_probs.to(device, non_blocking=non_blocking),
             _valid=self.valid_N.to(device, non_blocking=non_blocking),
+        )
+
+
+@dataclass
+class AlignedStream:
+    """The rows of a micro-batch in the teachers' tokenizer.
+
+    Args:
+        stream: the rows, each in the teachers' own template; M valid tokens.
+        alignment: of the student's N valid tokens with these M.
+    """
+
+    stream: TokenStream
+    alignment: Alignment
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> AlignedStream:
+        """Return the stream with its tensors on ``device``."""
+        return AlignedStream(self.stream.to(device, non_blocking), self.alignment.to(device, non_blocking))
+
+
+@dataclass
+class Batch(TokenStream):
+    """Rows of one micro-batch, in the student's tokenizer.
+
+    Args:
+        row_ids: [B] int64, the row's number in its data set.
+        step: the optimiser step (from 0) that this micro-batch belongs to.
+        step_tokens: the student's valid tokens in that whole optimiser step, over all ranks and micro-batches.
+        sampled_log_probs: [B, T] float32 nats: each label's log-prob when an earlier student sampled it, 0 elsewhere;
+            None: as for ``TokenFacts``.
+        other: the same rows in the teachers' tokenizer; None: all models share the student's.
+    """
+
+    row_ids: Tensor
+    step: int
+    step_tokens: int
+    sampled_log_probs: Tensor | None = None
+    other: AlignedStream | None = None
+
+    @property
+    def facts_N(self) -> TokenFacts:
+        """Facts about the N valid tokens: their rows, and their log-probs at sampling time."""
+        sampled = None if self.sampled_log_probs is None else self.sampled_log_probs.flatten()[self.valid_N + 1]
+        return TokenFacts(self.rows_N, sampled)
+
+    def stream_of(self, role: str) -> TokenStream:
+        """Return the rows in the tokenizer of a role's model."""
+        return self if self.other is None or role in (STUDENT, STUDENT_RAW) else self.other.stream
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """Return the batch with its tensors on ``device``."""
+        sampled = self.sampled_log_probs
+        return replace(
+            super().to(device, non_blocking),
+            row_ids=self.row_ids.to(device, non_blocking=non_blocking),
+            sampled_log_probs=None if sampled is None else sampled.to(device, non_blocking=non_blocking),
+            other=None if self.other is None else self.other.to(device, non_blocking),
         )
