@@ -15,7 +15,16 @@ from deltakd.types.batch import IGNORE_INDEX, AlignedStream, Batch, TokenStream
 from deltakd.types.heads import NO_FACTS, Head, HeadLogits, TokenFacts, in_float64
 from deltakd.types.losses import Gate, LinearKL, Loss, LossOutput, Progress, Schedule, SequenceLoss, require_kind
 from deltakd.types.products import Products, at_least_float32
-from deltakd.types.role_names import ROLES, STUDENT, STUDENT_RAW, TEACHER, TEACHER_RAW, is_reference_role, teacher_pair
+from deltakd.types.role_names import (
+    ROLES,
+    STUDENT,
+    STUDENT_RAW,
+    TEACHER,
+    TEACHER_RAW,
+    is_reference_role,
+    is_teacher,
+    teacher_pair,
+)
 
 __all__ = [
     "IGNORE_INDEX",
@@ -45,6 +54,7 @@ __all__ = [
     "at_least_float32",
     "in_float64",
     "is_reference_role",
+    "is_teacher",
     "require_kind",
     "teacher_pair",
 ]
