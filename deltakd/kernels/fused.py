@@ -53,7 +53,7 @@ def fused_chunk(
     Returns:
         ``loss`` and its parts, [n] nats each, and the gradient of the summed loss w.r.t. the student's logits, [n, V].
     """
-    z_NV = student.logits()
+    z_NV = student.add_logits(None, 1.0)
     target_NV = None if form.ce_weight == 1.0 else HeadLogits(z_NV, references).combined(form.coefficients)
     gated = {}
     if target_NV is not None and form.gate is not None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from deltakd.types import Head, LinearKL, Products
+from deltakd.types.heads import aligned_rows
 from deltakd.types.products import HALF, Summands, add_product, split
 
 _LARGEST_FLOAT16 = 65504.0
@@ -41,7 +42,8 @@ class GradientFormat:
         if self.count == 2:
             return split(grad_NV)
         if self.dtype == torch.float16:
-            return (_float16(grad_NV.mul_(self.scale)),)
+            half_NV = aligned_rows(*grad_NV.shape, like=grad_NV.new_empty(0, dtype=torch.float16))
+            return (half_NV.copy_(grad_NV.mul_(self.scale).clamp_(-_LARGEST_FLOAT16, _LARGEST_FLOAT16)),)
         return (grad_NV,)
 
     def operand(self, tensor: Tensor) -> Summands:
