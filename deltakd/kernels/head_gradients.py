@@ -40,11 +40,17 @@ class GradientFormat:
     def summands(self, grad_NV: Tensor) -> Summands:
         """Return the summands of a gradient, at least float32; it may be overwritten."""
         if self.count == 2:
-            return split(grad_NV)
+            high_NV = self.empty(grad_NV).copy_(grad_NV)
+            return high_NV, self.empty(grad_NV).copy_(grad_NV.sub_(high_NV))
         if self.dtype == torch.float16:
-            half_NV = aligned_rows(*grad_NV.shape, like=grad_NV.new_empty(0, dtype=torch.float16))
-            return (half_NV.copy_(grad_NV.mul_(self.scale).clamp_(-_LARGEST_FLOAT16, _LARGEST_FLOAT16)),)
+            grad_NV.mul_(self.scale).clamp_(-_LARGEST_FLOAT16, _LARGEST_FLOAT16)
+            return (self.empty(grad_NV).copy_(grad_NV),)
         return (grad_NV,)
+
+    def empty(self, grad_NV: Tensor) -> Tensor:
+        """Return an uninitialised summand of a gradient, in rows that tensor cores read well."""
+        rows, columns = grad_NV.shape
+        return aligned_rows(rows, columns, like=grad_NV.new_empty(0, dtype=self.dtype))
 
     def operand(self, tensor: Tensor) -> Summands:
         """Return the other factor of a product with the gradient."""
