@@ -29,6 +29,7 @@ from deltakd.training.callbacks import (
     Checkpoints,
     Lifeline,
     RolloutLog,
+    ShareAfterValidation,
     StopOnSignal,
     StreamEnd,
     TrainingLog,
@@ -102,6 +103,7 @@ def fit(parts: Parts, loggers: list[Logger], state: SavedState | None, lifeline:
         *([rollout_log] if rollout_log else []),
         training_log,
         *([validation] if validation else []),
+        *([ShareAfterValidation(validation)] if validation and parts.settings.rollout.replay.adaptive else []),
         *watching,
     ]
     trainer = make_trainer(parts, callbacks, loggers)

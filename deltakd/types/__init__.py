@@ -10,6 +10,7 @@ With two tokenizers, M counts the valid tokens of the teachers' side, and K the 
 So ``hidden_ND`` holds one hidden state for each valid token, ``labels_BT`` one label for each position.
 """
 
+from deltakd.types.aligned import AlignedLogits, AlignedTokens, SideTokens
 from deltakd.types.alignment import UNALIGNED, Alignment, TokenMap
 from deltakd.types.batch import IGNORE_INDEX, AlignedStream, Batch, TokenStream
 from deltakd.types.heads import NO_FACTS, Head, HeadLogits, TokenFacts, in_float64
@@ -35,7 +36,9 @@ __all__ = [
     "TEACHER",
     "TEACHER_RAW",
     "UNALIGNED",
+    "AlignedLogits",
     "AlignedStream",
+    "AlignedTokens",
     "Alignment",
     "Batch",
     "Gate",
@@ -48,6 +51,7 @@ __all__ = [
     "Progress",
     "Schedule",
     "SequenceLoss",
+    "SideTokens",
     "TokenFacts",
     "TokenMap",
     "TokenStream",
