@@ -20,7 +20,7 @@ from deltakd.models.experts import balance_warning
 from deltakd.models.lora import add_lora
 from deltakd.models.roles import open_model, open_tokenizer, shared_vocabulary
 from deltakd.models.vocabulary import unknown_token_problems
-from deltakd.references import CachedReferences, CacheStore, References, SourceSettings
+from deltakd.references import CachedReferences, CacheStore, LiveReferences, References, SourceSettings
 from deltakd.references.content import data_identity, data_problems, missing_problem, missing_rows, named_sets
 from deltakd.training.announce import (
     announce_models,
@@ -30,7 +30,7 @@ from deltakd.training.announce import (
 )
 from deltakd.training.inputs import check_inputs, read_inputs
 from deltakd.training.settings import RunSettings
-from deltakd.types import STUDENT, STUDENT_RAW
+from deltakd.types import STUDENT, STUDENT_RAW, TEACHER
 
 log = logging.getLogger(__name__)
 
@@ -220,6 +220,9 @@ def open_models(
         has_adapter = settings.model.lora is not None
         adapted = student if has_adapter and STUDENT_RAW in settings.loss.requires else None
         references = settings.reference.make(frozen, adapted, settings.strategy)
+        if settings.rollout.mixes_teacher:
+            assert isinstance(references, LiveReferences), "checked with the config"
+            references.prepare_to_lend(TEACHER)
     return Models(student, references, loaded)
 
 
