@@ -92,8 +92,6 @@ class GatedDeltaTarget(Target):
         return self.with_parts(logits)[0]
 
 
-def gated_delta_target(
-    delta_weight: ScheduleSetting = 1.0, gate_nats: float = 1.0, v: float = 1.0
-) -> GatedDeltaTarget:
+def gated_delta_target(delta_weight: ScheduleSetting = 1.0, gate_nats: float = 1.0, v: float = 1.0) -> GatedDeltaTarget:
     """Return the gated delta target; arguments as for ``GatedDeltaTarget``."""
     return GatedDeltaTarget(delta_weight, gate_nats, v)
