@@ -56,7 +56,7 @@ def test_limits() -> None:
 
 
 def test_v_scales_the_teachers_shift_which_is_not_gated() -> None:
-    """With an open gate it is the bilinear target, with a shut one the teacher's shift alone; v = 0 needs no teacher."""
+    """With an open gate it is the bilinear target, with a shut one the teacher's shift alone."""
     logits, labels = draw()
 
     def value(target: object) -> torch.Tensor:
