@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +24,7 @@ class Batch:
         attention_mask: [B, T] int64, 1 on real tokens.
         labels: [B, T] int64; the token itself where it is trained on, else IGNORE_INDEX. Not shifted: position t
             is predicted from the hidden state at t − 1.
-        row_ids: [B] int64, the row's number in its data set.
+        row_ids: [B] int64, the row's number in its data set; stays on the CPU.
         step: the optimiser step (from 0) that this micro-batch belongs to.
         step_tokens: valid tokens in that whole optimiser step, over all ranks and micro-batches.
         sampled_log_probs: [B, T] float32 nats: each label's log-prob when an earlier student sampled it, 0 elsewhere;
@@ -37,6 +39,14 @@ class Batch:
     step_tokens: int
     sampled_log_probs: Tensor | None = None
     _valid: Tensor | None = None
+    _real: int | None = None
+
+    @property
+    def real_positions(self) -> int:
+        """Number of positions that are no padding; like ``valid_N`` counted once, before the batch moves."""
+        if self._real is None:
+            self._real = int(self.attention_mask.sum())
+        return self._real
 
     @property
     def valid_BT(self) -> Tensor:
@@ -70,15 +80,16 @@ class Batch:
         return values_BTD.flatten(0, 1)[self.valid_N]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """Return the batch with its tensors on ``device``."""
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device, non_blocking=non_blocking),
-            attention_mask=self.attention_mask.to(device, non_blocking=non_blocking),
-            labels=self.labels.to(device, non_blocking=non_blocking),
-            row_ids=self.row_ids.to(device, non_blocking=non_blocking),
-            sampled_log_probs=None
-            if self.sampled_log_probs is None
-            else self.sampled_log_probs.to(device, non_blocking=non_blocking),
-            _valid=self.valid_N.to(device, non_blocking=non_blocking),
-        )
+        """Return the batch with its tensors on ``device``, all but ``row_ids``."""
+        return self._with(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pinned(self) -> Batch:
+        """Return the batch in page-locked memory, from which a GPU copies while the CPU goes on."""
+        return self._with(Tensor.pin_memory)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """Return the batch with its tensors changed, all but ``row_ids``; what the host reads is found first."""
+        self._valid, self._real = self.valid_N, self.real_positions
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "row_ids"}
+        moved: dict[str, Any] = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
