@@ -19,7 +19,7 @@ from deltakd.models import ModelSettings, ModelSpec, load_config, spec_problems
 from deltakd.models.causal import NotCausalError
 from deltakd.models.quantization import student_problems
 from deltakd.models.roles import position_problems
-from deltakd.references import CacheSettings, CacheStore, ReferenceSettings
+from deltakd.references import CacheSettings, CacheStore, LiveSettings, ReferenceSettings
 from deltakd.references.content import cache_problems
 from deltakd.references.topk import topk_problems
 from deltakd.rollouts.settings import RolloutSettings
@@ -131,6 +131,11 @@ def rollout_problems(
         found.append(
             f"{answers}, and the lengths of its responses are not known in advance, so batches can't be filled up to "
             "data.max_tokens_per_batch; give data.batch_size, or rollout=none"
+        )
+    if rollout.mixes_teacher and not isinstance(reference, LiveSettings | CacheSettings | None):
+        found.append(
+            "rollout.source=mixture runs the teacher token by token, and reference is a source of your own; give "
+            "reference=live, or rollout.source=student"
         )
     if isinstance(reference, CacheSettings) and loss is not None and loss.requires:
         found.append(

@@ -140,7 +140,13 @@ class Shell:
     """
 
     def __init__(self, model: LanguageModel) -> None:
-        self._model = copy.deepcopy(model)
+        # The copies of plain parameters are empty from the start: a second whole model might not fit.
+        hollow = {
+            id(p): nn.Parameter(p.new_empty(0), requires_grad=p.requires_grad)
+            for p in model.parameters()
+            if type(p) is nn.Parameter
+        }
+        self._model = copy.deepcopy(model, hollow)
         self._parameters = dict(self._model.named_parameters())
         self.empty()
 

@@ -126,17 +126,20 @@ class MeasuredReferences:
             return str(error)
         return ""
 
-    def source(self, name: str, encoded: EncodedSet, rows: NDArray[np.int64]) -> HeadSource:
+    def source(
+        self, name: str, encoded: EncodedSet, rows: NDArray[np.int64], wanted: Collection[str] = WANTED
+    ) -> HeadSource:
         """Return the heads available for some rows of a set. Collective: call on every rank.
 
         Args:
             name: name of the set, for the log.
             encoded: the set.
             rows: positions in it, the same on all ranks.
+            wanted: the roles to find.
         """
-        cached = self._cached_roles(encoded, rows)
+        cached = self._cached_roles(encoded, rows) & frozenset(wanted)
         live = self._fitting(
-            self._live({role for role in WANTED if role not in cached}, int(encoded.lengths[rows].max()))
+            self._live({role for role in wanted if role not in cached}, int(encoded.lengths[rows].max()))
         )
         own = {role: model.vocabulary for role, model in live.items()}
         if self._cached is not None:
@@ -145,7 +148,7 @@ class MeasuredReferences:
         of_ranks = gathered(own)
         roles = frozenset.intersection(*(frozenset(of) for of in of_ranks))
         vocabulary = min([self._vocabulary, *(of[role] for of in of_ranks for role in roles)])
-        lacking = [role for role in WANTED if role not in roles and self._is_named(role)]
+        lacking = [role for role in wanted if role not in roles and self._is_named(role)]
         if lacking:
             log.info("%s is measured without %s.", name, ", ".join(lacking))
         parts: dict[str, References] = {}

@@ -4,35 +4,32 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from deltakd.data import DataConfig, EncodedSet, encode_rows, with_answer
 from deltakd.distributed.sharding import gathered, is_sharded, place
-from deltakd.evaluation.measured_references import HeadSource, MeasuredReferences
+from deltakd.evaluation.measured_references import WANTED, HeadSource, MeasuredReferences
+from deltakd.evaluation.retention import FACTS, RETAINED, TEXT, recalled, retained_sets
 from deltakd.evaluation.settings import EvaluationSettings
-from deltakd.evaluation.teacher_forced import device_of, first_rows, measured_batches
-from deltakd.evaluation.token_measures import (
-    CALIBRATION_BINS,
-    TokenMeasures,
-    calibration_bins,
-    expected_calibration_error,
-)
+from deltakd.evaluation.teacher_forced import MeasuredBatch, device_of, first_rows, measured_batches
+from deltakd.evaluation.token_measures import CALIBRATION_BINS, calibration_bins, expected_calibration_error
 from deltakd.generation.model_step import position_limit
 from deltakd.io.progress import progress_bar
 from deltakd.models import LanguageModel, ModelSettings
 from deltakd.references import CacheSettings, LiveSettings, ReferenceSettings
+from deltakd.types import STUDENT_RAW
 
 log = logging.getLogger(__name__)
 
 VALIDATION = "val"
+#: Measures that are means over tokens, where their references are there.
+_MEANS = ("kl_teacher", "kl_raw_student", "top1_agreement")
 
 
 @dataclass(frozen=True)
@@ -67,14 +64,33 @@ class Measured:
     """The results of measuring a student.
 
     Args:
-        scores: ``<set>/<measure>``: ``perplexity``, ``ece`` and ``top1_agreement`` (per cent), ``kl_teacher`` (nats per
-            token), ``shift_correlation``; measures that are not available are absent.
+        scores: ``<set>/<measure>``: ``perplexity``, ``ece`` and ``top1_agreement`` (per cent), ``kl_teacher`` and
+            ``kl_raw_student`` (nats per token), ``shift_correlation``; and ``retained/perplexity``,
+            ``retained/kl_raw_student``, ``retained/fact_recall`` (per cent), with ``retained/perplexity_before`` and
+            ``retained/fact_recall_before`` of the raw student. Measures that are not available are absent.
         counts: set -> ``rows`` and ``tokens`` measured, ``tokens_without_shift`` (those without a correlation), and
             the source of the ``references``.
     """
 
     scores: dict[str, float] = field(default_factory=dict)
     counts: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def add(
+        self,
+        name: str,
+        scores: Mapping[str, float],
+        tokens: int,
+        rows: int,
+        references: str,
+        counted_as: str | None = None,
+    ) -> None:
+        """Add the scores of a set, those that are finite; its counts have its own name if none is given."""
+        named = {f"{name}/{measure}": value for measure, value in scores.items()}
+        self.scores.update({key: value for key, value in named.items() if math.isfinite(value)})
+        self.counts[counted_as or name] = {"rows": rows, "tokens": tokens, "references": references}
+        unfinite = [key for key, value in named.items() if not math.isfinite(value)]
+        if unfinite:
+            log.info("%s: no finite value, so it is left out.", ", ".join(unfinite))
 
 
 def encode_set(
@@ -101,7 +117,7 @@ def encode_set(
 
 
 def measure(subject: Subject, validation: EncodedSet | None) -> Measured:
-    """Measure the student on validation rows and, if answers are generated, on the evaluation sets.
+    """Measure the student on validation rows, if answers are generated on the evaluation sets, and what it retains.
 
     A run that generates no answers is judged only on validation data. Each rank measures its share of the rows; the
     results cover all ranks. Collective: call on every rank.
@@ -131,23 +147,17 @@ def measure(subject: Subject, validation: EncodedSet | None) -> Measured:
             device_of(subject.model),
         )
     for name, encoded in _sets(subject, validation):
-        rows = first_rows(encoded, evaluation.measures.rows)
-        longest, positions = int(encoded.lengths[rows].max()), position_limit(subject.model)
-        if positions is not None and longest > positions:
-            log.warning("%s is not measured: a row has %d tokens, the student %d positions.", name, longest, positions)
-            continue
-        source = HeadSource([], frozenset(), subject.vocabulary, "none")
-        if references is not None:
-            source = references.source(name, encoded, rows)
-        sums = _sums(subject, source, name, encoded, rows)
-        scores = {f"{name}/{measure}": value for measure, value in _scores(sums, source).items()}
-        found.scores.update({key: value for key, value in scores.items() if math.isfinite(value)})
-        found.counts[name] = {"rows": len(rows), "tokens": int(sums["tokens"]), "references": source.name}
-        if "correlated" in sums:
-            found.counts[name]["tokens_without_shift"] = int(sums["tokens"] - sums["correlated"])
-        unfinite = [key for key, value in scores.items() if not math.isfinite(value)]
-        if unfinite:
-            log.info("%s: no finite value, so it is left out.", ", ".join(unfinite))
+        measured = _measured_set(subject, references, name, encoded, WANTED, _add_up)
+        if measured is not None:
+            sums, source, rows = measured
+            found.add(name, _scores(sums), int(sums["tokens"]), rows, source.name)
+            if "correlated" in sums:
+                found.counts[name]["tokens_without_shift"] = int(sums["tokens"] - sums["correlated"])
+    for name, encoded in _retained(subject):
+        measured = _measured_set(subject, references, name, encoded, (STUDENT_RAW,), _ADDED[name])
+        if measured is not None:
+            sums, source, rows = measured
+            found.add(RETAINED, _SCORED[name](sums), int(sums["tokens"]), rows, source.name, counted_as=name)
     return found
 
 
@@ -161,61 +171,128 @@ def _sets(subject: Subject, validation: EncodedSet | None) -> Iterator[tuple[str
             log.warning("%s is not measured beyond its answers: %s", name, error)
 
 
-def _sums(
-    subject: Subject, source: HeadSource, name: str, encoded: EncodedSet, rows: NDArray[np.int64]
-) -> dict[str, Tensor]:
-    """Return sums over the tokens of all ranks, float64. Collective: call on every rank."""
+def _retained(subject: Subject) -> Iterator[tuple[str, EncodedSet]]:
+    try:
+        yield from retained_sets(subject.evaluation.measures, subject.data, subject.tokenizer)
+    except ValueError as error:
+        log.warning("What the student keeps is not measured: %s", error)
+
+
+#: Sums over the tokens of a batch, float64, on the CPU.
+Sums = dict[str, Tensor]
+
+
+def _measured_set(
+    subject: Subject,
+    references: MeasuredReferences | None,
+    name: str,
+    encoded: EncodedSet,
+    wanted: Collection[str],
+    add_up: Callable[[MeasuredBatch], Sums],
+) -> tuple[Sums, HeadSource, int] | None:
+    """Measure a set's first rows. Collective: call on every rank.
+
+    Returns:
+        The sums over the tokens of all ranks, the source of the references, and the number of rows; None if the student
+        has too few positions.
+    """
+    rows = first_rows(encoded, subject.evaluation.measures.rows)
+    longest, positions = int(encoded.lengths[rows].max()), position_limit(subject.model)
+    if positions is not None and longest > positions:
+        log.warning("%s is not measured: a row has %d tokens, the student %d positions.", name, longest, positions)
+        return None
+    source = HeadSource([], frozenset(), subject.vocabulary, "none")
+    if references is not None:
+        source = references.source(name, encoded, rows, wanted)
     share = place()
-    total, done = _no_tokens(source), 0
+    own: Sums = {}
+    done = 0
     batches = measured_batches(
-        subject.model, source, subject.tokenizer, encoded, rows, batch_size=subject.data.full_rows, share=share
+        subject.model,
+        source,
+        subject.tokenizer,
+        encoded,
+        rows,
+        batch_size=subject.data.full_rows,
+        share=share,
+        with_before=add_up is not _add_up,
     )
     with progress_bar(f"measures of {name}", len(rows[share[0] :: share[1]]), subject.show_progress) as advance:
         for batch in batches:
-            for key, value in _add_up(batch.measures).items():
-                total[key] = total[key] + value
+            for key, value in add_up(batch).items():
+                own[key] = own.get(key, torch.zeros(())) + value.cpu()
             done += len(batch.rows)
             advance(done)
-    of_ranks = gathered(total)
-    return {key: torch.stack([of[key] for of in of_ranks]).sum(0) for key in total}
+    # A rank may have had no row.
+    of_ranks = gathered(own)
+    keys = dict.fromkeys(key for of in of_ranks for key in of)
+    return {key: torch.stack([of[key] for of in of_ranks if key in of]).sum(0) for key in keys}, source, len(rows)
 
 
-def _no_tokens(source: HeadSource) -> dict[str, Tensor]:
-    """Return a zero for each sum that the source allows; the same keys on every rank."""
-    none_N = torch.zeros(0, dtype=torch.float64)
-    teacher = none_N if "teacher" in source.roles else None
-    shift = none_N if len(source.roles) == 3 else None
-    return _add_up(TokenMeasures(none_N, none_N, none_N, teacher, teacher, shift))
-
-
-def _add_up(measured: TokenMeasures) -> dict[str, Tensor]:
+def _add_up(batch: MeasuredBatch) -> Sums:
+    measured = batch.measures
     sums = {
         "tokens": torch.tensor(len(measured.nll), dtype=torch.float64),
         "nll": measured.nll.sum(),
         "bins": calibration_bins(measured.confidence, measured.correct),
     }
-    if measured.kl_teacher is not None and measured.top1_agreement is not None:
-        sums |= {"kl_teacher": measured.kl_teacher.sum(), "top1_agreement": measured.top1_agreement.sum()}
+    for name in _MEANS:
+        values = getattr(measured, name)
+        if values is not None:
+            sums[name] = values.sum()
     if measured.correlation is not None:
         defined = ~measured.correlation.isnan()
         sums |= {"correlated": defined.double().sum(), "correlation": measured.correlation[defined].sum()}
-    return {name: value.cpu() for name, value in sums.items()}
+    return sums
 
 
-def _scores(sums: Mapping[str, Tensor], source: HeadSource) -> dict[str, float]:
+def _add_up_text(batch: MeasuredBatch) -> Sums:
+    return _add_up(batch) | ({} if batch.before is None else {"nll_before": batch.before.nll.sum()})
+
+
+def _add_up_facts(batch: MeasuredBatch) -> Sums:
+    sums = {
+        "tokens": torch.tensor(sum(batch.tokens), dtype=torch.float64),
+        "facts": torch.tensor(sum(count > 0 for count in batch.tokens), dtype=torch.float64),
+        "recalled": recalled(batch.measures.correct, batch.tokens),
+    }
+    before = batch.before
+    return sums | ({} if before is None else {"recalled_before": recalled(before.correct, batch.tokens)})
+
+
+def _scores(sums: Mapping[str, Tensor]) -> dict[str, float]:
     tokens = float(sums["tokens"])
     if not tokens:
         return {}
-    mean = {name: float(sums[name]) / tokens for name in ("nll", "kl_teacher", "top1_agreement") if name in sums}
+    mean = {name: float(sums[name]) / tokens for name in ("nll", *_MEANS) if name in sums}
     assert sums["bins"].shape == (3, CALIBRATION_BINS)
-    try:
-        perplexity = math.exp(mean["nll"])
-    except OverflowError:
-        perplexity = math.inf
-    scores = {"perplexity": perplexity, "ece": 100 * expected_calibration_error(sums["bins"])}
-    if "kl_teacher" in mean:
-        scores |= {"kl_teacher": mean["kl_teacher"], "top1_agreement": 100 * mean["top1_agreement"]}
+    scores = {"perplexity": _perplexity(mean.pop("nll")), "ece": 100 * expected_calibration_error(sums["bins"])}
+    scores |= {name: 100 * value if name == "top1_agreement" else value for name, value in mean.items()}
     if "correlated" in sums:
         correlated = float(sums["correlated"])
         scores["shift_correlation"] = float(sums["correlation"]) / correlated if correlated else math.nan
     return scores
+
+
+def _text_scores(sums: Mapping[str, Tensor]) -> dict[str, float]:
+    scores = {key: value for key, value in _scores(sums).items() if key != "ece"}
+    if scores and "nll_before" in sums:
+        scores["perplexity_before"] = _perplexity(float(sums["nll_before"] / sums["tokens"]))
+    return scores
+
+
+def _fact_scores(sums: Mapping[str, Tensor]) -> dict[str, float]:
+    facts = float(sums["facts"])
+    named = {"fact_recall": "recalled", "fact_recall_before": "recalled_before"}
+    return {name: 100 * float(sums[key]) / facts for name, key in named.items() if facts and key in sums}
+
+
+def _perplexity(nll: float) -> float:
+    try:
+        return math.exp(nll)
+    except OverflowError:
+        return math.inf
+
+
+_ADDED = {TEXT: _add_up_text, FACTS: _add_up_facts}
+_SCORED = {TEXT: _text_scores, FACTS: _fact_scores}

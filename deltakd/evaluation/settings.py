@@ -38,17 +38,39 @@ class SetSource:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RetainedSettings:
+    """What a student knew before its training, measured before and after (``evaluation.measures.retained``).
+
+    Args:
+        text: raw text, as for pre-training: perplexity, and KL to the raw student.
+        facts: records with a ``prompt`` and a ``completion``, read as one text without a template: the share of
+            completions that the student would write.
+    """
+
+    text: str | Sequence[str] | None = None
+    facts: str | Sequence[str] | None = None
+
+    def problems(self) -> list[str]:
+        """Return a sentence for each missing file."""
+        key = "evaluation.measures.retained"
+        return missing_sources({f"{key}.text": self.text, f"{key}.facts": self.facts})
+
+
+@dataclass(frozen=True, kw_only=True)
 class MeasureSettings:
     """How a student is measured beyond the scores of its answers (``evaluation.measures``).
 
     Args:
-        rows: first N rows of the validation data and of each evaluation set; None: all; 0: nothing is measured.
+        rows: first N rows of the validation data, of each evaluation set, and of ``retained``; None: all; 0: nothing
+            is measured.
         references: ``auto``: models in the reference cache, and models with a path in the config, whether the loss
             reads them or not; ``none``: only the student.
+        retained: what it knew before.
     """
 
     rows: Annotated[int, Ge(0)] | None = 256
     references: Literal["auto", "none"] = "auto"
+    retained: RetainedSettings = field(default_factory=RetainedSettings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,12 +156,15 @@ class EvaluationSettings:
         found = self.decoding.problems() + pattern_problems("evaluation.strip", self.strip)
         if self.template is not None:
             found += template_problems("evaluation.template", self.template)
+        if data is not None and data.prepare is None and self.measures.rows != 0:
+            found += self.measures.retained.problems()
         if not self.generate:
             return found
         found += [
-            f"evaluation.sets has {name!r}; a set can't be called val, train or meta, nor have a slash in its name"
+            f"evaluation.sets has {name!r}; a set can't be called val, train, retained or meta, nor have a slash in "
+            "its name"
             for name in self.sets
-            if name in ("val", "train", "meta") or "/" in name
+            if name in ("val", "train", "retained", "meta") or "/" in name
         ]
         if data is None:
             return found

@@ -18,7 +18,7 @@ from deltakd.generation.model_step import evaluating
 from deltakd.kernels import MEMORY_BUDGET, chunk_size_for
 from deltakd.models import LanguageModel
 from deltakd.models.tokenizers import pad_id
-from deltakd.types import STUDENT, Head
+from deltakd.types import STUDENT, STUDENT_RAW, Head
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,15 @@ class MeasuredBatch:
         rows: their positions in the set.
         heads: role -> head of their N valid tokens, row after row.
         measures: the measures of these tokens.
+        tokens: the number of tokens of each row.
+        before: the measures of the raw student, taken for the student; None without one, or if not asked for.
     """
 
     rows: list[int]
     heads: Mapping[str, Head]
     measures: TokenMeasures
+    tokens: list[int]
+    before: TokenMeasures | None = None
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -56,6 +60,7 @@ def measured_batches(
     batch_size: int,
     share: tuple[int, int] = (0, 1),
     with_shifts: bool = False,
+    with_before: bool = False,
 ) -> Iterator[MeasuredBatch]:
     """Measure rows in batches of similar length, which need less padding.
 
@@ -68,6 +73,7 @@ def measured_batches(
         batch_size: rows of a batch.
         share: (rank, world size): this rank takes every ``world size``-th row in the order of length.
         with_shifts: see ``token_measures``.
+        with_before: measure the raw student, too.
     """
     rank, world_size = share
     mine = rows[np.argsort(encoded.lengths[rows], kind="stable")][rank::world_size]
@@ -79,6 +85,11 @@ def measured_batches(
             chosen = mine[start : start + batch_size].tolist()
             batch = collate([encoded[row] for row in chosen], pad, step=0, step_tokens=0).to(device_of(model))
             heads = {STUDENT: student(batch)} | source(batch)
+            raw = {STUDENT: heads[STUDENT_RAW]} if with_before and STUDENT_RAW in heads else None
             yield MeasuredBatch(
-                chosen, heads, token_measures(heads, batch.labels_N, chunk_size, with_shifts=with_shifts)
+                chosen,
+                heads,
+                token_measures(heads, batch.labels_N, chunk_size, with_shifts=with_shifts),
+                encoded.valid_tokens[chosen].tolist(),
+                None if raw is None else token_measures(raw, batch.labels_N, chunk_size),
             )

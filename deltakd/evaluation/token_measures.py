@@ -32,6 +32,7 @@ class TokenMeasures:
         top1_agreement: 1 if the teacher's most probable token is a most probable one of the student, else 0; None
             without a teacher.
         correlation: of both shifts, see ``shift_correlation``; None without all four models.
+        kl_raw_student: KL(p_s^raw ‖ π_θ), nats: how far training moved the student; None without a raw student.
         kl_raw: KL(p_t ‖ π_s^raw), nats: the student's starting point. None, like the next two, unless asked for.
         student_shift: log π_θ − log π_s^raw of the label, nats.
         teacher_shift: log π_t^ft − log π_t^raw of the label, nats.
@@ -43,6 +44,7 @@ class TokenMeasures:
     kl_teacher: Tensor | None = None
     top1_agreement: Tensor | None = None
     correlation: Tensor | None = None
+    kl_raw_student: Tensor | None = None
     kl_raw: Tensor | None = None
     student_shift: Tensor | None = None
     teacher_shift: Tensor | None = None
@@ -129,6 +131,8 @@ def _block(logits: Mapping[str, Tensor], labels_N: Tensor, with_shifts: bool) ->
         measures["top1_agreement"] = (at_favourite_N == highest_N).double()
         teacher_NV = wide[TEACHER].log_softmax(-1)
         measures["kl_teacher"] = _forward_kl(teacher_NV, student_NV)
+    if STUDENT_RAW in wide:
+        measures["kl_raw_student"] = _forward_kl(wide[STUDENT_RAW].log_softmax(-1), student_NV)
     if all(role in wide for role in ROLES):
         measures["correlation"] = shift_correlation(wide, torch.finfo(logits[STUDENT].dtype).eps)
     if with_shifts:

@@ -57,6 +57,11 @@ class Distillation(LabelMixture):
         return self.target.schedules
 
     @property
+    def teacher_factor(self) -> float:
+        """That of the target."""
+        return self.target.teacher_factor
+
+    @property
     def term_whole_vocabulary_reasons(self) -> tuple[str, ...]:
         """Reasons of the target and of the divergence; a gate reads probabilities at τ = 1."""
         reasons = self.target.whole_vocabulary_reasons + self.divergence.whole_vocabulary_reasons

@@ -75,6 +75,11 @@ class Parallelogram(LabelMixture):
         return moving(delta_weight=self._delta_weight)
 
     @property
+    def teacher_factor(self) -> float:
+        """That of the corner that has the largest."""
+        return max(target.teacher_factor for _, target in self.corners.values())
+
+    @property
     def term_whole_vocabulary_reasons(self) -> tuple[str, ...]:
         """Reasons of the divergence and of the corners."""
         corners = (reason for _, target in self.corners.values() for reason in target.whole_vocabulary_reasons)

@@ -79,6 +79,11 @@ class PolicyGradient(Loss):
         return {**self.score.schedules, **({} if self.agrees_with is None else self.agrees_with.schedules)}
 
     @property
+    def teacher_factor(self) -> float:
+        """That of the score."""
+        return self.score.teacher_factor
+
+    @property
     def whole_vocabulary_reasons(self) -> tuple[str, ...]:
         """A sampled token may be outside the K."""
         return () if self.ce_weight == 1.0 else ("a policy gradient scores the sampled token by itself",)

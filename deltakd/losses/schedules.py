@@ -111,7 +111,7 @@ class AdaptiveInterpolation:
             problems.append(f"loss.target.momentum is {momentum}; it must be at least 0 and below 1")
         if problems:
             raise ValueError("; ".join(problems))
-        self._start, self._end = start, end
+        self.start, self.end = start, end
         self._rate, self._beta = rate, momentum
         self._momentum = 0.0
         self._loss_before: float | None = None
@@ -119,14 +119,14 @@ class AdaptiveInterpolation:
 
     def on_step(self, progress: Progress, reduced_loss: SupportsFloat) -> None:
         """Move u by how much the loss fell."""
-        line = self._start + (self._end - self._start) * progress.step / progress.total_steps
+        line = self.start + (self.end - self.start) * progress.step / progress.total_steps
         step, loss = 0.0, float(reduced_loss)
         if self._loss_before is not None and self._loss_before > 0:
             fall = (self._loss_before - loss) / self._loss_before
             self._momentum = self._beta * self._momentum + (1 - self._beta) * fall
             step = self._rate / (1 + math.exp(-max(self._momentum, -700.0))) * (1 - self.value)
         self._loss_before = loss
-        self.value = min(self._end, max(line, self.value + step))
+        self.value = min(self.end, max(line, self.value + step))
 
     def state_dict(self) -> dict[str, Any]:
         """u, the momentum, and the loss of the step before."""
@@ -176,10 +176,17 @@ def at_least(minimum: float, schedule: Schedule, name: str) -> Schedule:
     Raises:
         ValueError: it does fall below.
     """
-    ends = (schedule.start, schedule.end) if isinstance(schedule, Ramp) else (schedule.value,)
-    if min(ends) < minimum:
-        raise ValueError(f"{name} is {min(ends)}; for this loss it must be at least {minimum:g}")
+    lowest = min(ends_of(schedule))
+    if lowest < minimum:
+        raise ValueError(f"{name} is {lowest}; for this loss it must be at least {minimum:g}")
     return schedule
+
+
+def ends_of(schedule: Schedule) -> tuple[float, ...]:
+    """Return the numbers between which a schedule stays; of a schedule of the user's, the current one."""
+    if isinstance(schedule, Ramp | AdaptiveInterpolation):
+        return (schedule.start, schedule.end)
+    return (schedule.value,)
 
 
 def is_zero(schedule: Schedule) -> bool:

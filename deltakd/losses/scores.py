@@ -43,6 +43,11 @@ class Score(ABC):
         """The numbers that change with training, by the name under which they are logged."""
         return {}
 
+    @property
+    def teacher_factor(self) -> float:
+        """As for a ``Target``."""
+        return 1.0
+
 
 @final
 class TowardsTarget(Score):
@@ -66,6 +71,10 @@ class TowardsTarget(Score):
     @property
     def schedules(self) -> Mapping[str, Schedule]:
         return self.target.schedules
+
+    @property
+    def teacher_factor(self) -> float:
+        return self.target.teacher_factor
 
     @torch.no_grad()
     def __call__(self, logits: Mapping[str, Tensor], log_student_NV: Tensor) -> Tensor:

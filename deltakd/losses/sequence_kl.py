@@ -58,8 +58,8 @@ class SequenceReverseKL(SequenceLoss):
 
     @property
     def requires(self) -> frozenset[str]:
-        """The references that the target reads."""
-        return self.target.requires
+        """The references that the target reads; none if λ = 1."""
+        return frozenset() if self.ce_weight == 1.0 else self.target.requires
 
     @property
     def schedules(self) -> Mapping[str, Schedule]:
@@ -67,13 +67,20 @@ class SequenceReverseKL(SequenceLoss):
         return self.target.schedules
 
     @property
+    def teacher_factor(self) -> float:
+        """That of the target."""
+        return self.target.teacher_factor
+
+    @property
     def whole_vocabulary_reasons(self) -> tuple[str, ...]:
         """A sampled token may be outside the K."""
-        return ("a policy gradient scores the sampled token by itself",)
+        return () if self.ce_weight == 1.0 else ("a policy gradient scores the sampled token by itself",)
 
     @torch.no_grad()
     def token_rewards(self, logits: Mapping[str, Tensor], labels: Tensor) -> Tensor:
         """[N] nats: −r_t, how much likelier the label is to the target than to the student."""
+        if self.ce_weight == 1.0:
+            return at_least_float32(logits[STUDENT]).new_zeros(len(labels))
         of_target_N = of_labels(self.target(logits).log_softmax(-1), labels)
         rewards_N = of_target_N - of_labels(at_least_float32(logits[STUDENT]).log_softmax(-1), labels)
         return rewards_N if self.reward_clip is None else rewards_N.clamp(-self.reward_clip, self.reward_clip)
@@ -97,6 +104,8 @@ class SequenceReverseKL(SequenceLoss):
         """
         log_student_NV = at_least_float32(logits[STUDENT]).log_softmax(-1)
         log_pi_N = of_labels(log_student_NV, labels)
+        if self.ce_weight == 1.0:
+            return LossOutput(-log_pi_N, {"ce": -log_pi_N})
         kl_N = kl(log_student_NV, self.target(logits).log_softmax(-1))
         term_N, parts = kl_N, {"ce": -log_pi_N, "reverse_kl": kl_N}
         weights_N = logits.facts.weights if isinstance(logits, HeadLogits) else None

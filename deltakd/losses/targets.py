@@ -14,7 +14,15 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
-from deltakd.losses.schedules import AdaptiveInterpolation, Constant, ScheduleSetting, is_zero, make_schedule, moving
+from deltakd.losses.schedules import (
+    AdaptiveInterpolation,
+    Constant,
+    ScheduleSetting,
+    ends_of,
+    is_zero,
+    make_schedule,
+    moving,
+)
 from deltakd.losses.treatments import NO_TREATMENT, Treatment, difference, log_probs_of, ruled_out
 from deltakd.types import (
     STUDENT,
@@ -25,6 +33,7 @@ from deltakd.types import (
     HeadLogits,
     Schedule,
     at_least_float32,
+    is_teacher,
     require_kind,
     teacher_pair,
 )
@@ -60,6 +69,11 @@ class Target(ABC):
     def gate(self) -> Gate | None:
         """The term added to the ``coefficients`` with a weight per token, for the coming step; None: nothing."""
         return None
+
+    @property
+    def teacher_factor(self) -> float:
+        """The largest factor that the teachers' logits get during the run, v of docs/design.md#plane."""
+        return 1.0
 
     @property
     def whole_vocabulary_reasons(self) -> tuple[str, ...]:
@@ -141,6 +155,17 @@ class ShiftedTarget(Target):
             total[shift.to] = total.get(shift.to, 0.0) + shift.coefficient
             total[shift.origin] = total.get(shift.origin, 0.0) - shift.coefficient
         return {role: factor for role, factor in total.items() if factor != 0.0}
+
+    @property
+    def teacher_factor(self) -> float:
+        """The largest sum of the teachers' coefficients; shifts that share a schedule reach its ends together."""
+        slopes: dict[int, tuple[Schedule, float]] = {}
+        for shift in self.shifts:
+            slope = shift.factor * (is_teacher(shift.to) - is_teacher(shift.origin))
+            _, before = slopes.get(id(shift.weight), (shift.weight, 0.0))
+            slopes[id(shift.weight)] = (shift.weight, before + slope)
+        largest = (max(slope * end for end in ends_of(weight)) for weight, slope in slopes.values())
+        return float(is_teacher(self.base)) + sum(largest)
 
     @property
     def whole_vocabulary_reasons(self) -> tuple[str, ...]:

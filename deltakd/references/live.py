@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, final
 
@@ -14,6 +15,7 @@ from deltakd.models import LanguageModel
 from deltakd.types import STUDENT_RAW, Batch, Head
 
 if TYPE_CHECKING:
+    from deltakd.distributed.sharding import Shell
     from deltakd.references.sharded import Engine
 
 
@@ -49,6 +51,9 @@ class LiveReferences:
         self._adapted_student = adapted_student
         self._placement = placement
         self._device = torch.device("cpu")
+        #: Roles to be lent whole, and for sharded models the shells that are filled for it.
+        self._lent: set[str] = set()
+        self._shells: dict[str, Shell] = {}
         #: Output embeddings of models on another device, copied to the student's once.
         self._remote_weights: dict[str, torch.Tensor] = {}
         for model in self._models.values():
@@ -68,8 +73,10 @@ class LiveReferences:
         home = self._home
         if self._sharding == "shard" and dist.is_initialized():
             # FSDP2 and DTensor are imported for those who shard.
+            from deltakd.distributed.sharding import Shell
             from deltakd.references.sharded import sharded
 
+            self._shells = {role: Shell(self._models[role]) for role in self._lent}
             self._runners = {
                 role: sharded(model, self._engine, device, self._persistence_threshold)
                 for role, model in self._models.items()
@@ -83,6 +90,20 @@ class LiveReferences:
     @property
     def _home(self) -> torch.device:
         return self._device if self._placement == "auto" else torch.device(self._placement)
+
+    def prepare_to_lend(self, role: str) -> None:
+        """Allow ``whole(role)`` later. Call before ``to``: a sharded model needs a shell made of the whole one."""
+        self._lent.add(role)
+
+    @contextmanager
+    def whole(self, role: str) -> Iterator[LanguageModel]:
+        """Yield a model, on its own device, that this rank can run alone. Collective: call on every rank."""
+        assert role in self._lent, f"{role} was not prepared"
+        if role in self._shells:
+            with self._shells[role].filled(self._models[role]) as model:
+                yield model
+        else:
+            yield self._models[role]
 
     def start(self, batch: Batch) -> Callable[[], dict[str, Head]]:
         """On the student's device, run now: the activations are freed before the student makes its own.

@@ -15,8 +15,12 @@ from deltakd.results.reading import Run
 #: Measure in a summary -> heading and decimals.
 MEASURES = {
     "perplexity": ("perplexity", 2),
+    "perplexity_before": ("perplexity before", 2),
+    "fact_recall": ("facts recalled (%)", 2),
+    "fact_recall_before": ("facts before (%)", 2),
     "ece": ("ECE (%)", 2),
     "kl_teacher": ("KL to teacher (nats)", 4),
+    "kl_raw_student": ("KL to raw student (nats)", 4),
     "top1_agreement": ("top-1 agreement (%)", 2),
     "shift_correlation": ("shift correlation", 3),
     "distinct_1": ("distinct-1 (%)", 2),
@@ -26,9 +30,12 @@ MEASURES = {
     "repetition_4": ("repetition-4 (%)", 2),
 }
 NOTES = (
-    "Perplexity, ECE (expected calibration error over 15 bins), KL, top-1 agreement and shift correlation are of the "
-    "tokens of reference answers, teacher-forced and exact over the vocabulary; distinct-n, length ratio (to the "
+    "Perplexity, ECE (expected calibration error over 15 bins), both KL, top-1 agreement and shift correlation are of "
+    "the tokens of reference answers, teacher-forced and exact over the vocabulary; distinct-n, length ratio (to the "
     "references) and repetition are of the words of generated answers.",
+    "KL to the teacher is KL(p_t ‖ π_θ); KL to the raw student, KL(p_s^raw ‖ π_θ), says how far training moved the "
+    "student. Of what is kept, perplexity and KL are of raw text, and a fact is recalled if greedy decoding completes "
+    "it; before: by the raw student.",
     "± is one standard error over training seeds; of one seed there is none.",
 )
 
@@ -69,7 +76,7 @@ class BeyondTable:
 
 def set_title(name: str) -> str:
     """Return a set's name in a heading."""
-    return "held-out rows (val)" if name == "val" else name
+    return {"val": "held-out rows (val)", "retained": "what is kept (raw text, facts)"}.get(name, name)
 
 
 def measured_values(method: Method, name: str, measure: str) -> list[float]:

@@ -16,6 +16,7 @@ from deltakd.models.tokenizers import pad_id
 from deltakd.rollouts.engine import OwnEngine
 from deltakd.rollouts.rollout_loader import RolloutLoader
 from deltakd.rollouts.settings import RolloutSettings
+from deltakd.types import TEACHER
 
 
 @runtime_checkable
@@ -24,6 +25,14 @@ class Answering(Protocol):
 
     def whole_student(self) -> AbstractContextManager[LanguageModel]:
         """Yield the student in eval mode, whole on this rank. Collective: call on every rank."""
+        ...
+
+
+class Lending(Protocol):
+    """References that lend a model, such as ``LiveReferences``."""
+
+    def whole(self, role: str) -> AbstractContextManager[LanguageModel]:
+        """Yield a model that this rank can run alone. Collective: call on every rank."""
         ...
 
 
@@ -39,7 +48,8 @@ class RolloutData(DistillationData):
         settings: of the rollouts.
         batch_size: rows per process and micro-batch.
         longest: most tokens of prompt and response together.
-        log_probs: record each sampled token's log-prob, for losses that need it.
+        log_probs: record each sampled token's log-prob where the student at that step did not sample it alone.
+        references: lend the teacher, if tokens are drawn from a mixture with it.
     """
 
     def __init__(
@@ -58,6 +68,7 @@ class RolloutData(DistillationData):
         longest: int,
         log_probs: bool,
         world_size: int | None = None,
+        references: Lending | None = None,
     ) -> None:
         super().__init__(
             train,
@@ -75,6 +86,7 @@ class RolloutData(DistillationData):
         self.settings = settings
         self.longest = longest
         self.log_probs = log_probs
+        self.references = references
         self.loader: RolloutLoader | None = None
 
     def _make_sampler(self, rank: int, world_size: int) -> Sampler:
@@ -118,7 +130,8 @@ class RolloutData(DistillationData):
             self.settings,
             self.vocabulary,
             self.longest,
-            self.log_probs and self.settings.every > 1,
+            self.log_probs and self.settings.needs_ratios,
+            self._whole_teacher if self.settings.mixes_teacher else None,
         )
         self.loader = RolloutLoader(
             self.train,
@@ -133,6 +146,10 @@ class RolloutData(DistillationData):
             seed=self.seed,
         )
         return self.loader
+
+    def _whole_teacher(self) -> AbstractContextManager[LanguageModel]:
+        assert self.references is not None, "a mixture needs references that lend the teacher"
+        return self.references.whole(TEACHER)
 
     @contextmanager
     def _whole_student(self) -> Iterator[LanguageModel]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
-from annotated_types import Ge, Le
+from annotated_types import Ge, Gt, Le, Lt
 
 from deltakd.generation import Decoding
-from deltakd.types import Loss
+from deltakd.types import TEACHER, Loss
 
 Positive = Annotated[int, Ge(1)]
 
@@ -22,6 +22,9 @@ class RolloutSettings:
             0: none.
         per_prompt: responses per prompt.
         every: optimiser steps per round of responses.
+        source: whose distribution tokens are drawn from: ``student``, or ``mixture``: at each token (1 − α) · student +
+            α · teacher (MiniLLM, arXiv 2306.08543).
+        teacher_weight: α of the mixture.
         batch_size: responses generated together, per process.
         decoding: how tokens are chosen.
     """
@@ -29,6 +32,8 @@ class RolloutSettings:
     fraction: Annotated[float, Ge(0), Le(1)] = 0.0
     per_prompt: Positive = 1
     every: Positive = 1
+    source: Literal["student", "mixture"] = "student"
+    teacher_weight: Annotated[float, Gt(0), Lt(1)] = 0.2
     batch_size: Positive = 32
     decoding: Decoding = field(default_factory=Decoding)
 
@@ -42,11 +47,26 @@ class RolloutSettings:
         """True if every response is the student's, so that rows need none of their own."""
         return self.fraction == 1
 
+    @property
+    def mixes_teacher(self) -> bool:
+        """True if tokens are drawn from a mixture of student and teacher."""
+        return self.on_policy and self.source == "mixture"
+
+    @property
+    def needs_ratios(self) -> bool:
+        """True if tokens are trained on that the student at that step did not sample by itself."""
+        return self.every > 1 or self.mixes_teacher
+
     def problems(self, loss: Loss | None) -> list[str]:
         """Return the problems, one sentence each."""
         found = self.decoding.problems("rollout.decoding") if self.on_policy else []
         if loss is not None and loss.needs_sampled_tokens:
             found += self._sampling_problems()
+        if self.mixes_teacher and loss is not None and TEACHER not in loss.requires:
+            found.append(
+                "rollout.source=mixture draws tokens from the teacher, too, and the loss reads no model.teacher; give "
+                "a loss that reads it, or rollout.source=student"
+            )
         if self.per_prompt > 1 and self.on_policy and self.fraction < 1:
             found.append(
                 f"rollout.per_prompt is {self.per_prompt} and rollout.fraction {self.fraction:g}: rows of the data "

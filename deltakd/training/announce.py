@@ -13,9 +13,12 @@ from deltakd.data import DataConfig, EncodedSet, Row
 from deltakd.data.encoding.preview import BRACKETS, COLOUR, count_trained, preview_row
 from deltakd.evaluation.measured_references import WANTED
 from deltakd.training.settings import RunSettings
-from deltakd.types import STUDENT, STUDENT_RAW
+from deltakd.types import STUDENT, STUDENT_RAW, Loss
 
 log = logging.getLogger(__name__)
+
+#: The factor v on the teacher's logits above which extrapolation is reported to break (docs/design.md#plane).
+EXTRAPOLATION_CLIFF = 1.3
 
 
 def announce_models(settings: RunSettings) -> None:
@@ -44,6 +47,19 @@ def announce_models(settings: RunSettings) -> None:
 def _listed(roles: Sequence[str]) -> str:
     names = [f"model.{role}" for role in roles]
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def warn_of_extrapolation(loss: Loss) -> None:
+    """Warn of a target that goes further beyond the teacher than published runs survived."""
+    if loss.requires and loss.teacher_factor > EXTRAPOLATION_CLIFF:
+        log.warning(
+            "The target puts a factor of up to %.3g on the teacher's logits. Above about %.1f, formats of answers are "
+            "reported to collapse (arXiv 2605.08737): watch the validation scores%s, or lower loss.scale, "
+            "loss.target.v, loss.target.weights or delta_weight, whichever the loss has.",
+            loss.teacher_factor,
+            EXTRAPOLATION_CLIFF,
+            " and rollout/finished_fraction" if loss.needs_sampled_tokens else "",
+        )
 
 
 def preview_data(data: DataConfig, train: EncodedSet, tokenizer: PreTrainedTokenizerBase) -> None:

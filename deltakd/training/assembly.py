@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from deltakd.data import InstructionData, LoadedSets
 from deltakd.distributed.ranks import is_main_process, main_process_first
+from deltakd.evaluation.retention import check_retained
 from deltakd.evaluation.sets import CheckedSets, read_checked_sets
 from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
@@ -19,12 +20,17 @@ from deltakd.models.experts import balance_warning
 from deltakd.models.lora import add_lora
 from deltakd.models.roles import open_model, open_tokenizer, shared_vocabulary
 from deltakd.models.vocabulary import unknown_token_problems
-from deltakd.references import CachedReferences, CacheStore, References, SourceSettings
+from deltakd.references import CachedReferences, CacheStore, LiveReferences, References, SourceSettings
 from deltakd.references.content import data_identity, data_problems, missing_problem, missing_rows, named_sets
-from deltakd.training.announce import announce_models, preview_data, warn_of_verbatim_prompts
+from deltakd.training.announce import (
+    announce_models,
+    preview_data,
+    warn_of_extrapolation,
+    warn_of_verbatim_prompts,
+)
 from deltakd.training.inputs import check_inputs, read_inputs
 from deltakd.training.settings import RunSettings
-from deltakd.types import STUDENT, STUDENT_RAW
+from deltakd.types import STUDENT, STUDENT_RAW, TEACHER
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +84,7 @@ def load_parts(settings: RunSettings, directory: RunDirectory) -> Parts:
     L.seed_everything(settings.seed, verbose=False)
     if is_main_process():
         announce_models(settings)
+        warn_of_extrapolation(settings.loss)
     with main_process_first(f"data of {directory.path}"):
         settings.data.make_files()
         tokenizer = open_tokenizer(settings.model, directory.path / "tokenizer")
@@ -95,6 +102,7 @@ def load_parts(settings: RunSettings, directory: RunDirectory) -> Parts:
             check_inputs(directory.path, inputs, shards, force=settings.resume == "force")
             preview_data(settings.data, sets.train, tokenizer)
             warn_of_verbatim_prompts(settings.data, sets.train_rows)
+        check_retained(settings.evaluation.measures, settings.data, tokenizer)
         evaluation = _read_evaluation(settings, tokenizer, vocabulary, sets) if settings.evaluation.generate else None
     # Only the evaluation sets needed the raw rows.
     sets = sets._replace(train_rows=[])
@@ -212,6 +220,9 @@ def open_models(
         has_adapter = settings.model.lora is not None
         adapted = student if has_adapter and STUDENT_RAW in settings.loss.requires else None
         references = settings.reference.make(frozen, adapted, settings.strategy)
+        if settings.rollout.mixes_teacher:
+            assert isinstance(references, LiveReferences), "checked with the config"
+            references.prepare_to_lend(TEACHER)
     return Models(student, references, loaded)
 
 

@@ -20,6 +20,7 @@ from deltakd.evaluation.validation_answers import write_validation_answers
 from deltakd.io.progress import write_total_steps
 from deltakd.models import LanguageModel
 from deltakd.models.tokenizers import pad_id
+from deltakd.references import LiveReferences
 from deltakd.rollouts.data import RolloutData
 from deltakd.tracking.wandb_run import wandb_of
 from deltakd.training.assembly import Parts
@@ -144,6 +145,7 @@ def make_data(parts: Parts, ranks: int) -> DistillationData:
             longest=parts.settings.data.max_length,
             log_probs=parts.settings.loss.needs_sampled_tokens,
             world_size=ranks,
+            references=parts.models.references if isinstance(parts.models.references, LiveReferences) else None,
         )
     return DistillationData(
         parts.sets.train,

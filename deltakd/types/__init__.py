@@ -6,13 +6,24 @@ Tensor names end in their shape:
     T  positions of a row              D  hidden size (differs between models)
     V  vocabulary of the tokenizer
 
+With two tokenizers, M counts the valid tokens of the teachers' side, and K the spans of text that both sides share.
 So ``hidden_ND`` holds one hidden state for each valid token, ``labels_BT`` one label for each position.
 """
 
-from deltakd.types.batch import IGNORE_INDEX, Batch
+from deltakd.types.alignment import UNALIGNED, Alignment, TokenMap
+from deltakd.types.batch import IGNORE_INDEX, AlignedStream, Batch, TokenStream
 from deltakd.types.heads import NO_FACTS, Head, HeadLogits, TokenFacts, at_least_float32, in_float64
 from deltakd.types.losses import Gate, LinearKL, Loss, LossOutput, Progress, Schedule, SequenceLoss, require_kind
-from deltakd.types.role_names import ROLES, STUDENT, STUDENT_RAW, TEACHER, TEACHER_RAW, is_reference_role, teacher_pair
+from deltakd.types.role_names import (
+    ROLES,
+    STUDENT,
+    STUDENT_RAW,
+    TEACHER,
+    TEACHER_RAW,
+    is_reference_role,
+    is_teacher,
+    teacher_pair,
+)
 
 __all__ = [
     "IGNORE_INDEX",
@@ -22,6 +33,9 @@ __all__ = [
     "STUDENT_RAW",
     "TEACHER",
     "TEACHER_RAW",
+    "UNALIGNED",
+    "AlignedStream",
+    "Alignment",
     "Batch",
     "Gate",
     "Head",
@@ -33,9 +47,12 @@ __all__ = [
     "Schedule",
     "SequenceLoss",
     "TokenFacts",
+    "TokenMap",
+    "TokenStream",
     "at_least_float32",
     "in_float64",
     "is_reference_role",
+    "is_teacher",
     "require_kind",
     "teacher_pair",
 ]

@@ -2,44 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from deltakd.types.alignment import Alignment
 from deltakd.types.heads import TokenFacts
+from deltakd.types.role_names import STUDENT, STUDENT_RAW
 
 #: The label of a position that is not trained on (prompt, padding).
 IGNORE_INDEX = -100
 
 
 @dataclass
-class Batch:
-    """Rows of one micro-batch, padded on the right.
+class TokenStream:
+    """Rows of one micro-batch in one tokenizer, padded on the right.
 
     Args:
         input_ids: [B, T] int64.
         attention_mask: [B, T] int64, 1 on real tokens.
         labels: [B, T] int64; the token itself where it is trained on, else IGNORE_INDEX. Not shifted: position t
             is predicted from the hidden state at t − 1.
-        row_ids: [B] int64, the row's number in its data set; stays on the CPU.
-        step: the optimiser step (from 0) that this micro-batch belongs to.
-        step_tokens: valid tokens in that whole optimiser step, over all ranks and micro-batches.
-        sampled_log_probs: [B, T] float32 nats: each label's log-prob when an earlier student sampled it, 0 elsewhere;
-            None: as for ``TokenFacts``.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
-    row_ids: Tensor
-    step: int
-    step_tokens: int
-    sampled_log_probs: Tensor | None = None
-    _valid: Tensor | None = None
-    _real: int | None = None
+    _valid: Tensor | None = field(default=None, kw_only=True)
+    _real: int | None = field(default=None, kw_only=True)
 
     @property
     def real_positions(self) -> int:
@@ -70,26 +62,91 @@ class Batch:
         return self.labels.flatten()[self.valid_N + 1]
 
     @property
-    def facts_N(self) -> TokenFacts:
-        """Facts about the N valid tokens: their rows, and their log-probs at sampling time."""
-        sampled = None if self.sampled_log_probs is None else self.sampled_log_probs.flatten()[self.valid_N + 1]
-        return TokenFacts(self.valid_N // self.labels.shape[1], sampled)
+    def rows_N(self) -> Tensor:
+        """[N] int64, ascending: the row of each valid token."""
+        return self.valid_N // self.labels.shape[1]
 
     def at_valid(self, values_BTD: Tensor) -> Tensor:
         """Return [N, D], the values at the positions that predict the valid tokens."""
         return values_BTD.flatten(0, 1)[self.valid_N]
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """Return the batch with its tensors on ``device``, all but ``row_ids``."""
-        return self._with(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """Return the stream with its tensors on ``device``."""
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=non_blocking),
+            attention_mask=self.attention_mask.to(device, non_blocking=non_blocking),
+            labels=self.labels.to(device, non_blocking=non_blocking),
+            _valid=self.valid_N.to(device, non_blocking=non_blocking),
+            _real=self.real_positions,
+        )
 
-    def pinned(self) -> Batch:
-        """Return the batch in page-locked memory, from which a GPU copies while the CPU goes on."""
-        return self._with(Tensor.pin_memory)
-
-    def _with(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        """Return the batch with its tensors changed, all but ``row_ids``; what the host reads is found first."""
+    def pinned(self) -> Self:
+        """Return the stream in page-locked memory, from which a GPU copies while the host goes on."""
         self._valid, self._real = self.valid_N, self.real_positions
-        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "row_ids"}
-        moved: dict[str, Any] = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
-        return replace(self, **moved)
+        return _pinned(self)
+
+
+@dataclass
+class AlignedStream:
+    """The rows of a micro-batch in the teachers' tokenizer.
+
+    Args:
+        stream: the rows, each in the teachers' own template; M valid tokens.
+        alignment: of the student's N valid tokens with these M.
+    """
+
+    stream: TokenStream
+    alignment: Alignment
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> AlignedStream:
+        """Return the stream with its tensors on ``device``."""
+        return AlignedStream(self.stream.to(device, non_blocking), self.alignment.to(device, non_blocking))
+
+
+@dataclass
+class Batch(TokenStream):
+    """Rows of one micro-batch, in the student's tokenizer.
+
+    Args:
+        row_ids: [B] int64, the row's number in its data set; stays on the CPU.
+        step: the optimiser step (from 0) that this micro-batch belongs to.
+        step_tokens: the student's valid tokens in that whole optimiser step, over all ranks and micro-batches.
+        sampled_log_probs: [B, T] float32 nats: each label's log-prob when an earlier student sampled it, 0 elsewhere;
+            None: as for ``TokenFacts``.
+        other: the same rows in the teachers' tokenizer; None: all models share the student's.
+    """
+
+    row_ids: Tensor
+    step: int
+    step_tokens: int
+    sampled_log_probs: Tensor | None = None
+    other: AlignedStream | None = None
+
+    @property
+    def facts_N(self) -> TokenFacts:
+        """Facts about the N valid tokens: their rows, and their log-probs at sampling time."""
+        sampled = None if self.sampled_log_probs is None else self.sampled_log_probs.flatten()[self.valid_N + 1]
+        return TokenFacts(self.rows_N, sampled)
+
+    def stream_of(self, role: str) -> TokenStream:
+        """Return the rows in the tokenizer of a role's model."""
+        return self if self.other is None or role in (STUDENT, STUDENT_RAW) else self.other.stream
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """Return the batch with its tensors on ``device``, all but ``row_ids``."""
+        sampled = self.sampled_log_probs
+        return replace(
+            super().to(device, non_blocking),
+            sampled_log_probs=None if sampled is None else sampled.to(device, non_blocking=non_blocking),
+            other=None if self.other is None else self.other.to(device, non_blocking),
+        )
+
+
+def _pinned(value: Any) -> Any:
+    """Return a tensor, or all tensors of a dataclass, in page-locked memory."""
+    if isinstance(value, Tensor):
+        return value.pin_memory()
+    if not is_dataclass(value) or isinstance(value, type):
+        return value
+    return replace(value, **{field.name: _pinned(getattr(value, field.name)) for field in fields(value)})

@@ -161,6 +161,11 @@ class Loss(ABC):
         return self
 
     @property
+    def teacher_factor(self) -> float:
+        """The largest factor that the target puts on the teacher's logits during the run; above 1 it extrapolates."""
+        return 1.0
+
+    @property
     def whole_vocabulary_reasons(self) -> tuple[str, ...]:
         """Why the loss needs more than K tokens and one bucket for the rest, one clause per reason.
 

@@ -18,6 +18,11 @@ def is_reference_role(name: str) -> bool:
     return name in ROLES[1:] or _NUMBERED.fullmatch(name) is not None
 
 
+def is_teacher(role: str) -> bool:
+    """Return True for ``teacher``, ``teacher_2``, ...; False for their raw models and for other roles."""
+    return role == TEACHER or (role.startswith(f"{TEACHER}_") and not role.startswith(TEACHER_RAW))
+
+
 def teacher_pair(number: int) -> tuple[str, str]:
     """Return the roles (teacher, raw teacher) of a pair, counted from 1; the first pair's roles have no number."""
     suffix = "" if number == 1 else f"_{number}"

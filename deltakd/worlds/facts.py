@@ -17,14 +17,16 @@ from pathlib import Path
 
 from deltakd.worlds.made_files import write_made_files
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 #: The line between two documents of the raw text.
 SEPARATOR = "<|endoftext|>"
 #: Answers begin with a space: their first word then has the token that it has inside raw text, where the models have
 #: met it. Prompt and answer are tokenised as one text, and the prompt ends in a line break.
 ANSWER_START = " "
 MANIFEST = "world.json"
-FILES = ("pretrain.txt", "pretrain_val.txt", "train.jsonl", "val.jsonl", "test.jsonl")
+FILES = ("pretrain.txt", "pretrain_val.txt", "train.jsonl", "val.jsonl", "test.jsonl", "facts.jsonl")
+#: Sentences about other people before the one to complete, in ``facts.jsonl``.
+SHOTS = 3
 #: Each split's share of the facts (and of all other questions).
 SPLITS = {"train": 0.6, "val": 0.1, "test": 0.3}
 #: Lists drawn for each family that asks about lists; if there are more training rows than lists, rows repeat.
@@ -247,6 +249,26 @@ def _documents(world: World, rng: random.Random, count: int) -> str:
     return f"\n{SEPARATOR}\n".join(make(world, rng) for make in makers) + "\n"
 
 
+def _facts(world: World, seed: int) -> str:
+    """Return few-shot prompts in the words of raw text, one for each fact that no training or validation row asks for.
+
+    Each completes a sentence of the raw text; three about other people, with facts of the training rows, precede it.
+    """
+    rng = random.Random(f"facts {seed}")
+    lines = []
+    for name in ATTRIBUTES:
+        told = [who for who in world.people if world.split(who, name) == "train"]
+        for who in world.people:
+            if world.split(who, name) != "test":
+                continue
+            form = rng.randrange(2)  # the third begins with the value
+            shots = [statements(one, name, world.facts[one][name])[form] for one in rng.sample(told, SHOTS)]
+            sentence, what = statements(who, name, world.facts[who][name])[form], world.facts[who][name]
+            prompt = " ".join([*shots, sentence.removesuffix(f" {what}.")])
+            lines.append(json.dumps({"prompt": prompt, "completion": f" {what}.", "attribute": name}) + "\n")
+    return "".join(lines)
+
+
 def _rows(world: World, seed: int, counts: dict[str, int]) -> dict[str, str]:
     """Return each split's file as JSON lines: training rows have one answer, the others all good answers."""
     rows: dict[str, list[dict[str, object]]] = {split: [] for split in SPLITS}
@@ -317,6 +339,7 @@ def write_world(
             "pretrain.txt": _documents(world, random.Random(f"documents {seed}"), documents),
             "pretrain_val.txt": _documents(world, random.Random(f"val documents {seed}"), -(-documents // 20)),
             **_rows(world, seed, counts),
+            "facts.jsonl": _facts(world, seed),
         }
 
     identity = {"arguments": arguments, "format_version": FORMAT_VERSION}

@@ -21,7 +21,7 @@ from tests.tiny import World, save_model, write_rows
 
 Train = Callable[..., RunDirectory]
 ON = "evaluation.measures.rows=null"
-MEASURES = ("perplexity", "ece", "kl_teacher", "top1_agreement", "shift_correlation")
+MEASURES = ("perplexity", "ece", "kl_teacher", "kl_raw_student", "top1_agreement", "shift_correlation")
 
 
 def by_hand(run: RunDirectory, world: World, file: str, rows: int | None = None) -> dict[str, float]:
@@ -29,7 +29,7 @@ def by_hand(run: RunDirectory, world: World, file: str, rows: int | None = None)
     tokenizer = AutoTokenizer.from_pretrained(run.student)
     paths = {"student": run.student} | {role: world.root / role for role in ("teacher", "teacher_raw", "student_raw")}
     models = {role: AutoModelForCausalLM.from_pretrained(path).eval() for role, path in paths.items()}
-    nll, kl, agree, correlations, top, right = [], [], [], [], [], []
+    nll, kl, moved, agree, correlations, top, right = [], [], [], [], [], [], []
     for line in (world.root / file).read_text().splitlines()[:rows]:
         row = json.loads(line)
         prompt = tokenizer(f"{row['instruction']}: {row['context']}>")["input_ids"]
@@ -42,6 +42,8 @@ def by_hand(run: RunDirectory, world: World, file: str, rows: int | None = None)
             p = np.exp(log_p["teacher"])
             nll.append(-log_p["student"][label])
             kl.append(np.sum(p * (log_p["teacher"] - log_p["student"])))
+            raw = log_p["student_raw"]
+            moved.append(np.sum(np.exp(raw) * (raw - log_p["student"])))
             agree.append(np.argmax(p) == np.argmax(log_p["student"]))
             x, y = log_p["student"] - log_p["student_raw"], log_p["teacher"] - log_p["teacher_raw"]
             cov = np.cov(np.stack([x, y]), aweights=p, ddof=0)
@@ -53,7 +55,14 @@ def by_hand(run: RunDirectory, world: World, file: str, rows: int | None = None)
         inside = [i for i, c in enumerate(top) if m / 15 < c <= (m + 1) / 15]
         if inside:
             ece += len(inside) / len(top) * abs(np.mean([right[i] for i in inside]) - np.mean([top[i] for i in inside]))
-    values = (math.exp(np.mean(nll)), 100 * ece, np.mean(kl), 100 * np.mean(agree), np.mean(correlations))
+    values = (
+        math.exp(np.mean(nll)),
+        100 * ece,
+        np.mean(kl),
+        np.mean(moved),
+        100 * np.mean(agree),
+        np.mean(correlations),
+    )
     return dict(zip(MEASURES, map(float, values), strict=True)) | {"tokens": len(nll)}
 
 
@@ -135,7 +144,7 @@ def test_what_can_not_be_had_is_left_out_and_said(
     short = save_model(tmp_path / "short", seed=5, n_positions=8)
     models = ("model.teacher.path=/no/such/model", f"model.teacher_raw.path={short}")
     run = train("sft", ON, *models, name="none")
-    assert set(figures(run, "val")) == {"perplexity", "ece", "tokens"}
+    assert set(figures(run, "val")) == {"perplexity", "ece", "kl_raw_student", "tokens"}
     assert (
         "The teacher is not available, so its measures are left out: model.teacher.path=/no/such/model" in caplog.text
     )
@@ -168,7 +177,7 @@ def test_a_reference_that_does_not_fit_costs_no_run(
     refused: list[torch.nn.Module] = []
     monkeypatch.setattr(torch.nn.Module, "to", to)
     run = train("sft", ON)
-    assert set(figures(run, "val")) == {"perplexity", "ece", "tokens"}
+    assert set(figures(run, "val")) == {"perplexity", "ece", "kl_raw_student", "tokens"}
     assert "The teacher does not fit beside the student" in caplog.text
     assert run.read_summary()["meta"]["measured"]["val"]["references"] == "live"
 

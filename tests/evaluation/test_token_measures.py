@@ -52,6 +52,9 @@ def test_against_numpy(logits: dict[str, Tensor], labels: Tensor, chunk_size: in
     np.testing.assert_array_equal(measured.correct.numpy(), student.argmax(-1) == labels.numpy())
     kl = (teacher * (np.log(teacher) - np.log(student))).sum(-1)
     np.testing.assert_allclose(measured.kl_teacher.numpy(), kl, rtol=1e-9)
+    raw = p["student_raw"]
+    moved = (raw * (np.log(raw) - np.log(student))).sum(-1)
+    np.testing.assert_allclose(measured.kl_raw_student.numpy(), moved, rtol=1e-9)
     np.testing.assert_array_equal(measured.top1_agreement.numpy(), student.argmax(-1) == teacher.argmax(-1))
     x, y = (np.log(p[a]) - np.log(p[b]) for a, b in (("student", "student_raw"), ("teacher", "teacher_raw")))
     cov = [np.cov(np.stack([x[n], y[n]]), aweights=teacher[n], ddof=0) for n in range(N)]
@@ -60,7 +63,7 @@ def test_against_numpy(logits: dict[str, Tensor], labels: Tensor, chunk_size: in
     assert (measured.kl_raw, measured.student_shift, measured.teacher_shift) == (None, None, None)
     # What is asked for besides changes none of it.
     more = token_measures({role: identity_head(z) for role, z in logits.items()}, labels, chunk_size, with_shifts=True)
-    for name in ("nll", "confidence", "correct", "kl_teacher", "top1_agreement", "correlation"):
+    for name in ("nll", "confidence", "correct", "kl_teacher", "kl_raw_student", "top1_agreement", "correlation"):
         torch.testing.assert_close(getattr(more, name), getattr(measured, name), rtol=0, atol=0)
 
 

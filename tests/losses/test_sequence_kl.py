@@ -116,3 +116,17 @@ def test_rows_have_to_be_known() -> None:
 def test_wrong_settings_are_named(options: dict[str, float]) -> None:
     with pytest.raises(Exception, match=rf"loss\.{next(iter(options))} is"):
         loss_named("minillm", **options)
+
+
+def test_cross_entropy_alone_reads_no_teacher() -> None:
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(4, 5, generator=generator, dtype=torch.float64).requires_grad_()
+    head = Head(hidden, torch.randn(7, 5, generator=generator, dtype=torch.float64))
+    labels = torch.tensor([0, 6, 3, 3])
+    loss = loss_named("minillm", ce_weight=1.0)
+    assert loss.requires == frozenset()
+    total, parts = chunked_loss(loss, {"student": head}, labels, 3, facts=TokenFacts(rows=torch.tensor([0, 0, 1, 1])))
+    expected = torch.nn.functional.cross_entropy(head.logits(), labels, reduction="sum")
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(parts["ce"], expected.detach())
+    torch.testing.assert_close(*(torch.autograd.grad(value, hidden)[0] for value in (total, expected)))

@@ -24,6 +24,7 @@ from deltakd.losses import (
     teacher_target,
 )
 from tests.losses import oracles
+from tests.losses.by_name import loss_named
 from tests.losses.oracles import Array, Logits, arrays, close, draw, gradient, log_softmax, mixed
 
 THREE = {"teacher", "teacher_raw", "student_raw"}
@@ -239,3 +240,30 @@ def test_a_missing_role_is_named() -> None:
     loss = Distillation(delta_target(1.0), ForwardKL())
     with pytest.raises(ValueError, match=r"the target reads student_raw, teacher_raw, but logits were given for stud"):
         loss({"student": logits["student"], "teacher": logits["teacher"]}, labels)
+
+
+RISING = {"schedule": "linear", "from": 0.5, "to": 2.0, "steps": None}
+
+
+@pytest.mark.parametrize(
+    ("name", "delta_weight", "options", "factor"),
+    [
+        ("kd", 3.0, {}, 1.0),
+        ("delta_kd", 3.0, {}, 1.0),
+        ("delta_shift", 1.5, {}, 1.5),
+        ("delta_shift", RISING, {}, 2.0),
+        ("delta_bilinear", 3.0, {"target__v": 1.4}, 1.4),
+        ("delta_multi_teacher", 1.0, {"target__weights": [0.9, 0.6]}, 1.5),
+        ("delta_multi_teacher", RISING, {"target__weights": [0.9, -0.5]}, 0.8),
+        ("parallelogram", 1.5, {}, 1.5),
+        ("taid", 1.0, {}, 1.0),
+        ("exopd", 1.0, {"scale": 1.4}, 1.4),
+        ("exopd", 1.0, {"scale": 1.4, "reference": "teacher_raw"}, 1.4),
+        ("opd2", 1.0, {}, 1.0),
+        ("minillm", 1.0, {}, 1.0),
+    ],
+)
+def test_the_largest_factor_on_the_teacher_is_known(
+    name: str, delta_weight: object, options: dict[str, object], factor: float
+) -> None:
+    assert loss_named(name, delta_weight=delta_weight, **options).teacher_factor == pytest.approx(factor)

@@ -85,3 +85,11 @@ def test_a_run_that_is_refused_while_it_loads_leaves_nothing(train: Train, tmp_p
     with pytest.raises(ValueError, match="has positions for 128 tokens only"):
         train("kd", "data.max_length=200", name="new/run")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("scale", "said"), [(1.3, False), (1.5, True)])
+def test_a_target_beyond_the_published_cliff_is_warned_of(
+    train: Train, caplog: pytest.LogCaptureFixture, scale: float, said: bool
+) -> None:
+    train("delta_shift", f"delta_weight={scale}", "trainer.max_steps=1")
+    assert ("a factor of up to 1.5 on the teacher's logits" in caplog.text) == said

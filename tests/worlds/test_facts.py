@@ -52,6 +52,25 @@ def test_the_same_arguments_give_the_same_bytes(directory: Path, tmp_path: Path)
     assert sorted(path.name for path in directory.iterdir()) == sorted((*FILES, MANIFEST))
 
 
+def test_facts_are_what_no_training_or_validation_row_asks_for(directory: Path) -> None:
+    """Few-shot prompts in the words of raw text; what precedes the sentence to complete gives nothing away."""
+    world = make_world(0, 40)
+    facts = [json.loads(line) for line in (directory / "facts.jsonl").read_text().splitlines()]
+    asked = {(who, name) for who in world.people for name in world.facts[who] if world.split(who, name) == "test"}
+    raw_text = (directory / "pretrain.txt").read_text()
+    found = set()
+    for fact in facts:
+        *shots, sentence = fact["prompt"].split(". ")
+        who = next(one for one in world.people if one in sentence)
+        assert world.facts[who][fact["attribute"]] == fact["completion"].strip(" .")
+        assert sentence + fact["completion"] in raw_text
+        assert len(shots) == 3
+        assert not any(who in shot for shot in shots)
+        found.add((who, fact["attribute"]))
+    assert found == asked
+    assert len(facts) == len(asked) == 72
+
+
 def test_what_is_there_is_kept_and_other_arguments_rewrite_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_world(tmp_path, documents=20)
     before = _texts(tmp_path)
