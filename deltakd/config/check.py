@@ -132,6 +132,11 @@ def rollout_problems(
             f"{answers}, and the lengths of its responses are not known in advance, so batches can't be filled up to "
             "data.max_tokens_per_batch; give data.batch_size, or rollout=none"
         )
+    if rollout.replay.adaptive and data is not None and not data.validates:
+        found.append(
+            "rollout.replay.adaptive=true raises the student's share when the validation loss rises, and there is no "
+            "validation data; give data.val=... or data.val_size=N, or rollout.replay.adaptive=false"
+        )
     if rollout.mixes_teacher and not isinstance(reference, LiveSettings | CacheSettings | None):
         found.append(
             "rollout.source=mixture runs the teacher token by token, and reference is a source of your own; give "

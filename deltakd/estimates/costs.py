@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from deltakd.estimates.layout import Held, Layout
 from deltakd.estimates.sizes import Skeleton
-from deltakd.kernels.chunked import chunk_size_for
+from deltakd.kernels import chunk_size_for
 
 MIB = 2**20
 

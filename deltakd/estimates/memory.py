@@ -20,6 +20,7 @@ from deltakd.estimates.costs import MIB, Need, Setting, memory
 from deltakd.estimates.layout import Layout
 from deltakd.estimates.sizes import Skeleton
 from deltakd.io.console import make_console
+from deltakd.kernels import MEMORY_BUDGET, KernelOptions
 from deltakd.models import load_skeleton, load_tokenizer
 from deltakd.models.loading import DTYPES
 from deltakd.models.lora import add_lora
@@ -146,10 +147,17 @@ def make_setting(
         accumulate=settings.trainer.accumulate_grad_batches,
         precision=str(settings.trainer.precision),
         checkpointed=settings.model.gradient_checkpointing,
-        budget=float(settings.kernels.memory_budget),
+        budget=_budget(settings.kernels.memory_budget, str(others.get("device", "cpu"))),
         form="autograd" if form is None else form.kind,
         **others,
     )
+
+
+def _budget(given: float | None, device: str) -> float:
+    """Return the MiB for a chunk of logits; on a GPU that is not here, those on one of 80 GB."""
+    if given is not None or not device.startswith("cuda"):
+        return given or MEMORY_BUDGET
+    return KernelOptions().budget(torch.device(device)) if torch.cuda.is_available() else 80e9 / 56 / 2**20
 
 
 def _skeleton(settings: RunSettings, role: str, layout: Layout) -> Skeleton:

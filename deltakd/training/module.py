@@ -21,7 +21,7 @@ from deltakd.distributed.sharding import (
 )
 from deltakd.distributed.strategies import loss_factor, optimizer_class
 from deltakd.distributed.zero import ZeroStrategy
-from deltakd.kernels import MEMORY_BUDGET
+from deltakd.kernels import KernelOptions
 from deltakd.models import LanguageModel
 from deltakd.references import References
 from deltakd.training.half_precision import rounding_warning
@@ -44,7 +44,7 @@ class DistillationModule(L.LightningModule):
         optim: optimiser and schedule.
         total_steps: optimiser steps in the whole run.
         seed: seeds the student's dropout, together with the micro-batch number and the rank.
-        memory_budget: MiB for a chunk of logits and everything computed from them.
+        kernels: memory and precision of the loss; None: as the device allows.
         will_be_sharded: True if no rank will hold the whole student.
     """
 
@@ -56,12 +56,12 @@ class DistillationModule(L.LightningModule):
         optim: AdamW,
         total_steps: int,
         seed: int,
-        memory_budget: float = MEMORY_BUDGET,
+        kernels: KernelOptions | None = None,
         will_be_sharded: bool = False,
     ) -> None:
         super().__init__()
         # from_pretrained returns models in eval mode, and Lightning keeps the mode.
-        self.step = DistillationStep(student.train(), references, loss, memory_budget)
+        self.step = DistillationStep(student.train(), references, loss, kernels)
         self.optim = optim
         self.total_steps = total_steps
         self.seed = seed

@@ -210,5 +210,6 @@ def _meta(parts: Parts, fitted: Fitted, started: float) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - started, 3),
         "tokens_per_second": round(training.tokens_per_second, 1),
         "peak_memory_mib": round(peak_memory_mib(), 1),
+        "kernels": fitted.module.step.kernels.record(choose_device(parts.settings.trainer.accelerator)),
         "evaluation": None if parts.evaluation is None else parts.evaluation.record,
     }
