@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, final
@@ -30,15 +30,17 @@ class LanguageModel(nn.Module):
     Args:
         hf: the model, or a PEFT model around it.
         vocabulary: V; rows of the output embedding beyond it are padding, and are cut from every head.
+        adapters: role -> name of the frozen adapter that makes this model that role's, or None: the model without one.
 
     Raises:
         ValueError: the model has fewer rows than the tokenizer has tokens, or its output embedding is quantised.
     """
 
-    def __init__(self, hf: nn.Module, vocabulary: int) -> None:
+    def __init__(self, hf: nn.Module, vocabulary: int, adapters: Mapping[str, str | None] | None = None) -> None:
         super().__init__()
         self.hf = hf
         self.vocabulary = vocabulary
+        self.adapters = dict(adapters or {})
         weight: Any = getattr(self._output_embedding, "weight", None)
         if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
             raise ValueError(
@@ -118,6 +120,29 @@ class LanguageModel(nn.Module):
             softcap=softcap,
             scale=scale,
         )
+
+    @contextmanager
+    def as_role(self, role: str) -> Iterator[None]:
+        """Switch to a role's adapter for a while; a model that is one role's alone stays as it is."""
+        if role not in self.adapters:
+            yield
+            return
+        model: Any = self.hf
+        adapter, before = self.adapters[role], model.active_adapter
+        if adapter == before:
+            yield
+            return
+        try:
+            if adapter is None:
+                with model.disable_adapter():
+                    yield
+            else:
+                model.set_adapter(adapter, inference_mode=True)
+                yield
+        finally:
+            model.set_adapter(before, inference_mode=True)
+            # Switching an adapter on again makes it trainable.
+            model.requires_grad_(False)
 
     @contextmanager
     def adapter_off(self) -> Iterator[None]:
