@@ -106,7 +106,7 @@ def fit(parts: Parts, loggers: list[Logger], state: SavedState | None, lifeline:
         *([ShareAfterValidation(validation)] if validation and parts.settings.rollout.replay.adaptive else []),
         *watching,
     ]
-    trainer = make_trainer(parts, callbacks, loggers)
+    trainer = make_trainer(parts, callbacks, training_log, loggers)
     check_ranks(trainer, ranks)
     if is_main_process():
         write_total_steps(parts.directory.path, data.total_steps)
