@@ -106,7 +106,7 @@ def fit(parts: Parts, loggers: list[Logger], state: SavedState | None, lifeline:
         *([ShareAfterValidation(validation)] if validation and parts.settings.rollout.replay.adaptive else []),
         *watching,
     ]
-    trainer = make_trainer(parts, callbacks, loggers)
+    trainer = make_trainer(parts, callbacks, training_log, loggers)
     check_ranks(trainer, ranks)
     if is_main_process():
         write_total_steps(parts.directory.path, data.total_steps)
@@ -148,6 +148,7 @@ def make_data(parts: Parts, ranks: int) -> DistillationData:
             max_steps=settings.max_steps,
             longest=parts.settings.data.max_length,
             log_probs=parts.settings.loss.needs_sampled_tokens,
+            weights_dir=parts.directory.path / "server_weights",
             world_size=ranks,
             references=parts.models.references if isinstance(parts.models.references, LiveReferences) else None,
         )
