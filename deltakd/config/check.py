@@ -16,6 +16,7 @@ from deltakd.evaluation.settings import SCORES, EvaluationSettings
 from deltakd.generation.model_step import positions_of
 from deltakd.io.hub import hub_reachable
 from deltakd.models import ModelSettings, ModelSpec, load_config, spec_problems
+from deltakd.models.adapter_files import adapter_problems
 from deltakd.models.causal import NotCausalError
 from deltakd.models.quantization import student_problems
 from deltakd.models.roles import position_problems
@@ -86,6 +87,7 @@ def model_problems(models: ModelSettings, specs: Mapping[str, ModelSpec], max_le
         silent.add(STUDENT_RAW)
     found = [problem for role, spec in specs.items() if role not in silent for problem in spec_problems(role, spec)]
     found += _say_how_to_make(unmade)
+    found += [problem for role, spec in specs.items() if role not in silent for problem in adapter_problems(role, spec)]
     problems += found
     if not found:
         problems += _config_problems(specs, models.trust_remote_code, max_length)
@@ -131,6 +133,11 @@ def rollout_problems(
         found.append(
             f"{answers}, and the lengths of its responses are not known in advance, so batches can't be filled up to "
             "data.max_tokens_per_batch; give data.batch_size, or rollout=none"
+        )
+    if rollout.replay.adaptive and data is not None and not data.validates:
+        found.append(
+            "rollout.replay.adaptive=true raises the student's share when the validation loss rises, and there is no "
+            "validation data; give data.val=... or data.val_size=N, or rollout.replay.adaptive=false"
         )
     if rollout.mixes_teacher and not isinstance(reference, LiveSettings | CacheSettings | None):
         found.append(

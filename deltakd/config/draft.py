@@ -27,6 +27,7 @@ from deltakd.io.errors import ConfigError
 from deltakd.io.keys import Seed
 from deltakd.io.typed import mismatch, typed
 from deltakd.models import LoraSpec, ModelSettings, ModelSpec
+from deltakd.models.adapter_files import with_base
 from deltakd.models.settings import TokenizerSettings
 from deltakd.references import CacheSettings, ReferenceSettings
 from deltakd.references.settings import device_problems
@@ -193,7 +194,8 @@ def make_model_settings(node: Any, problems: list[str]) -> ModelSettings:
         if own.get(key) is not None:
             own[key] = typed(kind, own[key], f"model.{key}", problems)
     own = {key: value for key, value in own.items() if value is not None or key not in ("tokenizer", "lora")}
-    made = typed(ModelSettings, own | {"specs": {r: s for r, s in specs.items() if s is not None}}, "model", problems)
+    given = with_base({role: spec for role, spec in specs.items() if spec is not None})
+    made = typed(ModelSettings, own | {"specs": given}, "model", problems)
     assert made is not None, "every field has a default"
     return made
 
