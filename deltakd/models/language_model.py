@@ -93,6 +93,11 @@ class LanguageModel(nn.Module):
             scale=scale,
         )
 
+    def empty_head(self) -> Head:
+        """Return the head over no tokens: its sizes and its output embedding."""
+        weight_VD = self.head_of(torch.empty(0)).weight
+        return self.head_of(weight_VD.new_empty(0, weight_VD.shape[1]))
+
     @contextmanager
     def adapter_off(self) -> Iterator[None]:
         """Disable the LoRA adapter and enable eval mode; restore both on exit."""
