@@ -6,7 +6,7 @@ from typing import final
 
 from torch import Tensor, nn
 
-from deltakd.kernels import MEMORY_BUDGET, Buckets, aligned_loss, chunked_loss
+from deltakd.kernels import Buckets, KernelOptions, aligned_loss, chunked_loss
 from deltakd.models import LanguageModel
 from deltakd.references import References
 from deltakd.types import STUDENT, AlignedTokens, Batch, Loss, TokenMap
@@ -30,7 +30,7 @@ class DistillationStep(nn.Module):
         references: the frozen models, or None for a loss that reads none. They are not a submodule: not in the
             checkpoint, not in the optimiser, untouched by ``train()`` and ``to()``.
         loss: the loss plug-in.
-        memory_budget: MiB for a chunk of logits and everything computed from them.
+        kernels: memory and precision of the loss; None: as the device allows.
         token_map: of the student's vocabulary and the teachers'; None: they share one.
     """
 
@@ -39,7 +39,7 @@ class DistillationStep(nn.Module):
         student: LanguageModel,
         references: References | None,
         loss: Loss,
-        memory_budget: float = MEMORY_BUDGET,
+        kernels: KernelOptions | None = None,
         token_map: TokenMap | None = None,
     ) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class DistillationStep(nn.Module):
         self.loss = loss
         #: Never exported: it serves training alone.
         self.loss_part = loss.trainable
-        self.memory_budget = memory_budget
+        self.kernels = kernels or KernelOptions()
         self._token_map = token_map
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -63,16 +63,16 @@ class DistillationStep(nn.Module):
         if self.loss.needs_alignment:
             assert not isinstance(references, Buckets), "checked with the config"
             tokens = AlignedTokens.of(batch, self._token_map_on(batch))
-            return aligned_loss(self.loss, {**references, STUDENT: student}, tokens, memory_budget=self.memory_budget)
+            return aligned_loss(self.loss, {**references, STUDENT: student}, tokens, options=self.kernels)
         heads, buckets = ({}, references) if isinstance(references, Buckets) else (references, None)
         heads = {**heads, STUDENT: student}
         return chunked_loss(
             self.loss,
             heads,
             batch.labels_N,
-            memory_budget=self.memory_budget,
             buckets=buckets,
             facts=batch.facts_N,
+            options=self.kernels,
         )
 
     def _token_map_on(self, batch: Batch) -> TokenMap:
