@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, final
 
@@ -87,6 +87,10 @@ class LiveReferences:
             if not (model.quantized and next(model.parameters()).device.type == home.type):
                 model.to(home)
 
+    def empty_heads(self) -> dict[str, Head]:
+        """Return role -> head over no tokens, of the models loaded. Call before ``to``, which may shard them."""
+        return {role: model.empty_head() for role, model in self._models.items()}
+
     @property
     def _distinct(self) -> list[LanguageModel]:
         return list({id(model): model for model in self._models.values()}.values())
@@ -103,11 +107,10 @@ class LiveReferences:
     def whole(self, role: str) -> Iterator[LanguageModel]:
         """Yield a model, on its own device, that this rank can run alone. Collective: call on every rank."""
         assert role in self._lent, f"{role} was not prepared"
-        if role in self._shells:
-            with self._shells[role].filled(self._models[role]) as model:
-                yield model
-        else:
-            yield self._models[role]
+        model = self._models[role]
+        shell = self._shells.get(role)
+        with nullcontext(model) if shell is None else shell.filled(model) as whole, whole.as_role(role):
+            yield whole
 
     def start(self, batch: Batch) -> Callable[[], dict[str, Head]]:
         """On the student's device, run now: the activations are freed before the student makes its own.
