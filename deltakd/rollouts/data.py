@@ -49,6 +49,7 @@ class RolloutData(DistillationData):
         batch_size: rows per process and micro-batch.
         longest: most tokens of prompt and response together.
         log_probs: record each sampled token's log-prob where the student at that step did not sample it alone.
+        pairs: the loss compares the data's responses with the student's.
         references: lend the teacher, if tokens are drawn from a mixture with it.
     """
 
@@ -67,6 +68,7 @@ class RolloutData(DistillationData):
         max_steps: int | None,
         longest: int,
         log_probs: bool,
+        pairs: bool = False,
         world_size: int | None = None,
         references: Lending | None = None,
     ) -> None:
@@ -86,17 +88,19 @@ class RolloutData(DistillationData):
         self.settings = settings
         self.longest = longest
         self.log_probs = log_probs
+        self.pairs = pairs
         self.references = references
         self.loader: RolloutLoader | None = None
 
     def _make_sampler(self, rank: int, world_size: int) -> Sampler:
         assert self.batch_size is not None
         rows = self.batch_size * self.accumulate * world_size
-        prompts, over = divmod(rows, self.settings.per_prompt)
+        prompts, over = divmod(rows, self.settings.per_prompt * (2 if self.pairs else 1))
         if over:
             raise ValueError(
-                f"an optimiser step has {rows} rows, which is no multiple of rollout.per_prompt = "
-                f"{self.settings.per_prompt}; change it, data.batch_size or trainer.accumulate_grad_batches"
+                f"an optimiser step has {rows} rows{' in pairs' if self.pairs else ''}, which is no multiple of "
+                f"rollout.per_prompt = {self.settings.per_prompt}; change it, data.batch_size or "
+                "trainer.accumulate_grad_batches"
             )
         if not round(self.settings.fraction * prompts):
             raise ValueError(
@@ -144,6 +148,7 @@ class RolloutData(DistillationData):
             rank=rank,
             world_size=world_size,
             seed=self.seed,
+            pairs=self.pairs,
         )
         return self.loader
 

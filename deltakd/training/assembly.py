@@ -89,7 +89,8 @@ def load_parts(settings: RunSettings, directory: RunDirectory) -> Parts:
         settings.data.make_files()
         tokenizer = open_tokenizer(settings.model, directory.path / "tokenizer")
         vocabulary = shared_vocabulary(settings.model, settings.specs, tokenizer)
-        sets = settings.data.load(tokenizer, prompts_only=settings.rollout.own_rows_alone)
+        prompts_only = settings.rollout.own_rows_alone and not settings.loss.needs_pairs
+        sets = settings.data.load(tokenizer, prompts_only=prompts_only)
         settings.data.check_lengths(sets)
         check_tokens(sets, tokenizer, vocabulary)
         cached = None

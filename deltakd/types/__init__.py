@@ -12,8 +12,8 @@ So ``hidden_ND`` holds one hidden state for each valid token, ``labels_BT`` one 
 
 from deltakd.types.aligned import AlignedLogits, AlignedTokens, SideTokens
 from deltakd.types.alignment import UNALIGNED, Alignment, TokenMap
-from deltakd.types.batch import IGNORE_INDEX, AlignedStream, Batch, TokenStream
-from deltakd.types.heads import NO_FACTS, Head, HeadLogits, TokenFacts, at_least_float32, in_float64
+from deltakd.types.batch import IGNORE_INDEX, AlignedStream, Batch, StepPairs, TokenStream
+from deltakd.types.heads import NO_FACTS, Head, HeadLogits, PairFacts, TokenFacts, at_least_float32, in_float64
 from deltakd.types.losses import Gate, LinearKL, Loss, LossOutput, Progress, Schedule, SequenceLoss, require_kind
 from deltakd.types.role_names import (
     ROLES,
@@ -46,10 +46,12 @@ __all__ = [
     "LinearKL",
     "Loss",
     "LossOutput",
+    "PairFacts",
     "Progress",
     "Schedule",
     "SequenceLoss",
     "SideTokens",
+    "StepPairs",
     "TokenFacts",
     "TokenMap",
     "TokenStream",
