@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltakd.kernels.chunked import MEMORY_BUDGET, chunk_size_for
-from deltakd.types import STUDENT, TEACHER, AlignedLogits, AlignedTokens, Head, Loss, at_least_float32
+from deltakd.kernels.options import KernelOptions
+from deltakd.types import STUDENT, TEACHER, AlignedLogits, AlignedTokens, Head, Loss, Products, at_least_float32
 
 
 def aligned_loss(
@@ -22,7 +22,7 @@ def aligned_loss(
     heads: Mapping[str, Head],
     tokens: AlignedTokens,
     chunk_size: int | None = None,
-    memory_budget: float = MEMORY_BUDGET,
+    options: KernelOptions | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum a loss over the student's N tokens and the teachers' M, holding one chunk of any model's logits.
 
@@ -31,8 +31,8 @@ def aligned_loss(
         heads: role -> Head: of student and raw student over N tokens, of teachers over M.
         tokens: of both sides.
         chunk_size: tokens per chunk on each side; a longer span is a chunk by itself. None: as many as fit in the
-            memory budget.
-        memory_budget: MiB for the logits of a chunk and everything computed from them.
+            memory budget of ``options``.
+        options: memory, and how references are multiplied; None: as the device allows.
 
     Returns:
         The sum (nats; differentiable in the student's head and in ``loss.trainable``), and the detached sum of each
@@ -49,7 +49,9 @@ def aligned_loss(
     # Projections run in their own dtype, as the heads do.
     with torch.autocast(student.hidden.device.type, enabled=False):
         derived = dict(loss.derived_heads({STUDENT: student, **references}, tokens))
-    size = chunk_size or _chunk_size(memory_budget, student, references)
+    options = options or KernelOptions()
+    size = chunk_size or _chunk_size(options, student, references)
+    references = {role: replace(head, products=options.products) for role, head in references.items()}
     work = _Work(loss, {STUDENT: student, **derived}, references, tokens, size)
     inputs = work.inputs()
     if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs.values())):
@@ -73,11 +75,11 @@ def is_other(role: str) -> bool:
     return role.startswith(TEACHER)
 
 
-def _chunk_size(memory_budget: float, student: Head, references: Mapping[str, Head]) -> int:
-    itemsize = torch.promote_types(student.weight.dtype, torch.float32).itemsize
+def _chunk_size(options: KernelOptions, student: Head, references: Mapping[str, Head]) -> int:
     other = max((len(head.weight) for role, head in references.items() if is_other(role)), default=0)
     # A chunk holds both sides' logits, each as often as the most demanding loss of one tokenizer.
-    return chunk_size_for(memory_budget, len(student.weight) + other, itemsize, "autograd")
+    vocabulary = len(student.weight) + other
+    return options.chunk_size(len(student), vocabulary, student.dtype.itemsize, "autograd", student.hidden.device)
 
 
 @dataclass
@@ -108,8 +110,9 @@ class _Work:
 
     def run(self, grads: dict[str, Tensor] | None) -> Tensor:
         """Sum the loss; add each chunk's gradients to ``grads``."""
-        trained = {name: head.upcast() for name, head in self.trained.items()}
-        references = {role: head.upcast() for role, head in self.references.items()}
+        # Autograd differentiates products of upcast operands alone.
+        trained = {name: head.prepared(Products.FLOAT32) for name, head in self.trained.items()}
+        references = {role: head.prepared() for role, head in self.references.items()}
         weight = trained[STUDENT].weight
         total = torch.zeros((), dtype=weight.dtype, device=weight.device)
         with torch.autocast(weight.device.type, enabled=False):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any, Protocol, final, runtime_checkable
 
 from transformers import PreTrainedTokenizerBase
@@ -13,9 +14,10 @@ from deltakd.data.batches.sampler import Sampler, StepSampler
 from deltakd.data.encoding.encoded_set import EncodedSet
 from deltakd.models import LanguageModel
 from deltakd.models.tokenizers import pad_id
-from deltakd.rollouts.engine import OwnEngine
+from deltakd.rollouts.engine import Engine, OwnEngine
 from deltakd.rollouts.rollout_loader import RolloutLoader
 from deltakd.rollouts.settings import RolloutSettings
+from deltakd.rollouts.vllm_engine import VllmEngine
 from deltakd.types import TEACHER
 
 
@@ -50,6 +52,7 @@ class RolloutData(DistillationData):
         longest: most tokens of prompt and response together.
         log_probs: record each sampled token's log-prob where the student at that step did not sample it alone.
         pairs: the loss compares the data's responses with the student's.
+        weights_dir: for the files by which a server gets the student's weights.
         references: lend the teacher, if tokens are drawn from a mixture with it.
     """
 
@@ -68,6 +71,7 @@ class RolloutData(DistillationData):
         max_steps: int | None,
         longest: int,
         log_probs: bool,
+        weights_dir: Path,
         pairs: bool = False,
         world_size: int | None = None,
         references: Lending | None = None,
@@ -89,6 +93,7 @@ class RolloutData(DistillationData):
         self.longest = longest
         self.log_probs = log_probs
         self.pairs = pairs
+        self.weights_dir = weights_dir
         self.references = references
         self.loader: RolloutLoader | None = None
 
@@ -128,19 +133,10 @@ class RolloutData(DistillationData):
         rank, world_size = self._place()
         sampler = self.sampler()
         assert isinstance(sampler, StepSampler)
-        engine = OwnEngine(
-            self._whole_student,
-            self.tokenizer,
-            self.settings,
-            self.vocabulary,
-            self.longest,
-            self.log_probs and self.settings.needs_ratios,
-            self._whole_teacher if self.settings.mixes_teacher else None,
-        )
         self.loader = RolloutLoader(
             self.train,
             sampler,
-            engine,
+            self._make_engine(),
             self.settings,
             pad_id=self.pad_id,
             batch_size=self.batch_size,
@@ -151,6 +147,13 @@ class RolloutData(DistillationData):
             pairs=self.pairs,
         )
         return self.loader
+
+    def _make_engine(self) -> Engine:
+        keeps_log_probs = self.log_probs and self.settings.needs_ratios
+        shared = (self._whole_student, self.tokenizer, self.settings, self.vocabulary, self.longest, keeps_log_probs)
+        if self.settings.engine == "vllm":
+            return VllmEngine(*shared, self.weights_dir)
+        return OwnEngine(*shared, self._whole_teacher if self.settings.mixes_teacher else None)
 
     def _whole_teacher(self) -> AbstractContextManager[LanguageModel]:
         assert self.references is not None, "a mixture needs references that lend the teacher"

@@ -23,6 +23,7 @@ from deltakd.models.tokenizers import pad_id
 from deltakd.references import LiveReferences
 from deltakd.rollouts.data import RolloutData
 from deltakd.tracking.wandb_run import wandb_of
+from deltakd.training.announce import announce_kernels
 from deltakd.training.assembly import Parts
 from deltakd.training.callbacks import (
     Checkpoints,
@@ -38,6 +39,7 @@ from deltakd.training.callbacks.validation import Generate
 from deltakd.training.module import DistillationModule
 from deltakd.training.resume import SavedState, check_step_size, final_student, restore, restore_weights
 from deltakd.training.trainer import make_trainer
+from deltakd.types import STUDENT, TokenMap
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +107,7 @@ def fit(parts: Parts, loggers: list[Logger], state: SavedState | None, lifeline:
         *([ShareAfterValidation(validation)] if validation and parts.settings.rollout.replay.adaptive else []),
         *watching,
     ]
-    trainer = make_trainer(parts, callbacks, loggers)
+    trainer = make_trainer(parts, callbacks, training_log, loggers)
     check_ranks(trainer, ranks)
     if is_main_process():
         write_total_steps(parts.directory.path, data.total_steps)
@@ -116,6 +118,7 @@ def fit(parts: Parts, loggers: list[Logger], state: SavedState | None, lifeline:
         restore(module, (checkpoints, *kept), state)
     else:
         _announce(parts, data, state)
+        announce_kernels(module.step.kernels, trainer.strategy.root_device)
         _train(trainer, module, data, state)
         if module.total_steps != data.total_steps and is_main_process():
             # For a stream, the last step is known only at its end.
@@ -147,6 +150,7 @@ def make_data(parts: Parts, ranks: int) -> DistillationData:
             longest=parts.settings.data.max_length,
             log_probs=parts.settings.loss.needs_sampled_tokens,
             pairs=parts.settings.loss.needs_pairs,
+            weights_dir=parts.directory.path / "server_weights",
             world_size=ranks,
             references=parts.models.references if isinstance(parts.models.references, LiveReferences) else None,
         )
@@ -176,6 +180,10 @@ def _start_stream(parts: Parts) -> ExampleStream[Any, Any] | None:
 def make_module(parts: Parts, total_steps: int) -> DistillationModule:
     """Make the LightningModule of a run."""
     settings = parts.settings
+    if settings.loss.needs_alignment:
+        assert parts.models.references is not None, "a loss that needs an alignment reads a teacher"
+        heads = {**parts.models.references.empty_heads(), STUDENT: parts.models.student.empty_head()}
+        settings.loss.prepare(heads, TokenMap.identity(parts.vocabulary), settings.seed)
     return DistillationModule(
         parts.models.student,
         parts.models.references,
@@ -183,7 +191,7 @@ def make_module(parts: Parts, total_steps: int) -> DistillationModule:
         settings.optim,
         total_steps,
         seed=settings.seed,
-        memory_budget=settings.kernels.memory_budget,
+        kernels=settings.kernels.options(settings.trainer.precision),
         will_be_sharded=settings.strategy.shards_parameters,
     )
 

@@ -42,7 +42,7 @@ def test_each_response_follows_that_of_the_data(ranks: int, accumulate: int, per
             assert own[1][-1] == 99
         for batch in batches:
             assert batch.pairs is not None
-            assert (batch.pairs.count, batch.pairs.given_tokens) == (2, 4)
+            assert (batch.pairs.pairs, batch.pairs.given_tokens) == (2, 4)
             pairs = batch.facts_N.pairs
             assert pairs is not None
             assert pairs.tokens_per_pair == batch.step_tokens / 2
