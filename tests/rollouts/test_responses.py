@@ -28,6 +28,7 @@ class Echo:
 
     def __init__(self, log_probs: bool = False) -> None:
         self.asked: list[Request] = []
+        self.metrics: dict[str, float] = {}
         self.log_probs = log_probs
 
     def answer(self, requests: Sequence[Request]) -> list[Response]:
