@@ -152,6 +152,18 @@ def rollout_problems(
     return found
 
 
+def engine_problems(rollout: RolloutSettings, models: ModelSettings) -> list[str]:
+    """Return the problems of the engine that writes rollouts; a server is asked later."""
+    if not rollout.on_policy or rollout.engine == "own":
+        return []
+    student = models.specs.get(STUDENT)
+    return rollout.vllm.problems(
+        rollout.decoding,
+        quantized=student is not None and student.quantization is not None,
+        mixes_teacher=rollout.mixes_teacher,
+    )
+
+
 def _unmade_stages(specs: Mapping[str, ModelSpec]) -> dict[str, str]:
     """Return role -> path for each path that is a student of a study not run yet."""
     return {

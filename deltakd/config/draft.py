@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, Literal, final
 
 from deltakd.config.check import (
+    engine_problems,
     model_problems,
     objective_problems,
     role_problems,
@@ -125,6 +126,7 @@ class Draft:
         problems += self._half_weights_problems()
         if self.rollout is not None:
             problems += rollout_problems(self.rollout, self.loss, self.data, self.reference)
+            problems += engine_problems(self.rollout, self.model)
         if self.data is not None:
             problems += stream_problems(self.data, self.trainer, self.reference)
         parts = try_loss(self.loss, problems)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, final
 
@@ -103,11 +103,10 @@ class LiveReferences:
     def whole(self, role: str) -> Iterator[LanguageModel]:
         """Yield a model, on its own device, that this rank can run alone. Collective: call on every rank."""
         assert role in self._lent, f"{role} was not prepared"
-        if role in self._shells:
-            with self._shells[role].filled(self._models[role]) as model:
-                yield model
-        else:
-            yield self._models[role]
+        model = self._models[role]
+        shell = self._shells.get(role)
+        with nullcontext(model) if shell is None else shell.filled(model) as whole, whole.as_role(role):
+            yield whole
 
     def start(self, batch: Batch) -> Callable[[], dict[str, Head]]:
         """On the student's device, run now: the activations are freed before the student makes its own.

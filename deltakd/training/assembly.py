@@ -24,6 +24,7 @@ from deltakd.models.roles import open_model, open_tokenizer, shared_vocabulary
 from deltakd.models.vocabulary import unknown_token_problems
 from deltakd.references import CachedReferences, CacheStore, LiveReferences, References, SourceSettings
 from deltakd.references.content import data_identity, data_problems, missing_problem, missing_rows, named_sets
+from deltakd.rollouts.vllm_server import check_server
 from deltakd.training.announce import (
     announce_models,
     preview_data,
@@ -102,6 +103,7 @@ def load_parts(settings: RunSettings, directory: RunDirectory) -> Parts:
             inputs = read_inputs(settings, tokenizer, sets, cached)
             shards = None if sets.stream is None else sets.stream.versions
             check_inputs(directory.path, inputs, shards, force=settings.resume == "force")
+            _check_server(settings, tokenizer, vocabulary)
             preview_data(settings.data, sets.train, tokenizer)
             warn_of_verbatim_prompts(settings.data, sets.train_rows)
         check_retained(settings.evaluation.measures, settings.data, tokenizer)
@@ -110,6 +112,20 @@ def load_parts(settings: RunSettings, directory: RunDirectory) -> Parts:
     sets = sets._replace(train_rows=[])
     models = open_models(settings, tokenizer, vocabulary, cached)
     return Parts(settings, directory, tokenizer, vocabulary, sets, evaluation, models)
+
+
+def _check_server(settings: RunSettings, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
+    """Raise a ConfigError if a server is to write rollouts, and can't."""
+    rollout = settings.rollout
+    if not rollout.on_policy or rollout.engine == "own":
+        return
+    student = load_config(
+        STUDENT,
+        settings.specs[STUDENT],
+        vocabulary=vocabulary,
+        trust_remote_code=settings.model.trust_remote_code,
+    )
+    check_server(rollout.vllm, tokenizer, student, settings.data.max_length)
 
 
 def _read_evaluation(

@@ -148,6 +148,7 @@ def make_data(parts: Parts, ranks: int) -> DistillationData:
             max_steps=settings.max_steps,
             longest=parts.settings.data.max_length,
             log_probs=parts.settings.loss.needs_sampled_tokens,
+            weights_dir=parts.directory.path / "server_weights",
             world_size=ranks,
             references=parts.models.references if isinstance(parts.models.references, LiveReferences) else None,
         )

@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from deltakd.distributed.sharding import is_sharded, on_any_rank
 from deltakd.distributed.zero import META
+from deltakd.io.errors import ServerError
 from deltakd.io.files import remove, replacing, telling
 from deltakd.io.run_directory import LAST, PREVIOUS
 from deltakd.training.callbacks.steps import at_step_end
@@ -151,11 +152,13 @@ class Checkpoints(Checkpoint):
         self._saved_at, self._saved_step = time.monotonic(), step
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Delete a half-written checkpoint.
+        """Delete a half-written checkpoint; save the state if a server failed, as it does between steps, on all ranks.
 
         Any rank may have failed. Lifeline's hook runs first, so no other rank is writing any more.
         """
         remove(self._partial)
+        if isinstance(exception, ServerError) and trainer.global_step > self._saved_step:
+            self.save_last(trainer)
 
     def _keep_best(self, trainer: L.Trainer) -> None:
         assert self.validation is not None
