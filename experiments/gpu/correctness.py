@@ -1,9 +1,8 @@
 """Correctness on the device, with tiny models through ``run_training``: the CPU's losses, kill and resume, FSDP2.
 
-Each row compares two curves of training losses, ``largest`` being the largest relative difference:
-``float32`` and ``bf16-mixed``: the device and the CPU; ``resumed``: a run stopped by SIGTERM half way and continued, and
-one that was not; ``fsdp``: ``strategy=fsdp`` on one device, and none; ``packed``: where ``data.packing`` exists, packed
-rows and rows alone.
+Each row compares two curves of training losses, ``largest`` being the largest relative difference. ``float32`` and
+``bf16-mixed``: the device and the CPU; ``resumed``: a run stopped by SIGTERM half way and continued, and one that was
+not; ``fsdp``: ``strategy=fsdp`` on one device, and none.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from deltakd.training.run import run_training
 from tests.tiny import World, make_rows, save_model, write_rows
 
 #: What rounding allows, relative to the loss.
-ALLOWED = {"float32": 2e-4, "bf16-mixed": 2e-2, "resumed": 1e-5, "fsdp": 1e-4}
+ALLOWED = {"float32": 1e-3, "bf16-mixed": 2e-2, "resumed": 1e-4, "fsdp": 1e-3}
 
 
 class Kill(L.Callback):

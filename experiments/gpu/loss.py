@@ -1,9 +1,9 @@
 """The loss alone, forward and backward, at the public shape: H = 4,096, V = 128,256, 8,192 tokens, bfloat16.
 
-Forms: ``ours`` is what trains; ``plain`` multiplies all heads out and leaves the rest to autograd; ``products`` does the
-matrix products in half precision, as large as memory allows, and nothing else; ``liger`` is Liger's fused linear JSD at
-beta 0 (forward KL of two heads), ``liger_chunked`` its chunked form, if this release has it. ``of_floor`` is the
-distance from the longer of two times: operations at the measured matrix rate, bytes at the measured bandwidth.
+Forms: ``ours`` is what trains; ``products`` does its matrix products in half precision and nothing else; ``liger`` is
+Liger's fused linear JSD at beta 0 (forward KL of two heads), ``liger_chunked`` its chunked form; ``plain`` multiplies
+all heads out and leaves the rest to autograd. ``of_floor`` is the distance from the longer of two times: operations at
+the measured matrix rate, bytes at the measured bandwidth.
 """
 
 from __future__ import annotations

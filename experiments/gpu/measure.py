@@ -41,17 +41,17 @@ class Part:
     tiny: tuple[str, ...]
 
 
+QWEN = ("kd", "delta_kd", "delta_kd_lora", "sft", "kd_lora", "sft_lora")
 #: In the order in which they run: the most valuable first.
 PARTS = (
-    Part("kernel_tests", 60, ("-m", "pytest", "tests/kernels", "-q", "-m", "not slow"), ("-k", "products", "-x")),
+    Part("kernel_tests", 60, ("-m", "pytest", "tests/kernels", "-m", "not slow"), ("-k", "products", "-x")),
     Part("loss", 80, ("loss.py",), ("--tokens", "64", "--width", "32", "--vocabulary", "512")),
     Part("step_gpt2", 110, ("step.py",), ("--shape", "tiny_gpt2", "--batch", "4", "--length", "32", "--steps", "2")),
     Part("correctness", 80, ("correctness.py",), ("--steps", "6")),
     Part(
         "step_qwen",
         110,
-        ("step.py", "--shape", "qwen", "--batch", "16", "--steps", "8", "--contestants")
-        + ("kd", "delta_kd", "delta_kd_lora", "sft", "kd_lora", "sft_lora"),
+        ("step.py", "--shape", "qwen", "--batch", "16", "--steps", "8", "--contestants", *QWEN),
         ("--shape", "tiny_qwen", "--batch", "4", "--length", "32", "--steps", "2"),
     ),
 )

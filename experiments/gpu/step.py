@@ -2,8 +2,8 @@
 
 Random weights of GPT-2 124M with XL teachers (``--shape gpt2``), or of Qwen2.5-0.5B with 1.5B teachers, V = 151,936
 (``--shape qwen``), through the same module, data module and Trainer as any run. ``waits`` counts what
-``torch.cuda.set_sync_debug_mode`` sees in three steps after the warm-up, reads of the log included; ``outside`` is the
-share of a step that is neither a model's body nor a head's products, each timed by itself.
+``torch.cuda.set_sync_debug_mode`` sees in three steps after the clock has stopped; ``peak_gib`` is beyond the weights;
+``outside`` is the share of a step that is neither a model's body nor a head's products, each timed by itself.
 """
 
 from __future__ import annotations
