@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from deltakd.distributed.settings import PERSISTENCE_THRESHOLD
 from deltakd.models import LanguageModel
-from deltakd.types import STUDENT_RAW, Batch, Head
+from deltakd.types import STUDENT_RAW, Batch, Head, TokenStream
 
 if TYPE_CHECKING:
     from deltakd.references.sharded import Engine
@@ -45,7 +45,7 @@ class LiveReferences:
         self._engine = engine
         self._persistence_threshold = persistence_threshold
         #: The callables to run: the models, or wrappers that gather their shards.
-        self._runners: dict[str, Callable[[Batch], Head]] = dict(models)
+        self._runners: dict[str, Callable[[TokenStream], Head]] = dict(models)
         self._adapted_student = adapted_student
         self._placement = placement
         self._device = torch.device("cpu")
@@ -97,12 +97,12 @@ class LiveReferences:
         return lambda: self._heads(batch, batch_there)
 
     def __call__(self, batch: Batch) -> dict[str, Head]:
-        """Return role -> head of the batch's N valid tokens."""
+        """Return role -> head of the valid tokens of the role's stream (``Batch.stream_of``)."""
         return self._heads(batch, batch.to(self._home))
 
     @torch.no_grad()
     def _heads(self, batch: Batch, batch_there: Batch) -> dict[str, Head]:
-        there = {role: self._run(runner, batch_there) for role, runner in self._runners.items()}
+        there = {role: self._run(runner, batch_there.stream_of(role)) for role, runner in self._runners.items()}
         # Only once all are queued: a copy to the student's device waits for its source.
         heads = {role: self._brought(role, head) for role, head in there.items()}
         if self._adapted_student is not None:
@@ -112,10 +112,10 @@ class LiveReferences:
             heads[STUDENT_RAW] = replace(head, weight=head.weight.detach())
         return heads
 
-    def _run(self, runner: Callable[[Batch], Head], batch: Batch) -> Head:
+    def _run(self, runner: Callable[[TokenStream], Head], rows: TokenStream) -> Head:
         # The student's autocast must not reach the references: each runs in its own dtype.
         with torch.autocast(self._home.type, enabled=False):
-            return runner(batch)
+            return runner(rows)
 
     def _brought(self, role: str, head: Head) -> Head:
         if head.hidden.device == self._device:
