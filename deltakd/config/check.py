@@ -16,10 +16,11 @@ from deltakd.evaluation.settings import SCORES, EvaluationSettings
 from deltakd.generation.model_step import positions_of
 from deltakd.io.hub import hub_reachable
 from deltakd.models import ModelSettings, ModelSpec, load_config, spec_problems
+from deltakd.models.adapter_files import adapter_problems
 from deltakd.models.causal import NotCausalError
 from deltakd.models.quantization import student_problems
 from deltakd.models.roles import position_problems
-from deltakd.references import CacheSettings, CacheStore, ReferenceSettings
+from deltakd.references import CacheSettings, CacheStore, LiveSettings, ReferenceSettings
 from deltakd.references.content import cache_problems
 from deltakd.references.topk import topk_problems
 from deltakd.rollouts.settings import RolloutSettings
@@ -86,6 +87,7 @@ def model_problems(models: ModelSettings, specs: Mapping[str, ModelSpec], max_le
         silent.add(STUDENT_RAW)
     found = [problem for role, spec in specs.items() if role not in silent for problem in spec_problems(role, spec)]
     found += _say_how_to_make(unmade)
+    found += [problem for role, spec in specs.items() if role not in silent for problem in adapter_problems(role, spec)]
     problems += found
     if not found:
         problems += _config_problems(specs, models.trust_remote_code, max_length)
@@ -132,12 +134,34 @@ def rollout_problems(
             f"{answers}, and the lengths of its responses are not known in advance, so batches can't be filled up to "
             "data.max_tokens_per_batch; give data.batch_size, or rollout=none"
         )
+    if rollout.replay.adaptive and data is not None and not data.validates:
+        found.append(
+            "rollout.replay.adaptive=true raises the student's share when the validation loss rises, and there is no "
+            "validation data; give data.val=... or data.val_size=N, or rollout.replay.adaptive=false"
+        )
+    if rollout.mixes_teacher and not isinstance(reference, LiveSettings | CacheSettings | None):
+        found.append(
+            "rollout.source=mixture runs the teacher token by token, and reference is a source of your own; give "
+            "reference=live, or rollout.source=student"
+        )
     if isinstance(reference, CacheSettings) and loss is not None and loss.requires:
         found.append(
             f"{answers}, and reference=cached holds the references over the data's responses; give reference=live, or "
             "rollout=none"
         )
     return found
+
+
+def engine_problems(rollout: RolloutSettings, models: ModelSettings) -> list[str]:
+    """Return the problems of the engine that writes rollouts; a server is asked later."""
+    if not rollout.on_policy or rollout.engine == "own":
+        return []
+    student = models.specs.get(STUDENT)
+    return rollout.vllm.problems(
+        rollout.decoding,
+        quantized=student is not None and student.quantization is not None,
+        mixes_teacher=rollout.mixes_teacher,
+    )
 
 
 def _unmade_stages(specs: Mapping[str, ModelSpec]) -> dict[str, str]:

@@ -20,7 +20,9 @@ from deltakd.estimates.costs import MIB, Need, Setting, memory
 from deltakd.estimates.layout import Layout
 from deltakd.estimates.sizes import Skeleton
 from deltakd.io.console import make_console
+from deltakd.kernels import MEMORY_BUDGET, KernelOptions
 from deltakd.models import load_skeleton, load_tokenizer
+from deltakd.models.adapter_files import adapter_bytes, shared_weights
 from deltakd.models.loading import DTYPES
 from deltakd.models.lora import add_lora
 from deltakd.references import CacheStore
@@ -124,6 +126,8 @@ def setting_of(settings: RunSettings, device: str, home: str) -> Setting:
         cached_heads=heads,
         cached_bytes=token_bytes,
         half_weights=settings.optim.half_weights,
+        shared=shared_weights({role: spec for role, spec in settings.specs.items() if role != STUDENT}),
+        adapters={role: adapter_bytes(spec) for role, spec in settings.specs.items() if spec.adapter},
     )
 
 
@@ -146,10 +150,17 @@ def make_setting(
         accumulate=settings.trainer.accumulate_grad_batches,
         precision=str(settings.trainer.precision),
         checkpointed=settings.model.gradient_checkpointing,
-        budget=float(settings.kernels.memory_budget),
+        budget=_budget(settings.kernels.memory_budget, str(others.get("device", "cpu"))),
         form="autograd" if form is None else form.kind,
         **others,
     )
+
+
+def _budget(given: float | None, device: str) -> float:
+    """Return the MiB for a chunk of logits; on a GPU that is not here, those on one of 80 GB."""
+    if given is not None or not device.startswith("cuda"):
+        return given or MEMORY_BUDGET
+    return KernelOptions().budget(torch.device(device)) if torch.cuda.is_available() else 80e9 / 56 / 2**20
 
 
 def _skeleton(settings: RunSettings, role: str, layout: Layout) -> Skeleton:

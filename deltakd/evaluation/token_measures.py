@@ -69,10 +69,10 @@ def token_measures(
         ValueError: a required head is missing, heads disagree in N or V, or the chunk size is below 1.
     """
     _check(heads, labels, chunk_size, ROLES if with_shifts else (STUDENT,))
-    upcast = {role: head.upcast() for role, head in heads.items()}
+    prepared = {role: head.prepared() for role, head in heads.items()}
     blocks = []
     for start in range(0, max(1, len(labels)), chunk_size):
-        chunk = {role: head.rows(start, start + chunk_size).logits() for role, head in upcast.items()}
+        chunk = {role: head.rows(start, start + chunk_size).logits() for role, head in prepared.items()}
         labels_N = labels[start : start + chunk_size]
         for at in range(0, max(1, len(labels_N)), BLOCK_ROWS):
             rows = slice(at, at + BLOCK_ROWS)
@@ -93,10 +93,10 @@ def top_candidates(head: Head, count: int, chunk_size: int = 64) -> tuple[Tensor
     Returns:
         [N, K] int64 ids, most probable first, and [N, K] their probabilities.
     """
-    upcast = head.upcast()
+    prepared = head.prepared()
     count = min(count, head.weight.shape[0])
     chunks = [
-        in_float64(upcast.rows(at, at + chunk_size).logits()).softmax(-1).topk(count)
+        in_float64(prepared.rows(at, at + chunk_size).logits()).softmax(-1).topk(count)
         for at in range(0, max(1, len(head)), chunk_size)
     ]
     return torch.cat([c.indices for c in chunks]), torch.cat([c.values for c in chunks])

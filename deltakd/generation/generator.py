@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import final
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from deltakd.generation.decoding import Decoding
 from deltakd.generation.full_batch import DecodingState, Row
 from deltakd.generation.key_values import can_select
-from deltakd.generation.model_step import Step, evaluating, position_limit
+from deltakd.generation.model_step import MixedStep, Mixture, Step, evaluating, position_limit
 from deltakd.generation.noise import NoiseKey
 from deltakd.generation.sampling import TokenChoice
 
@@ -122,6 +123,7 @@ def sample(
     vocab_size: int,
     pad_id: int,
     longest: int | None = None,
+    mixture: Mixture | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[list[Sampled]]:
     """Continue every prompt once for each of its keys, by which its noise is drawn.
@@ -130,6 +132,7 @@ def sample(
         model, prompts, decoding, batch_size, eos_ids, vocab_size, pad_id: as for ``generate``.
         keys: for each prompt the keys of its answers; with greedy decoding all its answers are the same.
         longest: maximum tokens of prompt and answer together; None: only the model's limit.
+        mixture: a second model, from whose distribution mixed with the model's the tokens are drawn.
         progress: called as answers end, with the number ended so far.
 
     Returns:
@@ -139,12 +142,15 @@ def sample(
         ValueError: decoding options or prompts are invalid, or logits are NaN.
     """
     _check(decoding, batch_size, [])
-    limit = min((n for n in (position_limit(model), longest) if n is not None), default=None)
+    models = [model] if mixture is None else [model, mixture.other]
+    limit = min((n for n in (*map(position_limit, models), longest) if n is not None), default=None)
     rows = [_rows(prompt, own, decoding, limit) for prompt, own in zip(prompts, keys, strict=True)]
     queue = sorted(rows, key=lambda same: len(same[0].prompt), reverse=True)
-    decoder = _Decoder(Step(model, decoding.processors(), vocab_size), TokenChoice(vocab_size), eos_ids, pad_id)
+    steps = [Step(one, decoding.processors(), vocab_size) for one in models]
+    step = steps[0] if mixture is None else MixedStep(steps[0], steps[1], mixture.weight)
+    decoder = _Decoder(step, TokenChoice(vocab_size), eos_ids, pad_id)
     ended = 0
-    with evaluating(model):
+    with evaluating(model), nullcontext() if mixture is None else evaluating(mixture.other):
         for count in decoder.run(_groups(queue, batch_size), batch_size):
             ended += count
             if progress is not None:
@@ -178,7 +184,7 @@ class _Decoder:
         eos_ids, pad_id: as for ``generate``.
     """
 
-    def __init__(self, step: Step, choose: TokenChoice, eos_ids: frozenset[int], pad_id: int) -> None:
+    def __init__(self, step: Step | MixedStep, choose: TokenChoice, eos_ids: frozenset[int], pad_id: int) -> None:
         self._step = step
         self._choose = choose
         self._eos_ids = eos_ids

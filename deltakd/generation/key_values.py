@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, final
 
 from torch import Tensor
@@ -56,15 +57,37 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = (buffer[:, :, start:end] for buffer in self._buffers)
 
 
+@final
+class JointCache:
+    """The caches of several models that decode the same rows; a model's own may be on another device.
+
+    Args:
+        parts: one cache per model, all with the same columns.
+    """
+
+    def __init__(self, parts: Sequence[Any]) -> None:
+        self.parts = parts
+
+    def get_seq_length(self) -> int:
+        """Return the number of columns."""
+        length: int = self.parts[0].get_seq_length()
+        return length
+
+
+def _layer_lists(cache: Any) -> list[list[Any]]:
+    """Return the layers of a cache, one list per model."""
+    parts = cache.parts if isinstance(cache, JointCache) else [cache]
+    return [getattr(part, "layers", []) for part in parts]
+
+
 def can_select(cache: Any) -> bool:
     """True if ``select`` and ``replace`` work on a cache: all its layers are plain or sliding attention.
 
     The check is by exact type. Layers with a recurrent state inherit the methods of attention layers, which would move
     the keys and leave the state behind; other layers hold more than keys and values, or hold them quantised.
     """
-    layers = getattr(cache, "layers", [])
     known = (DynamicLayer, DynamicSlidingWindowLayer, RoomyLayer)
-    return bool(layers) and all(type(layer) in known for layer in layers)
+    return all(layers and all(type(layer) in known for layer in layers) for layers in _layer_lists(cache))
 
 
 def select(cache: Any, rows: Tensor, columns: int) -> None:
@@ -75,17 +98,21 @@ def select(cache: Any, rows: Tensor, columns: int) -> None:
         rows: [n] int64; may repeat.
         columns: number of columns afterwards; new ones are zeros.
     """
-    for number, layer in enumerate(cache.layers):
-        if not layer.is_initialized:
+    for layers in _layer_lists(cache):
+        for number, layer in enumerate(layers):
             # A layer that shares another layer's keys has none of its own.
-            continue
-        width = _width(layer, columns)
-        keys, values = (_aligned(states, width)[rows] for states in (layer.keys, layer.values))
-        if type(layer) is DynamicSlidingWindowLayer:
-            # It holds only the last columns but counts all of them, since the mask is built from the count.
-            layer.keys, layer.values, layer.cumulative_length = keys, values, columns
-        else:
-            cache.layers[number] = RoomyLayer(keys, values)
+            if layer.is_initialized:
+                layers[number] = _selected(layer, rows.to(layer.keys.device), columns)
+
+
+def _selected(layer: Any, rows: Tensor, columns: int) -> Any:
+    width = _width(layer, columns)
+    keys, values = (_aligned(states, width)[rows] for states in (layer.keys, layer.values))
+    if type(layer) is not DynamicSlidingWindowLayer:
+        return RoomyLayer(keys, values)
+    # It holds only the last columns but counts all of them, since the mask is built from the count.
+    layer.keys, layer.values, layer.cumulative_length = keys, values, columns
+    return layer
 
 
 def replace(cache: Any, rows: Tensor, other: Any, columns: int) -> None:
@@ -97,17 +124,21 @@ def replace(cache: Any, rows: Tensor, other: Any, columns: int) -> None:
         other: a cache of n rows and at most ``columns`` columns.
         columns: number of this cache's columns to keep.
     """
-    for layer, new in zip(cache.layers, other.layers, strict=True):
-        if not layer.is_initialized:
-            continue
-        if isinstance(layer, RoomyLayer):
-            layer.narrow(columns)
-        else:
-            width = _width(layer, columns)
-            layer.keys, layer.values = (states[:, :, -width:] for states in (layer.keys, layer.values))
-            layer.cumulative_length = columns
-        for states, found in ((layer.keys, new.keys), (layer.values, new.values)):
-            states[rows] = _aligned(found, states.shape[2])
+    for layers, others in zip(_layer_lists(cache), _layer_lists(other), strict=True):
+        for layer, new in zip(layers, others, strict=True):
+            if layer.is_initialized:
+                _replace(layer, rows.to(layer.keys.device), new, columns)
+
+
+def _replace(layer: Any, rows: Tensor, new: Any, columns: int) -> None:
+    if isinstance(layer, RoomyLayer):
+        layer.narrow(columns)
+    else:
+        width = _width(layer, columns)
+        layer.keys, layer.values = (states[:, :, -width:] for states in (layer.keys, layer.values))
+        layer.cumulative_length = columns
+    for states, found in ((layer.keys, new.keys), (layer.values, new.values)):
+        states[rows] = _aligned(found, states.shape[2])
 
 
 def _width(layer: Any, columns: int) -> int:

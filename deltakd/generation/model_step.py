@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from deltakd.generation.full_batch import DecodingState
+from deltakd.generation.key_values import JointCache
 from deltakd.types import at_least_float32
 
 
@@ -60,6 +64,56 @@ class Step:
             )
         processed: Tensor = self._processors(state.history, at_least_float32(logits[:, : self._vocab_size]))
         return processed
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A second model to sample from: p̃ = (1 − weight) · p_model + weight · p_other, token by token.
+
+    Args:
+        other: a transformers decoder of the same tokens; it may be on another device.
+        weight: α of MiniLLM (arXiv 2306.08543), between 0 and 1.
+    """
+
+    other: nn.Module
+    weight: float
+
+
+class MixedStep:
+    """One forward pass of two models over a state; each model's logits are processed before they are mixed."""
+
+    def __init__(self, own: Step, other: Step, weight: float) -> None:
+        self._own = own
+        self._other = other
+        self._weight = weight
+        self.device = own.device
+
+    def __call__(self, state: DecodingState) -> Tensor:
+        """Return the log-probs of the mixture, [B, V] in at least float32; update the state's cache."""
+        caches = (None, None) if state.cache is None else state.cache.parts
+        device = self._other.device
+        there = replace(
+            state,
+            input_ids=state.input_ids.to(device),
+            mask=state.mask.to(device),
+            history=state.history.to(device),
+            positions=state.positions.to(device),
+            cache=caches[1],
+        )
+        here = replace(state, cache=caches[0])
+        # The student's autocast must not reach the other model, which runs in its own dtype.
+        with torch.autocast(device.type, enabled=False):
+            others_BV = self._other(there)
+        mixed_BV = mixed_log_probs(
+            self._own(here).log_softmax(-1), others_BV.to(self.device).log_softmax(-1), self._weight
+        )
+        state.cache = JointCache([here.cache, there.cache])
+        return mixed_BV
+
+
+def mixed_log_probs(own: Tensor, other: Tensor, weight: float) -> Tensor:
+    """Return log((1 − weight) · exp(own) + weight · exp(other)), element by element."""
+    return torch.logaddexp(own + math.log1p(-weight), other + math.log(weight))
 
 
 @contextmanager

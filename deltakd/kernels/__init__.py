@@ -2,8 +2,9 @@
 
 from deltakd.kernels.blocks import row_blocks
 from deltakd.kernels.buckets import BucketLogits, Buckets
-from deltakd.kernels.chunked import MEMORY_BUDGET, chunk_size_for, chunked_loss
+from deltakd.kernels.chunked import chunked_loss
 from deltakd.kernels.label_log_probs import label_log_probs
+from deltakd.kernels.options import MEMORY_BUDGET, KernelOptions, chunk_size_for
 from deltakd.types import Head
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "BucketLogits",
     "Buckets",
     "Head",
+    "KernelOptions",
     "chunk_size_for",
     "chunked_loss",
     "label_log_probs",

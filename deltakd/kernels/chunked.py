@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from deltakd.kernels.buckets import Buckets, bucketed_chunk
-from deltakd.kernels.fused import add_head_gradients, fused_chunk, fusible
+from deltakd.kernels.fused import fused_chunk, fusible
+from deltakd.kernels.head_gradients import HeadGradients, gradient_bound
+from deltakd.kernels.options import KernelOptions
 from deltakd.types import (
     NO_FACTS,
     STUDENT,
@@ -24,30 +26,13 @@ from deltakd.types import (
     HeadLogits,
     LinearKL,
     Loss,
+    LossOutput,
     SequenceLoss,
     TokenFacts,
     at_least_float32,
 )
 
-#: MiB that the logits of a chunk, and everything computed from them, may take.
-MEMORY_BUDGET = 256.0
-#: Tensors the size of a chunk's logits that exist at once: by hand, without and with a gate, over a reduced vocabulary,
-#: and under autograd in the most demanding loss.
-_TENSORS = {"fused": 2, "gated": 3, "buckets": 4, "autograd": 16}
-#: Smaller chunks spend their time on the head's gradient, which each chunk adds to as a whole.
-_MIN_CHUNK = 32
-
-
-def chunk_size_for(memory_budget: float, vocabulary: int, itemsize: int, form: str) -> int:
-    """Return the number of tokens per chunk that fits in ``memory_budget`` MiB; at least 32, even if that takes more.
-
-    Args:
-        memory_budget: MiB.
-        vocabulary: V.
-        itemsize: bytes of a logit.
-        form: ``fused`` or ``gated`` (by hand), ``buckets`` (over a reduced vocabulary), or ``autograd``.
-    """
-    return max(_MIN_CHUNK, int(memory_budget * 2**20 / (_TENSORS[form] * vocabulary * itemsize)))
+_AS_THE_DEVICE_ALLOWS = KernelOptions()
 
 
 def chunked_loss(
@@ -55,9 +40,9 @@ def chunked_loss(
     heads: Mapping[str, Head],
     labels: Tensor,
     chunk_size: int | None = None,
-    memory_budget: float = MEMORY_BUDGET,
     buckets: Buckets | None = None,
     facts: TokenFacts = NO_FACTS,
+    options: KernelOptions = _AS_THE_DEVICE_ALLOWS,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum a loss over N tokens, holding no more than one chunk of any model's logits.
 
@@ -68,11 +53,10 @@ def chunked_loss(
         loss: the loss; it sees logits [n, V] of ``student`` and of the roles that it requires.
         heads: role -> Head, all over the same N tokens and the same vocabulary.
         labels: [N] int64.
-        chunk_size: tokens per chunk; None: as many as fit in the memory budget.
-        memory_budget: MiB for the logits of a chunk and everything computed from them. The gradient of the head, at
-            least float32, comes on top.
+        chunk_size: tokens per chunk; None: as many as fit in the memory budget of ``options``.
         buckets: the references over a reduced vocabulary, in place of their heads.
         facts: about the N tokens; a loss of whole sequences needs their rows.
+        options: memory and precision.
 
     Returns:
         The sum of ``per_token`` (nats; differentiable w.r.t. the student's hidden, weight and bias), and the detached
@@ -87,13 +71,16 @@ def chunked_loss(
         raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1, or None to choose one")
     if len(student) == 0:
         return _attached_zero(student), {}
-    references = {} if buckets is not None else {role: heads[role].upcast() for role in sorted(loss.requires)}
+    references = {}
+    if buckets is None:
+        references = {role: heads[role].prepared(options.products) for role in sorted(loss.requires)}
     trained = [t for t in (student.hidden, student.weight, student.bias) if t is not None and t.requires_grad]
     wants_gradients = torch.is_grad_enabled() and bool(trained)
     form = fusible(loss, student, references) if wants_gradients and buckets is None else None
-    itemsize = torch.promote_types(student.weight.dtype, torch.float32).itemsize
     kind = "buckets" if buckets is not None else "autograd" if form is None else form.kind
-    size = chunk_size or chunk_size_for(memory_budget, student.weight.shape[0], itemsize, kind)
+    vocabulary, device = student.weight.shape[0], student.hidden.device
+    size = chunk_size or options.chunk_size(len(student), vocabulary, student.dtype.itemsize, kind, device)
+    student = replace(student, products=options.products)
     if isinstance(loss, SequenceLoss):
         facts = _weighted(loss, student, references, labels, size, facts)
     work = _Work(loss, form, student, references, labels, size, buckets, facts)
@@ -139,7 +126,7 @@ def _weighted(
     """Return the facts with a loss's weights, from a first pass over the chunks."""
     if facts.rows is None:
         raise ValueError(f"{type(loss).__name__} is a loss of whole sequences: give facts=TokenFacts(rows=...)")
-    student = student.upcast()
+    student = student.prepared()
     rewards = []
     for start in range(0, len(labels), size):
         tokens = slice(start, min(start + size, len(labels)))
@@ -170,24 +157,33 @@ class _Work:
             return self._run(grads)
 
     def _run(self, grads: dict[str, Tensor] | None) -> Tensor:
-        student = self.student.upcast()
-        total = torch.zeros((), dtype=student.weight.dtype, device=student.weight.device)
+        student = self.student.prepared()
+        gradients = None
+        if grads is not None:
+            gradients = HeadGradients(student, grads, None if self.form is None else gradient_bound(self.form))
+        total = torch.zeros((), dtype=student.dtype, device=student.weight.device)
         for start in range(0, len(self.labels), self.size):
             rows = slice(start, min(start + self.size, len(self.labels)))
-            references = {role: head.rows(rows.start, rows.stop) for role, head in self.references.items()}
-            chunk = student.rows(rows.start, rows.stop)
-            if self.form is not None and grads is not None:
-                values, grad_NV = fused_chunk(self.form, chunk, references, self.labels[rows])
-                add_head_gradients(chunk, grad_NV, rows, grads)
-            elif self.buckets is not None:
-                values = _by_buckets(self.loss, chunk, self.buckets.rows(rows.start, rows.stop), rows, grads)
-            else:
-                facts = self.facts.part(rows)
-                values = _by_autograd(self.loss, chunk, references, self.labels[rows], facts, rows, grads)
+            values = self._chunk(student.rows(rows.start, rows.stop), rows, gradients)
             total += values.pop("loss").sum()
             for name, value_N in values.items():
                 self.parts[name] = self.parts.get(name, 0) + value_N.sum()
         return total
+
+    def _chunk(self, chunk: Head, rows: slice, gradients: HeadGradients | None) -> dict[str, Tensor]:
+        references = {role: head.rows(rows.start, rows.stop) for role, head in self.references.items()}
+        labels = self.labels[rows]
+        if self.form is not None and gradients is not None:
+            values, grad_NV = fused_chunk(self.form, chunk, references, labels)
+            gradients.add(grad_NV, rows)
+            return values
+        if self.buckets is not None:
+            return _by_buckets(self.loss, chunk, self.buckets.rows(rows.start, rows.stop), rows, gradients)
+        facts = self.facts.part(rows)
+        if gradients is None or chunk.multiplies_in_float32:
+            grads = None if gradients is None else gradients.buffers
+            return _by_autograd(self.loss, chunk, references, labels, facts, rows, grads)
+        return _from_logits(self.loss, chunk, references, labels, facts, rows, gradients)
 
 
 def _by_autograd(
@@ -197,7 +193,7 @@ def _by_autograd(
     labels: Tensor,
     facts: TokenFacts,
     rows: slice,
-    grads: dict[str, Tensor] | None,
+    grads: Mapping[str, Tensor] | None,
 ) -> dict[str, Tensor]:
     """Return ``loss`` and the parts of a chunk, detached; add its gradients to ``grads``."""
     leaves: dict[str, Tensor] = {}
@@ -208,23 +204,60 @@ def _by_autograd(
         chunk_sum = output.per_token.sum()
     if grads is not None and chunk_sum.requires_grad:
         _add_gradients(grads, leaves, torch.autograd.grad(chunk_sum, list(leaves.values())), rows)
+    return _detached(output)
+
+
+def _from_logits(
+    loss: Loss,
+    chunk: Head,
+    references: Mapping[str, Head],
+    labels: Tensor,
+    facts: TokenFacts,
+    rows: slice,
+    gradients: HeadGradients,
+) -> dict[str, Tensor]:
+    """As ``_by_autograd``, which ends at the logits: products of half-precision operands are not its business."""
+    z_NV = chunk.logits().requires_grad_()
+    with torch.enable_grad():
+        output = loss(HeadLogits(z_NV, references, facts), labels)
+        chunk_sum = output.per_token.sum()
+    if chunk_sum.requires_grad:
+        (grad_NV,) = torch.autograd.grad(chunk_sum, z_NV)
+        gradients.add(_before_capping(chunk, z_NV.detach(), grad_NV), rows)
+    return _detached(output)
+
+
+def _before_capping(chunk: Head, z_NV: Tensor, grad_NV: Tensor) -> Tensor:
+    """Return the gradient w.r.t. the logits before soft-capping, c · tanh(z / c), whose derivative is 1 − (z / c)²."""
+    if chunk.softcap is None:
+        return grad_NV
+    return grad_NV.mul(z_NV.div_(chunk.softcap).square_().neg_().add_(1.0))
+
+
+def _detached(output: LossOutput) -> dict[str, Tensor]:
     return {name: value_N.detach() for name, value_N in {**output.parts, "loss": output.per_token}.items()}
 
 
 def _by_buckets(
-    loss: Loss, chunk: Head, buckets: Buckets, rows: slice, grads: dict[str, Tensor] | None
+    loss: Loss, chunk: Head, buckets: Buckets, rows: slice, gradients: HeadGradients | None
 ) -> dict[str, Tensor]:
     """As ``_by_autograd``, over a reduced vocabulary; autograd keeps only tensors of that size."""
-    if grads is None or chunk.softcap is None:
-        values, grad_NV = bucketed_chunk(loss, chunk.logits(), buckets, grads is not None)
-        if grads is not None and grad_NV is not None:
-            add_head_gradients(chunk, grad_NV, rows, grads)
+    if gradients is None or chunk.softcap is None:
+        values, grad_NV = bucketed_chunk(loss, chunk.logits(), buckets, gradients is not None)
+        if gradients is not None and grad_NV is not None:
+            gradients.add(grad_NV, rows)
         return values
-    chunk, leaves = _with_leaves(chunk, grads)
+    if not chunk.multiplies_in_float32:
+        z_NV = chunk.logits()
+        values, grad_NV = bucketed_chunk(loss, z_NV.clone(), buckets, True)
+        if grad_NV is not None:
+            gradients.add(_before_capping(chunk, z_NV, grad_NV), rows)
+        return values
+    chunk, leaves = _with_leaves(chunk, gradients.buffers)
     with torch.enable_grad():
         z_NV = chunk.logits()
     values, grad_NV = bucketed_chunk(loss, z_NV.detach().clone(), buckets, True)
-    _add_gradients(grads, leaves, torch.autograd.grad(z_NV, list(leaves.values()), grad_NV), rows)
+    _add_gradients(gradients.buffers, leaves, torch.autograd.grad(z_NV, list(leaves.values()), grad_NV), rows)
     return values
 
 
@@ -235,7 +268,7 @@ def _add_gradients(
         if name == "hidden":
             grads[name][rows] = gradient
         else:
-            grads[name] += gradient
+            grads[name].add_(gradient)
 
 
 def _with_leaves(chunk: Head, grads: Mapping[str, Tensor]) -> tuple[Head, dict[str, Tensor]]:
@@ -245,7 +278,7 @@ def _with_leaves(chunk: Head, grads: Mapping[str, Tensor]) -> tuple[Head, dict[s
     tensors |= leaves
     assert tensors["hidden"] is not None
     assert tensors["weight"] is not None
-    return Head(tensors["hidden"], tensors["weight"], tensors["bias"], chunk.softcap, chunk.scale), leaves
+    return replace(chunk, hidden=tensors["hidden"], weight=tensors["weight"], bias=tensors["bias"]), leaves
 
 
 class _ChunkedLoss(torch.autograd.Function):

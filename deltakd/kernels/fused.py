@@ -14,12 +14,12 @@ everything after them covers a few rows at a time, which stay in the processor's
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from deltakd.kernels.blocks import row_blocks
+from deltakd.kernels.finite_biases import is_finite
 from deltakd.types import Gate, Head, HeadLogits, LinearKL, Loss
 
 
@@ -32,7 +32,7 @@ def fusible(loss: Loss, student: Head, references: Mapping[str, Head]) -> Linear
     if form is None or not _linear(student):
         return None
     biases = [head.bias for head in (student, *references.values()) if head.bias is not None]
-    return form if all(bool(bias.isfinite().all()) for bias in biases) else None
+    return form if all(map(is_finite, biases)) else None
 
 
 def _linear(head: Head) -> bool:
@@ -54,7 +54,7 @@ def fused_chunk(
     Returns:
         ``loss`` and its parts, [n] nats each, and the gradient of the summed loss w.r.t. the student's logits, [n, V].
     """
-    z_NV = student.logits()
+    z_NV = student.add_logits(None, 1.0)
     target_NV = None if form.ce_weight == 1.0 else HeadLogits(z_NV, references).combined(form.coefficients)
     gated = {}
     if target_NV is not None and form.gate is not None:
@@ -140,22 +140,3 @@ def _reverse_kl(log_p_NV: Tensor, log_q_NV: Tensor, z_NV: Tensor, factor: float,
     kl_N = inner_N - q_NV.sum(-1) + log_p_NV.exp_().sum(-1)
     q_NV.mul_(log_q_NV.sub_(inner_N[:, None]).mul_(factor).add_(ce_weight))
     return kl_N
-
-
-def add_head_gradients(student: Head, grad_NV: Tensor, rows: slice, grads: Mapping[str, Any]) -> None:
-    """Turn a gradient w.r.t. logits [n, V] into those of ``hidden`` (at ``rows``), ``weight`` and ``bias``, in place.
-
-    Args:
-        student: the chunk's head, with weight and bias in at least float32.
-        grad_NV: the gradient; changed in place if the head scales its logits.
-        rows: the chunk's place among all tokens.
-        grads: name -> buffer, for the gradients that are wanted.
-    """
-    if student.scale != 1.0:
-        grad_NV.mul_(student.scale)
-    if "hidden" in grads:
-        torch.mm(grad_NV, student.weight, out=grads["hidden"][rows])
-    if "weight" in grads:
-        grads["weight"].addmm_(grad_NV.T, student.hidden.to(grad_NV.dtype))
-    if "bias" in grads:
-        grads["bias"].add_(grad_NV.sum(0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deltakd.kernels.chunked import MEMORY_BUDGET, chunk_size_for
+from deltakd.kernels.options import MEMORY_BUDGET, chunk_size_for
 from deltakd.types import Head
 
 
@@ -20,7 +20,7 @@ def label_log_probs(head: Head, labels: Tensor, memory_budget: float = MEMORY_BU
     """
     itemsize = torch.promote_types(head.weight.dtype, torch.float32).itemsize
     size = chunk_size_for(memory_budget, head.weight.shape[0], itemsize, "fused")
-    head = head.upcast()
+    head = head.prepared()
     pieces = [
         head.rows(start, start + size).logits().log_softmax(-1).gather(1, labels[start : start + size, None])
         for start in range(0, max(1, len(labels)), size)

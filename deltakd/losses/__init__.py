@@ -33,6 +33,8 @@ from deltakd.losses.policy_gradient import (
 from deltakd.losses.scores import Score, TeacherShift, TowardsTarget
 from deltakd.losses.sequence_kl import SequenceReverseKL
 from deltakd.losses.sft import SupervisedFineTuning, cross_entropy
+from deltakd.losses.span_kd import SpanDistillation
+from deltakd.losses.span_shift import SpanShiftTarget, span_shift_target
 from deltakd.losses.targets import (
     ShiftedTarget,
     Target,
@@ -44,6 +46,7 @@ from deltakd.losses.targets import (
     teacher_target,
 )
 from deltakd.losses.treatments import Treatment
+from deltakd.losses.uld import UniversalLogitDistillation
 
 __all__ = [
     "AdaptiveKL",
@@ -68,6 +71,8 @@ __all__ = [
     "SignedParallelogram",
     "SkewForwardKL",
     "SkewReverseKL",
+    "SpanDistillation",
+    "SpanShiftTarget",
     "SupervisedFineTuning",
     "SymmetricKL",
     "Target",
@@ -76,6 +81,7 @@ __all__ = [
     "TotalVariation",
     "TowardsTarget",
     "Treatment",
+    "UniversalLogitDistillation",
     "agreeing_policy_gradient",
     "bilinear_target",
     "cross_entropy",
@@ -84,6 +90,7 @@ __all__ = [
     "gated_delta_target",
     "multi_teacher_target",
     "shift_target",
+    "span_shift_target",
     "taid_target",
     "target_policy_gradient",
     "teacher_target",

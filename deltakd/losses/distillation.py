@@ -53,6 +53,11 @@ class Distillation(LabelMixture):
         return self.target.requires
 
     @property
+    def needs_alignment(self) -> bool:  # type: ignore[override]
+        """True if the target does, unless λ = 1."""
+        return self.ce_weight < 1.0 and self.target.needs_alignment
+
+    @property
     def schedules(self) -> Mapping[str, Schedule]:
         return self.target.schedules
 

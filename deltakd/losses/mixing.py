@@ -59,6 +59,10 @@ class LabelMixture(Loss):
             [N] nats, and its parts by name, [N] each.
         """
 
+    def other_term(self, logits: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]] | None:
+        """As ``term``, on the teachers' M tokens, in a loss of two tokenizers; None: it has no such values."""
+        return None
+
     @property
     def fused_form(self) -> LinearKL | None:
         """The form that a kernel computes by hand, if the term has one; at λ = 1 every loss has one."""
@@ -110,7 +114,11 @@ class LabelMixture(Loss):
         # λ = 0 must not multiply an infinite CE by 0.
         if self.ce_weight > 0:
             per_token_N = self.ce_weight * ce_N + per_token_N
-        return LossOutput(per_token_N, {"ce": ce_N, **parts})
+        other = self.other_term(logits)
+        if other is None:
+            return LossOutput(per_token_N, {"ce": ce_N, **parts})
+        other_M, other_parts = other
+        return LossOutput(per_token_N, {"ce": ce_N, **parts, **other_parts}, (1 - self.ce_weight) * scale * other_M)
 
 
 def tempered_student(log_student_NV: Tensor, temperature: float) -> Tensor:

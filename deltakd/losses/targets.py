@@ -42,6 +42,9 @@ from deltakd.types import (
 class Target(ABC):
     """Turns logits by role into target logits. To write your own, subclass it: ``requires`` and ``__call__``."""
 
+    #: As for ``Loss``.
+    needs_alignment: bool = False
+
     @property
     @abstractmethod
     def requires(self) -> frozenset[str]:

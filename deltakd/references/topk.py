@@ -34,7 +34,7 @@ def make_buckets(heads: Mapping[str, Head], labels: Tensor, k: int, temperature:
         summed over its own tokens, never computed as 1 − kept.
     """
     vocabulary = next(iter(heads.values())).weight.shape[0]
-    heads = {role: head.upcast() for role, head in heads.items()}
+    heads = {role: head.prepared() for role, head in heads.items()}
     size = chunk_size_for(_MEMORY_BUDGET, vocabulary, 4, "autograd")
     supports: list[Tensor] = []
     parts: dict[str, list[Tensor]] = {role: [] for role in heads}

@@ -29,50 +29,81 @@ class Response:
     log_probs: NDArray[np.float32] | None = None
 
 
+def pack(responses: Sequence[Response]) -> dict[str, Any]:
+    """Return responses as a few tensors, for a checkpoint."""
+    tokens, offsets = flatten([response.tokens for response in responses])
+    log_probs = [r.log_probs for r in responses if r.log_probs is not None]
+    return {
+        "tokens": torch.from_numpy(tokens),
+        "offsets": torch.from_numpy(offsets),
+        "finished": [response.finished for response in responses],
+        "log_probs": torch.from_numpy(np.concatenate(log_probs)) if log_probs else None,
+    }
+
+
+def unpack(state: dict[str, Any]) -> list[Response]:
+    """Return the responses that ``pack`` was given."""
+    tokens, offsets = state["tokens"].tolist(), state["offsets"].tolist()
+    log_probs = None if state["log_probs"] is None else state["log_probs"].numpy()
+    return [
+        Response(tokens[start:stop], finished, None if log_probs is None else log_probs[start:stop])
+        for start, stop, finished in zip(offsets[:-1], offsets[1:], state["finished"], strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Who answers the prompts of a step, fixed when its round begins.
+
+    Args:
+        own: prompts whose responses are the student's.
+        fresh: how many of them are answered for this step; the others' rows are kept responses of earlier steps.
+    """
+
+    own: int
+    fresh: int
+
+
 @dataclass(frozen=True)
 class Round:
     """The responses for one or more optimiser steps.
 
     Args:
         first_step: the first of the steps.
-        steps: each step's responses, in the order of its requests.
+        plans: for each step, who answers.
+        steps: each step's new responses, in the order of its requests.
     """
 
     first_step: int
+    plans: list[StepPlan]
     steps: list[list[Response]]
 
     def __contains__(self, step: int) -> bool:
         return self.first_step <= step < self.first_step + len(self.steps)
 
+    def plan(self, step: int) -> StepPlan:
+        """Return who answers in a step of the round."""
+        return self.plans[step - self.first_step]
+
     def responses(self, step: int) -> list[Response]:
-        """Return the responses of a step of the round."""
+        """Return the new responses of a step of the round."""
         return self.steps[step - self.first_step]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the round as a few tensors, for a checkpoint."""
-        every = [response for step in self.steps for response in step]
-        tokens, offsets = flatten([response.tokens for response in every])
-        log_probs = [r.log_probs for r in every if r.log_probs is not None]
         return {
             "first_step": self.first_step,
+            "plans": [(plan.own, plan.fresh) for plan in self.plans],
             "sizes": [len(step) for step in self.steps],
-            "tokens": torch.from_numpy(tokens),
-            "offsets": torch.from_numpy(offsets),
-            "finished": [response.finished for response in every],
-            "log_probs": torch.from_numpy(np.concatenate(log_probs)) if log_probs else None,
+            "responses": pack([response for step in self.steps for response in step]),
         }
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Round:
         """Return the round that ``state_dict`` came from."""
-        tokens, offsets = state["tokens"].tolist(), state["offsets"].tolist()
-        log_probs = None if state["log_probs"] is None else state["log_probs"].numpy()
-        every = [
-            Response(tokens[start:stop], finished, None if log_probs is None else log_probs[start:stop])
-            for start, stop, finished in zip(offsets[:-1], offsets[1:], state["finished"], strict=True)
-        ]
-        remaining = iter(every)
-        return cls(state["first_step"], [[next(remaining) for _ in range(size)] for size in state["sizes"]])
+        remaining = iter(unpack(state["responses"]))
+        steps = [[next(remaining) for _ in range(size)] for size in state["sizes"]]
+        return cls(state["first_step"], [StepPlan(*plan) for plan in state["plans"]], steps)
 
     def metrics_of(self, step: int) -> dict[str, float]:
         """Return a step's mean response length in tokens, and the share of responses that ended with EOS."""

@@ -17,7 +17,8 @@ from deltakd.data.batches.sampler import StepSampler
 from deltakd.data.encoding.encoded_set import Encoded, EncodedSet
 from deltakd.generation.noise import NoiseKey
 from deltakd.rollouts.engine import Engine, Request
-from deltakd.rollouts.responses import Response, Round, answered, prompt_of
+from deltakd.rollouts.replay import Kept, ReplayBuffer, StudentShare
+from deltakd.rollouts.responses import Response, Round, StepPlan, answered, prompt_of
 from deltakd.rollouts.settings import RolloutSettings
 from deltakd.types import IGNORE_INDEX, Batch
 
@@ -41,7 +42,8 @@ class RolloutLoader:
     valid tokens of the whole step: no batch is made before all ranks know all responses.
 
     Responses are a function of the student's weights and the noise keys. A run that resumes at the start of a round
-    writes the same ones again; a round in progress is saved in ``state_dict``.
+    writes the same ones again; a round in progress is saved in ``state_dict``, and so are the responses kept to be
+    trained on again.
 
     Args:
         encoded: tokenised rows; only their prompts are read where the student answers.
@@ -81,6 +83,9 @@ class RolloutLoader:
         self.seed = seed
         #: ``rollout/...`` metrics of the current step.
         self.metrics: dict[str, float] = {}
+        self.buffer = ReplayBuffer(settings.replay.size)
+        self.share = StudentShare(settings.replay, settings.fraction)
+        self._speed: dict[str, float] = {}
         #: Seconds spent on responses by this process.
         self.seconds = 0.0
         self._start = 0
@@ -105,15 +110,23 @@ class RolloutLoader:
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Return ``position``, the number of micro-batches handed over, and the round if later steps need it."""
+        """Return ``position``, the number of micro-batches handed over, and what later steps need of earlier ones."""
         following = self._position // self.accumulate
         begun = self._round is not None and following in self._round and following != self._round.first_step
-        return {"position": self._position, "round": self._round.state_dict() if self._round and begun else None}
+        return {
+            "position": self._position,
+            "round": self._round.state_dict() if self._round and begun else None,
+            "buffer": self.buffer.state_dict() if self.buffer.size else None,
+            "share": self.share.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after ``position`` micro-batches. Raises ValueError if the run is shorter."""
         self._start = self._position = saved_position(state, len(self))
         self._round = None if state["round"] is None else Round.from_state(state["round"])
+        if state["buffer"] is not None:
+            self.buffer.load_state_dict(state["buffer"])
+        self.share.load_state_dict(state["share"])
 
     def tokens_of_step(self, step: int) -> int:
         """Return the number of tokens that the student wrote for a step of the current round, over all ranks."""
@@ -121,61 +134,75 @@ class RolloutLoader:
         return sum(len(response.tokens) for response in self._round.responses(step))
 
     def responses_of_step(self, step: int) -> list[tuple[Encoded, Response]]:
-        """Return the responses of a step of the current round, over all ranks, each with its row from the data."""
+        """Return the new responses for a step of the current round, over all ranks, each with its row from the data."""
         assert self._round is not None
-        places = zip(self.sampler.rows_of_step(step), self._is_own(step), strict=True)
-        asked = [self.encoded[int(place)] for place, own in places if own for _ in range(self.settings.per_prompt)]
+        asked = [row for row, turn in self._turns(step) if turn < self._round.plan(step).fresh]
+        asked = [row for row in asked for _ in range(self.settings.per_prompt)]
         return list(zip(asked, self._round.responses(step), strict=True))
 
     def _rows(self, step: int) -> list[_Row]:
         """Return the rows of a step over all ranks, shortest first."""
         if self._round is None or step not in self._round:
             self._round = self._answer(step)
-        self.metrics |= self._round.metrics_of(step)
-        responses = iter(self._round.responses(step))
-        rows = []
-        for place, own in zip(self.sampler.rows_of_step(step), self._is_own(step), strict=True):
-            row = self.encoded[int(place)]
-            if not own:
-                rows.append(_Row(row))
-                continue
-            for _ in range(self.settings.per_prompt):
-                response = next(responses)
-                rows.append(_Row(answered(row.row_id, prompt_of(row), response), response.log_probs))
-        return sorted(rows, key=lambda row: len(row.encoded.input_ids))
+        plan, each = self._round.plan(step), self.settings.per_prompt
+        made = [Kept(row.row_id, prompt_of(row), one, step) for row, one in self.responses_of_step(step)]
+        again = self.buffer.draw(step, (plan.own - plan.fresh) * each, self.seed)
+        given = [_Row(row) for row, turn in self._turns(step) if turn >= plan.own]
+        self.buffer.add(step, made)
+        self.metrics = self._round.metrics_of(step) | self._speed | self._replay_metrics(step, again)
+        own = [_Row(answered(one.row_id, one.prompt, one.response), one.response.log_probs) for one in (*made, *again)]
+        return sorted([*own, *given], key=lambda row: len(row.encoded.input_ids))
+
+    def _replay_metrics(self, step: int, again: Sequence[Kept]) -> dict[str, float]:
+        found = {"rollout/student_fraction": self.share.value} if self.settings.replay.adaptive else {}
+        if not self.settings.replay.size:
+            return found
+        age = {"rollout/replay_age": float(np.mean([step - one.step for one in again]))} if again else {}
+        return found | age | {"rollout/replayed": float(len(again))}
 
     def _answer(self, step: int) -> Round:
         """Write the responses of the round that begins with ``step``."""
         started = time.perf_counter()
         until = min(step - step % self.settings.every + self.settings.every, self.sampler.total_steps)
-        by_step = [self._requests(one) for one in range(step, until)]
-        responses = iter(self.engine.answer([request for requests in by_step for request in requests]))
-        made = Round(step, [[next(responses) for request in requests for _ in request.keys] for requests in by_step])
+        plans = [self._plan(one, len(self.buffer.before(step))) for one in range(step, until)]
+        by_step = [self._requests(one, plan.fresh) for one, plan in zip(range(step, until), plans, strict=True)]
+        asked = [request for requests in by_step for request in requests]
+        responses = iter(self.engine.answer(asked) if asked else [])
+        steps = [[next(responses) for request in requests for _ in request.keys] for requests in by_step]
         seconds = time.perf_counter() - started
         self.seconds += seconds
-        tokens = sum(len(response.tokens) for responses in made.steps for response in responses)
-        self.metrics["rollout/tokens_per_second"] = tokens / max(seconds, 1e-9)
-        _warn_if_empty([response for responses in made.steps for response in responses], step)
-        return made
+        every = [response for made in steps for response in made]
+        tokens = sum(len(response.tokens) for response in every)
+        self._speed = self.engine.metrics | {"rollout/tokens_per_second": tokens / max(seconds, 1e-9)} if every else {}
+        _warn_if_empty(every, step)
+        return Round(step, plans, steps)
 
-    def _requests(self, step: int) -> list[Request]:
-        rows = self.sampler.rows_of_step(step)
-        chosen = [self.encoded[int(place)] for place, own in zip(rows, self._is_own(step), strict=True) if own]
+    def _plan(self, step: int, kept: int) -> StepPlan:
+        """Decide who answers the prompts of a step; ``kept`` responses are there when its round begins."""
+        own = round(self.share.value * self.sampler.rows_per_step)
+        if kept < self.settings.replay.size:
+            return StepPlan(own, own)
+        fresh = round(self.settings.replay.fresh_share(step / self.sampler.total_steps) * own)
+        return StepPlan(own, max(fresh, own - kept // self.settings.per_prompt))
+
+    def _requests(self, step: int, fresh: int) -> list[Request]:
         # Step 0 in a key means "not in training", so training steps count from 1.
         return [
             Request(
                 prompt_of(row),
                 [NoiseKey(self.seed, row.row_id, step + 1, number) for number in range(self.settings.per_prompt)],
             )
-            for row in chosen
+            for row, turn in self._turns(step)
+            if turn < fresh
         ]
 
-    def _is_own(self, step: int) -> np.ndarray:
-        """Return [prompts] bool: True where the student answers; the same share of every step."""
+    def _turns(self, step: int) -> list[tuple[Encoded, int]]:
+        """Return the rows of a step, each with its turn: first come those that the student answers, then the others."""
         count = self.sampler.rows_per_step
-        own = np.arange(count) < round(self.settings.fraction * count)
         # The 3 keeps these draws apart from those of the order.
-        return np.random.Generator(np.random.PCG64([self.seed, step, 3])).permutation(own)
+        turns = np.random.Generator(np.random.PCG64([self.seed, step, 3])).permutation(count)
+        rows = self.sampler.rows_of_step(step)
+        return [(self.encoded[int(place)], int(turn)) for place, turn in zip(rows, turns, strict=True)]
 
     def _batch(self, rows: Sequence[_Row], step: int, step_tokens: int) -> Batch:
         batch = collate([row.encoded for row in rows], self.pad_id, step, step_tokens)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
-from annotated_types import Ge, Le
+from annotated_types import Ge, Gt, Le, Lt
 
 from deltakd.generation import Decoding
-from deltakd.types import Loss
+from deltakd.io.keys import Resume
+from deltakd.rollouts.replay import ReplaySettings
+from deltakd.rollouts.vllm_settings import VllmSettings
+from deltakd.types import TEACHER, Loss
 
 Positive = Annotated[int, Ge(1)]
 
@@ -22,15 +25,26 @@ class RolloutSettings:
             0: none.
         per_prompt: responses per prompt.
         every: optimiser steps per round of responses.
+        source: whose distribution tokens are drawn from: ``student``, or ``mixture``: at each token (1 − α) · student +
+            α · teacher (MiniLLM, arXiv 2306.08543).
+        teacher_weight: α of the mixture.
+        replay: responses of earlier steps that are trained on again, and an adaptive share.
         batch_size: responses generated together, per process.
         decoding: how tokens are chosen.
+        engine: ``own``: the student in memory writes the responses; ``vllm``: a vLLM server with its weights does.
+        vllm: that server.
     """
 
     fraction: Annotated[float, Ge(0), Le(1)] = 0.0
     per_prompt: Positive = 1
     every: Positive = 1
+    source: Literal["student", "mixture"] = "student"
+    teacher_weight: Annotated[float, Gt(0), Lt(1)] = 0.2
+    replay: ReplaySettings = field(default_factory=ReplaySettings)
     batch_size: Positive = 32
     decoding: Decoding = field(default_factory=Decoding)
+    engine: Literal["own", "vllm"] = "own"
+    vllm: Annotated[VllmSettings, Resume.FREE] = field(default_factory=VllmSettings)
 
     @property
     def on_policy(self) -> bool:
@@ -40,17 +54,43 @@ class RolloutSettings:
     @property
     def own_rows_alone(self) -> bool:
         """True if every response is the student's, so that rows need none of their own."""
-        return self.fraction == 1
+        return self.fraction == 1 and not self.replay.adaptive
+
+    @property
+    def mixes_teacher(self) -> bool:
+        """True if tokens are drawn from a mixture of student and teacher."""
+        return self.on_policy and self.source == "mixture"
+
+    @property
+    def samples_itself(self) -> bool:
+        """True if every response of a step is drawn from the student alone, at the latest at the start of its round."""
+        return self.own_rows_alone and not self.mixes_teacher and not self.replay.size
+
+    @property
+    def needs_ratios(self) -> bool:
+        """True if tokens are trained on that the student at that step did not sample by itself."""
+        return self.every > 1 or self.mixes_teacher or self.replay.size > 0
 
     def problems(self, loss: Loss | None) -> list[str]:
         """Return the problems, one sentence each."""
         found = self.decoding.problems("rollout.decoding") if self.on_policy else []
         if loss is not None and loss.needs_sampled_tokens:
             found += self._sampling_problems()
-        if self.per_prompt > 1 and self.on_policy and self.fraction < 1:
+        if self.mixes_teacher and loss is not None and TEACHER not in loss.requires:
             found.append(
-                f"rollout.per_prompt is {self.per_prompt} and rollout.fraction {self.fraction:g}: rows of the data "
-                "have one response; give rollout.per_prompt=1 or rollout.fraction=1"
+                "rollout.source=mixture draws tokens from the teacher, too, and the loss reads no model.teacher; give "
+                "a loss that reads it, or rollout.source=student"
+            )
+        if self.replay.adaptive and self.replay.start > self.fraction:
+            found.append(
+                f"rollout.replay.start is {self.replay.start:g}, above rollout.fraction={self.fraction:g}, up to which "
+                "the student's share rises; lower it, or raise rollout.fraction"
+            )
+        if self.per_prompt > 1 and self.on_policy and not self.own_rows_alone:
+            share = "adapts" if self.replay.adaptive else f"is {self.fraction:g}"
+            found.append(
+                f"rollout.per_prompt is {self.per_prompt} and the student's share of rows {share}: rows of the data "
+                "have one response; give rollout.per_prompt=1, or rollout.fraction=1 without rollout.replay.adaptive"
             )
         if self.per_prompt > 1 and not self.decoding.do_sample:
             found.append(
@@ -60,10 +100,15 @@ class RolloutSettings:
         return found
 
     def _sampling_problems(self) -> list[str]:
-        if not self.own_rows_alone:
+        if self.fraction < 1:
             return [
                 f"the loss learns from tokens that the student sampled, and rollout.fraction is {self.fraction:g}; "
                 "give rollout=student with rollout.fraction=1, or a loss of given responses"
+            ]
+        if self.replay.adaptive:
+            return [
+                "the loss learns from tokens that the student sampled, and rollout.replay.adaptive=true leaves some "
+                "rows the data's responses; give rollout.replay.adaptive=false, or a loss of given responses"
             ]
         decoding = self.decoding
         if decoding.do_sample and decoding.temperature == 1 and not decoding.top_k and decoding.top_p == 1:

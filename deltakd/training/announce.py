@@ -7,11 +7,13 @@ import os
 import sys
 from collections.abc import Sequence
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from deltakd.data import DataConfig, EncodedSet, Row
 from deltakd.data.encoding.preview import BRACKETS, COLOUR, count_trained, preview_row
 from deltakd.evaluation.measured_references import WANTED
+from deltakd.kernels import KernelOptions
 from deltakd.training.settings import RunSettings
 from deltakd.types import STUDENT, STUDENT_RAW, Loss
 
@@ -42,6 +44,12 @@ def announce_models(settings: RunSettings) -> None:
         if roles:
             they_are = "it is" if len(roles) == 1 else "they are"
             log.info("Training does not read %s; %s %s.", _listed(roles), they_are, what)
+
+
+def announce_kernels(kernels: KernelOptions, device: torch.device) -> None:
+    """Log how heads are multiplied on a GPU; a CPU has one way."""
+    if device.type == "cuda":
+        log.info("The loss on %s: %s.", device, ", ".join(f"{k}={v}" for k, v in kernels.record(device).items()))
 
 
 def _listed(roles: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,14 +17,16 @@ from deltakd.evaluation.retention import check_retained
 from deltakd.evaluation.sets import CheckedSets, read_checked_sets
 from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
-from deltakd.models import LanguageModel, load_config
+from deltakd.models import LanguageModel, ModelSpec, load_config
+from deltakd.models.adapter_files import base_of
 from deltakd.models.experts import balance_warning
 from deltakd.models.identity import spec_of
 from deltakd.models.lora import add_lora
 from deltakd.models.roles import OWN_ROLES, Vocabularies, open_model, open_tokenizer, open_vocabularies
 from deltakd.models.vocabulary import unaligned_problems, unknown_token_problems
-from deltakd.references import CachedReferences, CacheStore, References, SourceSettings
+from deltakd.references import CachedReferences, CacheStore, LiveReferences, References, SourceSettings
 from deltakd.references.content import data_identity, data_problems, missing_problem, missing_rows, named_sets
+from deltakd.rollouts.vllm_server import check_server
 from deltakd.training.announce import (
     announce_models,
     preview_data,
@@ -32,7 +35,7 @@ from deltakd.training.announce import (
 )
 from deltakd.training.inputs import check_inputs, read_inputs
 from deltakd.training.settings import RunSettings
-from deltakd.types import STUDENT, STUDENT_RAW, TokenMap
+from deltakd.types import STUDENT, STUDENT_RAW, TEACHER, TokenMap
 
 log = logging.getLogger(__name__)
 
@@ -112,6 +115,7 @@ def load_parts(settings: RunSettings, directory: RunDirectory) -> Parts:
             inputs = read_inputs(settings, tokenizer, sets, cached, vocabularies.other)
             shards = None if sets.stream is None else sets.stream.versions
             check_inputs(directory.path, inputs, shards, force=settings.resume == "force")
+            _check_server(settings, tokenizer, vocabularies.size)
             preview_data(settings.data, sets.train, tokenizer)
             warn_of_verbatim_prompts(settings.data, sets.train_rows)
         check_retained(settings.evaluation.measures, settings.data, tokenizer)
@@ -161,6 +165,20 @@ def make_token_map(
     student = Coding(settings.data.make_template(tokenizer), tokenizer, 0, 0)
     both = TwoTokenizers(student, settings.data.teachers_coding(vocabularies.other))
     return both.token_map(vocabularies.size, vocabularies.other_size)
+
+
+def _check_server(settings: RunSettings, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
+    """Raise a ConfigError if a server is to write rollouts, and can't."""
+    rollout = settings.rollout
+    if not rollout.on_policy or rollout.engine == "own":
+        return
+    student = load_config(
+        STUDENT,
+        settings.specs[STUDENT],
+        vocabulary=vocabulary,
+        trust_remote_code=settings.model.trust_remote_code,
+    )
+    check_server(rollout.vllm, tokenizer, student, settings.data.max_length)
 
 
 def _read_evaluation(
@@ -244,23 +262,51 @@ def _cached_references(
     return references
 
 
+def open_references(
+    settings: RunSettings, tokenizer: PreTrainedTokenizerBase, vocabularies: Vocabularies
+) -> dict[str, LanguageModel]:
+    """Open the models of all roles but the student's, on the CPU; roles with one set of weights share one model.
+
+    Raises:
+        ValueError: a model is not available or does not fit.
+    """
+    found: dict[str, LanguageModel] = {}
+    for role, spec in settings.specs.items():
+        if role == STUDENT or role in found:
+            continue
+        # Roles that the loss does not read may be measured at the end; they cost nothing.
+        sharing = {
+            other: one
+            for other, one in settings.model.specs.items()
+            if other not in (role, STUDENT) and base_of(one) == base_of(spec)
+        }
+        model = open_role(settings, role, tokenizer, vocabularies, sharing)
+        found |= dict.fromkeys((name for name in (role, *sharing) if name in settings.specs), model)
+    return found
+
+
 def open_role(
-    settings: RunSettings, role: str, tokenizer: PreTrainedTokenizerBase, vocabularies: Vocabularies
+    settings: RunSettings,
+    role: str,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabularies: Vocabularies,
+    sharing: Mapping[str, ModelSpec] | None = None,
 ) -> LanguageModel:
-    """Open the model of one role, on the CPU.
+    """Open the model of one role, on the CPU; ``sharing`` is as for ``open_model``.
 
     Raises:
         ValueError: it is not available or does not fit.
     """
-    has_own = vocabularies.other is not None and role not in OWN_ROLES
     return open_model(
         role,
         settings.specs[role],
         settings.model,
+        sharing=sharing,
         vocabulary=vocabularies.of(role),
         eos_token_id=tokenizer.eos_token_id,
         seed=settings.seed,
-        max_length=(settings.data.teacher_max_length if has_own else None) or settings.data.max_length,
+        max_length=(None if vocabularies.is_own(role) else settings.data.teacher_max_length)
+        or settings.data.max_length,
     )
 
 
@@ -281,8 +327,8 @@ def open_models(
     Raises:
         ValueError: a model is not available or does not fit.
     """
-    loaded = {role: open_role(settings, role, tokenizer, vocabularies) for role in settings.specs}
-    student = loaded[STUDENT] = _trainable(loaded[STUDENT], settings)
+    student = _trainable(open_role(settings, STUDENT, tokenizer, vocabularies), settings)
+    loaded = {STUDENT: student, **open_references(settings, tokenizer, vocabularies)}
     references = cached
     if settings.loss.requires and cached is None:
         assert isinstance(settings.reference, SourceSettings), "a cache that is to be read was not opened"
@@ -290,6 +336,9 @@ def open_models(
         has_adapter = settings.model.lora is not None
         adapted = student if has_adapter and STUDENT_RAW in settings.loss.requires else None
         references = settings.reference.make(frozen, adapted, settings.strategy)
+        if settings.rollout.mixes_teacher:
+            assert isinstance(references, LiveReferences), "checked with the config"
+            references.prepare_to_lend(TEACHER)
     return Models(student, references, loaded)
 
 

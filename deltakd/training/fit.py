@@ -20,13 +20,16 @@ from deltakd.evaluation.validation_answers import write_validation_answers
 from deltakd.io.progress import write_total_steps
 from deltakd.models import LanguageModel
 from deltakd.models.tokenizers import pad_id
+from deltakd.references import LiveReferences
 from deltakd.rollouts.data import RolloutData
 from deltakd.tracking.wandb_run import wandb_of
+from deltakd.training.announce import announce_kernels
 from deltakd.training.assembly import Parts
 from deltakd.training.callbacks import (
     Checkpoints,
     Lifeline,
     RolloutLog,
+    ShareAfterValidation,
     StopOnSignal,
     StreamEnd,
     TrainingLog,
@@ -100,9 +103,10 @@ def fit(parts: Parts, loggers: list[Logger], state: SavedState | None, lifeline:
         *([rollout_log] if rollout_log else []),
         training_log,
         *([validation] if validation else []),
+        *([ShareAfterValidation(validation)] if validation and parts.settings.rollout.replay.adaptive else []),
         *watching,
     ]
-    trainer = make_trainer(parts, callbacks, loggers)
+    trainer = make_trainer(parts, callbacks, training_log, loggers)
     check_ranks(trainer, ranks)
     if is_main_process():
         write_total_steps(parts.directory.path, data.total_steps)
@@ -113,6 +117,7 @@ def fit(parts: Parts, loggers: list[Logger], state: SavedState | None, lifeline:
         restore(module, (checkpoints, *kept), state)
     else:
         _announce(parts, data, state)
+        announce_kernels(module.step.kernels, trainer.strategy.root_device)
         _train(trainer, module, data, state)
         if module.total_steps != data.total_steps and is_main_process():
             # For a stream, the last step is known only at its end.
@@ -143,7 +148,9 @@ def make_data(parts: Parts, ranks: int) -> DistillationData:
             max_steps=settings.max_steps,
             longest=parts.settings.data.max_length,
             log_probs=parts.settings.loss.needs_sampled_tokens,
+            weights_dir=parts.directory.path / "server_weights",
             world_size=ranks,
+            references=parts.models.references if isinstance(parts.models.references, LiveReferences) else None,
         )
     return DistillationData(
         parts.sets.train,
@@ -178,7 +185,7 @@ def make_module(parts: Parts, total_steps: int) -> DistillationModule:
         settings.optim,
         total_steps,
         seed=settings.seed,
-        memory_budget=settings.kernels.memory_budget,
+        kernels=settings.kernels.options(settings.trainer.precision),
         will_be_sharded=settings.strategy.shards_parameters,
     )
 

@@ -117,6 +117,10 @@ def _export(parts: Parts, student: LanguageModel, card: str) -> None:
     rows = parts.sets.train if parts.sets.val is None else parts.sets.val
     check = ExportCheck.on(rows, parts.settings.model, parts.vocabulary)
     save_student(student, parts.tokenizer, parts.directory.student, card, check)
+    if parts.settings.model.lora is not None:
+        from deltakd.models.adapters import save_adapter
+
+        save_adapter(student.hf, parts.directory.adapter, parts.settings.specs[STUDENT])
 
 
 def _make_loggers(settings: RunSettings, directory: RunDirectory, resume_step: int) -> list[Logger]:
@@ -164,7 +168,11 @@ def _evaluate_student(parts: Parts) -> tuple[dict[str, float], Measured]:
             parts.vocabulary,
             model,
             settings.reference,
-            {role: loaded for role, loaded in parts.models.loaded.items() if role != STUDENT},
+            {
+                role: loaded
+                for role, loaded in parts.models.loaded.items()
+                if role != STUDENT and parts.vocabularies.is_own(role)
+            },
             show_progress=settings.trainer.enable_progress_bar,
         ),
         parts.sets.val,
@@ -181,6 +189,16 @@ def _evaluate_student(parts: Parts) -> tuple[dict[str, float], Measured]:
     if metrics:
         log.info("%s: %s", settings.name, shown(metrics))
     return metrics | measured.scores, measured
+
+
+def resident_mib(loaded: Mapping[str, LanguageModel]) -> dict[str, float]:
+    """Return role -> MiB of its parameters on this rank; 0 for a role whose model is counted for an earlier one."""
+    found: dict[str, float] = {}
+    counted: set[int] = set()
+    for role, model in sorted(loaded.items()):
+        found[role] = 0.0 if id(model) in counted else round(resident_bytes(model) / 2**20, 3)
+        counted.add(id(model))
+    return found
 
 
 def _meta(parts: Parts, fitted: Fitted, started: float) -> dict[str, Any]:
@@ -200,7 +218,7 @@ def _meta(parts: Parts, fitted: Fitted, started: float) -> dict[str, Any]:
         "parameters": count_parameters(parts.models.loaded),
         "trained_parameters": trained_parameters(parts.models.student),
         "exported_parameters": exported_parameters(parts.models.student),
-        "resident_mib": {role: round(resident_bytes(m) / 2**20, 3) for role, m in sorted(parts.models.loaded.items())},
+        "resident_mib": resident_mib(parts.models.loaded),
         "data_sha256": parts.sets.train.fingerprint,
         "changed_inputs": changed_inputs(parts.directory.path),
         "data": parts.sets.counts | fitted.streamed,
@@ -210,5 +228,6 @@ def _meta(parts: Parts, fitted: Fitted, started: float) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - started, 3),
         "tokens_per_second": round(training.tokens_per_second, 1),
         "peak_memory_mib": round(peak_memory_mib(), 1),
+        "kernels": fitted.module.step.kernels.record(choose_device(parts.settings.trainer.accelerator)),
         "evaluation": None if parts.evaluation is None else parts.evaluation.record,
     }

@@ -18,13 +18,13 @@ from deltakd.evaluation import SCORERS
 from deltakd.evaluation.settings import SCORES, EvaluationSettings
 from deltakd.io.keys import Method, Resume, Seed, keys_with
 from deltakd.io.run_directory import ResumePolicy
-from deltakd.kernels import MEMORY_BUDGET
+from deltakd.kernels import KernelOptions
 from deltakd.models.settings import ModelSettings, ModelSpec
 from deltakd.references import CacheSettings, LiveSettings, ReferenceSettings
 from deltakd.rollouts.settings import RolloutSettings
 from deltakd.tracking.loggers import MakeLogger
 from deltakd.training.optim import AdamW
-from deltakd.types import Loss
+from deltakd.types import Loss, Products
 
 #: Values of ``trainer.precision``: Lightning's names.
 Precision = Literal["32-true", "64-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "32", "64", "16", "bf16"]
@@ -90,10 +90,23 @@ class KernelSettings:
     """The group ``kernels``.
 
     Args:
-        memory_budget: MiB for the logits of a chunk of tokens and everything computed from them.
+        memory_budget: MiB for the logits of a chunk of tokens and everything computed from them; None: 256 on a CPU,
+            a share of a GPU's memory.
+        products: how a GPU multiplies heads: ``auto``, ``exact``, ``split``, ``tf32`` or ``float32``.
+        triton: use Triton kernels on NVIDIA GPUs.
     """
 
-    memory_budget: Annotated[float, Gt(0)] = MEMORY_BUDGET
+    memory_budget: Annotated[float, Gt(0)] | None = None
+    products: Literal["auto", "exact", "split", "tf32", "float32"] = "auto"
+    triton: bool = True
+
+    def options(self, precision: Precision | int) -> KernelOptions:
+        """Return how to compute the loss in a run with a ``trainer.precision``."""
+        if self.products != "auto":
+            products = Products(self.products)
+        else:
+            products = Products.SPLIT if str(precision).endswith("-mixed") else Products.EXACT
+        return KernelOptions(self.memory_budget, products, self.triton)
 
 
 @dataclass(frozen=True)
@@ -123,7 +136,7 @@ class RunSettings:
         data: where the rows come from, and how they are tokenised.
         trainer: how long, how often, on what.
         strategy: how the run is spread over processes.
-        kernels: memory of the chunked loss.
+        kernels: memory and precision of the chunked loss.
         reference: where the references' hidden states come from.
         rollout: how many responses the student writes itself, and how.
         evaluation: how the trained student is evaluated.

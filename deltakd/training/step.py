@@ -6,7 +6,7 @@ from typing import final
 
 from torch import Tensor, nn
 
-from deltakd.kernels import MEMORY_BUDGET, Buckets, chunked_loss
+from deltakd.kernels import Buckets, KernelOptions, chunked_loss
 from deltakd.models import LanguageModel
 from deltakd.references import References
 from deltakd.types import STUDENT, Batch, Loss
@@ -30,7 +30,7 @@ class DistillationStep(nn.Module):
         references: the frozen models, or None for a loss that reads none. They are not a submodule: not in the
             checkpoint, not in the optimiser, untouched by ``train()`` and ``to()``.
         loss: the loss plug-in.
-        memory_budget: MiB for a chunk of logits and everything computed from them.
+        kernels: memory and precision of the loss; None: as the device allows.
     """
 
     def __init__(
@@ -38,13 +38,13 @@ class DistillationStep(nn.Module):
         student: LanguageModel,
         references: References | None,
         loss: Loss,
-        memory_budget: float = MEMORY_BUDGET,
+        kernels: KernelOptions | None = None,
     ) -> None:
         super().__init__()
         self.student = student
         self.references = references
         self.loss = loss
-        self.memory_budget = memory_budget
+        self.kernels = kernels or KernelOptions()
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum the loss and its parts over the batch's valid tokens.
@@ -61,7 +61,7 @@ class DistillationStep(nn.Module):
             self.loss,
             heads,
             batch.labels_N,
-            memory_budget=self.memory_budget,
             buckets=buckets,
             facts=batch.facts_N,
+            options=self.kernels,
         )

@@ -10,10 +10,12 @@ With two tokenizers, M counts the valid tokens of the teachers' side, and K the 
 So ``hidden_ND`` holds one hidden state for each valid token, ``labels_BT`` one label for each position.
 """
 
+from deltakd.types.aligned import AlignedLogits, AlignedTokens, SideTokens
 from deltakd.types.alignment import UNALIGNED, Alignment, TokenMap
 from deltakd.types.batch import IGNORE_INDEX, AlignedStream, Batch, TokenStream
-from deltakd.types.heads import NO_FACTS, Head, HeadLogits, TokenFacts, at_least_float32, in_float64
+from deltakd.types.heads import NO_FACTS, Head, HeadLogits, TokenFacts, in_float64
 from deltakd.types.losses import Gate, LinearKL, Loss, LossOutput, Progress, Schedule, SequenceLoss, require_kind
+from deltakd.types.products import Products, at_least_float32
 from deltakd.types.role_names import (
     ROLES,
     STUDENT,
@@ -34,7 +36,9 @@ __all__ = [
     "TEACHER",
     "TEACHER_RAW",
     "UNALIGNED",
+    "AlignedLogits",
     "AlignedStream",
+    "AlignedTokens",
     "Alignment",
     "Batch",
     "Gate",
@@ -43,9 +47,11 @@ __all__ = [
     "LinearKL",
     "Loss",
     "LossOutput",
+    "Products",
     "Progress",
     "Schedule",
     "SequenceLoss",
+    "SideTokens",
     "TokenFacts",
     "TokenMap",
     "TokenStream",

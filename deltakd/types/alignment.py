@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import torch
@@ -131,4 +131,26 @@ class TokenMap:
 
     def to(self, device: torch.device | str) -> TokenMap:
         """Return the map on ``device``."""
-        return TokenMap(*(tensor.to(device) for tensor in vars(self).values()))
+        return TokenMap(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+    @classmethod
+    def identity(cls, vocabulary: int) -> TokenMap:
+        """Return the map of a vocabulary onto itself."""
+        ids = torch.arange(vocabulary)
+        return cls(ids, ids, ids, ids)
+
+    @cached_property
+    def student_rest(self) -> Tensor:
+        """[R] int64, ascending: the student's tokens that the teachers lack."""
+        return _others(self.student_shared, len(self.other_of_student))
+
+    @cached_property
+    def other_rest(self) -> Tensor:
+        """[R] int64, ascending: the teachers' tokens that the student lacks."""
+        return _others(self.other_shared, len(self.student_of_other))
+
+
+def _others(ids: Tensor, vocabulary: int) -> Tensor:
+    kept = torch.ones(vocabulary, dtype=torch.bool, device=ids.device)
+    kept[ids] = False
+    return torch.where(kept)[0]

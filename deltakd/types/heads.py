@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
 from torch import Tensor
 
+from deltakd.types.products import Products, Summands, add_product, at_least_float32, operands
 from deltakd.types.role_names import STUDENT
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """Upcast half types to float32; float32 and float64 stay as they are (docs/design.md#numerics)."""
-    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 def in_float64(tensor: Tensor) -> Tensor:
     """Return the tensor in float64 on its device, or on the CPU if the device has no float64 (MPS)."""
     return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
+
+
+#: Rows of logits begin at multiples of this many bytes, but not all at multiples of a page: a CPU's matrix product into
+#: rows of odd length (V = 50,257) takes 1.5 times as long, and one of rows of whole pages 1.3 times.
+_ALIGNED, _PAGE = 64, 4096
+
+
+def aligned_rows(rows: int, columns: int, like: Tensor) -> Tensor:
+    """Return an uninitialised [rows, columns], of ``like``'s dtype and device, for a matrix product to write into.
+
+    Its rows may lie further apart than ``columns``.
+    """
+    width = columns * like.itemsize
+    pitch = -(-width // _ALIGNED) * _ALIGNED
+    pitch += _ALIGNED if pitch % _PAGE == 0 else 0
+    return like.new_empty(rows, pitch // like.itemsize)[:, :columns]
 
 
 @dataclass(frozen=True)
@@ -34,6 +46,8 @@ class Head:
         bias: [V] or None.
         softcap: the bound of Gemma2's soft-capping, or None.
         scale: factor on the logits (Cohere's ``logit_scale``, 1 / Granite's ``logits_scaling``).
+        products: how hidden states and weight are multiplied.
+        summands: the weight as ``prepared`` converted it for these products; empty: it is converted at each product.
     """
 
     hidden: Tensor
@@ -41,49 +55,91 @@ class Head:
     bias: Tensor | None = None
     softcap: float | None = None
     scale: float = 1.0
+    products: Products = Products.EXACT
+    summands: Summands = ()
 
     def __len__(self) -> int:
         return self.hidden.shape[0]
 
     def rows(self, start: int, stop: int) -> Head:
         """Return the head of tokens ``start`` to ``stop`` (exclusive)."""
-        return Head(self.hidden[start:stop], self.weight, self.bias, self.softcap, self.scale)
+        return replace(self, hidden=self.hidden[start:stop])
 
-    def upcast(self) -> Head:
-        """Return the head with weight and bias in at least float32, converted once instead of per chunk."""
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the logits: that of the weight, at least float32."""
+        return torch.promote_types(self.weight.dtype, torch.float32)
+
+    @property
+    def multiplies_in_float32(self) -> bool:
+        """True if the device multiplies upcast operands, the only kind that autograd differentiates."""
+        return self.products.on(self.hidden.device) is Products.FLOAT32
+
+    def prepared(self, products: Products | None = None) -> Head:
+        """Return the head with its weight as it is multiplied, converted once instead of per chunk.
+
+        Args:
+            products: how from now on; None: as before.
+        """
+        products = (self.products if products is None else products).on(self.hidden.device)
         bias = None if self.bias is None else at_least_float32(self.bias)
-        return Head(self.hidden, at_least_float32(self.weight), bias, self.softcap, self.scale)
+        if products is Products.FLOAT32:
+            return replace(self, weight=at_least_float32(self.weight), bias=bias, products=products, summands=())
+        summands = operands(self.hidden[:0], self.weight.detach(), products)[1]
+        return replace(self, bias=bias, products=products, summands=summands)
 
     def logits(self) -> Tensor:
-        """Return the logits, [N, V] in at least float32, computed with autocast off (docs/design.md#numerics)."""
-        with torch.autocast(self.hidden.device.type, enabled=False):
-            weight_VD = at_least_float32(self.weight)
-            logits_NV = at_least_float32(self.hidden).to(weight_VD.dtype) @ weight_VD.T
-            if self.bias is not None:
-                logits_NV = logits_NV + self.bias.to(weight_VD.dtype)
-            if self.scale != 1.0:
-                logits_NV = logits_NV * self.scale
-            if self.softcap is not None:
-                logits_NV = self.softcap * torch.tanh(logits_NV / self.softcap)
-        return logits_NV
+        """Return the logits, [N, V] in at least float32, computed with autocast off (docs/design.md#numerics).
 
-    def add_logits(self, total: Tensor | None, factor: float) -> Tensor:
-        """Return ``total + factor · logits()``, added in place; a linear head adds inside the matrix product."""
+        With a graph if hidden states or weight are trained; operands are then upcast, whatever ``products`` says.
+        """
+        with torch.autocast(self.hidden.device.type, enabled=False):
+            if self.multiplies_in_float32 or self._has_graph():
+                weight_VD = at_least_float32(self.weight)
+                logits_NV = at_least_float32(self.hidden).to(weight_VD.dtype) @ weight_VD.T
+                if self.bias is not None:
+                    logits_NV = logits_NV + self.bias.to(weight_VD.dtype)
+                if self.scale != 1.0:
+                    logits_NV = logits_NV * self.scale
+                if self.softcap is not None:
+                    logits_NV = self.softcap * torch.tanh(logits_NV / self.softcap)
+                return logits_NV
+            logits_NV = self._add_uncapped(None, 1.0, 1.0)
+            return logits_NV if self.softcap is None else logits_NV.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def uncapped(self) -> Head:
+        """Return the head without its soft-capping."""
+        return replace(self, softcap=None)
+
+    def add_logits(self, total: Tensor | None, factor: float, beta: float = 1.0) -> Tensor:
+        """Return ``beta · total + factor · logits()``, in place; a linear head adds inside the matrix product."""
         with torch.autocast(self.hidden.device.type, enabled=False):
             if self.softcap is not None:
                 logits_NV = self.logits()
-                return logits_NV.mul_(factor) if total is None else total.add_(logits_NV, alpha=factor)
-            weight_VD = at_least_float32(self.weight)
-            hidden_ND = at_least_float32(self.hidden).to(weight_VD.dtype)
-            if total is None:
-                total = torch.empty(len(hidden_ND), len(weight_VD), dtype=weight_VD.dtype, device=weight_VD.device)
-                beta = 0.0
-            else:
-                beta = 1.0
-            total.addmm_(hidden_ND, weight_VD.T, beta=beta, alpha=factor * self.scale)
-            if self.bias is not None:
-                total.add_(self.bias.to(weight_VD.dtype), alpha=factor * self.scale)
+                if total is None:
+                    return logits_NV.mul_(factor)
+                return (total if beta == 1.0 else total.mul_(beta)).add_(logits_NV, alpha=factor)
+            return self._add_uncapped(total, factor, beta)
+
+    def _add_uncapped(self, total: Tensor | None, factor: float, beta: float) -> Tensor:
+        products = self.products.on(self.hidden.device)
+        # A prepared weight needs no conversion.
+        unprepared_VD = self.weight[:0] if self.summands else self.weight
+        hidden, weight = operands(self.hidden.detach(), unprepared_VD.detach(), products)
+        weight = self.summands or weight
+        if total is None:
+            total = aligned_rows(len(self.hidden), len(self.weight), self.hidden.new_empty(0, dtype=self.dtype))
+            beta = 0.0
+        transposed = tuple(part.T for part in weight)
+        add_product(total, hidden, transposed, factor * self.scale, beta, tf32=products is Products.TF32)
+        if self.bias is not None:
+            total.add_(self.bias.detach().to(total.dtype), alpha=factor * self.scale)
         return total
+
+    def _has_graph(self) -> bool:
+        return torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in (self.hidden, self.weight, self.bias)
+        )
 
 
 @dataclass(frozen=True)

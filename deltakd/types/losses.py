@@ -5,9 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, final, runtime_checkable
+from typing import Any, Protocol, SupportsFloat, final, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from deltakd.types.aligned import AlignedTokens
+from deltakd.types.alignment import TokenMap
+from deltakd.types.heads import Head
 
 
 @dataclass(frozen=True)
@@ -32,12 +36,13 @@ class Schedule(Protocol):
         """The number for the coming optimiser step."""
         ...
 
-    def on_step(self, progress: Progress, reduced_loss: float) -> None:
+    def on_step(self, progress: Progress, reduced_loss: SupportsFloat) -> None:
         """Move on after an optimiser step.
 
         Args:
             progress: the current progress of training.
-            reduced_loss: the step's loss over all ranks and micro-batches, in nats per token.
+            reduced_loss: the step's loss over all ranks and micro-batches, in nats per token. ``float(reduced_loss)``
+                waits for a GPU to compute it; only a schedule that moves with the loss should.
         """
         ...
 
@@ -54,11 +59,20 @@ class LossOutput:
 
     Args:
         per_token: [N] nats, at least float32; training minimises the mean.
-        parts: name -> [N] nats: the terms of ``per_token``, for the log.
+        parts: name -> [N] nats: the terms of ``per_token``, for the log; [M] for terms of ``per_other_token``.
+        per_other_token: [M] nats on the teachers' tokens, in a loss of two tokenizers. They join the sum; the mean is
+            still over the student's tokens.
     """
 
     per_token: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
+    per_other_token: Tensor | None = None
+
+    @property
+    def total(self) -> Tensor:
+        """The sum over all tokens, in nats: a scalar."""
+        total = self.per_token.sum()
+        return total if self.per_other_token is None else total + self.per_other_token.sum()
 
 
 @dataclass(frozen=True)
@@ -126,9 +140,15 @@ class Loss(ABC):
     #: True if the labels must be tokens sampled by the student itself (``rollout=student``).
     needs_sampled_tokens: bool = False
 
-    #: True if the loss compares models with different tokenizers: it then reads an alignment of their tokens, and
-    #: logits may differ in V. No loss sets it yet, and nothing reads it yet.
+    #: True if the loss compares models with different tokenizers. ``logits`` is then an ``AlignedLogits``: those of
+    #: teachers are [M, V'] over their own tokens, and its ``tokens`` say how both sides correspond.
     needs_alignment: bool = False
+
+    #: The part of the loss that is trained with the student, once ``prepare`` has made it; None: nothing is.
+    trainable: nn.Module | None = None
+
+    #: Peak learning rate of ``trainable``; None: the student's.
+    trainable_lr: float | None = None
 
     @property
     @abstractmethod
@@ -143,6 +163,35 @@ class Loss(ABC):
             logits: role -> [N, V] float, for ``student`` and every role in ``requires``.
             labels: [N] int64.
         """
+
+    def prepare(self, heads: Mapping[str, Head], token_map: TokenMap, seed: int) -> nn.Module | None:
+        """Make ``trainable``, the same for the same arguments on every rank, and return it. By default there is none.
+
+        Args:
+            heads: role -> Head over no tokens: what sizes and output embeddings a loss may want to know.
+            token_map: of the two vocabularies.
+            seed: of random initial values.
+        """
+        return self.trainable
+
+    def aligned(self, tokens: AlignedTokens) -> AlignedTokens:
+        """Return the tokens of a whole micro-batch under the alignment that the loss uses; by default the given one."""
+        return tokens
+
+    def derived_heads(self, heads: Mapping[str, Head], tokens: AlignedTokens) -> Mapping[str, Head]:
+        """Return further heads, whose hidden states the loss computes; by default none.
+
+        For a loss that ``needs_alignment``. Gradients flow to the hidden states only.
+
+        Args:
+            heads: role -> Head of a whole micro-batch.
+            tokens: of that micro-batch.
+
+        Returns:
+            name -> Head. A name that begins with a teacher's role stands for logits over the teachers' M tokens, any
+            other for logits over the student's N.
+        """
+        return {}
 
     @property
     def schedules(self) -> Mapping[str, Schedule]:

@@ -59,6 +59,24 @@ def test_identity_a_of_delta_opd_with_the_delta_target(alpha: float) -> None:
     close(found, kl_gradient(target, z["student"]), rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("name", SINGLE)
+@pytest.mark.parametrize("weight", [0.2, 0.9])
+def test_tokens_of_a_mixture_have_the_expected_gradient_of_the_students_own(name: str, weight: float) -> None:
+    """Ratios π_θ / p̃, never clipped, make up for tokens drawn from p̃ = (1 − α) π_θ + α p_t."""
+    logits, _ = draw(9)
+    loss = loss_named(name, ratio_clip=None)
+    q_NV, p_NV = (logits[role].detach().softmax(-1) for role in ("student", "teacher"))
+    mixed_NV = (1 - weight) * q_NV + weight * p_NV
+    found_NV = torch.zeros_like(q_NV)
+    for v in range(q_NV.shape[1]):
+        student = logits["student"].detach().requires_grad_()
+        heads = {role: Head(z, torch.eye(z.shape[1], dtype=z.dtype)) for role, z in logits.items() if role != "student"}
+        seen = HeadLogits(student, heads, TokenFacts(sampled_log_probs=mixed_NV[:, v].log()))
+        per_token = loss(seen, torch.full((len(q_NV),), v)).per_token
+        found_NV += mixed_NV[:, v : v + 1] * torch.autograd.grad(per_token.sum(), student)[0]
+    torch.testing.assert_close(found_NV, expected_gradient(loss, logits), rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("reference", ["student_raw", "teacher_raw"])
 def test_identity_b_exopd_at_scale_1_is_opd(reference: str) -> None:
     logits, labels = draw(2)

@@ -12,8 +12,9 @@ import torch
 
 from deltakd.data.batches.sampler import StepSampler
 from deltakd.data.encoding.encoded_set import Encoded, EncodedSet, flatten
-from deltakd.rollouts.engine import Request
-from deltakd.rollouts.responses import Response, Round, answered, prompt_of
+from deltakd.rollouts.engine import Engine, Request
+from deltakd.rollouts.replay import ReplaySettings
+from deltakd.rollouts.responses import Response, Round, StepPlan, answered, prompt_of
 from deltakd.rollouts.rollout_loader import RolloutLoader
 from deltakd.rollouts.settings import RolloutSettings
 from deltakd.types import IGNORE_INDEX, Batch
@@ -48,7 +49,7 @@ def rows() -> EncodedSet:
     return EncodedSet(flat, flatten(labels)[0], offsets, np.arange(100, 100 + ROWS), {}, "")
 
 
-def loader(engine: Echo, rank: int = 0, world_size: int = 1, accumulate: int = 2, **options: object) -> RolloutLoader:
+def loader(engine: Engine, rank: int = 0, world_size: int = 1, accumulate: int = 2, **options: object) -> RolloutLoader:
     settings = RolloutSettings(**({"fraction": 1.0} | options))  # type: ignore[arg-type]
     encoded, batch_size = rows(), 4 // (world_size * accumulate)
     sampler = StepSampler(
@@ -94,13 +95,14 @@ def test_all_tokens_of_a_response_are_trained_and_none_of_its_prompt() -> None:
 def test_a_round_survives_a_checkpoint(log_probs: bool) -> None:
     values = np.array([-0.5, -1.25], dtype=np.float32) if log_probs else None
     last = None if values is None else values[:1]
-    made = Round(4, [[Response([1, 2], True, values)], [Response([], False, None if last is None else last[:0])], []])
-    made = Round(4, [*made.steps[:2], [Response([3], False, last)]])
+    empty = Response([], False, None if last is None else last[:0])
+    plans = [StepPlan(1, 1), StepPlan(3, 1), StepPlan(2, 1)]
+    made = Round(4, plans, [[Response([1, 2], True, values)], [empty], [Response([3], False, last)]])
     file = io.BytesIO()
     torch.save(made.state_dict(), file)
     file.seek(0)
     again = Round.from_state(torch.load(file, weights_only=True))
-    assert again.first_step == 4
+    assert (again.first_step, again.plans) == (4, plans)
     assert [[(r.tokens, r.finished) for r in step] for step in again.steps] == [
         [([1, 2], True)],
         [([], False)],
@@ -118,7 +120,9 @@ def test_every_batch_knows_the_valid_tokens_of_its_whole_step() -> None:
         assert {batch.step_tokens for batch in own} == {sum(len(batch.valid_N) for batch in own)}
 
 
-@pytest.mark.parametrize("options", [{}, {"per_prompt": 2}, {"fraction": 0.5}, {"every": 2}])
+@pytest.mark.parametrize(
+    "options", [{}, {"per_prompt": 2}, {"fraction": 0.5}, {"every": 2}, {"replay": ReplaySettings(size=5)}]
+)
 def test_ranks_and_accumulation_share_the_rows_of_one_process(options: dict[str, object]) -> None:
     whole = list(loader(Echo(), accumulate=1, **options))
     for ranks, accumulate in ((1, 2), (2, 1), (2, 2), (4, 1)):
@@ -163,15 +167,17 @@ def test_a_round_serves_several_steps_with_what_was_sampled_before() -> None:
 
 
 @pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("size", [0, 6])
 @pytest.mark.parametrize("position", range(13))
-def test_a_run_goes_on_as_if_it_had_not_stopped(every: int, position: int) -> None:
-    whole = loader(Echo(log_probs=True), every=every)
+def test_a_run_goes_on_as_if_it_had_not_stopped(every: int, size: int, position: int) -> None:
+    replay = ReplaySettings(size=size)
+    whole = loader(Echo(log_probs=True), every=every, replay=replay)
     expected = list(whole)
-    first = loader(Echo(log_probs=True), every=every)
+    first = loader(Echo(log_probs=True), every=every, replay=replay)
     taken = list(itertools.islice(first, position))
     assert len(taken) == position
     second_engine = Echo(log_probs=True)
-    second = loader(second_engine, every=every)
+    second = loader(second_engine, every=every, replay=replay)
     second.load_state_dict(first.state_dict())
     rest = list(second)
     assert len(rest) == 12 - position

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 from collections.abc import Callable
@@ -18,27 +17,11 @@ from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
 from deltakd.rollouts.samples import read_samples
 from deltakd.training.module import DistillationModule
-from deltakd.training.run import run_training
 from deltakd.types import Batch
-from tests.distributed.processes import on_ranks
+from tests.rollouts.runs import ON_POLICY, column, compare_ranks, stop_after
 from tests.tiny import World, save_model
 
 Train = Callable[..., RunDirectory]
-ON_POLICY = ("rollout=student", "rollout.decoding.max_new_tokens=6", "data.val=null")
-
-
-def column(run: RunDirectory, name: str) -> list[float]:
-    with (run.path / "metrics.csv").open() as file:
-        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
-
-
-@pytest.fixture(scope="session")
-def sharp(world: World) -> list[str]:
-    """References that are far from uniform, so that there is something to learn."""
-    for role, seed, spread in (("teacher", 3, 0.4), ("teacher_raw", 2, 0.2)):
-        save_model(world.root / "on_policy" / role, seed=seed, width=24, initializer_range=spread)
-    return [f"model.{role}.path={world.root / 'on_policy' / role}" for role in ("teacher", "teacher_raw")]
-
 
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("opd", "exopd", "opd2", "minillm")]
 
@@ -104,24 +87,13 @@ def test_a_killed_run_makes_the_same_student(
     chosen = (*ON_POLICY, *sharp, *options, "trainer.max_steps=6", "trainer.checkpoint_every_n_steps=1")
     whole = train("delta_opd", *chosen, name="whole")
     with monkeypatch.context() as patch:
-        _stop_after(patch, 4)
+        stop_after(patch, 4)
         with pytest.raises(InterruptedError):
             train("delta_opd", *chosen, name="parts")
     parts = train("delta_opd", *chosen, "resume=true", name="parts")
     assert column(parts, "train/loss") == column(whole, "train/loss")
     students = [load_file(run.student / "model.safetensors") for run in (whole, parts)]
     assert all(torch.equal(students[0][key], students[1][key]) for key in students[0])
-
-
-def _stop_after(patch: pytest.MonkeyPatch, steps: int) -> None:
-    original = DistillationModule.training_step
-
-    def stopping(module: DistillationModule, batch: Batch, batch_idx: int) -> torch.Tensor:
-        if module.global_step == steps:
-            raise InterruptedError
-        return original(module, batch, batch_idx)
-
-    patch.setattr(DistillationModule, "training_step", stopping)
 
 
 def test_a_student_that_stands_still_has_ratios_of_1(train: Train, sharp: list[str], tmp_path: Path) -> None:
@@ -133,10 +105,6 @@ def test_a_student_that_stands_still_has_ratios_of_1(train: Train, sharp: list[s
     assert rounds == pytest.approx(always, rel=1e-4)
 
 
-def _run(overrides: list[str], directory: Path) -> None:
-    run_training(make_settings(compose_config("train", overrides)), directory)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "deepspeed_zero3"])
 @pytest.mark.parametrize("options", [(), ("rollout.every=2", "rollout.per_prompt=2")])
@@ -145,18 +113,8 @@ def test_two_processes_are_one(
 ) -> None:
     """Dropout is off, since each rank draws its own; responses, losses and students are those of one process."""
     student = save_model(tmp_path / "plain", seed=1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    common = [*ON_POLICY, *sharp, *options, f"model.student.path={student}", "optim.lr=0.001", "optim.eps=1e-4"]
-    common += ["trainer.accelerator=cpu", "trainer.max_steps=4"]
-    for ranks, chosen in ((1, []), (2, [f"strategy={strategy}"])):
-        directory = tmp_path / str(ranks)
-        sizes = [f"trainer.devices={ranks}", f"data.batch_size={8 // ranks}"]
-        on_ranks(ranks, _run, world.overrides(directory, "delta_opd", *common, *sizes, *chosen), directory)
-    one, two = (RunDirectory(tmp_path / name) for name in ("1", "2"))
-    for name in ("train/loss", "rollout/response_length", "rollout/finished_fraction"):
-        assert column(two, name) == pytest.approx(column(one, name), rel=1e-5)
-    students = [load_file(run.student / "model.safetensors") for run in (one, two)]
-    for key in students[0]:
-        torch.testing.assert_close(students[0][key], students[1][key], rtol=1e-4, atol=1e-6)
+    chosen = (*ON_POLICY, *sharp, *options, f"model.student.path={student}")
+    compare_ranks(world, tmp_path, "delta_opd", chosen, [f"strategy={strategy}"])
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from deltakd.training.callbacks.rank_watch import Lifeline
 from deltakd.training.callbacks.rollout_log import RolloutLog
 from deltakd.training.callbacks.signals import StopOnSignal
 from deltakd.training.callbacks.stream_end import StreamEnd
+from deltakd.training.callbacks.student_share import ShareAfterValidation
 from deltakd.training.callbacks.training_log import TrainingLog
 from deltakd.training.callbacks.validation import Validation
 
@@ -13,6 +14,7 @@ __all__ = [
     "Checkpoints",
     "Lifeline",
     "RolloutLog",
+    "ShareAfterValidation",
     "StopOnSignal",
     "StreamEnd",
     "TrainingLog",

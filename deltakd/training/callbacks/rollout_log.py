@@ -95,12 +95,14 @@ class RolloutLog(L.Callback):
         self._seen = loader.seconds
         self.tokens += loader.tokens_of_step(batch.step)
         whole = self.seconds + self._training_log.seconds
-        pl_module.step_metrics |= loader.metrics | {"rollout/time_fraction": self.seconds / whole if whole else 0.0}
-        if data.settings.own_rows_alone and "train/ce" in pl_module.step_metrics:
+        pl_module.step_metrics.update(loader.metrics)
+        pl_module.step_metrics["rollout/time_fraction"] = self.seconds / whole if whole else 0.0
+        if data.settings.samples_itself and "train/ce" in pl_module.step_metrics:
             # −log π_θ of tokens drawn from π_θ: an unbiased estimate of the entropy.
             pl_module.step_metrics["rollout/entropy"] = pl_module.step_metrics["train/ce"]
         if trainer.is_global_zero:
-            self._watch(loader.metrics["rollout/finished_fraction"], batch.step)
+            if "rollout/finished_fraction" in loader.metrics:
+                self._watch(loader.metrics["rollout/finished_fraction"], batch.step)
             if trainer.global_step in self._steps:
                 self._keep(data, batch.step)
 
