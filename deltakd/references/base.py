@@ -25,6 +25,10 @@ class References(Protocol):
         """Return heads on ``device``, the student's, from now on."""
         ...
 
+    def empty_heads(self) -> dict[str, Head]:
+        """Return role -> head over no tokens: its sizes and its output embedding. Call before ``to``."""
+        ...
+
     def start(self, batch: Batch) -> Callable[[], dict[str, Head] | Buckets]:
         """Start a call; the returned function finishes it and returns the result.
 
@@ -33,5 +37,5 @@ class References(Protocol):
         ...
 
     def __call__(self, batch: Batch) -> dict[str, Head] | Buckets:
-        """Return role -> head of the batch's N valid tokens, in the order of ``batch.labels_N``; or their buckets."""
+        """Return role -> head of the valid tokens of ``batch.stream_of(role)``, in their order; or their buckets."""
         ...

@@ -34,6 +34,8 @@ class CachedReferences:
         self._path = store.path
         #: Number of tokens shared by the cached models; every head is cut to it.
         self.vocabulary: int = content["vocabulary"]
+        #: The same of the cached teachers, if they have a tokenizer of their own; else None.
+        self.other_vocabulary: int | None = content["other"]["vocabulary"] if content.get("other") else None
         self._is_topk = content["store"] == "topk"
         self._temperature = float(content["temperature"] or 1.0)
         self._index = RowIndex(store)
@@ -54,6 +56,13 @@ class CachedReferences:
         self._device = device
         self._heads = {name: tensor.to(device) for name, tensor in self._heads.items()}
 
+    def empty_heads(self) -> dict[str, Head]:
+        """Return role -> head over no tokens; none if the cache holds log-probs."""
+        if self._is_topk:
+            return {}
+        widths = {role: self._heads[f"{role}.weight"].shape[1] for role in self._models}
+        return {role: self._head(role, torch.empty(0, width)) for role, width in widths.items()}
+
     def start(self, batch: Batch) -> Callable[[], dict[str, Head] | Buckets]:
         """Look up the rows now; the returned function reads them.
 
@@ -64,7 +73,7 @@ class CachedReferences:
         return lambda: self._read(places)
 
     def __call__(self, batch: Batch) -> dict[str, Head] | Buckets:
-        """Return role -> head of the batch's N valid tokens, or their buckets.
+        """Return role -> head of the valid tokens of ``batch.stream_of(role)``, or their buckets.
 
         Raises:
             StoreError: a row is not in the cache.
