@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from deltakd.kernels.blocks import row_blocks
+from deltakd.kernels.finite_biases import is_finite
 from deltakd.types import Gate, Head, HeadLogits, LinearKL, Loss
 
 
@@ -31,7 +32,7 @@ def fusible(loss: Loss, student: Head, references: Mapping[str, Head]) -> Linear
     if form is None or not _linear(student):
         return None
     biases = [head.bias for head in (student, *references.values()) if head.bias is not None]
-    return form if all(bool(bias.isfinite().all()) for bias in biases) else None
+    return form if all(map(is_finite, biases)) else None
 
 
 def _linear(head: Head) -> bool:
