@@ -107,7 +107,8 @@ def write(arguments: argparse.Namespace, command: str) -> list[Path]:
         )
     preservation = {} if arguments.preservation == 0 else _preservation(methods, arguments.preservation)
     title = arguments.title or _title(arguments.paths)
-    plane = PlaneRequest(*arguments.plane[:2], tuple(arguments.plane[2:])) if arguments.plane else PlaneRequest()
+    keys = arguments.plane or []
+    plane = PlaneRequest(keys[0], keys[1], tuple(keys[2:])) if keys else PlaneRequest()
     if arguments.plane and not find_planes(methods, plane):
         notes.append(f"--plane {' '.join(arguments.plane)}: {NO_PLANE}")
     page = make_page(title, methods, comparisons, preservation, notes, command, plane)

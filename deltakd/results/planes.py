@@ -84,9 +84,10 @@ class Plane:
 
     @property
     def best(self) -> tuple[Any, Any] | None:
-        """The best point; None if there are fewer than two."""
+        """The best point; None if all are alike."""
         sign = 1 if less_is_better(self.score) else -1
-        return min(self.cells, key=lambda at: sign * self.cells[at].mean) if len(self.cells) > 1 else None
+        alike = len({cell.mean for cell in self.cells.values()}) < 2
+        return None if alike else min(self.cells, key=lambda at: sign * self.cells[at].mean)
 
     @property
     def table(self) -> PanelTable:
@@ -236,9 +237,7 @@ def _draw(plane: Plane, scale: tuple[float, float], axes: Axes) -> None:
         for j, y in enumerate(plane.rows):
             cell = plane.cells.get((x, y))
             if cell is None:
-                axes.add_patch(
-                    Rectangle((i - 0.5, j - 0.5), 1, 1, fill=False, edgecolor=AXIS, linewidth=0.6, hatch="//")
-                )
+                axes.add_patch(Rectangle((i - 0.48, j - 0.46), 0.96, 0.92, fill=False, edgecolor=AXIS, linestyle=":"))
                 axes.text(i, j, _NO_RUN, ha="center", va="center", fontsize=7, color=INK)
                 continue
             share = (cell.mean - low) / (high - low) if high > low else 0.5
