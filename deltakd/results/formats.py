@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from deltakd.results.beyond import NOTES, BeyondTable
+from deltakd.results.costs import CostTable
 from deltakd.results.drawing import Panel
 from deltakd.results.methods import Method
 from deltakd.results.statistics import Difference
@@ -88,6 +89,16 @@ def panels_markdown(heading: str, panels: Sequence[Panel]) -> str:
             lines.append("| --- |" + " ---: |" * (len(panel.table.head) - 1))
             lines += [_md_line(list(map(_md_escape, line))) for line in panel.table.lines]
     return "\n".join(["", f"## {heading}", *lines]) + "\n" if lines else ""
+
+
+def cost_markdown(table: CostTable) -> str:
+    """Return the costs as Markdown; empty if nothing was trained."""
+    if not table.rows:
+        return ""
+    lines = ["", "## Cost", "", _md_line(["method", "runs", *table.columns])]
+    lines.append("| --- |" + " ---: |" * (len(table.columns) + 1))
+    lines += [_md_line([_md_escape(row.label), str(row.runs), *row.cells]) for row in table.rows]
+    return "\n".join([*lines, "", *(f"* {note}" for note in table.notes)]) + "\n"
 
 
 def _md_line(cells: Sequence[str]) -> str:
