@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from deltakd.config.folders import use_config_dir
-from deltakd.io.errors import NonFiniteLossError, Stopped
+from deltakd.io.errors import NonFiniteLossError, ServerError, Stopped
 from deltakd.io.files import WriteError, disk_reason, way_out
 
 T = TypeVar("T")
@@ -155,6 +155,9 @@ def guarded(action: Callable[[], T], how_to_resume: str) -> T:
     except KeyboardInterrupt:
         print(f"interrupted. To continue from the last checkpoint: {how_to_resume}", file=sys.stderr)
         sys.exit(130)
+    except ServerError as error:
+        print(f"error: {error}. To continue: {how_to_resume or 'the same command'}", file=sys.stderr)
+        sys.exit(2)
     except Exception as error:
         said = _in_one_line(error, how_to_resume)
         if said is None or os.environ.get("HYDRA_FULL_ERROR") == "1":

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, Literal, final
 
 from deltakd.config.check import (
+    engine_problems,
     model_problems,
     objective_problems,
     role_problems,
@@ -27,6 +28,7 @@ from deltakd.io.errors import ConfigError
 from deltakd.io.keys import Seed
 from deltakd.io.typed import mismatch, typed
 from deltakd.models import LoraSpec, ModelSettings, ModelSpec
+from deltakd.models.adapter_files import with_base
 from deltakd.models.settings import TokenizerSettings
 from deltakd.references import CacheSettings, ReferenceSettings
 from deltakd.references.settings import device_problems
@@ -124,6 +126,7 @@ class Draft:
         problems += self._half_weights_problems()
         if self.rollout is not None:
             problems += rollout_problems(self.rollout, self.loss, self.data, self.reference)
+            problems += engine_problems(self.rollout, self.model)
         if self.data is not None:
             problems += stream_problems(self.data, self.trainer, self.reference)
         parts = try_loss(self.loss, problems)
@@ -193,7 +196,8 @@ def make_model_settings(node: Any, problems: list[str]) -> ModelSettings:
         if own.get(key) is not None:
             own[key] = typed(kind, own[key], f"model.{key}", problems)
     own = {key: value for key, value in own.items() if value is not None or key not in ("tokenizer", "lora")}
-    made = typed(ModelSettings, own | {"specs": {r: s for r, s in specs.items() if s is not None}}, "model", problems)
+    given = with_base({role: spec for role, spec in specs.items() if spec is not None})
+    made = typed(ModelSettings, own | {"specs": given}, "model", problems)
     assert made is not None, "every field has a default"
     return made
 

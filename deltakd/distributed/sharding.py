@@ -32,6 +32,32 @@ def gathered(value: T) -> list[T]:
     return values  # type: ignore[return-value]
 
 
+#: The process group that ``_hosts`` was made beside, and the group of the hosts.
+_made: tuple[dist.ProcessGroup | None, dist.ProcessGroup | None] = (None, None)
+
+
+def _hosts() -> dist.ProcessGroup | None:
+    """Return a group in which the hosts talk, over gloo; None: the default group is such. Made once, collectively."""
+    global _made
+    if dist.get_backend() == "gloo":
+        return None
+    if _made[0] is not dist.group.WORLD:
+        _made = (dist.group.WORLD, dist.new_group(backend="gloo"))
+    return _made[1]
+
+
+def on_any_rank(decision: bool) -> bool:
+    """Return True if the decision is True on at least one rank. Collective: call on every rank.
+
+    Only the hosts wait for each other: GPUs keep working on what is queued.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return decision
+    found = torch.tensor([int(decision)])
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=_hosts())
+    return bool(found)
+
+
 def place() -> tuple[int, int]:
     """Return (rank, world size) of this process; (0, 1) if it is alone."""
     if not (dist.is_available() and dist.is_initialized()):
@@ -91,13 +117,16 @@ def _held(parameter: Tensor) -> Tensor:
     return parameter if part is None or parameter.numel() > part.numel() else part
 
 
-def gradient_norm(model: nn.Module) -> float | None:
-    """Return the gradient norm over all trained parameters and ranks; None if DeepSpeed holds the gradients."""
+def gradient_norm(model: nn.Module) -> Tensor | None:
+    """Return the gradient norm over all trained parameters and ranks, a scalar; None if DeepSpeed holds the gradients.
+
+    Collective if the model is sharded. The host does not wait for it.
+    """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     if not gradients:
         return None
     norm = torch.nn.utils.get_total_norm(gradients)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 @final

@@ -179,6 +179,8 @@ def make_cases(
     cfg = compose_config("train", [*assumed(overrides), *overrides])
     if cfg.model.lora:
         raise ValueError("model/lora is counted only for models that are available; leave --student out")
+    if any(isinstance(spec, Mapping) and spec.get("adapter") for spec in cfg.model.values()):
+        raise ValueError("model.<teacher>.adapter is counted only for models that are available; leave --student out")
     step = make_step_settings(cfg)
     precision = str(step.trainer.precision)
     shapes = {role: student if role == STUDENT_RAW else teacher for role in sorted(step.loss.requires)}

@@ -61,6 +61,8 @@ class Setting:
         cached_heads: (elements, bytes per element) of the heads of cached references.
         cached_bytes: bytes read from disk per valid token.
         half_weights: ``optim.half_weights``.
+        shared: role -> role that holds its weights, for references that share them.
+        adapters: role -> bytes of its adapter.
     """
 
     student: Skeleton
@@ -80,6 +82,8 @@ class Setting:
     cached_heads: Sequence[tuple[int, int]] = field(default=())
     cached_bytes: int = 0
     half_weights: str = "nearest"
+    shared: Mapping[str, str] = field(default_factory=dict)
+    adapters: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -128,8 +132,8 @@ def _standing(setting: Setting) -> list[Need]:
         Need("optimiser (AdamW)", _shard_device(setting), held.optimiser),
     ]
     for role, reference in setting.references.items():
-        resident, _ = setting.layout.held_of_reference(reference)
-        needs.append(Need(f"reference {role}", home, resident))
+        resident = 0 if role in setting.shared else setting.layout.held_of_reference(reference)[0]
+        needs.append(Need(f"reference {role}", home, resident + setting.adapters.get(role, 0)))
     cached = sum(numbers * itemsize for numbers, itemsize in setting.cached_heads)
     needs.append(Need("heads of the cached references", device, cached))
     if home != device:

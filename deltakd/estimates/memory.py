@@ -22,6 +22,7 @@ from deltakd.estimates.sizes import Skeleton
 from deltakd.io.console import make_console
 from deltakd.kernels import MEMORY_BUDGET, KernelOptions
 from deltakd.models import load_skeleton, load_tokenizer
+from deltakd.models.adapter_files import adapter_bytes, shared_weights
 from deltakd.models.loading import DTYPES
 from deltakd.models.lora import add_lora
 from deltakd.references import CacheStore
@@ -125,6 +126,8 @@ def setting_of(settings: RunSettings, device: str, home: str) -> Setting:
         cached_heads=heads,
         cached_bytes=token_bytes,
         half_weights=settings.optim.half_weights,
+        shared=shared_weights({role: spec for role, spec in settings.specs.items() if role != STUDENT}),
+        adapters={role: adapter_bytes(spec) for role, spec in settings.specs.items() if spec.adapter},
     )
 
 

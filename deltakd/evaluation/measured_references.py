@@ -91,7 +91,9 @@ class MeasuredReferences:
         self._vocabulary = vocabulary
         self._placement = placement
         self._device = device
-        self._loaded: dict[str, LanguageModel] = dict(loaded)
+        #: Those loaded for other roles can be these with another adapter, or without one.
+        also = {role: model for model in loaded.values() for role in model.adapters}
+        self._loaded: dict[str, LanguageModel] = also | dict(loaded)
         self._given_up: set[str] = set()
         #: Role -> the latest reason for leaving it out.
         self.reasons: dict[str, str] = {}

@@ -38,3 +38,24 @@ class Stopped(Exception):  # noqa: N818 - not an error: the run was asked to sto
         super().__init__(f"stopped by {signal.Signals(signum).name} after {step} optimiser steps; the state is saved")
         self.signum = signum
         self.step = step
+
+
+class ServerError(ValueError):
+    """A server that the run works with failed, between two optimiser steps: the run saves its state and stops."""
+
+
+class LostServerError(ServerError):
+    """The server is gone, or does not answer in time; it may come back."""
+
+
+class RefusedError(ServerError):
+    """The server is there, and refuses the request.
+
+    Args:
+        message: what was asked, and what it said.
+        status: of its HTTP answer.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status

@@ -119,6 +119,11 @@ class RunDirectory:
         return self.path / "student"
 
     @property
+    def adapter(self) -> Path:
+        """The trained LoRA adapter, for runs that train one."""
+        return self.path / "adapter"
+
+    @property
     def generations(self) -> Path:
         """``<set>_seed<k>.jsonl``."""
         return self.path / "generations"

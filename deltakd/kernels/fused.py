@@ -20,6 +20,7 @@ from torch import Tensor
 
 from deltakd.kernels import gpu
 from deltakd.kernels.blocks import row_blocks
+from deltakd.kernels.finite_biases import is_finite
 from deltakd.kernels.head_gradients import GradientFormat
 from deltakd.types import STUDENT, Gate, Head, HeadLogits, LinearKL, Loss
 from deltakd.types.products import Summands
@@ -34,7 +35,7 @@ def fusible(loss: Loss, student: Head, references: Mapping[str, Head]) -> Linear
     if form is None or not _linear(student):
         return None
     biases = [head.bias for head in (student, *references.values()) if head.bias is not None]
-    return form if all(bool(bias.isfinite().all()) for bias in biases) else None
+    return form if all(map(is_finite, biases)) else None
 
 
 def triton_form(loss: Loss, student: Head, references: Mapping[str, Head]) -> LinearKL | None:

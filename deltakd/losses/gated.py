@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import final
 
@@ -19,38 +20,42 @@ _ROLES = frozenset({TEACHER, STUDENT_RAW, TEACHER_RAW})
 
 @final
 class GatedDeltaTarget(Target):
-    """z_t + α g (z_s0 − z_t0), g = exp(−KL(p_t ‖ p_t0) / c) at each position, at τ = 1 (docs/design.md#plane; ours).
+    """z_t0 + α g (z_s0 − z_t0) + v (z_t − z_t0), g = exp(−KL(p_t ‖ p_t0) / c), at τ = 1 (docs/design.md#plane; ours).
 
     Where fine-tuning left the teacher as it was, g is near 1 and the target keeps the student's own distribution, as
     ``delta_target`` does; where fine-tuning moved it far, the raw models know little, and g near 0 leaves the teacher.
-    For c → ∞ it is ``delta_target``, for c → 0 the teacher.
+    At v = 1 it is ``delta_target`` for c → ∞, and the teacher for c → 0; at other v, ``bilinear_target`` for c → ∞.
 
     This is the definition. In training, under forward or reverse KL, ``deltakd.kernels.fused.fused_chunk`` composes the
     target; ``tests/kernels/test_chunked.py`` shows that both agree (``test_every_loss_by_name``).
 
     Args:
-        delta_weight: α. Always 0: the teacher alone is read.
+        delta_weight: α. Always 0, at v = 1: the teacher alone is read.
         gate_nats: c > 0, in nats; infinity is allowed.
+        v: the factor on the teacher's shift, which is not gated.
 
     Raises:
-        ValueError: ``gate_nats`` is not above 0.
+        ValueError: ``gate_nats`` is not above 0, or v not finite.
     """
 
     #: The name under which the mean of g is logged.
     GATE = "delta_gate"
 
-    def __init__(self, delta_weight: ScheduleSetting = 1.0, gate_nats: float = 1.0) -> None:
+    def __init__(self, delta_weight: ScheduleSetting = 1.0, gate_nats: float = 1.0, v: float = 1.0) -> None:
         if not gate_nats > 0:
             raise ValueError(
                 f"loss.target.gate_nats is {gate_nats}; it must be above 0 (large: loss=delta_kd, small: loss=kd)"
             )
+        if not math.isfinite(v):
+            raise ValueError(f"loss.target.v is {v}; it must be finite (1 is the teacher's whole shift)")
         self._weight = make_schedule(delta_weight, "delta_weight")
+        self._v = float(v)
         self.gate_nats = float(gate_nats)
 
     @property
     def requires(self) -> frozenset[str]:
-        """The teacher; the raw models unless α is always 0."""
-        return frozenset({TEACHER}) if is_zero(self._weight) else _ROLES
+        """All three; without α the raw teacher if v is not 1, and the teacher if it is not 0."""
+        return frozenset(self.coefficients) if is_zero(self._weight) else _ROLES
 
     @property
     def schedules(self) -> Mapping[str, Schedule]:
@@ -59,8 +64,9 @@ class GatedDeltaTarget(Target):
 
     @property
     def coefficients(self) -> dict[str, float]:
-        """The ungated part of the target: the teacher's logits."""
-        return {TEACHER: 1.0}
+        """The ungated part of the target: the teacher's logits at v = 1."""
+        parts = {TEACHER: self._v, TEACHER_RAW: 1.0 - self._v}
+        return {role: factor for role, factor in parts.items() if factor}
 
     @property
     def gate(self) -> Gate | None:
@@ -78,7 +84,7 @@ class GatedDeltaTarget(Target):
             log_probs = log_probs_of(_ROLES, logits)
             gate_N = (-kl(log_probs[TEACHER], log_probs[TEACHER_RAW]).clamp_min(0.0) / self.gate_nats).exp()
             shift_NV = difference(log_probs[STUDENT_RAW], log_probs[TEACHER_RAW])
-            target_NV = log_probs[TEACHER] + (self._weight.value * gate_N)[:, None] * shift_NV
+            target_NV = compose(self.coefficients, log_probs) + (self._weight.value * gate_N)[:, None] * shift_NV
             return target_NV.masked_fill(ruled_out(sorted(_ROLES), logits), -torch.inf), {self.GATE: gate_N}
 
     def __call__(self, logits: Mapping[str, Tensor]) -> Tensor:
@@ -86,6 +92,6 @@ class GatedDeltaTarget(Target):
         return self.with_parts(logits)[0]
 
 
-def gated_delta_target(delta_weight: ScheduleSetting = 1.0, gate_nats: float = 1.0) -> GatedDeltaTarget:
+def gated_delta_target(delta_weight: ScheduleSetting = 1.0, gate_nats: float = 1.0, v: float = 1.0) -> GatedDeltaTarget:
     """Return the gated delta target; arguments as for ``GatedDeltaTarget``."""
-    return GatedDeltaTarget(delta_weight, gate_nats)
+    return GatedDeltaTarget(delta_weight, gate_nats, v)

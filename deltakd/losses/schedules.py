@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, final
+from typing import Any, SupportsFloat, final
 
 from deltakd.types import Progress, Schedule
 
@@ -30,7 +30,7 @@ class Constant:
     def __init__(self, value: float, name: str) -> None:
         self.value = _finite(value, name)
 
-    def on_step(self, progress: Progress, reduced_loss: float) -> None:
+    def on_step(self, progress: Progress, reduced_loss: SupportsFloat) -> None:
         """Nothing to move."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -65,7 +65,7 @@ class Ramp:
         self._steps = steps
         self.value = self.start
 
-    def on_step(self, progress: Progress, reduced_loss: float) -> None:
+    def on_step(self, progress: Progress, reduced_loss: SupportsFloat) -> None:
         """Move to the value of the coming step."""
         way = min(1.0, progress.step / (self._steps or progress.total_steps))
         if self._cosine:
@@ -117,15 +117,15 @@ class AdaptiveInterpolation:
         self._loss_before: float | None = None
         self.value = float(start)
 
-    def on_step(self, progress: Progress, reduced_loss: float) -> None:
+    def on_step(self, progress: Progress, reduced_loss: SupportsFloat) -> None:
         """Move u by how much the loss fell."""
         line = self.start + (self.end - self.start) * progress.step / progress.total_steps
-        step = 0.0
+        step, loss = 0.0, float(reduced_loss)
         if self._loss_before is not None and self._loss_before > 0:
-            fall = (self._loss_before - reduced_loss) / self._loss_before
+            fall = (self._loss_before - loss) / self._loss_before
             self._momentum = self._beta * self._momentum + (1 - self._beta) * fall
             step = self._rate / (1 + math.exp(-max(self._momentum, -700.0))) * (1 - self.value)
-        self._loss_before = reduced_loss
+        self._loss_before = loss
         self.value = min(self.end, max(line, self.value + step))
 
     def state_dict(self) -> dict[str, Any]:

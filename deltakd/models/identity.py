@@ -15,6 +15,9 @@ from torch import nn
 from deltakd.models.settings import ModelSettings, ModelSpec
 from deltakd.types import STUDENT, STUDENT_RAW
 
+#: Configurations of a model, and of an adapter.
+CONFIGS = ("config.json", "adapter_config.json")
+
 
 def spec_of(models: ModelSettings, role: str) -> ModelSpec | None:
     """Return where a role's model comes from; with LoRA the raw student is the student's base model."""
@@ -22,17 +25,25 @@ def spec_of(models: ModelSettings, role: str) -> ModelSpec | None:
 
 
 def model_identity(spec: ModelSpec) -> dict[str, Any]:
-    """Return what identifies a model: ``path``, ``dtype``, ``quantization``, files' ``sha256``, hub ``commit``."""
+    """Return what identifies a model: ``path``, ``dtype``, ``quantization``, files' ``sha256``, hub ``commit``.
+
+    A model with an adapter also has ``adapter``, with the adapter's ``path`` and ``sha256``.
+    """
     path = str(spec.path)
     snapshot = None if Path(path).is_dir() else hub_snapshot(path)
     files = Path(path) if Path(path).is_dir() else snapshot
-    return {
+    adapter = {} if spec.adapter is None else {"adapter": _adapter_identity(spec.adapter)}
+    return adapter | {
         "path": path,
         "dtype": spec.dtype,
         "quantization": spec.quantization,
         "sha256": None if files is None else model_fingerprint(files),
         "commit": None if snapshot is None else snapshot.name,
     }
+
+
+def _adapter_identity(path: str) -> dict[str, str | None]:
+    return {"path": path, "sha256": model_fingerprint(path)}
 
 
 def model_version(path: str) -> str | None:
@@ -47,7 +58,7 @@ def model_fingerprint(path: str | Path) -> str | None:
     It shows if a model has been replaced by another one.
     """
     digest = hashlib.sha256()
-    files = sorted(p for p in Path(path).glob("*") if p.suffix in (".safetensors", ".bin") or p.name == "config.json")
+    files = sorted(p for p in Path(path).glob("*") if p.suffix in (".safetensors", ".bin") or p.name in CONFIGS)
     for file in files:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor, nn
 
 from deltakd.generation.model_step import position_limit
+from deltakd.models.row_masks import one_row_each
 from deltakd.types import Batch, Head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+#: Names of layer types in transformers' configs that keep only keys and values, of all or the last positions.
+_ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention", "attention"})
 
 
 @final
@@ -24,15 +30,17 @@ class LanguageModel(nn.Module):
     Args:
         hf: the model, or a PEFT model around it.
         vocabulary: V; rows of the output embedding beyond it are padding, and are cut from every head.
+        adapters: role -> name of the frozen adapter that makes this model that role's, or None: the model without one.
 
     Raises:
         ValueError: the model has fewer rows than the tokenizer has tokens, or its output embedding is quantised.
     """
 
-    def __init__(self, hf: nn.Module, vocabulary: int) -> None:
+    def __init__(self, hf: nn.Module, vocabulary: int, adapters: Mapping[str, str | None] | None = None) -> None:
         super().__init__()
         self.hf = hf
         self.vocabulary = vocabulary
+        self.adapters = dict(adapters or {})
         weight: Any = getattr(self._output_embedding, "weight", None)
         if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
             raise ValueError(
@@ -62,12 +70,32 @@ class LanguageModel(nn.Module):
     def _output_embedding(self) -> Any:
         return self.causal_lm.get_output_embeddings()
 
+    @cached_property
+    def keeps_a_state(self) -> bool:
+        """True if some layer's past is a state that each token changes, not a list of keys and values."""
+        hf: Any = self.causal_lm
+        kinds = getattr(hf.config.get_text_config(decoder=True), "layer_types", None) or ()
+        return bool(getattr(hf, "_is_stateful", False)) or not _ATTENTION.issuperset(kinds)
+
+    @cached_property
+    def _needs_mask(self) -> bool:
+        """False for attention as transformers writes it: no token sees the padding on its right."""
+        return self.keeps_a_state or bool(getattr(self.causal_lm.config, "auto_map", None))
+
     def hidden_states(self, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
-        """Return [B, T, D], the last hidden states after the final norm: the head's input."""
+        """Return [B, T, D], the last hidden states after the final norm: the head's input.
+
+        Args:
+            input_ids_BT: rows padded on the right.
+            attention_mask_BT: 1 on real tokens. Where it is 0, hidden states mean nothing.
+        """
         body = self.causal_lm.base_model
         accepted = inspect.signature(body.forward).parameters
-        options = {"use_cache": False} if "use_cache" in accepted or "kwargs" in accepted else {}
-        return body(input_ids=input_ids_BT, attention_mask=attention_mask_BT, **options).last_hidden_state
+        options: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted or "kwargs" in accepted else {}
+        if self._needs_mask:
+            options["attention_mask"] = attention_mask_BT
+        with one_row_each():
+            return body(input_ids=input_ids_BT, **options).last_hidden_state
 
     def forward(self, batch: Batch) -> Head:
         """Run the body; return the head of the batch's N valid tokens, without prompt and padding."""
@@ -92,6 +120,34 @@ class LanguageModel(nn.Module):
             softcap=softcap,
             scale=scale,
         )
+
+    def empty_head(self) -> Head:
+        """Return the head over no tokens: its sizes and its output embedding."""
+        weight_VD = self.head_of(torch.empty(0)).weight
+        return self.head_of(weight_VD.new_empty(0, weight_VD.shape[1]))
+
+    @contextmanager
+    def as_role(self, role: str) -> Iterator[None]:
+        """Switch to a role's adapter for a while; a model that is one role's alone stays as it is."""
+        if role not in self.adapters:
+            yield
+            return
+        model: Any = self.hf
+        adapter, before = self.adapters[role], model.active_adapter
+        if adapter == before:
+            yield
+            return
+        try:
+            if adapter is None:
+                with model.disable_adapter():
+                    yield
+            else:
+                model.set_adapter(adapter, inference_mode=True)
+                yield
+        finally:
+            model.set_adapter(before, inference_mode=True)
+            # Switching an adapter on again makes it trainable.
+            model.requires_grad_(False)
 
     @contextmanager
     def adapter_off(self) -> Iterator[None]:

@@ -20,7 +20,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -60,7 +60,7 @@ def add_lora(model: PreTrainedModel, spec: LoraSpec) -> PeftModel:
             f"not count: {_reasons(refused)}; leave them out, or give all-linear"
         )
     adapted = _wrapped(model, config)
-    if _adapts_a_tied_layer(model) and not _can_be_untied(model):
+    if adapts_a_tied_layer(model) and not _can_be_untied(model):
         raise ValueError(
             f"model.lora.target_modules={modules}: head and embedding of {type(model).__name__} are one matrix, and it "
             "can't be exported with two, so an adapter on one of them would be lost; leave them out, or give all-linear"
@@ -130,6 +130,23 @@ def merged(adapted: PeftModel) -> PreTrainedModel:
     return _merge(whole)
 
 
+def merged_state(adapted: PeftModel) -> dict[str, Tensor]:
+    """Return the state dict that the model will have once its adapter is merged; weights without one are not copied.
+
+    Args:
+        adapted: its own weights must not be quantised, and ``adapts_a_tied_layer`` False.
+    """
+    model: Any = adapted.get_base_model()
+    state = {name: value for name, value in model.state_dict().items() if ".lora_" not in name}
+    for place, layer in model.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            tuner: Any = layer
+            delta = sum(tuner.get_delta_weight(adapter) for adapter in layer.active_adapters)
+            weight = layer.get_base_layer().weight
+            state[f"{place}.base_layer.weight"] = (weight + delta).to(weight.dtype)
+    return {name.replace(".base_layer.", "."): value for name, value in state.items()}
+
+
 def _wrapped(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     with warnings.catch_warnings():
         # ``merged`` unties layers with an adapter; the head of a Conv1D model is a Linear, and peft detects that.
@@ -145,14 +162,14 @@ def _wrapped(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
 def _merge(adapted: Any) -> PreTrainedModel:
     """Merge the adapter into its model, in place."""
     model = adapted.get_base_model()
-    if _adapts_a_tied_layer(model):
+    if adapts_a_tied_layer(model):
         head = _plain(model.get_output_embeddings())
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
         _say_untied(model.config)
     return adapted.merge_and_unload()
 
 
-def _adapts_a_tied_layer(model: Any) -> bool:
+def adapts_a_tied_layer(model: Any) -> bool:
     """Return True if an adapter is on a head or embedding that share their matrix.
 
     Not if they are a single layer: then its adapter is part of both.

@@ -15,17 +15,8 @@ from deltakd.generation.full_batch import DecodingState, Row
 from deltakd.generation.model_step import Step, evaluating, position_limit
 from deltakd.models.language_model import LanguageModel
 
-#: Names of layer types in transformers' configs that keep only keys and values, of all or the last positions.
-_ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention", "attention"})
 #: Tokens of the two rows that are run alone and together.
 _LENGTHS = (3, 7)
-
-
-def keeps_a_state(model: LanguageModel) -> bool:
-    """Return True if some layer's past is a state that each token changes, not a list of keys and values."""
-    hf: Any = model.causal_lm
-    kinds = getattr(hf.config.get_text_config(decoder=True), "layer_types", None) or ()
-    return bool(getattr(hf, "_is_stateful", False)) or not _ATTENTION.issuperset(kinds)
 
 
 @torch.no_grad()
@@ -38,7 +29,7 @@ def check_recurrence(role: str, model: LanguageModel) -> None:
         ValueError: padding changes a row's logits, or a step from the state differs from the whole row.
     """
     limit = position_limit(model.causal_lm)
-    if not keeps_a_state(model) or (limit is not None and limit <= max(_LENGTHS)):
+    if not model.keeps_a_state or (limit is not None and limit <= max(_LENGTHS)):
         return
     name = type(model.causal_lm).__name__
     with evaluating(model):

@@ -99,6 +99,7 @@ def open_model(
     eos_token_id: int | None = None,
     seed: int = 0,
     max_length: int | None = None,
+    sharing: Mapping[str, ModelSpec] | None = None,
 ) -> LanguageModel:
     """Open the model of a role on the CPU, in its own dtype, and check its head against its own logits.
 
@@ -110,10 +111,11 @@ def open_model(
         eos_token_id: the tokenizer's, for a model from scratch.
         seed: for the weights of a model from scratch.
         max_length: tokens of the longest row (``data.max_length``); None: not known yet.
+        sharing: role -> spec, of further roles with the same model under their adapters (``adapter_files.base_of``).
 
     Raises:
-        ValueError: it is not available, has too few positions or tokens, transforms its logits in an unknown way, or
-            has a recurrent state that padding changes.
+        ValueError: it is not available, does not fit its adapter, has too few positions or tokens, transforms its
+            logits in an unknown way, or has a recurrent state that padding changes.
     """
     hf = load_model(
         role,
@@ -127,8 +129,20 @@ def open_model(
     problems = position_problems(role, position_limit(hf), max_length)
     if problems:
         raise ValueError("; ".join(problems))
-    model = LanguageModel(hf, vocabulary)
-    model.check_head()
+    adapters = {name: one.adapter for name, one in {role: spec, **(sharing or {})}.items()}
+    given = {name: path for name, path in adapters.items() if path is not None}
+    if not given:
+        model = LanguageModel(hf, vocabulary)
+        model.check_head()
+    else:
+        # peft takes part of a second to import, and few runs need it.
+        from deltakd.models.adapters import load_adapters
+
+        names = {name: None if path is None else name for name, path in adapters.items()}
+        model = LanguageModel(load_adapters(hf, given), vocabulary, names)
+        for name in names:
+            with model.as_role(name):
+                model.check_head()
     check_recurrence(role, model)
     return model
 

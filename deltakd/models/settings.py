@@ -22,6 +22,7 @@ class ModelSpec:
         architecture: for ``random``: ``model_type`` and options of its transformers configuration.
         tokenizer: where the role's tokenizer is, if not at ``path``.
         quantization: transformers' quantisation config, a mapping with ``quant_method``; None: as in the checkpoint.
+        adapter: directory of a PEFT LoRA adapter on the model, for teachers; without ``path``, on the raw teacher.
     """
 
     path: str | None = None
@@ -30,6 +31,7 @@ class ModelSpec:
     architecture: Mapping[str, Any] | None = None
     tokenizer: str | None = None
     quantization: Mapping[str, Any] | None = None
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -91,6 +91,9 @@ def cached_model_problems(role: str, spec: ModelSpec | None, held: Mapping[str, 
     for key in ("dtype", "quantization"):
         if given[key] != held.get(key):
             found.append(differs(f"model.{role}.{key}", given[key], held.get(key), path))
+    adapter, held_adapter = given.get("adapter") or {}, held.get("adapter") or {}
+    if adapter.get("sha256") != held_adapter.get("sha256"):
+        found.append(differs(f"model.{role}.adapter", adapter.get("path"), held_adapter.get("path"), path))
     known = next((key for key in ("commit", "sha256") if given[key] and held[key]), None)
     if known is None and given["path"] != held["path"]:
         found.append(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, final
 
@@ -24,7 +24,8 @@ class LiveReferences:
     """Frozen models, run on every batch. Hidden states travel to the student's device, logits never do.
 
     Args:
-        models: role -> model; frozen here and put in eval mode for good.
+        models: role -> model; frozen here and put in eval mode for good. Roles may share one model, with another
+            adapter or the same; it runs once for each adapter.
         adapted_student: a LoRA student that serves ``student_raw`` with its adapter switched off. If it is sharded,
             its head is whole only in the ``forward`` of the sharded module: call the references from there.
         placement: ``auto``: the student's device; else the name of the references' device.
@@ -46,8 +47,8 @@ class LiveReferences:
         self._sharding = sharding
         self._engine = engine
         self._persistence_threshold = persistence_threshold
-        #: The callables to run: the models, or wrappers that gather their shards.
-        self._runners: dict[str, Callable[[Batch], Head]] = dict(models)
+        #: By the model's id, the callable to run: the model, or a wrapper that gathers its shards.
+        self._runners: dict[int, Callable[[Batch], Head]] = {id(model): model for model in models.values()}
         self._adapted_student = adapted_student
         self._placement = placement
         self._device = torch.device("cpu")
@@ -78,14 +79,21 @@ class LiveReferences:
 
             self._shells = {role: Shell(self._models[role]) for role in self._lent}
             self._runners = {
-                role: sharded(model, self._engine, device, self._persistence_threshold)
-                for role, model in self._models.items()
+                id(model): sharded(model, self._engine, device, self._persistence_threshold) for model in self._distinct
             }
             return
-        for model in self._models.values():
+        for model in self._distinct:
             # Most quantised weights can't be moved, or only once: from CPU memory to the device that packs them.
             if not (model.quantized and next(model.parameters()).device.type == home.type):
                 model.to(home)
+
+    def empty_heads(self) -> dict[str, Head]:
+        """Return role -> head over no tokens, of the models loaded. Call before ``to``, which may shard them."""
+        return {role: model.empty_head() for role, model in self._models.items()}
+
+    @property
+    def _distinct(self) -> list[LanguageModel]:
+        return list({id(model): model for model in self._models.values()}.values())
 
     @property
     def _home(self) -> torch.device:
@@ -99,11 +107,10 @@ class LiveReferences:
     def whole(self, role: str) -> Iterator[LanguageModel]:
         """Yield a model, on its own device, that this rank can run alone. Collective: call on every rank."""
         assert role in self._lent, f"{role} was not prepared"
-        if role in self._shells:
-            with self._shells[role].filled(self._models[role]) as model:
-                yield model
-        else:
-            yield self._models[role]
+        model = self._models[role]
+        shell = self._shells.get(role)
+        with nullcontext(model) if shell is None else shell.filled(model) as whole, whole.as_role(role):
+            yield whole
 
     def start(self, batch: Batch) -> Callable[[], dict[str, Head]]:
         """On the student's device, run now: the activations are freed before the student makes its own.
@@ -123,7 +130,14 @@ class LiveReferences:
 
     @torch.no_grad()
     def _heads(self, batch: Batch, batch_there: Batch) -> dict[str, Head]:
-        there = {role: self._run(runner, batch_there) for role, runner in self._runners.items()}
+        there: dict[str, Head] = {}
+        runs: dict[tuple[int, str | None], Head] = {}
+        for role, model in self._models.items():
+            run = (id(model), model.adapters.get(role))
+            if run not in runs:
+                with model.as_role(role):
+                    runs[run] = self._run(self._runners[id(model)], batch_there)
+            there[role] = runs[run]
         # Only once all are queued: a copy to the student's device waits for its source.
         heads = {role: self._brought(role, head) for role, head in there.items()}
         if self._adapted_student is not None:

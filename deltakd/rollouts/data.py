@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any, Protocol, final, runtime_checkable
 
 from transformers import PreTrainedTokenizerBase
@@ -13,9 +14,10 @@ from deltakd.data.batches.sampler import Sampler, StepSampler
 from deltakd.data.encoding.encoded_set import EncodedSet
 from deltakd.models import LanguageModel
 from deltakd.models.tokenizers import pad_id
-from deltakd.rollouts.engine import OwnEngine
+from deltakd.rollouts.engine import Engine, OwnEngine
 from deltakd.rollouts.rollout_loader import RolloutLoader
 from deltakd.rollouts.settings import RolloutSettings
+from deltakd.rollouts.vllm_engine import VllmEngine
 from deltakd.types import TEACHER
 
 
@@ -49,6 +51,7 @@ class RolloutData(DistillationData):
         batch_size: rows per process and micro-batch.
         longest: most tokens of prompt and response together.
         log_probs: record each sampled token's log-prob where the student at that step did not sample it alone.
+        weights_dir: for the files by which a server gets the student's weights.
         references: lend the teacher, if tokens are drawn from a mixture with it.
     """
 
@@ -67,6 +70,7 @@ class RolloutData(DistillationData):
         max_steps: int | None,
         longest: int,
         log_probs: bool,
+        weights_dir: Path,
         world_size: int | None = None,
         references: Lending | None = None,
     ) -> None:
@@ -86,6 +90,7 @@ class RolloutData(DistillationData):
         self.settings = settings
         self.longest = longest
         self.log_probs = log_probs
+        self.weights_dir = weights_dir
         self.references = references
         self.loader: RolloutLoader | None = None
 
@@ -124,19 +129,10 @@ class RolloutData(DistillationData):
         rank, world_size = self._place()
         sampler = self.sampler()
         assert isinstance(sampler, StepSampler)
-        engine = OwnEngine(
-            self._whole_student,
-            self.tokenizer,
-            self.settings,
-            self.vocabulary,
-            self.longest,
-            self.log_probs and self.settings.needs_ratios,
-            self._whole_teacher if self.settings.mixes_teacher else None,
-        )
         self.loader = RolloutLoader(
             self.train,
             sampler,
-            engine,
+            self._make_engine(),
             self.settings,
             pad_id=self.pad_id,
             batch_size=self.batch_size,
@@ -146,6 +142,13 @@ class RolloutData(DistillationData):
             seed=self.seed,
         )
         return self.loader
+
+    def _make_engine(self) -> Engine:
+        keeps_log_probs = self.log_probs and self.settings.needs_ratios
+        shared = (self._whole_student, self.tokenizer, self.settings, self.vocabulary, self.longest, keeps_log_probs)
+        if self.settings.engine == "vllm":
+            return VllmEngine(*shared, self.weights_dir)
+        return OwnEngine(*shared, self._whole_teacher if self.settings.mixes_teacher else None)
 
     def _whole_teacher(self) -> AbstractContextManager[LanguageModel]:
         assert self.references is not None, "a mixture needs references that lend the teacher"

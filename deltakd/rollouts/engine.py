@@ -39,7 +39,13 @@ class Request:
 
 
 class Engine(Protocol):
-    """Answers prompts with the student's current weights."""
+    """Answers prompts with the student's current weights.
+
+    Attributes:
+        metrics: ``rollout/...`` of the last round.
+    """
+
+    metrics: dict[str, float]
 
     def answer(self, requests: Sequence[Request]) -> list[Response]:
         """Return the responses, request by request and key by key. Collective: call on every rank."""
@@ -70,6 +76,7 @@ class OwnEngine:
         log_probs: bool,
         whole_teacher: Callable[[], AbstractContextManager[LanguageModel]] | None = None,
     ) -> None:
+        self.metrics: dict[str, float] = {}
         self._whole_student = whole_student
         self._whole_teacher = whole_teacher
         self._tokenizer = tokenizer

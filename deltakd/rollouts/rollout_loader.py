@@ -173,7 +173,7 @@ class RolloutLoader:
         self.seconds += seconds
         every = [response for made in steps for response in made]
         tokens = sum(len(response.tokens) for response in every)
-        self._speed = {"rollout/tokens_per_second": tokens / max(seconds, 1e-9)} if every else {}
+        self._speed = self.engine.metrics | {"rollout/tokens_per_second": tokens / max(seconds, 1e-9)} if every else {}
         _warn_if_empty(every, step)
         return Round(step, plans, steps)
 

@@ -8,7 +8,9 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le, Lt
 
 from deltakd.generation import Decoding
+from deltakd.io.keys import Resume
 from deltakd.rollouts.replay import ReplaySettings
+from deltakd.rollouts.vllm_settings import VllmSettings
 from deltakd.types import TEACHER, Loss
 
 Positive = Annotated[int, Ge(1)]
@@ -29,6 +31,8 @@ class RolloutSettings:
         replay: responses of earlier steps that are trained on again, and an adaptive share.
         batch_size: responses generated together, per process.
         decoding: how tokens are chosen.
+        engine: ``own``: the student in memory writes the responses; ``vllm``: a vLLM server with its weights does.
+        vllm: that server.
     """
 
     fraction: Annotated[float, Ge(0), Le(1)] = 0.0
@@ -39,6 +43,8 @@ class RolloutSettings:
     replay: ReplaySettings = field(default_factory=ReplaySettings)
     batch_size: Positive = 32
     decoding: Decoding = field(default_factory=Decoding)
+    engine: Literal["own", "vllm"] = "own"
+    vllm: Annotated[VllmSettings, Resume.FREE] = field(default_factory=VllmSettings)
 
     @property
     def on_policy(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +16,15 @@ from deltakd.evaluation.retention import check_retained
 from deltakd.evaluation.sets import CheckedSets, read_checked_sets
 from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
-from deltakd.models import LanguageModel, load_config
+from deltakd.models import LanguageModel, ModelSpec, load_config
+from deltakd.models.adapter_files import base_of
 from deltakd.models.experts import balance_warning
 from deltakd.models.lora import add_lora
 from deltakd.models.roles import open_model, open_tokenizer, shared_vocabulary
 from deltakd.models.vocabulary import unknown_token_problems
 from deltakd.references import CachedReferences, CacheStore, LiveReferences, References, SourceSettings
 from deltakd.references.content import data_identity, data_problems, missing_problem, missing_rows, named_sets
+from deltakd.rollouts.vllm_server import check_server
 from deltakd.training.announce import (
     announce_models,
     preview_data,
@@ -100,6 +103,7 @@ def load_parts(settings: RunSettings, directory: RunDirectory) -> Parts:
             inputs = read_inputs(settings, tokenizer, sets, cached)
             shards = None if sets.stream is None else sets.stream.versions
             check_inputs(directory.path, inputs, shards, force=settings.resume == "force")
+            _check_server(settings, tokenizer, vocabulary)
             preview_data(settings.data, sets.train, tokenizer)
             warn_of_verbatim_prompts(settings.data, sets.train_rows)
         check_retained(settings.evaluation.measures, settings.data, tokenizer)
@@ -108,6 +112,20 @@ def load_parts(settings: RunSettings, directory: RunDirectory) -> Parts:
     sets = sets._replace(train_rows=[])
     models = open_models(settings, tokenizer, vocabulary, cached)
     return Parts(settings, directory, tokenizer, vocabulary, sets, evaluation, models)
+
+
+def _check_server(settings: RunSettings, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
+    """Raise a ConfigError if a server is to write rollouts, and can't."""
+    rollout = settings.rollout
+    if not rollout.on_policy or rollout.engine == "own":
+        return
+    student = load_config(
+        STUDENT,
+        settings.specs[STUDENT],
+        vocabulary=vocabulary,
+        trust_remote_code=settings.model.trust_remote_code,
+    )
+    check_server(rollout.vllm, tokenizer, student, settings.data.max_length)
 
 
 def _read_evaluation(
@@ -180,8 +198,37 @@ def _cached_references(settings: RunSettings, tokenizer: PreTrainedTokenizerBase
     return references
 
 
-def open_role(settings: RunSettings, role: str, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> LanguageModel:
-    """Open the model of one role, on the CPU.
+def open_references(
+    settings: RunSettings, tokenizer: PreTrainedTokenizerBase, vocabulary: int
+) -> dict[str, LanguageModel]:
+    """Open the models of all roles but the student's, on the CPU; roles with one set of weights share one model.
+
+    Raises:
+        ValueError: a model is not available or does not fit.
+    """
+    found: dict[str, LanguageModel] = {}
+    for role, spec in settings.specs.items():
+        if role == STUDENT or role in found:
+            continue
+        # Roles that the loss does not read may be measured at the end; they cost nothing.
+        sharing = {
+            other: one
+            for other, one in settings.model.specs.items()
+            if other not in (role, STUDENT) and base_of(one) == base_of(spec)
+        }
+        model = open_role(settings, role, tokenizer, vocabulary, sharing)
+        found |= dict.fromkeys((name for name in (role, *sharing) if name in settings.specs), model)
+    return found
+
+
+def open_role(
+    settings: RunSettings,
+    role: str,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: int,
+    sharing: Mapping[str, ModelSpec] | None = None,
+) -> LanguageModel:
+    """Open the model of one role, on the CPU; ``sharing`` is as for ``open_model``.
 
     Raises:
         ValueError: it is not available or does not fit.
@@ -190,6 +237,7 @@ def open_role(settings: RunSettings, role: str, tokenizer: PreTrainedTokenizerBa
         role,
         settings.specs[role],
         settings.model,
+        sharing=sharing,
         vocabulary=vocabulary,
         eos_token_id=tokenizer.eos_token_id,
         seed=settings.seed,
@@ -211,8 +259,8 @@ def open_models(
     Raises:
         ValueError: a model is not available or does not fit.
     """
-    loaded = {role: open_role(settings, role, tokenizer, vocabulary) for role in settings.specs}
-    student = loaded[STUDENT] = _trainable(loaded[STUDENT], settings)
+    student = _trainable(open_role(settings, STUDENT, tokenizer, vocabulary), settings)
+    loaded = {STUDENT: student, **open_references(settings, tokenizer, vocabulary)}
     references = cached
     if settings.loss.requires and cached is None:
         assert isinstance(settings.reference, SourceSettings), "a cache that is to be read was not opened"

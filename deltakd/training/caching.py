@@ -18,7 +18,7 @@ from deltakd.references.content import data_identity, data_problems, missing_row
 from deltakd.references.fill import drop_damaged, make_missing, summary_of
 from deltakd.references.index import RowIndex
 from deltakd.tracking.environment import costs_since, environment
-from deltakd.training.assembly import check_tokens, open_cache, open_role
+from deltakd.training.assembly import check_tokens, open_cache, open_references, open_role
 from deltakd.training.settings import RunSettings
 from deltakd.types import STUDENT
 
@@ -92,7 +92,7 @@ def _load(settings: RunSettings) -> tuple[Caching, CacheStore]:
             drop_damaged(store)
         else:
             store.check(checksum=settings.cache.verify)
-    models = {role: open_role(settings, role, tokenizer, vocabulary) for role in settings.specs if role != STUDENT}
+    models = open_references(settings, tokenizer, vocabulary)
     device = choose_device(settings.trainer.accelerator)
     references = LiveReferences(models)
     references.to(device)

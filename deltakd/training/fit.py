@@ -39,6 +39,7 @@ from deltakd.training.callbacks.validation import Generate
 from deltakd.training.module import DistillationModule
 from deltakd.training.resume import SavedState, check_step_size, final_student, restore, restore_weights
 from deltakd.training.trainer import make_trainer
+from deltakd.types import STUDENT, TokenMap
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ def fit(parts: Parts, loggers: list[Logger], state: SavedState | None, lifeline:
         *([ShareAfterValidation(validation)] if validation and parts.settings.rollout.replay.adaptive else []),
         *watching,
     ]
-    trainer = make_trainer(parts, callbacks, loggers)
+    trainer = make_trainer(parts, callbacks, training_log, loggers)
     check_ranks(trainer, ranks)
     if is_main_process():
         write_total_steps(parts.directory.path, data.total_steps)
@@ -148,6 +149,7 @@ def make_data(parts: Parts, ranks: int) -> DistillationData:
             max_steps=settings.max_steps,
             longest=parts.settings.data.max_length,
             log_probs=parts.settings.loss.needs_sampled_tokens,
+            weights_dir=parts.directory.path / "server_weights",
             world_size=ranks,
             references=parts.models.references if isinstance(parts.models.references, LiveReferences) else None,
         )
@@ -177,6 +179,10 @@ def _start_stream(parts: Parts) -> ExampleStream[Any, Any] | None:
 def make_module(parts: Parts, total_steps: int) -> DistillationModule:
     """Make the LightningModule of a run."""
     settings = parts.settings
+    if settings.loss.needs_alignment:
+        assert parts.models.references is not None, "a loss that needs an alignment reads a teacher"
+        heads = {**parts.models.references.empty_heads(), STUDENT: parts.models.student.empty_head()}
+        settings.loss.prepare(heads, TokenMap.identity(parts.vocabulary), settings.seed)
     return DistillationModule(
         parts.models.student,
         parts.models.references,

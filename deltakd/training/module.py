@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, final
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 from deltakd.data.batches.data_module import DistillationData
 from deltakd.distributed.sharding import (
     Shell,
-    gathered,
     gradient_norm,
     is_sharded,
     shard_by_blocks,
@@ -23,14 +21,14 @@ from deltakd.distributed.sharding import (
 )
 from deltakd.distributed.strategies import loss_factor, optimizer_class
 from deltakd.distributed.zero import ZeroStrategy
-from deltakd.io.errors import NonFiniteLossError
 from deltakd.kernels import KernelOptions
 from deltakd.models import LanguageModel
 from deltakd.references import References
 from deltakd.training.half_precision import rounding_warning
 from deltakd.training.optim import AdamW
+from deltakd.training.readings import StepReading, StepSums
 from deltakd.training.step import DistillationStep
-from deltakd.types import Batch, Loss, Progress
+from deltakd.types import Batch, Loss, Progress, TokenMap
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +46,7 @@ class DistillationModule(L.LightningModule):
         seed: seeds the student's dropout, together with the micro-batch number and the rank.
         kernels: memory and precision of the loss; None: as the device allows.
         will_be_sharded: True if no rank will hold the whole student.
+        token_map: of the student's vocabulary and the teachers'; None: they share one.
     """
 
     def __init__(
@@ -60,21 +59,23 @@ class DistillationModule(L.LightningModule):
         seed: int,
         kernels: KernelOptions | None = None,
         will_be_sharded: bool = False,
+        token_map: TokenMap | None = None,
     ) -> None:
         super().__init__()
         # from_pretrained returns models in eval mode, and Lightning keeps the mode.
-        self.step = DistillationStep(student.train(), references, loss, kernels)
+        self.step = DistillationStep(student.train(), references, loss, kernels, token_map)
         self.optim = optim
         self.total_steps = total_steps
         self.seed = seed
         # DeepSpeed's checkpoints hold only trained weights; frozen ones come from their source.
         self.strict_loading = all(p.requires_grad for p in student.parameters())
         self.shell = Shell(student) if will_be_sharded else None
-        #: ``train/...`` of the last whole optimiser step, over all ranks.
-        self.step_metrics: dict[str, float] = {}
-        #: For the current optimiser step on this rank: sums of the loss and its parts over micro-batches, and the rows.
-        self._sums: dict[str, Tensor] = {}
-        self._row_ids: list[int] = []
+        self._metrics: dict[str, float] = {}
+        #: The last whole optimiser step, until it has been read and until it has been checked.
+        self._unread: StepReading | None = None
+        self._unchecked: StepReading | None = None
+        #: The current optimiser step on this rank.
+        self._sums = StepSums()
         self._batch_idx = 0
 
     @property
@@ -107,7 +108,7 @@ class DistillationModule(L.LightningModule):
         Collective: call on every rank.
         """
         if self.shell is not None:
-            return {f"student.{name}": value.cpu() for name, value in whole_parameters(self.student)}
+            return {name: value.cpu() for name, value in whole_parameters(self.step)}
         return self._kept(self.step, self.step.state_dict())
 
     def _kept(self, module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -147,67 +148,72 @@ class DistillationModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return a micro-batch's summed loss, divided by the valid tokens of the *whole* optimiser step.
 
-        Raises:
-            NonFiniteLossError: names the step and the rows.
+        Nothing in an optimiser step waits for a GPU: whether the loss is finite is read a step later.
         """
         assert batch.step == self.global_step, f"batch of step {batch.step} arrived at step {self.global_step}"
         # Dropout depends only on seed, micro-batch and rank, so that a resumed run draws the same.
         torch.manual_seed(_mix(self.seed, batch_idx, self.global_rank))
         total, parts = self.step(batch)
         share = total / batch.step_tokens
-        # With several ranks, all raise together at the end of the step: a single one would leave the others waiting.
-        if self.trainer.world_size == 1 and not torch.isfinite(share):
-            raise _non_finite("loss", share.item(), batch.step, batch.row_ids.tolist())
         shares = {name: value / batch.step_tokens for name, value in parts.items()}
-        self._add({"loss": share.detach()} | shares, batch.row_ids.tolist(), batch_idx)
-        return share * loss_factor(self.trainer)
-
-    def _add(self, shares: dict[str, Tensor], row_ids: list[int], batch_idx: int) -> None:
-        """Add a micro-batch to the sums of its optimiser step."""
         self._batch_idx = batch_idx
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
-            self._sums, self._row_ids = {}, []
-        self._row_ids += row_ids
-        for name, share in shares.items():
-            self._sums[name] = self._sums[name] + share if name in self._sums else share
+            self._sums = StepSums()
+        self._sums.add({"loss": share.detach()} | shares, batch.row_ids)
+        return share * loss_factor(self.trainer)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Collect the metrics of this optimiser step, with the gradient norm before clipping; move the schedules.
+        """Queue this optimiser step's metrics, with the gradient norm before clipping; check those of the step before.
 
         Raises:
-            NonFiniteLossError: the loss or the gradient is not finite; the weights are still unchanged.
+            NonFiniteLossError: the loss or the gradient of the step before is not finite; no checkpoint holds it.
         """
         if not self._ends_step:
             return  # Lightning calls DeepSpeed's step after every micro-batch; DeepSpeed knows which ones count
-        norm = gradient_norm(self.student)
-        sums = self._summed_over_ranks()
-        if norm is not None:
-            self._check_norm(norm)
-        self.step_metrics = {f"train/{name}": value for name, value in sums.items()} | {
-            "train/grad_norm": math.nan if norm is None else norm,
-            "train/lr": optimizer.param_groups[0]["lr"],
-        }
+        norm = gradient_norm(self.step)
+        reading = StepReading(self.global_step, self._sums, norm, self._summed_over_ranks)
+        # Only now: while the host waits for the step before, the device has this one to compute.
+        self.settle()
+        self._unread = self._unchecked = reading
+        reading.known["lr"] = optimizer.param_groups[0]["lr"]
         # Here, not after the optimiser's step: checkpoints written there must hold the moved schedules.
         progress = Progress(self.global_step + 1, self.total_steps)
         for name, schedule in self.step.loss.schedules.items():
-            self.step_metrics[f"train/{name}"] = schedule.value
-            schedule.on_step(progress, self.step_metrics["train/loss"])
+            reading.known[name] = schedule.value
+            schedule.on_step(progress, reading.loss)
 
-    def _summed_over_ranks(self) -> dict[str, float]:
-        """Return the optimiser step's loss and parts, the sums of all ranks' shares over the same denominator.
+    def _summed_over_ranks(self, values: Tensor) -> Tensor:
+        if self.trainer.world_size == 1:
+            return values
+        summed = self.trainer.strategy.reduce(values, reduce_op="sum")
+        assert isinstance(summed, Tensor)
+        return summed
+
+    @property
+    def latest_metrics(self) -> dict[str, float]:
+        """``train/...`` of the last optimiser step that was read, mostly the one before the last; never waits."""
+        return self._metrics
+
+    @property
+    def step_metrics(self) -> dict[str, float]:
+        """``train/...`` of the last whole optimiser step, over all ranks; waits until the device has computed them."""
+        if self._unread is not None:
+            self._metrics = {f"train/{name}": value for name, value in self._unread.metrics().items()}
+            self._unread = None
+        return self._metrics
+
+    def settle(self) -> None:
+        """Read the last whole optimiser step's metrics and check them: before they, or its weights, go into a file.
+
+        Collective if they are not finite: call on every rank.
 
         Raises:
-            NonFiniteLossError: on every rank; names the rows of the ranks whose loss is not finite.
+            NonFiniteLossError: the loss or the gradient was not finite; the weights are spoilt, but not saved.
         """
-        if self.trainer.world_size == 1:
-            return {name: float(value) for name, value in self._sums.items()}
-        reduce = self.trainer.strategy.reduce
-        own = float(self._sums["loss"])
-        sums = {name: float(reduce(value, reduce_op="sum")) for name, value in self._sums.items()}
-        if not math.isfinite(sums["loss"]):
-            rows = gathered([] if math.isfinite(own) else self._row_ids)
-            raise _non_finite("loss", sums["loss"], self.global_step, [row for part in rows for row in part])
-        return sums
+        _ = self.step_metrics
+        reading, self._unchecked = self._unchecked, None
+        if reading is not None:
+            reading.check(self._skips_bad_gradients)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """As inherited; then read the gradient norm if only DeepSpeed knows it.
@@ -218,27 +224,33 @@ class DistillationModule(L.LightningModule):
         super().optimizer_step(*args, **kwargs)
         strategy = self.trainer.strategy
         if isinstance(strategy, ZeroStrategy) and self._ends_step:
-            self.step_metrics["train/grad_norm"] = strategy.norm_of_last_step()
-            self._check_norm(self.step_metrics["train/grad_norm"])
+            assert self._unread is not None
+            self._unread.add_norm(strategy.norm_of_last_step())
+            self.settle()
 
     @property
     def _ends_step(self) -> bool:
         """True if the current micro-batch is the last of its optimiser step."""
         return (self._batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
 
-    def _check_norm(self, norm: float) -> None:
+    @property
+    def _skips_bad_gradients(self) -> bool:
         # In float16 the scaler (DeepSpeed's is in its engine) skips such steps and lowers its scale.
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None or (
+        return getattr(self.trainer.precision_plugin, "scaler", None) is not None or (
             isinstance(self.trainer.strategy, ZeroStrategy) and str(self.trainer.precision).startswith("16")
         )
-        if not math.isfinite(norm) and not scaled:
-            raise _non_finite("gradient's norm", norm, self.global_step, self._row_ids)
+
+    def on_train_end(self) -> None:
+        """Check the last step."""
+        self.settle()
 
     def configure_optimizers(self) -> Any:
         """Make AdamW and its schedule, stepped once per optimiser step."""
         self._warn_of_rounding()
         kind = optimizer_class(self.trainer.strategy)
-        optimizer, scheduler = self.optim.build(self.student, self.total_steps, kind, self.seed)
+        optimizer, scheduler = self.optim.build(
+            self.student, self.total_steps, kind, self.seed, self.step.loss_part, self.step.loss.trainable_lr
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _warn_of_rounding(self) -> None:
@@ -251,27 +263,25 @@ class DistillationModule(L.LightningModule):
             log.warning("%s.", found)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the schedules and the last step's metrics (a run without validation data reports its loss)."""
+        """Save the schedules and the last step's metrics (a run without validation data reports its loss).
+
+        Raises:
+            NonFiniteLossError: the weights are spoilt.
+        """
+        self.settle()
         checkpoint["state_dict"] = self._kept(self, checkpoint["state_dict"])
         checkpoint["step_metrics"] = self.step_metrics
         checkpoint["schedules"] = {name: s.state_dict() for name, s in self.step.loss.schedules.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the metrics and the schedules."""
-        self.step_metrics = checkpoint["step_metrics"]
+        self._metrics = checkpoint["step_metrics"]
         for name, schedule in self.step.loss.schedules.items():
             schedule.load_state_dict(checkpoint["schedules"][name])
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Move a batch with its own ``to``."""
         return batch.to(device, non_blocking=True)
-
-
-def _non_finite(what: str, value: float, step: int, row_ids: list[int]) -> NonFiniteLossError:
-    return NonFiniteLossError(
-        f"the {what} is {value} at optimiser step {step}, rows {row_ids} of the training set; "
-        "the last good checkpoint is kept. Lower optim.lr, raise optim.warmup_steps, or look at those rows"
-    )
 
 
 def _mix(seed: int, micro_batch: int, rank: int) -> int:

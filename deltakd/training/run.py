@@ -117,6 +117,10 @@ def _export(parts: Parts, student: LanguageModel, card: str) -> None:
     rows = parts.sets.train if parts.sets.val is None else parts.sets.val
     check = ExportCheck.on(rows, parts.settings.model, parts.vocabulary)
     save_student(student, parts.tokenizer, parts.directory.student, card, check)
+    if parts.settings.model.lora is not None:
+        from deltakd.models.adapters import save_adapter
+
+        save_adapter(student.hf, parts.directory.adapter, parts.settings.specs[STUDENT])
 
 
 def _make_loggers(settings: RunSettings, directory: RunDirectory, resume_step: int) -> list[Logger]:
@@ -183,6 +187,16 @@ def _evaluate_student(parts: Parts) -> tuple[dict[str, float], Measured]:
     return metrics | measured.scores, measured
 
 
+def resident_mib(loaded: Mapping[str, LanguageModel]) -> dict[str, float]:
+    """Return role -> MiB of its parameters on this rank; 0 for a role whose model is counted for an earlier one."""
+    found: dict[str, float] = {}
+    counted: set[int] = set()
+    for role, model in sorted(loaded.items()):
+        found[role] = 0.0 if id(model) in counted else round(resident_bytes(model) / 2**20, 3)
+        counted.add(id(model))
+    return found
+
+
 def _meta(parts: Parts, fitted: Fitted, started: float) -> dict[str, Any]:
     """Return where the run ran, on what, and its costs; ``seconds`` covers this process, the others the run.
 
@@ -200,7 +214,7 @@ def _meta(parts: Parts, fitted: Fitted, started: float) -> dict[str, Any]:
         "parameters": count_parameters(parts.models.loaded),
         "trained_parameters": trained_parameters(parts.models.student),
         "exported_parameters": exported_parameters(parts.models.student),
-        "resident_mib": {role: round(resident_bytes(m) / 2**20, 3) for role, m in sorted(parts.models.loaded.items())},
+        "resident_mib": resident_mib(parts.models.loaded),
         "data_sha256": parts.sets.train.fingerprint,
         "changed_inputs": changed_inputs(parts.directory.path),
         "data": parts.sets.counts | fitted.streamed,

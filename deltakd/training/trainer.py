@@ -10,19 +10,23 @@ from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfi
 
 from deltakd.distributed.strategies import make_plugins, make_strategy
 from deltakd.training.assembly import Parts
-from deltakd.training.callbacks import TrainingProgress
+from deltakd.training.callbacks import TrainingLog, TrainingProgress
 
 
-def make_trainer(parts: Parts, callbacks: list[L.Callback], loggers: list[Logger]) -> L.Trainer:
+def make_trainer(
+    parts: Parts, callbacks: list[L.Callback], training_log: TrainingLog, loggers: list[Logger]
+) -> L.Trainer:
     """Make the trainer of a run.
 
     Args:
         parts: of the run.
         callbacks: callbacks of every run; the config's own are called before them.
+        training_log: the one among them that knows the speed.
         loggers: of the main process.
     """
     run, settings = parts.settings, parts.settings.trainer
-    callbacks = [*callbacks, TrainingProgress(run.name.rsplit("/", 1)[-1], settings.enable_progress_bar)]
+    name = run.name.rsplit("/", 1)[-1]
+    callbacks = [*callbacks, TrainingProgress(name, training_log, settings.enable_progress_bar)]
     return L.Trainer(
         accelerator=settings.accelerator,
         devices=settings.devices,

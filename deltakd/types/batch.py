@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Self
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -31,6 +31,14 @@ class TokenStream:
     attention_mask: Tensor
     labels: Tensor
     _valid: Tensor | None = field(default=None, kw_only=True)
+    _real: int | None = field(default=None, kw_only=True)
+
+    @property
+    def real_positions(self) -> int:
+        """Number of positions that are no padding; like ``valid_N`` counted once, before the batch moves."""
+        if self._real is None:
+            self._real = int(self.attention_mask.sum())
+        return self._real
 
     @property
     def valid_BT(self) -> Tensor:
@@ -70,7 +78,13 @@ class TokenStream:
             attention_mask=self.attention_mask.to(device, non_blocking=non_blocking),
             labels=self.labels.to(device, non_blocking=non_blocking),
             _valid=self.valid_N.to(device, non_blocking=non_blocking),
+            _real=self.real_positions,
         )
+
+    def pinned(self) -> Self:
+        """Return the stream in page-locked memory, from which a GPU copies while the host goes on."""
+        self._valid, self._real = self.valid_N, self.real_positions
+        return _pinned(self)
 
 
 @dataclass
@@ -95,7 +109,7 @@ class Batch(TokenStream):
     """Rows of one micro-batch, in the student's tokenizer.
 
     Args:
-        row_ids: [B] int64, the row's number in its data set.
+        row_ids: [B] int64, the row's number in its data set; stays on the CPU.
         step: the optimiser step (from 0) that this micro-batch belongs to.
         step_tokens: the student's valid tokens in that whole optimiser step, over all ranks and micro-batches.
         sampled_log_probs: [B, T] float32 nats: each label's log-prob when an earlier student sampled it, 0 elsewhere;
@@ -120,11 +134,19 @@ class Batch(TokenStream):
         return self if self.other is None or role in (STUDENT, STUDENT_RAW) else self.other.stream
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """Return the batch with its tensors on ``device``."""
+        """Return the batch with its tensors on ``device``, all but ``row_ids``."""
         sampled = self.sampled_log_probs
         return replace(
             super().to(device, non_blocking),
-            row_ids=self.row_ids.to(device, non_blocking=non_blocking),
             sampled_log_probs=None if sampled is None else sampled.to(device, non_blocking=non_blocking),
             other=None if self.other is None else self.other.to(device, non_blocking),
         )
+
+
+def _pinned(value: Any) -> Any:
+    """Return a tensor, or all tensors of a dataclass, in page-locked memory."""
+    if isinstance(value, Tensor):
+        return value.pin_memory()
+    if not is_dataclass(value) or isinstance(value, type):
+        return value
+    return replace(value, **{field.name: _pinned(getattr(value, field.name)) for field in fields(value)})

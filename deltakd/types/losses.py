@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, final, runtime_checkable
+from typing import Any, Protocol, SupportsFloat, final, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -36,12 +36,13 @@ class Schedule(Protocol):
         """The number for the coming optimiser step."""
         ...
 
-    def on_step(self, progress: Progress, reduced_loss: float) -> None:
+    def on_step(self, progress: Progress, reduced_loss: SupportsFloat) -> None:
         """Move on after an optimiser step.
 
         Args:
             progress: the current progress of training.
-            reduced_loss: the step's loss over all ranks and micro-batches, in nats per token.
+            reduced_loss: the step's loss over all ranks and micro-batches, in nats per token. ``float(reduced_loss)``
+                waits for a GPU to compute it; only a schedule that moves with the loss should.
         """
         ...
 

@@ -27,3 +27,11 @@ def teacher_pair(number: int) -> tuple[str, str]:
     """Return the roles (teacher, raw teacher) of a pair, counted from 1; the first pair's roles have no number."""
     suffix = "" if number == 1 else f"_{number}"
     return TEACHER + suffix, TEACHER_RAW + suffix
+
+
+def raw_role_of(role: str) -> str | None:
+    """Return the raw teacher of a teacher's pair; None for every other role."""
+    found = _NUMBERED.fullmatch(role)
+    if role == TEACHER or (found is not None and found[1] is None):
+        return role.replace(TEACHER, TEACHER_RAW)
+    return None

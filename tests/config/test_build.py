@@ -82,7 +82,7 @@ def test_an_unsafe_loss_is_not_made_safe_by_the_word_no(world: World, tmp_path: 
         ("reference.sharding=half", "reference.sharding is 'half'; it must be replicate, shard"),
         ("model.student.path=123", "model.student.path is 123; it must be text or null"),
         ("model.teacher.quantization=8bit", "model.teacher.quantization is '8bit'; it must be a mapping or null"),
-        ("+model.teacher.dtypes=float32", "model.teacher has no key 'dtypes'; allowed: architecture, "),
+        ("+model.teacher.dtypes=float32", "model.teacher has no key 'dtypes'; allowed: adapter, "),
         ("model.lora={r: 8.5}", "model.lora.r is 8.5; it must be a whole number from 1"),
         ("loss.temperature=warm", "loss.temperature is 'warm'; it must be a finite number"),
         ("loss.ce_weight=true", "loss.ce_weight is true; it must be a finite number"),

@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from deltakd.kernels import chunked_loss
-from deltakd.losses import Distillation, ForwardKL, ReverseKL, delta_target, gated_delta_target, teacher_target
+from deltakd.losses import (
+    Distillation,
+    ForwardKL,
+    ReverseKL,
+    bilinear_target,
+    delta_target,
+    gated_delta_target,
+    teacher_target,
+)
 from deltakd.references.topk import make_buckets, topk_problems
 from deltakd.types import Head, Progress
 from tests.losses.by_name import loss_named
@@ -47,6 +55,26 @@ def test_limits() -> None:
     assert not torch.allclose(value(gated_delta_target(0.7)), delta)
 
 
+def test_v_scales_the_teachers_shift_which_is_not_gated() -> None:
+    """With an open gate it is the bilinear target, with a shut one the teacher's shift alone."""
+    logits, labels = draw()
+
+    def value(target: object) -> torch.Tensor:
+        return Distillation(target, ForwardKL())(logits, labels).per_token.detach()  # type: ignore[arg-type]
+
+    for v in (0.75, 1.5):
+        torch.testing.assert_close(
+            value(gated_delta_target(0.7, math.inf, v)), value(bilinear_target(0.7, v)), rtol=1e-11, atol=1e-11
+        )
+        torch.testing.assert_close(
+            value(gated_delta_target(0.7, 1e-12, v)), value(bilinear_target(0.0, v)), rtol=1e-11, atol=1e-11
+        )
+    assert gated_delta_target(0.0, v=1.5).requires == {"teacher", "teacher_raw"}
+    assert gated_delta_target(0.0, v=1.0).requires == {"teacher"}
+    with pytest.raises(ValueError, match=r"loss.target.v is nan; it must be finite"):
+        gated_delta_target(v=math.nan)
+
+
 @pytest.mark.parametrize("role", ["teacher", "teacher_raw", "student_raw"])
 def test_a_token_that_a_model_rules_out(role: str) -> None:
     """It has no target mass; where the raw teacher rules out what the teacher does not, the gate is shut."""
@@ -60,8 +88,9 @@ def test_a_token_that_a_model_rules_out(role: str) -> None:
     assert bool((output.parts["delta_gate"] == 0).all()) == (role == "teacher_raw")
 
 
+@pytest.mark.parametrize("v", [1.0, 1.4])
 @pytest.mark.parametrize("divergence", [ForwardKL(), ReverseKL()], ids=lambda d: d.name)
-def test_by_hand_and_from_a_top_k_store(divergence: ForwardKL | ReverseKL) -> None:
+def test_by_hand_and_from_a_top_k_store(divergence: ForwardKL | ReverseKL, v: float) -> None:
     """The kernel's sum, parts and gradients, and those of buckets over the whole vocabulary, are the formula's."""
     generator = torch.Generator().manual_seed(2)
     rand = {"generator": generator, "dtype": torch.float64}
@@ -70,7 +99,7 @@ def test_by_hand_and_from_a_top_k_store(divergence: ForwardKL | ReverseKL) -> No
     student = heads["student"]
     leaves = [student.hidden.requires_grad_(), student.weight.requires_grad_()]
     labels = torch.randint(0, 17, (9,), generator=generator)
-    loss = Distillation(gated_delta_target(0.7, 0.8), divergence, ce_weight=0.3)
+    loss = Distillation(gated_delta_target(0.7, 0.8, v), divergence, ce_weight=0.3)
     output = loss({role: head.logits() for role, head in heads.items()}, labels)
     expected = torch.autograd.grad(output.per_token.sum(), leaves)
     references = {role: head for role, head in heads.items() if role != "student"}

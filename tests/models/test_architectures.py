@@ -20,7 +20,7 @@ from deltakd.losses import SupervisedFineTuning
 from deltakd.models import LanguageModel, LoraSpec
 from deltakd.models.experts import balance_warning
 from deltakd.models.lora import add_lora, merged
-from deltakd.models.recurrence import check_recurrence, keeps_a_state
+from deltakd.models.recurrence import check_recurrence
 from tests.tiny import save_model
 
 V = 40
@@ -79,7 +79,7 @@ def test_a_recurrent_model_trains_and_answers_in_padded_batches(kind: str) -> No
     """The summed loss and its gradients are those of the rows alone, and so are greedy answers."""
     hf = build(kind)
     model = LanguageModel(hf, V)
-    assert keeps_a_state(model)
+    assert model.keeps_a_state
     check_recurrence("student", model)
     model.train()
     together, gradients = loss_and_gradients(model, ROWS)

@@ -288,7 +288,7 @@ def test_a_checkpoint_of_another_architecture(train: Train, world: World, tmp_pa
     ("overrides", "message"),
     [
         (["evaluation=default", "evaluation.sets={mine: nowhere.jsonl}"], r"evaluation.sets.mine: no such file"),
-        (["evaluation=default", "evaluation.sets={val: x.jsonl}"], r"can't be called val, train or meta"),
+        (["evaluation=default", "evaluation.sets={val: x.jsonl}"], r"can't be called val, train, retained or meta"),
         (["evaluation.sets=x.jsonl"], r"evaluation.sets is 'x.jsonl'; give names and files"),
         (
             ["evaluation.seeds=10"],

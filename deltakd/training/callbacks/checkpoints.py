@@ -18,8 +18,9 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 
-from deltakd.distributed.sharding import is_sharded
+from deltakd.distributed.sharding import is_sharded, on_any_rank
 from deltakd.distributed.zero import META
+from deltakd.io.errors import ServerError
 from deltakd.io.files import remove, replacing, telling
 from deltakd.io.run_directory import LAST, PREVIOUS
 from deltakd.training.callbacks.steps import at_step_end
@@ -110,6 +111,8 @@ class Checkpoints(Checkpoint):
         assert isinstance(pl_module, DistillationModule)
         is_last = step == pl_module.total_steps
         validated = self.validation is not None and self.validation.last_step == step
+        if validated or is_last:
+            pl_module.settle()
         if validated:
             self._keep_best(trainer)
         elif self.validation is None and is_last and is_sharded(pl_module):
@@ -118,7 +121,7 @@ class Checkpoints(Checkpoint):
         by_steps = self.every_n_steps is not None and step % self.every_n_steps == 0
         by_time = time.monotonic() - self._saved_at >= 60 * self.every_n_minutes
         # Saving is collective, and the ranks' clocks differ.
-        if validated or by_steps or is_last or trainer.strategy.reduce_boolean_decision(by_time, all=False):
+        if validated or by_steps or is_last or on_any_rank(by_time):
             self.save_last(trainer)
 
     def save_last(self, trainer: L.Trainer) -> None:
@@ -149,11 +152,13 @@ class Checkpoints(Checkpoint):
         self._saved_at, self._saved_step = time.monotonic(), step
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Delete a half-written checkpoint.
+        """Delete a half-written checkpoint; save the state if a server failed, as it does between steps, on all ranks.
 
         Any rank may have failed. Lifeline's hook runs first, so no other rank is writing any more.
         """
         remove(self._partial)
+        if isinstance(exception, ServerError) and trainer.global_step > self._saved_step:
+            self.save_last(trainer)
 
     def _keep_best(self, trainer: L.Trainer) -> None:
         assert self.validation is not None

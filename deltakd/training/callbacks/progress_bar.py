@@ -9,6 +9,7 @@ import lightning as L
 
 from deltakd.io.progress import Advance, current_display, progress_bar
 from deltakd.training.callbacks.steps import at_step_end
+from deltakd.training.callbacks.training_log import TrainingLog
 from deltakd.training.module import DistillationModule
 
 
@@ -20,12 +21,14 @@ class TrainingProgress(L.Callback):
 
     Args:
         name: of the run.
+        training_log: knows the speed.
         shown: False: only report to a display that several runs share.
     """
 
-    def __init__(self, name: str, shown: bool = True) -> None:
+    def __init__(self, name: str, training_log: TrainingLog, shown: bool = True) -> None:
         self.name = name
         self.shown = shown
+        self._training_log = training_log
         self._open = ExitStack()
         self._advance: Advance | None = None
 
@@ -39,13 +42,13 @@ class TrainingProgress(L.Callback):
         self._advance = self._open.enter_context(bar)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        """Report at the end of an optimiser step."""
+        """Report at the end of an optimiser step, with the latest loss that need not be waited for."""
         if self._advance is None or not at_step_end(trainer):
             return
         assert isinstance(pl_module, DistillationModule)
-        rate = trainer.progress_bar_metrics.get("tokens/s")
-        speed = f"  {float(rate):,.0f} tokens/s" if isinstance(rate, int | float) else ""
-        self._advance(trainer.global_step, f"loss {pl_module.step_metrics['train/loss']:.4f}{speed}")
+        rate, latest = self._training_log.recent_rate, pl_module.latest_metrics.get("train/loss")
+        speed = f"  {rate:,.0f} tokens/s" if rate else ""
+        self._advance(trainer.global_step, f"loss {latest:.4f}{speed}" if latest is not None else "")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._open.close()

@@ -10,7 +10,7 @@ from typing import Any, final
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
-from deltakd.distributed.sharding import gathered
+from deltakd.distributed.sharding import gathered, on_any_rank
 from deltakd.io.errors import Stopped
 from deltakd.training.callbacks.checkpoints import Checkpoints
 from deltakd.training.callbacks.steps import at_step_end
@@ -53,7 +53,7 @@ class StopOnSignal(Checkpoint):
         if not at_step_end(trainer):
             return
         # Saving is collective, and not every rank may have got the signal.
-        if trainer.strategy.reduce_boolean_decision(self._received is not None, all=False):
+        if on_any_rank(self._received is not None):
             self.checkpoints.save_last(trainer)
             # All ranks exit with the same status, so that the launcher can interpret it.
             raise Stopped(max(signum for signum in gathered(self._received) if signum), trainer.global_step)

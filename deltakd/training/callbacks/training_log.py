@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any, final
 
 import lightning as L
 import psutil
 import torch
 
+from deltakd.training.callbacks.clock import DeviceClock
 from deltakd.training.callbacks.steps import at_step_end
 from deltakd.training.module import DistillationModule
 from deltakd.types import Batch
@@ -33,11 +33,16 @@ class TrainingLog(L.Callback):
         self.valid_tokens = 0
         self.positions = 0
         self.real_positions = 0
+        #: Of training, on the device; up to the last row of the log, and a little behind after it.
         self.seconds = 0.0
-        self._started = 0.0
+        #: Valid tokens per second of late, for a progress bar; 0 before the first step.
+        self.recent_rate = 0.0
+        self._clock = DeviceClock()
         self._window = (0, 0.0)
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the counts and the seconds; waits for the device."""
+        self.seconds += self._clock.take(wait=True)
         return {
             "valid_tokens": self.valid_tokens,
             "positions": self.positions,
@@ -58,32 +63,44 @@ class TrainingLog(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        self._started = time.perf_counter()
+        self._clock.start(pl_module.device)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Stop the clock; at the end of an optimiser step, show and log its metrics."""
-        self.seconds += time.perf_counter() - self._started
+        """Stop the clock; at the end of an optimiser step that is logged, read its metrics and log them.
+
+        Raises:
+            NonFiniteLossError: the step's loss or gradient is not finite.
+        """
+        self._clock.stop(pl_module.device)
         self.positions += batch.attention_mask.numel()
-        self.real_positions += int(batch.attention_mask.sum())
+        self.real_positions += batch.real_positions
         if not at_step_end(trainer):
             return
         self.valid_tokens += batch.step_tokens
         assert isinstance(pl_module, DistillationModule)
-        rate = self._rate()
-        pl_module.log("loss", pl_module.step_metrics["train/loss"], prog_bar=True, logger=False)
-        pl_module.log("tokens/s", rate, prog_bar=True, logger=False)
         step = trainer.global_step
-        if step % self.every_n_steps == 0 or step == pl_module.total_steps:
-            padding = 1 - self.real_positions / self.positions
-            speed = {
-                "train/tokens_per_second": rate,
-                "train/padding_fraction": padding,
-                "train/memory_mib": _memory_mib(),
-            }
-            for logger in trainer.loggers:
-                logger.log_metrics(pl_module.step_metrics | speed, step=step)
+        is_logged = step % self.every_n_steps == 0 or step == pl_module.total_steps
+        if is_logged:
+            pl_module.settle()
+        self.seconds += self._clock.take(wait=is_logged)
+        if is_logged or pl_module.device.type != "cuda":
+            # A GPU's seconds would lag behind the tokens.
+            self.recent_rate = self._rate()
+        if not is_logged:
+            return
+        if trainer.progress_bar_callback is not None:
+            # Lightning's own bar. It wants tensors on the device, and making one waits.
+            pl_module.log("loss", pl_module.step_metrics["train/loss"], prog_bar=True, logger=False)
+            pl_module.log("tokens/s", self.recent_rate, prog_bar=True, logger=False)
+        speed = {
+            "train/tokens_per_second": self.recent_rate,
+            "train/padding_fraction": 1 - self.real_positions / self.positions,
+            "train/memory_mib": _memory_mib(),
+        }
+        for logger in trainer.loggers:
+            logger.log_metrics(pl_module.step_metrics | speed, step=step)
 
     def _rate(self) -> float:
         """Return valid tokens per second over about the last WINDOW_SECONDS of training."""

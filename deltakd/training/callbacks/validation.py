@@ -46,6 +46,7 @@ class Validation(L.Callback):
         if step not in self.steps or not at_step_end(trainer):
             return
         assert isinstance(pl_module, DistillationModule)
+        pl_module.settle()
         self.last_metrics = self.run(pl_module)
         self.last_step = step
         for logger in trainer.loggers:

@@ -1,0 +1,48 @@
+"""What transformers need not ask the device about a batch: which positions belong to one row.
+
+A causal model whose rows are padded on the right needs no mask of the padding: no real token comes after it. Without
+one, PyTorch's attention takes its fastest kernel. But transformers then looks for packed rows in the position ids and,
+in some models, for padding in the tokens. On a GPU each look makes the host wait until the device has done all that is
+queued, in every forward pass. This module answers both beforehand.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, masking_utils
+
+#: The functions that look, by their owner; a release of transformers may lack one.
+_LOOKS: tuple[tuple[Any, str], ...] = (
+    (masking_utils, "find_packed_sequence_indices"),
+    (PreTrainedModel, "warn_if_padding_and_no_attention_mask"),
+)
+_one_at_a_time = threading.RLock()
+
+
+def _unpacked(position_ids: Tensor) -> None:
+    """In place of ``find_packed_sequence_indices``: every sequence is one row."""
+
+
+def _silent(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+    """In place of ``warn_if_padding_and_no_attention_mask``."""
+
+
+@contextmanager
+def one_row_each() -> Iterator[None]:
+    """Within it, forward passes without an attention mask take every sequence for one row, and do not look."""
+    answers = (_unpacked, _silent)
+    with _one_at_a_time:
+        before = [(owner, name, getattr(owner, name)) for owner, name in _LOOKS if hasattr(owner, name)]
+        for (owner, name), answer in zip(_LOOKS, answers, strict=True):
+            if hasattr(owner, name):
+                setattr(owner, name, answer)
+        try:
+            yield
+        finally:
+            for owner, name, function in before:
+                setattr(owner, name, function)
