@@ -136,7 +136,7 @@ def _weighted(
         some = {role: head.rows(tokens.start, tokens.stop) for role, head in references.items()}
         logits = HeadLogits(student.rows(tokens.start, tokens.stop).logits(), some, facts.part(tokens))
         rewards.append(loss.token_rewards(logits, labels[tokens]))
-    return replace(facts, weights=loss.sequence_weights(torch.cat(rewards), facts.rows))
+    return replace(facts, weights=loss.sequence_weights(torch.cat(rewards), facts))
 
 
 @dataclass
