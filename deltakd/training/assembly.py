@@ -101,7 +101,8 @@ def load_parts(settings: RunSettings, directory: RunDirectory) -> Parts:
         settings.data.make_files()
         tokenizer = open_tokenizer(settings.model, directory.path / "tokenizer")
         vocabularies = read_vocabularies(settings, tokenizer)
-        sets = settings.data.load(tokenizer, prompts_only=settings.rollout.own_rows_alone, teachers=vocabularies.other)
+        prompts_only = settings.rollout.own_rows_alone and not settings.loss.needs_pairs
+        sets = settings.data.load(tokenizer, prompts_only=prompts_only, teachers=vocabularies.other)
         settings.data.check_lengths(sets)
         check_tokens(sets, tokenizer, vocabularies)
         cached = None
