@@ -37,5 +37,5 @@ class References(Protocol):
         ...
 
     def __call__(self, batch: Batch) -> dict[str, Head] | Buckets:
-        """Return role -> head of the batch's N valid tokens, in the order of ``batch.labels_N``; or their buckets."""
+        """Return role -> head of the valid tokens of ``batch.stream_of(role)``, in their order; or their buckets."""
         ...

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from deltakd.distributed.settings import PERSISTENCE_THRESHOLD
 from deltakd.models import LanguageModel
-from deltakd.types import STUDENT_RAW, Batch, Head
+from deltakd.types import STUDENT_RAW, Batch, Head, TokenStream
 
 if TYPE_CHECKING:
     from deltakd.distributed.sharding import Shell
@@ -48,7 +48,7 @@ class LiveReferences:
         self._engine = engine
         self._persistence_threshold = persistence_threshold
         #: By the model's id, the callable to run: the model, or a wrapper that gathers its shards.
-        self._runners: dict[int, Callable[[Batch], Head]] = {id(model): model for model in models.values()}
+        self._runners: dict[int, Callable[[TokenStream], Head]] = {id(model): model for model in models.values()}
         self._adapted_student = adapted_student
         self._placement = placement
         self._device = torch.device("cpu")
@@ -125,7 +125,7 @@ class LiveReferences:
         return lambda: self._heads(batch, batch_there)
 
     def __call__(self, batch: Batch) -> dict[str, Head]:
-        """Return role -> head of the batch's N valid tokens."""
+        """Return role -> head of the valid tokens of the role's stream (``Batch.stream_of``)."""
         return self._heads(batch, batch.to(self._home))
 
     @torch.no_grad()
@@ -136,7 +136,7 @@ class LiveReferences:
             run = (id(model), model.adapters.get(role))
             if run not in runs:
                 with model.as_role(role):
-                    runs[run] = self._run(self._runners[id(model)], batch_there)
+                    runs[run] = self._run(self._runners[id(model)], batch_there.stream_of(role))
             there[role] = runs[run]
         # Only once all are queued: a copy to the student's device waits for its source.
         heads = {role: self._brought(role, head) for role, head in there.items()}
@@ -147,10 +147,10 @@ class LiveReferences:
             heads[STUDENT_RAW] = replace(head, weight=head.weight.detach())
         return heads
 
-    def _run(self, runner: Callable[[Batch], Head], batch: Batch) -> Head:
+    def _run(self, runner: Callable[[TokenStream], Head], rows: TokenStream) -> Head:
         # The student's autocast must not reach the references: each runs in its own dtype.
         with torch.autocast(self._home.type, enabled=False):
-            return runner(batch)
+            return runner(rows)
 
     def _brought(self, role: str, head: Head) -> Head:
         if head.hidden.device == self._device:

@@ -22,11 +22,15 @@ class Encoded:
         input_ids: T token ids, prompt and response.
         labels: T labels, not shifted: the token itself if trained, else IGNORE_INDEX.
         row_id: the row's number in its data set.
+        spans: T numbers, the span of each token, from 0 in each row, or UNALIGNED; None: there is one tokenizer.
+        other: the row in the teachers' tokenizer, with the same spans; None: there is one tokenizer.
     """
 
     input_ids: list[int]
     labels: list[int]
     row_id: int
+    spans: list[int] | None = None
+    other: Encoded | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +44,8 @@ class EncodedSet:
         row_ids: [n] int64.
         counts: what happened to the rows: ``rows`` read, ``cut_prompts``, ``cut_responses``, ``dropped``.
         fingerprint: sha256 of everything the tokens depend on (rows, tokenizer, template, limits).
+        spans: [tokens] int32, as of ``Encoded``; None: there is one tokenizer.
+        other: the same rows in the teachers' tokenizer; None: there is one tokenizer.
     """
 
     input_ids: NDArray[np.int32]
@@ -48,6 +54,8 @@ class EncodedSet:
     row_ids: NDArray[np.int64]
     counts: dict[str, int] = field(default_factory=dict)
     fingerprint: str = ""
+    spans: NDArray[np.int32] | None = None
+    other: EncodedSet | None = None
 
     def __len__(self) -> int:
         return len(self.row_ids)
@@ -57,7 +65,13 @@ class EncodedSet:
             raise IndexError(f"row {index} of {len(self)}")
         index = int(index) % len(self)
         part = slice(self.offsets[index], self.offsets[index + 1])
-        return Encoded(self.input_ids[part].tolist(), self.labels[part].tolist(), int(self.row_ids[index]))
+        return Encoded(
+            self.input_ids[part].tolist(),
+            self.labels[part].tolist(),
+            int(self.row_ids[index]),
+            None if self.spans is None else self.spans[part].tolist(),
+            None if self.other is None else self.other[index],
+        )
 
     def __iter__(self) -> Iterator[Encoded]:
         return (self[index] for index in range(len(self)))
@@ -66,6 +80,13 @@ class EncodedSet:
     def lengths(self) -> NDArray[np.int64]:
         """[n] tokens of each row, prompt included."""
         return np.diff(self.offsets)
+
+    @cached_property
+    def aligned_fraction(self) -> float | None:
+        """Share of the valid tokens that lie in a span; None: there is one tokenizer."""
+        if self.spans is None:
+            return None
+        return float((self.spans >= 0).sum()) / max(1, int(self.valid_tokens.sum()))
 
     @cached_property
     def valid_tokens(self) -> NDArray[np.int64]:
