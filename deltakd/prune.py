@@ -7,7 +7,7 @@ import difflib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from deltakd.cli import guarded
 from deltakd.io.errors import ConfigError
@@ -66,7 +66,7 @@ def run_pruning(arguments: Sequence[str]) -> Path:
 
     path, output = given["model"], Path(given["output"])
     trust = given.get("trust_remote_code", "false") == "true"
-    spec = ModelSpec(path=path, dtype=given.get("dtype", "float32"))
+    spec = ModelSpec(path=path, dtype=cast("Any", given.get("dtype", "float32")))
     config = load_config("model", spec, trust_remote_code=trust)
     try:
         if "keep" in numbers:

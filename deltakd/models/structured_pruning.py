@@ -192,8 +192,8 @@ def prune(model: Any, cut: Cut) -> Pruned:
     after = shape_of(fresh.config)
     names = ("layers", "intermediate", "heads", "hidden")
     changed = {name: (getattr(before, name), getattr(after, name)) for name in names}
-    counts = [sum(p.numel() for p in one.parameters()) for one in (model, fresh)]
-    return Pruned(fresh, layers, *counts, {name: pair for name, pair in changed.items() if pair[0] != pair[1]})
+    whole, left = (sum(p.numel() for p in one.parameters()) for one in (model, fresh))
+    return Pruned(fresh, layers, whole, left, {name: pair for name, pair in changed.items() if pair[0] != pair[1]})
 
 
 def _largest(importance: Tensor, count: int) -> Tensor:
