@@ -133,3 +133,9 @@ def answered(row_id: int, prompt: Sequence[int], response: Response) -> Encoded:
     """Return the row that trains the student on its own response."""
     labels = [IGNORE_INDEX] * len(prompt) + response.tokens
     return Encoded([*prompt, *response.tokens], labels, row_id)
+
+
+def last_response(row: Encoded) -> Encoded:
+    """Return the row with its last response as the only one that is trained."""
+    start = len(prompt_of(row))
+    return Encoded(row.input_ids, [IGNORE_INDEX] * start + list(row.labels[start:]), row.row_id)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from deltakd.types.alignment import Alignment
-from deltakd.types.heads import TokenFacts
+from deltakd.types.heads import PairFacts, TokenFacts
 from deltakd.types.role_names import STUDENT, STUDENT_RAW
 
 #: The label of a position that is not trained on (prompt, padding).
@@ -104,6 +104,18 @@ class AlignedStream:
         return AlignedStream(self.stream.to(device, non_blocking), self.alignment.to(device, non_blocking))
 
 
+class StepPairs(NamedTuple):
+    """The pairs of an optimiser step, over all ranks and micro-batches.
+
+    Args:
+        pairs: their number.
+        given_tokens: valid tokens of the data's responses.
+    """
+
+    pairs: int
+    given_tokens: int
+
+
 @dataclass
 class Batch(TokenStream):
     """Rows of one micro-batch, in the student's tokenizer.
@@ -115,6 +127,8 @@ class Batch(TokenStream):
         sampled_log_probs: [B, T] float32 nats: each label's log-prob when an earlier student sampled it, 0 elsewhere;
             None: as for ``TokenFacts``.
         other: the same rows in the teachers' tokenizer; None: all models share the student's.
+        pairs: of the whole step: rows 2i and 2i + 1 then answer the same prompt, the data's response first and the
+            student's after it. None: rows are not in pairs.
     """
 
     row_ids: Tensor
@@ -122,12 +136,17 @@ class Batch(TokenStream):
     step_tokens: int
     sampled_log_probs: Tensor | None = None
     other: AlignedStream | None = None
+    pairs: StepPairs | None = None
 
     @property
     def facts_N(self) -> TokenFacts:
-        """Facts about the N valid tokens: their rows, and their log-probs at sampling time."""
+        """Facts about the N valid tokens: their rows, their log-probs at sampling time, and their pairs."""
         sampled = None if self.sampled_log_probs is None else self.sampled_log_probs.flatten()[self.valid_N + 1]
-        return TokenFacts(self.rows_N, sampled)
+        rows_N = self.rows_N
+        if self.pairs is None:
+            return TokenFacts(rows_N, sampled)
+        tokens = (self.step_tokens / self.pairs.pairs, self.step_tokens / self.pairs.given_tokens)
+        return TokenFacts(rows_N, sampled, pairs=PairFacts(rows_N // 2, rows_N % 2 == 0, *tokens))
 
     def stream_of(self, role: str) -> TokenStream:
         """Return the rows in the tokenizer of a role's model."""
