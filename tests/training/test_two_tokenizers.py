@@ -72,8 +72,9 @@ def test_a_cache_of_hidden_states_gives_the_run_that_live_references_give(
     assert cached.read_summary()["val/loss"] == live.read_summary()["val/loss"]
     with pytest.raises(ConfigError, match=r"data.teacher_template is .*, but the cache .* was made with"):
         train("delta_span", *foreign, *reference, "data.teacher_template=alpaca", name="other")
+    topk = (*reference[:1], f"reference.path={tmp_path / 'topk'}", "reference.store=topk")
     with pytest.raises(ConfigError, match=r"it compares two vocabularies, which log-probs of a few tokens can't give"):
-        train("delta_span", *foreign, reference[0], f"reference.path={tmp_path / 'k'}", "reference.store=topk")
+        make_caching_settings(compose_config("train", world.overrides(tmp_path, "delta_span", *foreign, *topk)))
 
 
 def test_a_resumed_run_of_two_tokenizers_is_bitwise_the_uninterrupted_one(
