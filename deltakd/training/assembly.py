@@ -307,8 +307,7 @@ def open_role(
         vocabulary=vocabularies.of(role),
         eos_token_id=tokenizer.eos_token_id,
         seed=settings.seed,
-        max_length=(None if vocabularies.is_own(role) else settings.data.teacher_max_length)
-        or settings.data.max_length,
+        max_length=settings.data.max_length if vocabularies.is_own(role) else settings.data.teachers_length,
     )
 
 
