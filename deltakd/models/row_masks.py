@@ -9,8 +9,8 @@ queued, in every forward pass. This module answers both beforehand.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -28,14 +28,27 @@ def _unpacked(position_ids: Tensor) -> None:
     """In place of ``find_packed_sequence_indices``: every sequence is one row."""
 
 
+def _packed(position_ids: Tensor) -> Tensor:
+    """In place of ``find_packed_sequence_indices``: [S, L], a number for each row, which starts at position 0."""
+    return (position_ids == 0).cumsum(-1)
+
+
 def _silent(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None) -> None:
     """In place of ``warn_if_padding_and_no_attention_mask``."""
 
 
-@contextmanager
-def one_row_each() -> Iterator[None]:
+def one_row_each() -> AbstractContextManager[None]:
     """Within it, forward passes without an attention mask take every sequence for one row, and do not look."""
-    answers = (_unpacked, _silent)
+    return _answering(_unpacked, _silent)
+
+
+def many_rows_each() -> AbstractContextManager[None]:
+    """Within it, forward passes without an attention mask begin a row wherever a position is 0, and do not look."""
+    return _answering(_packed, _silent)
+
+
+@contextmanager
+def _answering(*answers: Callable[..., Any]) -> Iterator[None]:
     with _one_at_a_time:
         before = [(owner, name, getattr(owner, name)) for owner, name in _LOOKS if hasattr(owner, name)]
         for (owner, name), answer in zip(_LOOKS, answers, strict=True):

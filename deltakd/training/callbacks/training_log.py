@@ -74,7 +74,7 @@ class TrainingLog(L.Callback):
             NonFiniteLossError: the step's loss or gradient is not finite.
         """
         self._clock.stop(pl_module.device)
-        self.positions += batch.attention_mask.numel()
+        self.positions += batch.positions
         self.real_positions += batch.real_positions
         if not at_step_end(trainer):
             return
