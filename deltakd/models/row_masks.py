@@ -11,16 +11,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers import PreTrainedModel, masking_utils
 
-#: The functions that look, by their owner; a release of transformers may lack one.
-_LOOKS: tuple[tuple[Any, str], ...] = (
-    (masking_utils, "find_packed_sequence_indices"),
-    (PreTrainedModel, "warn_if_padding_and_no_attention_mask"),
-)
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 _one_at_a_time = threading.RLock()
 
 
@@ -48,10 +45,18 @@ def many_rows_each() -> AbstractContextManager[None]:
 
 
 @contextmanager
-def _answering(*answers: Callable[..., Any]) -> Iterator[None]:
+def _answering(packed: Callable[..., Any], padded: Callable[..., Any]) -> Iterator[None]:
+    # Where a model runs they are loaded anyway; reading a config should not load them.
+    from transformers import PreTrainedModel, masking_utils
+
+    looks: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
+        (masking_utils, "find_packed_sequence_indices", packed),
+        (PreTrainedModel, "warn_if_padding_and_no_attention_mask", padded),
+    )
     with _one_at_a_time:
-        before = [(owner, name, getattr(owner, name)) for owner, name in _LOOKS if hasattr(owner, name)]
-        for (owner, name), answer in zip(_LOOKS, answers, strict=True):
+        # A release of transformers may lack one.
+        before = [(owner, name, getattr(owner, name)) for owner, name, _ in looks if hasattr(owner, name)]
+        for owner, name, answer in looks:
             if hasattr(owner, name):
                 setattr(owner, name, answer)
         try:

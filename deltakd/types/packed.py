@@ -28,5 +28,10 @@ class PackedRows:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedRows:
         """Return the sequences with their tensors on ``device``."""
-        tensors = (self.input_ids, self.position_ids, self.valid, self.starts)
-        return PackedRows(*(tensor.to(device, non_blocking=non_blocking) for tensor in tensors), self.longest)
+        return PackedRows(
+            self.input_ids.to(device, non_blocking=non_blocking),
+            self.position_ids.to(device, non_blocking=non_blocking),
+            self.valid.to(device, non_blocking=non_blocking),
+            self.starts.to(device, non_blocking=non_blocking),
+            self.longest,
+        )

@@ -110,7 +110,7 @@ def test_a_model_that_would_see_other_rows_is_refused_by_name(
     """BLOOM takes no position ids, and OPT as transformers writes it makes a mask of its own."""
     save_model(tmp_path, seed=1, family=family, vocab_size=V, initializer_range=0.3, **sizes)
     model = LanguageModel(load_model("student", ModelSpec(str(tmp_path)), vocabulary=V), V)
-    with pytest.raises(ValueError, match=r"(?i)%s\w+ \(model.student\) .* give data.packing=false" % family):
+    with pytest.raises(ValueError, match=rf"(?i){family}\w+ \(model.student\) .* give data.packing=false"):
         check_packing("student", model)
 
 

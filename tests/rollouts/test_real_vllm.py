@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
+from deltakd.generation.noise import NoiseKey
 from deltakd.io.errors import LostServerError, ServerError
 from deltakd.io.run_directory import RunDirectory
+from deltakd.rollouts.responses import Response
+from deltakd.rollouts.vllm_server import Completions
 from deltakd.rollouts.weight_transfer import FilesTransfer
 from tests.rollouts.test_vllm_engine import column
 from tests.rollouts.vllm_process import VllmProcess, vllm_server
@@ -91,35 +93,39 @@ def test_equal_seeds_write_equal_responses(train: Train, server: VllmProcess, mo
 
 
 def test_a_killed_server_stops_the_run_and_another_one_lets_it_go_on(
-    train: Train, models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    train: Train, models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed in the middle of a round: once the run stops with its state saved, once it waits for the next server."""
     with vllm_server(models / "student", models / "second.log") as server:
-        chosen = on_server(server, models, "trainer.max_steps=12", "rollout.per_prompt=4", "data.batch_size=16")
+        chosen = on_server(server, models, "trainer.max_steps=4", "rollout.per_prompt=4", "data.batch_size=16")
         whole = train("kd_reverse", *chosen, name="whole")
-        killer = threading.Thread(target=_kill_after, args=(server, tmp_path / "stopped" / "metrics.csv", 3))
-        killer.start()
-        with pytest.raises(LostServerError, match="did not come back within"):
-            train("kd_reverse", *chosen, name="stopped")
-        killer.join()
+        with monkeypatch.context() as patch:
+            _kill_at(patch, server, 2 * 16 + 5)
+            with pytest.raises(LostServerError, match="did not come back within"):
+                train("kd_reverse", *chosen, name="stopped")
         saved = torch.load(tmp_path / "stopped" / "checkpoints" / "last.ckpt", weights_only=True)
-        assert 3 <= saved["global_step"] < 12
-        # The run is started again while the server still starts: it waits for it.
+        assert saved["global_step"] == 2
         server.start()
         server.wait()
         stopped = train("kd_reverse", *chosen, "resume=true", name="stopped")
-        killer = threading.Thread(target=_kill_after, args=(server, tmp_path / "waiting" / "metrics.csv", 3, True))
-        killer.start()
-        waiting = train("kd_reverse", *chosen, "rollout.vllm.wait=200", name="waiting")
-        killer.join()
-    assert "Waiting for it (rollout.vllm.wait=200 s)" in caplog.text
+        with monkeypatch.context() as patch:
+            _kill_at(patch, server, 2 * 16 + 5, again=True)
+            waiting = train("kd_reverse", *chosen, "rollout.vllm.wait=300", name="waiting")
+    assert "Waiting for it (rollout.vllm.wait=300 s)" in caplog.text
     for run in (stopped, waiting):
         assert column(run.path, "train/loss") == pytest.approx(column(whole.path, "train/loss"), rel=1e-3)
 
 
-def _kill_after(server: VllmProcess, metrics: Path, steps: int, again: bool = False) -> None:
-    while not metrics.exists() or len(metrics.read_text().splitlines()) <= steps:
-        time.sleep(0.01)
-    server.kill()
-    if again:
-        server.start()
+def _kill_at(patch: pytest.MonkeyPatch, server: VllmProcess, request: int, again: bool = False) -> None:
+    """Kill the server before a request (and start another one)."""
+    original = Completions.answer
+    numbers = itertools.count()
+
+    def answer(self: Completions, prompt: Sequence[int], key: NoiseKey) -> Response:
+        if next(numbers) == request:
+            server.kill()
+            if again:
+                server.start()
+        return original(self, prompt, key)
+
+    patch.setattr(Completions, "answer", answer)
