@@ -163,7 +163,7 @@ def measure(subject: Subject, validation: EncodedSet | None) -> Measured:
             subject.references.placement,
             device_of(subject.model),
         )
-    wanted = WANTED
+    wanted: Collection[str] = WANTED
     if subject.teacher is not None:
         wanted = (STUDENT_RAW,)
         log.info(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -111,12 +112,10 @@ def test_streamed_rows_are_aligned_as_indexed_ones(train: Train, foreign: tuple[
 def test_the_student_is_measured_against_the_teacher_over_spans_alone(
     train: Train, world: World, foreign: tuple[str, ...], caplog: pytest.LogCaptureFixture
 ) -> None:
-    measured = (
-        "evaluation=default",
-        "evaluation.measures.rows=8",
-        f"evaluation.sets={{mine: {world.root}/test.jsonl}}",
-    )
-    summary = train("span_kd", *foreign, *measured).read_summary()
+    sets = f"evaluation.sets={{mine: {world.root}/test.jsonl}}"
+    with caplog.at_level(logging.INFO):
+        run = train("span_kd", *foreign, sets, "evaluation=default", "evaluation.measures.rows=8")
+    summary = run.read_summary()
     for name in ("val", "mine"):
         assert summary[f"{name}/span_kl_teacher"] > 0
         assert summary["meta"]["measured"][name]["spans"] > 0
