@@ -123,7 +123,8 @@ def make_step_settings(cfg: DictConfig) -> StepSettings:
         raise ConfigError(draft.problems)
     assert draft.trainer is not None
     assert draft.kernels is not None
-    return StepSettings(draft.loss, draft.data, draft.model, draft.trainer, draft.kernels)
+    assert draft.rollout is not None
+    return StepSettings(draft.loss, draft.data, draft.model, draft.trainer, draft.kernels, draft.rollout)
 
 
 def read_strategy(name: str) -> StrategySettings:

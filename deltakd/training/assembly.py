@@ -19,6 +19,7 @@ from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
 from deltakd.models import LanguageModel, ModelSpec, load_config
 from deltakd.models.adapter_files import base_of
+from deltakd.models.dropout import switch_off_dropout
 from deltakd.models.experts import balance_warning
 from deltakd.models.identity import spec_of
 from deltakd.models.lora import add_lora
@@ -360,6 +361,14 @@ def _trainable(student: LanguageModel, settings: RunSettings) -> LanguageModel:
         log.warning("%s.", unbalanced[0].upper() + unbalanced[1:])
     if lora is not None:
         student = LanguageModel(add_lora(student.causal_lm, lora), student.vocabulary)
+    if settings.rollout.on_policy and settings.rollout.needs_ratios and settings.loss.needs_sampled_tokens:
+        rate = switch_off_dropout(student)
+        if rate and is_main_process():
+            log.info(
+                "The student's dropout (up to %g) is off: the loss compares its probabilities in training with those "
+                "with which tokens were drawn, and it writes without dropout.",
+                rate,
+            )
     if settings.model.gradient_checkpointing:
         student.causal_lm.gradient_checkpointing_enable()
         # With LoRA, nothing before the first adapter needs a gradient, so a checkpointed block would detach the graph.

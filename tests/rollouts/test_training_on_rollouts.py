@@ -18,7 +18,7 @@ from deltakd.io.run_directory import RunDirectory
 from deltakd.rollouts.samples import read_samples
 from deltakd.training.module import DistillationModule
 from deltakd.types import Batch
-from tests.rollouts.runs import ON_POLICY, column, compare_ranks, stop_after
+from tests.rollouts.runs import ON_POLICY, assert_same_student, column, compare_ranks, stop_after
 from tests.tiny import World, save_model
 
 Train = Callable[..., RunDirectory]
@@ -96,8 +96,22 @@ def test_a_killed_run_makes_the_same_student(
     assert all(torch.equal(students[0][key], students[1][key]) for key in students[0])
 
 
-def test_a_student_that_stands_still_has_ratios_of_1(train: Train, sharp: list[str], tmp_path: Path) -> None:
-    """While the student stands still it is the one that sampled, and the gradients are those of every=1."""
+def test_a_student_s_dropout_is_off_where_ratios_are_taken(
+    train: Train, sharp: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The student with dropout learns as its twin without, and keeps its rate in the export."""
+    caplog.set_level("INFO")
+    twin = save_model(tmp_path / "plain", seed=1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    chosen = (*ON_POLICY, *sharp, "rollout.replay.size=4", "rollout.replay.fresh=constant", "trainer.max_steps=3")
+    run = train("opd", *chosen)
+    assert "The student's dropout (up to 0.1) is off" in caplog.text
+    assert json.loads((run.student / "config.json").read_text())["resid_pdrop"] == 0.1
+    caplog.clear()
+    assert_same_student(run, train("opd", *chosen, f"model.student.path={twin}", name="twin"))
+    assert "dropout" not in caplog.text
+
+
+def test_rounds_have_the_gradients_of_single_steps(train: Train, sharp: list[str], tmp_path: Path) -> None:
     student = save_model(tmp_path / "plain", seed=1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     frozen = [*ON_POLICY, *sharp, f"model.student.path={student}", "optim.lr=1e-9", "trainer.max_steps=2"]
     always = column(train("opd", *frozen, name="always"), "train/grad_norm")
@@ -115,6 +129,16 @@ def test_two_processes_are_one(
     student = save_model(tmp_path / "plain", seed=1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     chosen = (*ON_POLICY, *sharp, *options, f"model.student.path={student}")
     compare_ranks(world, tmp_path, "delta_opd", chosen, [f"strategy={strategy}"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3"])
+def test_two_processes_share_rows_of_data_and_student(
+    world: World, sharp: list[str], tmp_path: Path, strategy: str
+) -> None:
+    student = save_model(tmp_path / "plain", seed=1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    chosen = (*ON_POLICY, *sharp, "rollout.fraction=0.5", f"model.student.path={student}")
+    compare_ranks(world, tmp_path, "delta_kd", chosen, [f"strategy={strategy}"])
 
 
 @pytest.mark.parametrize(
