@@ -154,6 +154,10 @@ def rollout_problems(
             f"data.batch_size is {data.batch_size}, and the loss compares two rows, which must be in one micro-batch; "
             "give an even number"
         )
+    if data is not None and data.packing:
+        found.append(
+            f"{answers} to be padded, not packed, and data.packing=true; give data.packing=false, or rollout=none"
+        )
     if rollout.replay.adaptive and data is not None and not data.validates:
         found.append(
             "rollout.replay.adaptive=true raises the student's share when the validation loss rises, and there is no "

@@ -93,7 +93,8 @@ def _run(
         if not main and place()[1] == 1:
             # Training was already done, so no ranks were joined: the main process does the rest alone.
             return _objective_value(settings, metrics)
-        summary: dict[str, Any] = {**metrics, "meta": _meta(parts, fitted, started)}
+        aligned = fitted.training_log.alignment
+        summary: dict[str, Any] = {**metrics, **aligned, "meta": _meta(parts, fitted, started)}
         if main:
             _export(parts, fitted.student, model_card(card, summary))
         gathered("exported")
@@ -102,7 +103,12 @@ def _run(
             return _objective_value(settings, metrics)
         for logger in loggers:
             logger.log_metrics(scores, step=fitted.module.total_steps)
-        summary = {**metrics, **scores, "meta": _meta(parts, fitted, started) | {"measured": measured.counts}}
+        summary = {
+            **metrics,
+            **aligned,
+            **scores,
+            "meta": _meta(parts, fitted, started) | {"measured": measured.counts},
+        }
         write_text(directory.student / "README.md", model_card(card, summary))
         if tracker is not None:
             tracker.log_results(directory.student, metrics | scores, fitted.module.total_steps)

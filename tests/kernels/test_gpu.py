@@ -19,8 +19,14 @@ if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no GPU, and no TRITON_INTERPRET=1: see `make test-kernels`", allow_module_level=True)
 pytest.importorskip("triton", reason="Triton is not installed: see `make test-kernels`")
 
-from deltakd.kernels import KernelOptions, chunked_loss, gpu  # noqa: E402
-from deltakd.types import Head, LinearKL, Loss, Products  # noqa: E402
+from deltakd.kernels import KernelOptions, chunked_loss  # noqa: E402
+from deltakd.types import (  # noqa: E402
+    Head,
+    LinearKL,
+    Loss,
+    Products,
+    triton_devices,
+)
 from deltakd.types import products as products_module  # noqa: E402
 from tests.losses.by_name import loss_named  # noqa: E402
 
@@ -32,7 +38,7 @@ ROLES = ("student", "teacher", "student_raw", "teacher_raw")
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "DEVICES", frozenset({"cpu", "cuda"}))
+    monkeypatch.setattr(triton_devices, "DEVICES", frozenset({"cpu", "cuda"}))
     monkeypatch.setattr(products_module, "HALF_PRODUCT_DEVICES", frozenset({"cpu", "cuda"}))
 
 
@@ -220,3 +226,23 @@ def test_the_kernels_are_used_unless_switched_off(monkeypatch: pytest.MonkeyPatc
     assert calls == [4, 2]
     record = KernelOptions().record(torch.device(DEVICE))
     assert record["triton"] is True
+
+
+def test_rows_may_lie_close_together_or_far_apart() -> None:
+    """What lies beyond the end of a row is never used, and what is not the row's padding never written."""
+    from deltakd.kernels.gpu import linear_kl
+
+    n, v = 3, 37
+    generator = torch.Generator().manual_seed(0)
+    z, target = (torch.randn(n, v, generator=generator).to(DEVICE) for _ in range(2))
+    results = []
+    for pitch in (v, 40, 48, 64):
+        wide = torch.full((3, n, pitch), torch.nan, device=DEVICE)
+        wide[0, :, :v], wide[1, :, :v] = z, target
+        form = LinearKL({"teacher": 1.0}, 1.3, 0.4)
+        ce_N, kl_N = linear_kl.loss_rows(form, wide[0, :, :v], wide[1, :, :v], labels(n, v), (wide[2, :, :v],))
+        assert torch.equal(wide[0, :, :v], z)
+        results.append((ce_N, kl_N, wide[2, :, :v].clone()))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert not any(tensor.isnan().any() for tensor in results[0])

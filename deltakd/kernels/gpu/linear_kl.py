@@ -35,11 +35,18 @@ def _capped(z, softcap, HAS_CAP: tl.constexpr):
 
 
 @triton.jit
-def _with_shift(t, shift, gate, at, inside, HAS_GATE: tl.constexpr):
-    """The target's logits; a token that it rules out stays ruled out, whatever the shift."""
+def _loaded(row, at, columns, padded):
+    """A tile of a row; −inf beyond its end. Without ``padded``, a multiple of 16, wide loads would end at odd ends."""
+    x = tl.load(row + at, mask=at < padded, other=float("-inf"))
+    return tl.where(at < columns, x, float("-inf"))
+
+
+@triton.jit
+def _target(target, shift, gate, at, columns, padded, HAS_GATE: tl.constexpr):
+    """A tile of the target's logits; a token that it rules out stays ruled out, whatever the shift."""
+    t = _loaded(target, at, columns, padded)
     if HAS_GATE:
-        o = tl.load(shift + at, mask=inside, other=0.0)
-        return tl.where(t == float("-inf"), t, t + gate * o)
+        t = tl.where(t == float("-inf"), t, t + gate * _loaded(shift, at, columns, padded))
     return t
 
 
@@ -61,15 +68,14 @@ def _compared(inner, a_sum, a_factor, a_old, a_new, b_old, b_new, a, b):
 
 
 @triton.jit
-def _gate_kernel(to, origin, gates, to_stride, origin_stride, columns, inverse_nats, BLOCK: tl.constexpr):
+def _gate_kernel(to, origin, gates, to_stride, origin_stride, columns, padded, inverse_nats, BLOCK: tl.constexpr):
     """gates[row] = exp(−KL(softmax(to) ‖ softmax(origin)) / nats), in one pass."""
     row = tl.program_id(0).to(tl.int64)
     to_max, to_sum, origin_max, origin_sum, inner = -1e30, 0.0, -1e30, 0.0, 0.0
     for start in range(0, columns, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        inside = at < columns
-        a = tl.load(to + row * to_stride + at, mask=inside, other=float("-inf"))
-        b = tl.load(origin + row * origin_stride + at, mask=inside, other=float("-inf"))
+        a = _loaded(to + row * to_stride, at, columns, padded)
+        b = _loaded(origin + row * origin_stride, at, columns, padded)
         new_to_max, new_to_sum, factor = _summed(to_max, to_sum, a)
         new_origin_max, new_origin_sum, _ = _summed(origin_max, origin_sum, b)
         inner = _compared(inner, to_sum, factor, to_max, new_to_max, origin_max, new_origin_max, a, b)
@@ -94,6 +100,7 @@ def _loss_kernel(
     shift_stride,
     high_stride,
     columns,
+    padded,
     inverse_temperature,
     softcap,
     ce_weight,
@@ -119,14 +126,12 @@ def _loss_kernel(
     z_max, z_sum, q_max, q_sum, p_max, p_sum, inner = -1e30, 0.0, -1e30, 0.0, -1e30, 0.0, 0.0
     for start in range(0, columns, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        inside = at < columns
-        x = _capped(tl.load(z + at, mask=inside, other=float("-inf")), softcap, HAS_CAP)
+        x = _capped(_loaded(z, at, columns, padded), softcap, HAS_CAP)
         if HAS_CAP:
-            x = tl.where(inside, x, float("-inf"))
+            x = tl.where(at < columns, x, float("-inf"))
         z_max, z_sum, _ = _summed(z_max, z_sum, x)
         if KIND != 0:
-            t = tl.load(target + at, mask=inside, other=float("-inf"))
-            y = _with_shift(t, shift, gate, at, inside, HAS_GATE) * inverse_temperature
+            y = _target(target, shift, gate, at, columns, padded, HAS_GATE) * inverse_temperature
             new_p_max, new_p_sum, _ = _summed(p_max, p_sum, y)
             if TEMPERED or KIND == 2:
                 x = x * inverse_temperature
@@ -152,14 +157,12 @@ def _loss_kernel(
     if KIND != 0 or SUMMANDS > 0:
         for start in range(0, columns, BLOCK):
             at = start + tl.arange(0, BLOCK)
-            inside = at < columns
-            x = _capped(tl.load(z + at, mask=inside, other=float("-inf")), softcap, HAS_CAP)
+            x = _capped(_loaded(z, at, columns, padded), softcap, HAS_CAP)
             if HAS_CAP:
-                x = tl.where(inside, x, float("-inf"))
+                x = tl.where(at < columns, x, float("-inf"))
             gradient = tl.zeros_like(x)
             if KIND != 0:
-                t = tl.load(target + at, mask=inside, other=float("-inf"))
-                y = _with_shift(t, shift, gate, at, inside, HAS_GATE) * inverse_temperature
+                y = _target(target, shift, gate, at, columns, padded, HAS_GATE) * inverse_temperature
                 log_q = x * inverse_temperature - q_log_sum
                 log_p = y - p_log_sum
                 q, p = tl.exp(log_q), tl.exp(log_p)
@@ -180,10 +183,10 @@ def _loss_kernel(
                     # Comparisons with NaN are false: it stays NaN.
                     gradient = tl.where(gradient > LARGEST, LARGEST, tl.where(gradient < -LARGEST, -LARGEST, gradient))
                 first = gradient.to(high.dtype.element_ty)
-                tl.store(high + row * high_stride + at, first, mask=inside)
+                tl.store(high + row * high_stride + at, first, mask=at < padded)
                 if SUMMANDS == 2:
                     rest = (gradient - first.to(tl.float32)).to(low.dtype.element_ty)
-                    tl.store(low + row * high_stride + at, rest, mask=inside)
+                    tl.store(low + row * high_stride + at, rest, mask=at < padded)
     tl.store(kl + row, value)
 
 
@@ -199,6 +202,7 @@ def gate_rows(to_NV: Tensor, origin_NV: Tensor, nats: float) -> Tensor:
                 to_NV.stride(0),
                 origin_NV.stride(0),
                 to_NV.shape[1],
+                _padded(to_NV, origin_NV),
                 1.0 / nats,
                 BLOCK=_block(to_NV.shape[1]),
                 num_warps=_WARPS,
@@ -259,6 +263,7 @@ def loss_rows(
                 shift.stride(0),
                 high.stride(0),
                 z_NV.shape[1],
+                _padded(z_NV, target_NV, shift, high),
                 1.0 / form.temperature if kind != _CE else 1.0,
                 1.0 if softcap is None else softcap,
                 form.ce_weight,
@@ -274,6 +279,13 @@ def loss_rows(
                 num_warps=_WARPS,
             )
     return ce_N, None if kind == _CE else kl_N
+
+
+def _padded(*logits: Tensor) -> int:
+    """Return how many columns may be loaded and stored: a multiple of 16 if all rows end in as much padding."""
+    columns = logits[0].shape[1]
+    wide = -(-columns // 16) * 16
+    return wide if all(z_NV.stride(0) >= wide for z_NV in logits) else columns
 
 
 def _block(columns: int) -> int:
