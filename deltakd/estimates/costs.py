@@ -94,7 +94,9 @@ class Setting:
         """Role -> sizes of the models that write responses."""
         if self.writing is None:
             return {}
-        partner = {PARTNER: self.references[PARTNER]} if self.writing.mixes_teacher else {}
+        partner = (
+            {PARTNER: self.references[PARTNER]} if self.writing.mixes_teacher and PARTNER in self.references else {}
+        )
         return {STUDENT: self.student, **partner}
 
     def cache_itemsize(self, role: str) -> int:
