@@ -16,7 +16,8 @@ def test_keys_that_never_stop_a_resumption() -> None:
         "name", "run_dir", "resume", "logger",
         "trainer.enable_progress_bar", "trainer.log_every_n_steps", "trainer.profiler", "trainer.dry_run",
         "trainer.checkpoint_every_n_steps", "trainer.checkpoint_every_n_minutes",
-        "reference.sharding", "reference.verify", "reference.remake",
+        "reference.sharding", "reference.verify", "reference.remake", "reference.url", "reference.served_model",
+        "rollout.vllm",
         "evaluation.allow_overlap", "evaluation.measures", "data.preview",
     }  # fmt: skip
 
