@@ -38,7 +38,7 @@ def test_keys_that_may_differ_until_a_run_is_finished() -> None:
 
 def test_what_a_cache_does_not_depend_on() -> None:
     free = {"sets", "limit", "batch_size", "max_tokens_per_batch", "cache_dir", "prepare", "preview", "streaming"}
-    free |= {"shuffle_buffer"}
+    free |= {"shuffle_buffer", "packing"}
     for kind in (InstructionData, TextData):
         assert set(keys_with(kind, Cache.FREE)) == free
         assert set(kind(train="x").identity) == {"kind", *(one.name for one in fields(kind))} - free
