@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, final
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from deltakd.data import DataConfig, EncodedSet, encode_rows, with_answer
+from deltakd.data.routing import with_tasks
 from deltakd.distributed.sharding import gathered, is_sharded, place
 from deltakd.evaluation.measured_references import WANTED, HeadSource, MeasuredReferences
 from deltakd.evaluation.retention import FACTS, RETAINED, TEXT, recalled, retained_sets
@@ -23,7 +26,7 @@ from deltakd.generation.model_step import position_limit
 from deltakd.io.progress import progress_bar
 from deltakd.models import LanguageModel, ModelSettings
 from deltakd.references import CacheSettings, LiveSettings, ReferenceSettings
-from deltakd.types import STUDENT_RAW
+from deltakd.types import STUDENT_RAW, teacher_pair
 
 log = logging.getLogger(__name__)
 
@@ -94,9 +97,19 @@ class Measured:
 
 
 def encode_set(
-    name: str, evaluation: EvaluationSettings, data: DataConfig, tokenizer: PreTrainedTokenizerBase
+    name: str,
+    evaluation: EvaluationSettings,
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    routes: Mapping[str, int] | None = None,
 ) -> EncodedSet:
     """Return the prompts of the set ``name`` with their first references, tokenised as in training.
+
+    Args:
+        name: of the set.
+        evaluation, data: the groups of these names.
+        tokenizer: the student's.
+        routes: ``model.routes``.
 
     Raises:
         ValueError: the source can't be read, or no row is left.
@@ -104,7 +117,7 @@ def encode_set(
     data = evaluation.prompts_of(data)
     rows = [row for row in evaluation.rows_of(name, data) if row.references]
     answered = [with_answer(row, row.references[0]) for row in rows[: evaluation.measures.rows]]
-    return encode_rows(
+    encoded = encode_rows(
         answered,
         data.make_template(tokenizer),
         tokenizer,
@@ -114,6 +127,7 @@ def encode_set(
         split_turns=getattr(data, "split_turns", False),
         cache_dir=data.cache_dir,
     )
+    return with_tasks(encoded, answered, routes)
 
 
 def measure(subject: Subject, validation: EncodedSet | None) -> Measured:
@@ -129,36 +143,85 @@ def measure(subject: Subject, validation: EncodedSet | None) -> Measured:
     evaluation, found = subject.evaluation, Measured()
     if evaluation.measures.rows == 0:
         return found
-    references = None
-    if (subject.references.shards and place()[1] > 1) or any(is_sharded(model) for model in subject.loaded.values()):
-        log.info(
-            "The references are sharded, and no single rank can run one: only the student is measured. "
-            "deltakd.evaluate run=... measures it beside them, on a device that holds them."
-        )
-    elif evaluation.measures.references != "none":
-        cache = subject.references if isinstance(subject.references, CacheSettings) else None
-        references = MeasuredReferences(
-            subject.models,
+    judges = _Judges(subject)
+    for name, encoded in _sets(subject, validation):
+        parts = [
+            (task, _measured_set(subject, judges.of_pair(pair), name, encoded, rows, WANTED, _add_up))
+            for task, pair, rows in _by_task(encoded, first_rows(encoded, evaluation.measures.rows))
+        ]
+        whole = _together([part for _, part in parts if part is not None])
+        named = [(f"{name}/{task}", part) for task, part in parts] if len(parts) > 1 else []
+        for each, part in [(name, whole), *named]:
+            if part is not None:
+                found.add(each, _scores(part.sums), int(part.sums["tokens"]), part.rows, part.source)
+                if "correlated" in part.sums:
+                    without = int(part.sums["tokens"] - part.sums["correlated"])
+                    found.counts[each]["tokens_without_shift"] = without
+    for name, encoded in _retained(subject):
+        rows = first_rows(encoded, evaluation.measures.rows)
+        part = _measured_set(subject, judges.of_pair(1), name, encoded, rows, (STUDENT_RAW,), _ADDED[name])
+        if part is not None:
+            tokens = int(part.sums["tokens"])
+            found.add(RETAINED, _SCORED[name](part.sums), tokens, part.rows, part.source, counted_as=name)
+    return found
+
+
+@final
+class _Judges:
+    """The references to measure a student against, one source for each pair of teachers.
+
+    Args:
+        subject: the student.
+    """
+
+    def __init__(self, subject: Subject) -> None:
+        self._subject = subject
+        self._made: dict[int, MeasuredReferences | None] = {}
+
+    def of_pair(self, pair: int | None) -> MeasuredReferences | None:
+        """Return the source in which the teachers are those of a pair; None for no pair, or if none can be run."""
+        if pair is not None and pair not in self._made:
+            self._made[pair] = self._source(pair)
+        return None if pair is None else self._made[pair]
+
+    def _source(self, pair: int) -> MeasuredReferences | None:
+        subject, evaluation = self._subject, self._subject.evaluation
+        sharded = any(is_sharded(model) for model in subject.loaded.values())
+        if (subject.references.shards and place()[1] > 1) or sharded:
+            log.info(
+                "The references are sharded, and no single rank can run one: only the student is measured. "
+                "deltakd.evaluate run=... measures it beside them, on a device that holds them."
+            )
+            return None
+        if evaluation.measures.references == "none":
+            return None
+        names = dict(zip(teacher_pair(1), teacher_pair(pair), strict=True))
+        own = {
+            role: subject.loaded[names.get(role, role)] for role in WANTED if names.get(role, role) in subject.loaded
+        }
+        return MeasuredReferences(
+            subject.models.of_pair(pair),
             subject.tokenizer,
             subject.vocabulary,
-            cache,
-            subject.loaded,
+            subject.references if isinstance(subject.references, CacheSettings) else None,
+            own,
             subject.references.placement,
             device_of(subject.model),
         )
-    for name, encoded in _sets(subject, validation):
-        measured = _measured_set(subject, references, name, encoded, WANTED, _add_up)
-        if measured is not None:
-            sums, source, rows = measured
-            found.add(name, _scores(sums), int(sums["tokens"]), rows, source.name)
-            if "correlated" in sums:
-                found.counts[name]["tokens_without_shift"] = int(sums["tokens"] - sums["correlated"])
-    for name, encoded in _retained(subject):
-        measured = _measured_set(subject, references, name, encoded, (STUDENT_RAW,), _ADDED[name])
-        if measured is not None:
-            sums, source, rows = measured
-            found.add(RETAINED, _SCORED[name](sums), int(sums["tokens"]), rows, source.name, counted_as=name)
-    return found
+
+
+def _by_task(
+    encoded: EncodedSet, rows: NDArray[np.int64]
+) -> Iterator[tuple[str | None, int | None, NDArray[np.int64]]]:
+    """Yield task, number of its pair of teachers, and rows; all rows at once if the set has no tasks."""
+    tasks = encoded.tasks
+    if tasks is None:
+        yield None, 1, rows
+        return
+    for number, (name, pair) in enumerate(zip(tasks.names, tasks.pairs, strict=True)):
+        own = rows[tasks.numbers[rows] == number]
+        if len(own):
+            yield name, pair if tasks.routed else 1, own
 
 
 def _sets(subject: Subject, validation: EncodedSet | None) -> Iterator[tuple[str, EncodedSet]]:
@@ -166,7 +229,7 @@ def _sets(subject: Subject, validation: EncodedSet | None) -> Iterator[tuple[str
         yield VALIDATION, validation
     for name in subject.evaluation.sets if subject.evaluation.generate else ():
         try:
-            yield name, encode_set(name, subject.evaluation, subject.data, subject.tokenizer)
+            yield name, encode_set(name, subject.evaluation, subject.data, subject.tokenizer, subject.models.routes)
         except ValueError as error:
             log.warning("%s is not measured beyond its answers: %s", name, error)
 
@@ -182,21 +245,40 @@ def _retained(subject: Subject) -> Iterator[tuple[str, EncodedSet]]:
 Sums = dict[str, Tensor]
 
 
+class _Part(NamedTuple):
+    """The sums over some rows.
+
+    Args:
+        sums: over the tokens of all ranks.
+        source: of the references.
+        rows: number of them.
+    """
+
+    sums: Sums
+    source: str
+    rows: int
+
+
+def _together(parts: Sequence[_Part]) -> _Part | None:
+    """Return the sums over the rows of all parts; a mean that a part lacks is none of the whole."""
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    common = [key for key in parts[0].sums if all(key in part.sums for part in parts)]
+    sums = {key: torch.stack([part.sums[key] for part in parts]).sum(0) for key in common}
+    sources = dict.fromkeys(part.source for part in parts)
+    return _Part(sums, " and ".join(sources), sum(part.rows for part in parts))
+
+
 def _measured_set(
     subject: Subject,
     references: MeasuredReferences | None,
     name: str,
     encoded: EncodedSet,
+    rows: NDArray[np.int64],
     wanted: Collection[str],
     add_up: Callable[[MeasuredBatch], Sums],
-) -> tuple[Sums, HeadSource, int] | None:
-    """Measure a set's first rows. Collective: call on every rank.
-
-    Returns:
-        The sums over the tokens of all ranks, the source of the references, and the number of rows; None if the student
-        has too few positions.
-    """
-    rows = first_rows(encoded, subject.evaluation.measures.rows)
+) -> _Part | None:
+    """Measure some rows of a set; None if the student has too few positions. Collective: call on every rank."""
     longest, positions = int(encoded.lengths[rows].max()), position_limit(subject.model)
     if positions is not None and longest > positions:
         log.warning("%s is not measured: a row has %d tokens, the student %d positions.", name, longest, positions)
@@ -226,7 +308,8 @@ def _measured_set(
     # A rank may have had no row.
     of_ranks = gathered(own)
     keys = dict.fromkeys(key for of in of_ranks for key in of)
-    return {key: torch.stack([of[key] for of in of_ranks if key in of]).sum(0) for key in keys}, source, len(rows)
+    sums = {key: torch.stack([of[key] for of in of_ranks if key in of]).sum(0) for key in keys}
+    return _Part(sums, source.name, len(rows))
 
 
 def _add_up(batch: MeasuredBatch) -> Sums:

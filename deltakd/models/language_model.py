@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from deltakd.generation.model_step import position_limit
 from deltakd.models.row_masks import one_row_each
-from deltakd.types import Batch, Head
+from deltakd.types import Head, TokenStream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -97,11 +97,11 @@ class LanguageModel(nn.Module):
         with one_row_each():
             return body(input_ids=input_ids_BT, **options).last_hidden_state
 
-    def forward(self, batch: Batch) -> Head:
+    def forward(self, batch: TokenStream) -> Head:
         """Run the body; return the head of the batch's N valid tokens, without prompt and padding."""
         return self.head(batch)
 
-    def head(self, batch: Batch) -> Head:
+    def head(self, batch: TokenStream) -> Head:
         """As ``forward``, for use inside a sharded module.
 
         The sharded model's head then stays whole until that module's ``forward`` returns.

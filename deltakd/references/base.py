@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from deltakd.kernels import Buckets
 from deltakd.types import Batch, Head
+
+
+@dataclass(frozen=True)
+class RoutedHeads:
+    """The heads of a batch's references in parts, each with its own pair of teachers.
+
+    Args:
+        parts: tokens [n] int64, some of the batch's N valid ones, and role -> head over them. Together the parts hold
+            each token once.
+    """
+
+    parts: tuple[tuple[Tensor, dict[str, Head]], ...]
 
 
 class References(Protocol):
@@ -25,13 +39,13 @@ class References(Protocol):
         """Return heads on ``device``, the student's, from now on."""
         ...
 
-    def start(self, batch: Batch) -> Callable[[], dict[str, Head] | Buckets]:
+    def start(self, batch: Batch) -> Callable[[], dict[str, Head] | Buckets | RoutedHeads]:
         """Start a call; the returned function finishes it and returns the result.
 
         Run the student's forward pass in between: the two can then overlap.
         """
         ...
 
-    def __call__(self, batch: Batch) -> dict[str, Head] | Buckets:
-        """Return role -> head of the batch's N valid tokens, in the order of ``batch.labels_N``; or their buckets."""
+    def __call__(self, batch: Batch) -> dict[str, Head] | Buckets | RoutedHeads:
+        """Return role -> head of the batch's N valid tokens, as ``batch.labels_N``; or buckets, or parts."""
         ...

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from deltakd.distributed.sharding import shard_by_blocks
 from deltakd.models import LanguageModel
-from deltakd.types import Batch, Head
+from deltakd.types import Head, TokenStream
 
 #: The library that shards the references.
 Engine = Literal["fsdp", "deepspeed"]
@@ -35,14 +35,14 @@ class _WholeHead(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(self, batch: TokenStream) -> tuple[Tensor, Tensor, Tensor | None]:
         head = self.model.head(batch)
         return head.hidden, head.weight.clone(), None if head.bias is None else head.bias.clone()
 
 
 def sharded(
     model: LanguageModel, engine: Engine, device: torch.device, persistence_threshold: int
-) -> Callable[[Batch], Head]:
+) -> Callable[[TokenStream], Head]:
     """Shard a frozen model over all ranks. Collective: call on every rank.
 
     The parameters shrink to this rank's shard one block at a time, so that the device never holds all of them. Until
@@ -61,7 +61,7 @@ def sharded(
     whole = _WholeHead(model)
     run = _by_fsdp(whole, device) if engine == "fsdp" else _by_zero(whole, device, persistence_threshold)
 
-    def head_of(batch: Batch) -> Head:
+    def head_of(batch: TokenStream) -> Head:
         hidden, weight, bias = run(batch)
         return Head(hidden, weight, bias, transform.softcap, transform.scale)
 

@@ -129,7 +129,7 @@ def prompt_of(row: Encoded) -> list[int]:
     return row.input_ids[:start]
 
 
-def answered(row_id: int, prompt: Sequence[int], response: Response) -> Encoded:
-    """Return the row that trains the student on its own response."""
+def answered(row_id: int, prompt: Sequence[int], response: Response, pair: int | None = None) -> Encoded:
+    """Return the row that trains the student on its own response; ``pair`` is as of an ``Encoded``."""
     labels = [IGNORE_INDEX] * len(prompt) + response.tokens
-    return Encoded([*prompt, *response.tokens], labels, row_id)
+    return Encoded([*prompt, *response.tokens], labels, row_id, pair)

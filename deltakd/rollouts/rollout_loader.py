@@ -145,12 +145,15 @@ class RolloutLoader:
         if self._round is None or step not in self._round:
             self._round = self._answer(step)
         plan, each = self._round.plan(step), self.settings.per_prompt
-        made = [Kept(row.row_id, prompt_of(row), one, step) for row, one in self.responses_of_step(step)]
+        made = [Kept(row.row_id, prompt_of(row), one, step, row.pair) for row, one in self.responses_of_step(step)]
         again = self.buffer.draw(step, (plan.own - plan.fresh) * each, self.seed)
         given = [_Row(row) for row, turn in self._turns(step) if turn >= plan.own]
         self.buffer.add(step, made)
         self.metrics = self._round.metrics_of(step) | self._speed | self._replay_metrics(step, again)
-        own = [_Row(answered(one.row_id, one.prompt, one.response), one.response.log_probs) for one in (*made, *again)]
+        own = [
+            _Row(answered(one.row_id, one.prompt, one.response, one.pair), one.response.log_probs)
+            for one in (*made, *again)
+        ]
         return sorted([*own, *given], key=lambda row: len(row.encoded.input_ids))
 
     def _replay_metrics(self, step: int, again: Sequence[Kept]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Self
 
@@ -105,6 +106,25 @@ class AlignedStream:
 
 
 @dataclass
+class Route:
+    """The rows of a micro-batch that one pair of teachers judges.
+
+    Args:
+        pair: its number, from 1 (``teacher_pair``).
+        tokens: [n] int64, the rows' tokens among the batch's N valid ones.
+        stream: the rows alone.
+    """
+
+    pair: int
+    tokens: Tensor
+    stream: TokenStream
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Route:
+        """Return the route with its tensors on ``device``."""
+        return Route(self.pair, self.tokens.to(device, non_blocking=non_blocking), self.stream.to(device, non_blocking))
+
+
+@dataclass
 class Batch(TokenStream):
     """Rows of one micro-batch, in the student's tokenizer.
 
@@ -115,6 +135,7 @@ class Batch(TokenStream):
         sampled_log_probs: [B, T] float32 nats: each label's log-prob when an earlier student sampled it, 0 elsewhere;
             None: as for ``TokenFacts``.
         other: the same rows in the teachers' tokenizer; None: all models share the student's.
+        routes: the rows of each pair of teachers; empty: the first pair judges all rows.
     """
 
     row_ids: Tensor
@@ -122,6 +143,7 @@ class Batch(TokenStream):
     step_tokens: int
     sampled_log_probs: Tensor | None = None
     other: AlignedStream | None = None
+    routes: tuple[Route, ...] = ()
 
     @property
     def facts_N(self) -> TokenFacts:
@@ -140,7 +162,23 @@ class Batch(TokenStream):
             super().to(device, non_blocking),
             sampled_log_probs=None if sampled is None else sampled.to(device, non_blocking=non_blocking),
             other=None if self.other is None else self.other.to(device, non_blocking),
+            routes=tuple(route.to(device, non_blocking) for route in self.routes),
         )
+
+    def routed(self, pairs: Sequence[int]) -> Self:
+        """Return the batch with the rows of each pair of teachers; on the CPU, before it moves.
+
+        Args:
+            pairs: [B] the number of each row's pair, from 1.
+        """
+        routes = []
+        for pair in sorted(set(pairs)):
+            rows = torch.tensor([row for row, its in enumerate(pairs) if its == pair])
+            length = int(self.attention_mask[rows].sum(1).max())
+            part = (values[rows, :length] for values in (self.input_ids, self.attention_mask, self.labels))
+            tokens_N = torch.where(torch.isin(self.rows_N, rows))[0]
+            routes.append(Route(pair, tokens_N, TokenStream(*part)))
+        return replace(self, routes=tuple(routes))
 
 
 def _pinned(value: Any) -> Any:

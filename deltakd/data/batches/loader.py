@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ def collate(encoded: Sequence[Encoded | Example], pad_id: int, step: int, step_t
         input_ids[number, :length] = row.input_ids
         labels[number, :length] = row.labels
         mask[number, :length] = 1
-    return Batch(
+    batch = Batch(
         input_ids=torch.from_numpy(input_ids),
         attention_mask=torch.from_numpy(mask),
         labels=torch.from_numpy(labels),
@@ -42,6 +43,8 @@ def collate(encoded: Sequence[Encoded | Example], pad_id: int, step: int, step_t
         step=step,
         step_tokens=step_tokens,
     )
+    pairs = [row.pair for row in encoded if isinstance(row, Encoded) and row.pair is not None]
+    return batch.routed(pairs) if pairs else batch
 
 
 def saved_position(state: Mapping[str, Any], micro_batches: int) -> int:
@@ -151,5 +154,5 @@ class EvalLoader:
 
     def _masked(self, number: int) -> Batch:
         row = self.encoded[int(self._batches[0][0])]
-        nothing = Encoded(row.input_ids, [IGNORE_INDEX] * len(row.labels), row.row_id)
+        nothing = replace(row, labels=[IGNORE_INDEX] * len(row.labels))
         return collate([nothing], self.pad_id, number, 0)

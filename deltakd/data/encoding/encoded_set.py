@@ -22,11 +22,37 @@ class Encoded:
         input_ids: T token ids, prompt and response.
         labels: T labels, not shifted: the token itself if trained, else IGNORE_INDEX.
         row_id: the row's number in its data set.
+        pair: number of the pair of teachers that judges the row, from 1; None: rows are not routed.
     """
 
     input_ids: list[int]
     labels: list[int]
     row_id: int
+    pair: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class RowTasks:
+    """The tasks of a set's rows, and the pairs of teachers that judge them.
+
+    Args:
+        numbers: [n] int32, the place of each row's task in ``names``.
+        names: of the tasks; None: rows without one.
+        pairs: of each task, the number of its pair of teachers, from 1; None: it has none, or rows are not routed.
+    """
+
+    numbers: NDArray[np.int32]
+    names: tuple[str | None, ...]
+    pairs: tuple[int | None, ...]
+
+    @property
+    def routed(self) -> bool:
+        """True if tasks have pairs of teachers of their own."""
+        return any(pair is not None for pair in self.pairs)
+
+    def pair(self, index: int) -> int | None:
+        """Return the number of the pair that judges a row."""
+        return self.pairs[self.numbers[index]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +66,7 @@ class EncodedSet:
         row_ids: [n] int64.
         counts: what happened to the rows: ``rows`` read, ``cut_prompts``, ``cut_responses``, ``dropped``.
         fingerprint: sha256 of everything the tokens depend on (rows, tokenizer, template, limits).
+        tasks: the rows' tasks; None: not asked for, or rows have none.
     """
 
     input_ids: NDArray[np.int32]
@@ -48,6 +75,7 @@ class EncodedSet:
     row_ids: NDArray[np.int64]
     counts: dict[str, int] = field(default_factory=dict)
     fingerprint: str = ""
+    tasks: RowTasks | None = None
 
     def __len__(self) -> int:
         return len(self.row_ids)
@@ -57,7 +85,8 @@ class EncodedSet:
             raise IndexError(f"row {index} of {len(self)}")
         index = int(index) % len(self)
         part = slice(self.offsets[index], self.offsets[index + 1])
-        return Encoded(self.input_ids[part].tolist(), self.labels[part].tolist(), int(self.row_ids[index]))
+        pair = None if self.tasks is None else self.tasks.pair(index)
+        return Encoded(self.input_ids[part].tolist(), self.labels[part].tolist(), int(self.row_ids[index]), pair)
 
     def __iter__(self) -> Iterator[Encoded]:
         return (self[index] for index in range(len(self)))
