@@ -15,6 +15,7 @@ from deltakd.evaluation import SCORERS
 from deltakd.evaluation.settings import SCORES, EvaluationSettings
 from deltakd.generation.model_step import positions_of
 from deltakd.io.hub import hub_reachable
+from deltakd.kernels import aligned_loss
 from deltakd.models import ModelSettings, ModelSpec, load_config, spec_problems
 from deltakd.models.adapter_files import adapter_problems
 from deltakd.models.causal import NotCausalError
@@ -26,7 +27,19 @@ from deltakd.references.routed import routed_roles
 from deltakd.references.topk import topk_problems
 from deltakd.rollouts.settings import RolloutSettings
 from deltakd.training.settings import TrainerSettings
-from deltakd.types import ROLES, STUDENT, STUDENT_RAW, Loss, LossOutput, is_reference_role
+from deltakd.types import (
+    ROLES,
+    STUDENT,
+    STUDENT_RAW,
+    AlignedTokens,
+    Alignment,
+    Head,
+    Loss,
+    LossOutput,
+    SideTokens,
+    TokenMap,
+    is_reference_role,
+)
 
 #: Vocabulary of a model from scratch while its architecture is checked, before a tokenizer is open.
 _ANY_VOCABULARY = 2**18
@@ -266,6 +279,8 @@ def try_loss(loss: Loss | None, problems: list[str]) -> list[str]:
         return []
     logits = {role: torch.randn(2, 8) for role in (STUDENT, *loss.requires)}
     try:
+        if loss.needs_alignment:
+            return _parts_of_aligned(loss)
         output = loss(logits, torch.tensor([1, 2]))
     # A plug-in may raise anything; better here than in the first step, after all models are loaded.
     except Exception as error:
@@ -275,6 +290,18 @@ def try_loss(loss: Loss | None, problems: list[str]) -> list[str]:
         problems.append("loss: it must return a LossOutput whose per_token is [N], one number (nats) a token")
         return []
     return list(output.parts)
+
+
+def _parts_of_aligned(loss: Loss) -> list[str]:
+    """Try a loss of two tokenizers on two of the student's tokens and three of the teachers'."""
+    sides = [SideTokens(torch.arange(n) + 1, torch.arange(n), torch.zeros(n, dtype=torch.int64)) for n in (2, 3)]
+    alignment = Alignment.of(torch.tensor([0, 1]), torch.tensor([0, 1, 1]))
+    tokens = AlignedTokens(sides[0], sides[1], alignment, TokenMap.identity(8))
+    widths = {role: (2, 4) if role in (STUDENT, STUDENT_RAW) else (3, 5) for role in (STUDENT, *loss.requires)}
+    heads = {role: Head(torch.randn(n, width), torch.randn(8, width)) for role, (n, width) in widths.items()}
+    loss.prepare(heads, tokens.token_map, 0)
+    with torch.no_grad():
+        return list(aligned_loss(loss, heads, tokens)[1])
 
 
 def objective_problems(

@@ -150,7 +150,7 @@ def measure(subject: Subject, validation: EncodedSet | None) -> Measured:
             for task, pair, rows in _by_task(encoded, first_rows(encoded, evaluation.measures.rows))
         ]
         whole = _together([part for _, part in parts if part is not None])
-        named = [(f"{name}/{task}", part) for task, part in parts] if len(parts) > 1 else []
+        named = [(f"{name}/{task}", part) for task, part in parts if task is not None] if len(parts) > 1 else []
         for each, part in [(name, whole), *named]:
             if part is not None:
                 found.add(each, _scores(part.sums), int(part.sums["tokens"]), part.rows, part.source)

@@ -1,5 +1,6 @@
 """Kernels: losses over heads, multiplied out chunk by chunk, so that no [N, V] tensor ever exists."""
 
+from deltakd.kernels.aligned import aligned_loss
 from deltakd.kernels.blocks import row_blocks
 from deltakd.kernels.buckets import BucketLogits, Buckets
 from deltakd.kernels.chunked import chunked_loss
@@ -13,6 +14,7 @@ __all__ = [
     "Buckets",
     "Head",
     "KernelOptions",
+    "aligned_loss",
     "chunk_size_for",
     "chunked_loss",
     "label_log_probs",

@@ -15,6 +15,7 @@ from deltakd.losses.divergences import (
     ToDi,
     TotalVariation,
 )
+from deltakd.losses.dual_space import DualSpaceDistillation
 from deltakd.losses.gated import GatedDeltaTarget, gated_delta_target
 from deltakd.losses.matching import (
     DeltaMatching,
@@ -55,6 +56,7 @@ __all__ = [
     "Distillation",
     "DistillationPlusMatching",
     "Divergence",
+    "DualSpaceDistillation",
     "ForwardKL",
     "GatedDeltaTarget",
     "JensenShannon",

@@ -121,6 +121,11 @@ class LanguageModel(nn.Module):
             scale=scale,
         )
 
+    def empty_head(self) -> Head:
+        """Return the head over no tokens: its sizes and its output embedding."""
+        weight_VD = self.head_of(torch.empty(0)).weight
+        return self.head_of(weight_VD.new_empty(0, weight_VD.shape[1]))
+
     @contextmanager
     def as_role(self, role: str) -> Iterator[None]:
         """Switch to a role's adapter for a while; a model that is one role's alone stays as it is."""

@@ -39,6 +39,10 @@ class References(Protocol):
         """Return heads on ``device``, the student's, from now on."""
         ...
 
+    def empty_heads(self) -> dict[str, Head]:
+        """Return role -> head over no tokens: its sizes and its output embedding. Call before ``to``."""
+        ...
+
     def start(self, batch: Batch) -> Callable[[], dict[str, Head] | Buckets | RoutedHeads]:
         """Start a call; the returned function finishes it and returns the result.
 

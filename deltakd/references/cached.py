@@ -54,6 +54,13 @@ class CachedReferences:
         self._device = device
         self._heads = {name: tensor.to(device) for name, tensor in self._heads.items()}
 
+    def empty_heads(self) -> dict[str, Head]:
+        """Return role -> head over no tokens; none if the cache holds log-probs."""
+        if self._is_topk:
+            return {}
+        widths = {role: self._heads[f"{role}.weight"].shape[1] for role in self._models}
+        return {role: self._head(role, torch.empty(0, width)) for role, width in widths.items()}
+
     def start(self, batch: Batch) -> Callable[[], dict[str, Head] | Buckets]:
         """Look up the rows now; the returned function reads them.
 

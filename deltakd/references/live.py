@@ -87,6 +87,10 @@ class LiveReferences:
             if not (model.quantized and next(model.parameters()).device.type == home.type):
                 model.to(home)
 
+    def empty_heads(self) -> dict[str, Head]:
+        """Return role -> head over no tokens, of the models loaded. Call before ``to``, which may shard them."""
+        return {role: model.empty_head() for role, model in self._models.items()}
+
     @property
     def _distinct(self) -> list[LanguageModel]:
         return list({id(model): model for model in self._models.values()}.values())

@@ -49,6 +49,12 @@ class RoutedReferences:
         """Move with the student, as ``LiveReferences`` does. Collective if they are sharded."""
         self._live.to(device)
 
+    def empty_heads(self) -> dict[str, Head]:
+        """Return role -> head over no tokens, of the first pair's teachers. Call before ``to``."""
+        heads = self._live.empty_heads()
+        own = {role: heads[role] for role in self._requires if role in heads}
+        return own | {read: heads[role] for read, role in _names(self._requires, self._pairs[0]).items()}
+
     def start(self, batch: Batch) -> Callable[[], RoutedHeads]:
         """Start a call, as ``LiveReferences`` does."""
         if self._live.runs_beside_student:

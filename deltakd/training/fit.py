@@ -39,6 +39,7 @@ from deltakd.training.callbacks.validation import Generate
 from deltakd.training.module import DistillationModule
 from deltakd.training.resume import SavedState, check_step_size, final_student, restore, restore_weights
 from deltakd.training.trainer import make_trainer
+from deltakd.types import STUDENT, TokenMap
 
 log = logging.getLogger(__name__)
 
@@ -178,6 +179,10 @@ def _start_stream(parts: Parts) -> ExampleStream[Any, Any] | None:
 def make_module(parts: Parts, total_steps: int) -> DistillationModule:
     """Make the LightningModule of a run."""
     settings = parts.settings
+    if settings.loss.needs_alignment:
+        assert parts.models.references is not None, "a loss that needs an alignment reads a teacher"
+        heads = {**parts.models.references.empty_heads(), STUDENT: parts.models.student.empty_head()}
+        settings.loss.prepare(heads, TokenMap.identity(parts.vocabulary), settings.seed)
     return DistillationModule(
         parts.models.student,
         parts.models.references,

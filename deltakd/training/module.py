@@ -28,7 +28,7 @@ from deltakd.training.half_precision import rounding_warning
 from deltakd.training.optim import AdamW
 from deltakd.training.readings import StepReading, StepSums
 from deltakd.training.step import DistillationStep
-from deltakd.types import Batch, Loss, Progress
+from deltakd.types import Batch, Loss, Progress, TokenMap
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,7 @@ class DistillationModule(L.LightningModule):
         seed: seeds the student's dropout, together with the micro-batch number and the rank.
         kernels: memory and precision of the loss; None: as the device allows.
         will_be_sharded: True if no rank will hold the whole student.
+        token_map: of the student's vocabulary and the teachers'; None: they share one.
     """
 
     def __init__(
@@ -58,10 +59,11 @@ class DistillationModule(L.LightningModule):
         seed: int,
         kernels: KernelOptions | None = None,
         will_be_sharded: bool = False,
+        token_map: TokenMap | None = None,
     ) -> None:
         super().__init__()
         # from_pretrained returns models in eval mode, and Lightning keeps the mode.
-        self.step = DistillationStep(student.train(), references, loss, kernels)
+        self.step = DistillationStep(student.train(), references, loss, kernels, token_map)
         self.optim = optim
         self.total_steps = total_steps
         self.seed = seed
@@ -106,7 +108,7 @@ class DistillationModule(L.LightningModule):
         Collective: call on every rank.
         """
         if self.shell is not None:
-            return {f"student.{name}": value.cpu() for name, value in whole_parameters(self.student)}
+            return {name: value.cpu() for name, value in whole_parameters(self.step)}
         return self._kept(self.step, self.step.state_dict())
 
     def _kept(self, module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -168,7 +170,7 @@ class DistillationModule(L.LightningModule):
         """
         if not self._ends_step:
             return  # Lightning calls DeepSpeed's step after every micro-batch; DeepSpeed knows which ones count
-        norm = gradient_norm(self.student)
+        norm = gradient_norm(self.step)
         reading = StepReading(self.global_step, self._sums, norm, self._summed_over_ranks)
         # Only now: while the host waits for the step before, the device has this one to compute.
         self.settle()
@@ -246,7 +248,9 @@ class DistillationModule(L.LightningModule):
         """Make AdamW and its schedule, stepped once per optimiser step."""
         self._warn_of_rounding()
         kind = optimizer_class(self.trainer.strategy)
-        optimizer, scheduler = self.optim.build(self.student, self.total_steps, kind, self.seed)
+        optimizer, scheduler = self.optim.build(
+            self.student, self.total_steps, kind, self.seed, self.step.loss_part, self.step.loss.trainable_lr
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _warn_of_rounding(self) -> None:

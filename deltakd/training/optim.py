@@ -59,12 +59,22 @@ class AdamW:
 
         return get_scheduler(self.schedule, optimizer, warmup, total_steps, dict(self.schedule_options))
 
+    def _groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Return the trained matrices, and the trained vectors, with their weight decay."""
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        return [
+            {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": self.weight_decay},
+            {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        ]
+
     def build(
         self,
         model: nn.Module,
         total_steps: int,
         kind: type[torch.optim.Optimizer] = torch.optim.AdamW,
         seed: int = 0,
+        loss_part: nn.Module | None = None,
+        loss_lr: float | None = None,
     ) -> tuple[torch.optim.Optimizer, Any]:
         """Return the optimiser over the trainable parameters, and its scheduler, stepped once per optimiser step.
 
@@ -73,12 +83,12 @@ class AdamW:
             total_steps: optimiser steps in the whole run.
             kind: an implementation of AdamW with PyTorch's arguments; for ``half_weights=nearest``.
             seed: of the noise of stochastic rounding.
+            loss_part: the trained part of the loss.
+            loss_lr: its peak learning rate; None: the student's.
         """
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": self.weight_decay},
-            {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-        ]
+        groups = self._groups(model)
+        if loss_part is not None:
+            groups += [{**group, "lr": loss_lr or self.lr} for group in self._groups(loss_part)]
         options: dict[str, Any] = {"lr": self.lr, "betas": (self.betas[0], self.betas[1]), "eps": self.eps}
         given = [group for group in groups if group["params"]]
         if self.half_weights == "nearest":

@@ -108,7 +108,9 @@ def final_student(module: DistillationModule, checkpoints: Checkpoints) -> Langu
         return module.student
     best: dict[str, torch.Tensor] = read_checkpoint(checkpoints.best_path)["state_dict"]
     if module.shell is not None and is_sharded(module.student):
-        return module.shell.load({name.removeprefix("student."): value for name, value in best.items()})
+        return module.shell.load(
+            {name.removeprefix("student."): value for name, value in best.items() if name.startswith("student.")}
+        )
     _load(module.step, best, module.strict_loading)
     return module.student
 

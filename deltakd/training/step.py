@@ -8,10 +8,10 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from deltakd.kernels import Buckets, KernelOptions, chunked_loss
+from deltakd.kernels import Buckets, KernelOptions, aligned_loss, chunked_loss
 from deltakd.models import LanguageModel
 from deltakd.references import References, RoutedHeads
-from deltakd.types import STUDENT, Batch, Head, Loss, TokenFacts
+from deltakd.types import STUDENT, AlignedTokens, Batch, Head, Loss, TokenFacts, TokenMap
 
 
 @final
@@ -28,11 +28,12 @@ class DistillationStep(nn.Module):
       again; they would miss tensors inside a ``Head``.
 
     Args:
-        student: the model to train, the only submodule.
+        student: the model to train; a submodule, as is the trained part of the loss, if there is one.
         references: the frozen models, or None for a loss that reads none. They are not a submodule: not in the
             checkpoint, not in the optimiser, untouched by ``train()`` and ``to()``.
         loss: the loss plug-in.
         kernels: memory and precision of the loss; None: as the device allows.
+        token_map: of the student's vocabulary and the teachers'; None: they share one.
     """
 
     def __init__(
@@ -41,12 +42,16 @@ class DistillationStep(nn.Module):
         references: References | None,
         loss: Loss,
         kernels: KernelOptions | None = None,
+        token_map: TokenMap | None = None,
     ) -> None:
         super().__init__()
         self.student = student
         self.references = references
         self.loss = loss
+        #: Never exported: it serves training alone.
+        self.loss_part = loss.trainable
         self.kernels = kernels or KernelOptions()
+        self._token_map = token_map
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum the loss and its parts over the batch's valid tokens.
@@ -57,6 +62,10 @@ class DistillationStep(nn.Module):
         finish = dict if self.references is None else self.references.start(batch)
         student = self.student.head(batch)
         references = finish()
+        if self.loss.needs_alignment:
+            assert not isinstance(references, Buckets | RoutedHeads), "checked with the config"
+            tokens = AlignedTokens.of(batch, self._token_map_on(batch))
+            return aligned_loss(self.loss, {**references, STUDENT: student}, tokens, options=self.kernels)
         if isinstance(references, RoutedHeads):
             return self._sum_of_parts(student, references, batch)
         return self._sum(student, references, batch.labels_N, batch.facts_N)
@@ -83,3 +92,11 @@ class DistillationStep(nn.Module):
             facts=facts,
             options=self.kernels,
         )
+
+    def _token_map_on(self, batch: Batch) -> TokenMap:
+        """Return the map on the batch's device, moved once."""
+        if self._token_map is None:
+            self._token_map = TokenMap.identity(self.student.vocabulary)
+        if self._token_map.student_shared.device != batch.input_ids.device:
+            self._token_map = self._token_map.to(batch.input_ids.device)
+        return self._token_map

@@ -74,7 +74,9 @@ def composed(base: str, *choices: str) -> Loss:
 
 def test_the_folders_hold_what_is_tested_here() -> None:
     for group, choices in (("target", TARGETS), ("divergence", DIVERGENCES)):
-        assert {path.stem for path in (CONF_DIR / "loss" / group).glob("*.yaml")} == set(choices)
+        there = {path.stem for path in (CONF_DIR / "loss" / group).glob("*.yaml")}
+        # span_shift reads an alignment beside the logits: tests/losses/test_two_tokenizers.py.
+        assert there - {"span_shift"} == set(choices)
 
 
 @pytest.mark.parametrize(("target", "divergence"), itertools.product(TARGETS, DIVERGENCES))

@@ -25,10 +25,10 @@ from deltakd.losses import (
 )
 from deltakd.losses.carrying import Carrier
 from deltakd.losses.uld import by_position
-from deltakd.types import AlignedLogits, Head, Loss, TokenMap
+from deltakd.types import AlignedLogits, Loss, TokenMap
 from tests.losses import oracles
 from tests.losses import two_tokenizers as two
-from tests.losses.two_tokenizers import World, equal_tokenizers, world
+from tests.losses.two_tokenizers import World, equal_tokenizers, heads, world
 
 SEEDS = range(4)
 LOSSES: dict[str, Loss] = {
@@ -216,18 +216,6 @@ def test_gradients_are_the_derivative_of_the_value_and_reach_the_student_alone(n
             2 * step
         )
         torch.testing.assert_close((found[0] * direction).sum(), moved, rtol=1e-6, atol=1e-7)
-
-
-def heads(given: World, seed: int = 0) -> dict[str, Head]:
-    generator = torch.Generator().manual_seed(seed)
-
-    def head(role: str) -> Head:
-        n, v = given.logits[role].shape
-        hidden, weight = (torch.randn(size, 6, generator=generator, dtype=torch.float64) for size in (n, v))
-        trained = role == "student"
-        return Head(hidden.requires_grad_(trained), weight.requires_grad_(trained), softcap=5.0 if trained else None)
-
-    return {role: head(role) for role in given.logits}
 
 
 @pytest.mark.parametrize("name", LOSSES)

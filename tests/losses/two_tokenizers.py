@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltakd.types import AlignedLogits, AlignedTokens, Alignment, SideTokens, TokenMap
+from deltakd.types import AlignedLogits, AlignedTokens, Alignment, Head, SideTokens, TokenMap
 from tests.losses import oracles
 from tests.losses.oracles import Array
 
@@ -117,6 +117,19 @@ def world(seed: int = 0, rows: int = 4, length: int = 20, scale: float = 2.0) ->
     return World(logits, AlignedTokens(tokens(0), tokens(1), alignment, token_map()), places)  # type: ignore[arg-type]
 
 
+def heads(given: World, seed: int = 0) -> dict[str, Head]:
+    """Random heads over the world's tokens; the student's is trained and soft-capped, the teacher's is wider."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def head(role: str) -> Head:
+        (n, v), width = given.logits[role].shape, 7 if role == "teacher" else 6
+        hidden, weight = (torch.randn(size, width, generator=generator, dtype=torch.float64) for size in (n, v))
+        trained = role == "student"
+        return Head(hidden.requires_grad_(trained), weight.requires_grad_(trained), softcap=5.0 if trained else None)
+
+    return {role: head(role) for role in given.logits}
+
+
 def equal_tokenizers(logits: dict[str, Tensor], labels: Tensor) -> AlignedLogits:
     """The logits of one tokenizer, as if they were of two."""
     side, spans = SideTokens(labels, labels, torch.zeros_like(labels)), torch.arange(len(labels))
@@ -199,3 +212,44 @@ def span_shift(given: World) -> Array:
             shift[i] = math.log((1 - c) / (1 - c0)) if min(1 - c, 1 - c0) > 1e-12 else 0.0
             shift[i, int(given.labels[i])] = math.log(c / c0)
     return shift
+
+
+def dual_space(
+    given: World, given_heads: dict[str, Head], projectors: dict[str, Array], tau: float
+) -> dict[str, float]:
+    """DSKD with cross-model attention, row by row: the three terms, and where the projected teacher is right."""
+
+    def embedded(weight: Array, side: SideTokens, own: Array) -> tuple[Array, Array]:
+        return weight[side.previous.numpy()[own]], weight[side.labels.numpy()[own]]
+
+    student, teacher = (given_heads[role] for role in ("student", "teacher"))
+    own_w, their_w = (head.weight.detach().numpy() for head in (student, teacher))
+
+    def linear(name: str, x: Array) -> Array:
+        return x @ projectors[f"{name}.weight"].T + projectors[f"{name}.bias"]
+
+    def logits(head: Head, hidden: Array) -> Array:
+        z = hidden @ head.weight.detach().numpy().T
+        return z if head.softcap is None else head.softcap * np.tanh(z / head.softcap)
+
+    totals = dict.fromkeys(("projected_ce", "student_space", "teacher_space", "projected_agreement"), 0.0)
+    for row in set(given.tokens.student.rows.tolist()):
+        own = given.tokens.student.rows.numpy() == row
+        theirs = given.tokens.other.rows.numpy() == row
+        before, label = embedded(their_w, given.tokens.other, theirs)
+        key = np.concatenate([before, label], 1)
+        h_s, h_t = student.hidden.detach().numpy()[own], teacher.hidden.detach().numpy()[theirs]
+        query = linear("query", np.concatenate(embedded(own_w, given.tokens.student, own), 1))
+        scores = query @ (key / key.std(ddof=1)).T / math.sqrt(2 * h_t.shape[1])
+        value = linear("t2s", h_t / h_t.std(ddof=1) + label / label.std(ddof=1))
+        to_student = logits(student, np.exp(oracles.log_softmax(scores)) @ value)
+        to_teacher = logits(teacher, np.exp(oracles.log_softmax(scores.T)) @ linear("s2t", h_s))
+        labels = given.labels.numpy()[own]
+        right = to_student.argmax(1) == labels
+        totals["projected_ce"] += oracles.cross_entropy(to_student, labels).sum()
+        totals["projected_agreement"] += right.sum()
+        p, q = (oracles.log_softmax(z / tau) for z in (to_student, logits(student, h_s)))
+        totals["student_space"] += (oracles.forward_kl(p, q) * right).sum()
+        p, q = (oracles.log_softmax(z / tau) for z in (logits(teacher, h_t), to_teacher))
+        totals["teacher_space"] += oracles.forward_kl(p, q).sum()
+    return totals

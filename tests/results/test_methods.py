@@ -13,7 +13,7 @@ from deltakd.config.compose import CONF_DIR, compose_config
 from deltakd.config.loss_names import delta_weight_keys, flat, loss_name, read_losses
 from deltakd.results.methods import Method, make_methods
 from deltakd.results.reading import find_runs
-from tests.losses.by_name import NAMES
+from tests.losses.by_name import ALIGNED, NAMES
 from tests.results.fake import Config, write_run
 
 
@@ -33,7 +33,7 @@ def test_a_composed_loss_is_called_by_its_name(name: str) -> None:
     assert loss_name(composed["loss"], read_losses(CONF_DIR / "loss")) == name
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *ALIGNED])
 def test_every_loss_is_read_as_hydra_composes_it(name: str) -> None:
     composed = compose_config("train", [f"loss={name}"], checked=True)
     as_written = OmegaConf.to_container(composed.loss, resolve=False)

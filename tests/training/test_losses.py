@@ -13,13 +13,13 @@ from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
 from deltakd.training.module import DistillationModule
 from deltakd.types import Batch
-from tests.losses.by_name import NAMES
+from tests.losses.by_name import ALIGNED, NAMES
 from tests.tiny import World, save_model
 
 Train = Callable[..., RunDirectory]
 #: One of each kind; losses of sampled tokens train in tests/rollouts, the others in `make test-slow`, and all are held
 #: against their formulas in tests/losses.
-QUICK = ("sft", "kd_jsd", "delta_multi_teacher", "parallel_ratio", "signed_parallelogram", "taid")
+QUICK = ("sft", "kd_jsd", "delta_multi_teacher", "parallel_ratio", "signed_parallelogram", "taid", "dskd")
 
 
 def column(run: RunDirectory, name: str) -> list[float]:
@@ -41,11 +41,20 @@ def sharp(world: World) -> dict[str, str]:
     return {role: f"model.{role}.path={world.root / 'sharp' / role}" for role in models}
 
 
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in [*NAMES, *ALIGNED]]
+)
 def test_every_loss_trains_and_falls(train: Train, sharp: dict[str, str], name: str) -> None:
-    """Without the labels, which would make any sum fall; TAID with a u that stands, else its target moves away."""
+    """Without the labels, which would make any sum fall; TAID with a u that stands, else its target moves away.
+
+    DSKD's projectors move faster: they begin at random values.
+    """
     models = [value for role, value in sharp.items() if name == "delta_multi_teacher" or not role.endswith("_2")]
-    alone = {"sft": [], "taid": ["loss.ce_weight=0", "loss.target.end=0.41"]}.get(name, ["loss.ce_weight=0"])
+    alone = {
+        "sft": [],
+        "taid": ["loss.ce_weight=0", "loss.target.end=0.41"],
+        "dskd": ["loss.ce_weight=0", "loss.projector_lr=0.02"],
+    }.get(name, ["loss.ce_weight=0"])
     run = train(name, "trainer.max_steps=16", "data.val=null", *alone, *models)
     curve = column(run, "train/loss")
     assert len(curve) == 16
