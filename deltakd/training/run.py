@@ -86,7 +86,7 @@ def _run(
     try:
         if tracker is not None:
             tracker.log_origin(
-                origin_of(settings.model, settings.data, settings.loss.requires, parts.tokenizer, parts.sets)
+                origin_of(settings.model, settings.data, settings.read_roles, parts.tokenizer, parts.sets)
             )
         fitted = fit(parts, loggers, state, lifeline)
         metrics = fitted.metrics
@@ -210,7 +210,7 @@ def _meta(parts: Parts, fitted: Fitted, started: float) -> dict[str, Any]:
         "best_step": fitted.checkpoints.best_step,
         "steps": fitted.module.total_steps,
         # Cached references are not loaded, but the student learnt from them.
-        "references": sorted(parts.settings.loss.requires),
+        "references": parts.settings.read_roles,
         "parameters": count_parameters(parts.models.loaded),
         "trained_parameters": trained_parameters(parts.models.student),
         "exported_parameters": exported_parameters(parts.models.student),
