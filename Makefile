@@ -1,13 +1,14 @@
 # make quickstart   train, distil and compare on an invented world, in minutes, on a CPU
 # make test         format, lint, types, import rules and tests
 # make test-slow    the tests that take minutes
+# make test-kernels Triton kernels by Triton's interpreter, on a CPU (Linux; installs Triton, 900 MB)
 # make docs         the documentation, into outputs/site
 # make setup        only .venv and the installation (the others call it)
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup quickstart test test-slow docs clean
+.PHONY: setup quickstart test test-slow test-kernels docs clean
 
 setup: .venv/.installed
 
@@ -29,6 +30,13 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+test-kernels: setup .venv/.kernels
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels/test_gpu.py
+
+.venv/.kernels: .venv/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[kernels]'
+	touch $@
 
 docs: setup .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

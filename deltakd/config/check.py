@@ -151,6 +151,11 @@ def rollout_problems(
             f"{answers}, and the lengths of its responses are not known in advance, so batches can't be filled up to "
             "data.max_tokens_per_batch; give data.batch_size, or rollout=none"
         )
+    elif data is not None and data.batch_size and data.batch_size % 2 and loss is not None and loss.needs_pairs:
+        found.append(
+            f"data.batch_size is {data.batch_size}, and the loss compares two rows, which must be in one micro-batch; "
+            "give an even number"
+        )
     if rollout.replay.adaptive and data is not None and not data.validates:
         found.append(
             "rollout.replay.adaptive=true raises the student's share when the validation loss rises, and there is no "

@@ -18,6 +18,7 @@ from deltakd.data.encoding.segments import Template
 from deltakd.data.encoding.templates import make_template
 from deltakd.data.encoding.token_cache import fingerprint
 from deltakd.data.encoding.token_table import encode_prompt_rows, encode_rows
+from deltakd.data.encoding.two_tokenizers import Coding
 from deltakd.data.sources.overlap import overlapping
 from deltakd.data.sources.prepared import prepared_rows, reading_key
 from deltakd.data.sources.readers import read_rows, read_texts
@@ -161,6 +162,7 @@ def load_instruction_sets(
     cache_dir: str | Path | None = None,
     seed: int = 0,
     prompts_only: bool = False,
+    teachers: Coding | None = None,
 ) -> LoadedSets:
     """Read and tokenise instruction data.
 
@@ -168,7 +170,7 @@ def load_instruction_sets(
         train, val, train_subset, val_subset, val_size, exclude, strip_answers, columns, limit, seed: as for
             ``split_rows``.
         template: as for ``make_template``.
-        tokenizer, max_length, max_prompt_length, overlong, split_turns, cache_dir: as for ``encode_rows``.
+        tokenizer, max_length, max_prompt_length, overlong, split_turns, cache_dir, teachers: as for ``encode_rows``.
         prompts_only: encode only the prompts of training rows, which then need no response: the student answers.
 
     Raises:
@@ -190,7 +192,7 @@ def load_instruction_sets(
         cache_dir=cache_dir,
     )
     options: dict[str, Any] = {"max_length": max_length, "max_prompt_length": max_prompt_length}
-    options |= {"overlong": overlong, "split_turns": split_turns, "cache_dir": cache_dir}
+    options |= {"overlong": overlong, "split_turns": split_turns, "cache_dir": cache_dir, "teachers": teachers}
     if prompts_only:
         check_limits(tokenizer, max_length, max_prompt_length, overlong)
         train_set = encode_prompt_rows(
@@ -287,6 +289,22 @@ def _report(train: EncodedSet, val: EncodedSet | None, counts: Mapping[str, int]
             "text",
             counts["train/control_tokens"],
         )
+
+    if train.other is not None:
+        _report_alignment(train, counts["train/cut_others"])
+
+
+def _report_alignment(train: EncodedSet, cut: int) -> None:
+    assert train.other is not None
+    assert train.aligned_fraction is not None
+    log.info(
+        "two tokenizers: %.2f %% of the student's %d valid tokens are aligned with the teachers' %d; %d rows were cut "
+        "in the teachers' tokens (data.teacher_max_length)",
+        100 * train.aligned_fraction,
+        int(train.valid_tokens.sum()),
+        int(train.other.valid_tokens.sum()),
+        cut,
+    )
 
 
 def _report_prompts(train: EncodedSet, val: EncodedSet | None, counts: Mapping[str, int]) -> None:

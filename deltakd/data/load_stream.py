@@ -15,6 +15,7 @@ from deltakd.data.encoding.packing import pack_texts
 from deltakd.data.encoding.segments import Template
 from deltakd.data.encoding.token_cache import fingerprint, tokenizer_fingerprint
 from deltakd.data.encoding.token_table import encode_rows
+from deltakd.data.encoding.two_tokenizers import Coding
 from deltakd.data.load import LoadedSets, banned_rows
 from deltakd.data.sources.overlap import overlapping
 from deltakd.data.sources.passes import Passes, Read
@@ -48,6 +49,7 @@ def open_instruction_stream(
     strip_answers: str | None = None,
     columns: Mapping[str, str] | None = None,
     limit: int | None = None,
+    teachers: Coding | None = None,
 ) -> tuple[Stream, EncodedSet]:
     """Open a stream of instruction rows.
 
@@ -57,7 +59,7 @@ def open_instruction_stream(
 
     Args:
         train, columns: as for ``list_shards``.
-        template, tokenizer, max_length, max_prompt_length, overlong, split_turns: as for ``encode_rows``.
+        template, tokenizer, max_length, max_prompt_length, overlong, split_turns, teachers: as for ``encode_rows``.
         shuffle_buffer: rows shuffled in memory.
         exclude, strip_answers: as for ``split_rows``.
         val_rows: rows to validate on.
@@ -92,11 +94,14 @@ def open_instruction_stream(
         passes = Passes(
             shards, read, seed=seed, size=shuffle_buffer, limit=limit, keep=keep if banned or val_rows else None
         )
-        return RowExamples(passes, template, _own(tokenizer), **encoding)
+        own = None if teachers is None else replace(teachers, tokenizer=_own(teachers.tokenizer))
+        return RowExamples(passes, template, _own(tokenizer), teachers=own, **encoding)
 
-    rules = ["rows", repr(template), encoding, strip_answers, [row.question for row in (*banned, *val_rows)]]
+    rules: list[Any] = ["rows", repr(template), encoding, strip_answers, [row.question for row in (*banned, *val_rows)]]
+    rules += [] if teachers is None else [teachers.identity]
     key = _fingerprint(shards, tokenizer, shuffle_buffer, limit, rules)
-    first = encode_rows(_first(shards, read, FIRST_ROWS, columns), template, tokenizer, **encoding)
+    rows = _first(shards, read, FIRST_ROWS, columns)
+    first = encode_rows(rows, template, tokenizer, teachers=teachers, **encoding)
     return Stream(shards, start, key), replace(first, fingerprint=key)
 
 

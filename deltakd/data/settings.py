@@ -18,6 +18,7 @@ from deltakd.data.encoding.segments import Template
 from deltakd.data.encoding.template_problems import template_problems
 from deltakd.data.encoding.templates import make_template
 from deltakd.data.encoding.token_table import encode_rows
+from deltakd.data.encoding.two_tokenizers import Coding
 from deltakd.data.load import LoadedSets, SplitRows, load_instruction_sets, load_text_sets, split_rows
 from deltakd.data.load_stream import open_instruction_stream, open_text_stream, streamed_sets
 from deltakd.data.sources.parsing import COLUMNS
@@ -40,8 +41,12 @@ class DataConfig(ABC):
         sets: instruction sets for evaluation: name -> source, or a mapping with ``source``. Pre-training runs
             (``TextData``) may have them, too.
         template: ``alpaca``, ``chat``, or a mapping with_input / without_input / tail.
+        teacher_template: the same for teachers with a tokenizer of their own; None: as ``template`` (``chat``: each
+            tokenizer's own chat template).
         max_length: maximum tokens of a row (prompt and response); for text, tokens per block.
         max_prompt_length: maximum tokens of a prompt.
+        teacher_max_length: maximum tokens of a row for teachers with a tokenizer of their own; None: ``max_length``.
+            Their prompts may have the same share of it as the student's.
         limit: keep only the first ``limit`` rows or documents of ``train`` and of ``val``.
         streaming: read ``train`` while training instead of indexing it first, for data of any size; see ``Passes``.
         shuffle_buffer: for a stream, rows (or documents) shuffled in memory; every process keeps a buffer.
@@ -60,8 +65,10 @@ class DataConfig(ABC):
     val: Sources | None = None
     sets: Annotated[Mapping[str, Any], Resume.UNFINISHED, Cache.FREE, Method.FREE] = field(default_factory=dict)
     template: str | Mapping[str, str] = "alpaca"
+    teacher_template: str | Mapping[str, str] | None = None
     max_length: Positive = 512
     max_prompt_length: Positive = 256
+    teacher_max_length: Positive | None = None
     limit: Annotated[Positive | None, Cache.FREE] = None
     streaming: Annotated[bool, Cache.FREE] = False
     shuffle_buffer: Annotated[Positive, Cache.FREE] = 10_000
@@ -108,12 +115,18 @@ class DataConfig(ABC):
             self.prepare()
 
     @abstractmethod
-    def load(self, tokenizer: PreTrainedTokenizerBase, prompts_only: bool = False) -> LoadedSets:
+    def load(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts_only: bool = False,
+        teachers: PreTrainedTokenizerBase | None = None,
+    ) -> LoadedSets:
         """Read and tokenise the data.
 
         Args:
             tokenizer: the student's.
             prompts_only: encode only the prompts of training rows: the student answers them.
+            teachers: the teachers' tokenizer, if they have one of their own: rows are then encoded in both and aligned.
         """
 
     def check_lengths(self, sets: LoadedSets) -> None:
@@ -127,11 +140,37 @@ class DataConfig(ABC):
         """Return the template for training and evaluation."""
         return make_template(self.template, tokenizer)
 
+    def teachers_coding(self, tokenizer: PreTrainedTokenizerBase) -> Coding:
+        """Return how rows become tokens for teachers with a tokenizer of their own.
+
+        Args:
+            tokenizer: the teachers'.
+        """
+        longest = self.teacher_max_length or self.max_length
+        return Coding(
+            make_template(self.template if self.teacher_template is None else self.teacher_template, tokenizer),
+            tokenizer,
+            longest,
+            max(1, self.max_prompt_length * longest // self.max_length),
+            getattr(self, "overlong", "cut"),
+        )
+
+    def one_tokenizer_problems(self) -> list[str]:
+        """Return a sentence for each setting for teachers with a tokenizer of their own, when there are none."""
+        given = {"teacher_template": self.teacher_template, "teacher_max_length": self.teacher_max_length}
+        return [
+            f"data.{name} is {value!r}, but all models of this run share one tokenizer; leave it at null"
+            for name, value in given.items()
+            if value is not None
+        ]
+
     def problems(self) -> list[str]:
         """Return the problems with ``data``, one sentence each."""
         found = self.own_problems()
         found += self._batch_problems()
         found += template_problems("data.template", self.template)
+        if self.teacher_template is not None:
+            found += template_problems("data.teacher_template", self.teacher_template)
         if not self.train:
             found.append("data.train is missing; give a file, a list of files or a hub data set: data.train=...")
         found += pattern_problems("data.strip_answers", self.strip_answers)
@@ -227,16 +266,27 @@ class InstructionData(DataConfig):
         """Return the sources, including the excluded sets."""
         return {**super().sources(), "data.exclude": self.exclude}
 
-    def load(self, tokenizer: PreTrainedTokenizerBase, prompts_only: bool = False) -> LoadedSets:
+    def load(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts_only: bool = False,
+        teachers: PreTrainedTokenizerBase | None = None,
+    ) -> LoadedSets:
         """Read, render and tokenise the rows."""
         template = self.make_template(tokenizer)
+        coding = None if teachers is None else self.teachers_coding(teachers)
         if self.streaming:
-            return self._open(template, tokenizer)
+            return self._open(template, tokenizer, coding)
         return load_instruction_sets(
-            template=template, tokenizer=tokenizer, prompts_only=prompts_only, **self._choice(), **self._limits()
+            template=template,
+            tokenizer=tokenizer,
+            prompts_only=prompts_only,
+            teachers=coding,
+            **self._choice(),
+            **self._limits(),
         )
 
-    def _open(self, template: Template, tokenizer: PreTrainedTokenizerBase) -> LoadedSets:
+    def _open(self, template: Template, tokenizer: PreTrainedTokenizerBase, teachers: Coding | None) -> LoadedSets:
         assert self.train is not None, "checked by problems()"
         options: dict[str, Any] = {"strip_answers": self.strip_answers, "columns": self.columns, "limit": self.limit}
         val_rows = [] if self.val is None else read_rows(self.val, subset=self.val_subset, **options)
@@ -251,9 +301,10 @@ class InstructionData(DataConfig):
             shuffle_buffer=self.shuffle_buffer,
             exclude=self.exclude,
             val_rows=val_rows,
+            teachers=teachers,
             **options,
         )
-        val = encode_rows(val_rows, template, tokenizer, **self._limits()) if val_rows else None
+        val = encode_rows(val_rows, template, tokenizer, teachers=teachers, **self._limits()) if val_rows else None
         return streamed_sets(stream, first, val, val_rows)
 
     def split(self) -> SplitRows:
@@ -321,9 +372,24 @@ class TextData(DataConfig):
             found.append(f"data.max_length is {self.max_length}; a block needs 2 tokens or more")
         return found
 
-    def load(self, tokenizer: PreTrainedTokenizerBase, prompts_only: bool = False) -> LoadedSets:
-        """Read, tokenise and pack the documents."""
+    def load(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts_only: bool = False,
+        teachers: PreTrainedTokenizerBase | None = None,
+    ) -> LoadedSets:
+        """Read, tokenise and pack the documents.
+
+        Raises:
+            ValueError: teachers have a tokenizer of their own, whose blocks would begin and end elsewhere.
+        """
         assert not prompts_only, "text has no prompts; checked with the config"
+        if teachers is not None:
+            raise ValueError(
+                "the teachers have another tokenizer than the student, and data is plain text, whose blocks of "
+                "data.max_length tokens would begin and end elsewhere in it; give data=instruction, or models that "
+                "share one tokenizer"
+            )
         assert self.train is not None, "checked by problems()"
         if self.streaming:
             return self._open(self.train, tokenizer)

@@ -218,7 +218,7 @@ def _by_task(
     if tasks is None:
         yield None, 1, rows
         return
-    for number, (name, pair) in enumerate(zip(tasks.names, tasks.pairs, strict=True)):
+    for number, (name, pair) in enumerate(zip(tasks.names, tasks.routes, strict=True)):
         own = rows[tasks.numbers[rows] == number]
         if len(own):
             yield name, pair if tasks.routed else 1, own

@@ -1,9 +1,9 @@
 """A loss over heads, one chunk of tokens at a time; the student's gradients are computed in the forward pass.
 
-A chunk is computed in one of three ways: by hand (``fused.py``) if the loss has a fused form, over buckets
-(``buckets.py``) if the references are stored as top-K log-probs, and otherwise by autograd through the loss's own
-formula. ``tests/kernels/test_chunked.py`` shows for every ready-made loss that the sum and its gradients equal those of
-all logits at once.
+A chunk is computed in one of three ways: by hand (``fused.py``, on an NVIDIA GPU with the kernels of ``gpu/``) if the
+loss has a fused form, over buckets (``buckets.py``) if the references are stored as top-K log-probs, and otherwise by
+autograd through the loss's own formula. ``tests/kernels/test_chunked.py`` shows for every ready-made loss that the sum
+and its gradients equal those of all logits at once; ``tests/kernels/test_gpu.py`` does so for the kernels.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from deltakd.kernels.buckets import Buckets, bucketed_chunk
-from deltakd.kernels.fused import fused_chunk, fusible
+from deltakd.kernels.fused import fused_chunk, fusible, triton_chunk, triton_form
 from deltakd.kernels.head_gradients import HeadGradients, gradient_bound
 from deltakd.kernels.options import KernelOptions
 from deltakd.types import (
@@ -76,14 +76,17 @@ def chunked_loss(
         references = {role: heads[role].prepared(options.products) for role in sorted(loss.requires)}
     trained = [t for t in (student.hidden, student.weight, student.bias) if t is not None and t.requires_grad]
     wants_gradients = torch.is_grad_enabled() and bool(trained)
-    form = fusible(loss, student, references) if wants_gradients and buckets is None else None
+    form = triton_form(loss, student, references) if options.triton and buckets is None else None
+    by_triton = form is not None
+    if form is None and wants_gradients and buckets is None:
+        form = fusible(loss, student, references)
     kind = "buckets" if buckets is not None else "autograd" if form is None else form.kind
     vocabulary, device = student.weight.shape[0], student.hidden.device
     size = chunk_size or options.chunk_size(len(student), vocabulary, student.dtype.itemsize, kind, device)
     student = replace(student, products=options.products)
     if isinstance(loss, SequenceLoss):
         facts = _weighted(loss, student, references, labels, size, facts)
-    work = _Work(loss, form, student, references, labels, size, buckets, facts)
+    work = _Work(loss, form, student, references, labels, size, buckets, facts, by_triton)
     if not wants_gradients:
         with torch.no_grad():
             return work.run(None), work.parts
@@ -133,7 +136,7 @@ def _weighted(
         some = {role: head.rows(tokens.start, tokens.stop) for role, head in references.items()}
         logits = HeadLogits(student.rows(tokens.start, tokens.stop).logits(), some, facts.part(tokens))
         rewards.append(loss.token_rewards(logits, labels[tokens]))
-    return replace(facts, weights=loss.sequence_weights(torch.cat(rewards), facts.rows))
+    return replace(facts, weights=loss.sequence_weights(torch.cat(rewards), facts))
 
 
 @dataclass
@@ -148,6 +151,7 @@ class _Work:
     size: int
     buckets: Buckets | None = None
     facts: TokenFacts = NO_FACTS
+    by_triton: bool = False
     parts: dict[str, Tensor] = field(default_factory=dict)
 
     def run(self, grads: dict[str, Tensor] | None) -> Tensor:
@@ -173,6 +177,12 @@ class _Work:
     def _chunk(self, chunk: Head, rows: slice, gradients: HeadGradients | None) -> dict[str, Tensor]:
         references = {role: head.rows(rows.start, rows.stop) for role, head in self.references.items()}
         labels = self.labels[rows]
+        if self.form is not None and self.by_triton:
+            wanted = None if gradients is None else gradients.format
+            values, summands = triton_chunk(self.form, chunk, references, labels, wanted)
+            if gradients is not None:
+                gradients.add_summands(summands, rows)
+            return values
         if self.form is not None and gradients is not None:
             values, grad_NV = fused_chunk(self.form, chunk, references, labels)
             gradients.add(grad_NV, rows)

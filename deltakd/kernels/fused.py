@@ -18,9 +18,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from deltakd.kernels import gpu
 from deltakd.kernels.blocks import row_blocks
 from deltakd.kernels.finite_biases import is_finite
-from deltakd.types import Gate, Head, HeadLogits, LinearKL, Loss
+from deltakd.kernels.head_gradients import GradientFormat
+from deltakd.types import STUDENT, Gate, Head, HeadLogits, LinearKL, Loss
+from deltakd.types.products import Summands
 
 
 def fusible(loss: Loss, student: Head, references: Mapping[str, Head]) -> LinearKL | None:
@@ -33,6 +36,16 @@ def fusible(loss: Loss, student: Head, references: Mapping[str, Head]) -> Linear
         return None
     biases = [head.bias for head in (student, *references.values()) if head.bias is not None]
     return form if all(map(is_finite, biases)) else None
+
+
+def triton_form(loss: Loss, student: Head, references: Mapping[str, Head]) -> LinearKL | None:
+    """Return the form that ``triton_chunk`` can compute, or None."""
+    form = loss.fused_form
+    if form is None or not gpu.serves(student.hidden.device, *(head.dtype for head in (student, *references.values()))):
+        return None
+    # The target then holds the student's logits, capped.
+    mixes_in_capped = student.softcap is not None and STUDENT in form.coefficients
+    return None if mixes_in_capped else form
 
 
 def _linear(head: Head) -> bool:
@@ -64,6 +77,75 @@ def fused_chunk(
         for rows in row_blocks(z_NV)
     ]
     return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]} | gated, z_NV
+
+
+@torch.no_grad()
+def triton_chunk(
+    form: LinearKL, student: Head, references: Mapping[str, Head], labels: Tensor, gradients: GradientFormat | None
+) -> tuple[dict[str, Tensor], Summands]:
+    """Do the same with Triton kernels (``deltakd.kernels.gpu``); any head may be soft-capped or rule out tokens.
+
+    Args:
+        form, student, references, labels: as for ``fused_chunk``.
+        gradients: how the gradient is multiplied; None: it is not wanted.
+
+    Returns:
+        ``loss`` and its parts, [n] nats each, and the summands of the gradient w.r.t. the student's logits before
+        soft-capping.
+    """
+    # Triton is imported where it is used: not every machine has it.
+    from deltakd.kernels.gpu import linear_kl
+
+    z_NV = student.uncapped().add_logits(None, 1.0)
+    target_NV, shift_NV, gate_N = None, None, None
+    values: dict[str, Tensor] = {}
+    if form.ce_weight != 1.0:
+        target_NV = HeadLogits(z_NV, references).combined(form.coefficients)
+        if form.gate is not None:
+            shift_NV, gate_N = _gated(form.gate, form.coefficients, target_NV, references)
+            values[form.gate.name] = gate_N
+    summands: Summands = ()
+    if gradients is not None:
+        # In float32 the gradient takes the place of the logits.
+        in_place = gradients.dtype == z_NV.dtype
+        summands = (z_NV,) if in_place else tuple(gradients.empty(z_NV) for _ in range(gradients.count))
+    scale = 1.0 if gradients is None else gradients.scale
+    ce_N, kl_N = linear_kl.loss_rows(form, z_NV, target_NV, labels, summands, scale, student.softcap, shift_NV, gate_N)
+    return {**_mixed(form, ce_N, kl_N), **values}, summands
+
+
+def _gated(
+    gate: Gate, coefficients: Mapping[str, float], target_NV: Tensor, references: Mapping[str, Head]
+) -> tuple[Tensor, Tensor]:
+    """Return the gated logits, [n, V], and the gate, [n]; rule out in the target what any of their roles rules out."""
+    from deltakd.kernels.gpu import linear_kl
+
+    to_NV = target_NV if coefficients == {gate.to: 1.0} else references[gate.to].add_logits(None, 1.0)
+    shift_NV = references[gate.origin].add_logits(None, 1.0)
+    gate_N = linear_kl.gate_rows(to_NV, shift_NV, gate.nats)
+    beta = gate.coefficients.get(gate.origin, 0.0)
+    for role, factor in gate.coefficients.items():
+        if role != gate.origin:
+            references[role].add_logits(shift_NV, factor, beta)
+            beta = 1.0
+    if beta != 1.0:
+        shift_NV.mul_(beta)
+    for role in {gate.to, gate.origin, *gate.coefficients}:
+        bias = references[role].bias
+        if bias is not None:
+            target_NV.masked_fill_(torch.isneginf(bias), -torch.inf)
+    return shift_NV, gate_N
+
+
+def _mixed(form: LinearKL, ce_N: Tensor, kl_N: Tensor | None) -> dict[str, Tensor]:
+    """Return the loss and its parts."""
+    if kl_N is None:
+        return {"loss": ce_N, "ce": ce_N}
+    loss_N = (1 - form.ce_weight) * form.scale * kl_N
+    # λ = 0 must not multiply an infinite cross-entropy by 0.
+    if form.ce_weight > 0:
+        loss_N = loss_N + form.ce_weight * ce_N
+    return {"loss": loss_N, "ce": ce_N, form.name: kl_N}
 
 
 def _add_gated(
@@ -110,9 +192,7 @@ def _block(form: LinearKL, z_NV: Tensor, target_NV: Tensor | None, labels: Tenso
             kl_N = _forward_kl(log_p_NV, log_q_NV, target_NV, z_NV, factor, with_ce)
         if ce_grad_NV is not None:
             z_NV.add_(ce_grad_NV, alpha=ce_weight)
-        values |= {form.name: kl_N, "loss": (1 - ce_weight) * form.scale * kl_N}
-        if ce_weight > 0:
-            values["loss"] = values["loss"] + ce_weight * ce_N
+        values = _mixed(form, ce_N, kl_N)
     z_NV[rows_N, labels] -= ce_weight
     return values
 

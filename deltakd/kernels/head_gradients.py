@@ -110,13 +110,13 @@ class HeadGradients:
             grad_NV: the gradient of the loss w.r.t. the chunk's logits before any soft-capping; overwritten.
             rows: the chunk's place among all tokens.
         """
-        if self._student.multiplies_in_float32:
-            self._add_in_float32(grad_NV, rows)
-        else:
-            self.add_summands(self.format.summands(grad_NV), rows)
+        self.add_summands(self.format.summands(grad_NV), rows)
 
     def add_summands(self, grad_NV: Summands, rows: slice) -> None:
         """Do the same with the summands of the gradient, as ``format`` has them."""
+        if self._student.multiplies_in_float32:
+            self._add_in_float32(grad_NV[0], rows)
+            return
         student, buffers = self._student, self.buffers
         alpha = student.scale / self.format.scale
         tf32 = student.products is Products.TF32

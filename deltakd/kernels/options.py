@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from deltakd.kernels import gpu
 from deltakd.types import Products
 
 #: MiB that the logits of a chunk, and everything computed from them, may take on a CPU.
@@ -43,6 +44,7 @@ class KernelOptions:
         """Return what is chosen on a device, for the log and a run's record."""
         return {
             "products": self.products.on(device).value,
+            "triton": self.triton and gpu.serves(device, torch.float32),
             "memory_budget": round(self.budget(device), 1),
         }
 

@@ -31,6 +31,7 @@ from deltakd.losses.policy_gradient import (
     extrapolated_policy_gradient,
     target_policy_gradient,
 )
+from deltakd.losses.preference import ResponsePreference
 from deltakd.losses.scores import Score, TeacherShift, TowardsTarget
 from deltakd.losses.sequence_kl import SequenceReverseKL
 from deltakd.losses.sft import SupervisedFineTuning, cross_entropy
@@ -66,6 +67,7 @@ __all__ = [
     "Parallelogram",
     "PolicyGradient",
     "RatioMatching",
+    "ResponsePreference",
     "ReverseKL",
     "Score",
     "SequenceReverseKL",

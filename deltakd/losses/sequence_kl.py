@@ -11,7 +11,16 @@ from torch import Tensor
 from deltakd.losses.divergences import kl
 from deltakd.losses.sampled import check_numbers, of_labels, policy_gain, sampled_log_probs, with_gain, with_labels
 from deltakd.losses.targets import Target
-from deltakd.types import STUDENT, HeadLogits, LossOutput, Schedule, SequenceLoss, at_least_float32, require_kind
+from deltakd.types import (
+    STUDENT,
+    HeadLogits,
+    LossOutput,
+    Schedule,
+    SequenceLoss,
+    TokenFacts,
+    at_least_float32,
+    require_kind,
+)
 
 
 @final
@@ -86,9 +95,10 @@ class SequenceReverseKL(SequenceLoss):
         return rewards_N if self.reward_clip is None else rewards_N.clamp(-self.reward_clip, self.reward_clip)
 
     @torch.no_grad()
-    def sequence_weights(self, rewards: Tensor, rows: Tensor) -> Tensor:
+    def sequence_weights(self, rewards: Tensor, facts: TokenFacts) -> Tensor:
         """[N] nats: R, the sum (or the mean) of the rewards of each row's later tokens; 0 for its last token."""
-        later_N, count_N = sums_of_later(rewards, rows)
+        assert facts.rows is not None, "checked by chunked_loss"
+        later_N, count_N = sums_of_later(rewards, facts.rows)
         return later_N / count_N.clamp_min(1) if self.length_normalised else later_N
 
     def __call__(self, logits: Mapping[str, Tensor], labels: Tensor) -> LossOutput:

@@ -97,17 +97,17 @@ class LanguageModel(nn.Module):
         with one_row_each():
             return body(input_ids=input_ids_BT, **options).last_hidden_state
 
-    def forward(self, batch: TokenStream) -> Head:
-        """Run the body; return the head of the batch's N valid tokens, without prompt and padding."""
-        return self.head(batch)
+    def forward(self, rows: TokenStream) -> Head:
+        """Run the body; return the head of the rows' N valid tokens, without prompt and padding."""
+        return self.head(rows)
 
-    def head(self, batch: TokenStream) -> Head:
+    def head(self, rows: TokenStream) -> Head:
         """As ``forward``, for use inside a sharded module.
 
         The sharded model's head then stays whole until that module's ``forward`` returns.
         """
-        hidden_BTD = self.hidden_states(batch.input_ids, batch.attention_mask)
-        return self.head_of(batch.at_valid(hidden_BTD))
+        hidden_BTD = self.hidden_states(rows.input_ids, rows.attention_mask)
+        return self.head_of(rows.at_valid(hidden_BTD))
 
     def head_of(self, hidden_ND: Tensor) -> Head:
         """Return the head over given hidden states, cut to the vocabulary."""

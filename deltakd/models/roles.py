@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,9 +18,12 @@ from deltakd.models.language_model import LanguageModel
 from deltakd.models.loading import load_config, load_model, spec_problems
 from deltakd.models.recurrence import check_recurrence
 from deltakd.models.settings import ModelSettings, ModelSpec
-from deltakd.models.tokenizers import common_vocabulary, load_tokenizer, train_tokenizer
+from deltakd.models.tokenizers import OtherTokenizerError, common_vocabulary, load_tokenizer, train_tokenizer
 from deltakd.models.vocabulary import vocabulary_of
-from deltakd.types import STUDENT
+from deltakd.types import STUDENT, STUDENT_RAW
+
+#: Roles that always have the student's tokenizer.
+OWN_ROLES = (STUDENT, STUDENT_RAW)
 
 
 def open_tokenizer(models: ModelSettings, directory: Path) -> PreTrainedTokenizerBase:
@@ -49,35 +53,95 @@ def open_tokenizer(models: ModelSettings, directory: Path) -> PreTrainedTokenize
     return tokenizer
 
 
-def shared_vocabulary(models: ModelSettings, specs: Mapping[str, ModelSpec], tokenizer: PreTrainedTokenizerBase) -> int:
-    """Check that all references use the student's tokenizer; return the number of tokens that all models have.
+@dataclass(frozen=True)
+class Vocabularies:
+    """The vocabularies of a run's models.
+
+    Args:
+        size: V, number of tokens that the student and all models with its tokenizer have.
+        other: the teachers' tokenizer, if it is not the student's.
+        other_size: number of tokens that all teachers have, if they have a tokenizer of their own.
+    """
+
+    size: int
+    other: PreTrainedTokenizerBase | None = None
+    other_size: int = 0
+
+    def is_own(self, role: str) -> bool:
+        """Return True if a role's model has the student's tokenizer."""
+        return self.other is None or role in OWN_ROLES
+
+    def of(self, role: str) -> int:
+        """Return V of a role's model."""
+        return self.size if self.is_own(role) else self.other_size
+
+
+def open_vocabularies(
+    models: ModelSettings, specs: Mapping[str, ModelSpec], tokenizer: PreTrainedTokenizerBase, *, aligns: bool = False
+) -> Vocabularies:
+    """Compare the tokenizers of all references with the student's, and count the tokens that the models share.
 
     Args:
         models: of the run.
         specs: role -> model, of the student and the references in question.
         tokenizer: the student's.
+        aligns: allow teachers with a tokenizer of their own, one for all of them.
 
     Raises:
-        ValueError: a reference uses another tokenizer, or a model has too few tokens.
+        OtherTokenizerError: a reference uses another tokenizer, and it must not.
+        ValueError: a model has too few tokens.
     """
-    vocabulary = vocabulary_of(tokenizer)
     own = specs[STUDENT].tokenizer or (None if models.tokenizer.train_on else specs[STUDENT].path)
+    sizes = [vocabulary_of(tokenizer)]
+    foreign: dict[str, PreTrainedTokenizerBase] = {}
     for role, spec in specs.items():
-        if role != STUDENT and (spec.tokenizer or spec.path) != own:
-            vocabulary = min(vocabulary, _vocabulary_with(role, spec, tokenizer, f"model.{role}.tokenizer", models))
+        if role == STUDENT or (spec.tokenizer or spec.path) == own:
+            continue
+        theirs = _tokenizer_of(role, spec, f"model.{role}.tokenizer", models)
+        try:
+            sizes.append(common_vocabulary(tokenizer, theirs, role))
+        except OtherTokenizerError:
+            if not aligns or role in OWN_ROLES:
+                raise
+            foreign[role] = theirs
     # After the tokenizers: a model with another tokenizer may lack rows, too, but that is not the cause to report.
+    other = next(iter(foreign.values()), None)
+    other_sizes = [] if other is None else [vocabulary_of(other), *_sizes_of_teachers(foreign, specs)]
     for role, spec in specs.items():
         if spec.init == "pretrained":
             config = load_config(role, spec, trust_remote_code=models.trust_remote_code)
-            vocabulary = min(vocabulary, vocabulary_of(tokenizer, config, role))
-    return vocabulary
+            own_sizes, theirs = (sizes, tokenizer) if role not in foreign else (other_sizes, foreign[role])
+            own_sizes.append(vocabulary_of(theirs, config, role))
+    return Vocabularies(min(sizes), other, min(other_sizes, default=0))
 
 
-def _vocabulary_with(
-    role: str, spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, key: str, models: ModelSettings
-) -> int:
-    other = load_tokenizer(str(spec.tokenizer or spec.path), key, trust_remote_code=models.trust_remote_code)
-    return common_vocabulary(tokenizer, other, role)
+def _sizes_of_teachers(foreign: Mapping[str, PreTrainedTokenizerBase], specs: Mapping[str, ModelSpec]) -> list[int]:
+    """Check that all teachers share one tokenizer; return the numbers of tokens that they share.
+
+    Raises:
+        OtherTokenizerError: some have the student's, or there are more than two.
+    """
+    alone = [role for role in specs if role not in foreign and role not in OWN_ROLES]
+    if alone:
+        raise OtherTokenizerError(
+            f"{', '.join(foreign)} have another tokenizer than the student, and {', '.join(alone)} the student's: all "
+            "teachers must share one, and raw teachers that of their teachers; give models of one family"
+        )
+    (first, tokenizer), *rest = foreign.items()
+    found = []
+    for role, theirs in rest:
+        try:
+            found.append(common_vocabulary(tokenizer, theirs, role))
+        except OtherTokenizerError as error:
+            raise OtherTokenizerError(
+                f"a run has the student's tokenizer and at most one other, and {role} has another one than {first}; "
+                f"give teachers of one family (compared with {first} in the student's place: {error})"
+            ) from None
+    return found
+
+
+def _tokenizer_of(role: str, spec: ModelSpec, key: str, models: ModelSettings) -> PreTrainedTokenizerBase:
+    return load_tokenizer(str(spec.tokenizer or spec.path), key, trust_remote_code=models.trust_remote_code)
 
 
 def position_problems(role: str, positions: int | None, max_length: int | None) -> list[str]:
@@ -167,7 +231,7 @@ def open_reference(
         raise ValueError("; ".join(problems))
     config = load_config(role, spec, trust_remote_code=models.trust_remote_code)
     vocabulary = min(vocabulary, vocabulary_of(tokenizer, config, role))
-    shared = min(vocabulary, _vocabulary_with(role, spec, tokenizer, role, models))
+    shared = min(vocabulary, common_vocabulary(tokenizer, _tokenizer_of(role, spec, role, models), role))
     return open_model(role, spec, models, vocabulary=shared).eval()
 
 

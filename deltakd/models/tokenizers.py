@@ -17,6 +17,9 @@ log = logging.getLogger(__name__)
 #: normaliser do.
 PROBE = "Below is an instruction.\n\n### Response:\n  Été 2024: 1,234.5 café's “naïve” tokens — don’t split THIS!"
 
+#: Losses for teachers with a tokenizer of their own, as conf/loss names them.
+ALIGNING_LOSSES = ("uld", "dskd", "span_kd", "delta_span")
+
 
 def load_tokenizer(path: str, key: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a hub id or a directory.
@@ -61,15 +64,19 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, add_prefix_space: boo
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>", bos_token="<|endoftext|>")
 
 
+class OtherTokenizerError(ValueError):
+    """A reference has another tokenizer than the student; only losses that align tokens can compare them."""
+
+
 def common_vocabulary(student: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, role: str) -> int:
     """Check that a reference uses the student's tokenizer; return the number of tokens they share.
 
     Compares token strings by id, the special tokens that appear in rows (BOS, EOS, UNK), and the ids of a probe text.
-    Padding rows of the models' embeddings are ignored. Special tokens that only one side has are cut: no text is
-    encoded as one (``deltakd.models.vocabulary``).
+    Padding rows of the models' embeddings are ignored. Added tokens at the end that only one side has are cut: rows
+    that hold those of the student's are found later (``deltakd.models.vocabulary``).
 
     Raises:
-        ValueError: the message shows the first tokens that differ.
+        OtherTokenizerError: the message shows the first tokens that differ.
     """
     ours, theirs = _tokens_by_id(student), _tokens_by_id(other)
     shared = min(len(ours), len(theirs))
@@ -80,7 +87,8 @@ def common_vocabulary(student: PreTrainedTokenizerBase, other: PreTrainedTokeniz
     if differing:
         shown = ", ".join(f"id {i}: student {ours[i]!r}, {role} {theirs[i]!r}" for i in differing[:5])
         problems.append(f"{len(differing)} of {shared} tokens differ ({shown})")
-    if not all(is_unwritten(longer, i) for i in range(shared, len(tokens)) if tokens[i] is not None):
+    added = longer.added_tokens_decoder
+    if not all(i in added or is_unwritten(longer, i) for i in range(shared, len(tokens)) if tokens[i] is not None):
         problems.append(f"the student's has {len(ours)} tokens, the {role}'s {len(theirs)} (first extra: {extra[:5]})")
     for name in ("bos_token", "eos_token", "unk_token"):
         if getattr(student, name) != getattr(other, name):
@@ -90,13 +98,18 @@ def common_vocabulary(student: PreTrainedTokenizerBase, other: PreTrainedTokeniz
     if not problems and _probe_ids(student) != _probe_ids(other):
         problems.append("they cut the same text into different tokens (other merges or another normaliser)")
     if problems:
-        raise ValueError(
-            f"the {role} has another tokenizer than the student: {'; '.join(problems)}. Distillation compares "
-            f"distributions over the same tokens: give models of one family, or model.{role}.tokenizer=... if the "
-            "wrong tokenizer lies beside the weights"
+        raise OtherTokenizerError(
+            f"the {role} has another tokenizer than the student: {'; '.join(problems)}. This loss compares "
+            f"distributions over the same tokens: give models of one family, model.{role}.tokenizer=... if the wrong "
+            f"tokenizer lies beside the weights, or a loss that aligns tokens ({', '.join(ALIGNING_LOSSES)})"
         )
     if extra:
-        log.info("The special tokens %s are cut from the vocabulary: only one of student and %s has them.", extra, role)
+        log.info(
+            "The added tokens %s are cut from the vocabulary: only one of student and %s has them%s.",
+            extra,
+            role,
+            "" if longer is student else ", and reads text that holds them in other tokens than it knows",
+        )
     return shared
 
 

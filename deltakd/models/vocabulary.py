@@ -84,6 +84,26 @@ def unknown_token_problems(
     return [_unknown(name, encoded.row_ids[rows].tolist(), encoded.input_ids[at], tokenizer, vocabulary)]
 
 
+def unaligned_problems(
+    name: str, encoded: EncodedSet, tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase
+) -> list[str]:
+    """Return a sentence if no token of a set's answers is aligned between two tokenizers.
+
+    Args:
+        name: of the set, for the message.
+        encoded: the set, in both.
+        tokenizer, other: of the student and the teachers.
+    """
+    if encoded.aligned_fraction != 0.0:
+        return []
+    names = [one.name_or_path or type(one).__name__ for one in (tokenizer, other)]
+    return [
+        f"{name}: no token of its answers could be aligned between the tokenizers {names[0]} (student) and {names[1]} "
+        "(teachers): they write other bytes for the same text; give models of one family, or another "
+        "data.teacher_template if theirs changes the answers"
+    ]
+
+
 def unknown_prompt_problems(
     name: str,
     prompts: Sequence[Sequence[int]],

@@ -51,5 +51,5 @@ class References(Protocol):
         ...
 
     def __call__(self, batch: Batch) -> dict[str, Head] | Buckets | RoutedHeads:
-        """Return role -> head of the batch's N valid tokens, as ``batch.labels_N``; or buckets, or parts."""
+        """Return role -> head of the valid tokens of ``batch.stream_of(role)``, in order; or buckets, or parts."""
         ...

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from deltakd.data import DataConfig, EncodedSet, LoadedSets, collate
 from deltakd.models import LanguageModel, ModelSettings
 from deltakd.models.identity import model_identity, spec_of
+from deltakd.models.roles import OWN_ROLES, Vocabularies
 from deltakd.models.tokenizers import pad_id
 from deltakd.references import CacheSettings, CacheStore, LiveReferences
 from deltakd.references.cached import DTYPES
@@ -40,7 +41,7 @@ class Caching:
         data: the group ``data``.
         loss: the loss that will be trained.
         tokenizer: the student's.
-        vocabulary: number of tokens that all models share.
+        vocabularies: numbers of tokens that the models share, and the teachers' tokenizer if they have one.
         sets: tokenised rows.
         references: the models, on ``device``.
         device: where they run.
@@ -53,12 +54,17 @@ class Caching:
     data: DataConfig
     loss: Loss
     tokenizer: PreTrainedTokenizerBase
-    vocabulary: int
+    vocabularies: Vocabularies
     sets: LoadedSets
     references: LiveReferences
     device: torch.device
     open_student: Callable[[], LanguageModel]
     show_progress: bool = True
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens of the student."""
+        return self.vocabularies.size
 
     def batch(self, encoded: EncodedSet, rows: NDArray[np.int64]) -> Batch:
         """Return rows of a set as one batch on the device."""
@@ -89,8 +95,14 @@ def begin_store(caching: Caching, given: Mapping[str, Any]) -> CacheStore:
         "temperature": caching.loss.temperature if is_topk else None,
         **given,
     }
+    if caching.vocabularies.other is not None:
+        content["other"] |= {"vocabulary": caching.vocabularies.other_size}
     tensors = token_tensors(heads, example.labels_N, content)
-    content["bytes_per_token"] = sum(tensor[0].numel() * tensor.element_size() for tensor in tensors.values())
+    sizes = {name: tensor[0].numel() * tensor.element_size() for name, tensor in tensors.items()}
+    own = {name: size for name, size in sizes.items() if content.get("other") is None or name in OWN_ROLES}
+    content["bytes_per_token"] = sum(own.values())
+    if content.get("other") is not None:
+        content["other"] |= {"bytes_per_token": sum(sizes.values()) - content["bytes_per_token"]}
     return CacheStore.create(Path(str(caching.settings.path)), content, sample)
 
 

@@ -34,6 +34,8 @@ class CachedReferences:
         self._path = store.path
         #: Number of tokens shared by the cached models; every head is cut to it.
         self.vocabulary: int = content["vocabulary"]
+        #: The same of the cached teachers, if they have a tokenizer of their own; else None.
+        self.other_vocabulary: int | None = content["other"]["vocabulary"] if content.get("other") else None
         self._is_topk = content["store"] == "topk"
         self._temperature = float(content["temperature"] or 1.0)
         self._index = RowIndex(store)
@@ -71,7 +73,7 @@ class CachedReferences:
         return lambda: self._read(places)
 
     def __call__(self, batch: Batch) -> dict[str, Head] | Buckets:
-        """Return role -> head of the batch's N valid tokens, or their buckets.
+        """Return role -> head of the valid tokens of ``batch.stream_of(role)``, or their buckets.
 
         Raises:
             StoreError: a row is not in the cache.

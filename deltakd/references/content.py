@@ -20,14 +20,30 @@ from deltakd.references.topk import topk_problems
 from deltakd.types import STUDENT, STUDENT_RAW, Loss
 
 
-def data_identity(data: DataConfig, tokenizer: PreTrainedTokenizerBase, sets: LoadedSets) -> dict[str, Any]:
-    """Return fingerprints of everything that determines the rows and their tokens."""
-    return {
+def data_identity(
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    sets: LoadedSets,
+    teachers: PreTrainedTokenizerBase | None = None,
+) -> dict[str, Any]:
+    """Return fingerprints of everything that determines the rows and their tokens.
+
+    Args:
+        data: the group ``data``.
+        tokenizer: the student's.
+        sets: tokenised rows.
+        teachers: the teachers' tokenizer, if they have one of their own.
+    """
+    found = {
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "template": fingerprint(repr(data.make_template(tokenizer))),
         "data": data.identity,
         "sets": {"train": sets.train.fingerprint, "val": None if sets.val is None else sets.val.fingerprint},
     }
+    if teachers is not None:
+        template = data.teachers_coding(teachers).template
+        found["other"] = {"tokenizer": tokenizer_fingerprint(teachers), "template": fingerprint(repr(template))}
+    return found
 
 
 def cache_problems(models: ModelSettings, loss: Loss, settings: CacheSettings, adding: bool = False) -> list[str]:
@@ -124,12 +140,21 @@ def data_problems(content: Mapping[str, Any], given: Mapping[str, Any], path: ob
         path: the cache's path.
     """
     same_sets = {name: given["sets"][name] in (None, content["sets"][name]) for name in ("train", "val")}
-    if all(same_sets.values()) and given["tokenizer"] == content["tokenizer"]:
+    other_here, other_there = given.get("other") or {}, content.get("other") or {}
+    same_tokenizers = given["tokenizer"] == content["tokenizer"]
+    same_tokenizers &= other_here.get("tokenizer") == other_there.get("tokenizer")
+    if all(same_sets.values()) and same_tokenizers:
         return []
     found = []
-    for key, what in (("tokenizer", "the student's tokenizer"), ("template", "data.template")):
+    for key, own, other in (
+        ("tokenizer", "the student's tokenizer", "the teachers' tokenizer"),
+        ("template", "data.template", "data.teacher_template"),
+    ):
         if given[key] != content[key]:
-            found.append(differs(what, f"another one ({given[key][:12]})", content[key][:12], path))
+            found.append(differs(own, f"another one ({given[key][:12]})", content[key][:12], path))
+        if other_here.get(key) != other_there.get(key):
+            here, there = (str(side.get(key, "the student's"))[:13] for side in (other_here, other_there))
+            found.append(differs(other, here, there, path))
     here, there = given["data"], content["data"]
     ignored = {"template"} | ({"val", "val_subset"} if same_sets["val"] and not here.get("val_size") else set())
     found += [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,8 +20,8 @@ from deltakd.io.progress import progress_bar
 from deltakd.references import CacheStore, StoreError
 from deltakd.references.begin import Caching, token_tensors
 from deltakd.references.content import missing_rows, named_sets
-from deltakd.references.index import RowIndex, as_keys, keys_of_set, row_key
-from deltakd.references.store import OFFSETS, ROW_KEYS
+from deltakd.references.index import RowIndex, keys_of_rows, keys_of_set
+from deltakd.references.store import OFFSETS, OTHER_OFFSETS, ROW_KEYS
 
 log = logging.getLogger(__name__)
 
@@ -66,14 +66,16 @@ def make_missing(caching: Caching, store: CacheStore) -> float | None:
     heads = _head_tensors(caching) if content["store"] == "hidden" and store.manifest.heads is None else {}
     todo = _rows_to_run(missing_rows(RowIndex(store), caching.sets), caching.sets)
     sets = named_sets(caching.sets)
-    _announce(store, {name: sets[name].valid_tokens[rows] for name, rows in todo.items()}, heads)
+    _announce(
+        store, {name: sets[name].valid_tokens[rows] for name, rows in todo.items()}, _size(store, sets, todo), heads
+    )
     if heads:
         with _disk_full(store, caching.sets):
             store.set_heads(heads)
     total, done, tokens, seconds = sum(map(len, todo.values())), 0, 0, 0.0
     with progress_bar("references", total, caching.show_progress) as advance:
         for name, rows in todo.items():
-            for batches in plan_shards(sets[name], rows, caching.data.full_rows, content["bytes_per_token"]):
+            for batches in plan_shards(sets[name], rows, caching.data.full_rows, row_bytes(sets[name], content)):
                 began = time.perf_counter()
                 tensors = _run_shard(caching, sets[name], batches, content, _from(advance, done))
                 with _disk_full(store, caching.sets):
@@ -113,8 +115,23 @@ def _rows_to_run(missing: dict[str, NDArray[np.int64]], sets: LoadedSets) -> dic
     return todo
 
 
+def row_bytes(encoded: EncodedSet, content: Mapping[str, Any]) -> NDArray[np.int64]:
+    """Return [n], the bytes that the tokens of each row of a set take in a cache."""
+    own = encoded.valid_tokens * content["bytes_per_token"]
+    other = content.get("other")
+    return (
+        own if other is None or encoded.other is None else own + encoded.other.valid_tokens * other["bytes_per_token"]
+    )
+
+
+def _size(store: CacheStore, sets: Mapping[str, EncodedSet], rows: Mapping[str, NDArray[np.int64]]) -> int:
+    """Return the bytes that rows take: their tokens, keys and offsets."""
+    content = store.manifest.content
+    return sum(int(row_bytes(sets[name], content)[of].sum()) + len(of) * ROW_BYTES for name, of in rows.items())
+
+
 def plan_shards(
-    encoded: EncodedSet, rows: NDArray[np.int64], batch_size: int, bytes_per_token: int
+    encoded: EncodedSet, rows: NDArray[np.int64], batch_size: int, bytes_per_row: NDArray[np.int64]
 ) -> Iterator[list[NDArray[np.int64]]]:
     """Yield the batches of each shard; the rows of a batch have similar lengths.
 
@@ -124,14 +141,14 @@ def plan_shards(
         encoded: the set.
         rows: positions in it.
         batch_size: rows per batch.
-        bytes_per_token: bytes per stored token.
+        bytes_per_row: [n] bytes of the stored tokens of each row of the set.
     """
     ordered = rows[np.argsort(encoded.lengths[rows], kind="stable")]
     shard: list[NDArray[np.int64]] = []
     held_rows, held_bytes = 0, 0
     for start in range(0, len(ordered), batch_size):
         batch = ordered[start : start + batch_size]
-        size = int(encoded.valid_tokens[batch].sum()) * bytes_per_token
+        size = int(bytes_per_row[batch].sum())
         if shard and (held_rows + len(batch) > SHARD_ROWS or held_bytes + size > SHARD_BYTES):
             yield shard
             shard, held_rows, held_bytes = [], 0, 0
@@ -159,14 +176,19 @@ def _run_shard(
         done += len(rows)
         progress(done)
     rows = np.concatenate(batches)
-    examples = [encoded[row] for row in rows]
-    keys = as_keys(row_key(np.array(e.input_ids), np.array(e.labels)) for e in examples)
-    offsets = np.concatenate([[0], np.cumsum(encoded.valid_tokens[rows])])
+    keys = keys_of_rows(encoded, rows.tolist())
     tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return tensors | {ROW_KEYS: torch.from_numpy(keys.copy()), OFFSETS: torch.from_numpy(offsets)}
+    tensors |= {ROW_KEYS: torch.from_numpy(keys.copy()), OFFSETS: _offsets(encoded, rows)}
+    return tensors if encoded.other is None else tensors | {OTHER_OFFSETS: _offsets(encoded.other, rows)}
 
 
-def _announce(store: CacheStore, valid_tokens: dict[str, NDArray[np.int64]], heads: dict[str, Tensor]) -> None:
+def _offsets(encoded: EncodedSet, rows: NDArray[np.int64]) -> Tensor:
+    return torch.from_numpy(np.concatenate([[0], np.cumsum(encoded.valid_tokens[rows])]))
+
+
+def _announce(
+    store: CacheStore, valid_tokens: dict[str, NDArray[np.int64]], size: int, heads: dict[str, Tensor]
+) -> None:
     """Log how much will be stored: the rows' tokens and keys, and the output embeddings.
 
     Raises:
@@ -176,7 +198,7 @@ def _announce(store: CacheStore, valid_tokens: dict[str, NDArray[np.int64]], hea
     tokens = {name: int(counts.sum()) for name, counts in valid_tokens.items()}
     rows = sum(map(len, valid_tokens.values()))
     embeddings = sum(tensor.nbytes for tensor in heads.values())
-    needed = sum(tokens.values()) * each + rows * ROW_BYTES + embeddings
+    needed = size + embeddings
     free = shutil.disk_usage(store.path).free
     log.info(
         "%s: %d bytes per valid token x %d tokens (%s) in %d rows, and %s of output embeddings: %s; %s are free.",
@@ -219,8 +241,7 @@ def _disk_full(store: CacheStore, sets: LoadedSets) -> Iterator[None]:
         done = sum(shard.rows for shard in store.manifest.shards)
         missing = missing_rows(RowIndex(store), sets)
         rows = sum(map(len, missing.values()))
-        tokens = sum(int(encoded.valid_tokens[missing[name]].sum()) for name, encoded in named_sets(sets).items())
-        needed = tokens * store.manifest.content["bytes_per_token"] + rows * ROW_BYTES
+        needed = _size(store, named_sets(sets), missing)
         raise StoreError(
             f"the disk of reference.path={store.path} is full ({error.reason}): {done} rows are stored, {rows} need "
             f"another {in_units(needed)}, {in_units(shutil.disk_usage(store.path).free)} are free. Nothing half "

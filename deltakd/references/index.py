@@ -3,41 +3,62 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deltakd.data import EncodedSet
-from deltakd.references.store import OFFSETS, ROW_KEYS, CacheStore, StoreError, map_arrays
+from deltakd.models.roles import OWN_ROLES
+from deltakd.references.store import OFFSETS, OTHER_OFFSETS, ROW_KEYS, CacheStore, StoreError, map_arrays
 from deltakd.types import Batch
 
 #: Bytes per row key.
 KEY_BYTES = 16
 
 
-def row_key(input_ids: NDArray[Any], labels: NDArray[Any]) -> bytes:
-    """Return a 128-bit hash of a row's T token ids and labels, without padding."""
-    digest = hashlib.blake2b(input_ids.astype("<i4", copy=False).tobytes(), digest_size=KEY_BYTES)
-    digest.update(labels.astype("<i4", copy=False).tobytes())
+def row_key(*tokens: NDArray[Any]) -> bytes:
+    """Return a 128-bit hash of a row's T token ids and labels, without padding; with two tokenizers, of both sides'."""
+    digest = hashlib.blake2b(digest_size=KEY_BYTES)
+    for array in tokens:
+        digest.update(array.astype("<i4", copy=False).tobytes())
     return digest.digest()
 
 
 def keys_of_set(encoded: EncodedSet) -> NDArray[np.uint8]:
     """Return [n, 16], the keys of all rows of a set."""
-    bounds = encoded.offsets.tolist()
-    return as_keys(row_key(encoded.input_ids[a:b], encoded.labels[a:b]) for a, b in pairwise(bounds))
+    return keys_of_rows(encoded, range(len(encoded)))
+
+
+def keys_of_rows(encoded: EncodedSet, rows: Iterable[int]) -> NDArray[np.uint8]:
+    """Return [n, 16], the keys of some rows of a set."""
+    sides = [encoded] if encoded.other is None else [encoded, encoded.other]
+    bounds = [side.offsets.tolist() for side in sides]
+
+    def tokens(row: int) -> Iterator[NDArray[Any]]:
+        for side, of in zip(sides, bounds, strict=True):
+            yield side.input_ids[of[row] : of[row + 1]]
+            yield side.labels[of[row] : of[row + 1]]
+
+    return as_keys(row_key(*tokens(row)) for row in rows)
 
 
 def keys_of_batch(batch: Batch) -> NDArray[np.uint8]:
     """Return [r, 16], the keys of the batch's rows that have a valid token, in order."""
     labelled = batch.valid_BT.any(1).cpu().numpy()
-    lengths = batch.attention_mask.sum(1).cpu().numpy()
-    ids_BT, labels_BT = batch.input_ids.cpu().numpy(), batch.labels.cpu().numpy()
+    streams = [batch] if batch.other is None else [batch, batch.other.stream]
+    sides = [
+        (
+            stream.input_ids.cpu().numpy(),
+            stream.labels.cpu().numpy(),
+            stream.attention_mask.sum(1).cpu().numpy(),
+        )
+        for stream in streams
+    ]
     return as_keys(
-        row_key(ids_BT[row, :length], labels_BT[row, :length]) for row, length in enumerate(lengths) if labelled[row]
+        row_key(*(of_BT[row, : lengths[row]] for ids_BT, labels_BT, lengths in sides for of_BT in (ids_BT, labels_BT)))
+        for row in np.flatnonzero(labelled)
     )
 
 
@@ -60,7 +81,6 @@ class RowIndex:
     def __init__(self, store: CacheStore) -> None:
         self._shards = [map_arrays(store.path / shard.file) for shard in store.manifest.shards]
         keys = [np.array(arrays[ROW_KEYS]) for arrays in self._shards]
-        offsets = [np.array(arrays[OFFSETS]) for arrays in self._shards]
         pairs = _halves(np.concatenate([np.empty((0, KEY_BYTES), np.uint8), *keys]))
         order = np.argsort(pairs[:, 0], kind="stable")
         #: The keys' first halves in ascending order, and the second halves with them.
@@ -70,8 +90,16 @@ class RowIndex:
         none = np.empty(0, np.int64)
         shard_of = [np.full(len(found), number, np.int64) for number, found in enumerate(keys)]
         self._shard = np.concatenate([none, *shard_of])[order]
-        self._start = np.concatenate([none, *(bounds[:-1] for bounds in offsets)])[order]
-        self._stop = np.concatenate([none, *(bounds[1:] for bounds in offsets)])[order]
+        self._bounds = {name: self._bounds_of(name, order) for name in (OFFSETS, OTHER_OFFSETS) if self._has(name)}
+
+    def _has(self, name: str) -> bool:
+        return any(name in arrays for arrays in self._shards)
+
+    def _bounds_of(self, name: str, order: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return [rows, 2]: where the tokens of each row start and stop in their shard."""
+        offsets = [np.array(arrays[name], np.int64) for arrays in self._shards]
+        none = np.empty((0, 2), np.int64)
+        return np.concatenate([none, *(np.stack([of[:-1], of[1:]], axis=1) for of in offsets)])[order]
 
     def __len__(self) -> int:
         return len(self._first)
@@ -86,16 +114,20 @@ class RowIndex:
         return np.where(there, places, -1)
 
     def read(self, places: NDArray[np.int64], names: Sequence[str]) -> dict[str, NDArray[Any]]:
-        """Return the arrays of the rows at ``places``, concatenated: name -> [N, ...], copied out of the files."""
-        where = zip(self._shard[places], self._start[places], self._stop[places], strict=True)
-        spans = [(int(shard), slice(int(start), int(stop))) for shard, start, stop in where]
+        """Return the arrays of the rows at ``places``, concatenated: name -> [N, ...], copied out of the files.
+
+        With two tokenizers, arrays of the teachers have M tokens.
+        """
+        return {name: self._read(places, name) for name in names}
+
+    def _read(self, places: NDArray[np.int64], name: str) -> NDArray[Any]:
+        is_other = OTHER_OFFSETS in self._bounds and name not in OWN_ROLES
+        bounds = self._bounds[OTHER_OFFSETS if is_other else OFFSETS][places]
+        where = zip(self._shard[places].tolist(), bounds.tolist(), strict=True)
         # An empty piece first: concatenate needs at least one, and rows without a valid token give none.
-        return {
-            name: np.concatenate(
-                [self._shards[0][name][:0], *(self._shards[shard][name][span] for shard, span in spans)]
-            )
-            for name in names
-        }
+        return np.concatenate(
+            [self._shards[0][name][:0], *(self._shards[shard][name][start:stop] for shard, (start, stop) in where)]
+        )
 
 
 def _halves(keys: NDArray[np.uint8]) -> NDArray[np.uint64]:

@@ -125,7 +125,7 @@ class LiveReferences:
         return lambda: self.heads(self.roles, batch, there)
 
     def __call__(self, batch: Batch) -> dict[str, Head]:
-        """Return role -> head of the batch's N valid tokens."""
+        """Return role -> head of the valid tokens of the role's stream (``Batch.stream_of``)."""
         return self.heads(self.roles, batch, self.sent(batch))
 
     @property
@@ -159,7 +159,7 @@ class LiveReferences:
             run = (id(model), model.adapters.get(role))
             if run not in runs:
                 with model.as_role(role):
-                    runs[run] = self._run(self._runners[id(model)], there)
+                    runs[run] = self._run(self._runners[id(model)], there.stream_of(role))
             found[role] = runs[run]
         # Only once all are queued: a copy to the student's device waits for its source.
         heads = {role: self._brought(role, head) for role, head in found.items()}
@@ -170,10 +170,10 @@ class LiveReferences:
             heads[STUDENT_RAW] = replace(head, weight=head.weight.detach())
         return heads
 
-    def _run(self, runner: Callable[[TokenStream], Head], batch: TokenStream) -> Head:
+    def _run(self, runner: Callable[[TokenStream], Head], rows: TokenStream) -> Head:
         # The student's autocast must not reach the references: each runs in its own dtype.
         with torch.autocast(self._home.type, enabled=False):
-            return runner(batch)
+            return runner(rows)
 
     def _brought(self, role: str, head: Head) -> Head:
         if head.hidden.device == self._device:

@@ -35,8 +35,8 @@ class _WholeHead(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: TokenStream) -> tuple[Tensor, Tensor, Tensor | None]:
-        head = self.model.head(batch)
+    def forward(self, rows: TokenStream) -> tuple[Tensor, Tensor, Tensor | None]:
+        head = self.model.head(rows)
         return head.hidden, head.weight.clone(), None if head.bias is None else head.bias.clone()
 
 
@@ -55,14 +55,14 @@ def sharded(
         persistence_threshold: ZeRO 3 keeps parameters with fewer elements whole.
 
     Returns:
-        A function from a batch to its head, whose output embedding stays whole as long as the head is referenced.
+        A function from rows to their head, whose output embedding stays whole as long as the head is referenced.
     """
     transform = model.head_of(next(model.parameters()).new_zeros(0))
     whole = _WholeHead(model)
     run = _by_fsdp(whole, device) if engine == "fsdp" else _by_zero(whole, device, persistence_threshold)
 
-    def head_of(batch: TokenStream) -> Head:
-        hidden, weight, bias = run(batch)
+    def head_of(rows: TokenStream) -> Head:
+        hidden, weight, bias = run(rows)
         return Head(hidden, weight, bias, transform.softcap, transform.scale)
 
     return head_of

@@ -22,6 +22,8 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 #: Arrays of a shard that belong to no role.
 ROW_KEYS, OFFSETS, SUPPORT = "row_keys", "offsets", "support"
+#: Offsets of the rows' tokens in the teachers' tokenizer, if they have one of their own.
+OTHER_OFFSETS = "other_offsets"
 #: Safetensors dtype -> numpy dtype; numpy lacks bfloat16, so its bits are read as 16-bit integers.
 _NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<i2", "U8": "u1", "U16": "<u2", "I32": "<i4", "I64": "<i8"}
 
@@ -163,7 +165,8 @@ class CacheStore:
         """Write a shard under the first free number, then the manifest.
 
         Args:
-            tensors: ``row_keys`` [rows, 16] uint8, ``offsets`` [rows + 1] int64, and the tokens' arrays.
+            tensors: ``row_keys`` [rows, 16] uint8, ``offsets`` [rows + 1] int64 (with two tokenizers also
+                ``other_offsets``), and the tokens' arrays.
 
         Raises:
             WriteError: the disk is full; no part of the shard is left.

@@ -64,9 +64,10 @@ def _delta(log_probs: Mapping[str, Tensor]) -> list[Tensor]:
 
 def topk_problems(loss: Loss) -> list[str]:
     """Return why a loss can't be computed over buckets, one sentence per reason that the loss gives."""
+    reasons = ["it compares two vocabularies"] if loss.needs_alignment else []
     return [
         f"loss: {reason}, which log-probs of a few tokens can't give; reference.store=hidden is exact for every loss"
-        for reason in dict.fromkeys(loss.whole_vocabulary_reasons)
+        for reason in dict.fromkeys([*reasons, *loss.whole_vocabulary_reasons])
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from deltakd.results.beyond import NOTES, BeyondTable
+from deltakd.results.costs import CostTable
 from deltakd.results.methods import Method
 from deltakd.results.statistics import Difference
 from deltakd.results.tables import Comparison, Score, notes_once
@@ -76,6 +77,16 @@ def beyond_markdown(tables: Sequence[BeyondTable]) -> str:
         if table.note:
             lines += ["", f"* {_md_escape(table.note)}"]
     return "\n".join([*lines, "", *(f"* {note}" for note in NOTES)]) + "\n"
+
+
+def cost_markdown(table: CostTable) -> str:
+    """Return the costs as Markdown; empty if nothing was trained."""
+    if not table.rows:
+        return ""
+    lines = ["", "## Cost", "", _md_line(["method", "runs", *table.columns])]
+    lines.append("| --- |" + " ---: |" * (len(table.columns) + 1))
+    lines += [_md_line([_md_escape(row.label), str(row.runs), *row.cells]) for row in table.rows]
+    return "\n".join([*lines, "", *(f"* {note}" for note in table.notes)]) + "\n"
 
 
 def _md_line(cells: Sequence[str]) -> str:

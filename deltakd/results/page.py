@@ -17,10 +17,12 @@ from deltakd.evaluation.token_groups import Preservation
 from deltakd.io.files import make_folder, write_text
 from deltakd.results import figures, sections
 from deltakd.results.beyond import NOTES, beyond_tables
+from deltakd.results.costs import cost_table
 from deltakd.results.delta_weights import delta_weights
 from deltakd.results.drawing import SERIES, Plate, Style, styles
-from deltakd.results.formats import beyond_markdown, latex, markdown, shown_difference
+from deltakd.results.formats import beyond_markdown, cost_markdown, latex, markdown, shown_difference
 from deltakd.results.methods import Method
+from deltakd.results.responses import Responses, responses_of
 from deltakd.results.tables import Comparison, notes_once
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -44,6 +46,7 @@ class Page:
         comparisons: the tables of scores.
         measured: method's label -> shift preservation of its runs, where it could be measured.
         missing: why shift preservation could not be measured, one sentence each.
+        responses: what the students of on-policy runs wrote while they trained.
         command: the command that wrote the report.
         styles: method's label -> how it is drawn.
     """
@@ -55,6 +58,7 @@ class Page:
     comparisons: list[Comparison]
     measured: Mapping[str, Sequence[Preservation]]
     missing: list[str]
+    responses: list[Responses]
     command: str
     styles: Mapping[str, Style]
 
@@ -96,6 +100,7 @@ def make_page(
     measured = {label: [p for p in of if p.overall is not None] for label, of in preservation.items()}
     lacking = {label: dict.fromkeys(text for p in of for text in p.missing) for label, of in preservation.items()}
     students = [method for method in methods if not method.role]
+    responses, unread = responses_of(students)
     finished = sum(run.finished for run in runs)
     return Page(
         title=title,
@@ -106,11 +111,12 @@ def make_page(
             else ""
         )
         + ".",
-        warnings=[*notes, *unfinished],
+        warnings=[*notes, *unfinished, *unread],
         methods=list(methods),
         comparisons=list(comparisons),
         measured={label: of for label, of in measured.items() if of},
         missing=[f"{label}: {text}" for label, texts in lacking.items() for text in texts],
+        responses=responses,
         command=command,
         # Only methods get colours; references are never drawn beside them.
         styles=styles([method.label for method in students or methods]),
@@ -161,8 +167,7 @@ class _View:
         self.preserved = sections.preserved_rows(page.measured)
         self.token_view = sections.token_view(page.measured)
         self.examples = sections.examples(page.methods)
-        self.costs = sections.cost_rows(page.methods)
-        self.cost_columns = sections.COST_COLUMNS
+        self.costs = cost_table(page.methods)
         self.runs = sections.run_rows(page.methods)
         self.study_commands = sections.study_commands(page.methods)
         self.run_commands = sections.run_commands(page.methods)
@@ -182,6 +187,7 @@ class _View:
             ("preservation", "Shift preservation", bool(self.preserved or self._page.missing)),
             ("tokens", "Token view", self.token_view is not None),
             ("answers", "Answers", bool(self.examples)),
+            ("responses", "Responses", bool(self._page.responses)),
             ("cost", "Cost", True),
             ("runs", "Runs", True),
         ]
@@ -207,6 +213,7 @@ def write_report(page: Page, folder: Path, tidy: Callable[[str], str] = str) -> 
         "report.html": render(page, tidy),
         "report.md": f"# {page.title}\n\n{markdown(page.comparisons)}"
         + beyond_markdown(beyond_tables(page.methods))
+        + cost_markdown(cost_table(page.methods))
         + _settings(page)
         + _notes(page, tidy),
         "table.tex": latex(page.comparisons),

@@ -1,4 +1,4 @@
-"""The parts of a report besides its tables of scores: costs, runs, answers, and the token view."""
+"""The parts of a report besides its tables of scores: runs, answers, and the token view."""
 
 from __future__ import annotations
 
@@ -31,42 +31,6 @@ def settings_of(methods: Sequence[Method]) -> list[tuple[str, list[str]]]:
         for method in methods
         if method.settings
     ]
-
-
-@dataclass(frozen=True)
-class CostRow:
-    """The average cost of a method's runs; ``cells`` are texts, one for each of COST_COLUMNS."""
-
-    label: str
-    runs: int
-    cells: list[str]
-
-
-#: Columns of the cost table: heading, key in the summary's ``meta``, decimals.
-_COSTS = (
-    ("tokens/s", "tokens_per_second", 0),
-    ("peak memory (MiB)", "peak_memory_mib", 0),
-    ("training (s)", "training_seconds", 1),
-    ("last start (s)", "seconds", 1),
-    ("steps", "steps", 0),
-    ("tokens", "valid_tokens", 0),
-)
-COST_COLUMNS = [heading for heading, _, _ in _COSTS]
-
-
-def cost_rows(methods: Sequence[Method]) -> list[CostRow]:
-    """Return the cost of every method with a finished training run."""
-    rows = []
-    for method in methods:
-        metas = [run.meta for run in method.finished if not run.evaluation_only]
-        if metas:
-            rows.append(CostRow(method.label, len(metas), [_mean_of(metas, key, digits) for _, key, digits in _COSTS]))
-    return rows
-
-
-def _mean_of(metas: Sequence[Mapping[str, Any]], key: str, digits: int) -> str:
-    values = [float(meta[key]) for meta in metas if isinstance(meta.get(key), int | float)]
-    return f"{np.mean(values):,.{digits}f}" if values else "–"
 
 
 #: Columns of the table of shift preservation: factor and decimals, as in the tables of the summaries' measures.

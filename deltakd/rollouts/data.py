@@ -51,6 +51,7 @@ class RolloutData(DistillationData):
         batch_size: rows per process and micro-batch.
         longest: most tokens of prompt and response together.
         log_probs: record each sampled token's log-prob where the student at that step did not sample it alone.
+        pairs: the loss compares the data's responses with the student's.
         weights_dir: for the files by which a server gets the student's weights.
         references: lend the teacher, if tokens are drawn from a mixture with it.
     """
@@ -71,6 +72,7 @@ class RolloutData(DistillationData):
         longest: int,
         log_probs: bool,
         weights_dir: Path,
+        pairs: bool = False,
         world_size: int | None = None,
         references: Lending | None = None,
     ) -> None:
@@ -90,6 +92,7 @@ class RolloutData(DistillationData):
         self.settings = settings
         self.longest = longest
         self.log_probs = log_probs
+        self.pairs = pairs
         self.weights_dir = weights_dir
         self.references = references
         self.loader: RolloutLoader | None = None
@@ -97,11 +100,12 @@ class RolloutData(DistillationData):
     def _make_sampler(self, rank: int, world_size: int) -> Sampler:
         assert self.batch_size is not None
         rows = self.batch_size * self.accumulate * world_size
-        prompts, over = divmod(rows, self.settings.per_prompt)
+        prompts, over = divmod(rows, self.settings.per_prompt * (2 if self.pairs else 1))
         if over:
             raise ValueError(
-                f"an optimiser step has {rows} rows, which is no multiple of rollout.per_prompt = "
-                f"{self.settings.per_prompt}; change it, data.batch_size or trainer.accumulate_grad_batches"
+                f"an optimiser step has {rows} rows{' in pairs' if self.pairs else ''}, which is no multiple of "
+                f"rollout.per_prompt = {self.settings.per_prompt}; change it, data.batch_size or "
+                "trainer.accumulate_grad_batches"
             )
         if not round(self.settings.fraction * prompts):
             raise ValueError(
@@ -140,6 +144,7 @@ class RolloutData(DistillationData):
             rank=rank,
             world_size=world_size,
             seed=self.seed,
+            pairs=self.pairs,
         )
         return self.loader
 

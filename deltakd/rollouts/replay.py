@@ -88,14 +88,14 @@ class Kept:
         prompt: its tokens.
         response: with its log-probs when it was written, if a loss needs them.
         step: the optimiser step for which it was written, from 0.
-        pair: number of the pair of teachers that judges it; None: rows are not routed.
+        route: number of the pair of teachers that judges it; None: rows are not routed.
     """
 
     row_id: int
     prompt: list[int]
     response: Response
     step: int
-    pair: int | None = None
+    route: int | None = None
 
 
 @final
@@ -134,7 +134,7 @@ class ReplayBuffer:
         return {
             "row_ids": [one.row_id for one in self._kept],
             "steps": [one.step for one in self._kept],
-            "pairs": [one.pair for one in self._kept],
+            "routes": [one.route for one in self._kept],
             "prompts": torch.from_numpy(prompts),
             "offsets": torch.from_numpy(offsets),
             "responses": pack([one.response for one in self._kept]),
@@ -142,8 +142,8 @@ class ReplayBuffer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         prompts, offsets = state["prompts"].tolist(), state["offsets"].tolist()
-        own = (state["row_ids"], unpack(state["responses"]), state["steps"], state["pairs"])
+        own = (state["row_ids"], unpack(state["responses"]), state["steps"], state["routes"])
         self._kept = [
-            Kept(row, prompts[start:stop], response, step, pair)
-            for start, stop, row, response, step, pair in zip(offsets[:-1], offsets[1:], *own, strict=True)
+            Kept(row, prompts[start:stop], response, step, route)
+            for start, stop, row, response, step, route in zip(offsets[:-1], offsets[1:], *own, strict=True)
         ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -18,9 +18,9 @@ from deltakd.data.encoding.encoded_set import Encoded, EncodedSet
 from deltakd.generation.noise import NoiseKey
 from deltakd.rollouts.engine import Engine, Request
 from deltakd.rollouts.replay import Kept, ReplayBuffer, StudentShare
-from deltakd.rollouts.responses import Response, Round, StepPlan, answered, prompt_of
+from deltakd.rollouts.responses import Response, Round, StepPlan, answered, last_response, prompt_of
 from deltakd.rollouts.settings import RolloutSettings
-from deltakd.types import IGNORE_INDEX, Batch
+from deltakd.types import IGNORE_INDEX, Batch, StepPairs
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +55,7 @@ class RolloutLoader:
         accumulate: micro-batches per optimiser step.
         rank, world_size: this rank's place.
         seed: for the noise, and for the choice of rows if not all responses are the student's.
+        pairs: each response of the student follows that of the data to the same prompt; the batch size is then even.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class RolloutLoader:
         rank: int,
         world_size: int,
         seed: int,
+        pairs: bool = False,
     ) -> None:
         self.encoded = encoded
         self.sampler = sampler
@@ -81,6 +83,7 @@ class RolloutLoader:
         self.rank = rank
         self.world_size = world_size
         self.seed = seed
+        self.pairs = pairs
         #: ``rollout/...`` metrics of the current step.
         self.metrics: dict[str, float] = {}
         self.buffer = ReplayBuffer(settings.replay.size)
@@ -98,13 +101,16 @@ class RolloutLoader:
     def __iter__(self) -> Iterator[Batch]:
         rows: list[_Row] = []
         dealt, step_tokens = -1, 0
+        pairs: StepPairs | None = None
         for index in range(self._start, len(self)):
             step, number = divmod(index, self.accumulate)
             if step != dealt:
                 rows, dealt = self._rows(step), step
                 step_tokens = _valid_tokens(rows)
+                pairs = StepPairs(len(rows) // 2, _valid_tokens(rows[::2])) if self.pairs else None
             start = (number * self.world_size + self.rank) * self.batch_size
             batch = self._batch(rows[start : start + self.batch_size], step, step_tokens)
+            batch.pairs = pairs
             # Set before the batch is handed over: a checkpoint saved while the caller holds it counts it as consumed.
             self._position = index + 1
             yield batch
@@ -145,16 +151,19 @@ class RolloutLoader:
         if self._round is None or step not in self._round:
             self._round = self._answer(step)
         plan, each = self._round.plan(step), self.settings.per_prompt
-        made = [Kept(row.row_id, prompt_of(row), one, step, row.pair) for row, one in self.responses_of_step(step)]
+        made = [Kept(row.row_id, prompt_of(row), one, step, row.route) for row, one in self.responses_of_step(step)]
         again = self.buffer.draw(step, (plan.own - plan.fresh) * each, self.seed)
-        given = [_Row(row) for row, turn in self._turns(step) if turn >= plan.own]
         self.buffer.add(step, made)
         self.metrics = self._round.metrics_of(step) | self._speed | self._replay_metrics(step, again)
         own = [
-            _Row(answered(one.row_id, one.prompt, one.response, one.pair), one.response.log_probs)
+            _Row(answered(one.row_id, one.prompt, one.response, one.route), one.response.log_probs)
             for one in (*made, *again)
         ]
-        return sorted([*own, *given], key=lambda row: len(row.encoded.input_ids))
+        if self.pairs:
+            given = [_Row(last_response(row)) for row, _ in self.responses_of_step(step)]
+            return _shortest_first(zip(given, own, strict=True))
+        given = [_Row(row) for row, turn in self._turns(step) if turn >= plan.own]
+        return _shortest_first((row,) for row in (*own, *given))
 
     def _replay_metrics(self, step: int, again: Sequence[Kept]) -> dict[str, float]:
         found = {"rollout/student_fraction": self.share.value} if self.settings.replay.adaptive else {}
@@ -212,6 +221,12 @@ class RolloutLoader:
         if any(row.log_probs is not None for row in rows):
             batch.sampled_log_probs = _aligned(rows, batch.labels)
         return batch
+
+
+def _shortest_first(groups: Iterable[tuple[_Row, ...]]) -> list[_Row]:
+    """Return all rows, by the longest of each group; groups stay together."""
+    ordered = sorted(groups, key=lambda group: max(len(row.encoded.input_ids) for row in group))
+    return [row for group in ordered for row in group]
 
 
 def _valid_tokens(rows: Sequence[_Row]) -> int:

@@ -76,6 +76,8 @@ class RolloutSettings:
         found = self.decoding.problems("rollout.decoding") if self.on_policy else []
         if loss is not None and loss.needs_sampled_tokens:
             found += self._sampling_problems()
+        if loss is not None and loss.needs_pairs:
+            found += self._pair_problems()
         if self.mixes_teacher and loss is not None and TEACHER not in loss.requires:
             found.append(
                 "rollout.source=mixture draws tokens from the teacher, too, and the loss reads no model.teacher; give "
@@ -96,6 +98,23 @@ class RolloutSettings:
             found.append(
                 f"rollout.per_prompt is {self.per_prompt}, but without sampling all responses to a prompt are the "
                 "same; give rollout.decoding.do_sample=true or rollout.per_prompt=1"
+            )
+        return found
+
+    def _pair_problems(self) -> list[str]:
+        compares = "the loss compares the data's response to each prompt with the student's own, and"
+        if not self.own_rows_alone:
+            given = (
+                "rollout.replay.adaptive is true" if self.replay.adaptive else f"rollout.fraction is {self.fraction:g}"
+            )
+            return [f"{compares} {given}; give rollout=student with rollout.fraction=1, or another loss"]
+        found = []
+        if self.mixes_teacher:
+            found.append(f"{compares} rollout.source is mixture; give rollout.source=student")
+        if self.replay.size:
+            found.append(
+                f"{compares} rollout.replay.size={self.replay.size} brings back responses to other prompts; give "
+                "rollout.replay.size=0"
             )
         return found
 

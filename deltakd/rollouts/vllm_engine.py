@@ -130,13 +130,14 @@ class VllmEngine:
         started = time.perf_counter()
         if self._transfer is None:
             self._facts = read_facts(self._server, self._settings.vllm.model)
-            self._transfer = make_transfer(self._server, self._facts, self._settings.vllm, self._directory)
-            self._transfer.connect()
         assert self._facts is not None
         if self._facts.sleeps:
             # Its weights first: memory for the cache comes once the transfer needs none.
             self._server.post("/wake_up", tags="weights")
         try:
+            if self._transfer is None:
+                self._transfer = make_transfer(self._server, self._facts, self._settings.vllm, self._directory)
+                self._transfer.connect()
             self._transfer.send(checkpoint_weights(student), self._facts.dtype, self._version)
         except RefusedError:
             if self._server.is_healthy():

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from deltakd.io.errors import LostServerError, RefusedError
+from deltakd.io.errors import RefusedError
 from deltakd.io.files import remove, replacing
 from deltakd.io.inference_server import InferenceServer
 
@@ -29,7 +29,7 @@ class Transfer(Protocol):
     """Hands weights over; used by one process."""
 
     def connect(self) -> None:
-        """Prepare for a server that has just started."""
+        """Prepare for a server that has just started. Raises LostServerError and RefusedError."""
         ...
 
     def send(self, weights: Mapping[str, Tensor], dtype: torch.dtype | None, version: str) -> None:
@@ -186,7 +186,7 @@ def _beside(ours: Callable[[], Any], theirs: Callable[[], Any]) -> Any:
     a request that fails is told without waiting for it.
 
     Raises:
-        LostServerError: ours failed or did not end, although the server's end did.
+        RefusedError: ours failed or did not end, although the server's end did.
     """
     results: list[Any] = []
     failures: list[BaseException] = []
@@ -202,7 +202,7 @@ def _beside(ours: Callable[[], Any], theirs: Callable[[], Any]) -> Any:
     theirs()
     thread.join(_LAST_SECONDS)
     if failures:
-        raise LostServerError(f"NCCL failed to reach the server: {failures[0]}") from failures[0]
+        raise RefusedError(f"NCCL failed to reach the server: {failures[0]}", 500) from failures[0]
     if not results:
-        raise LostServerError(f"NCCL did not end within {_LAST_SECONDS:g} s of the server's own end")
+        raise RefusedError(f"NCCL did not end within {_LAST_SECONDS:g} s of the server's own end", 500)
     return results[0]

@@ -12,7 +12,7 @@ from deltakd.distributed.devices import choose_device
 from deltakd.evaluation.teacher_answers import Answering, answer_prompts, answering_record
 from deltakd.io.run_directory import RunDirectory
 from deltakd.models.identity import model_version
-from deltakd.models.roles import open_tokenizer, shared_vocabulary
+from deltakd.models.roles import open_tokenizer, open_vocabularies
 from deltakd.tracking.environment import costs_since, environment
 from deltakd.training.announce import warn_of_verbatim_prompts
 from deltakd.training.assembly import open_role
@@ -67,9 +67,9 @@ def _load(settings: RunSettings, path: str, directory: RunDirectory) -> Answerin
     assert isinstance(data, InstructionData)
     data.make_files()
     tokenizer = open_tokenizer(settings.model, directory.path / "tokenizer")
-    vocabulary = shared_vocabulary(settings.model, settings.specs, tokenizer)
+    vocabularies = open_vocabularies(settings.model, settings.specs, tokenizer)
     rows = data.read(tokenizer)
     warn_of_verbatim_prompts(data, rows.train)
-    teacher = open_role(settings, TEACHER, tokenizer, vocabulary).to(choose_device(settings.trainer.accelerator))
+    teacher = open_role(settings, TEACHER, tokenizer, vocabularies).to(choose_device(settings.trainer.accelerator))
     shown = settings.trainer.enable_progress_bar
-    return Answering(path, data, settings.evaluation, rows, tokenizer, vocabulary, teacher, shown)
+    return Answering(path, data, settings.evaluation, rows, tokenizer, vocabularies.size, teacher, shown)

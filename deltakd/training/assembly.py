@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import lightning as L
 from transformers import PreTrainedTokenizerBase
 
 from deltakd.data import InstructionData, LoadedSets
+from deltakd.data.encoding.two_tokenizers import Coding, TwoTokenizers
 from deltakd.data.routing import routed, with_tasks
 from deltakd.distributed.ranks import is_main_process, main_process_first
 from deltakd.evaluation.retention import check_retained
@@ -20,9 +21,10 @@ from deltakd.io.run_directory import RunDirectory
 from deltakd.models import LanguageModel, ModelSpec, load_config
 from deltakd.models.adapter_files import base_of
 from deltakd.models.experts import balance_warning
+from deltakd.models.identity import spec_of
 from deltakd.models.lora import add_lora
-from deltakd.models.roles import open_model, open_tokenizer, shared_vocabulary
-from deltakd.models.vocabulary import unknown_token_problems
+from deltakd.models.roles import OWN_ROLES, Vocabularies, open_model, open_tokenizer, open_vocabularies
+from deltakd.models.vocabulary import unaligned_problems, unknown_token_problems
 from deltakd.references import (
     CachedReferences,
     CacheStore,
@@ -41,7 +43,7 @@ from deltakd.training.announce import (
 )
 from deltakd.training.inputs import check_inputs, read_inputs
 from deltakd.training.settings import RunSettings
-from deltakd.types import STUDENT, STUDENT_RAW, TEACHER
+from deltakd.types import STUDENT, STUDENT_RAW, TEACHER, TokenMap
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +71,8 @@ class Parts:
         settings: of the run.
         directory: where everything goes.
         tokenizer: the student's.
-        vocabulary: number of tokens that all models share.
+        vocabularies: numbers of tokens, and the teachers' tokenizer if they have one of their own.
+        token_map: between the two vocabularies; None: all models share a tokenizer.
         sets: tokenised rows.
         evaluation: the sets to answer at the end; read before training, so that a mistake in a file does not cost a
             run. None: nothing is generated.
@@ -79,10 +82,16 @@ class Parts:
     settings: RunSettings
     directory: RunDirectory
     tokenizer: PreTrainedTokenizerBase
-    vocabulary: int
+    vocabularies: Vocabularies
+    token_map: TokenMap | None
     sets: LoadedSets
     evaluation: CheckedSets | None
     models: Models
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens of the student."""
+        return self.vocabularies.size
 
 
 def load_parts(settings: RunSettings, directory: RunDirectory) -> Parts:
@@ -99,31 +108,76 @@ def load_parts(settings: RunSettings, directory: RunDirectory) -> Parts:
     with main_process_first(f"data of {directory.path}"):
         settings.data.make_files()
         tokenizer = open_tokenizer(settings.model, directory.path / "tokenizer")
-        vocabulary = shared_vocabulary(settings.model, settings.specs, tokenizer)
-        sets = settings.data.load(tokenizer, prompts_only=settings.rollout.own_rows_alone)
+        vocabularies = read_vocabularies(settings, tokenizer)
+        prompts_only = settings.rollout.own_rows_alone and not settings.loss.needs_pairs
+        sets = settings.data.load(tokenizer, prompts_only=prompts_only, teachers=vocabularies.other)
         settings.data.check_lengths(sets)
         if settings.model.routes:
             sets = routed(sets, settings.model.routes)
         elif sets.val is not None:
             sets = sets._replace(val=with_tasks(sets.val, sets.val_rows, None))
-        check_tokens(sets, tokenizer, vocabulary)
+        check_tokens(sets, tokenizer, vocabularies)
         cached = None
         if settings.cache is not None:
-            cached = _cached_references(settings, tokenizer, sets)
-            vocabulary = cached.vocabulary
+            cached = _cached_references(settings, tokenizer, sets, vocabularies.other)
+            vocabularies = replace(
+                vocabularies, size=cached.vocabulary, other_size=cached.other_vocabulary or vocabularies.other_size
+            )
+        token_map = make_token_map(settings, tokenizer, vocabularies)
         if is_main_process():
-            inputs = read_inputs(settings, tokenizer, sets, cached)
+            inputs = read_inputs(settings, tokenizer, sets, cached, vocabularies.other)
             shards = None if sets.stream is None else sets.stream.versions
             check_inputs(directory.path, inputs, shards, force=settings.resume == "force")
-            _check_server(settings, tokenizer, vocabulary)
+            _check_server(settings, tokenizer, vocabularies.size)
             preview_data(settings.data, sets.train, tokenizer)
             warn_of_verbatim_prompts(settings.data, sets.train_rows)
         check_retained(settings.evaluation.measures, settings.data, tokenizer)
-        evaluation = _read_evaluation(settings, tokenizer, vocabulary, sets) if settings.evaluation.generate else None
+        evaluation = (
+            _read_evaluation(settings, tokenizer, vocabularies.size, sets) if settings.evaluation.generate else None
+        )
     # Only the evaluation sets needed the raw rows.
     sets = sets._replace(train_rows=[])
-    models = open_models(settings, tokenizer, vocabulary, cached)
-    return Parts(settings, directory, tokenizer, vocabulary, sets, evaluation, models)
+    models = open_models(settings, tokenizer, vocabularies, cached)
+    return Parts(settings, directory, tokenizer, vocabularies, token_map, sets, evaluation, models)
+
+
+def read_vocabularies(settings: RunSettings, tokenizer: PreTrainedTokenizerBase) -> Vocabularies:
+    """Compare the tokenizers of the run's models, and check that the run can do with what they are.
+
+    Raises:
+        ConfigError: teachers have a tokenizer of their own, and the run can't align it.
+        ValueError: as ``open_vocabularies``.
+    """
+    specs = dict(settings.specs)
+    if settings.cache is not None and settings.loss.needs_alignment:
+        # Their weights are in the cache; their tokenizers are not.
+        named = {role: spec_of(settings.model, role) for role in sorted(settings.loss.requires)}
+        specs |= {role: spec for role, spec in named.items() if spec is not None and role not in OWN_ROLES}
+    vocabularies = open_vocabularies(settings.model, specs, tokenizer, aligns=settings.loss.needs_alignment)
+    problems = settings.data.one_tokenizer_problems() if vocabularies.other is None else []
+    if vocabularies.other is not None and settings.rollout.on_policy:
+        problems.append(
+            "the teachers have another tokenizer than the student, whose own responses (rollout=student) are not "
+            "encoded in it; give rollout=none, or models that share one tokenizer"
+        )
+    if problems:
+        raise ConfigError(problems)
+    return vocabularies
+
+
+def make_token_map(
+    settings: RunSettings, tokenizer: PreTrainedTokenizerBase, vocabularies: Vocabularies
+) -> TokenMap | None:
+    """Return the map between the student's vocabulary and the teachers'; None: they share one.
+
+    Raises:
+        UnalignableError: they share nothing.
+    """
+    if vocabularies.other is None:
+        return None
+    student = Coding(settings.data.make_template(tokenizer), tokenizer, 0, 0)
+    both = TwoTokenizers(student, settings.data.teachers_coding(vocabularies.other))
+    return both.token_map(vocabularies.size, vocabularies.other_size)
 
 
 def _check_server(settings: RunSettings, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
@@ -171,18 +225,24 @@ def _warn_of_sets_in_stream(settings: RunSettings) -> None:
         )
 
 
-def check_tokens(sets: LoadedSets, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
-    """Raise a ConfigError if rows hold tokens that not all models have."""
-    problems = [
-        problem
-        for name, encoded in named_sets(sets).items()
-        for problem in unknown_token_problems(name, encoded, tokenizer, vocabulary)
-    ]
+def check_tokens(sets: LoadedSets, tokenizer: PreTrainedTokenizerBase, vocabularies: Vocabularies) -> None:
+    """Raise a ConfigError if rows hold tokens that not all models have, or no token of them can be aligned."""
+    problems = []
+    for name, encoded in named_sets(sets).items():
+        problems += unknown_token_problems(name, encoded, tokenizer, vocabularies.size)
+        if encoded.other is not None and vocabularies.other is not None:
+            problems += unknown_token_problems(name, encoded.other, vocabularies.other, vocabularies.other_size)
+            problems += unaligned_problems(name, encoded, tokenizer, vocabularies.other)
     if problems:
         raise ConfigError(problems)
 
 
-def open_cache(settings: RunSettings, tokenizer: PreTrainedTokenizerBase, sets: LoadedSets) -> CacheStore:
+def open_cache(
+    settings: RunSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    sets: LoadedSets,
+    teachers: PreTrainedTokenizerBase | None,
+) -> CacheStore:
     """Open a run's cache, and check that it was made from this data; rows may be missing.
 
     Raises:
@@ -192,7 +252,7 @@ def open_cache(settings: RunSettings, tokenizer: PreTrainedTokenizerBase, sets: 
     assert settings.cache is not None
     assert settings.cache.path is not None
     store = CacheStore.open(Path(settings.cache.path))
-    given = data_identity(settings.data, tokenizer, sets)
+    given = data_identity(settings.data, tokenizer, sets, teachers)
     problems = data_problems(store.manifest.content, given, store.path)
     if problems:
         raise ConfigError(problems)
@@ -201,8 +261,13 @@ def open_cache(settings: RunSettings, tokenizer: PreTrainedTokenizerBase, sets: 
     return store
 
 
-def _cached_references(settings: RunSettings, tokenizer: PreTrainedTokenizerBase, sets: LoadedSets) -> CachedReferences:
-    store = open_cache(settings, tokenizer, sets)
+def _cached_references(
+    settings: RunSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    sets: LoadedSets,
+    teachers: PreTrainedTokenizerBase | None,
+) -> CachedReferences:
+    store = open_cache(settings, tokenizer, sets, teachers)
     references = CachedReferences(store, settings.loss.requires)
     missing = missing_problem(missing_rows(references.index, sets), sets, store.path)
     if missing:
@@ -211,7 +276,7 @@ def _cached_references(settings: RunSettings, tokenizer: PreTrainedTokenizerBase
 
 
 def open_references(
-    settings: RunSettings, tokenizer: PreTrainedTokenizerBase, vocabulary: int
+    settings: RunSettings, tokenizer: PreTrainedTokenizerBase, vocabularies: Vocabularies
 ) -> dict[str, LanguageModel]:
     """Open the models of all roles but the student's, on the CPU; roles with one set of weights share one model.
 
@@ -228,7 +293,7 @@ def open_references(
             for other, one in settings.model.specs.items()
             if other not in (role, STUDENT) and base_of(one) == base_of(spec)
         }
-        model = open_role(settings, role, tokenizer, vocabulary, sharing)
+        model = open_role(settings, role, tokenizer, vocabularies, sharing)
         found |= dict.fromkeys((name for name in (role, *sharing) if name in settings.specs), model)
     return found
 
@@ -237,7 +302,7 @@ def open_role(
     settings: RunSettings,
     role: str,
     tokenizer: PreTrainedTokenizerBase,
-    vocabulary: int,
+    vocabularies: Vocabularies,
     sharing: Mapping[str, ModelSpec] | None = None,
 ) -> LanguageModel:
     """Open the model of one role, on the CPU; ``sharing`` is as for ``open_model``.
@@ -250,29 +315,33 @@ def open_role(
         settings.specs[role],
         settings.model,
         sharing=sharing,
-        vocabulary=vocabulary,
+        vocabulary=vocabularies.of(role),
         eos_token_id=tokenizer.eos_token_id,
         seed=settings.seed,
-        max_length=settings.data.max_length,
+        max_length=(None if vocabularies.is_own(role) else settings.data.teacher_max_length)
+        or settings.data.max_length,
     )
 
 
 def open_models(
-    settings: RunSettings, tokenizer: PreTrainedTokenizerBase, vocabulary: int, cached: References | None = None
+    settings: RunSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabularies: Vocabularies,
+    cached: References | None = None,
 ) -> Models:
     """Open every model of the run, prepare the student for training, and freeze the references.
 
     Args:
         settings: of the run.
         tokenizer: the student's.
-        vocabulary: number of tokens that all models share.
+        vocabularies: numbers of tokens that the models share.
         cached: cached references, if the run reads them.
 
     Raises:
         ValueError: a model is not available or does not fit.
     """
-    student = _trainable(open_role(settings, STUDENT, tokenizer, vocabulary), settings)
-    loaded = {STUDENT: student, **open_references(settings, tokenizer, vocabulary)}
+    student = _trainable(open_role(settings, STUDENT, tokenizer, vocabularies), settings)
+    loaded = {STUDENT: student, **open_references(settings, tokenizer, vocabularies)}
     references = cached
     if settings.loss.requires and cached is None:
         assert isinstance(settings.reference, SourceSettings), "a cache that is to be read was not opened"

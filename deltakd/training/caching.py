@@ -11,14 +11,14 @@ from typing import Any
 from deltakd.distributed.devices import choose_device
 from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
-from deltakd.models.roles import open_tokenizer, shared_vocabulary
+from deltakd.models.roles import open_tokenizer
 from deltakd.references import CacheStore, LiveReferences
 from deltakd.references.begin import Caching, begin_store
 from deltakd.references.content import data_identity, data_problems, missing_rows
 from deltakd.references.fill import drop_damaged, make_missing, summary_of
 from deltakd.references.index import RowIndex
 from deltakd.tracking.environment import costs_since, environment
-from deltakd.training.assembly import check_tokens, open_cache, open_references, open_role
+from deltakd.training.assembly import check_tokens, open_cache, open_references, open_role, read_vocabularies
 from deltakd.training.settings import RunSettings
 from deltakd.types import STUDENT
 
@@ -62,8 +62,9 @@ def finished_cache(settings: RunSettings) -> dict[str, Any] | None:
     path = Path(str(settings.cache.path))
     settings.data.make_files()
     tokenizer = open_tokenizer(settings.model, path / "tokenizer")
-    sets = settings.data.load(tokenizer)
-    store = open_cache(settings, tokenizer, sets)
+    teachers = read_vocabularies(settings, tokenizer).other
+    sets = settings.data.load(tokenizer, teachers=teachers)
+    store = open_cache(settings, tokenizer, sets, teachers)
     if any(len(rows) for rows in missing_rows(RowIndex(store), sets).values()):
         return None
     directory = RunDirectory(path)
@@ -78,10 +79,10 @@ def _load(settings: RunSettings) -> tuple[Caching, CacheStore]:
     path = Path(str(settings.cache.path))
     settings.data.make_files()
     tokenizer = open_tokenizer(settings.model, path / "tokenizer")
-    vocabulary = shared_vocabulary(settings.model, settings.specs, tokenizer)
-    sets = settings.data.load(tokenizer)
-    check_tokens(sets, tokenizer, vocabulary)
-    given = data_identity(settings.data, tokenizer, sets)
+    vocabularies = read_vocabularies(settings, tokenizer)
+    sets = settings.data.load(tokenizer, teachers=vocabularies.other)
+    check_tokens(sets, tokenizer, vocabularies)
+    given = data_identity(settings.data, tokenizer, sets, vocabularies.other)
     store = None
     if CacheStore.is_at(path):
         store = CacheStore.open(path)
@@ -92,7 +93,7 @@ def _load(settings: RunSettings) -> tuple[Caching, CacheStore]:
             drop_damaged(store)
         else:
             store.check(checksum=settings.cache.verify)
-    models = open_references(settings, tokenizer, vocabulary)
+    models = open_references(settings, tokenizer, vocabularies)
     device = choose_device(settings.trainer.accelerator)
     references = LiveReferences(models)
     references.to(device)
@@ -102,11 +103,11 @@ def _load(settings: RunSettings) -> tuple[Caching, CacheStore]:
         settings.data,
         settings.loss,
         tokenizer,
-        vocabulary,
+        vocabularies,
         sets,
         references,
         device,
-        open_student=partial(open_role, settings, STUDENT, tokenizer, vocabulary),
+        open_student=partial(open_role, settings, STUDENT, tokenizer, vocabularies),
         show_progress=settings.trainer.enable_progress_bar,
     )
     return caching, begin_store(caching, given) if store is None else store

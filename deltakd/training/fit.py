@@ -149,6 +149,7 @@ def make_data(parts: Parts, ranks: int) -> DistillationData:
             max_steps=settings.max_steps,
             longest=parts.settings.data.max_length,
             log_probs=parts.settings.loss.needs_sampled_tokens,
+            pairs=parts.settings.loss.needs_pairs,
             weights_dir=parts.directory.path / "server_weights",
             world_size=ranks,
             references=parts.models.references if isinstance(parts.models.references, LiveReferences) else None,
@@ -286,7 +287,7 @@ def _announce(parts: Parts, data: DistillationData, state: SavedState | None) ->
             len(parts.sets.train),
             going_on,
         )
-        if parts.settings.loss.ce_weight > 0:
+        if parts.settings.loss.ce_weight > 0 and not parts.settings.loss.needs_pairs:
             log.warning(
                 "The loss mixes in the cross-entropy of the labels, which are the student's own samples: its expected "
                 "gradient is 0, so it only adds noise. Give loss.ce_weight=0."

@@ -34,12 +34,17 @@ _HOW = {
     "data.train": "the rows are others",
     "data.val": "the rows are others",
     "tokenizer": "the tokens are others",
+    "teachers' tokenizer": "the tokens are others",
     "reference": "the cache is another",
 }
 
 
 def read_inputs(
-    settings: RunSettings, tokenizer: PreTrainedTokenizerBase, sets: LoadedSets, cached: CachedReferences | None
+    settings: RunSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    sets: LoadedSets,
+    cached: CachedReferences | None,
+    teachers: PreTrainedTokenizerBase | None = None,
 ) -> dict[str, str | None]:
     """Return input -> sha256 or commit; None if it is unknown.
 
@@ -48,12 +53,14 @@ def read_inputs(
         tokenizer: the student's.
         sets: tokenised rows; what is trained on depends on the tokenizer, too.
         cached: cached references, if the run uses them: then their models are not read.
+        teachers: the teachers' tokenizer, if they have one of their own.
     """
     inputs = {
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "data.train": sets.train.fingerprint or None,
         "data.val": None if sets.val is None else sets.val.fingerprint or None,
     }
+    inputs |= {} if teachers is None else {"teachers' tokenizer": tokenizer_fingerprint(teachers)}
     inputs |= {
         f"model.{role}": model_version(spec.path) if spec.init == "pretrained" and spec.path else None
         for role, spec in settings.specs.items()
@@ -132,4 +139,5 @@ def _read(directory: Path) -> dict[str, Any]:
 def _lasting(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return the part of a cache's content that determines its numbers, without the models' former paths."""
     models = {role: {k: v for k, v in model.items() if k != "path"} for role, model in content["models"].items()}
-    return {key: content[key] for key in ("store", "vocabulary", "k", "temperature")} | {"models": models}
+    lasting = {key: content[key] for key in ("store", "vocabulary", "k", "temperature")} | {"models": models}
+    return lasting | ({"other": content["other"]} if content.get("other") else {})

@@ -168,7 +168,11 @@ def _evaluate_student(parts: Parts) -> tuple[dict[str, float], Measured]:
             parts.vocabulary,
             model,
             settings.reference,
-            {role: loaded for role, loaded in parts.models.loaded.items() if role != STUDENT},
+            {
+                role: loaded
+                for role, loaded in parts.models.loaded.items()
+                if role != STUDENT and parts.vocabularies.is_own(role)
+            },
             show_progress=settings.trainer.enable_progress_bar,
         ),
         parts.sets.val,

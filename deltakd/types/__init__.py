@@ -12,8 +12,8 @@ So ``hidden_ND`` holds one hidden state for each valid token, ``labels_BT`` one 
 
 from deltakd.types.aligned import AlignedLogits, AlignedTokens, SideTokens
 from deltakd.types.alignment import UNALIGNED, Alignment, TokenMap
-from deltakd.types.batch import IGNORE_INDEX, AlignedStream, Batch, TokenStream
-from deltakd.types.heads import NO_FACTS, Head, HeadLogits, TokenFacts, in_float64
+from deltakd.types.batch import IGNORE_INDEX, AlignedStream, Batch, StepPairs, TokenStream
+from deltakd.types.heads import NO_FACTS, Head, HeadLogits, PairFacts, TokenFacts, in_float64
 from deltakd.types.losses import Gate, LinearKL, Loss, LossOutput, Progress, Schedule, SequenceLoss, require_kind
 from deltakd.types.products import Products, at_least_float32
 from deltakd.types.role_names import (
@@ -47,11 +47,13 @@ __all__ = [
     "LinearKL",
     "Loss",
     "LossOutput",
+    "PairFacts",
     "Products",
     "Progress",
     "Schedule",
     "SequenceLoss",
     "SideTokens",
+    "StepPairs",
     "TokenFacts",
     "TokenMap",
     "TokenStream",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from deltakd.types.alignment import Alignment
-from deltakd.types.heads import TokenFacts
+from deltakd.types.heads import PairFacts, TokenFacts
 from deltakd.types.role_names import STUDENT, STUDENT_RAW
 
 #: The label of a position that is not trained on (prompt, padding).
@@ -82,6 +82,10 @@ class TokenStream:
             _real=self.real_positions,
         )
 
+    def stream_of(self, role: str) -> TokenStream:
+        """Return the rows in the tokenizer of a role's model."""
+        return self
+
     def pinned(self) -> Self:
         """Return the stream in page-locked memory, from which a GPU copies while the host goes on."""
         self._valid, self._real = self.valid_N, self.real_positions
@@ -103,6 +107,18 @@ class AlignedStream:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> AlignedStream:
         """Return the stream with its tensors on ``device``."""
         return AlignedStream(self.stream.to(device, non_blocking), self.alignment.to(device, non_blocking))
+
+
+class StepPairs(NamedTuple):
+    """The pairs of an optimiser step, over all ranks and micro-batches.
+
+    Args:
+        pairs: their number.
+        given_tokens: valid tokens of the data's responses.
+    """
+
+    pairs: int
+    given_tokens: int
 
 
 @dataclass
@@ -136,6 +152,8 @@ class Batch(TokenStream):
             None: as for ``TokenFacts``.
         other: the same rows in the teachers' tokenizer; None: all models share the student's.
         routes: the rows of each pair of teachers; empty: the first pair judges all rows.
+        pairs: of the whole step: rows 2i and 2i + 1 then answer the same prompt, the data's response first and the
+            student's after it. None: rows are not in pairs.
     """
 
     row_ids: Tensor
@@ -144,12 +162,17 @@ class Batch(TokenStream):
     sampled_log_probs: Tensor | None = None
     other: AlignedStream | None = None
     routes: tuple[Route, ...] = ()
+    pairs: StepPairs | None = None
 
     @property
     def facts_N(self) -> TokenFacts:
-        """Facts about the N valid tokens: their rows, and their log-probs at sampling time."""
+        """Facts about the N valid tokens: their rows, their log-probs at sampling time, and their pairs."""
         sampled = None if self.sampled_log_probs is None else self.sampled_log_probs.flatten()[self.valid_N + 1]
-        return TokenFacts(self.rows_N, sampled)
+        rows_N = self.rows_N
+        if self.pairs is None:
+            return TokenFacts(rows_N, sampled)
+        tokens = (self.step_tokens / self.pairs.pairs, self.step_tokens / self.pairs.given_tokens)
+        return TokenFacts(rows_N, sampled, pairs=PairFacts(rows_N // 2, rows_N % 2 == 0, *tokens))
 
     def stream_of(self, role: str) -> TokenStream:
         """Return the rows in the tokenizer of a role's model."""
@@ -185,6 +208,8 @@ def _pinned(value: Any) -> Any:
     """Return a tensor, or all tensors of a dataclass, in page-locked memory."""
     if isinstance(value, Tensor):
         return value.pin_memory()
+    if type(value) is tuple:
+        return tuple(map(_pinned, value))
     if not is_dataclass(value) or isinstance(value, type):
         return value
     return replace(value, **{field.name: _pinned(getattr(value, field.name)) for field in fields(value)})

@@ -147,6 +147,26 @@ class Head:
 
 
 @dataclass(frozen=True)
+class PairFacts:
+    """Pairs of responses to the same prompt, among N tokens.
+
+    Args:
+        numbers: [N] int64, ascending: the pair of each token; both its responses are among the tokens.
+        given: [N] bool: True in the data's response, False in the student's.
+        tokens_per_pair: valid tokens of the whole optimiser step, over all ranks, divided by its pairs.
+        tokens_per_given: the same tokens divided by those of the data's responses.
+    """
+
+    numbers: Tensor
+    given: Tensor
+    tokens_per_pair: float
+    tokens_per_given: float
+
+    def __getitem__(self, tokens: slice) -> PairFacts:
+        return replace(self, numbers=self.numbers[tokens], given=self.given[tokens])
+
+
+@dataclass(frozen=True)
 class TokenFacts:
     """What a loss may know about N tokens besides logits and labels.
 
@@ -154,12 +174,15 @@ class TokenFacts:
         rows: [N] int64, ascending: the row that each token belongs to; None: unknown.
         sampled_log_probs: [N] nats, the labels' log-probs when an earlier student sampled them; None: they were not
             sampled, or the current student sampled them.
-        weights: [N], computed from rewards by a loss of whole sequences (``SequenceLoss``); None for other losses.
+        weights: [N] or [N, k], computed from rewards by a loss of whole sequences (``SequenceLoss``); None for other
+            losses.
+        pairs: for a loss of pairs; None: the tokens are not in pairs.
     """
 
     rows: Tensor | None = None
     sampled_log_probs: Tensor | None = None
     weights: Tensor | None = None
+    pairs: PairFacts | None = None
 
     def part(self, tokens: slice | Tensor) -> TokenFacts:
         """Return the facts about some of the tokens."""

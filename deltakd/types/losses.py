@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from deltakd.types.aligned import AlignedTokens
 from deltakd.types.alignment import TokenMap
-from deltakd.types.heads import Head
+from deltakd.types.heads import Head, TokenFacts
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,9 @@ class Loss(ABC):
     #: True if the labels must be tokens sampled by the student itself (``rollout=student``).
     needs_sampled_tokens: bool = False
 
+    #: True if the loss compares the data's response with the student's: rows come in pairs (``Batch.pairs``).
+    needs_pairs: bool = False
+
     #: True if the loss compares models with different tokenizers. ``logits`` is then an ``AlignedLogits``: those of
     #: teachers are [M, V'] over their own tokens, and its ``tokens`` say how both sides correspond.
     needs_alignment: bool = False
@@ -245,15 +248,15 @@ class SequenceLoss(Loss):
         """Score N tokens separately: [N] nats, detached."""
 
     @abstractmethod
-    def sequence_weights(self, rewards: Tensor, rows: Tensor) -> Tensor:
+    def sequence_weights(self, rewards: Tensor, facts: TokenFacts) -> Tensor:
         """Turn rewards into weights.
 
         Args:
             rewards: [N], as from ``token_rewards``, with each row's tokens in order.
-            rows: [N] int64, ascending: the row of each token.
+            facts: about the N tokens; their rows are known.
 
         Returns:
-            [N], for ``logits.facts.weights``.
+            [N] or [N, k], for ``logits.facts.weights``.
         """
 
 

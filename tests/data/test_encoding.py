@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from deltakd.data.encoding import token_table
+from deltakd.data.encoding import token_table, two_tokenizers
 from deltakd.data.encoding.chat_template import ChatTemplate
 from deltakd.data.encoding.encode import encode_prompt, encode_row
 from deltakd.data.encoding.templates import AlpacaTemplate, PlainTemplate, make_template
@@ -209,7 +209,7 @@ def test_cache_spares_the_second_tokenising(
     first = encode_rows(rows, PLAIN, tokenizer, **limits)
     tokenizer("leaves padding and truncation behind", padding="max_length", truncation=True, max_length=50)
     with monkeypatch.context() as patch:
-        patch.setattr(token_table, "encode_batch", None)
+        patch.setattr(two_tokenizers, "encode_batch", None)
         again = encode_rows(rows, PLAIN, tokenizer, **limits)
     assert first.fingerprint == again.fingerprint
     assert list(first) == list(again)

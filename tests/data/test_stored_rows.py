@@ -58,7 +58,7 @@ def test_the_second_start_reads_no_rows(options: dict[str, Any], monkeypatch: py
     with monkeypatch.context() as patch:
         patch.setattr(prepared, "iter_rows", None)
         patch.setattr(load, "_chosen", None)
-        patch.setattr("deltakd.data.encoding.token_table.encode_batch", None)
+        patch.setattr("deltakd.data.encoding.two_tokenizers.encode_batch", None)
         second = load_instruction_sets(**options)
     plain = load_instruction_sets(**options | {"cache_dir": None})
     for other in (second, plain):

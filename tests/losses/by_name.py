@@ -15,10 +15,12 @@ from deltakd.types import Loss
 _ALL = sorted(path.stem for path in (CONF_DIR / "loss").glob("*.yaml"))
 #: Losses of tokens that the student sampled: their value is not what their gradient differentiates.
 SAMPLED = ["delta_opd", "exopd", "minillm", "opd", "opd2"]
+#: Losses of pairs of responses.
+PAIRED = ["dpkd"]
 #: Losses of two tokenizers, which read an alignment beside the logits (tests/losses/test_two_tokenizers.py).
 ALIGNED = ["delta_span", "dskd", "span_kd", "uld"]
 #: Losses of any tokens.
-NAMES = [name for name in _ALL if name not in (*SAMPLED, *ALIGNED)]
+NAMES = [name for name in _ALL if name not in (*SAMPLED, *PAIRED, *ALIGNED)]
 #: All but SFT: those with a term beside the cross-entropy.
 DISTILLING = [name for name in NAMES if name != "sft"]
 

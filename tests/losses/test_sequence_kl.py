@@ -80,7 +80,8 @@ def test_later_rewards_against_numpy() -> None:
 
 def test_length_normalised_weights_are_means_of_later_rewards() -> None:
     loss = SequenceReverseKL(teacher_target())
-    weights = loss.sequence_weights(torch.tensor([1.0, 2.0, 4.0, 8.0, 9.0]), torch.tensor([0, 0, 0, 2, 2]))
+    rows = TokenFacts(rows=torch.tensor([0, 0, 0, 2, 2]))
+    weights = loss.sequence_weights(torch.tensor([1.0, 2.0, 4.0, 8.0, 9.0]), rows)
     assert weights.tolist() == [3.0, 4.0, 0.0, 9.0, 0.0]
 
 

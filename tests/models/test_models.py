@@ -22,8 +22,9 @@ from deltakd.models import (
 )
 from deltakd.models.lora import add_lora
 from deltakd.models.saving import save_student
+from deltakd.models.tokenizers import OtherTokenizerError
 from deltakd.types import IGNORE_INDEX, Batch
-from tests.tiny import make_tokenizer, save_model
+from tests.tiny import make_rows, make_tokenizer, save_model
 
 V = 300
 FAMILIES = {
@@ -177,11 +178,11 @@ def test_tokenizers_are_compared_by_their_tokens() -> None:
     padded = make_tokenizer()
     padded.add_special_tokens({"pad_token": "<pad>"})
     assert common_vocabulary(ours, padded, "teacher") == len(ours)
-    longer = make_tokenizer()
-    longer.add_tokens(["surprise"])
-    with pytest.raises(
-        ValueError, match=r"the student's has \d+ tokens, the teacher's \d+ \(first extra: \['surprise'\]\)"
-    ):
+    extended = make_tokenizer()
+    extended.add_tokens(["<think>"])
+    assert common_vocabulary(ours, extended, "teacher") == common_vocabulary(extended, ours, "teacher") == len(ours)
+    longer = train_tokenizer([json.dumps(row) for row in make_rows(50, 0)], len(ours) + 5)
+    with pytest.raises(OtherTokenizerError, match=r"the student's has \d+ tokens, the teacher's \d+ \(first extra: "):
         common_vocabulary(ours, longer, "teacher")
     other_end = make_tokenizer()
     other_end.eos_token = "<other>"

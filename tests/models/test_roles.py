@@ -16,7 +16,7 @@ from deltakd.models.roles import (
     open_model,
     open_reference,
     open_tokenizer,
-    shared_vocabulary,
+    open_vocabularies,
 )
 from deltakd.models.settings import LoraSpec, TokenizerSettings
 from deltakd.models.vocabulary import vocabulary_of
@@ -64,13 +64,13 @@ def test_what_does_not_fit_is_refused(world: World, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model.student.path=.*bare: the tokenizer has no EOS token"):
         open_tokenizer(ModelSettings(specs={STUDENT: spec(tmp_path / "bare")}), tmp_path / "none")
     other = make_tokenizer()
-    other.add_tokens(["<another>"])
+    other.eos_token = "<another>"
     save_model(tmp_path / "other", seed=1, tokenizer=other)
     with pytest.raises(ValueError, match="the teacher has another tokenizer than the student"):
         open_reference(TEACHER, spec(tmp_path / "other"), SETTINGS, tokenizer, 300)
     specs = {STUDENT: spec(world.root / "student_raw"), TEACHER: spec(tmp_path / "other")}
     with pytest.raises(ValueError, match="the teacher has another tokenizer than the student"):
-        shared_vocabulary(SETTINGS, specs, tokenizer)
+        open_vocabularies(SETTINGS, specs, tokenizer)
 
 
 def test_a_model_of_few_positions_is_opened_all_the_same(tmp_path: Path) -> None:
@@ -97,8 +97,8 @@ def test_padding_that_one_model_lacks_is_no_part_of_the_shared_vocabulary(world:
     padded.add_special_tokens({"pad_token": "<pad>"})
     save_model(tmp_path / "padded", seed=1, tokenizer=padded)
     specs = {STUDENT: spec(tmp_path / "padded"), TEACHER: spec(world.root / "teacher")}
-    assert shared_vocabulary(SETTINGS, specs, padded) == len(padded) - 1
-    assert shared_vocabulary(SETTINGS, {STUDENT: specs[STUDENT]}, padded) == len(padded)
+    assert open_vocabularies(SETTINGS, specs, padded).size == len(padded) - 1
+    assert open_vocabularies(SETTINGS, {STUDENT: specs[STUDENT]}, padded).size == len(padded)
 
 
 def test_which_model_it_is(world: World, tmp_path: Path) -> None:

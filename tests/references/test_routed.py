@@ -155,4 +155,4 @@ def test_tasks_are_known_without_routes_and_their_teachers_only_with_them() -> N
     assert [tasks.names[number] for number in tasks.numbers] == [None, "x"]
     assert not tasks.routed
     routed = with_tasks(encoded, rows, {"x": 2, "*": 3})
-    assert [row.pair for row in routed] == [3, 2]
+    assert [row.route for row in routed] == [3, 2]

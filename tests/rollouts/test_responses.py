@@ -28,6 +28,7 @@ class Echo:
 
     def __init__(self, log_probs: bool = False) -> None:
         self.asked: list[Request] = []
+        self.metrics: dict[str, float] = {}
         self.log_probs = log_probs
 
     def answer(self, requests: Sequence[Request]) -> list[Response]:
@@ -49,13 +50,15 @@ def rows() -> EncodedSet:
     return EncodedSet(flat, flatten(labels)[0], offsets, np.arange(100, 100 + ROWS), {}, "")
 
 
-def loader(engine: Engine, rank: int = 0, world_size: int = 1, accumulate: int = 2, **options: object) -> RolloutLoader:
+def loader(
+    engine: Engine, rank: int = 0, world_size: int = 1, accumulate: int = 2, pairs: bool = False, **options: object
+) -> RolloutLoader:
     settings = RolloutSettings(**({"fraction": 1.0} | options))  # type: ignore[arg-type]
     encoded, batch_size = rows(), 4 // (world_size * accumulate)
     sampler = StepSampler(
         encoded.lengths,
         encoded.valid_tokens,
-        batch_size=4 // settings.per_prompt,
+        batch_size=4 // settings.per_prompt // (2 if pairs else 1),
         accumulate=1,
         world_size=1,
         rank=0,
@@ -64,7 +67,7 @@ def loader(engine: Engine, rank: int = 0, world_size: int = 1, accumulate: int =
         max_steps=6,
         group_by_length=False,
     )
-    place = {"rank": rank, "world_size": world_size}
+    place = {"rank": rank, "world_size": world_size, "pairs": pairs}
     return RolloutLoader(
         encoded, sampler, engine, settings, pad_id=0, batch_size=batch_size, accumulate=accumulate, seed=7, **place
     )

@@ -20,6 +20,8 @@ from deltakd.generation.noise import NoiseKey
 from deltakd.io.errors import ConfigError, LostServerError, ServerError
 from deltakd.io.run_directory import RunDirectory
 from deltakd.rollouts.vllm_server import seed_of
+from deltakd.training.run import run_training
+from tests.distributed.processes import on_ranks
 from tests.rollouts.fake_vllm import FakeVllm, serving
 from tests.tiny import World, save_model
 
@@ -267,3 +269,42 @@ def test_what_the_config_shows_is_said_without_a_server(
     with pytest.raises(ConfigError) as caught:
         make_settings(compose_config("train", world.overrides(tmp_path / "run", "sft", *chosen)))
     assert said in str(caught.value)
+
+
+def _run(overrides: list[str], directory: Path) -> str:
+    try:
+        run_training(make_settings(compose_config("train", overrides)), directory)
+    except LostServerError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "deepspeed_zero3"])
+def test_two_processes_get_the_responses_of_one(
+    fake: FakeVllm, sharp: list[str], world: World, tmp_path: Path, strategy: str
+) -> None:
+    """And when the server is gone, both stop with one saved state."""
+    student = save_model(tmp_path / "plain", seed=1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    common = on_server(fake, *sharp, f"model.student.path={student}", "optim.lr=0.001", "optim.eps=1e-4")
+    common += ["trainer.accelerator=cpu", "trainer.max_steps=4"]
+    runs = {}
+    for ranks, chosen in ((1, []), (2, [f"strategy={strategy}"])):
+        runs[ranks] = tmp_path / str(ranks)
+        sizes = [f"trainer.devices={ranks}", f"data.batch_size={8 // ranks}"]
+        overrides = world.overrides(runs[ranks], "kd_reverse", *common, *sizes, *chosen)
+        assert on_ranks(ranks, _run, overrides, runs[ranks]) == [""] * ranks
+    for name in ("train/loss", "rollout/response_length"):
+        assert column(runs[2], name) == pytest.approx(column(runs[1], name), rel=1e-5)
+    assert max(column(runs[2], "rollout/logprob_gap")) < 1e-5
+
+    def die(number: int) -> None:
+        if number >= 2 * 4 * 8 + 2 * 8 + 3:
+            raise ConnectionResetError
+
+    fake.before = die
+    gone = tmp_path / "gone"
+    sizes = ["trainer.devices=2", "data.batch_size=4", f"strategy={strategy}"]
+    said = on_ranks(2, _run, world.overrides(gone, "kd_reverse", *common, *sizes), gone)
+    assert all("did not come back within rollout.vllm.wait=0 s" in one for one in said)
+    assert (gone / "checkpoints" / "last.ckpt").exists()

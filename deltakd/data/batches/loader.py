@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from deltakd.data.batches.budget import check_budget, pack
 from deltakd.data.batches.sampler import Sampler
 from deltakd.data.encoding.encoded_set import Encoded, EncodedSet
 from deltakd.data.encoding.example_stream import Example
-from deltakd.types import IGNORE_INDEX, Batch
+from deltakd.types import IGNORE_INDEX, UNALIGNED, AlignedStream, Alignment, Batch, TokenStream
 
 
 def collate(encoded: Sequence[Encoded | Example], pad_id: int, step: int, step_tokens: int) -> Batch:
@@ -26,6 +27,19 @@ def collate(encoded: Sequence[Encoded | Example], pad_id: int, step: int, step_t
         pad_id: any id of the vocabulary.
         step, step_tokens: copied into the batch.
     """
+    batch = Batch(
+        *_padded(encoded, pad_id),
+        row_ids=torch.tensor([row.row_id for row in encoded], dtype=torch.int64),
+        step=step,
+        step_tokens=step_tokens,
+        other=_other(encoded),
+    )
+    routes = [row.route for row in encoded if isinstance(row, Encoded) and row.route is not None]
+    return batch.routed(routes) if routes else batch
+
+
+def _padded(encoded: Sequence[Encoded | Example], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ids, mask and labels, each [B, T]."""
     longest = max(len(row.input_ids) for row in encoded)
     input_ids = np.full((len(encoded), longest), pad_id, dtype=np.int64)
     labels = np.full((len(encoded), longest), IGNORE_INDEX, dtype=np.int64)
@@ -35,16 +49,27 @@ def collate(encoded: Sequence[Encoded | Example], pad_id: int, step: int, step_t
         input_ids[number, :length] = row.input_ids
         labels[number, :length] = row.labels
         mask[number, :length] = 1
-    batch = Batch(
-        input_ids=torch.from_numpy(input_ids),
-        attention_mask=torch.from_numpy(mask),
-        labels=torch.from_numpy(labels),
-        row_ids=torch.tensor([row.row_id for row in encoded], dtype=torch.int64),
-        step=step,
-        step_tokens=step_tokens,
-    )
-    pairs = [row.pair for row in encoded if isinstance(row, Encoded) and row.pair is not None]
-    return batch.routed(pairs) if pairs else batch
+    return torch.from_numpy(input_ids), torch.from_numpy(mask), torch.from_numpy(labels)
+
+
+def _other(encoded: Sequence[Encoded | Example]) -> AlignedStream | None:
+    """Return the rows in the teachers' tokenizer, and their alignment; None: there is one tokenizer."""
+    others = [row.other for row in encoded if row.other is not None]
+    if not others:
+        return None
+    # Any id of any vocabulary: under the mask its value does not count.
+    stream = TokenStream(*_padded(others, 0))
+    return AlignedStream(stream, Alignment.of(_spans(encoded), _spans(others)))
+
+
+def _spans(rows: Sequence[Encoded | Example]) -> Tensor:
+    """Return [N], the spans of the rows' valid tokens, numbered on from row to row."""
+    found, count = [], 0
+    for row in rows:
+        spans = np.asarray(row.spans)[1:][np.asarray(row.labels)[1:] != IGNORE_INDEX]
+        found.append(np.where(spans >= 0, spans + count, UNALIGNED))
+        count += int(spans.max(initial=UNALIGNED)) + 1
+    return torch.from_numpy(np.concatenate(found).astype(np.int64))
 
 
 def saved_position(state: Mapping[str, Any], micro_batches: int) -> int:
@@ -154,5 +179,9 @@ class EvalLoader:
 
     def _masked(self, number: int) -> Batch:
         row = self.encoded[int(self._batches[0][0])]
-        nothing = replace(row, labels=[IGNORE_INDEX] * len(row.labels))
-        return collate([nothing], self.pad_id, number, 0)
+        return collate([_without_labels(row)], self.pad_id, number, 0)
+
+
+def _without_labels(row: Encoded) -> Encoded:
+    other = None if row.other is None else _without_labels(row.other)
+    return replace(row, labels=[IGNORE_INDEX] * len(row.labels), other=other)

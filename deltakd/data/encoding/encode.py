@@ -34,6 +34,8 @@ class Outcome:
         kept_border: True if a merge of prompt and answer was undone (``one_text``).
         control_tokens: True if control tokens in the data became text (``control_tokens``).
         problem: why the row can't be encoded; None if it can.
+        answers: [start, stop) of the trained answers in the tokens of ``encoded``, empty where cut off.
+        cut_other: True if prompt or response were cut in the teachers' tokenizer, if they have one of their own.
     """
 
     encoded: Encoded | None
@@ -44,6 +46,8 @@ class Outcome:
     kept_border: bool = False
     control_tokens: bool = False
     problem: RowError | None = None
+    answers: tuple[tuple[int, int], ...] = ()
+    cut_other: bool = False
 
 
 def encode_row(
@@ -154,13 +158,15 @@ def _outcome(
     # Tokens after the last trained one cost time and teach nothing.
     ids = ids[: min(max_length, tokenised.spans[-1][1] - gone)]
     labels = [IGNORE_INDEX] * len(ids)
-    for start, stop in tokenised.spans:
-        part = slice(start - gone, min(stop - gone, len(ids)))
-        labels[part] = ids[part]
-    trained = sum(max(0, min(stop - gone, len(ids)) - max(start - gone, 1)) for start, stop in tokenised.spans)
+    answers = tuple((min(start - gone, len(ids)), min(stop - gone, len(ids))) for start, stop in tokenised.spans)
+    for start, stop in answers:
+        labels[start:stop] = ids[start:stop]
+    trained = sum(max(0, stop - max(start, 1)) for start, stop in answers)
     # Nothing predicts position 0, so a label there trains nothing.
     encoded = Encoded(ids, labels, row.id) if trained else None
-    return Outcome(encoded, prompt_length, total_length, cut_prompt, cut_response, tokenised.kept_border)
+    return Outcome(
+        encoded, prompt_length, total_length, cut_prompt, cut_response, tokenised.kept_border, answers=answers
+    )
 
 
 def encode_prompt(

@@ -22,13 +22,17 @@ class Encoded:
         input_ids: T token ids, prompt and response.
         labels: T labels, not shifted: the token itself if trained, else IGNORE_INDEX.
         row_id: the row's number in its data set.
-        pair: number of the pair of teachers that judges the row, from 1; None: rows are not routed.
+        route: number of the pair of teachers that judges the row, from 1; None: rows are not routed.
+        spans: T numbers, the span of each token, from 0 in each row, or UNALIGNED; None: there is one tokenizer.
+        other: the row in the teachers' tokenizer, with the same spans; None: there is one tokenizer.
     """
 
     input_ids: list[int]
     labels: list[int]
     row_id: int
-    pair: int | None = None
+    route: int | None = None
+    spans: list[int] | None = None
+    other: Encoded | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,21 +42,21 @@ class RowTasks:
     Args:
         numbers: [n] int32, the place of each row's task in ``names``.
         names: of the tasks; None: rows without one.
-        pairs: of each task, the number of its pair of teachers, from 1; None: it has none, or rows are not routed.
+        routes: of each task, the number of its pair of teachers, from 1; None: it has none, or rows are not routed.
     """
 
     numbers: NDArray[np.int32]
     names: tuple[str | None, ...]
-    pairs: tuple[int | None, ...]
+    routes: tuple[int | None, ...]
 
     @property
     def routed(self) -> bool:
         """True if tasks have pairs of teachers of their own."""
-        return any(pair is not None for pair in self.pairs)
+        return any(route is not None for route in self.routes)
 
-    def pair(self, index: int) -> int | None:
+    def route(self, index: int) -> int | None:
         """Return the number of the pair that judges a row."""
-        return self.pairs[self.numbers[index]]
+        return self.routes[self.numbers[index]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +70,8 @@ class EncodedSet:
         row_ids: [n] int64.
         counts: what happened to the rows: ``rows`` read, ``cut_prompts``, ``cut_responses``, ``dropped``.
         fingerprint: sha256 of everything the tokens depend on (rows, tokenizer, template, limits).
+        spans: [tokens] int32, as of ``Encoded``; None: there is one tokenizer.
+        other: the same rows in the teachers' tokenizer; None: there is one tokenizer.
         tasks: the rows' tasks; None: not asked for, or rows have none.
     """
 
@@ -75,6 +81,8 @@ class EncodedSet:
     row_ids: NDArray[np.int64]
     counts: dict[str, int] = field(default_factory=dict)
     fingerprint: str = ""
+    spans: NDArray[np.int32] | None = None
+    other: EncodedSet | None = None
     tasks: RowTasks | None = None
 
     def __len__(self) -> int:
@@ -85,8 +93,14 @@ class EncodedSet:
             raise IndexError(f"row {index} of {len(self)}")
         index = int(index) % len(self)
         part = slice(self.offsets[index], self.offsets[index + 1])
-        pair = None if self.tasks is None else self.tasks.pair(index)
-        return Encoded(self.input_ids[part].tolist(), self.labels[part].tolist(), int(self.row_ids[index]), pair)
+        return Encoded(
+            self.input_ids[part].tolist(),
+            self.labels[part].tolist(),
+            int(self.row_ids[index]),
+            None if self.tasks is None else self.tasks.route(index),
+            None if self.spans is None else self.spans[part].tolist(),
+            None if self.other is None else self.other[index],
+        )
 
     def __iter__(self) -> Iterator[Encoded]:
         return (self[index] for index in range(len(self)))
@@ -95,6 +109,13 @@ class EncodedSet:
     def lengths(self) -> NDArray[np.int64]:
         """[n] tokens of each row, prompt included."""
         return np.diff(self.offsets)
+
+    @cached_property
+    def aligned_fraction(self) -> float | None:
+        """Share of the valid tokens that lie in a span; None: there is one tokenizer."""
+        if self.spans is None:
+            return None
+        return float((self.spans >= 0).sum()) / max(1, int(self.valid_tokens.sum()))
 
     @cached_property
     def valid_tokens(self) -> NDArray[np.int64]:

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, final
 import numpy as np
 from numpy.typing import NDArray
 
-from deltakd.data.encoding.encode import Outcome, check_limits, encode_batch
+from deltakd.data.encoding.encode import Outcome, check_limits
+from deltakd.data.encoding.encoded_set import Encoded
 from deltakd.data.encoding.examples import examples
 from deltakd.data.encoding.packing import CHARACTERS_PER_TOKEN, PIECE_BLOCKS, _pieces
 from deltakd.data.encoding.segments import Template
 from deltakd.data.encoding.tokens import TextEncoder
+from deltakd.data.encoding.two_tokenizers import Coding, TwoTokenizers
 from deltakd.data.sources.passes import Passes, Place
 from deltakd.data.sources.rows import Row
 from deltakd.data.sources.shards import Shard
@@ -101,11 +103,25 @@ class Example(NamedTuple):
         input_ids: [T] int32, prompt and response.
         labels: [T] int32, as in ``Encoded``.
         row_id: the row's number.
+        spans, other: as in ``Encoded``.
     """
 
     input_ids: NDArray[np.int32]
     labels: NDArray[np.int32]
     row_id: int
+    spans: NDArray[np.int32] | None = None
+    other: Example | None = None
+
+    @classmethod
+    def of(cls, encoded: Encoded) -> Example:
+        """Return an encoded row as an example."""
+        return cls(
+            _flat(encoded.input_ids),
+            _flat(encoded.labels),
+            encoded.row_id,
+            None if encoded.spans is None else _flat(encoded.spans),
+            None if encoded.other is None else cls.of(encoded.other),
+        )
 
     @property
     def valid_tokens(self) -> int:
@@ -207,8 +223,8 @@ class RowExamples(ExampleStream[Row, list[Outcome]]):
 
     Args:
         passes: the rows in their order.
-        template, tokenizer, max_length, max_prompt_length, overlong, split_turns: as for ``encode_rows``. No other
-            thread may use the tokenizer.
+        template, tokenizer, max_length, max_prompt_length, overlong, split_turns, teachers: as for ``encode_rows``. No
+            other thread may use the tokenizers.
 
     Raises:
         ValueError: as ``check_limits``.
@@ -223,16 +239,18 @@ class RowExamples(ExampleStream[Row, list[Outcome]]):
         max_prompt_length: int,
         overlong: str,
         split_turns: bool = False,
+        teachers: Coding | None = None,
     ) -> None:
         super().__init__(passes, max_length)
         self._split_turns = split_turns
         check_limits(tokenizer, max_length, max_prompt_length, overlong)
-        self._how = (template, tokenizer, max_length, max_prompt_length, overlong)
+        student = Coding(template, tokenizer, max_length, max_prompt_length, overlong)
+        self._encode_rows = student.encode if teachers is None else TwoTokenizers(student, teachers).encode
 
     def _encode(self, rows: list[Row]) -> list[list[Outcome]]:
         places = [(place, one) for place, row in enumerate(rows) for one in examples(row, self._split_turns)]
         outcomes: list[list[Outcome]] = [[] for _ in rows]
-        encoded = encode_batch([row for _, row in places], *self._how)
+        encoded = self._encode_rows([row for _, row in places])
         for (place, _), outcome in zip(places, encoded, strict=True):
             if outcome.problem is not None:
                 raise outcome.problem
@@ -255,8 +273,7 @@ class _TakingRows(_Taking[list[Outcome]]):
         kept = [outcome.encoded for outcome in row if outcome.encoded is not None]
         for number, encoded in enumerate(kept):
             if number >= skip:
-                example = Example(_flat(encoded.input_ids), _flat(encoded.labels), encoded.row_id)
-                yield Drawn(example, Mark(place, item, number, self.counts))
+                yield Drawn(Example.of(encoded), Mark(place, item, number, self.counts))
         self.counts = self.counts.plus(
             examples=len(kept),
             tokens=sum(len(encoded.input_ids) for encoded in kept),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from deltakd.data.encoding.encode import Outcome, check_limits, encode_batch, encode_prompts
+from deltakd.data.encoding.encode import Outcome, check_limits, encode_prompts
 from deltakd.data.encoding.encoded_set import Encoded, EncodedSet
 from deltakd.data.encoding.examples import examples
 from deltakd.data.encoding.segments import Template
 from deltakd.data.encoding.token_cache import fingerprint, tokenizer_fingerprint
+from deltakd.data.encoding.two_tokenizers import Coding, TwoTokenizers
 from deltakd.data.encoding.workers import in_order, usable_processes
 from deltakd.data.sources.records import Problems
 from deltakd.data.sources.rows import Row, RowError
@@ -32,6 +33,14 @@ LONG_TABLE = 20_000
 #: Rows tokenised at once.
 BATCH = 1_000
 _DTYPES = {"input_ids": "<i4", "labels": "<i4", "lengths": "<i8", "row_ids": "<i8"}
+#: With two tokenizers.
+_OTHER_DTYPES = {
+    "spans": "<i4",
+    "other_input_ids": "<i4",
+    "other_labels": "<i4",
+    "other_lengths": "<i8",
+    "other_spans": "<i4",
+}
 
 
 def encode_rows(
@@ -44,14 +53,16 @@ def encode_rows(
     overlong: str = "cut",
     split_turns: bool = False,
     cache_dir: str | Path | None = None,
+    teachers: Coding | None = None,
 ) -> EncodedSet:
-    """Tokenise rows once; each response becomes a separate example with the row's id.
+    """Tokenise rows once per tokenizer; each response becomes a separate example with the row's id.
 
     Args:
         rows: the rows.
         template, tokenizer, max_length, max_prompt_length, overlong: as for ``encode_row``.
         split_turns: make an example of each answer of a conversation (``examples``).
         cache_dir: folder that keeps the tokens for later runs; None: they are only in a temporary place.
+        teachers: how rows become tokens for teachers with a tokenizer of their own; None: they share the student's.
 
     Raises:
         ValueError: as ``encode_row`` (all rows that the template can't render are named together), or no row is left.
@@ -59,18 +70,22 @@ def encode_rows(
     check_limits(tokenizer, max_length, max_prompt_length, overlong)
     if not len(rows):
         raise ValueError("there are no rows to tokenise")
-    limits = [max_length, max_prompt_length, overlong]
-    key = fingerprint("rows", rows_digest(rows), tokenizer_fingerprint(tokenizer), repr(template), limits, split_turns)
+    student = Coding(template, tokenizer, max_length, max_prompt_length, overlong)
+    key = fingerprint("rows", rows_digest(rows), *student.identity, split_turns)
+    encode, dtypes = student.encode, _DTYPES
+    if teachers is not None:
+        check_limits(teachers.tokenizer, teachers.max_length, teachers.max_prompt_length, overlong)
+        key = fingerprint("two", key, teachers.identity)
+        encode, dtypes = TwoTokenizers(student, teachers).encode, _DTYPES | _OTHER_DTYPES
 
     def tokenise(number: int) -> _Piece:
         some = rows[number * BATCH : (number + 1) * BATCH]
-        batch = [example for row in some for example in examples(row, split_turns)]
-        return _piece(encode_batch(batch, template, tokenizer, max_length, max_prompt_length, overlong))
+        return _piece(encode([example for row in some for example in examples(row, split_turns)]))
 
     def build(writer: ArrayWriter) -> None:
         _write(writer, tokenise, len(rows))
 
-    table = kept_arrays(f"tokens-{key}", cache_dir, _DTYPES, build, "tokens")
+    table = kept_arrays(f"tokens-{key}", cache_dir, dtypes, build, "tokens")
     return _as_set(table, key, max_length, max_prompt_length)
 
 
@@ -140,12 +155,9 @@ class _Piece(NamedTuple):
 
 def _piece(outcomes: Sequence[Outcome]) -> _Piece:
     kept = [outcome.encoded for outcome in outcomes if outcome.encoded is not None]
-    arrays: dict[str, NDArray[Any]] = {
-        "input_ids": np.fromiter(chain.from_iterable(one.input_ids for one in kept), np.int32),
-        "labels": np.fromiter(chain.from_iterable(one.labels for one in kept), np.int32),
-        "lengths": np.array([len(one.input_ids) for one in kept], np.int64),
-        "row_ids": np.array([one.row_id for one in kept], np.int64),
-    }
+    arrays = _arrays(kept) | {"row_ids": np.array([one.row_id for one in kept], np.int64)}
+    others = [one.other for one in kept if one.other is not None]
+    arrays |= {f"other_{name}": values for name, values in _arrays(others).items()} if others else {}
     counts = {
         "rows": len(outcomes),
         "cut_prompts": sum(outcome.cut_prompt for outcome in outcomes),
@@ -153,10 +165,25 @@ def _piece(outcomes: Sequence[Outcome]) -> _Piece:
         "dropped": len(outcomes) - len(kept),
         "kept_borders": sum(outcome.kept_border for outcome in outcomes),
         "control_tokens": sum(outcome.control_tokens for outcome in outcomes),
-    }
+    } | ({"cut_others": sum(outcome.cut_other for outcome in outcomes)} if others else {})
     lengths = {"prompts": [o.prompt_length for o in outcomes], "totals": [o.total_length for o in outcomes]}
     spans = {name: [min(these), max(these)] for name, these in lengths.items()}
     return _Piece(arrays, counts, spans, [str(o.problem) for o in outcomes if o.problem is not None])
+
+
+def _arrays(rows: Sequence[Encoded]) -> dict[str, NDArray[Any]]:
+    """Return the tokens of rows as in the table."""
+
+    def flat(parts: Iterable[Sequence[int]]) -> NDArray[Any]:
+        return np.fromiter(chain.from_iterable(parts), np.int32)
+
+    arrays: dict[str, NDArray[Any]] = {
+        "input_ids": flat(one.input_ids for one in rows),
+        "labels": flat(one.labels for one in rows),
+        "lengths": np.array([len(one.input_ids) for one in rows], np.int64),
+    }
+    aligned = [one.spans for one in rows if one.spans is not None]
+    return arrays | ({"spans": flat(aligned)} if aligned else {})
 
 
 def _write(writer: ArrayWriter, tokenise: Callable[[int], _Piece], rows: int) -> None:
@@ -183,8 +210,21 @@ def _as_set(table: Arrays, key: str, max_length: int, max_prompt_length: int) ->
     arrays, counts = table.arrays, table.meta["counts"]
     if not len(arrays["row_ids"]):
         raise ValueError(_nothing_left(table.meta, max_length, max_prompt_length))
-    offsets = np.concatenate([[0], np.cumsum(arrays["lengths"])])
-    return EncodedSet(arrays["input_ids"], arrays["labels"], offsets, arrays["row_ids"], dict(counts), key)
+
+    def made(prefix: str, counts: dict[str, int], key: str, other: EncodedSet | None) -> EncodedSet:
+        return EncodedSet(
+            arrays[f"{prefix}input_ids"],
+            arrays[f"{prefix}labels"],
+            np.concatenate([[0], np.cumsum(arrays[f"{prefix}lengths"])]),
+            arrays["row_ids"],
+            counts,
+            key,
+            arrays.get(f"{prefix}spans"),
+            other,
+        )
+
+    other = made("other_", {}, fingerprint("other", key), None) if "other_lengths" in arrays else None
+    return made("", dict(counts), key, other)
 
 
 def _nothing_left(meta: dict[str, Any], max_length: int, max_prompt_length: int) -> str:

@@ -97,7 +97,7 @@ class RolloutLog(L.Callback):
         whole = self.seconds + self._training_log.seconds
         pl_module.step_metrics.update(loader.metrics)
         pl_module.step_metrics["rollout/time_fraction"] = self.seconds / whole if whole else 0.0
-        if data.settings.samples_itself and "train/ce" in pl_module.step_metrics:
+        if data.settings.samples_itself and not data.pairs and "train/ce" in pl_module.step_metrics:
             # −log π_θ of tokens drawn from π_θ: an unbiased estimate of the entropy.
             pl_module.step_metrics["rollout/entropy"] = pl_module.step_metrics["train/ce"]
         if trainer.is_global_zero:
