@@ -29,6 +29,7 @@ COMMANDS = {
     "search": "search hyperparameters by a sweep file, without a server",
     "report": "compare finished runs: one page, tables, figures",
     "export": "write a finished run's student to a directory, or upload it",
+    "prune": "make a smaller model of a model: fewer layers, heads, channels",
     "plan": "estimate memory, compute and traffic before anything is rented",
     "runs": "list run directories, or compare the configs of two",
 }

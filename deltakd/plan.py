@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from rich.console import Console
 
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--gpu-memory", type=_positive, default=80.0, metavar="GiB", help="of one GPU (80)")
     parser.add_argument("--tflops", type=_positive, help="TFLOP/s that a GPU really reaches; without it no hours")
     parser.add_argument("--interconnect", type=_positive, metavar="GB/s", help="that a GPU sends")
+    parser.add_argument("--bandwidth", type=_positive, metavar="GB/s", help="that a GPU reads from its memory")
     parser.add_argument("--steps", type=_count, help="optimiser steps of the run")
     parser.add_argument("--tokens", type=_positive, help="positions of the run, all GPUs together, in place of --steps")
     given = parse(parser, argv)
@@ -61,10 +63,10 @@ def plan(given: argparse.Namespace, console: Console) -> None:
     from deltakd.estimates.memory import planned_setting
     from deltakd.estimates.plan_tables import Rates, show_cases, show_setting
 
-    rates = Rates(given.tflops, given.interconnect, given.steps, given.tokens)
+    rates = Rates(given.tflops, given.interconnect, given.bandwidth, given.steps, given.tokens)
     if settings is not None:
         if rates.steps is None and rates.tokens is None and settings.trainer.max_steps:
-            rates = Rates(rates.tflops, rates.interconnect, settings.trainer.max_steps)
+            rates = replace(rates, steps=settings.trainer.max_steps)
         show_setting(settings.name, planned_setting(settings), rates, console)
         return
     students, teacher, gpus = PAPER if given.paper else ((given.student,), given.teacher, given.gpus)
@@ -90,7 +92,7 @@ def _check(given: argparse.Namespace, sizes: bool) -> None:
         )
     if given.steps and given.tokens:
         problems.append("--steps and --tokens are both given; give one")
-    if given.tflops is None and (given.interconnect or given.steps or given.tokens):
+    if given.tflops is None and (given.interconnect or given.bandwidth or given.steps or given.tokens):
         problems.append("hours need --tflops, what a GPU really reaches")
     if problems:
         raise ConfigError(problems)

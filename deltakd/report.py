@@ -50,8 +50,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="held-out rows to measure shift preservation on (default: those of each run's summary, its "
         "evaluation.measures.rows)",
     )
+    parser.add_argument(
+        "--plane",
+        nargs="+",
+        metavar="KEY",
+        help="heat maps: two config keys, and the scores in the cells, named as in summary.json (default: delta_weight "
+        "loss.target.v, the main score of every set, val/kl_teacher)",
+    )
     parser.add_argument("--mixed", action="store_true", help="one table for runs of different evaluation protocols")
     arguments = parser.parse_args(argv)
+    if arguments.plane is not None and len(arguments.plane) < 2:
+        parser.error("--plane needs two config keys, then any scores: --plane delta_weight loss.target.v val/rougeL")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     # It logs every table of every font embedded in a figure.
     logging.getLogger("fontTools").setLevel(logging.WARNING)
@@ -83,6 +92,7 @@ def write(arguments: argparse.Namespace, command: str) -> list[Path]:
     from deltakd.results.formats import markdown
     from deltakd.results.methods import make_methods
     from deltakd.results.page import make_page, write_report
+    from deltakd.results.planes import NO_PLANE, PlaneRequest, find_planes
     from deltakd.results.reading import find_runs
     from deltakd.results.tables import make_comparisons
 
@@ -97,7 +107,11 @@ def write(arguments: argparse.Namespace, command: str) -> list[Path]:
         )
     preservation = {} if arguments.preservation == 0 else _preservation(methods, arguments.preservation)
     title = arguments.title or _title(arguments.paths)
-    page = make_page(title, methods, comparisons, preservation, notes, command)
+    keys = arguments.plane or []
+    plane = PlaneRequest(keys[0], keys[1], tuple(keys[2:])) if keys else PlaneRequest()
+    if arguments.plane and not find_planes(methods, plane):
+        notes.append(f"--plane {' '.join(arguments.plane)}: {NO_PLANE}")
+    page = make_page(title, methods, comparisons, preservation, notes, command, plane)
     runs = [run.path for method in methods for run in method.runs]
     log.info("Writing the page and its figures.")
     files = write_report(page, arguments.output or default_output(arguments.paths, runs), tidy)

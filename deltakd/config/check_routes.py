@@ -34,6 +34,8 @@ def route_problems(
         found.append("model.routes goes by the rows' task, and data is plain text; leave it out")
     elif data is not None and data.streaming:
         found.append("model.routes goes by the tasks of an indexed data set; give data.streaming=false")
+    if data is not None and getattr(data, "packing", False):
+        found.append("data.packing puts rows of several teachers into one sequence; give data.packing=false")
     if reference is not None and not isinstance(reference, LiveSettings):
         found.append("model.routes chooses among models in memory; give reference=live")
     if rollout is not None and rollout.mixes_teacher:

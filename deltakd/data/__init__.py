@@ -7,6 +7,7 @@ not need Lightning.
 from deltakd.data.batches.budget import TokenBudgetSampler
 from deltakd.data.batches.loader import EvalLoader, StepLoader, collate
 from deltakd.data.batches.sampler import MicroBatch, Sampler, StepSampler
+from deltakd.data.common_settings import DataConfig
 from deltakd.data.encoding.chat_template import ChatTemplate
 from deltakd.data.encoding.encode import encode_prompt, encode_prompts, encode_row
 from deltakd.data.encoding.encoded_set import Encoded, EncodedSet
@@ -16,7 +17,7 @@ from deltakd.data.encoding.templates import AlpacaTemplate, PlainTemplate, make_
 from deltakd.data.encoding.token_cache import tokenizer_fingerprint
 from deltakd.data.encoding.token_table import encode_rows
 from deltakd.data.load import LoadedSets, SplitRows, load_instruction_sets, load_text_sets, split_rows
-from deltakd.data.settings import DataConfig, InstructionData, TextData
+from deltakd.data.settings import InstructionData, TextData
 from deltakd.data.sources.overlap import Overlap, OverlapSearch, find_overlaps
 from deltakd.data.sources.parsing import parse_row
 from deltakd.data.sources.readers import read_rows, read_texts

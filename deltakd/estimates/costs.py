@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 from deltakd.estimates.layout import Held, Layout
 from deltakd.estimates.sizes import Skeleton
+from deltakd.estimates.writing import PARTNER, Writing, gathered_bytes
 from deltakd.kernels import chunk_size_for
+from deltakd.types import STUDENT
 
 MIB = 2**20
 
@@ -63,6 +65,7 @@ class Setting:
         half_weights: ``optim.half_weights``.
         shared: role -> role that holds its weights, for references that share them.
         adapters: role -> bytes of its adapter.
+        writing: the responses that the student writes; None: none, or a server does.
     """
 
     student: Skeleton
@@ -84,6 +87,23 @@ class Setting:
     half_weights: str = "nearest"
     shared: Mapping[str, str] = field(default_factory=dict)
     adapters: Mapping[str, int] = field(default_factory=dict)
+    writing: Writing | None = None
+
+    @property
+    def writers(self) -> dict[str, Skeleton]:
+        """Role -> sizes of the models that write responses."""
+        if self.writing is None:
+            return {}
+        partner = (
+            {PARTNER: self.references[PARTNER]} if self.writing.mixes_teacher and PARTNER in self.references else {}
+        )
+        return {STUDENT: self.student, **partner}
+
+    def cache_itemsize(self, role: str) -> int:
+        """Return the bytes per number of a writer's key-value cache."""
+        model = self.writers[role]
+        half = role == STUDENT and self.layout.casts(self.precision)
+        return min(2, model.head_itemsize) if half else model.head_itemsize
 
     @property
     def tokens(self) -> int:
@@ -92,20 +112,27 @@ class Setting:
 
 
 def memory(setting: Setting) -> list[Need]:
-    """Return a rank's memory at the peak of a step, the largest of four moments on the student's device.
+    """Return a rank's memory at the peak of a step, the largest of five moments on the student's device.
 
-    The moments: the references run (before the student, on its device); the student's forward pass ends, with the loss;
-    the backward pass starts, with buffers for collectives; the optimiser steps.
+    The moments: the student writes responses, if it does (``while_writing``); the references run (before the student,
+    on its device); the student's forward pass ends, with the loss; the backward pass starts, with buffers for
+    collectives; the optimiser steps.
 
     Weights, gradients and optimiser state are exact (``Layout.held``). Activations are an **estimate** by
     ``Skeleton.layer_elements`` for a full micro-batch; with gradient checkpointing each layer keeps only its input, and
     one layer at a time everything. The loss takes ``kernels.memory_budget``, the head's gradient in float32, and
     float32 copies of half-precision heads (kernels/chunked.py). Not counted: the libraries' own memory (CUDA context,
-    NCCL, the interpreter), validation and generation (where each rank holds a sharded student whole), and memory that
-    is free but not returned.
+    NCCL, the interpreter), validation (where each rank holds a sharded student whole to answer), and memory that is
+    free but not returned.
     """
     standing = _standing(setting)
-    moments = [_while_references_run(setting), _after_forward(setting), _before_backward(setting), _in_update(setting)]
+    moments = [
+        while_writing(setting),
+        _while_references_run(setting),
+        _after_forward(setting),
+        _before_backward(setting),
+        _in_update(setting),
+    ]
 
     def on_device(needs: list[Need]) -> int:
         return sum(need.bytes for need in needs if need.device == setting.device)
@@ -162,6 +189,29 @@ def _while_references_run(setting: Setting) -> list[Need]:
         Need("gathered layers of a reference", setting.device, layers),
         Need("activations of the references", setting.device, _reference_activations(setting)),
     ]
+
+
+def while_writing(setting: Setting) -> list[Need]:
+    """Return a rank's memory while responses are written, beyond what is always in use; empty if it writes none.
+
+    An **estimate**: the key-value caches of a full batch of the longest rows, one layer's activations of their prompts,
+    and the logits of one token each; the gradients of the step before are still there. A sharded model is whole.
+    """
+    writing = setting.writing
+    if writing is None:
+        return []
+    needs = [Need("gradients", _shard_device(setting), _held(setting).kept)]
+    for role, model in setting.writers.items():
+        where = setting.device if role == STUDENT else setting.home
+        matrix = model.makes_attention_matrix("", training=False)
+        layer = model.layer_elements(writing.batch * writing.prompt, writing.prompt, matrix) * model.head_itemsize
+        needs += [
+            Need(f"whole {role}, to write", where, gathered_bytes(setting.layout, model, role != STUDENT)),
+            Need("key-value cache", where, writing.cache_bytes(model, setting.cache_itemsize(role))),
+            Need("activations of the prompts", where, layer),
+            Need("logits of the batch", where, writing.logits_bytes(model)),
+        ]
+    return needs
 
 
 def _after_forward(setting: Setting) -> list[Need]:
@@ -254,7 +304,18 @@ def operations(setting: Setting) -> list[Amount]:
     products += sum(s.head.numel() for s in setting.references.values())
     products += sum(numbers for numbers, _ in setting.cached_heads)
     parts.append(Amount("heads", 2 * setting.valid * products))
-    return [Amount(what, setting.accumulate * amount) for what, amount in parts]
+    trained = [Amount(what, setting.accumulate * amount) for what, amount in parts]
+    return [*trained, *writing_operations(setting)]
+
+
+def writing_operations(setting: Setting) -> list[Amount]:
+    """Return a rank's operations by which responses for an optimiser step are written; empty if it writes none."""
+    writing = setting.writing
+    if writing is None:
+        return []
+    parts = [Amount(f"{role}, writes responses", writing.operations(model)) for role, model in setting.writers.items()]
+    scored = sum(writing.scoring_operations(model) for model in setting.writers.values())
+    return [*parts, *([Amount("log-probs of the responses", scored)] if scored else [])]
 
 
 def traffic(setting: Setting) -> list[Amount]:
@@ -273,11 +334,19 @@ def traffic(setting: Setting) -> list[Amount]:
         Amount("gradients, reduce-scatter", own.reduce_scatter),
         Amount("weights, all-gather", own.all_gather),
         Amount("references, all-gather", gathered),
+        Amount("whole models to write with, all-gather", _gathered_to_write(setting)),
         Amount(HOST, own.host),
         Amount(HIDDEN, hidden),
         Amount(DISK, float(accumulate * setting.valid * setting.cached_bytes)),
     ]
     return [part for part in parts if part.amount]
+
+
+def _gathered_to_write(setting: Setting) -> float:
+    if setting.writing is None:
+        return 0.0
+    whole = sum(gathered_bytes(setting.layout, model, role != STUDENT) for role, model in setting.writers.items())
+    return whole * (setting.layout.ranks - 1) / setting.layout.ranks / setting.writing.every
 
 
 #: Names of traffic that is not between ranks.
@@ -289,7 +358,7 @@ def between_ranks(parts: Sequence[Amount]) -> float:
     return sum(part.amount for part in parts if part.what not in (HOST, HIDDEN, DISK))
 
 
-def seconds(setting: Setting, tflops: float, interconnect: float | None) -> float:
+def seconds(setting: Setting, tflops: float, interconnect: float | None, bandwidth: float | None = None) -> float:
     """Return the seconds of an optimiser step: arithmetic at the given rate, then the collectives.
 
     Real steps overlap the two in part, so with an interconnect this is an upper bound at that rate, except that
@@ -299,7 +368,25 @@ def seconds(setting: Setting, tflops: float, interconnect: float | None) -> floa
         setting: the step.
         tflops: TFLOP/s (10¹² operations per second) that a GPU really reaches.
         interconnect: GB/s (10⁹ bytes per second) that a GPU sends; None: collectives cost no time.
+        bandwidth: as for ``writing_seconds``.
     """
-    arithmetic = sum(part.amount for part in operations(setting)) / (tflops * 1e12)
+    written = sum(part.amount for part in writing_operations(setting))
+    arithmetic = (sum(part.amount for part in operations(setting)) - written) / (tflops * 1e12)
     sending = between_ranks(traffic(setting)) / (interconnect * 1e9) if interconnect else 0.0
-    return arithmetic + sending
+    return arithmetic + sending + writing_seconds(setting, tflops, bandwidth)
+
+
+def writing_seconds(setting: Setting, tflops: float, bandwidth: float | None) -> float:
+    """Return the seconds in which the responses for an optimiser step are written, the longer of two.
+
+    Args:
+        setting: the step.
+        tflops: as for ``seconds``; the time of the arithmetic.
+        bandwidth: GB/s (10⁹ bytes per second) that a GPU reads from its memory, which bounds the decoding of small
+            batches; None: only arithmetic counts, so that the time is too short.
+    """
+    arithmetic = sum(part.amount for part in writing_operations(setting)) / (tflops * 1e12)
+    if setting.writing is None or bandwidth is None:
+        return arithmetic
+    read = sum(setting.writing.bytes_read(model, setting.cache_itemsize(r)) for r, model in setting.writers.items())
+    return max(arithmetic, read / (bandwidth * 1e9))

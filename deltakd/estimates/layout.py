@@ -102,6 +102,11 @@ class Layout:
         names = {"one": "one process", "ddp": "DDP", "fsdp": "FSDP2"}
         return names.get(self.engine) or f"ZeRO {self.stage}{' offload' if self.offload else ''}"
 
+    @property
+    def shards_student(self) -> bool:
+        """True if no rank holds the whole student between steps."""
+        return self.ranks > 1 and (self.engine == "fsdp" or (self.engine == "deepspeed" and self.stage == 3))
+
     def casts(self, precision: str) -> bool:
         """True if autocast makes half-precision copies; DeepSpeed converts the weights and keeps a master copy."""
         return precision.endswith("-mixed") and self.engine != "deepspeed"

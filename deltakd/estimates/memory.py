@@ -16,9 +16,10 @@ from safetensors import safe_open
 
 from deltakd.distributed.devices import choose_device
 from deltakd.distributed.launchers import count_devices
-from deltakd.estimates.costs import MIB, Need, Setting, memory
+from deltakd.estimates.costs import MIB, Need, Setting, memory, operations, while_writing, writing_operations
 from deltakd.estimates.layout import Layout
 from deltakd.estimates.sizes import Skeleton
+from deltakd.estimates.writing import Writing
 from deltakd.io.console import make_console
 from deltakd.kernels import MEMORY_BUDGET, KernelOptions
 from deltakd.models import load_skeleton, load_tokenizer
@@ -52,7 +53,10 @@ def show_memory(settings: RunSettings, console: Console | None = None) -> None:
     table.add_section()
     table.add_row("all together", *(_mib(total[device]) for device in devices))
     table.add_row("there is", *(_mib(size) if (size := there[device]) is not None else "?" for device in devices))
-    (console or make_console()).print(table)
+    shown_on = console or make_console()
+    shown_on.print(table)
+    if settings.rollout.on_policy:
+        _show_writing(settings, shown_on)
     for device in devices:
         # Processes share CPU memory, but each has its own GPU.
         wanted = total[device] * (together if device == "cpu" else 1)
@@ -67,6 +71,27 @@ def show_memory(settings: RunSettings, console: Console | None = None) -> None:
                 f" by {together} processes" if wanted != total[device] else "",
                 _mib(has),
             )
+
+
+def _show_writing(settings: RunSettings, console: Console) -> None:
+    """Print what of the memory the student needs to write responses, and their share of a step's operations."""
+    setting = setting_of(settings, *_devices(settings))
+    if setting.writing is None:
+        console.print("A server writes the responses; its memory is not counted.", markup=False)
+        return
+    table = Table("while responses are written, in MiB", title="beside weights and optimiser", title_justify="left")
+    table.add_column("")
+    for what, device, size in while_writing(setting):
+        if size:
+            table.add_row(what, f"{_mib(size)} ({device})")
+    console.print(table)
+    share = sum(a for _, a in writing_operations(setting)) / sum(a for _, a in operations(setting))
+    console.print(
+        f"Responses: {setting.writing.responses:g} a step of a process, up to {setting.writing.response:,} tokens "
+        f"each, {share:.0%} of the step's operations.",
+        markup=False,
+        highlight=False,
+    )
 
 
 def _mib(size: int) -> str:
@@ -116,7 +141,9 @@ def setting_of(settings: RunSettings, device: str, home: str) -> Setting:
     student = skeletons.pop(STUDENT)
     heads, token_bytes = _cached(settings)
     return make_setting(
-        StepSettings(settings.loss, settings.data, settings.model, settings.trainer, settings.kernels),
+        StepSettings(
+            settings.loss, settings.data, settings.model, settings.trainer, settings.kernels, settings.rollout
+        ),
         layout,
         student,
         skeletons,
@@ -152,6 +179,7 @@ def make_setting(
         checkpointed=settings.model.gradient_checkpointing,
         budget=_budget(settings.kernels.memory_budget, str(others.get("device", "cpu"))),
         form="autograd" if form is None else form.kind,
+        writing=Writing.of(settings),
         **others,
     )
 

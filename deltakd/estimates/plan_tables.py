@@ -22,6 +22,9 @@ from deltakd.estimates.costs import (
     operations,
     seconds,
     traffic,
+    while_writing,
+    writing_operations,
+    writing_seconds,
 )  # fmt: skip
 
 GIB = 2**30
@@ -31,10 +34,10 @@ USABLE = 0.9
 SPACIOUS = 110
 #: Columns of the memory table -> prefixes of the needs' names.
 _GROUPS = {
-    "student": ("weights", "gradients", "optimiser", "half-precision", "update"),
+    "student": ("weights", "whole student", "gradients", "optimiser", "half-precision", "update"),
     "references": ("reference ", "heads of the"),
     "gathered": ("gathered", "buffers"),
-    "activations": ("activations", "hidden states"),
+    "activations": ("activations", "hidden states", "key-value", "logits", "whole teacher"),
     "loss": ("loss",),
 }
 
@@ -46,12 +49,14 @@ class Rates:
     Args:
         tflops: TFLOP/s (10¹² per second) that a GPU really reaches; None: no hours.
         interconnect: GB/s (10⁹ bytes per second) that a GPU sends; None: sending costs no time.
+        bandwidth: GB/s that a GPU reads from its memory; None: writing responses is bound by arithmetic alone.
         steps: optimiser steps in the run.
         tokens: positions in the run, over all GPUs; takes precedence over ``steps``. Neither: seconds per step only.
     """
 
     tflops: float | None = None
     interconnect: float | None = None
+    bandwidth: float | None = None
     steps: int | None = None
     tokens: float | None = None
 
@@ -63,7 +68,7 @@ class Rates:
     def step_seconds(self, setting: Setting) -> float:
         """Return the seconds of a step; requires ``tflops``."""
         assert self.tflops is not None
-        return seconds(setting, self.tflops, self.interconnect)
+        return seconds(setting, self.tflops, self.interconnect, self.bandwidth)
 
     def hours(self, setting: Setting) -> float | None:
         """Return the hours of the whole run; None if its length is unknown."""
@@ -80,6 +85,9 @@ def show_setting(title: str, setting: Setting, rates: Rates, console: Console) -
     for device in dict.fromkeys(need.device for need in needs):
         there = [Amount(need.what, need.bytes / GIB) for need in needs if need.device == device]
         console.print(_parts(f"memory of a process, {device}, GiB", there))
+    if setting.writing is not None:
+        written = [Amount(need.what, need.bytes / GIB) for need in while_writing(setting)]
+        console.print(_parts("of it, while responses are written, GiB (or less than the peak)", written))
     console.print(_parts("a step of a process, TFLOP", [Amount(w, a / 1e12) for w, a in operations(setting)]))
     sent = traffic(setting)
     if sent:
@@ -90,6 +98,25 @@ def show_setting(title: str, setting: Setting, rates: Rates, console: Console) -
         hours = rates.hours(setting)
         whole = f"; {rates.length}: {hours:,.2f} h" if hours is not None else "; the run's length: --steps or --tokens"
         console.print(f"{_number(rates.step_seconds(setting))} s a step{whole}")
+    if setting.writing is not None:
+        _say(writing_sentence(setting, rates), console)
+
+
+def writing_sentence(setting: Setting, rates: Rates) -> str:
+    """Return what the responses of a step are, and their share of its operations and of its time."""
+    writing = setting.writing
+    assert writing is not None
+    share = sum(part.amount for part in writing_operations(setting)) / sum(a for _, a in operations(setting))
+    said = (
+        f"Responses: {writing.responses:g} a step of a process, {writing.response:,} tokens each at the most, after "
+        f"prompts of up to {writing.prompt:,}; {writing.batch} decoded together. They take {share:.0%} of the "
+        "operations"
+    )
+    if rates.tflops is None:
+        return said + "; of the time more, since decoding waits for memory."
+    time = writing_seconds(setting, rates.tflops, rates.bandwidth) / rates.step_seconds(setting)
+    without = "" if rates.bandwidth else ", or more: decoding waits for memory, and --bandwidth says how fast that is"
+    return f"{said} and {time:.0%} of the time{without}."
 
 
 def _say(sentence: str, console: Console) -> None:

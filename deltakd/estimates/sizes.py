@@ -104,7 +104,9 @@ class Skeleton:
             positions: B · T.
             row: T.
         """
-        return positions * 2 * sum(w.numel() for w in self._multiplied()) + self._attention_flops(positions, row)
+        return positions * 2 * sum(w.numel() for w in self._multiplied()) + self.forward_flops_of_attention(
+            positions, row
+        )
 
     def backward_flops(self, positions: int, row: int) -> int:
         """Return the same for the backward pass: each product counts once per operand that needs a gradient.
@@ -112,7 +114,7 @@ class Skeleton:
         That is twice if everything is trained, once for frozen weights, whose inputs still need a gradient.
         """
         linear = sum(w.numel() * (1 + w.requires_grad) for w in self._multiplied())
-        return positions * 2 * linear + 2 * self._attention_flops(positions, row)
+        return positions * 2 * linear + 2 * self.forward_flops_of_attention(positions, row)
 
     def layer_elements(self, positions: int, row: int, attention_matrix: bool) -> int:
         """Return the elements that one layer keeps for its backward pass, after Korthikanti et al. (arXiv 2205.05198).
@@ -148,7 +150,8 @@ class Skeleton:
     def _blocks(self) -> list[torch.nn.Module]:
         return transformer_blocks(self.model)
 
-    def _attention_flops(self, positions: int, row: int) -> int:
+    def forward_flops_of_attention(self, positions: int, row: int) -> int:
+        """Return the part of ``forward_flops`` that is attention: ``positions`` queries with ``row`` keys each."""
         config = self.config
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return positions * 4 * row * config.num_attention_heads * int(width) * config.num_hidden_layers

@@ -6,27 +6,28 @@ import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from deltakd.data import DataConfig, EncodedSet, encode_rows, with_answer
+from deltakd.data.encoding.two_tokenizers import Coding
 from deltakd.data.routing import with_tasks
-from deltakd.distributed.sharding import gathered, is_sharded, place
+from deltakd.distributed.sharding import gathered, place
 from deltakd.evaluation.measured_references import WANTED, HeadSource, MeasuredReferences
 from deltakd.evaluation.retention import FACTS, RETAINED, TEXT, recalled, retained_sets
 from deltakd.evaluation.settings import EvaluationSettings
-from deltakd.evaluation.teacher_forced import MeasuredBatch, device_of, first_rows, measured_batches
+from deltakd.evaluation.span_measures import span_sums
+from deltakd.evaluation.subject import Judges, Subject
+from deltakd.evaluation.teacher_forced import MeasuredBatch, first_rows, measured_batches
 from deltakd.evaluation.token_measures import CALIBRATION_BINS, calibration_bins, expected_calibration_error
 from deltakd.generation.model_step import position_limit
 from deltakd.io.progress import progress_bar
-from deltakd.models import LanguageModel, ModelSettings
-from deltakd.references import CacheSettings, LiveSettings, ReferenceSettings
-from deltakd.types import STUDENT_RAW, teacher_pair
+from deltakd.types import STUDENT_RAW
 
 log = logging.getLogger(__name__)
 
@@ -36,39 +37,13 @@ _MEANS = ("kl_teacher", "kl_raw_student", "top1_agreement")
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A student and everything needed to measure it.
-
-    Args:
-        models: the models that the run names.
-        evaluation: the group ``evaluation``.
-        data: the group ``data``.
-        tokenizer: the student's.
-        vocabulary: number of tokens.
-        model: the student, in eval mode, on its device.
-        references: the group ``reference``; a ``CacheSettings`` names a cache.
-        loaded: role -> frozen model already in memory.
-        show_progress: show a progress bar.
-    """
-
-    models: ModelSettings
-    evaluation: EvaluationSettings
-    data: DataConfig
-    tokenizer: PreTrainedTokenizerBase
-    vocabulary: int
-    model: nn.Module
-    references: ReferenceSettings = field(default_factory=LiveSettings)
-    loaded: Mapping[str, LanguageModel] = field(default_factory=dict)
-    show_progress: bool = True
-
-
-@dataclass(frozen=True)
 class Measured:
     """The results of measuring a student.
 
     Args:
         scores: ``<set>/<measure>``: ``perplexity``, ``ece`` and ``top1_agreement`` (per cent), ``kl_teacher`` and
-            ``kl_raw_student`` (nats per token), ``shift_correlation``; and ``retained/perplexity``,
+            ``kl_raw_student`` (nats per token), ``shift_correlation``; of a teacher with another tokenizer
+            ``span_kl_teacher`` (nats per span, see ``span_kl``); and ``retained/perplexity``,
             ``retained/kl_raw_student``, ``retained/fact_recall`` (per cent), with ``retained/perplexity_before`` and
             ``retained/fact_recall_before`` of the raw student. Measures that are not available are absent.
         counts: set -> ``rows`` and ``tokens`` measured, ``tokens_without_shift`` (those without a correlation), and
@@ -101,14 +76,17 @@ def encode_set(
     evaluation: EvaluationSettings,
     data: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
+    teachers: Coding | None = None,
     routes: Mapping[str, int] | None = None,
 ) -> EncodedSet:
     """Return the prompts of the set ``name`` with their first references, tokenised as in training.
 
     Args:
         name: of the set.
-        evaluation, data: the groups of these names.
+        evaluation: the group ``evaluation``.
+        data: the group ``data``.
         tokenizer: the student's.
+        teachers: as for ``encode_rows``.
         routes: ``model.routes``.
 
     Raises:
@@ -126,6 +104,7 @@ def encode_set(
         overlong=getattr(data, "overlong", "cut"),
         split_turns=getattr(data, "split_turns", False),
         cache_dir=data.cache_dir,
+        teachers=teachers,
     )
     return with_tasks(encoded, answered, routes)
 
@@ -143,10 +122,17 @@ def measure(subject: Subject, validation: EncodedSet | None) -> Measured:
     evaluation, found = subject.evaluation, Measured()
     if evaluation.measures.rows == 0:
         return found
-    judges = _Judges(subject)
+    judges = Judges(subject)
+    wanted: Collection[str] = WANTED
+    if subject.teacher is not None:
+        wanted = (STUDENT_RAW,)
+        log.info(
+            "kl_teacher, top1_agreement and shift_correlation need one vocabulary and are left out: the teacher has a "
+            "tokenizer of its own. span_kl_teacher takes their place."
+        )
     for name, encoded in _sets(subject, validation):
         parts = [
-            (task, _measured_set(subject, judges.of_pair(pair), name, encoded, rows, WANTED, _add_up))
+            (task, _measured_set(subject, judges.of_pair(pair), name, encoded, rows, wanted, _add_up))
             for task, pair, rows in _by_task(encoded, first_rows(encoded, evaluation.measures.rows))
         ]
         whole = _together([part for _, part in parts if part is not None])
@@ -157,6 +143,8 @@ def measure(subject: Subject, validation: EncodedSet | None) -> Measured:
                 if "correlated" in part.sums:
                     without = int(part.sums["tokens"] - part.sums["correlated"])
                     found.counts[each]["tokens_without_shift"] = without
+        if whole is not None:
+            _add_spans(found, subject, name, encoded)
     for name, encoded in _retained(subject):
         rows = first_rows(encoded, evaluation.measures.rows)
         part = _measured_set(subject, judges.of_pair(1), name, encoded, rows, (STUDENT_RAW,), _ADDED[name])
@@ -164,50 +152,6 @@ def measure(subject: Subject, validation: EncodedSet | None) -> Measured:
             tokens = int(part.sums["tokens"])
             found.add(RETAINED, _SCORED[name](part.sums), tokens, part.rows, part.source, counted_as=name)
     return found
-
-
-@final
-class _Judges:
-    """The references to measure a student against, one source for each pair of teachers.
-
-    Args:
-        subject: the student.
-    """
-
-    def __init__(self, subject: Subject) -> None:
-        self._subject = subject
-        self._made: dict[int, MeasuredReferences | None] = {}
-
-    def of_pair(self, pair: int | None) -> MeasuredReferences | None:
-        """Return the source in which the teachers are those of a pair; None for no pair, or if none can be run."""
-        if pair is not None and pair not in self._made:
-            self._made[pair] = self._source(pair)
-        return None if pair is None else self._made[pair]
-
-    def _source(self, pair: int) -> MeasuredReferences | None:
-        subject, evaluation = self._subject, self._subject.evaluation
-        sharded = any(is_sharded(model) for model in subject.loaded.values())
-        if (subject.references.shards and place()[1] > 1) or sharded:
-            log.info(
-                "The references are sharded, and no single rank can run one: only the student is measured. "
-                "deltakd.evaluate run=... measures it beside them, on a device that holds them."
-            )
-            return None
-        if evaluation.measures.references == "none":
-            return None
-        names = dict(zip(teacher_pair(1), teacher_pair(pair), strict=True))
-        own = {
-            role: subject.loaded[names.get(role, role)] for role in WANTED if names.get(role, role) in subject.loaded
-        }
-        return MeasuredReferences(
-            subject.models.of_pair(pair),
-            subject.tokenizer,
-            subject.vocabulary,
-            subject.references if isinstance(subject.references, CacheSettings) else None,
-            own,
-            subject.references.placement,
-            device_of(subject.model),
-        )
 
 
 def _by_task(
@@ -224,12 +168,34 @@ def _by_task(
             yield name, pair if tasks.routed else 1, own
 
 
+def _add_spans(found: Measured, subject: Subject, name: str, encoded: EncodedSet) -> None:
+    """Measure a set's first rows against a teacher with another tokenizer. Collective: call on every rank."""
+    if subject.teacher is None or encoded.other is None:
+        return
+    rows = first_rows(encoded, subject.evaluation.measures.rows)
+    options: dict[str, Any] = {"vocabulary": subject.vocabulary, "batch_size": subject.data.full_rows}
+    own: Sums | None = None
+    try:
+        own = dict(span_sums(subject.model, subject.teacher, encoded, rows, share=place(), **options))
+    except ValueError as error:
+        # A cache of references holds the run's rows only.
+        log.info("%s is not measured against the teacher: %s", name, error)
+    of_ranks = [of for of in gathered(own) if of is not None]
+    if len(of_ranks) < place()[1]:
+        return
+    spans, total = (sum(float(of[key]) for of in of_ranks) for key in ("spans", "span_kl_teacher"))
+    if spans and math.isfinite(total):
+        found.scores[f"{name}/span_kl_teacher"] = total / spans
+    found.counts[name]["spans"] = int(spans)
+
+
 def _sets(subject: Subject, validation: EncodedSet | None) -> Iterator[tuple[str, EncodedSet]]:
     if validation is not None and len(validation):
         yield VALIDATION, validation
     for name in subject.evaluation.sets if subject.evaluation.generate else ():
         try:
-            yield name, encode_set(name, subject.evaluation, subject.data, subject.tokenizer, subject.models.routes)
+            teachers, routes = None if subject.teacher is None else subject.teacher.coding, subject.models.routes
+            yield name, encode_set(name, subject.evaluation, subject.data, subject.tokenizer, teachers, routes)
         except ValueError as error:
             log.warning("%s is not measured beyond its answers: %s", name, error)
 

@@ -93,6 +93,19 @@ def styles(labels: Sequence[str]) -> dict[str, Style]:
 
 
 @dataclass(frozen=True)
+class PanelTable:
+    """A panel's figures as text, for readers who do not see it.
+
+    Args:
+        head: headings of the columns.
+        lines: cells, line by line; the first is the line's heading.
+    """
+
+    head: list[str]
+    lines: list[list[str]]
+
+
+@dataclass(frozen=True)
 class Panel:
     """One pair of axes.
 
@@ -101,12 +114,14 @@ class Panel:
         title: its heading in the page.
         draw: draws into empty axes; lines are labelled by their method.
         height: inches, at a width of WIDTH.
+        table: its figures as text, shown on demand; None if the page has them elsewhere.
     """
 
     name: str
     title: str
     draw: Callable[[Axes], None]
     height: float = 2.5
+    table: PanelTable | None = None
 
     WIDTH = 4.4
 

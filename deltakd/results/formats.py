@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from deltakd.results.beyond import NOTES, BeyondTable
 from deltakd.results.costs import CostTable
+from deltakd.results.drawing import Panel
 from deltakd.results.methods import Method
 from deltakd.results.statistics import Difference
 from deltakd.results.tables import Comparison, Score, notes_once
@@ -77,6 +78,17 @@ def beyond_markdown(tables: Sequence[BeyondTable]) -> str:
         if table.note:
             lines += ["", f"* {_md_escape(table.note)}"]
     return "\n".join([*lines, "", *(f"* {note}" for note in NOTES)]) + "\n"
+
+
+def panels_markdown(heading: str, panels: Sequence[Panel]) -> str:
+    """Return the tables of panels that have one as Markdown; empty if none has."""
+    lines = []
+    for panel in panels:
+        if panel.table is not None:
+            lines += ["", f"### {_md_escape(panel.title)}", "", _md_line(list(map(_md_escape, panel.table.head)))]
+            lines.append("| --- |" + " ---: |" * (len(panel.table.head) - 1))
+            lines += [_md_line(list(map(_md_escape, line))) for line in panel.table.lines]
+    return "\n".join(["", f"## {heading}", *lines]) + "\n" if lines else ""
 
 
 def cost_markdown(table: CostTable) -> str:

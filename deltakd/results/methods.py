@@ -143,10 +143,11 @@ def make_methods(runs: Sequence[Run], known: KnownLosses, notes: list[str]) -> l
 def _identity(run: Run) -> tuple[Any, ...]:
     if run.evaluation_only:
         return ("evaluated", run.config["evaluated_model"], run.config.get("evaluated_model_sha256"))
-    return tuple(sorted((key, repr(value)) for key, value in _settings(run).items()))
+    return tuple(sorted((key, repr(value)) for key, value in method_settings(run).items()))
 
 
-def _settings(run: Run) -> dict[str, Any]:
+def method_settings(run: Run) -> dict[str, Any]:
+    """Return dotted key -> value of all settings that make a method, so without seed, paths of outputs and the like."""
     settings = {key: value for key, value in flat(run.config).items() if not _is_below(key, NOT_THE_METHOD)}
     return settings | {"references": "topk" if _approximate_references(run) else "exact"}
 
@@ -195,12 +196,12 @@ def _delta_weight(run: Run, keys: frozenset[str]) -> float | None:
 def _family(run: Run, keys: frozenset[str]) -> str:
     """Return all settings except the delta weight, which the loss has at ``keys``."""
     weights = {f"loss.{key}" for key in keys}
-    return repr(sorted((key, repr(value)) for key, value in _settings(run).items() if key not in weights))
+    return repr(sorted((key, repr(value)) for key, value in method_settings(run).items() if key not in weights))
 
 
 def _at_zero(run: Run) -> str | None:
     """Return all settings except the target, if that is the teacher with or without the paper's shift; else None."""
-    settings = _settings(run)
+    settings = method_settings(run)
     if str(settings.get("loss.target._target_")).rpartition(".")[2] not in ("teacher_target", "delta_target"):
         return None
     # Plain distillation reads no raw teacher, so its config need not name one.
@@ -227,7 +228,7 @@ def _last(key: str) -> str:
 
 def _stage_name(group: Sequence[Run]) -> str | None:
     """Return the study's name for it; for several seeds, the common prefix of their names."""
-    names = [run.label or _stage(run) or "" for run in group]
+    names = [run.label or _job_label(run) or "" for run in group]
     if len(set(names)) == 1:
         return names[0] or None
     common = names[0]
@@ -236,11 +237,17 @@ def _stage_name(group: Sequence[Run]) -> str | None:
     return re.sub(r"[ _-]*(seed|s)?[ _-]*$", "", common) or None
 
 
-def _stage(run: Run) -> str | None:
-    """Return a label from a run name ``<study>/<stage>`` or ``<study>/<stage>/<what varies>``; None for other names."""
+def _job_label(run: Run) -> str | None:
+    """Return a label from the run's name in a study; None for other names."""
+    stage = stage_of(run)
+    return None if stage is None else job_label(stage, str(run.config["name"]).partition("/")[2])
+
+
+def stage_of(run: Run) -> str | None:
+    """Return the stage of a run called ``<study>/<stage>`` or ``<study>/<stage>/<what varies>``; None for others."""
     _, _, name = str(run.config.get("name") or "").partition("/")
     stage = name.partition("/")[0]
-    return job_label(stage, name) if name and Path(name).name == run.path.name and not run.evaluation_only else None
+    return stage if name and Path(name).name == run.path.name and not run.evaluation_only else None
 
 
 def _differing(
@@ -255,9 +262,9 @@ def _differing(
         for other, loss, role in zip(members, losses, roles, strict=True)
         if loss == losses[index] and not role and not other[0].evaluation_only
     ]
-    settings = [_settings(other) for other in siblings]
+    settings = [method_settings(other) for other in siblings]
     keys = sorted({key for each in settings for key in each})
-    own = _settings(run)
+    own = method_settings(run)
     weight = run.config.get("delta_weight")
     shown: dict[str, Any] = {}
     for key in keys:

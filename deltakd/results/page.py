@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,16 @@ from deltakd.results.beyond import NOTES, beyond_tables
 from deltakd.results.costs import cost_table
 from deltakd.results.delta_weights import delta_weights
 from deltakd.results.drawing import SERIES, Plate, Style, styles
-from deltakd.results.formats import beyond_markdown, cost_markdown, latex, markdown, shown_difference
+from deltakd.results.formats import (
+    beyond_markdown,
+    cost_markdown,
+    latex,
+    markdown,
+    panels_markdown,
+    shown_difference,
+)
 from deltakd.results.methods import Method
+from deltakd.results.planes import PlaneRequest, plane_plate
 from deltakd.results.responses import Responses, responses_of
 from deltakd.results.tables import Comparison, notes_once
 
@@ -29,6 +38,7 @@ _TEMPLATES = Path(__file__).parent / "templates"
 #: Sections that hold only figures: id, heading, plate.
 _FIGURE_SECTIONS = (
     ("weights", "Against the delta weight", "weights"),
+    ("planes", "Two settings against a score", "planes"),
     ("curves", "Learning curves", "curves"),
     ("parts", "Parts of the loss", "parts"),
 )
@@ -49,6 +59,7 @@ class Page:
         responses: what the students of on-policy runs wrote while they trained.
         command: the command that wrote the report.
         styles: method's label -> how it is drawn.
+        plane: the settings and scores of the plane figure.
     """
 
     title: str
@@ -61,14 +72,16 @@ class Page:
     responses: list[Responses]
     command: str
     styles: Mapping[str, Style]
+    plane: PlaneRequest = field(default_factory=PlaneRequest)
 
-    @property
+    @cached_property
     def plates(self) -> dict[str, Plate]:
         students = [method for method in self.methods if not method.role] or self.methods
         trained = [method for method in students if any(run.curves for run in method.runs)]
         return {
             "differences": figures.differences(self.comparisons, self.styles),
             "weights": delta_weights(self.comparisons, self.methods, self.styles),
+            "planes": plane_plate(self.methods, self.plane),
             "curves": figures.learning_curves(trained, self.styles),
             "parts": figures.loss_parts(trained, self.styles),
             "preservation": figures.preservation(self.measured, self.styles) if self.measured else Plate([]),
@@ -82,6 +95,7 @@ def make_page(
     preservation: Mapping[str, Sequence[Preservation]],
     notes: Sequence[str],
     command: str,
+    plane: PlaneRequest | None = None,
 ) -> Page:
     """Put a report together.
 
@@ -92,6 +106,7 @@ def make_page(
         preservation: method's label -> shift preservation of each of its runs, or what it lacked.
         notes: what is left out, one sentence each.
         command: the command that writes the report.
+        plane: the settings and scores of the plane figure; None: the plane of raw references.
     """
     runs = [run for method in methods for run in method.runs]
     unfinished = [
@@ -120,6 +135,7 @@ def make_page(
         command=command,
         # Only methods get colours; references are never drawn beside them.
         styles=styles([method.label for method in students or methods]),
+        plane=plane or PlaneRequest(),
     )
 
 
@@ -213,6 +229,7 @@ def write_report(page: Page, folder: Path, tidy: Callable[[str], str] = str) -> 
         "report.html": render(page, tidy),
         "report.md": f"# {page.title}\n\n{markdown(page.comparisons)}"
         + beyond_markdown(beyond_tables(page.methods))
+        + panels_markdown("Two settings against a score", page.plates["planes"].panels)
         + cost_markdown(cost_table(page.methods))
         + _settings(page)
         + _notes(page, tidy),

@@ -20,9 +20,11 @@ from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
 from deltakd.models import LanguageModel, ModelSpec, load_config
 from deltakd.models.adapter_files import base_of
+from deltakd.models.dropout import switch_off_dropout
 from deltakd.models.experts import balance_warning
 from deltakd.models.identity import spec_of
 from deltakd.models.lora import add_lora
+from deltakd.models.packing_check import check_packing
 from deltakd.models.roles import OWN_ROLES, Vocabularies, open_model, open_tokenizer, open_vocabularies
 from deltakd.models.vocabulary import unaligned_problems, unknown_token_problems
 from deltakd.references import (
@@ -310,7 +312,7 @@ def open_role(
     Raises:
         ValueError: it is not available or does not fit.
     """
-    return open_model(
+    model = open_model(
         role,
         settings.specs[role],
         settings.model,
@@ -318,9 +320,11 @@ def open_role(
         vocabulary=vocabularies.of(role),
         eos_token_id=tokenizer.eos_token_id,
         seed=settings.seed,
-        max_length=(None if vocabularies.is_own(role) else settings.data.teacher_max_length)
-        or settings.data.max_length,
+        max_length=settings.data.max_length if vocabularies.is_own(role) else settings.data.teachers_length,
     )
+    if settings.data.packing:
+        check_packing(role, model)
+    return model
 
 
 def open_models(
@@ -375,6 +379,14 @@ def _trainable(student: LanguageModel, settings: RunSettings) -> LanguageModel:
         log.warning("%s.", unbalanced[0].upper() + unbalanced[1:])
     if lora is not None:
         student = LanguageModel(add_lora(student.causal_lm, lora), student.vocabulary)
+    if settings.rollout.on_policy and settings.rollout.needs_ratios and settings.loss.needs_sampled_tokens:
+        rate = switch_off_dropout(student)
+        if rate and is_main_process():
+            log.info(
+                "The student's dropout (up to %g) is off: the loss compares its probabilities in training with those "
+                "with which tokens were drawn, and it writes without dropout.",
+                rate,
+            )
     if settings.model.gradient_checkpointing:
         student.causal_lm.gradient_checkpointing_enable()
         # With LoRA, nothing before the first adapter needs a gradient, so a checkpointed block would detach the graph.

@@ -166,6 +166,7 @@ def make_data(parts: Parts, ranks: int) -> DistillationData:
         max_tokens=parts.settings.data.max_tokens_per_batch,
         world_size=ranks,
         stream=_start_stream(parts),
+        packing=parts.settings.data.packing,
     )
 
 
@@ -183,7 +184,7 @@ def make_module(parts: Parts, total_steps: int) -> DistillationModule:
     if settings.loss.needs_alignment:
         assert parts.models.references is not None, "a loss that needs an alignment reads a teacher"
         heads = {**parts.models.references.empty_heads(), STUDENT: parts.models.student.empty_head()}
-        settings.loss.prepare(heads, TokenMap.identity(parts.vocabulary), settings.seed)
+        settings.loss.prepare(heads, parts.token_map or TokenMap.identity(parts.vocabulary), settings.seed)
     return DistillationModule(
         parts.models.student,
         parts.models.references,
@@ -193,6 +194,7 @@ def make_module(parts: Parts, total_steps: int) -> DistillationModule:
         seed=settings.seed,
         kernels=settings.kernels.options(settings.trainer.precision),
         will_be_sharded=settings.strategy.shards_parameters,
+        token_map=parts.token_map,
     )
 
 

@@ -119,6 +119,7 @@ class StepSettings:
     model: ModelSettings
     trainer: TrainerSettings
     kernels: KernelSettings
+    rollout: RolloutSettings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from deltakd.types.alignment import Alignment
 from deltakd.types.heads import PairFacts, TokenFacts
+from deltakd.types.packed import PackedRows
 from deltakd.types.role_names import STUDENT, STUDENT_RAW
 
 #: The label of a position that is not trained on (prompt, padding).
@@ -26,11 +27,13 @@ class TokenStream:
         attention_mask: [B, T] int64, 1 on real tokens.
         labels: [B, T] int64; the token itself where it is trained on, else IGNORE_INDEX. Not shifted: position t
             is predicted from the hidden state at t − 1.
+        packed: the same rows as models run them, several to a sequence; None: as they are here.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
+    packed: PackedRows | None = field(default=None, kw_only=True)
     _valid: Tensor | None = field(default=None, kw_only=True)
     _real: int | None = field(default=None, kw_only=True)
 
@@ -40,6 +43,11 @@ class TokenStream:
         if self._real is None:
             self._real = int(self.attention_mask.sum())
         return self._real
+
+    @property
+    def positions(self) -> int:
+        """Number of positions that a model computes."""
+        return (self if self.packed is None else self.packed).input_ids.numel()
 
     @property
     def valid_BT(self) -> Tensor:
@@ -80,6 +88,7 @@ class TokenStream:
             labels=self.labels.to(device, non_blocking=non_blocking),
             _valid=self.valid_N.to(device, non_blocking=non_blocking),
             _real=self.real_positions,
+            packed=None if self.packed is None else self.packed.to(device, non_blocking),
         )
 
     def stream_of(self, role: str) -> TokenStream:

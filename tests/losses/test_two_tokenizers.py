@@ -155,6 +155,30 @@ def test_with_one_tokenizer_a_token_that_a_model_rules_out_gets_no_mass() -> Non
     torch.testing.assert_close(target, shift_target(0.6)(logits).log_softmax(-1))
 
 
+@pytest.mark.parametrize("name", [name for name in LOSSES if name.startswith("delta_span")])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_labels_that_a_teacher_rules_out_leave_the_target_a_distribution(seed: int, name: str) -> None:
+    given, loss = world(seed), LOSSES[name]
+    assert isinstance(loss, Distillation)
+    labels = given.tokens.other.labels
+    for number, role in enumerate(("teacher", "teacher_raw")):
+        given.logits[role][number::3, labels[number::3]] = -torch.inf
+    target = loss.target(given.aligned)
+    assert not target.isnan().any()
+    assert torch.isfinite(target.logsumexp(-1)).all()
+
+
+def test_at_delta_weight_0_delta_span_reads_the_raw_student_alone() -> None:
+    loss = Distillation(SpanShiftTarget(0.0), ForwardKL())
+    assert loss.requires == {"student_raw"}
+    assert not loss.needs_alignment
+    assert not loss.needs_whole_vocabulary
+    assert loss.fused_form == Distillation(shift_target(0.0), ForwardKL()).fused_form
+    logits, labels = oracles.draw()
+    same = Distillation(shift_target(0.0), ForwardKL())
+    torch.testing.assert_close(loss(logits, labels).per_token, same(logits, labels).per_token)
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_if_fine_tuning_changed_nothing_the_target_is_the_raw_student(seed: int) -> None:
     given = world(seed)

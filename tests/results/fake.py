@@ -26,6 +26,13 @@ LOSSES: dict[str, dict[str, Any]] = {
         "temperature": 1.0,
         "ce_weight": 0.5,
     },
+    "delta_bilinear": {
+        "_target_": "deltakd.losses.Distillation",
+        "target": {"_target_": "deltakd.losses.bilinear_target", "delta_weight": 1.0, "v": 1.0},
+        "divergence": {"_target_": "deltakd.losses.ForwardKL"},
+        "temperature": 1.0,
+        "ce_weight": 0.5,
+    },
 }
 
 Config = dict[str, Any]
@@ -34,7 +41,7 @@ Config = dict[str, Any]
 def config_of(loss: str, seed: int, weight: float = 1.0) -> Config:
     """A config with the keys that matter here."""
     settings = json.loads(json.dumps(LOSSES[loss]))
-    if loss == "delta_kd":
+    if "delta_weight" in settings.get("target", {}):
         settings["target"]["delta_weight"] = weight
     return {
         "delta_weight": weight,
@@ -74,6 +81,7 @@ def write_run(
     finished: bool = True,
     change: Callable[[Config], None] = lambda config: None,
     record: Mapping[str, Any] | None = None,
+    summary: Mapping[str, float] | None = None,
 ) -> Path:
     """Write a run directory.
 
@@ -85,6 +93,7 @@ def write_run(
         finished: whether it has a summary and answers.
         change: changes the config in place.
         record: changes every answer.
+        summary: further scores.
     """
     config = config_of(loss, seed, weight)
     change(config)
@@ -116,5 +125,6 @@ def write_run(
         "peak_memory_mib": 100.0,
         "valid_tokens": 5000,
     }
-    (path / "summary.json").write_text(json.dumps({"test/rougeL": level, "val/rougeL": 1.0, "meta": meta}))
+    scores = {"test/rougeL": level, "val/rougeL": 1.0, **(summary or {})}
+    (path / "summary.json").write_text(json.dumps(scores | {"meta": meta}))
     return path

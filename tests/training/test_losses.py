@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
@@ -93,6 +94,29 @@ def test_taid_resumes_exactly(train: Train, monkeypatch: pytest.MonkeyPatch) -> 
     mine, other = (torch.load(r.checkpoints / "last.ckpt", weights_only=True) for r in (whole, parts))
     assert mine["schedules"] == other["schedules"]
     assert mine["schedules"]["taid_weight"].keys() == {"value", "momentum", "loss_before"}
+
+
+def test_projectors_are_trained_saved_and_resumed_exactly_but_not_exported(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("trainer.max_steps=6", "loss.projector_lr=0.02")
+    whole = train("dskd", *options, name="whole")
+    with monkeypatch.context() as patch:
+        _stop_after(patch, 3)
+        with pytest.raises(InterruptedError):
+            train("dskd", *options, "trainer.checkpoint_every_n_steps=1", name="parts")
+    parts = train("dskd", *options, "trainer.checkpoint_every_n_steps=1", "resume=true", name="parts")
+    assert column(parts, "train/loss") == column(whole, "train/loss")
+    saved, again = (torch.load(r.checkpoints / "last.ckpt", weights_only=True) for r in (whole, parts))
+    projectors = {f"step.loss_part.{layer}.{p}" for layer in ("t2s", "s2t", "query") for p in ("weight", "bias")}
+    assert projectors <= saved["state_dict"].keys()
+    assert all(torch.equal(value, again["state_dict"][name]) for name, value in saved["state_dict"].items())
+    groups = saved["optimizer_states"][0]["param_groups"]
+    assert [group["initial_lr"] for group in groups] == [0.01, 0.01, 0.02, 0.02]
+    assert sum(len(group["params"]) for group in groups[2:]) == len(projectors)
+    assert not any("loss_part" in name or "t2s" in name for name in load_file(whole.student / "model.safetensors"))
+    first, *_, last = column(whole, "train/projected_ce")
+    assert last < first
 
 
 def _stop_after(patch: pytest.MonkeyPatch, steps: int) -> None:

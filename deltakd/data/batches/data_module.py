@@ -35,6 +35,7 @@ class DistillationData(lightning.LightningDataModule):
         max_tokens: positions per process and micro-batch, padding included, if ``batch_size`` is None.
         world_size: number of processes; None: the trainer's, or 1 before a trainer is attached.
         stream: streamed training data instead of ``train``, which then holds a few of its rows.
+        packing: lay the rows of a micro-batch end to end, so that models compute no padding.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class DistillationData(lightning.LightningDataModule):
         max_tokens: int | None = None,
         world_size: int | None = None,
         stream: ExampleStream[Any, Any] | None = None,
+        packing: bool = False,
     ) -> None:
         super().__init__()
         self.train = train
@@ -67,6 +69,7 @@ class DistillationData(lightning.LightningDataModule):
         self.max_tokens = max_tokens
         self.world_size = world_size
         self.stream = stream
+        self.packing = packing
         self._samplers: dict[tuple[int, int], Sampler] = {}
 
     @property
@@ -147,7 +150,7 @@ class DistillationData(lightning.LightningDataModule):
     def train_dataloader(self) -> StepLoader | StreamLoader:
         """Return the micro-batches of the whole run."""
         if self.stream is None:
-            return StepLoader(self.train, self.sampler(), self.pad_id)
+            return StepLoader(self.train, self.sampler(), self.pad_id, self.packing)
         rank, world_size = self._place()
         epochs, _ = limits(self.max_epochs, self.total_steps)
         return StreamLoader(
@@ -159,6 +162,7 @@ class DistillationData(lightning.LightningDataModule):
             pad_id=self.pad_id,
             total_steps=self.total_steps,
             epochs=None if epochs is None else int(epochs),
+            packing=self.packing,
         )
 
     def val_loader(self) -> EvalLoader | None:
@@ -169,7 +173,7 @@ class DistillationData(lightning.LightningDataModule):
         if self.val is None:
             return None
         rank, world_size = self._place()
-        return EvalLoader(self.val, self.val_batch_size, self.pad_id, rank, world_size, self.max_tokens)
+        return EvalLoader(self.val, self.val_batch_size, self.pad_id, rank, world_size, self.max_tokens, self.packing)
 
     def _place(self) -> tuple[int, int]:
         if self.trainer is None:

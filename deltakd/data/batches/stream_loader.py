@@ -55,7 +55,7 @@ class StreamLoader:
         accumulate: micro-batches of this rank in an optimiser step.
         rank: this rank.
         world_size: number of ranks.
-        pad_id: as for ``collate``.
+        pad_id, packing: as for ``collate``.
         total_steps: optimiser steps of the run, unless the passes end earlier.
         epochs: maximum passes over the stream; None: as many as ``total_steps`` needs.
     """
@@ -71,6 +71,7 @@ class StreamLoader:
         pad_id: int,
         total_steps: int,
         epochs: int | None,
+        packing: bool = False,
     ) -> None:
         self.total_steps = total_steps
         self.counts = Counts()
@@ -81,6 +82,7 @@ class StreamLoader:
         self._world_size = world_size
         self._pad_id = pad_id
         self._epochs = epochs
+        self._packing = packing
         self._position = 0
         self._window = (0, Mark())
 
@@ -145,7 +147,7 @@ class StreamLoader:
         tokens = sum(row.example.valid_tokens for rows in micro_batches for row in rows)
         # Neighbouring micro-batches go to different ranks, as in the samplers.
         own = micro_batches[self._rank :: self._world_size]
-        return [collate([row.example for row in rows], self._pad_id, step, tokens) for rows in own]
+        return [collate([row.example for row in rows], self._pad_id, step, tokens, self._packing) for rows in own]
 
 
 class _Ahead:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, final
 
@@ -97,9 +98,7 @@ class RolloutLog(L.Callback):
         whole = self.seconds + self._training_log.seconds
         pl_module.step_metrics.update(loader.metrics)
         pl_module.step_metrics["rollout/time_fraction"] = self.seconds / whole if whole else 0.0
-        if data.settings.samples_itself and not data.pairs and "train/ce" in pl_module.step_metrics:
-            # −log π_θ of tokens drawn from π_θ: an unbiased estimate of the entropy.
-            pl_module.step_metrics["rollout/entropy"] = pl_module.step_metrics["train/ce"]
+        pl_module.step_metrics.update(_derived(pl_module.step_metrics, data.settings.samples_itself and not data.pairs))
         if trainer.is_global_zero:
             if "rollout/finished_fraction" in loader.metrics:
                 self._watch(loader.metrics["rollout/finished_fraction"], batch.step)
@@ -130,3 +129,22 @@ class RolloutLog(L.Callback):
                 now,
                 step,
             )
+
+
+def _derived(metrics: Mapping[str, float], samples_itself: bool) -> dict[str, float]:
+    """Return metrics of the responses that follow from others.
+
+    Args:
+        metrics: of the optimiser step.
+        samples_itself: True if all its labels were drawn from the student.
+    """
+    found = {}
+    if "train/entropy" in metrics:
+        found["rollout/entropy"] = metrics["train/entropy"]
+    elif samples_itself and "train/ce" in metrics:
+        # −log π_θ of tokens drawn from π_θ: an unbiased estimate of the entropy.
+        found["rollout/entropy"] = metrics["train/ce"]
+    if "train/advantage_square" in metrics:
+        variance = metrics["train/advantage_square"] - metrics["train/advantage"] ** 2
+        found["rollout/advantage_std"] = math.sqrt(max(0.0, variance))
+    return found

@@ -33,6 +33,9 @@ class TrainingLog(L.Callback):
         self.valid_tokens = 0
         self.positions = 0
         self.real_positions = 0
+        #: With two tokenizers: this rank's valid tokens, and those of them that are aligned with the teachers' text.
+        self.alignable_tokens = 0
+        self.aligned_tokens = 0
         #: Of training, on the device; up to the last row of the log, and a little behind after it.
         self.seconds = 0.0
         #: Valid tokens per second of late, for a progress bar; 0 before the first step.
@@ -47,6 +50,8 @@ class TrainingLog(L.Callback):
             "valid_tokens": self.valid_tokens,
             "positions": self.positions,
             "real_positions": self.real_positions,
+            "alignable_tokens": self.alignable_tokens,
+            "aligned_tokens": self.aligned_tokens,
             "seconds": self.seconds,
         }
 
@@ -54,6 +59,12 @@ class TrainingLog(L.Callback):
         for name, value in state_dict.items():
             setattr(self, name, value)
         self._window = (self.valid_tokens, self.seconds)
+
+    @property
+    def alignment(self) -> dict[str, float]:
+        """``data/aligned_fraction`` of the tokens trained so far, on this rank; empty with one tokenizer."""
+        fraction = self.aligned_tokens / max(1, self.alignable_tokens)
+        return {"data/aligned_fraction": fraction} if self.alignable_tokens else {}
 
     @property
     def tokens_per_second(self) -> float:
@@ -74,8 +85,11 @@ class TrainingLog(L.Callback):
             NonFiniteLossError: the step's loss or gradient is not finite.
         """
         self._clock.stop(pl_module.device)
-        self.positions += batch.attention_mask.numel()
+        self.positions += batch.positions
         self.real_positions += batch.real_positions
+        if batch.other is not None:
+            self.alignable_tokens += len(batch.other.alignment.student_spans)
+            self.aligned_tokens += batch.other.alignment.aligned_tokens
         if not at_step_end(trainer):
             return
         self.valid_tokens += batch.step_tokens
@@ -98,6 +112,7 @@ class TrainingLog(L.Callback):
             "train/tokens_per_second": self.recent_rate,
             "train/padding_fraction": 1 - self.real_positions / self.positions,
             "train/memory_mib": _memory_mib(),
+            **self.alignment,
         }
         for logger in trainer.loggers:
             logger.log_metrics(pl_module.step_metrics | speed, step=step)

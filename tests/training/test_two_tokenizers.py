@@ -1,0 +1,168 @@
+"""Whole runs whose teachers have a tokenizer of their own."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from deltakd.config.build import make_caching_settings, make_settings
+from deltakd.config.compose import compose_config
+from deltakd.config.instantiate import built
+from deltakd.io.errors import ConfigError, Stopped
+from deltakd.io.run_directory import RunDirectory
+from deltakd.models import train_tokenizer
+from deltakd.models.tokenizers import ALIGNING_LOSSES, OtherTokenizerError
+from deltakd.training.caching import fill_cache
+from deltakd.training.callbacks import StopOnSignal
+from deltakd.training.run import run_training
+from tests.tiny import World, make_rows, save_model, write_rows
+
+Train = Callable[..., RunDirectory]
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Overrides that give the world's student teachers with another tokenizer, whose EOS has another name."""
+    root = tmp_path_factory.mktemp("foreign")
+    tokenizer = train_tokenizer((row["instruction"] for row in make_rows(60, 9)), 330, add_prefix_space=True)
+    tokenizer.add_special_tokens({"eos_token": "</s>"})
+    for number, name in enumerate(("teacher", "teacher_raw")):
+        save_model(root / name, seed=20 + number, width=24, tokenizer=tokenizer)
+    return tuple(f"model.{name}.path={root / name}" for name in ("teacher", "teacher_raw"))
+
+
+def weights(directory: RunDirectory) -> dict[str, torch.Tensor]:
+    return load_file(directory.student / "model.safetensors")
+
+
+def same(ours: RunDirectory, theirs: RunDirectory) -> bool:
+    return all(torch.equal(value, weights(theirs)[name]) for name, value in weights(ours).items())
+
+
+@pytest.mark.parametrize("loss", ALIGNING_LOSSES)
+def test_every_loss_that_aligns_trains_a_student_on_a_teacher_with_another_tokenizer(
+    loss: str, train: Train, foreign: tuple[str, ...]
+) -> None:
+    run = train(loss, *foreign, "trainer.max_steps=3")
+    summary = run.read_summary()
+    assert summary["data/aligned_fraction"] == 1.0
+    with (run.path / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["train/loss"]]
+    assert all(0 < float(row["train/loss"]) < 20 and float(row["data/aligned_fraction"]) == 1 for row in rows)
+    assert summary["meta"]["data"]["train/cut_others"] == 0
+
+
+def test_a_cache_of_hidden_states_gives_the_run_that_live_references_give(
+    train: Train, world: World, foreign: tuple[str, ...], tmp_path: Path
+) -> None:
+    live = train("delta_span", *foreign, name="live")
+    reference = ("reference=cached", f"reference.path={tmp_path / 'cache'}", "reference.store=hidden")
+    config = compose_config("train", world.overrides(tmp_path / "none", "delta_span", *foreign, *reference))
+    made = fill_cache(make_caching_settings(config))
+    assert set(made["models"]) == {"teacher", "teacher_raw", "student_raw"}
+    cached = train("delta_span", *foreign, *reference, name="cached")
+    assert same(live, cached)
+    assert cached.read_summary()["val/loss"] == live.read_summary()["val/loss"]
+    with pytest.raises(ConfigError, match=r"data.teacher_template is .*, but the cache .* was made with"):
+        train("delta_span", *foreign, *reference, "data.teacher_template=alpaca", name="other")
+    topk = (*reference[:1], f"reference.path={tmp_path / 'topk'}", "reference.store=topk")
+    with pytest.raises(ConfigError, match=r"it compares two vocabularies, which log-probs of a few tokens can't give"):
+        make_caching_settings(compose_config("train", world.overrides(tmp_path, "delta_span", *foreign, *topk)))
+
+
+def test_a_resumed_run_of_two_tokenizers_is_bitwise_the_uninterrupted_one(
+    train: Train, foreign: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = (*foreign, "trainer.accumulate_grad_batches=2", "trainer.checkpoint_every_n_steps=1")
+    whole = train("span_kd", *options, name="whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(StopOnSignal, "on_train_batch_end", _stop_after(3))
+        with pytest.raises(Stopped):
+            train("span_kd", *options, name="halted")
+    resumed = train("span_kd", *options, "resume=true", name="halted")
+    assert same(whole, resumed)
+    assert {k: v for k, v in whole.read_summary().items() if k != "meta"} == {
+        k: v for k, v in resumed.read_summary().items() if k != "meta"
+    }
+
+
+def _stop_after(step: int) -> Any:
+    def stop(_: StopOnSignal, trainer: Any, *__: Any) -> None:
+        if trainer.global_step >= step:
+            raise Stopped(signal.SIGTERM, trainer.global_step)
+
+    return stop
+
+
+def test_streamed_rows_are_aligned_as_indexed_ones(train: Train, foreign: tuple[str, ...], tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl", make_rows(30, 5))
+    options = (*foreign, f"data.train={tmp_path / 'rows.jsonl'}", "data.streaming=true", "data.shuffle_buffer=20")
+    run = train("span_kd", *options, "trainer.val_every_n_steps=3")
+    assert run.read_summary()["data/aligned_fraction"] == 1.0
+
+
+def test_the_student_is_measured_against_the_teacher_over_spans_alone(
+    train: Train, world: World, foreign: tuple[str, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    sets = f"evaluation.sets={{mine: {world.root}/test.jsonl}}"
+    with caplog.at_level(logging.INFO):
+        run = train("span_kd", *foreign, sets, "evaluation=default", "evaluation.measures.rows=8")
+    summary = run.read_summary()
+    for name in ("val", "mine"):
+        assert summary[f"{name}/span_kl_teacher"] > 0
+        assert summary["meta"]["measured"][name]["spans"] > 0
+        assert summary[f"{name}/perplexity"] > 1
+        assert f"{name}/kl_teacher" not in summary
+        assert f"{name}/shift_correlation" not in summary
+        assert summary[f"{name}/kl_raw_student"] > 0
+    assert "kl_teacher, top1_agreement and shift_correlation need one vocabulary and are left out" in caplog.text
+
+
+def test_rows_that_the_teachers_can_hold_in_part_are_counted(train: Train, foreign: tuple[str, ...]) -> None:
+    run = train("span_kd", *foreign, "data.teacher_max_length=60")
+    summary = run.read_summary()
+    assert 0 < summary["data/aligned_fraction"] < 1
+    assert summary["meta"]["data"]["train/cut_others"] > 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ("loss=kd",),
+            r"the teacher has another tokenizer .* a loss that aligns tokens \(uld, dskd, span_kd, delta_sp",
+        ),
+        (("loss=delta_span", "model.teacher_raw.path=OWN"), "have another tokenizer than the student, and teacher_raw"),
+        (("rollout=student",), r"responses \(rollout=student\) are not encoded in it; give rollout=none"),
+    ],
+)
+def test_what_two_tokenizers_can_not_do_is_refused_by_name(
+    overrides: tuple[str, ...], message: str, world: World, foreign: tuple[str, ...], tmp_path: Path
+) -> None:
+    given = [one.replace("OWN", str(world.root / "teacher_raw")) for one in (*foreign, *overrides)]
+    chosen = world.overrides(tmp_path / "run", "span_kd", *given)
+    with pytest.raises((ConfigError, OtherTokenizerError), match=message):
+        run_training(make_settings(compose_config("train", chosen)), tmp_path / "run")
+
+
+def test_plain_text_and_idle_settings_are_refused(train: Train, world: World, foreign: tuple[str, ...]) -> None:
+    text = ("data=text", f"data.train={world.root / 'train.jsonl'}", "data.val=null", "data.max_length=60")
+    drop = ("data.template", "data.max_prompt_length")
+    with pytest.raises(ValueError, match="data is plain text, whose blocks"):
+        train("span_kd", *foreign, *text, "+data.columns={text: instruction}", drop=drop, name="text")
+    with pytest.raises(ConfigError, match=r"data.teacher_max_length is 60, but all models of this run share one token"):
+        train("span_kd", "data.teacher_max_length=60", name="idle")
+
+
+def test_the_losses_that_the_refusal_names_align() -> None:
+    for name in ALIGNING_LOSSES:
+        config = compose_config("train", [f"loss={name}", "model.student.path=x", "data.train=x"])
+        assert built(config["loss"], "loss", []).needs_alignment
