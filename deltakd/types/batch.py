@@ -163,6 +163,7 @@ class Batch(TokenStream):
         routes: the rows of each pair of teachers; empty: the first pair judges all rows.
         pairs: of the whole step: rows 2i and 2i + 1 then answer the same prompt, the data's response first and the
             student's after it. None: rows are not in pairs.
+        cached: what a cache of references holds for the rows, read ahead; None: it is read when it is needed.
     """
 
     row_ids: Tensor
@@ -172,6 +173,7 @@ class Batch(TokenStream):
     other: AlignedStream | None = None
     routes: tuple[Route, ...] = ()
     pairs: StepPairs | None = None
+    cached: dict[str, Tensor] | None = None
 
     @property
     def facts_N(self) -> TokenFacts:
@@ -195,6 +197,9 @@ class Batch(TokenStream):
             sampled_log_probs=None if sampled is None else sampled.to(device, non_blocking=non_blocking),
             other=None if self.other is None else self.other.to(device, non_blocking),
             routes=tuple(route.to(device, non_blocking) for route in self.routes),
+            cached=None
+            if self.cached is None
+            else {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.cached.items()},
         )
 
     def routed(self, pairs: Sequence[int]) -> Self:
@@ -219,6 +224,8 @@ def _pinned(value: Any) -> Any:
         return value.pin_memory()
     if type(value) is tuple:
         return tuple(map(_pinned, value))
+    if isinstance(value, dict):
+        return {name: _pinned(entry) for name, entry in value.items()}
     if not is_dataclass(value) or isinstance(value, type):
         return value
     return replace(value, **{field.name: _pinned(getattr(value, field.name)) for field in fields(value)})
