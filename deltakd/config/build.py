@@ -66,8 +66,12 @@ def make_caching_settings(cfg: DictConfig) -> RunSettings:
     draft = Draft(resolved(cfg), copied_keys(cfg))
     draft.problems += caching_problems(draft.reference, draft.model, draft.loss)
     draft.check_alone()
+    roles = None if draft.loss is None else set(draft.loss.requires)
+    if roles is not None and draft.cache is not None and draft.cache.url is not None:
+        # Only the teacher is served; a loss that reads more is a problem already.
+        roles = set()
     # A cache's raw student is a separate model, not a student with its adapter off.
-    return draft.settings(None if draft.loss is None else draft.loss.requires, has_adapter=False)
+    return draft.settings(roles, has_adapter=False)
 
 
 def make_answering_settings(cfg: DictConfig) -> RunSettings:

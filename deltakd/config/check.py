@@ -15,6 +15,7 @@ from deltakd.evaluation import SCORERS
 from deltakd.evaluation.settings import SCORES, EvaluationSettings
 from deltakd.generation.model_step import positions_of
 from deltakd.io.hub import hub_reachable
+from deltakd.io.inference_server import url_problems
 from deltakd.kernels import aligned_loss
 from deltakd.models import ModelSettings, ModelSpec, load_config, spec_problems
 from deltakd.models.adapter_files import adapter_problems
@@ -30,6 +31,7 @@ from deltakd.types import (
     ROLES,
     STUDENT,
     STUDENT_RAW,
+    TEACHER,
     AlignedTokens,
     Alignment,
     Head,
@@ -152,6 +154,10 @@ def rollout_problems(
             f"data.batch_size is {data.batch_size}, and the loss compares two rows, which must be in one micro-batch; "
             "give an even number"
         )
+    if data is not None and data.packing:
+        found.append(
+            f"{answers} to be padded, not packed, and data.packing=true; give data.packing=false, or rollout=none"
+        )
     if rollout.replay.adaptive and data is not None and not data.validates:
         found.append(
             "rollout.replay.adaptive=true raises the student's share when the validation loss rises, and there is no "
@@ -269,9 +275,33 @@ def caching_problems(cache: Any, models: ModelSettings, loss: Loss | None) -> li
         return []
     if not loss.requires:
         return ["the loss reads no references, so there is nothing to cache; give the loss that will be trained"]
+    if cache.url is not None:
+        return served_problems(cache, loss)
     if cache.path and CacheStore.is_at(Path(cache.path)):
         return cache_problems(models, loss, cache, adding=True)
     return topk_problems(loss) if cache.store == "topk" else []
+
+
+def served_problems(cache: CacheSettings, loss: Loss) -> list[str]:
+    """Return why a server's log-probs can't be cached for a loss."""
+    found = [*url_problems(cache.url, "reference.url"), *topk_problems(loss)]
+    others = sorted(loss.requires - {TEACHER})
+    if others:
+        found.append(
+            f"the loss reads {', '.join(others)}, and reference.url serves the teacher alone: without a raw partner it "
+            "gives kd, not delta; give loss=kd, or load the models"
+        )
+    if cache.store != "topk" or cache.k is None:
+        found.append(
+            "reference.url gives log-probs of a few tokens; give reference.store=topk reference.k=20 (the most that "
+            "vLLM answers unless it is started with --max-logprobs)"
+        )
+    if loss.temperature != 1:
+        found.append(
+            f"loss.temperature is {loss.temperature:g}, and a server's log-probs are those at temperature 1; give "
+            "loss.temperature=1"
+        )
+    return found
 
 
 def try_loss(loss: Loss | None, problems: list[str]) -> list[str]:

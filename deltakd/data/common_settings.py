@@ -43,6 +43,8 @@ class DataConfig(ABC):
         shuffle_buffer: for a stream, rows (or documents) shuffled in memory; every process keeps a buffer.
         batch_size: rows per process and micro-batch; None: as many as ``max_tokens_per_batch`` allows.
         max_tokens_per_batch: positions per process and micro-batch (rows times longest row); None: use ``batch_size``.
+        packing: lay the rows of a micro-batch end to end, so that models compute no padding; attention stays within
+            each row.
         cache_dir: folder that keeps rows, tokens and overlaps for later runs, keyed by the content of the sources.
             It may be deleted at any time. None: keep nothing.
         prepare: called first, to create the files if they are missing.
@@ -63,6 +65,7 @@ class DataConfig(ABC):
     shuffle_buffer: Annotated[Positive, Cache.FREE] = 10_000
     batch_size: Annotated[Positive | None, Resume.UNFINISHED, Cache.FREE] = 8
     max_tokens_per_batch: Annotated[Positive | None, Resume.UNFINISHED, Cache.FREE] = None
+    packing: Annotated[bool, Cache.FREE] = False
     cache_dir: Annotated[str | None, Cache.FREE, Method.FREE] = None
     prepare: Annotated[Callable[[], Any] | None, Cache.FREE] = None
     strip_answers: str | None = None

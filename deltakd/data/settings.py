@@ -211,10 +211,12 @@ class TextData(DataConfig):
         )
 
     def own_problems(self) -> list[str]:
-        """Return a problem if blocks are too short, or lines are chosen of what is not indexed."""
+        """Return the problems: blocks too short, lines chosen of what is not indexed, or packing."""
         found = [_no_subset()] if self.streaming and self.train_subset else []
         if self.max_length < 2:
             found.append(f"data.max_length is {self.max_length}; a block needs 2 tokens or more")
+        if self.packing:
+            found.append("data.packing=true, but plain text is cut into full blocks anyway; give data.packing=false")
         return found
 
     def load(

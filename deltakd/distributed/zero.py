@@ -112,10 +112,14 @@ class ZeroStrategy(DeepSpeedStrategy):
         with for_any_ranks(Path(checkpoint_path), self) as universal:
             state = super().load_checkpoint(universal, weights_only)
         engine._config.load_universal_checkpoint = False
-        # Stage 3 gives every group the first group's options (biases would decay from here on) and lets them share one
-        # step counter (each step would count twice).
-        for group, option in zip(engine.optimizer.param_groups, options, strict=True):
+        # Stage 3 gives every group the first group's options (biases would decay from here on, and the trained part of
+        # a loss would take the student's learning rate) and lets them share one step counter (each step would count
+        # twice).
+        groups = engine.optimizer.param_groups
+        lr = groups[0]["lr"]
+        for group, option in zip(groups, options, strict=True):
             group.update(option)
+            group["lr"] = lr * (group.get("initial_lr", 1.0) / groups[0].get("initial_lr", 1.0))
         for moments in engine.optimizer.optimizer.state.values():
             if torch.is_tensor(moments.get("step")):
                 moments["step"] = moments["step"].clone()

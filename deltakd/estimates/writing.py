@@ -47,9 +47,10 @@ class Writing:
     def of(cls, settings: StepSettings) -> Writing | None:
         """Return what a run's student writes; None if it writes nothing, or a server does."""
         rollout, data = settings.rollout, settings.data
-        if not rollout.on_policy or rollout.engine != "own" or data.batch_size is None:
+        if not rollout.on_policy or rollout.engine != "own":
             return None
-        assert isinstance(data, InstructionData), "checked with the config"
+        if data.batch_size is None or not isinstance(data, InstructionData):
+            return None  # said to be wrong where a run is checked
         rows = data.batch_size * settings.trainer.accumulate_grad_batches / (2 if settings.loss.needs_pairs else 1)
         fresh = 0.5 if rollout.replay.size else 1.0
         responses = rows * rollout.fraction * fresh

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from deltakd.data import DataConfig, EncodedSet, encode_rows, with_answer
+from deltakd.data.encoding.two_tokenizers import Coding
 from deltakd.distributed.sharding import gathered, is_sharded, place
 from deltakd.evaluation.measured_references import WANTED, HeadSource, MeasuredReferences
 from deltakd.evaluation.retention import FACTS, RETAINED, TEXT, recalled, retained_sets
 from deltakd.evaluation.settings import EvaluationSettings
+from deltakd.evaluation.span_measures import SpanTeacher, span_sums
 from deltakd.evaluation.teacher_forced import MeasuredBatch, device_of, first_rows, measured_batches
 from deltakd.evaluation.token_measures import CALIBRATION_BINS, calibration_bins, expected_calibration_error
 from deltakd.generation.model_step import position_limit
@@ -44,8 +46,9 @@ class Subject:
         vocabulary: number of tokens.
         model: the student, in eval mode, on its device.
         references: the group ``reference``; a ``CacheSettings`` names a cache.
-        loaded: role -> frozen model already in memory.
+        loaded: role -> frozen model already in memory, of those with the student's tokenizer.
         show_progress: show a progress bar.
+        teacher: with a tokenizer of its own; None: there is none.
     """
 
     models: ModelSettings
@@ -57,6 +60,7 @@ class Subject:
     references: ReferenceSettings = field(default_factory=LiveSettings)
     loaded: Mapping[str, LanguageModel] = field(default_factory=dict)
     show_progress: bool = True
+    teacher: SpanTeacher | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,8 @@ class Measured:
 
     Args:
         scores: ``<set>/<measure>``: ``perplexity``, ``ece`` and ``top1_agreement`` (per cent), ``kl_teacher`` and
-            ``kl_raw_student`` (nats per token), ``shift_correlation``; and ``retained/perplexity``,
+            ``kl_raw_student`` (nats per token), ``shift_correlation``; of a teacher with another tokenizer
+            ``span_kl_teacher`` (nats per span, see ``span_kl``); and ``retained/perplexity``,
             ``retained/kl_raw_student``, ``retained/fact_recall`` (per cent), with ``retained/perplexity_before`` and
             ``retained/fact_recall_before`` of the raw student. Measures that are not available are absent.
         counts: set -> ``rows`` and ``tokens`` measured, ``tokens_without_shift`` (those without a correlation), and
@@ -94,9 +99,20 @@ class Measured:
 
 
 def encode_set(
-    name: str, evaluation: EvaluationSettings, data: DataConfig, tokenizer: PreTrainedTokenizerBase
+    name: str,
+    evaluation: EvaluationSettings,
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    teachers: Coding | None = None,
 ) -> EncodedSet:
     """Return the prompts of the set ``name`` with their first references, tokenised as in training.
+
+    Args:
+        name: of the set.
+        evaluation: the group ``evaluation``.
+        data: the group ``data``.
+        tokenizer: the student's.
+        teachers: as for ``encode_rows``.
 
     Raises:
         ValueError: the source can't be read, or no row is left.
@@ -113,6 +129,7 @@ def encode_set(
         overlong=getattr(data, "overlong", "cut"),
         split_turns=getattr(data, "split_turns", False),
         cache_dir=data.cache_dir,
+        teachers=teachers,
     )
 
 
@@ -146,13 +163,21 @@ def measure(subject: Subject, validation: EncodedSet | None) -> Measured:
             subject.references.placement,
             device_of(subject.model),
         )
+    wanted: Collection[str] = WANTED
+    if subject.teacher is not None:
+        wanted = (STUDENT_RAW,)
+        log.info(
+            "kl_teacher, top1_agreement and shift_correlation need one vocabulary and are left out: the teacher has a "
+            "tokenizer of its own. span_kl_teacher takes their place."
+        )
     for name, encoded in _sets(subject, validation):
-        measured = _measured_set(subject, references, name, encoded, WANTED, _add_up)
+        measured = _measured_set(subject, references, name, encoded, wanted, _add_up)
         if measured is not None:
             sums, source, rows = measured
             found.add(name, _scores(sums), int(sums["tokens"]), rows, source.name)
             if "correlated" in sums:
                 found.counts[name]["tokens_without_shift"] = int(sums["tokens"] - sums["correlated"])
+            _add_spans(found, subject, name, encoded)
     for name, encoded in _retained(subject):
         measured = _measured_set(subject, references, name, encoded, (STUDENT_RAW,), _ADDED[name])
         if measured is not None:
@@ -161,12 +186,34 @@ def measure(subject: Subject, validation: EncodedSet | None) -> Measured:
     return found
 
 
+def _add_spans(found: Measured, subject: Subject, name: str, encoded: EncodedSet) -> None:
+    """Measure a set's first rows against a teacher with another tokenizer. Collective: call on every rank."""
+    if subject.teacher is None or encoded.other is None:
+        return
+    rows = first_rows(encoded, subject.evaluation.measures.rows)
+    options: dict[str, Any] = {"vocabulary": subject.vocabulary, "batch_size": subject.data.full_rows}
+    own: Sums | None = None
+    try:
+        own = dict(span_sums(subject.model, subject.teacher, encoded, rows, share=place(), **options))
+    except ValueError as error:
+        # A cache of references holds the run's rows only.
+        log.info("%s is not measured against the teacher: %s", name, error)
+    of_ranks = [of for of in gathered(own) if of is not None]
+    if len(of_ranks) < place()[1]:
+        return
+    spans, total = (sum(float(of[key]) for of in of_ranks) for key in ("spans", "span_kl_teacher"))
+    if spans and math.isfinite(total):
+        found.scores[f"{name}/span_kl_teacher"] = total / spans
+    found.counts[name]["spans"] = int(spans)
+
+
 def _sets(subject: Subject, validation: EncodedSet | None) -> Iterator[tuple[str, EncodedSet]]:
     if validation is not None and len(validation):
         yield VALIDATION, validation
     for name in subject.evaluation.sets if subject.evaluation.generate else ():
         try:
-            yield name, encode_set(name, subject.evaluation, subject.data, subject.tokenizer)
+            teachers = None if subject.teacher is None else subject.teacher.coding
+            yield name, encode_set(name, subject.evaluation, subject.data, subject.tokenizer, teachers)
         except ValueError as error:
             log.warning("%s is not measured beyond its answers: %s", name, error)
 

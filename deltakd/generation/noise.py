@@ -2,7 +2,8 @@
 
 Philox4x64-10 (Salmon et al., SC 2011, doi 10.1145/2063384.2063405) turns a key and a counter into four 64-bit words, in
 any order and without state. So a number depends only on its purpose, never on which rows were decoded together or
-before. On a CPU NumPy computes it; on other devices integer arithmetic in torch does, with no copy from the host.
+before. On a CPU NumPy computes it, on an NVIDIA GPU the kernel that chooses a token (``token_kernel.py``), and on other
+devices integer arithmetic in torch. No noise is copied from the host.
 """
 
 from __future__ import annotations
@@ -77,14 +78,24 @@ def _by_numpy(keys: Sequence[NoiseKey | None], positions: Sequence[int], blocks:
     return found
 
 
-def _by_torch(keys: Sequence[NoiseKey | None], positions: Sequence[int], blocks: int, device: torch.device) -> Tensor:
+def counters(keys: Sequence[NoiseKey | None], positions: Sequence[int], count: int, device: torch.device) -> Tensor:
+    """Return the words that a row's numbers are made from: seed, row, first counter, sample and step, [B, 5] int64.
+
+    Args:
+        keys, positions, count: as for ``uniform``.
+        device: where they go, in one small copy that does not block.
+    """
+    blocks = -(-count // 4)
     known = [NoiseKey(0, 0) if key is None else key for key in keys]
     words = [
         [key.seed, key.row, position * blocks + 1, key.sample, key.step]
         for key, position in zip(known, positions, strict=True)
     ]
-    # One small copy to the device, which does not block.
-    words_B5 = torch.tensor([[_signed(word) for word in row] for row in words]).to(device, non_blocking=True)
+    return torch.tensor([[_signed(word) for word in row] for row in words]).to(device, non_blocking=True)
+
+
+def _by_torch(keys: Sequence[NoiseKey | None], positions: Sequence[int], blocks: int, device: torch.device) -> Tensor:
+    words_B5 = counters(keys, positions, 4 * blocks, device)
     seed, row, first, sample, step = (word_B.unsqueeze(1) for word_B in words_B5.unbind(1))
     counter = [first + torch.arange(blocks, device=device), sample, step, torch.zeros_like(step)]
     values_BN4 = torch.stack([word.expand(len(keys), blocks) for word in philox(counter, [seed, row])], dim=-1)

@@ -9,7 +9,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from deltakd.generation.noise import NoiseKey, uniform
+from deltakd.generation.noise import NoiseKey, counters, uniform
+from deltakd.types.triton_devices import run_triton
 
 
 @final
@@ -41,6 +42,8 @@ class TokenChoice:
                 take the most probable tokens.
             positions: for each row the number of new tokens before this one; unused without keys.
         """
+        if keys is not None and logits_BV.dtype == torch.float32 and run_triton(logits_BV.device):
+            return self._by_triton(logits_BV, keys, positions)
         block_BN = self._of_blocks(logits_BV, torch.amax if keys is None else torch.logsumexp)
         noise = None if keys is None else self._noise(keys, positions, logits_BV.device).to(logits_BV)
         if noise is not None:
@@ -54,6 +57,13 @@ class TokenChoice:
             within_BK += noise[:, self._blocks :]
         tokens_B1 = ids_BK.gather(1, within_BK.argmax(dim=1, keepdim=True))
         return tokens_B1.masked_fill(is_nan_B1, -1).squeeze(1)
+
+    def _by_triton(self, logits_BV: Tensor, keys: Sequence[NoiseKey | None], positions: Sequence[int]) -> Tensor:
+        # Triton is imported where it is used: not every machine has it.
+        from deltakd.generation import token_kernel
+
+        words_B5 = counters(keys, positions, self._blocks + self._block, logits_BV.device)
+        return token_kernel.choose(logits_BV, words_B5, self._block)
 
     def _of_blocks(self, logits_BV: Tensor, reduced: Callable[..., Tensor]) -> Tensor:
         # The last block may be short; reducing it separately is cheaper than padding a copy of all logits.

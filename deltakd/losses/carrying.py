@@ -71,9 +71,10 @@ class Carrier:
         if len(self.many):
             # Sums by segments, not by atomic additions: on a GPU these would differ from run to run.
             members_VK = log_p_KV[:, self.members].T.contiguous()
-            largest_VK = torch.segment_reduce(members_VK, "max", lengths=self.lengths, axis=0)
+            # Unsafe: unchecked lengths, which a GPU would have to wait for.
+            largest_VK = torch.segment_reduce(members_VK, "max", lengths=self.lengths, axis=0, unsafe=True)
             largest_VK = largest_VK.masked_fill(torch.isneginf(largest_VK), 0.0)
             scaled_VK = members_VK.sub_(largest_VK[self.group]).exp_()
-            total_VK = torch.segment_reduce(scaled_VK, "sum", lengths=self.lengths, axis=0)
+            total_VK = torch.segment_reduce(scaled_VK, "sum", lengths=self.lengths, axis=0, unsafe=True)
             carried_KV[:, self.many] = (total_VK.log() + largest_VK).T
         return carried_KV

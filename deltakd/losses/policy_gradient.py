@@ -8,9 +8,18 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
-from deltakd.losses.sampled import check_numbers, of_labels, policy_gain, sampled_log_probs, with_gain, with_labels
+from deltakd.losses.sampled import (
+    check_numbers,
+    mean_under,
+    of_labels,
+    policy_gain,
+    sampled_log_probs,
+    watched,
+    with_gain,
+    with_labels,
+)
 from deltakd.losses.schedules import Constant
-from deltakd.losses.scores import Score, TeacherShift, TowardsTarget, mean_under
+from deltakd.losses.scores import Score, TeacherShift, TowardsTarget
 from deltakd.losses.targets import Shift, ShiftedTarget, Target, teacher_target
 from deltakd.types import (
     STUDENT,
@@ -98,7 +107,8 @@ class PolicyGradient(Loss):
 
         Returns:
             per_token [N] nats; parts: ``ce``, the estimate under the score's name, ``advantage`` and
-            ``advantage_square`` of the labels, and ``agreeing`` (1 or 0) if there is a second score.
+            ``advantage_square`` of the labels, ``agreeing`` (1 or 0) if there is a second score, and those of
+            ``watched``.
         """
         log_student_NV = at_least_float32(logits[STUDENT]).log_softmax(-1)
         log_pi_N = of_labels(log_student_NV, labels)
@@ -125,7 +135,8 @@ class PolicyGradient(Loss):
             agreeing = {"agreeing": kept_N.to(advantage_N.dtype)}
         if self.advantage_clip is not None:
             advantage_N = advantage_N.clamp(-self.advantage_clip, self.advantage_clip)
-        return advantage_N, estimate_N, {"advantage": advantage_N, "advantage_square": advantage_N.square(), **agreeing}
+        parts = {"advantage": advantage_N, "advantage_square": advantage_N.square(), **agreeing}
+        return advantage_N, estimate_N, parts | watched(logits, log_student_NV, self.requires)
 
 
 def centred(score_NV: Tensor, log_student_NV: Tensor, labels: Tensor) -> Tensor:

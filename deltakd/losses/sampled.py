@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
 
-from deltakd.types import HeadLogits
+from deltakd.losses.divergences import kl
+from deltakd.types import TEACHER, HeadLogits, at_least_float32
 
 
 def check_numbers(ce_weight: float, ratio_clip: float | None, **bounds: float | None) -> None:
@@ -65,3 +66,28 @@ def policy_gain(
     if ratio_clip is None:
         return gain_N
     return torch.minimum(gain_N, advantage_N * ratio_N.clamp(1 - ratio_clip, 1 + ratio_clip))
+
+
+@torch.no_grad()
+def watched(logits: Mapping[str, Tensor], log_student_NV: Tensor, requires: Collection[str]) -> dict[str, Tensor]:
+    """Return what is worth watching on the student's own responses, exact over the vocabulary, [N] nats each.
+
+    Args:
+        logits: role -> [N, V].
+        log_student_NV: the student's log-probs, detached.
+        requires: the references that the loss reads.
+
+    Returns:
+        ``entropy`` of the student, and ``teacher_kl``, KL(π_θ ‖ teacher), where the teacher is read and is not itself
+        what the loss aims at.
+    """
+    parts = {"entropy": -mean_under(log_student_NV, log_student_NV)}
+    if TEACHER in requires and len(requires) > 1:
+        parts["teacher_kl"] = kl(log_student_NV, at_least_float32(logits[TEACHER]).log_softmax(-1))
+    return parts
+
+
+def mean_under(log_student_NV: Tensor, values_NV: Tensor) -> Tensor:
+    """E_θ[values], [N]; a token that the student rules out has no weight, whatever its value."""
+    q_NV = log_student_NV.exp()
+    return (q_NV * values_NV.masked_fill(q_NV == 0, 0.0)).sum(-1)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from deltakd.losses.divergences import kl, log_ratio
+from deltakd.losses.sampled import mean_under
 from deltakd.losses.targets import Target
 from deltakd.types import TEACHER, TEACHER_RAW, Schedule
 
@@ -101,9 +102,3 @@ class TeacherShift(Score):
     def estimate(self, score_NV: Tensor, log_student_NV: Tensor) -> Tensor:
         """−E_θ[log p_t − log p_t0], [N] nats: minus the expected reward."""
         return -mean_under(log_student_NV, score_NV)
-
-
-def mean_under(log_student_NV: Tensor, values_NV: Tensor) -> Tensor:
-    """E_θ[values], [N]; a token that the student rules out has no weight, whatever its value."""
-    q_NV = log_student_NV.exp()
-    return (q_NV * values_NV.masked_fill(q_NV == 0, 0.0)).sum(-1)

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from deltakd.losses.divergences import kl
-from deltakd.losses.sampled import check_numbers, of_labels, policy_gain, sampled_log_probs, with_gain, with_labels
+from deltakd.losses.sampled import (
+    check_numbers,
+    of_labels,
+    policy_gain,
+    sampled_log_probs,
+    watched,
+    with_gain,
+    with_labels,
+)
 from deltakd.losses.targets import Target
 from deltakd.types import (
     STUDENT,
@@ -110,14 +118,16 @@ class SequenceReverseKL(SequenceLoss):
             labels: [N] int64, the sampled tokens.
 
         Returns:
-            per_token [N] nats; parts: ``ce``, ``reverse_kl``, and with weights ``advantage`` and ``advantage_square``.
+            per_token [N] nats; parts: ``ce``, ``reverse_kl``, those of ``watched``, and with weights ``advantage`` and
+            ``advantage_square``.
         """
         log_student_NV = at_least_float32(logits[STUDENT]).log_softmax(-1)
         log_pi_N = of_labels(log_student_NV, labels)
         if self.ce_weight == 1.0:
             return LossOutput(-log_pi_N, {"ce": -log_pi_N})
         kl_N = kl(log_student_NV, self.target(logits).log_softmax(-1))
-        term_N, parts = kl_N, {"ce": -log_pi_N, "reverse_kl": kl_N}
+        seen = watched(logits, log_student_NV.detach(), self.requires)
+        term_N, parts = kl_N, {"ce": -log_pi_N, "reverse_kl": kl_N, **seen}
         weights_N = logits.facts.weights if isinstance(logits, HeadLogits) else None
         if weights_N is not None:
             gain_N = policy_gain(weights_N, log_pi_N, sampled_log_probs(logits), self.ratio_clip)

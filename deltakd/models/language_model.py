@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from deltakd.generation.model_step import position_limit
-from deltakd.models.row_masks import one_row_each
-from deltakd.types import Head, TokenStream
+from deltakd.models.row_masks import many_rows_each, one_row_each
+from deltakd.types import Head, PackedRows, TokenStream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -106,8 +106,24 @@ class LanguageModel(nn.Module):
 
         The sharded model's head then stays whole until that module's ``forward`` returns.
         """
+        if rows.packed is not None:
+            return self.head_of(self.packed_hidden_states(rows.packed).flatten(0, 1)[rows.packed.valid])
         hidden_BTD = self.hidden_states(rows.input_ids, rows.attention_mask)
         return self.head_of(rows.at_valid(hidden_BTD))
+
+    def packed_hidden_states(self, rows: PackedRows) -> Tensor:
+        """Return [S, L, D]: as ``hidden_states``, of rows that lie end to end (``check_packing``)."""
+        input_ids, position_ids = rows.input_ids, rows.position_ids
+        options: dict[str, Any] = {}
+        if "flash" in str(self.causal_lm.config._attn_implementation):
+            # Flash attention takes one sequence, and where its rows start.
+            input_ids, position_ids = input_ids.view(1, -1), position_ids.view(1, -1)
+            options = {"cu_seq_lens_q": rows.starts, "cu_seq_lens_k": rows.starts}
+            options |= {"max_length_q": rows.longest, "max_length_k": rows.longest}
+        with many_rows_each():
+            body = self.causal_lm.base_model
+            hidden = body(input_ids=input_ids, position_ids=position_ids, use_cache=False, **options).last_hidden_state
+        return hidden.view(*rows.input_ids.shape, -1)
 
     def head_of(self, hidden_ND: Tensor) -> Head:
         """Return the head over given hidden states, cut to the vocabulary."""

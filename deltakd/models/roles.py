@@ -229,9 +229,10 @@ def open_reference(
     problems = spec_problems(role, spec)
     if problems:
         raise ValueError("; ".join(problems))
-    config = load_config(role, spec, trust_remote_code=models.trust_remote_code)
-    vocabulary = min(vocabulary, vocabulary_of(tokenizer, config, role))
+    # First the tokenizers: a model with another one may lack rows, too, but that is not the cause to report.
     shared = min(vocabulary, common_vocabulary(tokenizer, _tokenizer_of(role, spec, role, models), role))
+    config = load_config(role, spec, trust_remote_code=models.trust_remote_code)
+    shared = min(shared, vocabulary_of(tokenizer, config, role))
     return open_model(role, spec, models, vocabulary=shared).eval()
 
 

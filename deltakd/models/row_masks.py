@@ -9,18 +9,15 @@ queued, in every forward pass. This module answers both beforehand.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers import PreTrainedModel, masking_utils
 
-#: The functions that look, by their owner; a release of transformers may lack one.
-_LOOKS: tuple[tuple[Any, str], ...] = (
-    (masking_utils, "find_packed_sequence_indices"),
-    (PreTrainedModel, "warn_if_padding_and_no_attention_mask"),
-)
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 _one_at_a_time = threading.RLock()
 
 
@@ -28,17 +25,38 @@ def _unpacked(position_ids: Tensor) -> None:
     """In place of ``find_packed_sequence_indices``: every sequence is one row."""
 
 
+def _packed(position_ids: Tensor) -> Tensor:
+    """In place of ``find_packed_sequence_indices``: [S, L], a number for each row, which starts at position 0."""
+    return (position_ids == 0).cumsum(-1)
+
+
 def _silent(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None) -> None:
     """In place of ``warn_if_padding_and_no_attention_mask``."""
 
 
-@contextmanager
-def one_row_each() -> Iterator[None]:
+def one_row_each() -> AbstractContextManager[None]:
     """Within it, forward passes without an attention mask take every sequence for one row, and do not look."""
-    answers = (_unpacked, _silent)
+    return _answering(_unpacked, _silent)
+
+
+def many_rows_each() -> AbstractContextManager[None]:
+    """Within it, forward passes without an attention mask begin a row wherever a position is 0, and do not look."""
+    return _answering(_packed, _silent)
+
+
+@contextmanager
+def _answering(packed: Callable[..., Any], padded: Callable[..., Any]) -> Iterator[None]:
+    # Where a model runs they are loaded anyway; reading a config should not load them.
+    from transformers import PreTrainedModel, masking_utils
+
+    looks: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
+        (masking_utils, "find_packed_sequence_indices", packed),
+        (PreTrainedModel, "warn_if_padding_and_no_attention_mask", padded),
+    )
     with _one_at_a_time:
-        before = [(owner, name, getattr(owner, name)) for owner, name in _LOOKS if hasattr(owner, name)]
-        for (owner, name), answer in zip(_LOOKS, answers, strict=True):
+        # A release of transformers may lack one.
+        before = [(owner, name, getattr(owner, name)) for owner, name, _ in looks if hasattr(owner, name)]
+        for owner, name, answer in looks:
             if hasattr(owner, name):
                 setattr(owner, name, answer)
         try:

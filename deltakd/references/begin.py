@@ -15,15 +15,17 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from deltakd.data import DataConfig, EncodedSet, LoadedSets, collate
+from deltakd.kernels import Buckets
 from deltakd.models import LanguageModel, ModelSettings
 from deltakd.models.identity import model_identity, spec_of
-from deltakd.models.roles import OWN_ROLES, Vocabularies
+from deltakd.models.roles import Vocabularies
 from deltakd.models.tokenizers import pad_id
 from deltakd.references import CacheSettings, CacheStore, LiveReferences
 from deltakd.references.cached import DTYPES
+from deltakd.references.served import ServedTeacher
 from deltakd.references.store import SUPPORT
 from deltakd.references.topk import CANDIDATES, make_buckets, sample_errors
-from deltakd.types import STUDENT, Batch, Head, Loss
+from deltakd.types import STUDENT, TEACHER, Batch, Head, Loss
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +45,7 @@ class Caching:
         tokenizer: the student's.
         vocabularies: numbers of tokens that the models share, and the teachers' tokenizer if they have one.
         sets: tokenised rows.
-        references: the models, on ``device``.
+        references: the models, on ``device``; or the server that has them.
         device: where they run.
         open_student: loads the untrained student, on which the errors of ``topk`` are measured.
         show_progress: show a progress bar.
@@ -56,7 +58,7 @@ class Caching:
     tokenizer: PreTrainedTokenizerBase
     vocabularies: Vocabularies
     sets: LoadedSets
-    references: LiveReferences
+    references: LiveReferences | ServedTeacher
     device: torch.device
     open_student: Callable[[], LanguageModel]
     show_progress: bool = True
@@ -70,6 +72,17 @@ class Caching:
         """Return rows of a set as one batch on the device."""
         chosen = [encoded[row] for row in rows]
         return collate(chosen, pad_id(self.tokenizer, self.vocabulary), 0, 0).to(self.device)
+
+    def tensors(self, batch: Batch, content: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Run the references; return the arrays to store for a batch's N valid tokens.
+
+        Args:
+            batch: on ``device``.
+            content: of the cache.
+        """
+        if isinstance(self.references, ServedTeacher):
+            return _bucket_tensors(self.references.buckets(batch, content["k"]), content)
+        return token_tensors(self.references(batch), batch.labels_N, content)
 
 
 def begin_store(caching: Caching, given: Mapping[str, Any]) -> CacheStore:
@@ -85,25 +98,32 @@ def begin_store(caching: Caching, given: Mapping[str, Any]) -> CacheStore:
     is_topk = caching.settings.store == "topk"
     row = np.argsort(caching.sets.train.lengths, kind="stable")[:1]
     example = caching.batch(caching.sets.train, row)
-    heads = caching.references(example)
-    sample, k = _choose_k(caching) if is_topk else ([], None)
+    models, sample, k = _models_content(caching, example, is_topk)
     content = {
         "store": "topk" if is_topk else "hidden",
-        "models": {role: _model_content(caching, role, head) for role, head in heads.items()},
+        "models": models,
         "vocabulary": caching.vocabulary,
         "k": k,
         "temperature": caching.loss.temperature if is_topk else None,
         **given,
     }
-    if caching.vocabularies.other is not None:
-        content["other"] |= {"vocabulary": caching.vocabularies.other_size}
-    tensors = token_tensors(heads, example.labels_N, content)
-    sizes = {name: tensor[0].numel() * tensor.element_size() for name, tensor in tensors.items()}
-    own = {name: size for name, size in sizes.items() if content.get("other") is None or name in OWN_ROLES}
-    content["bytes_per_token"] = sum(own.values())
-    if content.get("other") is not None:
-        content["other"] |= {"bytes_per_token": sum(sizes.values()) - content["bytes_per_token"]}
+    tensors = caching.tensors(example, content)
+    content["bytes_per_token"] = sum(tensor[0].numel() * tensor.element_size() for tensor in tensors.values())
     return CacheStore.create(Path(str(caching.settings.path)), content, sample)
+
+
+def _models_content(
+    caching: Caching, example: Batch, is_topk: bool
+) -> tuple[dict[str, Any], list[dict[str, Any]], int | None]:
+    """Return the entries of the models, the errors on a sample, and K."""
+    if isinstance(caching.references, ServedTeacher):
+        dtype = caching.settings.dtype or "float16"
+        assert caching.settings.k is not None, "checked with the config"
+        k = min(caching.settings.k, caching.vocabulary)
+        return {TEACHER: caching.references.identity | {"stored_dtype": dtype}}, [], k
+    heads = caching.references(example)
+    sample, k_chosen = _choose_k(caching) if is_topk else ([], None)
+    return {role: _model_content(caching, role, head) for role, head in heads.items()}, sample, k_chosen
 
 
 def _model_content(caching: Caching, role: str, head: Head) -> dict[str, Any]:
@@ -130,6 +150,11 @@ def token_tensors(heads: Mapping[str, Head], labels: Tensor, content: Mapping[st
     if content["store"] == "hidden":
         return {role: heads[role].hidden.to(dtype).cpu() for role, dtype in dtypes.items()}
     buckets = make_buckets({role: heads[role] for role in dtypes}, labels, content["k"], content["temperature"])
+    return _bucket_tensors(buckets, content)
+
+
+def _bucket_tensors(buckets: Buckets, content: Mapping[str, Any]) -> dict[str, Tensor]:
+    dtypes = {role: DTYPES[model["stored_dtype"]] for role, model in content["models"].items()}
     ids = torch.uint16 if content["vocabulary"] <= 2**16 else torch.int32
     stored = {role: buckets.log_probs[role].to(dtype).cpu() for role, dtype in dtypes.items()}
     return {SUPPORT: buckets.support.cpu().to(ids)} | stored
@@ -185,9 +210,11 @@ def _sample(caching: Caching) -> tuple[Head, dict[str, Head], Tensor]:
     found: dict[str, list[Head]] = {}
     labels = []
     size = caching.data.full_rows
+    references = caching.references
+    assert isinstance(references, LiveReferences), "errors are measured on models that are loaded"
     for start in range(0, len(rows), size):
         batch = caching.batch(encoded, rows[start : start + size])
-        for role, head in {STUDENT: student(batch), **caching.references(batch)}.items():
+        for role, head in {STUDENT: student(batch), **references(batch)}.items():
             found.setdefault(role, []).append(head)
         labels.append(batch.labels_N)
     heads = {

@@ -17,8 +17,8 @@ from torch import Tensor
 from deltakd.data import EncodedSet, LoadedSets
 from deltakd.io.files import WriteError
 from deltakd.io.progress import progress_bar
-from deltakd.references import CacheStore, StoreError
-from deltakd.references.begin import Caching, token_tensors
+from deltakd.references import CacheStore, LiveReferences, StoreError
+from deltakd.references.begin import Caching
 from deltakd.references.content import missing_rows, named_sets
 from deltakd.references.index import RowIndex, keys_of_rows, keys_of_set
 from deltakd.references.store import OFFSETS, OTHER_OFFSETS, ROW_KEYS
@@ -94,6 +94,7 @@ def _from(advance: Callable[[int], None], start: int) -> Callable[[int], None]:
 def _head_tensors(caching: Caching) -> dict[str, Tensor]:
     """Return copies of ``<role>.weight`` and ``<role>.bias``: a file holds no views, so each role stores its own."""
     row = np.argsort(caching.sets.train.lengths, kind="stable")[:1]
+    assert isinstance(caching.references, LiveReferences), "a server gives no hidden states"
     heads = caching.references(caching.batch(caching.sets.train, row))
     parts = {f"{role}.weight": head.weight for role, head in heads.items()}
     parts |= {f"{role}.bias": head.bias for role, head in heads.items() if head.bias is not None}
@@ -172,7 +173,7 @@ def _run_shard(
     done = 0
     for rows in batches:
         batch = caching.batch(encoded, rows)
-        parts.append(token_tensors(caching.references(batch), batch.labels_N, content))
+        parts.append(caching.tensors(batch, content))
         done += len(rows)
         progress(done)
     rows = np.concatenate(batches)

@@ -127,6 +127,8 @@ class CacheSettings(ReferenceSettings):
         dtype: of the stored numbers; None: the models' own for ``hidden``, float16 for ``topk``.
         verify: check all checksums when the cache is opened; sizes are always checked.
         remake: recreate damaged files (``deltakd.cache`` only).
+        url: the address of a vLLM server that serves the teacher, which is then not loaded (``deltakd.cache`` only).
+        served_model: the teacher's name there; None: the only model.
     """
 
     path: str | None = None
@@ -136,6 +138,8 @@ class CacheSettings(ReferenceSettings):
     dtype: Dtype | None = None
     verify: Annotated[bool, Resume.FREE] = True
     remake: Annotated[bool, Resume.FREE] = False
+    url: Annotated[str | None, Resume.FREE] = None
+    served_model: Annotated[str | None, Resume.FREE] = None
 
     def problems(self, specs: Mapping[str, ModelSpec]) -> list[str]:
         """Return the problems with ``reference``, one sentence each."""

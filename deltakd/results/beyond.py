@@ -20,6 +20,7 @@ MEASURES = {
     "fact_recall_before": ("facts before (%)", 2),
     "ece": ("ECE (%)", 2),
     "kl_teacher": ("KL to teacher (nats)", 4),
+    "span_kl_teacher": ("KL to teacher over spans (nats)", 4),
     "kl_raw_student": ("KL to raw student (nats)", 4),
     "top1_agreement": ("top-1 agreement (%)", 2),
     "shift_correlation": ("shift correlation", 3),
@@ -33,8 +34,10 @@ NOTES = (
     "Perplexity, ECE (expected calibration error over 15 bins), both KL, top-1 agreement and shift correlation are of "
     "the tokens of reference answers, teacher-forced and exact over the vocabulary; distinct-n, length ratio (to the "
     "references) and repetition are of the words of generated answers.",
-    "KL to the teacher is KL(p_t ‖ π_θ); KL to the raw student, KL(p_s^raw ‖ π_θ), says how far training moved the "
-    "student. Of what is kept, perplexity and KL are of raw text, and a fact is recalled if greedy decoding completes "
+    "KL to the teacher is KL(p_t ‖ π_θ). Over spans, of a teacher with another tokenizer, it is of the next token "
+    "where text begins that both cut alike, over the tokens that both have and one bucket for the rest. KL to the raw "
+    "student, KL(p_s^raw ‖ π_θ), says how far training moved the student. "
+    "Of what is kept, perplexity and KL are of raw text, and a fact is recalled if greedy decoding completes "
     "it; before: by the raw student.",
     "± is one standard error over training seeds; of one seed there is none.",
 )

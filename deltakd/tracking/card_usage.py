@@ -79,6 +79,7 @@ def distances(loss: Loss, scores: Iterable[str]) -> list[tuple[str, str]]:
         "loss": f"what was minimised: {formula}{_weights(loss)}",
         "ce": "cross-entropy of the reference answers under this model; a distance to the data alone",
         "kl_teacher": "KL(teacher ‖ this model), at temperature 1, whatever the loss was",
+        "span_kl_teacher": "the same of a teacher with another tokenizer, over spans of text that both share",
     }
     if isinstance(loss, Distillation):
         name = loss.divergence.name

@@ -23,6 +23,7 @@ from deltakd.models.dropout import switch_off_dropout
 from deltakd.models.experts import balance_warning
 from deltakd.models.identity import spec_of
 from deltakd.models.lora import add_lora
+from deltakd.models.packing_check import check_packing
 from deltakd.models.roles import OWN_ROLES, Vocabularies, open_model, open_tokenizer, open_vocabularies
 from deltakd.models.vocabulary import unaligned_problems, unknown_token_problems
 from deltakd.references import CachedReferences, CacheStore, LiveReferences, References, SourceSettings
@@ -299,7 +300,7 @@ def open_role(
     Raises:
         ValueError: it is not available or does not fit.
     """
-    return open_model(
+    model = open_model(
         role,
         settings.specs[role],
         settings.model,
@@ -309,6 +310,9 @@ def open_role(
         seed=settings.seed,
         max_length=settings.data.max_length if vocabularies.is_own(role) else settings.data.teachers_length,
     )
+    if settings.data.packing:
+        check_packing(role, model)
+    return model
 
 
 def open_models(

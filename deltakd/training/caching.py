@@ -8,15 +8,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import PreTrainedTokenizerBase
+
 from deltakd.distributed.devices import choose_device
 from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
-from deltakd.models.roles import open_tokenizer
+from deltakd.models.roles import Vocabularies, open_tokenizer
 from deltakd.references import CacheStore, LiveReferences
 from deltakd.references.begin import Caching, begin_store
 from deltakd.references.content import data_identity, data_problems, missing_rows
 from deltakd.references.fill import drop_damaged, make_missing, summary_of
 from deltakd.references.index import RowIndex
+from deltakd.references.served import ServedTeacher
 from deltakd.tracking.environment import costs_since, environment
 from deltakd.training.assembly import check_tokens, open_cache, open_references, open_role, read_vocabularies
 from deltakd.training.settings import RunSettings
@@ -93,10 +97,8 @@ def _load(settings: RunSettings) -> tuple[Caching, CacheStore]:
             drop_damaged(store)
         else:
             store.check(checksum=settings.cache.verify)
-    models = open_references(settings, tokenizer, vocabularies)
     device = choose_device(settings.trainer.accelerator)
-    references = LiveReferences(models)
-    references.to(device)
+    references = _open(settings, tokenizer, vocabularies, device)
     caching = Caching(
         settings.cache,
         settings.model,
@@ -111,3 +113,16 @@ def _load(settings: RunSettings) -> tuple[Caching, CacheStore]:
         show_progress=settings.trainer.enable_progress_bar,
     )
     return caching, begin_store(caching, given) if store is None else store
+
+
+def _open(
+    settings: RunSettings, tokenizer: PreTrainedTokenizerBase, vocabularies: Vocabularies, device: torch.device
+) -> LiveReferences | ServedTeacher:
+    """Return the models that are run, on ``device``, or the server that has them."""
+    assert settings.cache is not None
+    if settings.cache.url is not None:
+        longest = settings.data.max_length
+        return ServedTeacher(settings.cache.url, settings.cache.served_model, tokenizer, vocabularies.size, longest)
+    references = LiveReferences(open_references(settings, tokenizer, vocabularies))
+    references.to(device)
+    return references

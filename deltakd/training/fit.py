@@ -166,6 +166,7 @@ def make_data(parts: Parts, ranks: int) -> DistillationData:
         max_tokens=parts.settings.data.max_tokens_per_batch,
         world_size=ranks,
         stream=_start_stream(parts),
+        packing=parts.settings.data.packing,
     )
 
 

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.loggers import Logger
 
 from deltakd.distributed.devices import choose_device
@@ -16,12 +17,14 @@ from deltakd.distributed.ranks import is_main_process, is_restarted, main_proces
 from deltakd.distributed.sharding import gathered, place, resident_bytes
 from deltakd.evaluation.answers import evaluate_sets, shown
 from deltakd.evaluation.measures import Measured, Subject, measure
+from deltakd.evaluation.span_measures import SpanTeacher
 from deltakd.io.files import write_text
 from deltakd.io.run_directory import RunDirectory
 from deltakd.models import ExportCheck, LanguageModel
 from deltakd.models.identity import count_parameters, exported_parameters, trained_parameters
 from deltakd.models.roles import open_exported
 from deltakd.models.saving import save_student
+from deltakd.references import LiveReferences
 from deltakd.tracking.environment import environment, peak_memory_mib
 from deltakd.tracking.loggers import finish_loggers, make_loggers
 from deltakd.tracking.model_card import CardFacts, model_card
@@ -33,7 +36,7 @@ from deltakd.training.inputs import changed_inputs
 from deltakd.training.resume import read_state
 from deltakd.training.settings import RESUME_POLICY, RunSettings
 from deltakd.training.threads import choose_threads, threads_kept
-from deltakd.types import STUDENT
+from deltakd.types import STUDENT, TEACHER
 
 log = logging.getLogger(__name__)
 
@@ -180,6 +183,7 @@ def _evaluate_student(parts: Parts) -> tuple[dict[str, float], Measured]:
                 if role != STUDENT and parts.vocabularies.is_own(role)
             },
             show_progress=settings.trainer.enable_progress_bar,
+            teacher=_span_teacher(parts, device),
         ),
         parts.sets.val,
     )
@@ -205,6 +209,23 @@ def resident_mib(loaded: Mapping[str, LanguageModel]) -> dict[str, float]:
         found[role] = 0.0 if id(model) in counted else round(resident_bytes(model) / 2**20, 3)
         counted.add(id(model))
     return found
+
+
+def _span_teacher(parts: Parts, device: torch.device) -> SpanTeacher | None:
+    """Return the teacher that has a tokenizer of its own, to measure the student against; None if there is none."""
+    settings, other, references = parts.settings, parts.vocabularies.other, parts.models.references
+    wanted = settings.evaluation.measures.rows != 0 and settings.evaluation.measures.references != "none"
+    if other is None or parts.token_map is None or not wanted:
+        return None
+    if TEACHER in parts.models.loaded:
+        if settings.reference.shards and place()[1] > 1:
+            return None
+        model = parts.models.loaded[TEACHER]
+        references = LiveReferences({TEACHER: model}, placement=settings.reference.placement)
+    if references is None or TEACHER not in references.roles:
+        return None
+    references.to(device)
+    return SpanTeacher(references, settings.data.teachers_coding(other), parts.token_map)
 
 
 def _meta(parts: Parts, fitted: Fitted, started: float) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from deltakd.types.alignment import Alignment
 from deltakd.types.heads import PairFacts, TokenFacts
+from deltakd.types.packed import PackedRows
 from deltakd.types.role_names import STUDENT, STUDENT_RAW
 
 #: The label of a position that is not trained on (prompt, padding).
@@ -25,11 +26,13 @@ class TokenStream:
         attention_mask: [B, T] int64, 1 on real tokens.
         labels: [B, T] int64; the token itself where it is trained on, else IGNORE_INDEX. Not shifted: position t
             is predicted from the hidden state at t − 1.
+        packed: the same rows as models run them, several to a sequence; None: as they are here.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
+    packed: PackedRows | None = field(default=None, kw_only=True)
     _valid: Tensor | None = field(default=None, kw_only=True)
     _real: int | None = field(default=None, kw_only=True)
 
@@ -39,6 +42,11 @@ class TokenStream:
         if self._real is None:
             self._real = int(self.attention_mask.sum())
         return self._real
+
+    @property
+    def positions(self) -> int:
+        """Number of positions that a model computes."""
+        return (self if self.packed is None else self.packed).input_ids.numel()
 
     @property
     def valid_BT(self) -> Tensor:
@@ -79,6 +87,7 @@ class TokenStream:
             labels=self.labels.to(device, non_blocking=non_blocking),
             _valid=self.valid_N.to(device, non_blocking=non_blocking),
             _real=self.real_positions,
+            packed=None if self.packed is None else self.packed.to(device, non_blocking),
         )
 
     def pinned(self) -> Self:
@@ -129,6 +138,7 @@ class Batch(TokenStream):
         other: the same rows in the teachers' tokenizer; None: all models share the student's.
         pairs: of the whole step: rows 2i and 2i + 1 then answer the same prompt, the data's response first and the
             student's after it. None: rows are not in pairs.
+        cached: what a cache of references holds for the rows, read ahead; None: it is read when it is needed.
     """
 
     row_ids: Tensor
@@ -137,6 +147,7 @@ class Batch(TokenStream):
     sampled_log_probs: Tensor | None = None
     other: AlignedStream | None = None
     pairs: StepPairs | None = None
+    cached: dict[str, Tensor] | None = None
 
     @property
     def facts_N(self) -> TokenFacts:
@@ -159,6 +170,9 @@ class Batch(TokenStream):
             super().to(device, non_blocking),
             sampled_log_probs=None if sampled is None else sampled.to(device, non_blocking=non_blocking),
             other=None if self.other is None else self.other.to(device, non_blocking),
+            cached=None
+            if self.cached is None
+            else {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.cached.items()},
         )
 
 
@@ -166,6 +180,8 @@ def _pinned(value: Any) -> Any:
     """Return a tensor, or all tensors of a dataclass, in page-locked memory."""
     if isinstance(value, Tensor):
         return value.pin_memory()
+    if isinstance(value, dict):
+        return {name: _pinned(entry) for name, entry in value.items()}
     if not is_dataclass(value) or isinstance(value, type):
         return value
     return replace(value, **{field.name: _pinned(getattr(value, field.name)) for field in fields(value)})

@@ -19,8 +19,15 @@ if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no GPU, and no TRITON_INTERPRET=1: see `make test-kernels`", allow_module_level=True)
 pytest.importorskip("triton", reason="Triton is not installed: see `make test-kernels`")
 
-from deltakd.kernels import KernelOptions, chunked_loss, gpu  # noqa: E402
-from deltakd.types import Head, LinearKL, Loss, Products  # noqa: E402
+from deltakd.kernels import KernelOptions, chunked_loss  # noqa: E402
+from deltakd.references.topk import make_buckets  # noqa: E402
+from deltakd.types import (  # noqa: E402
+    Head,
+    LinearKL,
+    Loss,
+    Products,
+    triton_devices,
+)
 from deltakd.types import products as products_module  # noqa: E402
 from tests.losses.by_name import loss_named  # noqa: E402
 
@@ -32,7 +39,7 @@ ROLES = ("student", "teacher", "student_raw", "teacher_raw")
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "DEVICES", frozenset({"cpu", "cuda"}))
+    monkeypatch.setattr(triton_devices, "DEVICES", frozenset({"cpu", "cuda"}))
     monkeypatch.setattr(products_module, "HALF_PRODUCT_DEVICES", frozenset({"cpu", "cuda"}))
 
 
@@ -220,3 +227,49 @@ def test_the_kernels_are_used_unless_switched_off(monkeypatch: pytest.MonkeyPatc
     assert calls == [4, 2]
     record = KernelOptions().record(torch.device(DEVICE))
     assert record["triton"] is True
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 4.0}], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 1e-3), (torch.float16, 1e-3)], ids=str
+)
+@pytest.mark.parametrize("k", [5, 30])
+@pytest.mark.parametrize("name", ["delta_kd", "kd_reverse", "sft", "kd_jsd"])
+def test_references_of_top_k_log_probs(
+    name: str, k: int, dtype: torch.dtype, tolerance: float, options: dict[str, Any]
+) -> None:
+    """Against the plain path over the same buckets, in float64; at k = 30 the support is the whole vocabulary."""
+    loss = loss_named(name, temperature=1.4, ce_weight=0.3) if name != "sft" else loss_named(name)
+    some, at = heads(6, 30, dtype, **options), labels(6, 30)
+    student = some["student"]
+    exact = in_float64({"student": student})["student"]
+    references = {role: some[role] for role in sorted(loss.requires)}
+    buckets = make_buckets(references or {"teacher": some["teacher"]}, at, k, 1.4 if references else 1.0)
+    expected, _ = chunked_loss(loss, {"student": exact}, at, 4, buckets.cast(torch.float64))
+    total, _ = chunked_loss(loss, {"student": student}, at, 4, buckets)
+    assert total.item() == pytest.approx(expected.item(), rel=tolerance)
+    for ours, theirs in zip(total.grad_fn.grads.values(), expected.grad_fn.grads.values(), strict=True):
+        assert (ours.double() - theirs).norm() <= tolerance * theirs.norm()
+    with torch.no_grad():
+        value, _ = chunked_loss(loss, {"student": student}, at, 4, buckets)
+    assert value.item() == pytest.approx(total.item(), rel=1e-6)
+
+
+def test_rows_may_lie_close_together_or_far_apart() -> None:
+    """What lies beyond the end of a row is never used, and what is not the row's padding never written."""
+    from deltakd.kernels.gpu import linear_kl
+
+    n, v = 3, 37
+    generator = torch.Generator().manual_seed(0)
+    z, target = (torch.randn(n, v, generator=generator).to(DEVICE) for _ in range(2))
+    results = []
+    for pitch in (v, 40, 48, 64):
+        wide = torch.full((3, n, pitch), torch.nan, device=DEVICE)
+        wide[0, :, :v], wide[1, :, :v] = z, target
+        form = LinearKL({"teacher": 1.0}, 1.3, 0.4)
+        ce_N, kl_N = linear_kl.loss_rows(form, wide[0, :, :v], wide[1, :, :v], labels(n, v), (wide[2, :, :v],))
+        assert torch.equal(wide[0, :, :v], z)
+        results.append((ce_N, kl_N, wide[2, :, :v].clone()))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert not any(tensor.isnan().any() for tensor in results[0])

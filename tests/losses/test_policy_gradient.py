@@ -279,3 +279,24 @@ def test_wrong_settings_are_named(name: str, options: dict[str, Any], named: str
 def test_a_score_has_to_be_one() -> None:
     with pytest.raises(ValueError, match=r"loss\.score is an object of"):
         PolicyGradient(teacher_target())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_entropy_and_the_distance_from_the_teacher_against_numpy(name: str) -> None:
+    logits, labels = draw(12)
+    parts = loss_named(name)(logits, labels).parts
+    z = arrays(logits)
+    log_q, log_p = log_softmax(z["student"]), log_softmax(z["teacher"])
+    close(parts["entropy"], -(np.exp(log_q) * log_q).sum(-1))
+    # Where the teacher is the target, its KL is the loss's value already.
+    assert ("teacher_kl" in parts) == (name in ("delta_opd", "exopd", "opd2"))
+    close(parts.get("teacher_kl", parts.get("reverse_kl")), reverse_kl(log_p, log_q))
+
+
+def test_entropy_of_a_student_that_rules_tokens_out_is_finite() -> None:
+    logits, labels = draw(13)
+    student = logits["student"].detach().clone()
+    student[:, -1] = -torch.inf
+    labels = labels.clamp(max=student.shape[1] - 2)
+    entropy = loss_named("opd")({**logits, "student": student.requires_grad_()}, labels).parts["entropy"]
+    assert entropy.isfinite().all()

@@ -34,6 +34,8 @@ class FakeVllm:
         self.backend: str | None = None
         #: Called before each completion with the number of those before it; may raise ConnectionError, or answer.
         self.before: Callable[[int], Answer | None] = lambda number: None
+        #: Changes the log-probs of a prompt.
+        self.edited: Callable[[list[Any]], list[Any]] = lambda entries: entries
         #: (path, query, body) of every request, in order.
         self.asked: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
         self._lock = threading.Lock()
@@ -145,6 +147,8 @@ class FakeVllm:
             replaced = self.before(number)
             if replaced is not None:
                 return replaced
+            if "prompt_logprobs" in body:
+                return self._prompt_log_probs(body)
             if body["model"] != "served":
                 return 404, {"error": {"message": f"The model `{body['model']}` does not exist.", "code": 404}}
             draw = torch.Generator().manual_seed(body["seed"])
@@ -173,6 +177,20 @@ class FakeVllm:
             "prompt_token_ids": body["prompt"],
         }
         return 200, {"object": "text_completion", "model": "served", "choices": [choice]}
+
+    def _prompt_log_probs(self, body: dict[str, Any]) -> Answer:
+        k, prompt = body["prompt_logprobs"], body["prompt"]
+        if k > 20:
+            message = f"Requested prompt logprobs of {k}, which is greater than max allowed: 20"
+            return 400, {"error": {"message": message, "code": 400}}
+        log_probs_TV = self.model(torch.tensor([prompt])).logits[0].float().log_softmax(-1)
+        entries: list[Any] = [None]
+        for log_probs_V, token in zip(log_probs_TV, prompt[1:], strict=False):
+            # The k most probable ones, and the token itself.
+            kept = dict.fromkeys([token, *log_probs_V.topk(k).indices.tolist()])
+            entries.append({str(one): {"logprob": float(log_probs_V[one]), "rank": 1} for one in kept})
+        choice = {"text": "x", "prompt_logprobs": self.edited(entries), "prompt_token_ids": prompt, "token_ids": [1]}
+        return 200, {"object": "text_completion", "choices": [choice]}
 
 
 @contextmanager

@@ -192,3 +192,17 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(every: int, size: int, position:
     if every == 3 and position == 8:
         # Step 4 belongs to a round that had begun: nothing of it is asked for again.
         assert not second_engine.asked
+
+
+class Mute(Echo):
+    """Ends every response at once."""
+
+    def answer(self, requests: Sequence[Request]) -> list[Response]:
+        return [Response([99], True) for request in requests for _ in request.keys]
+
+
+def test_responses_that_are_all_empty_are_said_and_still_trained(caplog: pytest.LogCaptureFixture) -> None:
+    batches = list(loader(Mute()))
+    assert "All 4 responses for optimiser step 0 are empty: the student ends at once." in caplog.text
+    assert all(batch.labels_N.tolist() == [99] * len(batch.row_ids) for batch in batches)
+    assert {batch.step_tokens for batch in batches} == {4}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -106,6 +107,23 @@ def test_streamed_rows_are_aligned_as_indexed_ones(train: Train, foreign: tuple[
     options = (*foreign, f"data.train={tmp_path / 'rows.jsonl'}", "data.streaming=true", "data.shuffle_buffer=20")
     run = train("span_kd", *options, "trainer.val_every_n_steps=3")
     assert run.read_summary()["data/aligned_fraction"] == 1.0
+
+
+def test_the_student_is_measured_against_the_teacher_over_spans_alone(
+    train: Train, world: World, foreign: tuple[str, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    sets = f"evaluation.sets={{mine: {world.root}/test.jsonl}}"
+    with caplog.at_level(logging.INFO):
+        run = train("span_kd", *foreign, sets, "evaluation=default", "evaluation.measures.rows=8")
+    summary = run.read_summary()
+    for name in ("val", "mine"):
+        assert summary[f"{name}/span_kl_teacher"] > 0
+        assert summary["meta"]["measured"][name]["spans"] > 0
+        assert summary[f"{name}/perplexity"] > 1
+        assert f"{name}/kl_teacher" not in summary
+        assert f"{name}/shift_correlation" not in summary
+        assert summary[f"{name}/kl_raw_student"] > 0
+    assert "kl_teacher, top1_agreement and shift_correlation need one vocabulary and are left out" in caplog.text
 
 
 def test_rows_that_the_teachers_can_hold_in_part_are_counted(train: Train, foreign: tuple[str, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning
@@ -13,6 +14,7 @@ from deltakd.data.batches.stream_loader import StreamLoader
 from deltakd.data.batches.windows import BudgetWindows, RowWindows, Windows
 from deltakd.data.encoding.encoded_set import EncodedSet
 from deltakd.data.encoding.example_stream import ExampleStream
+from deltakd.types import Batch
 
 
 class DistillationData(lightning.LightningDataModule):
@@ -35,6 +37,7 @@ class DistillationData(lightning.LightningDataModule):
         max_tokens: positions per process and micro-batch, padding included, if ``batch_size`` is None.
         world_size: number of processes; None: the trainer's, or 1 before a trainer is attached.
         stream: streamed training data instead of ``train``, which then holds a few of its rows.
+        packing: lay the rows of a micro-batch end to end, so that models compute no padding.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class DistillationData(lightning.LightningDataModule):
         max_tokens: int | None = None,
         world_size: int | None = None,
         stream: ExampleStream[Any, Any] | None = None,
+        packing: bool = False,
     ) -> None:
         super().__init__()
         self.train = train
@@ -67,6 +71,9 @@ class DistillationData(lightning.LightningDataModule):
         self.max_tokens = max_tokens
         self.world_size = world_size
         self.stream = stream
+        self.packing = packing
+        #: Further work on each training batch, done ahead in the loader's thread.
+        self.prepare_batch: Callable[[Batch], Batch] | None = None
         self._samplers: dict[tuple[int, int], Sampler] = {}
 
     @property
@@ -147,7 +154,7 @@ class DistillationData(lightning.LightningDataModule):
     def train_dataloader(self) -> StepLoader | StreamLoader:
         """Return the micro-batches of the whole run."""
         if self.stream is None:
-            return StepLoader(self.train, self.sampler(), self.pad_id)
+            return StepLoader(self.train, self.sampler(), self.pad_id, self.packing, self._prepare)
         rank, world_size = self._place()
         epochs, _ = limits(self.max_epochs, self.total_steps)
         return StreamLoader(
@@ -159,7 +166,12 @@ class DistillationData(lightning.LightningDataModule):
             pad_id=self.pad_id,
             total_steps=self.total_steps,
             epochs=None if epochs is None else int(epochs),
+            packing=self.packing,
+            prepare=self._prepare,
         )
+
+    def _prepare(self, batch: Batch) -> Batch:
+        return batch if self.prepare_batch is None else self.prepare_batch(batch)
 
     def val_loader(self) -> EvalLoader | None:
         """Return this rank's validation batches, or None.
@@ -169,7 +181,7 @@ class DistillationData(lightning.LightningDataModule):
         if self.val is None:
             return None
         rank, world_size = self._place()
-        return EvalLoader(self.val, self.val_batch_size, self.pad_id, rank, world_size, self.max_tokens)
+        return EvalLoader(self.val, self.val_batch_size, self.pad_id, rank, world_size, self.max_tokens, self.packing)
 
     def _place(self) -> tuple[int, int]:
         if self.trainer is None:

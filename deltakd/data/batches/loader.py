@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,14 +10,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deltakd.data.batches.ahead import Ahead
 from deltakd.data.batches.budget import check_budget, pack
+from deltakd.data.batches.packed_rows import pack_rows
 from deltakd.data.batches.sampler import Sampler
 from deltakd.data.encoding.encoded_set import Encoded, EncodedSet
 from deltakd.data.encoding.example_stream import Example
 from deltakd.types import IGNORE_INDEX, UNALIGNED, AlignedStream, Alignment, Batch, TokenStream
 
+#: Micro-batches made ahead of training.
+BATCHES_AHEAD = 2
 
-def collate(encoded: Sequence[Encoded | Example], pad_id: int, step: int, step_tokens: int) -> Batch:
+
+def collate(
+    encoded: Sequence[Encoded | Example], pad_id: int, step: int, step_tokens: int, packing: bool = False
+) -> Batch:
     """Pad rows on the right to the longest one.
 
     Only ``attention_mask`` = 0 and labels of IGNORE_INDEX mark padding, never the id, so ``pad_id`` may be EOS.
@@ -26,14 +33,16 @@ def collate(encoded: Sequence[Encoded | Example], pad_id: int, step: int, step_t
         encoded: B rows.
         pad_id: any id of the vocabulary.
         step, step_tokens: copied into the batch.
+        packing: also lay the rows end to end, for models to run them so.
     """
-    return Batch(
+    batch = Batch(
         *_padded(encoded, pad_id),
         row_ids=torch.tensor([row.row_id for row in encoded], dtype=torch.int64),
         step=step,
         step_tokens=step_tokens,
         other=_other(encoded),
     )
+    return pack_rows(batch) if packing else batch
 
 
 def _padded(encoded: Sequence[Encoded | Example], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,7 +95,7 @@ def saved_position(state: Mapping[str, Any], micro_batches: int) -> int:
 
 
 class StepLoader:
-    """One rank's micro-batches of the whole run, resumable.
+    """One rank's micro-batches of the whole run, made ahead in a thread and exactly resumable.
 
     ``iter`` starts at the loaded position (initially 0), however far an earlier iterator got. ``len`` is the run's
     total, even after resuming. Use one iterator at a time: the position is the latest iterator's.
@@ -94,13 +103,23 @@ class StepLoader:
     Args:
         encoded: the data.
         sampler: chooses the rows.
-        pad_id: as for ``collate``.
+        pad_id, packing: as for ``collate``.
+        prepare: called with each batch, in the thread.
     """
 
-    def __init__(self, encoded: EncodedSet, sampler: Sampler, pad_id: int) -> None:
+    def __init__(
+        self,
+        encoded: EncodedSet,
+        sampler: Sampler,
+        pad_id: int,
+        packing: bool = False,
+        prepare: Callable[[Batch], Batch] = lambda batch: batch,
+    ) -> None:
         self.encoded = encoded
         self.sampler = sampler
         self.pad_id = pad_id
+        self.packing = packing
+        self.prepare = prepare
         self._start = 0
         self._position = 0
 
@@ -108,12 +127,17 @@ class StepLoader:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        for index in range(self._start, len(self)):
-            micro = self.sampler.micro_batch(index)
-            batch = collate([self.encoded[row] for row in micro.rows], self.pad_id, micro.step, micro.step_tokens)
-            # Set before the batch is handed over: a checkpoint saved while the caller holds it counts it as consumed.
-            self._position = index + 1
-            yield batch
+        with Ahead(map(self._make, range(self._start, len(self))), BATCHES_AHEAD) as batches:
+            for index, batch in enumerate(batches, self._start):
+                # Set before the batch is handed over: a checkpoint saved while the caller holds it counts it as
+                # consumed. What the thread has made ahead does not count.
+                self._position = index + 1
+                yield batch
+
+    def _make(self, index: int) -> Batch:
+        micro = self.sampler.micro_batch(index)
+        rows = [self.encoded[row] for row in micro.rows]
+        return self.prepare(collate(rows, self.pad_id, micro.step, micro.step_tokens, self.packing))
 
     def state_dict(self) -> dict[str, int]:
         """Return ``position``, the number of micro-batches handed over so far."""
@@ -134,6 +158,7 @@ class EvalLoader:
         rank, world_size: batch i goes to rank i mod world_size. When the batches run out, a rank gets a batch whose
             labels are all masked: the ranks of a sharded model wait for each other, so all must run equally often.
         max_tokens: most positions per batch, padding included, if ``batch_size`` is None.
+        packing: as for ``collate``.
 
     Raises:
         ValueError: a batch size below 1, or a row longer than ``max_tokens``.
@@ -147,11 +172,13 @@ class EvalLoader:
         rank: int = 0,
         world_size: int = 1,
         max_tokens: int | None = None,
+        packing: bool = False,
     ) -> None:
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"val_batch_size = {batch_size}; it must be at least 1")
         self.encoded = encoded
         self.pad_id = pad_id
+        self.packing = packing
         self.rank = rank
         self.world_size = world_size
         if batch_size is not None:
@@ -171,13 +198,13 @@ class EvalLoader:
             if index < len(self._batches):
                 rows = self._batches[index]
                 tokens = int(self.encoded.valid_tokens[rows].sum())
-                yield collate([self.encoded[row] for row in rows], self.pad_id, number, tokens)
+                yield collate([self.encoded[row] for row in rows], self.pad_id, number, tokens, self.packing)
             else:
                 yield self._masked(number)
 
     def _masked(self, number: int) -> Batch:
         row = self.encoded[int(self._batches[0][0])]
-        return collate([_without_labels(row)], self.pad_id, number, 0)
+        return collate([_without_labels(row)], self.pad_id, number, 0, self.packing)
 
 
 def _without_labels(row: Encoded) -> Encoded:

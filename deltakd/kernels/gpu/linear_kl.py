@@ -21,7 +21,8 @@ from torch import Tensor
 from deltakd.types import LinearKL
 
 _BLOCK = 4096
-_WARPS = 8
+#: Warps per row.
+WARPS = 8
 #: The kernel's names of divergences.
 _CE, _FORWARD, _REVERSE = 0, 1, 2
 
@@ -35,16 +36,23 @@ def _capped(z, softcap, HAS_CAP: tl.constexpr):
 
 
 @triton.jit
-def _with_shift(t, shift, gate, at, inside, HAS_GATE: tl.constexpr):
-    """The target's logits; a token that it rules out stays ruled out, whatever the shift."""
+def loaded(row, at, columns, padded):
+    """A tile of a row; −inf beyond its end. Without ``padded``, a multiple of 16, wide loads would end at odd ends."""
+    x = tl.load(row + at, mask=at < padded, other=float("-inf"))
+    return tl.where(at < columns, x, float("-inf"))
+
+
+@triton.jit
+def _target(target, shift, gate, at, columns, padded, HAS_GATE: tl.constexpr):
+    """A tile of the target's logits; a token that it rules out stays ruled out, whatever the shift."""
+    t = loaded(target, at, columns, padded)
     if HAS_GATE:
-        o = tl.load(shift + at, mask=inside, other=0.0)
-        return tl.where(t == float("-inf"), t, t + gate * o)
+        t = tl.where(t == float("-inf"), t, t + gate * loaded(shift, at, columns, padded))
     return t
 
 
 @triton.jit
-def _summed(largest, total, x):
+def summed(largest, total, x):
     """Take a tile into an online log-sum-exp: the new largest logit, the rescaled sum with it, and the factor."""
     # The start is −1e30, not −inf, whose difference to itself is NaN.
     new = tl.maximum(largest, tl.max(x, axis=0))
@@ -61,17 +69,16 @@ def _compared(inner, a_sum, a_factor, a_old, a_new, b_old, b_new, a, b):
 
 
 @triton.jit
-def _gate_kernel(to, origin, gates, to_stride, origin_stride, columns, inverse_nats, BLOCK: tl.constexpr):
+def _gate_kernel(to, origin, gates, to_stride, origin_stride, columns, padded, inverse_nats, BLOCK: tl.constexpr):
     """gates[row] = exp(−KL(softmax(to) ‖ softmax(origin)) / nats), in one pass."""
     row = tl.program_id(0).to(tl.int64)
     to_max, to_sum, origin_max, origin_sum, inner = -1e30, 0.0, -1e30, 0.0, 0.0
     for start in range(0, columns, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        inside = at < columns
-        a = tl.load(to + row * to_stride + at, mask=inside, other=float("-inf"))
-        b = tl.load(origin + row * origin_stride + at, mask=inside, other=float("-inf"))
-        new_to_max, new_to_sum, factor = _summed(to_max, to_sum, a)
-        new_origin_max, new_origin_sum, _ = _summed(origin_max, origin_sum, b)
+        a = loaded(to + row * to_stride, at, columns, padded)
+        b = loaded(origin + row * origin_stride, at, columns, padded)
+        new_to_max, new_to_sum, factor = summed(to_max, to_sum, a)
+        new_origin_max, new_origin_sum, _ = summed(origin_max, origin_sum, b)
         inner = _compared(inner, to_sum, factor, to_max, new_to_max, origin_max, new_origin_max, a, b)
         to_max, to_sum, origin_max, origin_sum = new_to_max, new_to_sum, new_origin_max, new_origin_sum
     kl = inner / to_sum - tl.log(to_sum) + tl.log(origin_sum)
@@ -94,6 +101,7 @@ def _loss_kernel(
     shift_stride,
     high_stride,
     columns,
+    padded,
     inverse_temperature,
     softcap,
     ce_weight,
@@ -119,18 +127,16 @@ def _loss_kernel(
     z_max, z_sum, q_max, q_sum, p_max, p_sum, inner = -1e30, 0.0, -1e30, 0.0, -1e30, 0.0, 0.0
     for start in range(0, columns, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        inside = at < columns
-        x = _capped(tl.load(z + at, mask=inside, other=float("-inf")), softcap, HAS_CAP)
+        x = _capped(loaded(z, at, columns, padded), softcap, HAS_CAP)
         if HAS_CAP:
-            x = tl.where(inside, x, float("-inf"))
-        z_max, z_sum, _ = _summed(z_max, z_sum, x)
+            x = tl.where(at < columns, x, float("-inf"))
+        z_max, z_sum, _ = summed(z_max, z_sum, x)
         if KIND != 0:
-            t = tl.load(target + at, mask=inside, other=float("-inf"))
-            y = _with_shift(t, shift, gate, at, inside, HAS_GATE) * inverse_temperature
-            new_p_max, new_p_sum, _ = _summed(p_max, p_sum, y)
+            y = _target(target, shift, gate, at, columns, padded, HAS_GATE) * inverse_temperature
+            new_p_max, new_p_sum, _ = summed(p_max, p_sum, y)
             if TEMPERED or KIND == 2:
                 x = x * inverse_temperature
-                new_q_max, new_q_sum, factor = _summed(q_max, q_sum, x)
+                new_q_max, new_q_sum, factor = summed(q_max, q_sum, x)
                 if KIND == 2:
                     inner = _compared(inner, q_sum, factor, q_max, new_q_max, p_max, new_p_max, x, y)
                 q_max, q_sum = new_q_max, new_q_sum
@@ -152,14 +158,12 @@ def _loss_kernel(
     if KIND != 0 or SUMMANDS > 0:
         for start in range(0, columns, BLOCK):
             at = start + tl.arange(0, BLOCK)
-            inside = at < columns
-            x = _capped(tl.load(z + at, mask=inside, other=float("-inf")), softcap, HAS_CAP)
+            x = _capped(loaded(z, at, columns, padded), softcap, HAS_CAP)
             if HAS_CAP:
-                x = tl.where(inside, x, float("-inf"))
+                x = tl.where(at < columns, x, float("-inf"))
             gradient = tl.zeros_like(x)
             if KIND != 0:
-                t = tl.load(target + at, mask=inside, other=float("-inf"))
-                y = _with_shift(t, shift, gate, at, inside, HAS_GATE) * inverse_temperature
+                y = _target(target, shift, gate, at, columns, padded, HAS_GATE) * inverse_temperature
                 log_q = x * inverse_temperature - q_log_sum
                 log_p = y - p_log_sum
                 q, p = tl.exp(log_q), tl.exp(log_p)
@@ -180,10 +184,10 @@ def _loss_kernel(
                     # Comparisons with NaN are false: it stays NaN.
                     gradient = tl.where(gradient > LARGEST, LARGEST, tl.where(gradient < -LARGEST, -LARGEST, gradient))
                 first = gradient.to(high.dtype.element_ty)
-                tl.store(high + row * high_stride + at, first, mask=inside)
+                tl.store(high + row * high_stride + at, first, mask=at < padded)
                 if SUMMANDS == 2:
                     rest = (gradient - first.to(tl.float32)).to(low.dtype.element_ty)
-                    tl.store(low + row * high_stride + at, rest, mask=inside)
+                    tl.store(low + row * high_stride + at, rest, mask=at < padded)
     tl.store(kl + row, value)
 
 
@@ -191,7 +195,7 @@ def gate_rows(to_NV: Tensor, origin_NV: Tensor, nats: float) -> Tensor:
     """Return exp(−KL(softmax(to) ‖ softmax(origin)) / nats), [n] float32, of two [n, V] float32 logits."""
     gate_N = to_NV.new_empty(len(to_NV))
     if len(to_NV):
-        with _on(to_NV.device):
+        with on(to_NV.device):
             _gate_kernel[(len(to_NV),)](
                 to_NV,
                 origin_NV,
@@ -199,9 +203,10 @@ def gate_rows(to_NV: Tensor, origin_NV: Tensor, nats: float) -> Tensor:
                 to_NV.stride(0),
                 origin_NV.stride(0),
                 to_NV.shape[1],
+                padded_columns(to_NV, origin_NV),
                 1.0 / nats,
-                BLOCK=_block(to_NV.shape[1]),
-                num_warps=_WARPS,
+                BLOCK=block_of(to_NV.shape[1]),
+                num_warps=WARPS,
             )
     return gate_N
 
@@ -243,13 +248,13 @@ def loss_rows(
     assert high.stride() == low.stride()
     assert all(t.stride(1) == 1 for t in (z_NV, target_NV, shift, high))
     if len(z_NV):
-        with _on(z_NV.device):
+        with on(z_NV.device):
             _loss_kernel[(len(z_NV),)](
                 z_NV,
                 target_NV,
                 shift,
                 ce_N if gate_N is None else gate_N,
-                labels,
+                labels.contiguous(),
                 ce_N,
                 kl_N,
                 high,
@@ -259,6 +264,7 @@ def loss_rows(
                 shift.stride(0),
                 high.stride(0),
                 z_NV.shape[1],
+                padded_columns(z_NV, target_NV, shift, high),
                 1.0 / form.temperature if kind != _CE else 1.0,
                 1.0 if softcap is None else softcap,
                 form.ce_weight,
@@ -270,16 +276,24 @@ def loss_rows(
                 HAS_GATE=gate_N is not None,
                 SUMMANDS=len(summands),
                 LARGEST=65504.0 if high.dtype == torch.float16 else 0.0,
-                BLOCK=_block(z_NV.shape[1]),
-                num_warps=_WARPS,
+                BLOCK=block_of(z_NV.shape[1]),
+                num_warps=WARPS,
             )
     return ce_N, None if kind == _CE else kl_N
 
 
-def _block(columns: int) -> int:
+def padded_columns(*logits: Tensor) -> int:
+    """Return how many columns may be loaded and stored: a multiple of 16 if all rows end in as much padding."""
+    columns = logits[0].shape[1]
+    wide = -(-columns // 16) * 16
+    return wide if all(z_NV.stride(0) >= wide for z_NV in logits) else columns
+
+
+def block_of(columns: int) -> int:
+    """Return the columns of a tile."""
     return min(_BLOCK, triton.next_power_of_2(columns))
 
 
-def _on(device: torch.device) -> AbstractContextManager[object]:
+def on(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

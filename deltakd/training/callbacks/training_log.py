@@ -85,7 +85,7 @@ class TrainingLog(L.Callback):
             NonFiniteLossError: the step's loss or gradient is not finite.
         """
         self._clock.stop(pl_module.device)
-        self.positions += batch.attention_mask.numel()
+        self.positions += batch.positions
         self.real_positions += batch.real_positions
         if batch.other is not None:
             self.alignable_tokens += len(batch.other.alignment.student_spans)
