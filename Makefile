@@ -32,7 +32,7 @@ test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
 test-kernels: setup .venv/.kernels
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels/test_gpu.py tests/generation/test_token_kernel.py
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels/test_gpu.py tests/kernels/test_compiles.py tests/generation/test_token_kernel.py
 
 .venv/.kernels: .venv/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[kernels]'

@@ -121,7 +121,7 @@ def memory(setting: Setting) -> list[Need]:
     Weights, gradients and optimiser state are exact (``Layout.held``). Activations are an **estimate** by
     ``Skeleton.layer_elements`` for a full micro-batch; with gradient checkpointing each layer keeps only its input, and
     one layer at a time everything. The loss takes ``kernels.memory_budget``, the head's gradient in float32, and
-    float32 copies of half-precision heads (kernels/chunked.py). Not counted: the libraries' own memory (CUDA context,
+    copies of heads in the precision of their products. Not counted: the libraries' own memory (CUDA context,
     NCCL, the interpreter), validation (where each rank holds a sharded student whole to answer), and memory that is
     free but not returned.
     """
@@ -222,7 +222,7 @@ def _after_forward(setting: Setting) -> list[Need]:
         Need("half-precision copies", setting.device, held.half),
         *_given(setting),
         Need("activations of the student", setting.device, activations(setting)),
-        Need("loss", setting.device, _chunk(setting) + _head_gradient(setting) + _float32_heads(setting)),
+        Need("loss", setting.device, _chunk(setting) + _head_gradient(setting) + _converted_heads(setting)),
     ]
 
 
@@ -277,10 +277,15 @@ def _head_gradient(setting: Setting) -> int:
     return head.numel() * max(4, setting.student.head_itemsize) if head.requires_grad else 0
 
 
-def _float32_heads(setting: Setting) -> int:
+def _converted_heads(setting: Setting) -> int:
+    """Return the bytes of heads as they are multiplied (types/products.py), beside those that the models hold."""
     models = (setting.student, *setting.references.values())
     heads = [(s.head.numel(), s.head_itemsize) for s in models] + list(setting.cached_heads)
-    return sum(4 * numbers for numbers, itemsize in heads if itemsize < 4)
+    if not setting.device.startswith("cuda"):
+        return sum(4 * numbers for numbers, itemsize in heads if itemsize < 4)
+    # Half-precision heads stay as they are; gradients want the student's in float16, or float32 ones in two summands.
+    numbers, itemsize = heads[0]
+    return 2 * numbers if itemsize < 4 else 4 * numbers if setting.layout.casts(setting.precision) else 0
 
 
 def operations(setting: Setting) -> list[Amount]:

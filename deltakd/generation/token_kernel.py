@@ -7,6 +7,8 @@ PyTorch's own operations Philox alone takes 200 launches, which cost more than a
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -107,7 +109,10 @@ def choose(logits_BV: Tensor, words_B5: Tensor, width: int) -> Tensor:
     rows, columns = logits_BV.shape
     tokens_B = torch.empty(rows, dtype=torch.int64, device=logits_BV.device)
     padded = triton.next_power_of_2(width)
-    if rows:
+    if not rows:
+        return tokens_B
+    # Triton launches on the current device.
+    with torch.cuda.device(logits_BV.device) if logits_BV.is_cuda else nullcontext():
         _choice_kernel[(rows,)](
             logits_BV,
             words_B5,

@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltakd.kernels.blocks import row_blocks
+from deltakd.kernels.head_gradients import GradientFormat
 from deltakd.types import STUDENT, Loss, at_least_float32
+from deltakd.types.products import Summands
 
 
 @final
@@ -140,18 +142,70 @@ def bucketed_chunk(
             tail_N, share_NV = _log_sum(z_NV, temperature, in_place=temperature == 1.0)
             leaves.append(tail_N)
             shares.append(share_NV)
+    values, gradients = _by_leaves(loss, leaves, buckets, wants_gradient)
+    return values, None if gradients is None else _spread(gradients, shares, buckets.support, z_NV)
+
+
+@torch.no_grad()
+def triton_bucketed_chunk(
+    loss: Loss, z_NV: Tensor, buckets: Buckets, gradients: GradientFormat | None, softcap: float | None
+) -> tuple[dict[str, Tensor], Summands]:
+    """Do the same with Triton kernels (``deltakd.kernels.gpu``).
+
+    Args:
+        loss, z_NV, buckets: as for ``bucketed_chunk``.
+        gradients: how the gradient is multiplied; None: it is not wanted.
+        softcap: the bound of the soft-capping that ``z_NV`` has had.
+
+    Returns:
+        ``loss`` and its parts, and the summands of the gradient w.r.t. the logits before soft-capping.
+    """
+    # Triton is imported where it is used: not every machine has it.
+    from deltakd.kernels.gpu import tails as kernels
+
+    kept_NK, tails = z_NV.gather(1, buckets.support), []
+    z_NV.scatter_(1, buckets.support, -torch.inf)
+    if buckets.has_tail:
+        tails = kernels.tail_rows(z_NV, buckets.temperature)
+    values, found = _by_leaves(loss, [kept_NK, *tails], buckets, gradients is not None)
+    if gradients is None or found is None:
+        return values, ()
+    kept_grad_NK, *grads = (
+        # Autograd may return one number, expanded.
+        torch.zeros_like(leaf) if gradient is None else gradient.contiguous()
+        for gradient, leaf in zip(found, (kept_NK, *tails), strict=True)
+    )
+    in_place = gradients.dtype == z_NV.dtype
+    summands = (z_NV,) if in_place else tuple(gradients.empty(z_NV) for _ in range(gradients.count))
+    if tails:
+        kernels.spread_rows(z_NV, tails, grads, buckets.temperature, summands, gradients.scale, softcap)
+    else:
+        for summand in summands:
+            summand.zero_()
+    if softcap is not None:
+        kept_grad_NK = kept_grad_NK * (1.0 - (kept_NK.detach() / softcap).square())
+    for summand, kept in zip(summands, gradients.summands(kept_grad_NK), strict=True):
+        summand.scatter_(1, buckets.support, kept)
+    return values, summands
+
+
+def _by_leaves(
+    loss: Loss, leaves: list[Tensor], buckets: Buckets, wants_gradient: bool
+) -> tuple[dict[str, Tensor], tuple[Tensor | None, ...] | list[None] | None]:
+    """Return ``loss`` and its parts, and the gradients w.r.t. kept logits and tails; None if they are not wanted."""
     with torch.set_grad_enabled(wants_gradient):
         for leaf in leaves:
             leaf.requires_grad_(wants_gradient)
         tails = leaves[1:]
         logits = BucketLogits(leaves[0], tails[0] if tails else None, tails[-1] if tails else None, buckets)
-        output = loss(logits, torch.zeros(len(z_NV), dtype=torch.int64, device=z_NV.device))
+        output = loss(logits, torch.zeros(len(leaves[0]), dtype=torch.int64, device=leaves[0].device))
         total = output.per_token.sum()
     values = {name: value_N.detach() for name, value_N in {**output.parts, "loss": output.per_token}.items()}
     if not wants_gradient:
         return values, None
-    gradients = torch.autograd.grad(total, leaves, allow_unused=True) if total.requires_grad else [None] * len(leaves)
-    return values, _spread(gradients, shares, buckets.support, z_NV)
+    return values, (
+        torch.autograd.grad(total, leaves, allow_unused=True) if total.requires_grad else [None] * len(leaves)
+    )
 
 
 def _log_sum(z_NV: Tensor, temperature: float, in_place: bool) -> tuple[Tensor, Tensor]:

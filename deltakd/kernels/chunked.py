@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltakd.kernels.buckets import Buckets, bucketed_chunk
+from deltakd.kernels import gpu
+from deltakd.kernels.buckets import Buckets, bucketed_chunk, triton_bucketed_chunk
 from deltakd.kernels.fused import fused_chunk, fusible, triton_chunk, triton_form
 from deltakd.kernels.head_gradients import HeadGradients, gradient_bound
 from deltakd.kernels.options import KernelOptions
@@ -77,7 +78,9 @@ def chunked_loss(
     trained = [t for t in (student.hidden, student.weight, student.bias) if t is not None and t.requires_grad]
     wants_gradients = torch.is_grad_enabled() and bool(trained)
     form = triton_form(loss, student, references) if options.triton and buckets is None else None
-    by_triton = form is not None
+    by_triton = form is not None or (
+        options.triton and buckets is not None and gpu.serves(student.hidden.device, student.dtype)
+    )
     if form is None and wants_gradients and buckets is None:
         form = fusible(loss, student, references)
     kind = "buckets" if buckets is not None else "autograd" if form is None else form.kind
@@ -186,6 +189,13 @@ class _Work:
         if self.form is not None and gradients is not None:
             values, grad_NV = fused_chunk(self.form, chunk, references, labels)
             gradients.add(grad_NV, rows)
+            return values
+        if self.buckets is not None and self.by_triton:
+            wanted = None if gradients is None else gradients.format
+            some = self.buckets.rows(rows.start, rows.stop)
+            values, summands = triton_bucketed_chunk(self.loss, chunk.logits(), some, wanted, chunk.softcap)
+            if gradients is not None:
+                gradients.add_summands(summands, rows)
             return values
         if self.buckets is not None:
             return _by_buckets(self.loss, chunk, self.buckets.rows(rows.start, rows.stop), rows, gradients)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from deltakd.losses.carrying import Carrier
 from deltakd.losses.sampled import of_labels
-from deltakd.losses.schedules import ScheduleSetting, make_schedule, moving
+from deltakd.losses.schedules import ScheduleSetting, is_zero, make_schedule, moving
 from deltakd.losses.spans import Side, sides_of, tokens_of
-from deltakd.losses.targets import Target
+from deltakd.losses.targets import Target, compose
 from deltakd.losses.treatments import NO_TREATMENT, Treatment, difference, log_probs_of, ruled_out
 from deltakd.types import STUDENT_RAW, TEACHER, TEACHER_RAW, AlignedTokens, Schedule, TokenMap, require_kind
 
@@ -38,14 +38,12 @@ class SpanShiftTarget(Target):
     With one tokenizer this is ``shift_target``.
 
     Args:
-        delta_weight: β.
+        delta_weight: β. Always 0: the raw student alone is read.
         treatment: of δ; centre and mask read the carried probabilities, and act on first tokens only.
 
     Raises:
         ValueError: a setting is out of range.
     """
-
-    needs_alignment = True
 
     def __init__(self, delta_weight: ScheduleSetting = 1.0, treatment: Treatment = NO_TREATMENT) -> None:
         self._weight = make_schedule(delta_weight, "delta_weight")
@@ -58,8 +56,18 @@ class SpanShiftTarget(Target):
 
     @property
     def requires(self) -> frozenset[str]:
-        """Teacher, raw teacher and raw student."""
-        return frozenset({TEACHER, TEACHER_RAW, STUDENT_RAW})
+        """The raw student; both teachers unless β is always 0."""
+        return frozenset({STUDENT_RAW} if is_zero(self._weight) else {STUDENT_RAW, *_PAIR})
+
+    @property
+    def needs_alignment(self) -> bool:  # type: ignore[override]
+        """True unless β is always 0."""
+        return not is_zero(self._weight)
+
+    @property
+    def coefficients(self) -> Mapping[str, float] | None:
+        """The raw student, if β is always 0; else None."""
+        return {STUDENT_RAW: 1.0} if is_zero(self._weight) else None
 
     @property
     def schedules(self) -> Mapping[str, Schedule]:
@@ -68,11 +76,14 @@ class SpanShiftTarget(Target):
 
     @property
     def whole_vocabulary_reasons(self) -> tuple[str, ...]:
-        return ("a shift is carried from one whole vocabulary to another",)
+        """A shift is carried from all tokens of one vocabulary to all of the other."""
+        return () if is_zero(self._weight) else ("a shift is carried from one whole vocabulary to another",)
 
     @torch.no_grad()
     def __call__(self, logits: Mapping[str, Tensor]) -> Tensor:
         """[N, V] target logits at τ = 1, detached."""
+        if is_zero(self._weight):
+            return compose({STUDENT_RAW: 1.0}, logits)
         tokens = tokens_of(logits)
         log_s0_NV = log_probs_of({STUDENT_RAW}, logits)[STUDENT_RAW]
         student, other = sides_of(tokens.alignment)
@@ -170,7 +181,9 @@ def _carried(log_p_MV: Tensor, tokens: AlignedTokens, student: Side, other: Side
     carried_label_K = of_labels(log_p_KV, label_K)
     on_label_K = torch.where(moves_K, torch.logaddexp(carried_label_K, span_K), carried_label_K)
     log_p_KV = log_p_KV.scatter(1, label_K[:, None], on_label_K[:, None])
-    return _Carried(log_p_KV, beginnings_KV, on_label_K, (span_K - on_label_K).clamp_max(0.0))
+    # A label that the model rules out leaves nothing to say of the rest.
+    rest_K = (span_K - on_label_K).masked_fill(torch.isneginf(on_label_K), 0.0).clamp_max(0.0)
+    return _Carried(log_p_KV, beginnings_KV, on_label_K, rest_K)
 
 
 def _log1mexp(log_p: Tensor) -> Tensor:

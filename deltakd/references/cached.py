@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Any, final
 
 import numpy as np
@@ -64,13 +65,26 @@ class CachedReferences:
         return {role: self._head(role, torch.empty(0, width)) for role, width in widths.items()}
 
     def start(self, batch: Batch) -> Callable[[], dict[str, Head] | Buckets]:
-        """Look up the rows now; the returned function reads them.
+        """Look up the rows now, unless they were read ahead; the returned function reads them.
 
         Raises:
             StoreError: a row is not in the cache.
         """
+        if batch.cached is not None:
+            read = batch.cached
+            return lambda: self._served(read)
         places = self._places(batch)
-        return lambda: self._read(places)
+        return lambda: self._served(self._read(places))
+
+    def read_ahead(self, batch: Batch) -> Batch:
+        """Return a batch on the CPU with what the cache holds for it, for ``start`` once the batch has moved.
+
+        May run in a thread while another batch is trained on.
+
+        Raises:
+            StoreError: a row is not in the cache.
+        """
+        return replace(batch, cached=self._read(self._places(batch)))
 
     def __call__(self, batch: Batch) -> dict[str, Head] | Buckets:
         """Return role -> head of the valid tokens of ``batch.stream_of(role)``, or their buckets.
@@ -78,7 +92,7 @@ class CachedReferences:
         Raises:
             StoreError: a row is not in the cache.
         """
-        return self._read(self._places(batch))
+        return self._served(self._read(self._places(batch)))
 
     def _places(self, batch: Batch) -> NDArray[np.int64]:
         places = self._index.find(keys_of_batch(batch))
@@ -89,16 +103,19 @@ class CachedReferences:
             )
         return places
 
-    def _read(self, places: NDArray[np.int64]) -> dict[str, Head] | Buckets:
-        names = [*self._models, *([SUPPORT] if self._is_topk else [])]
-        arrays = self._index.read(places, names)
-        tokens = {
-            role: as_tensor(arrays[role], DTYPES[model["stored_dtype"]]).to(self._device, non_blocking=True)
-            for role, model in self._models.items()
+    def _read(self, places: NDArray[np.int64]) -> dict[str, torch.Tensor]:
+        """Return the arrays of rows by name, on the CPU."""
+        arrays = self._index.read(places, [*self._models, *([SUPPORT] if self._is_topk else [])])
+        support = {SUPPORT: torch.from_numpy(arrays.pop(SUPPORT).astype("int64"))} if self._is_topk else {}
+        return support | {
+            role: as_tensor(arrays[role], DTYPES[model["stored_dtype"]]) for role, model in self._models.items()
         }
+
+    def _served(self, read: Mapping[str, torch.Tensor]) -> dict[str, Head] | Buckets:
+        moved = {name: tensor.to(self._device, non_blocking=True) for name, tensor in read.items()}
+        tokens = {role: moved[role] for role in self._models}
         if self._is_topk:
-            support = torch.from_numpy(arrays[SUPPORT].astype("int64")).to(self._device, non_blocking=True)
-            return Buckets(support, tokens, self._temperature)
+            return Buckets(moved[SUPPORT], tokens, self._temperature)
         return {role: self._head(role, hidden) for role, hidden in tokens.items()}
 
     def _head(self, role: str, hidden: torch.Tensor) -> Head:

@@ -23,7 +23,7 @@ from deltakd.distributed.strategies import loss_factor, optimizer_class
 from deltakd.distributed.zero import ZeroStrategy
 from deltakd.kernels import KernelOptions
 from deltakd.models import LanguageModel
-from deltakd.references import References
+from deltakd.references import CachedReferences, References
 from deltakd.training.half_precision import rounding_warning
 from deltakd.training.optim import AdamW
 from deltakd.training.readings import StepReading, StepSums
@@ -128,6 +128,15 @@ class DistillationModule(L.LightningModule):
         self._check_trainer()
         if self.step.references is not None:
             self.step.references.to(self.device)
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, DistillationData):
+            data.prepare_batch = self._prepare_batch
+
+    def _prepare_batch(self, batch: Batch) -> Batch:
+        """Read a cache for a batch of a later step, and lock its memory for a GPU; runs in the loader's thread."""
+        if isinstance(self.step.references, CachedReferences):
+            batch = self.step.references.read_ahead(batch)
+        return batch.pinned() if self.device.type == "cuda" else batch
 
     def _check_trainer(self) -> None:
         data = getattr(self.trainer, "datamodule", None)

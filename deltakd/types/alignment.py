@@ -14,7 +14,8 @@ from torch import Tensor
 UNALIGNED = -1
 
 
-@dataclass(frozen=True)
+# Not frozen: it travels inside batches, in which Lightning replaces the tensors of every dataclass under DeepSpeed.
+@dataclass
 class Alignment:
     """The spans that cover the text of a micro-batch's responses in two tokenizers.
 

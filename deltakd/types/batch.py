@@ -138,6 +138,7 @@ class Batch(TokenStream):
         other: the same rows in the teachers' tokenizer; None: all models share the student's.
         pairs: of the whole step: rows 2i and 2i + 1 then answer the same prompt, the data's response first and the
             student's after it. None: rows are not in pairs.
+        cached: what a cache of references holds for the rows, read ahead; None: it is read when it is needed.
     """
 
     row_ids: Tensor
@@ -146,6 +147,7 @@ class Batch(TokenStream):
     sampled_log_probs: Tensor | None = None
     other: AlignedStream | None = None
     pairs: StepPairs | None = None
+    cached: dict[str, Tensor] | None = None
 
     @property
     def facts_N(self) -> TokenFacts:
@@ -168,6 +170,9 @@ class Batch(TokenStream):
             super().to(device, non_blocking),
             sampled_log_probs=None if sampled is None else sampled.to(device, non_blocking=non_blocking),
             other=None if self.other is None else self.other.to(device, non_blocking),
+            cached=None
+            if self.cached is None
+            else {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.cached.items()},
         )
 
 
@@ -175,6 +180,8 @@ def _pinned(value: Any) -> Any:
     """Return a tensor, or all tensors of a dataclass, in page-locked memory."""
     if isinstance(value, Tensor):
         return value.pin_memory()
+    if isinstance(value, dict):
+        return {name: _pinned(entry) for name, entry in value.items()}
     if not is_dataclass(value) or isinstance(value, type):
         return value
     return replace(value, **{field.name: _pinned(getattr(value, field.name)) for field in fields(value)})

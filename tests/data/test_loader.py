@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 from deltakd.data.batches.data_module import DistillationData
-from deltakd.data.batches.loader import EvalLoader, StepLoader, collate
+from deltakd.data.batches.loader import BATCHES_AHEAD, EvalLoader, StepLoader, collate
 from deltakd.data.encoding.encoded_set import Encoded, EncodedSet, flatten
 from deltakd.types import IGNORE_INDEX, Batch
 
@@ -164,3 +166,37 @@ def test_lightning_continues_a_run_that_ended_early(tmp_path: Path) -> None:
     saved = tmp_path / "half.ckpt"
     first = train(tmp_path, 4, save_to=saved)
     assert first.seen + train(tmp_path, 11, resume=saved).seen == ids_of(make_data().train_dataloader())
+
+
+def test_batches_are_made_ahead_in_a_thread_and_counted_when_they_are_handed_over() -> None:
+    made: list[str] = []
+    data = make_data()
+    data.prepare_batch = lambda batch: made.append(threading.current_thread().name) or batch
+    loader = data.train_dataloader()
+    batches = iter(loader)
+    next(batches)
+    deadline = time.monotonic() + 5
+    while len(made) < 1 + BATCHES_AHEAD and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(made) >= 1 + BATCHES_AHEAD
+    assert set(made) == {"batches"}
+    assert loader.state_dict() == {"position": 1}
+    rest = ids_of(list(batches))
+    resumed = make_data().train_dataloader()
+    resumed.load_state_dict({"position": 1})
+    assert ids_of(list(resumed)) == rest
+
+
+def test_an_error_in_the_thread_is_raised_where_the_batch_is_taken() -> None:
+    data = make_data()
+
+    def prepare(batch: Batch) -> Batch:
+        if batch.step:
+            raise OSError("the cache is gone")
+        return batch
+
+    data.prepare_batch = prepare
+    batches = iter(data.train_dataloader())
+    next(batches)
+    with pytest.raises(OSError, match="the cache is gone"):
+        list(batches)

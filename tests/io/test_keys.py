@@ -16,7 +16,8 @@ def test_keys_that_never_stop_a_resumption() -> None:
         "name", "run_dir", "resume", "logger",
         "trainer.enable_progress_bar", "trainer.log_every_n_steps", "trainer.profiler", "trainer.dry_run",
         "trainer.checkpoint_every_n_steps", "trainer.checkpoint_every_n_minutes",
-        "reference.sharding", "reference.verify", "reference.remake",
+        "reference.sharding", "reference.verify", "reference.remake", "reference.url", "reference.served_model",
+        "rollout.vllm",
         "evaluation.allow_overlap", "evaluation.measures", "data.preview",
     }  # fmt: skip
 
@@ -37,7 +38,7 @@ def test_keys_that_may_differ_until_a_run_is_finished() -> None:
 
 def test_what_a_cache_does_not_depend_on() -> None:
     free = {"sets", "limit", "batch_size", "max_tokens_per_batch", "cache_dir", "prepare", "preview", "streaming"}
-    free |= {"shuffle_buffer"}
+    free |= {"shuffle_buffer", "packing"}
     for kind in (InstructionData, TextData):
         assert set(keys_with(kind, Cache.FREE)) == free
         assert set(kind(train="x").identity) == {"kind", *(one.name for one in fields(kind))} - free

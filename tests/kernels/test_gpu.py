@@ -20,6 +20,7 @@ if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
 pytest.importorskip("triton", reason="Triton is not installed: see `make test-kernels`")
 
 from deltakd.kernels import KernelOptions, chunked_loss  # noqa: E402
+from deltakd.references.topk import make_buckets  # noqa: E402
 from deltakd.types import (  # noqa: E402
     Head,
     LinearKL,
@@ -226,6 +227,32 @@ def test_the_kernels_are_used_unless_switched_off(monkeypatch: pytest.MonkeyPatc
     assert calls == [4, 2]
     record = KernelOptions().record(torch.device(DEVICE))
     assert record["triton"] is True
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 4.0}], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 1e-3), (torch.float16, 1e-3)], ids=str
+)
+@pytest.mark.parametrize("k", [5, 30])
+@pytest.mark.parametrize("name", ["delta_kd", "kd_reverse", "sft", "kd_jsd"])
+def test_references_of_top_k_log_probs(
+    name: str, k: int, dtype: torch.dtype, tolerance: float, options: dict[str, Any]
+) -> None:
+    """Against the plain path over the same buckets, in float64; at k = 30 the support is the whole vocabulary."""
+    loss = loss_named(name, temperature=1.4, ce_weight=0.3) if name != "sft" else loss_named(name)
+    some, at = heads(6, 30, dtype, **options), labels(6, 30)
+    student = some["student"]
+    exact = in_float64({"student": student})["student"]
+    references = {role: some[role] for role in sorted(loss.requires)}
+    buckets = make_buckets(references or {"teacher": some["teacher"]}, at, k, 1.4 if references else 1.0)
+    expected, _ = chunked_loss(loss, {"student": exact}, at, 4, buckets.cast(torch.float64))
+    total, _ = chunked_loss(loss, {"student": student}, at, 4, buckets)
+    assert total.item() == pytest.approx(expected.item(), rel=tolerance)
+    for ours, theirs in zip(total.grad_fn.grads.values(), expected.grad_fn.grads.values(), strict=True):
+        assert (ours.double() - theirs).norm() <= tolerance * theirs.norm()
+    with torch.no_grad():
+        value, _ = chunked_loss(loss, {"student": student}, at, 4, buckets)
+    assert value.item() == pytest.approx(total.item(), rel=1e-6)
 
 
 def test_rows_may_lie_close_together_or_far_apart() -> None:

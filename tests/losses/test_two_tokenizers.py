@@ -68,18 +68,32 @@ def test_uld_is_the_l1_distance_of_sorted_probabilities(seed: int, tau: float) -
     oracles.close(whole(loss, given)[0], np.float64(two.uld(given, positions, tau)))
 
 
+def unnormalised_kl(log_p: oracles.Array, log_q: oracles.Array) -> oracles.Array:
+    return oracles.forward_kl(log_p, log_q) - np.exp(log_p).sum(-1) + np.exp(log_q).sum(-1)
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(("merge", "weight", "tau"), [("first", None, 1.0), ("last", 0.8, 1.5)])
 def test_span_kd_is_a_kl_of_shared_tokens_and_the_distance_of_the_rest(
     seed: int, merge: str, weight: float | None, tau: float
 ) -> None:
     given = world(seed)
-    kl, rest = two.span_kd(given, tau, weight, merge)
+    kl, rest = two.span_kd(given, tau, merge, unnormalised_kl)
     w = 6 / 10 if weight is None else weight
     loss = SpanDistillation(ForwardKL(), merge, weight, tau, 0.25, temperature_squared=True)
     ce = oracles.cross_entropy(oracles.arrays(given.logits)["student"], given.labels.numpy()).sum()
     expected = oracles.mixed(ce, np.float64(w * kl + (1 - w) * rest), 0.25, tau, squared=True)
     oracles.close(whole(loss, given)[0], expected)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("merge", ["first", "last"])
+def test_under_a_jsd_span_kd_is_gold(seed: int, merge: str) -> None:
+    """GOLD's plain Σ P log(P/M) of probabilities that don't sum to 1: in a JSD what it leaves out cancels."""
+    given = world(seed)
+    jsd, rest = two.span_kd(given, 1.3, merge, lambda log_p, log_q: oracles.jsd(log_p, log_q, 0.3))
+    loss = SpanDistillation(JensenShannon(0.3), merge, temperature=1.3, ce_weight=0.0)
+    oracles.close(whole(loss, given)[0], np.float64(0.6 * jsd + 0.4 * rest))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -153,6 +167,30 @@ def test_with_one_tokenizer_a_token_that_a_model_rules_out_gets_no_mass() -> Non
     logits["teacher_raw"][:, 5] = -torch.inf
     target = SpanShiftTarget(0.6)(equal_tokenizers(logits, labels)).log_softmax(-1)
     torch.testing.assert_close(target, shift_target(0.6)(logits).log_softmax(-1))
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name.startswith("delta_span")])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_labels_that_a_teacher_rules_out_leave_the_target_a_distribution(seed: int, name: str) -> None:
+    given, loss = world(seed), LOSSES[name]
+    assert isinstance(loss, Distillation)
+    labels = given.tokens.other.labels
+    for number, role in enumerate(("teacher", "teacher_raw")):
+        given.logits[role][number::3, labels[number::3]] = -torch.inf
+    target = loss.target(given.aligned)
+    assert not target.isnan().any()
+    assert torch.isfinite(target.logsumexp(-1)).all()
+
+
+def test_at_delta_weight_0_delta_span_reads_the_raw_student_alone() -> None:
+    loss = Distillation(SpanShiftTarget(0.0), ForwardKL())
+    assert loss.requires == {"student_raw"}
+    assert not loss.needs_alignment
+    assert not loss.needs_whole_vocabulary
+    assert loss.fused_form == Distillation(shift_target(0.0), ForwardKL()).fused_form
+    logits, labels = oracles.draw()
+    same = Distillation(shift_target(0.0), ForwardKL())
+    torch.testing.assert_close(loss(logits, labels).per_token, same(logits, labels).per_token)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

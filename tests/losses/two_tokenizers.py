@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -153,16 +154,12 @@ def uld(given: World, pairs: list[tuple[int, int]], tau: float) -> float:
     return sum(sorted_distance(p[j], q[i]) for i, j in pairs)
 
 
-def span_kd(given: World, tau: float, weight: float | None, merge: str, gold_kl: bool = False) -> tuple[float, float]:
-    """(KL of the shared tokens, distance of the rest), summed over the spans."""
+def span_kd(given: World, tau: float, merge: str, divergence: Callable[[Array, Array], Array]) -> tuple[float, float]:
+    """(divergence of the shared tokens' log-probs, distance of the rest), summed over the spans."""
     z = oracles.arrays(given.logits)
     log_p, log_q = (oracles.log_softmax(z[role] / tau) for role in ("teacher", "student"))
-    shared = list(
-        zip(
-            *(ids.tolist() for ids in (given.tokens.token_map.student_shared, given.tokens.token_map.other_shared)),
-            strict=True,
-        )
-    )
+    ids = given.tokens.token_map
+    own_shared, other_shared = ids.student_shared.numpy(), ids.other_shared.numpy()
     totals = [0.0, 0.0]
     for own, theirs in given.spans:
         sides = []
@@ -171,11 +168,8 @@ def span_kd(given: World, tau: float, weight: float | None, merge: str, gold_kl:
             scale = math.prod(math.exp(log[i, int(tokens.labels[i])]) for i in places if i != kept)
             sides.append(scale * np.exp(log[kept]))
         q, p = sides
-        for i, j in shared:
-            totals[0] += p[j] * math.log(p[j] / q[i]) + (0.0 if gold_kl else q[i] - p[j])
-        rest_q = np.delete(q, [i for i, _ in shared])
-        rest_p = np.delete(p, [j for _, j in shared])
-        totals[1] += sorted_distance(rest_p, rest_q)
+        totals[0] += float(divergence(np.log(p[other_shared])[None], np.log(q[own_shared])[None])[0])
+        totals[1] += sorted_distance(np.delete(p, other_shared), np.delete(q, own_shared))
     return totals[0], totals[1]
 
 

@@ -8,6 +8,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from deltakd.data.batches.data_module import DistillationData
@@ -18,7 +19,7 @@ from deltakd.references import LiveReferences
 from deltakd.training.module import DistillationModule
 from deltakd.training.optim import AdamW
 from deltakd.training.step import DistillationStep
-from deltakd.types import IGNORE_INDEX, Batch
+from deltakd.types import IGNORE_INDEX, AlignedStream, Alignment, Batch
 from tests.tiny import save_model
 
 V = 60
@@ -125,3 +126,12 @@ def test_any_trainer_of_lightning_trains_the_module(tmp_path: Path) -> None:
     for ours, theirs in zip(student.parameters(), other.parameters(), strict=True):
         # Four steps move a weight by 0.04; the keys' biases, whose gradient is zero but for rounding, by 1e-5.
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=5e-5)
+
+
+def test_lightning_can_walk_through_a_batch_of_two_tokenizers() -> None:
+    """DeepSpeed's precision plugin does, and refuses frozen dataclasses."""
+    batch, spans = make_batch(), torch.arange(13)
+    batch.other = AlignedStream(make_batch(), Alignment.of(spans, spans))
+    walked = apply_to_collection(batch, torch.Tensor, torch.Tensor.double)
+    assert walked.other.stream.labels.dtype == torch.float64
+    assert list(walked.other.alignment.chunks(9)) == list(batch.other.alignment.chunks(9))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning
@@ -13,6 +14,7 @@ from deltakd.data.batches.stream_loader import StreamLoader
 from deltakd.data.batches.windows import BudgetWindows, RowWindows, Windows
 from deltakd.data.encoding.encoded_set import EncodedSet
 from deltakd.data.encoding.example_stream import ExampleStream
+from deltakd.types import Batch
 
 
 class DistillationData(lightning.LightningDataModule):
@@ -70,6 +72,8 @@ class DistillationData(lightning.LightningDataModule):
         self.world_size = world_size
         self.stream = stream
         self.packing = packing
+        #: Further work on each training batch, done ahead in the loader's thread.
+        self.prepare_batch: Callable[[Batch], Batch] | None = None
         self._samplers: dict[tuple[int, int], Sampler] = {}
 
     @property
@@ -150,7 +154,7 @@ class DistillationData(lightning.LightningDataModule):
     def train_dataloader(self) -> StepLoader | StreamLoader:
         """Return the micro-batches of the whole run."""
         if self.stream is None:
-            return StepLoader(self.train, self.sampler(), self.pad_id, self.packing)
+            return StepLoader(self.train, self.sampler(), self.pad_id, self.packing, self._prepare)
         rank, world_size = self._place()
         epochs, _ = limits(self.max_epochs, self.total_steps)
         return StreamLoader(
@@ -163,7 +167,11 @@ class DistillationData(lightning.LightningDataModule):
             total_steps=self.total_steps,
             epochs=None if epochs is None else int(epochs),
             packing=self.packing,
+            prepare=self._prepare,
         )
+
+    def _prepare(self, batch: Batch) -> Batch:
+        return batch if self.prepare_batch is None else self.prepare_batch(batch)
 
     def val_loader(self) -> EvalLoader | None:
         """Return this rank's validation batches, or None.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,12 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deltakd.data.batches.ahead import Ahead
 from deltakd.data.batches.budget import check_budget, pack
 from deltakd.data.batches.packed_rows import pack_rows
 from deltakd.data.batches.sampler import Sampler
 from deltakd.data.encoding.encoded_set import Encoded, EncodedSet
 from deltakd.data.encoding.example_stream import Example
 from deltakd.types import IGNORE_INDEX, UNALIGNED, AlignedStream, Alignment, Batch, TokenStream
+
+#: Micro-batches made ahead of training.
+BATCHES_AHEAD = 2
 
 
 def collate(
@@ -91,7 +95,7 @@ def saved_position(state: Mapping[str, Any], micro_batches: int) -> int:
 
 
 class StepLoader:
-    """One rank's micro-batches of the whole run, resumable.
+    """One rank's micro-batches of the whole run, made ahead in a thread and exactly resumable.
 
     ``iter`` starts at the loaded position (initially 0), however far an earlier iterator got. ``len`` is the run's
     total, even after resuming. Use one iterator at a time: the position is the latest iterator's.
@@ -100,13 +104,22 @@ class StepLoader:
         encoded: the data.
         sampler: chooses the rows.
         pad_id, packing: as for ``collate``.
+        prepare: called with each batch, in the thread.
     """
 
-    def __init__(self, encoded: EncodedSet, sampler: Sampler, pad_id: int, packing: bool = False) -> None:
+    def __init__(
+        self,
+        encoded: EncodedSet,
+        sampler: Sampler,
+        pad_id: int,
+        packing: bool = False,
+        prepare: Callable[[Batch], Batch] = lambda batch: batch,
+    ) -> None:
         self.encoded = encoded
         self.sampler = sampler
         self.pad_id = pad_id
         self.packing = packing
+        self.prepare = prepare
         self._start = 0
         self._position = 0
 
@@ -114,13 +127,17 @@ class StepLoader:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        for index in range(self._start, len(self)):
-            micro = self.sampler.micro_batch(index)
-            rows = [self.encoded[row] for row in micro.rows]
-            batch = collate(rows, self.pad_id, micro.step, micro.step_tokens, self.packing)
-            # Set before the batch is handed over: a checkpoint saved while the caller holds it counts it as consumed.
-            self._position = index + 1
-            yield batch
+        with Ahead(map(self._make, range(self._start, len(self))), BATCHES_AHEAD) as batches:
+            for index, batch in enumerate(batches, self._start):
+                # Set before the batch is handed over: a checkpoint saved while the caller holds it counts it as
+                # consumed. What the thread has made ahead does not count.
+                self._position = index + 1
+                yield batch
+
+    def _make(self, index: int) -> Batch:
+        micro = self.sampler.micro_batch(index)
+        rows = [self.encoded[row] for row in micro.rows]
+        return self.prepare(collate(rows, self.pad_id, micro.step, micro.step_tokens, self.packing))
 
     def state_dict(self) -> dict[str, int]:
         """Return ``position``, the number of micro-batches handed over so far."""

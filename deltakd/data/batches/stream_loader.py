@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, final
 
+from deltakd.data.batches.ahead import Ahead
 from deltakd.data.batches.loader import collate, saved_position
 from deltakd.data.batches.windows import Pool, Step, Windows
 from deltakd.data.encoding.example_stream import Counts, ExampleStream, Mark
@@ -15,8 +14,6 @@ from deltakd.types import Batch
 
 #: Optimiser steps prepared ahead of training, tokenised and padded.
 STEPS_AHEAD = 2
-#: Seconds between checks that training still needs steps.
-_PATIENCE = 0.2
 
 
 @dataclass(frozen=True)
@@ -57,6 +54,7 @@ class StreamLoader:
         world_size: number of ranks.
         pad_id, packing: as for ``collate``.
         total_steps: optimiser steps of the run, unless the passes end earlier.
+        prepare: called with each batch, in the thread.
         epochs: maximum passes over the stream; None: as many as ``total_steps`` needs.
     """
 
@@ -72,6 +70,7 @@ class StreamLoader:
         total_steps: int,
         epochs: int | None,
         packing: bool = False,
+        prepare: Callable[[Batch], Batch] = lambda batch: batch,
     ) -> None:
         self.total_steps = total_steps
         self.counts = Counts()
@@ -83,6 +82,7 @@ class StreamLoader:
         self._pad_id = pad_id
         self._epochs = epochs
         self._packing = packing
+        self._prepare = prepare
         self._position = 0
         self._window = (0, Mark())
 
@@ -94,7 +94,7 @@ class StreamLoader:
         if self._position >= len(self):
             return
         start, number = divmod(self._position, self._accumulate)
-        with _Ahead(self._steps(start, *self._window)) as steps:
+        with Ahead(self._steps(start, *self._window), STEPS_AHEAD) as steps:
             for step in steps:
                 if step.is_last:
                     # Set before its first batch is handed over, so that training knows by the end of the step.
@@ -147,49 +147,5 @@ class StreamLoader:
         tokens = sum(row.example.valid_tokens for rows in micro_batches for row in rows)
         # Neighbouring micro-batches go to different ranks, as in the samplers.
         own = micro_batches[self._rank :: self._world_size]
-        return [collate([row.example for row in rows], self._pad_id, step, tokens, self._packing) for rows in own]
-
-
-class _Ahead:
-    """Runs an iterator of steps in a thread, STEPS_AHEAD steps ahead, and raises its errors here."""
-
-    def __init__(self, steps: Iterator[_MadeStep]) -> None:
-        self._steps = steps
-        self._made: queue.Queue[_MadeStep | BaseException | None] = queue.Queue(STEPS_AHEAD)
-        self._wanted = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="stream", daemon=True)
-
-    def __enter__(self) -> Iterator[_MadeStep]:
-        self._wanted.set()
-        self._thread.start()
-        return self._taken()
-
-    def __exit__(self, *_: object) -> None:
-        self._wanted.clear()
-        self._thread.join()
-
-    def _taken(self) -> Iterator[_MadeStep]:
-        while (made := self._made.get()) is not None:
-            if isinstance(made, BaseException):
-                raise made
-            yield made
-
-    def _run(self) -> None:
-        try:
-            for step in self._steps:
-                if not self._put(step):
-                    return
-            self._put(None)
-        # Raised again where the steps are taken.
-        except BaseException as error:
-            self._put(error)
-
-    def _put(self, made: _MadeStep | BaseException | None) -> bool:
-        """Wait for room; return False if no more steps are needed."""
-        while self._wanted.is_set():
-            try:
-                self._made.put(made, timeout=_PATIENCE)
-                return True
-            except queue.Full:
-                continue
-        return False
+        batches = (collate([row.example for row in rows], self._pad_id, step, tokens, self._packing) for rows in own)
+        return [self._prepare(batch) for batch in batches]

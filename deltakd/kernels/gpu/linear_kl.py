@@ -21,7 +21,8 @@ from torch import Tensor
 from deltakd.types import LinearKL
 
 _BLOCK = 4096
-_WARPS = 8
+#: Warps per row.
+WARPS = 8
 #: The kernel's names of divergences.
 _CE, _FORWARD, _REVERSE = 0, 1, 2
 
@@ -35,7 +36,7 @@ def _capped(z, softcap, HAS_CAP: tl.constexpr):
 
 
 @triton.jit
-def _loaded(row, at, columns, padded):
+def loaded(row, at, columns, padded):
     """A tile of a row; −inf beyond its end. Without ``padded``, a multiple of 16, wide loads would end at odd ends."""
     x = tl.load(row + at, mask=at < padded, other=float("-inf"))
     return tl.where(at < columns, x, float("-inf"))
@@ -44,14 +45,14 @@ def _loaded(row, at, columns, padded):
 @triton.jit
 def _target(target, shift, gate, at, columns, padded, HAS_GATE: tl.constexpr):
     """A tile of the target's logits; a token that it rules out stays ruled out, whatever the shift."""
-    t = _loaded(target, at, columns, padded)
+    t = loaded(target, at, columns, padded)
     if HAS_GATE:
-        t = tl.where(t == float("-inf"), t, t + gate * _loaded(shift, at, columns, padded))
+        t = tl.where(t == float("-inf"), t, t + gate * loaded(shift, at, columns, padded))
     return t
 
 
 @triton.jit
-def _summed(largest, total, x):
+def summed(largest, total, x):
     """Take a tile into an online log-sum-exp: the new largest logit, the rescaled sum with it, and the factor."""
     # The start is −1e30, not −inf, whose difference to itself is NaN.
     new = tl.maximum(largest, tl.max(x, axis=0))
@@ -74,10 +75,10 @@ def _gate_kernel(to, origin, gates, to_stride, origin_stride, columns, padded, i
     to_max, to_sum, origin_max, origin_sum, inner = -1e30, 0.0, -1e30, 0.0, 0.0
     for start in range(0, columns, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        a = _loaded(to + row * to_stride, at, columns, padded)
-        b = _loaded(origin + row * origin_stride, at, columns, padded)
-        new_to_max, new_to_sum, factor = _summed(to_max, to_sum, a)
-        new_origin_max, new_origin_sum, _ = _summed(origin_max, origin_sum, b)
+        a = loaded(to + row * to_stride, at, columns, padded)
+        b = loaded(origin + row * origin_stride, at, columns, padded)
+        new_to_max, new_to_sum, factor = summed(to_max, to_sum, a)
+        new_origin_max, new_origin_sum, _ = summed(origin_max, origin_sum, b)
         inner = _compared(inner, to_sum, factor, to_max, new_to_max, origin_max, new_origin_max, a, b)
         to_max, to_sum, origin_max, origin_sum = new_to_max, new_to_sum, new_origin_max, new_origin_sum
     kl = inner / to_sum - tl.log(to_sum) + tl.log(origin_sum)
@@ -126,16 +127,16 @@ def _loss_kernel(
     z_max, z_sum, q_max, q_sum, p_max, p_sum, inner = -1e30, 0.0, -1e30, 0.0, -1e30, 0.0, 0.0
     for start in range(0, columns, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        x = _capped(_loaded(z, at, columns, padded), softcap, HAS_CAP)
+        x = _capped(loaded(z, at, columns, padded), softcap, HAS_CAP)
         if HAS_CAP:
             x = tl.where(at < columns, x, float("-inf"))
-        z_max, z_sum, _ = _summed(z_max, z_sum, x)
+        z_max, z_sum, _ = summed(z_max, z_sum, x)
         if KIND != 0:
             y = _target(target, shift, gate, at, columns, padded, HAS_GATE) * inverse_temperature
-            new_p_max, new_p_sum, _ = _summed(p_max, p_sum, y)
+            new_p_max, new_p_sum, _ = summed(p_max, p_sum, y)
             if TEMPERED or KIND == 2:
                 x = x * inverse_temperature
-                new_q_max, new_q_sum, factor = _summed(q_max, q_sum, x)
+                new_q_max, new_q_sum, factor = summed(q_max, q_sum, x)
                 if KIND == 2:
                     inner = _compared(inner, q_sum, factor, q_max, new_q_max, p_max, new_p_max, x, y)
                 q_max, q_sum = new_q_max, new_q_sum
@@ -157,7 +158,7 @@ def _loss_kernel(
     if KIND != 0 or SUMMANDS > 0:
         for start in range(0, columns, BLOCK):
             at = start + tl.arange(0, BLOCK)
-            x = _capped(_loaded(z, at, columns, padded), softcap, HAS_CAP)
+            x = _capped(loaded(z, at, columns, padded), softcap, HAS_CAP)
             if HAS_CAP:
                 x = tl.where(at < columns, x, float("-inf"))
             gradient = tl.zeros_like(x)
@@ -194,7 +195,7 @@ def gate_rows(to_NV: Tensor, origin_NV: Tensor, nats: float) -> Tensor:
     """Return exp(−KL(softmax(to) ‖ softmax(origin)) / nats), [n] float32, of two [n, V] float32 logits."""
     gate_N = to_NV.new_empty(len(to_NV))
     if len(to_NV):
-        with _on(to_NV.device):
+        with on(to_NV.device):
             _gate_kernel[(len(to_NV),)](
                 to_NV,
                 origin_NV,
@@ -202,10 +203,10 @@ def gate_rows(to_NV: Tensor, origin_NV: Tensor, nats: float) -> Tensor:
                 to_NV.stride(0),
                 origin_NV.stride(0),
                 to_NV.shape[1],
-                _padded(to_NV, origin_NV),
+                padded_columns(to_NV, origin_NV),
                 1.0 / nats,
-                BLOCK=_block(to_NV.shape[1]),
-                num_warps=_WARPS,
+                BLOCK=block_of(to_NV.shape[1]),
+                num_warps=WARPS,
             )
     return gate_N
 
@@ -247,13 +248,13 @@ def loss_rows(
     assert high.stride() == low.stride()
     assert all(t.stride(1) == 1 for t in (z_NV, target_NV, shift, high))
     if len(z_NV):
-        with _on(z_NV.device):
+        with on(z_NV.device):
             _loss_kernel[(len(z_NV),)](
                 z_NV,
                 target_NV,
                 shift,
                 ce_N if gate_N is None else gate_N,
-                labels,
+                labels.contiguous(),
                 ce_N,
                 kl_N,
                 high,
@@ -263,7 +264,7 @@ def loss_rows(
                 shift.stride(0),
                 high.stride(0),
                 z_NV.shape[1],
-                _padded(z_NV, target_NV, shift, high),
+                padded_columns(z_NV, target_NV, shift, high),
                 1.0 / form.temperature if kind != _CE else 1.0,
                 1.0 if softcap is None else softcap,
                 form.ce_weight,
@@ -275,23 +276,24 @@ def loss_rows(
                 HAS_GATE=gate_N is not None,
                 SUMMANDS=len(summands),
                 LARGEST=65504.0 if high.dtype == torch.float16 else 0.0,
-                BLOCK=_block(z_NV.shape[1]),
-                num_warps=_WARPS,
+                BLOCK=block_of(z_NV.shape[1]),
+                num_warps=WARPS,
             )
     return ce_N, None if kind == _CE else kl_N
 
 
-def _padded(*logits: Tensor) -> int:
+def padded_columns(*logits: Tensor) -> int:
     """Return how many columns may be loaded and stored: a multiple of 16 if all rows end in as much padding."""
     columns = logits[0].shape[1]
     wide = -(-columns // 16) * 16
     return wide if all(z_NV.stride(0) >= wide for z_NV in logits) else columns
 
 
-def _block(columns: int) -> int:
+def block_of(columns: int) -> int:
+    """Return the columns of a tile."""
     return min(_BLOCK, triton.next_power_of_2(columns))
 
 
-def _on(device: torch.device) -> AbstractContextManager[object]:
+def on(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -57,24 +57,19 @@ class RolloutLog(L.Callback):
         self._steps = frozenset(steps)
         self._tracker = tracker
         self._seen = 0.0
-        self._first: list[float] = []
-        self._latest: deque[float] = deque(maxlen=WINDOW)
-        self._warned = False
+        self._watch = FallWatch()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the seconds and tokens so far, and the state of the warning."""
         return {
             "seconds": self.seconds,
             "tokens": self.tokens,
-            "first": list(self._first),
-            "latest": list(self._latest),
-            "warned": self._warned,
+            "watch": self._watch.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.seconds, self.tokens = state_dict["seconds"], state_dict["tokens"]
-        self._first, self._warned = list(state_dict["first"]), state_dict["warned"]
-        self._latest.extend(state_dict["latest"])
+        self._watch.load_state_dict(state_dict["watch"])
 
     @property
     def totals(self) -> dict[str, float]:
@@ -101,7 +96,7 @@ class RolloutLog(L.Callback):
         pl_module.step_metrics.update(_derived(pl_module.step_metrics, data.settings.samples_itself and not data.pairs))
         if trainer.is_global_zero:
             if "rollout/finished_fraction" in loader.metrics:
-                self._watch(loader.metrics["rollout/finished_fraction"], batch.step)
+                self._say_fall(loader.metrics["rollout/finished_fraction"], batch.step)
             if trainer.global_step in self._steps:
                 self._keep(data, batch.step)
 
@@ -114,21 +109,44 @@ class RolloutLog(L.Callback):
         if self._tracker is not None:
             self._tracker.log_responses(records, step + 1)
 
-    def _watch(self, finished_fraction: float, step: int) -> None:
-        self._latest.append(finished_fraction)
-        if len(self._first) < WINDOW:
-            self._first.append(finished_fraction)
-            return
-        before, now = (sum(values) / len(values) for values in (self._first, self._latest))
-        if not self._warned and now < before - FALL:
-            self._warned = True
+    def _say_fall(self, finished_fraction: float, step: int) -> None:
+        fall = self._watch.add(finished_fraction)
+        if fall is not None:
             log.warning(
                 "rollout/finished_fraction fell from %.2f to %.2f by optimiser step %d: the student stops ending its "
                 "responses. Lower the delta weight or the scale of the loss, or lower optim.lr.",
-                before,
-                now,
+                *fall,
                 step,
             )
+
+
+@final
+class FallWatch:
+    """Notices once that the mean of the latest values is well below that of the first."""
+
+    def __init__(self) -> None:
+        self._first: list[float] = []
+        self._latest: deque[float] = deque(maxlen=WINDOW)
+        self._noticed = False
+
+    def add(self, value: float) -> tuple[float, float] | None:
+        """Add a value; return (the first mean, the latest) when the fall is noticed, else None."""
+        self._latest.append(value)
+        if len(self._first) < WINDOW:
+            self._first.append(value)
+            return None
+        before, now = (sum(values) / len(values) for values in (self._first, self._latest))
+        if self._noticed or now >= before - FALL:
+            return None
+        self._noticed = True
+        return before, now
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"first": list(self._first), "latest": list(self._latest), "noticed": self._noticed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._first, self._noticed = list(state["first"]), state["noticed"]
+        self._latest.extend(state["latest"])
 
 
 def _derived(metrics: Mapping[str, float], samples_itself: bool) -> dict[str, float]:
