@@ -23,6 +23,7 @@ from deltakd.models.tokenizers import ALIGNING_LOSSES, OtherTokenizerError
 from deltakd.training.caching import fill_cache
 from deltakd.training.callbacks import StopOnSignal
 from deltakd.training.run import run_training
+from tests.distributed.processes import on_ranks
 from tests.tiny import World, make_rows, save_model, write_rows
 
 Train = Callable[..., RunDirectory]
@@ -100,6 +101,27 @@ def _stop_after(step: int) -> Any:
             raise Stopped(signal.SIGTERM, trainer.global_step)
 
     return stop
+
+
+@pytest.mark.slow
+def test_two_ranks_train_on_what_one_does(world: World, foreign: tuple[str, ...], tmp_path: Path) -> None:
+    two, one = tmp_path / "two", tmp_path / "one"
+    # Each rank draws its own dropout.
+    plain = save_model(tmp_path / "plain", seed=1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    shared = (*foreign, f"model.student.path={plain}", "trainer.accelerator=cpu", "data.val=null", "optim.lr=0.001")
+    split = ("strategy=ddp", "trainer.devices=2", "data.batch_size=2")
+    on_ranks(2, _train, world.overrides(two, "span_kd", *shared, *split), two)
+    _train(world.overrides(one, "span_kd", *shared, "data.batch_size=4"), one)
+    records = []
+    for directory in (two, one):
+        with (directory / "metrics.csv").open() as file:
+            records.append([float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]])
+    assert len(records[0]) == 6
+    assert records[0] == pytest.approx(records[1], rel=1e-4)
+
+
+def _train(overrides: list[str], directory: Path) -> None:
+    run_training(make_settings(compose_config("train", overrides)), directory)
 
 
 def test_streamed_rows_are_aligned_as_indexed_ones(train: Train, foreign: tuple[str, ...], tmp_path: Path) -> None:
