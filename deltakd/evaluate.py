@@ -55,8 +55,9 @@ def run_evaluation(arguments: Sequence[str]) -> dict[str, Any]:
     from deltakd.config.build import make_evaluation_settings
     from deltakd.distributed.devices import choose_device
     from deltakd.evaluation.answers import evaluate_sets, shown
-    from deltakd.evaluation.measures import Subject, measure
+    from deltakd.evaluation.measures import measure
     from deltakd.evaluation.sets import read_checked_sets
+    from deltakd.evaluation.subject import Subject
     from deltakd.models import ModelSpec, load_config, load_tokenizer
     from deltakd.models.identity import count_parameters, model_fingerprint
     from deltakd.models.roles import open_exported

@@ -24,6 +24,7 @@ from deltakd.models.quantization import student_problems
 from deltakd.models.roles import position_problems
 from deltakd.references import CacheSettings, CacheStore, LiveSettings, ReferenceSettings
 from deltakd.references.content import cache_problems
+from deltakd.references.routed import routed_roles
 from deltakd.references.topk import topk_problems
 from deltakd.rollouts.settings import RolloutSettings
 from deltakd.training.settings import TrainerSettings
@@ -61,9 +62,12 @@ def specs_to_load(
     """
     if roles is None:
         return {}
+    if models.routes:
+        roles = routed_roles(roles, models.routes.values())
     wanted = {STUDENT, *roles} - ({STUDENT_RAW} if has_adapter else set())
     absent = sorted(wanted - set(models.specs))
-    problems += [f"the loss reads {role}, which the config lacks; add +model.{role}={{path: ...}}" for role in absent]
+    reads = "model.routes leads to" if models.routes else "the loss reads"
+    problems += [f"{reads} {role}, which the config lacks; add +model.{role}={{path: ...}}" for role in absent]
     needed = [role for role in (*ROLES, *sorted(wanted - set(ROLES))) if role in wanted - set(absent)]
     return {role: models.specs[role] for role in needed}
 

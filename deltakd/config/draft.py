@@ -16,6 +16,7 @@ from deltakd.config.check import (
     stream_problems,
     try_loss,
 )
+from deltakd.config.check_routes import route_problems
 from deltakd.config.instantiate import built
 from deltakd.config.loss_names import known_losses, loss_name
 from deltakd.config.problems import Problems
@@ -38,7 +39,7 @@ from deltakd.training.settings import KernelSettings, RunSettings, TrainerSettin
 from deltakd.types import STUDENT, Loss, is_reference_role, require_kind
 
 #: Keys of ``model`` that are not roles.
-_NO_ROLES = ("tokenizer", "lora", "attn_implementation", "gradient_checkpointing", "trust_remote_code")
+_NO_ROLES = ("tokenizer", "lora", "attn_implementation", "gradient_checkpointing", "trust_remote_code", "routes")
 
 #: The groups that a config must have.
 _GROUPS = (
@@ -116,6 +117,7 @@ class Draft:
         problems += role_problems(self.model.specs, () if self.loss is None else self.loss.requires)
         known = roles if roles is None else [role for role in roles if is_reference_role(role)]
         specs = specs_to_load(self.model, known, has_adapter, problems)
+        problems += route_problems(self.model.routes, self.loss, self.data, self.reference, self.rollout)
         problems += model_problems(self.model, specs, None if self.data is None else self.data.max_length)
         if self.evaluation is not None:
             problems += self.evaluation.problems(self.data)

@@ -1,6 +1,6 @@
 """Evaluation: sets, protocol, scorers, and measures beyond scores of answers."""
 
-from deltakd.evaluation.protocol import EvaluationSet, answer_set, evaluate_set, matches, scored, summarise
+from deltakd.evaluation.protocol import EvaluationSet, answer_set, by_task, evaluate_set, matches, scored, summarise
 from deltakd.evaluation.scoring import (
     MAIN_METRICS,
     METRIC_TITLES,
@@ -18,6 +18,7 @@ __all__ = [
     "SCORERS",
     "EvaluationSet",
     "answer_set",
+    "by_task",
     "evaluate_set",
     "find_scorer",
     "main_metric",

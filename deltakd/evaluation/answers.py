@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from deltakd.data import DataConfig, Row, encode_prompts
 from deltakd.distributed.ranks import is_main_process
 from deltakd.distributed.sharding import gathered, place
-from deltakd.evaluation import METRIC_TITLES, EvaluationSet, evaluate_set, matches, scored, summarise
+from deltakd.evaluation import METRIC_TITLES, EvaluationSet, by_task, evaluate_set, matches, scored, summarise
 from deltakd.evaluation.settings import EvaluationSettings
 from deltakd.evaluation.text_measures import text_measures
 from deltakd.io.files import read_json_lines, write_json_lines
@@ -59,6 +59,7 @@ def make_set(
         strip=strip,
         asked={"template": data.template, "max_prompt_length": data.max_prompt_length},
         cut=cut,
+        tasks=[row.task for row in rows],
     )
 
 
@@ -119,7 +120,8 @@ def evaluate_sets(
 
     Returns:
         ``<set>/<metric>``, ``<set>/<metric>_stderr`` and ``<set>/<metric>_seed_std`` in per cent (see ``summarise``),
-        and ``<set>/<measure>`` of ``text_measures``.
+        and ``<set>/<measure>`` of ``text_measures``; if a set has several tasks, the same of each as
+        ``<set>/<task>/...``.
     """
     metrics: dict[str, float] = {}
     for eval_set in sets:
@@ -140,6 +142,9 @@ def evaluate_sets(
         in_order = {seed: by_seed[seed] for seed in evaluation.seeds}
         summary = summarise(in_order) | text_measures(in_order)
         metrics |= {f"{eval_set.name}/{name}": value for name, value in summary.items()}
+        for task, some in by_task(in_order).items():
+            scores = summarise(some) | text_measures(some)
+            metrics |= {f"{eval_set.name}/{task}/{name}": value for name, value in scores.items()}
     return metrics
 
 

@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from numpy.typing import NDArray
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from deltakd.data import DataConfig, EncodedSet, encode_rows, with_answer
 from deltakd.data.encoding.two_tokenizers import Coding
-from deltakd.distributed.sharding import gathered, is_sharded, place
+from deltakd.data.routing import with_tasks
+from deltakd.distributed.sharding import gathered, place
 from deltakd.evaluation.measured_references import WANTED, HeadSource, MeasuredReferences
 from deltakd.evaluation.retention import FACTS, RETAINED, TEXT, recalled, retained_sets
 from deltakd.evaluation.settings import EvaluationSettings
-from deltakd.evaluation.span_measures import SpanTeacher, span_sums
-from deltakd.evaluation.teacher_forced import MeasuredBatch, device_of, first_rows, measured_batches
+from deltakd.evaluation.span_measures import span_sums
+from deltakd.evaluation.subject import Judges, Subject
+from deltakd.evaluation.teacher_forced import MeasuredBatch, first_rows, measured_batches
 from deltakd.evaluation.token_measures import CALIBRATION_BINS, calibration_bins, expected_calibration_error
 from deltakd.generation.model_step import position_limit
 from deltakd.io.progress import progress_bar
-from deltakd.models import LanguageModel, ModelSettings
-from deltakd.references import CacheSettings, LiveSettings, ReferenceSettings
 from deltakd.types import STUDENT_RAW
 
 log = logging.getLogger(__name__)
@@ -32,35 +34,6 @@ log = logging.getLogger(__name__)
 VALIDATION = "val"
 #: Measures that are means over tokens, where their references are there.
 _MEANS = ("kl_teacher", "kl_raw_student", "top1_agreement")
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A student and everything needed to measure it.
-
-    Args:
-        models: the models that the run names.
-        evaluation: the group ``evaluation``.
-        data: the group ``data``.
-        tokenizer: the student's.
-        vocabulary: number of tokens.
-        model: the student, in eval mode, on its device.
-        references: the group ``reference``; a ``CacheSettings`` names a cache.
-        loaded: role -> frozen model already in memory, of those with the student's tokenizer.
-        show_progress: show a progress bar.
-        teacher: with a tokenizer of its own; None: there is none.
-    """
-
-    models: ModelSettings
-    evaluation: EvaluationSettings
-    data: DataConfig
-    tokenizer: PreTrainedTokenizerBase
-    vocabulary: int
-    model: nn.Module
-    references: ReferenceSettings = field(default_factory=LiveSettings)
-    loaded: Mapping[str, LanguageModel] = field(default_factory=dict)
-    show_progress: bool = True
-    teacher: SpanTeacher | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +77,7 @@ def encode_set(
     data: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     teachers: Coding | None = None,
+    routes: Mapping[str, int] | None = None,
 ) -> EncodedSet:
     """Return the prompts of the set ``name`` with their first references, tokenised as in training.
 
@@ -113,6 +87,7 @@ def encode_set(
         data: the group ``data``.
         tokenizer: the student's.
         teachers: as for ``encode_rows``.
+        routes: ``model.routes``.
 
     Raises:
         ValueError: the source can't be read, or no row is left.
@@ -120,7 +95,7 @@ def encode_set(
     data = evaluation.prompts_of(data)
     rows = [row for row in evaluation.rows_of(name, data) if row.references]
     answered = [with_answer(row, row.references[0]) for row in rows[: evaluation.measures.rows]]
-    return encode_rows(
+    encoded = encode_rows(
         answered,
         data.make_template(tokenizer),
         tokenizer,
@@ -131,6 +106,7 @@ def encode_set(
         cache_dir=data.cache_dir,
         teachers=teachers,
     )
+    return with_tasks(encoded, answered, routes)
 
 
 def measure(subject: Subject, validation: EncodedSet | None) -> Measured:
@@ -146,23 +122,7 @@ def measure(subject: Subject, validation: EncodedSet | None) -> Measured:
     evaluation, found = subject.evaluation, Measured()
     if evaluation.measures.rows == 0:
         return found
-    references = None
-    if (subject.references.shards and place()[1] > 1) or any(is_sharded(model) for model in subject.loaded.values()):
-        log.info(
-            "The references are sharded, and no single rank can run one: only the student is measured. "
-            "deltakd.evaluate run=... measures it beside them, on a device that holds them."
-        )
-    elif evaluation.measures.references != "none":
-        cache = subject.references if isinstance(subject.references, CacheSettings) else None
-        references = MeasuredReferences(
-            subject.models,
-            subject.tokenizer,
-            subject.vocabulary,
-            cache,
-            subject.loaded,
-            subject.references.placement,
-            device_of(subject.model),
-        )
+    judges = Judges(subject)
     wanted: Collection[str] = WANTED
     if subject.teacher is not None:
         wanted = (STUDENT_RAW,)
@@ -171,19 +131,41 @@ def measure(subject: Subject, validation: EncodedSet | None) -> Measured:
             "tokenizer of its own. span_kl_teacher takes their place."
         )
     for name, encoded in _sets(subject, validation):
-        measured = _measured_set(subject, references, name, encoded, wanted, _add_up)
-        if measured is not None:
-            sums, source, rows = measured
-            found.add(name, _scores(sums), int(sums["tokens"]), rows, source.name)
-            if "correlated" in sums:
-                found.counts[name]["tokens_without_shift"] = int(sums["tokens"] - sums["correlated"])
+        parts = [
+            (task, _measured_set(subject, judges.of_pair(pair), name, encoded, rows, wanted, _add_up))
+            for task, pair, rows in _by_task(encoded, first_rows(encoded, evaluation.measures.rows))
+        ]
+        whole = _together([part for _, part in parts if part is not None])
+        named = [(f"{name}/{task}", part) for task, part in parts if task is not None] if len(parts) > 1 else []
+        for each, part in [(name, whole), *named]:
+            if part is not None:
+                found.add(each, _scores(part.sums), int(part.sums["tokens"]), part.rows, part.source)
+                if "correlated" in part.sums:
+                    without = int(part.sums["tokens"] - part.sums["correlated"])
+                    found.counts[each]["tokens_without_shift"] = without
+        if whole is not None:
             _add_spans(found, subject, name, encoded)
     for name, encoded in _retained(subject):
-        measured = _measured_set(subject, references, name, encoded, (STUDENT_RAW,), _ADDED[name])
-        if measured is not None:
-            sums, source, rows = measured
-            found.add(RETAINED, _SCORED[name](sums), int(sums["tokens"]), rows, source.name, counted_as=name)
+        rows = first_rows(encoded, evaluation.measures.rows)
+        part = _measured_set(subject, judges.of_pair(1), name, encoded, rows, (STUDENT_RAW,), _ADDED[name])
+        if part is not None:
+            tokens = int(part.sums["tokens"])
+            found.add(RETAINED, _SCORED[name](part.sums), tokens, part.rows, part.source, counted_as=name)
     return found
+
+
+def _by_task(
+    encoded: EncodedSet, rows: NDArray[np.int64]
+) -> Iterator[tuple[str | None, int | None, NDArray[np.int64]]]:
+    """Yield task, number of its pair of teachers, and rows; all rows at once if the set has no tasks."""
+    tasks = encoded.tasks
+    if tasks is None:
+        yield None, 1, rows
+        return
+    for number, (name, pair) in enumerate(zip(tasks.names, tasks.routes, strict=True)):
+        own = rows[tasks.numbers[rows] == number]
+        if len(own):
+            yield name, pair if tasks.routed else 1, own
 
 
 def _add_spans(found: Measured, subject: Subject, name: str, encoded: EncodedSet) -> None:
@@ -212,8 +194,8 @@ def _sets(subject: Subject, validation: EncodedSet | None) -> Iterator[tuple[str
         yield VALIDATION, validation
     for name in subject.evaluation.sets if subject.evaluation.generate else ():
         try:
-            teachers = None if subject.teacher is None else subject.teacher.coding
-            yield name, encode_set(name, subject.evaluation, subject.data, subject.tokenizer, teachers)
+            teachers, routes = None if subject.teacher is None else subject.teacher.coding, subject.models.routes
+            yield name, encode_set(name, subject.evaluation, subject.data, subject.tokenizer, teachers, routes)
         except ValueError as error:
             log.warning("%s is not measured beyond its answers: %s", name, error)
 
@@ -229,21 +211,40 @@ def _retained(subject: Subject) -> Iterator[tuple[str, EncodedSet]]:
 Sums = dict[str, Tensor]
 
 
+class _Part(NamedTuple):
+    """The sums over some rows.
+
+    Args:
+        sums: over the tokens of all ranks.
+        source: of the references.
+        rows: number of them.
+    """
+
+    sums: Sums
+    source: str
+    rows: int
+
+
+def _together(parts: Sequence[_Part]) -> _Part | None:
+    """Return the sums over the rows of all parts; a mean that a part lacks is none of the whole."""
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    common = [key for key in parts[0].sums if all(key in part.sums for part in parts)]
+    sums = {key: torch.stack([part.sums[key] for part in parts]).sum(0) for key in common}
+    sources = dict.fromkeys(part.source for part in parts)
+    return _Part(sums, " and ".join(sources), sum(part.rows for part in parts))
+
+
 def _measured_set(
     subject: Subject,
     references: MeasuredReferences | None,
     name: str,
     encoded: EncodedSet,
+    rows: NDArray[np.int64],
     wanted: Collection[str],
     add_up: Callable[[MeasuredBatch], Sums],
-) -> tuple[Sums, HeadSource, int] | None:
-    """Measure a set's first rows. Collective: call on every rank.
-
-    Returns:
-        The sums over the tokens of all ranks, the source of the references, and the number of rows; None if the student
-        has too few positions.
-    """
-    rows = first_rows(encoded, subject.evaluation.measures.rows)
+) -> _Part | None:
+    """Measure some rows of a set; None if the student has too few positions. Collective: call on every rank."""
     longest, positions = int(encoded.lengths[rows].max()), position_limit(subject.model)
     if positions is not None and longest > positions:
         log.warning("%s is not measured: a row has %d tokens, the student %d positions.", name, longest, positions)
@@ -273,7 +274,8 @@ def _measured_set(
     # A rank may have had no row.
     of_ranks = gathered(own)
     keys = dict.fromkeys(key for of in of_ranks for key in of)
-    return {key: torch.stack([of[key] for of in of_ranks if key in of]).sum(0) for key in keys}, source, len(rows)
+    sums = {key: torch.stack([of[key] for of in of_ranks if key in of]).sum(0) for key in keys}
+    return _Part(sums, source.name, len(rows))
 
 
 def _add_up(batch: MeasuredBatch) -> Sums:

@@ -38,6 +38,7 @@ class EvaluationSet:
         strip: a regular expression; what it matches in answers and references is not scored. Records keep it.
         asked: how the prompts were made (template, length limit), for the record only.
         cut: how many prompts were longer than the length limit, for the record only.
+        tasks: each row's task, or None; empty: no row has one.
 
     Raises:
         ValueError: the lengths differ, or a row id occurs twice.
@@ -53,6 +54,7 @@ class EvaluationSet:
     strip: str | None = None
     asked: Mapping[str, Any] = field(default_factory=dict)
     cut: int = 0
+    tasks: list[str | None] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         lengths = {key: len(getattr(self, key)) for key in ("row_ids", "prompts", "prompt_ids", "references")}
@@ -67,7 +69,8 @@ class EvaluationSet:
     def part(self, number: int, parts: int) -> EvaluationSet:
         """Return every ``parts``-th row, starting at row ``number``; the parts together make up the set."""
         rows = slice(number, None, parts)
-        lists = {name: getattr(self, name)[rows] for name in ("row_ids", "prompts", "prompt_ids", "references")}
+        names = ("row_ids", "prompts", "prompt_ids", "references", "tasks")
+        lists = {name: getattr(self, name)[rows] for name in names}
         return replace(self, **lists)
 
     @property
@@ -175,7 +178,8 @@ def scored(records: Sequence[Record], eval_set: EvaluationSet) -> list[Record]:
 
 def _asked(eval_set: EvaluationSet, index: int) -> Record:
     """Return the set's part of a record; a stored result is reused only if it is the same."""
-    return {
+    task = eval_set.tasks[index] if eval_set.tasks else None
+    return ({} if task is None else {"task": task}) | {
         "row_id": eval_set.row_ids[index],
         "prompt": eval_set.prompts[index],
         "prompt_tokens": len(eval_set.prompt_ids[index]),
@@ -199,6 +203,25 @@ def matches(records: Sequence[Record], eval_set: EvaluationSet, decoding: Decodi
         if any(record.get(key) != value for key, value in _asked(eval_set, index).items()):
             return False
     return True
+
+
+def by_task(records_by_seed: Mapping[int, Sequence[Record]]) -> dict[str, dict[int, list[Record]]]:
+    """Return task -> seed -> its records, in the order in which tasks first occur; empty if there are fewer than two.
+
+    Rows without a task are in none.
+    """
+    tasks = dict.fromkeys(
+        record["task"] for records in records_by_seed.values() for record in records if record.get("task") is not None
+    )
+    if len(tasks) < 2:
+        return {}
+    return {
+        task: {
+            seed: [record for record in records if record.get("task") == task]
+            for seed, records in records_by_seed.items()
+        }
+        for task in tasks
+    }
 
 
 def summarise(records_by_seed: Mapping[int, Sequence[Record]]) -> dict[str, float]:

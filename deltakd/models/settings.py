@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Lt
+
+from deltakd.types import teacher_pair
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
@@ -80,6 +82,8 @@ class ModelSettings:
         attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``; None: transformers' choice.
         gradient_checkpointing: recompute the student's activations in the backward pass.
         trust_remote_code: run Python code that comes with a checkpoint.
+        routes: a row's task -> the number of the pair of teachers that judges it, from 1; ``*``: all other rows. None:
+            the loss's own roles judge all rows.
     """
 
     specs: Mapping[str, ModelSpec] = field(default_factory=dict)
@@ -88,3 +92,14 @@ class ModelSettings:
     attn_implementation: str | None = None
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
+    routes: Mapping[str, Annotated[int, Ge(1)]] | None = None
+
+    def of_pair(self, pair: int) -> ModelSettings:
+        """Return the settings in which the teachers of a pair are ``teacher`` and ``teacher_raw``."""
+        others = {role: spec for role, spec in self.specs.items() if role not in teacher_pair(1)}
+        own = {
+            first: self.specs[role]
+            for first, role in zip(teacher_pair(1), teacher_pair(pair), strict=True)
+            if role in self.specs
+        }
+        return replace(self, specs=others | own, routes=None)

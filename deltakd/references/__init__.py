@@ -1,8 +1,9 @@
 """References: the frozen models that the student learns from, as sources of heads."""
 
-from deltakd.references.base import References
+from deltakd.references.base import References, RoutedHeads
 from deltakd.references.cached import CachedReferences
 from deltakd.references.live import LiveReferences
+from deltakd.references.routed import RoutedReferences
 from deltakd.references.settings import CacheSettings, LiveSettings, ReferenceSettings, SourceSettings
 from deltakd.references.store import CacheStore, StoreError
 
@@ -14,6 +15,8 @@ __all__ = [
     "LiveSettings",
     "ReferenceSettings",
     "References",
+    "RoutedHeads",
+    "RoutedReferences",
     "SourceSettings",
     "StoreError",
 ]

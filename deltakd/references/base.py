@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from deltakd.kernels import Buckets
 from deltakd.types import Batch, Head
+
+
+@dataclass(frozen=True)
+class RoutedHeads:
+    """The heads of a batch's references in parts, each with its own pair of teachers.
+
+    Args:
+        parts: tokens [n] int64, some of the batch's N valid ones, and role -> head over them. Together the parts hold
+            each token once.
+    """
+
+    parts: tuple[tuple[Tensor, dict[str, Head]], ...]
 
 
 class References(Protocol):
@@ -29,13 +43,13 @@ class References(Protocol):
         """Return role -> head over no tokens: its sizes and its output embedding. Call before ``to``."""
         ...
 
-    def start(self, batch: Batch) -> Callable[[], dict[str, Head] | Buckets]:
+    def start(self, batch: Batch) -> Callable[[], dict[str, Head] | Buckets | RoutedHeads]:
         """Start a call; the returned function finishes it and returns the result.
 
         Run the student's forward pass in between: the two can then overlap.
         """
         ...
 
-    def __call__(self, batch: Batch) -> dict[str, Head] | Buckets:
-        """Return role -> head of the valid tokens of ``batch.stream_of(role)``, in their order; or their buckets."""
+    def __call__(self, batch: Batch) -> dict[str, Head] | Buckets | RoutedHeads:
+        """Return role -> head of the valid tokens of ``batch.stream_of(role)``, in order; or buckets, or parts."""
         ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, final
@@ -72,7 +72,7 @@ class LiveReferences:
         """
         self._device = device
         home = self._home
-        if self._sharding == "shard" and dist.is_initialized():
+        if self.is_sharded:
             # FSDP2 and DTensor are imported for those who shard.
             from deltakd.distributed.sharding import Shell
             from deltakd.references.sharded import sharded
@@ -118,29 +118,52 @@ class LiveReferences:
         On another device, send the batch now and run once the student's forward pass is queued: both devices then work
         at the same time, and only the loss waits.
         """
-        if self._home == self._device:
+        if self.runs_beside_student:
             heads = self(batch)
             return lambda: heads
-        batch_there = batch.to(self._home, non_blocking=self._home.type == "cuda")
-        return lambda: self._heads(batch, batch_there)
+        there = self.sent(batch)
+        return lambda: self.heads(self.roles, batch, there)
 
     def __call__(self, batch: Batch) -> dict[str, Head]:
         """Return role -> head of the valid tokens of the role's stream (``Batch.stream_of``)."""
-        return self._heads(batch, batch.to(self._home))
+        return self.heads(self.roles, batch, self.sent(batch))
+
+    @property
+    def runs_beside_student(self) -> bool:
+        """True if the models are on the student's device."""
+        return self._home == self._device
+
+    @property
+    def is_sharded(self) -> bool:
+        """True if each rank holds a part of the models, so that all ranks must run them together."""
+        return self._sharding == "shard" and dist.is_initialized()
+
+    def sent(self, batch: Batch) -> Batch:
+        """Return the batch on the models' device."""
+        return batch.to(self._home, non_blocking=self._home.type == "cuda")
 
     @torch.no_grad()
-    def _heads(self, batch: Batch, batch_there: Batch) -> dict[str, Head]:
-        there: dict[str, Head] = {}
+    def heads(self, roles: Collection[str], batch: Batch, there: TokenStream) -> dict[str, Head]:
+        """Return role -> head, for some of the roles.
+
+        Args:
+            roles: the roles.
+            batch: on the student's device, for a LoRA student that serves as ``student_raw``.
+            there: on the models' device; its valid tokens are those of the heads.
+        """
+        found: dict[str, Head] = {}
         runs: dict[tuple[int, str | None], Head] = {}
         for role, model in self._models.items():
+            if role not in roles:
+                continue
             run = (id(model), model.adapters.get(role))
             if run not in runs:
                 with model.as_role(role):
-                    runs[run] = self._run(self._runners[id(model)], batch_there.stream_of(role))
-            there[role] = runs[run]
+                    runs[run] = self._run(self._runners[id(model)], there.stream_of(role))
+            found[role] = runs[run]
         # Only once all are queued: a copy to the student's device waits for its source.
-        heads = {role: self._brought(role, head) for role, head in there.items()}
-        if self._adapted_student is not None:
+        heads = {role: self._brought(role, head) for role, head in found.items()}
+        if self._adapted_student is not None and STUDENT_RAW in roles:
             # Not called as a module: ZeRO 3 would free the head on return, and the loss still multiplies by it.
             with self._adapted_student.adapter_off():
                 head = self._adapted_student.head(batch)

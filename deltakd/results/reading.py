@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from deltakd.evaluation import MAIN_METRICS, METRICS
+from deltakd.evaluation import MAIN_METRICS, METRICS, by_task
 from deltakd.io.files import read_json_lines
 
 Record = dict[str, Any]
@@ -307,7 +307,8 @@ def _read_answers(
     """Return the scored answers behind the summary's scores; a missing or damaged file drops its whole set."""
     seeds = [int(seed) for seed in (config.get("evaluation") or {}).get("seeds") or []]
     scores = [key.rpartition("/") for key in summary if key.endswith(tuple(f"/{metric}" for metric in MAIN_METRICS))]
-    sets = [name for name, _, _ in scores if name != "val"]
+    # ``<set>/<task>/<metric>``: the answers are in the set's own file.
+    sets = dict.fromkeys(name.partition("/")[0] for name, _, _ in scores if name.partition("/")[0] != "val")
     answers: dict[str, dict[int, list[Record]]] = {}
     for name in sets:
         files = {seed: path / "generations" / f"{name}_seed{seed}.jsonl" for seed in seeds}
@@ -321,6 +322,7 @@ def _read_answers(
         read = {seed: records for seed, records in by_seed.items() if records is not None}
         if read and len(read) == len(files):
             answers[name] = read
+            answers |= {f"{name}/{task}": some for task, some in by_task(read).items()}
     return answers
 
 

@@ -88,12 +88,14 @@ class Kept:
         prompt: its tokens.
         response: with its log-probs when it was written, if a loss needs them.
         step: the optimiser step for which it was written, from 0.
+        route: number of the pair of teachers that judges it; None: rows are not routed.
     """
 
     row_id: int
     prompt: list[int]
     response: Response
     step: int
+    route: int | None = None
 
 
 @final
@@ -132,6 +134,7 @@ class ReplayBuffer:
         return {
             "row_ids": [one.row_id for one in self._kept],
             "steps": [one.step for one in self._kept],
+            "routes": [one.route for one in self._kept],
             "prompts": torch.from_numpy(prompts),
             "offsets": torch.from_numpy(offsets),
             "responses": pack([one.response for one in self._kept]),
@@ -139,7 +142,8 @@ class ReplayBuffer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         prompts, offsets = state["prompts"].tolist(), state["offsets"].tolist()
-        parts = zip(
-            state["row_ids"], offsets[:-1], offsets[1:], unpack(state["responses"]), state["steps"], strict=True
-        )
-        self._kept = [Kept(row, prompts[start:stop], response, step) for row, start, stop, response, step in parts]
+        own = (state["row_ids"], unpack(state["responses"]), state["steps"], state["routes"])
+        self._kept = [
+            Kept(row, prompts[start:stop], response, step, route)
+            for start, stop, row, response, step, route in zip(offsets[:-1], offsets[1:], *own, strict=True)
+        ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -129,13 +129,13 @@ def prompt_of(row: Encoded) -> list[int]:
     return row.input_ids[:start]
 
 
-def answered(row_id: int, prompt: Sequence[int], response: Response) -> Encoded:
-    """Return the row that trains the student on its own response."""
+def answered(row_id: int, prompt: Sequence[int], response: Response, route: int | None = None) -> Encoded:
+    """Return the row that trains the student on its own response; ``route`` is as of an ``Encoded``."""
     labels = [IGNORE_INDEX] * len(prompt) + response.tokens
-    return Encoded([*prompt, *response.tokens], labels, row_id)
+    return Encoded([*prompt, *response.tokens], labels, row_id, route)
 
 
 def last_response(row: Encoded) -> Encoded:
     """Return the row with its last response as the only one that is trained."""
     start = len(prompt_of(row))
-    return Encoded(row.input_ids, [IGNORE_INDEX] * start + list(row.labels[start:]), row.row_id)
+    return replace(row, labels=[IGNORE_INDEX] * start + list(row.labels[start:]))

@@ -151,11 +151,14 @@ class RolloutLoader:
         if self._round is None or step not in self._round:
             self._round = self._answer(step)
         plan, each = self._round.plan(step), self.settings.per_prompt
-        made = [Kept(row.row_id, prompt_of(row), one, step) for row, one in self.responses_of_step(step)]
+        made = [Kept(row.row_id, prompt_of(row), one, step, row.route) for row, one in self.responses_of_step(step)]
         again = self.buffer.draw(step, (plan.own - plan.fresh) * each, self.seed)
         self.buffer.add(step, made)
         self.metrics = self._round.metrics_of(step) | self._speed | self._replay_metrics(step, again)
-        own = [_Row(answered(one.row_id, one.prompt, one.response), one.response.log_probs) for one in (*made, *again)]
+        own = [
+            _Row(answered(one.row_id, one.prompt, one.response, one.route), one.response.log_probs)
+            for one in (*made, *again)
+        ]
         if self.pairs:
             given = [_Row(last_response(row)) for row, _ in self.responses_of_step(step)]
             return _shortest_first(zip(given, own, strict=True))

@@ -63,6 +63,8 @@ def run_study(study: Study, console: Console, stages: Collection[str] = (), chec
     say_hours(study, console)
     if finished_rows(study):
         console.print(comparison(study))
+        if study.note is not None:
+            console.print(study.note, markup=False, highlight=False)
 
 
 def _run_stage(

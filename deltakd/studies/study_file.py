@@ -75,12 +75,14 @@ class Study:
         jobs: stage -> its runs, in running order.
         rows: label -> stage, the rows of the comparison table.
         columns: metrics, the columns of the table.
+        note: what to look at, printed below the table; None: nothing.
     """
 
     name: str
     jobs: Mapping[str, Sequence[Job]]
     rows: Mapping[str, str] = field(default_factory=dict)
     columns: Sequence[str] = ()
+    note: str | None = None
 
     def chosen(self, stages: Collection[str]) -> list[Job]:
         """Return the runs of some stages, in the study's order; of all stages if none is named.
@@ -114,6 +116,7 @@ class _Table:
 
     rows: Mapping[str, str] = field(default_factory=dict)
     columns: Sequence[str] = ()
+    note: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +165,7 @@ def read_study(folder: Path) -> Study:
             problems += [f"stage {each.name}: {problem}" for problem in error.problems]
     if problems:
         raise ConfigError([f"{path}: {problem}" for problem in problems])
-    return Study(name, jobs, rows, list(read.table.columns))
+    return Study(name, jobs, rows, list(read.table.columns), read.table.note)
 
 
 def _read(path: Path, content: Any, problems: list[str]) -> _File:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from deltakd.data import InstructionData, LoadedSets
 from deltakd.data.encoding.two_tokenizers import Coding, TwoTokenizers
+from deltakd.data.routing import routed, with_tasks
 from deltakd.distributed.ranks import is_main_process, main_process_first
 from deltakd.evaluation.retention import check_retained
 from deltakd.evaluation.sets import CheckedSets, read_checked_sets
@@ -26,7 +27,14 @@ from deltakd.models.lora import add_lora
 from deltakd.models.packing_check import check_packing
 from deltakd.models.roles import OWN_ROLES, Vocabularies, open_model, open_tokenizer, open_vocabularies
 from deltakd.models.vocabulary import unaligned_problems, unknown_token_problems
-from deltakd.references import CachedReferences, CacheStore, LiveReferences, References, SourceSettings
+from deltakd.references import (
+    CachedReferences,
+    CacheStore,
+    LiveReferences,
+    References,
+    RoutedReferences,
+    SourceSettings,
+)
 from deltakd.references.content import data_identity, data_problems, missing_problem, missing_rows, named_sets
 from deltakd.rollouts.vllm_server import check_server
 from deltakd.training.announce import (
@@ -106,6 +114,10 @@ def load_parts(settings: RunSettings, directory: RunDirectory) -> Parts:
         prompts_only = settings.rollout.own_rows_alone and not settings.loss.needs_pairs
         sets = settings.data.load(tokenizer, prompts_only=prompts_only, teachers=vocabularies.other)
         settings.data.check_lengths(sets)
+        if settings.model.routes:
+            sets = routed(sets, settings.model.routes)
+        elif sets.val is not None:
+            sets = sets._replace(val=with_tasks(sets.val, sets.val_rows, None))
         check_tokens(sets, tokenizer, vocabularies)
         cached = None
         if settings.cache is not None:
@@ -341,6 +353,9 @@ def open_models(
         has_adapter = settings.model.lora is not None
         adapted = student if has_adapter and STUDENT_RAW in settings.loss.requires else None
         references = settings.reference.make(frozen, adapted, settings.strategy)
+        if settings.model.routes:
+            assert isinstance(references, LiveReferences), "config/check_routes.py allows no other"
+            references = RoutedReferences(references, settings.loss.requires, settings.model.routes.values())
         if settings.rollout.mixes_teacher:
             assert isinstance(references, LiveReferences), "checked with the config"
             references.prepare_to_lend(TEACHER)

@@ -16,8 +16,9 @@ from deltakd.distributed.devices import choose_device
 from deltakd.distributed.ranks import is_main_process, is_restarted, main_process_first
 from deltakd.distributed.sharding import gathered, place, resident_bytes
 from deltakd.evaluation.answers import evaluate_sets, shown
-from deltakd.evaluation.measures import Measured, Subject, measure
+from deltakd.evaluation.measures import Measured, measure
 from deltakd.evaluation.span_measures import SpanTeacher
+from deltakd.evaluation.subject import Subject
 from deltakd.io.files import write_text
 from deltakd.io.run_directory import RunDirectory
 from deltakd.models import ExportCheck, LanguageModel
@@ -89,7 +90,7 @@ def _run(
     try:
         if tracker is not None:
             tracker.log_origin(
-                origin_of(settings.model, settings.data, settings.loss.requires, parts.tokenizer, parts.sets)
+                origin_of(settings.model, settings.data, settings.read_roles, parts.tokenizer, parts.sets)
             )
         fitted = fit(parts, loggers, state, lifeline)
         metrics = fitted.metrics
@@ -241,7 +242,7 @@ def _meta(parts: Parts, fitted: Fitted, started: float) -> dict[str, Any]:
         "best_step": fitted.checkpoints.best_step,
         "steps": fitted.module.total_steps,
         # Cached references are not loaded, but the student learnt from them.
-        "references": sorted(parts.settings.loss.requires),
+        "references": parts.settings.read_roles,
         "parameters": count_parameters(parts.models.loaded),
         "trained_parameters": trained_parameters(parts.models.student),
         "exported_parameters": exported_parameters(parts.models.student),

@@ -21,6 +21,7 @@ from deltakd.io.run_directory import ResumePolicy
 from deltakd.kernels import KernelOptions
 from deltakd.models.settings import ModelSettings, ModelSpec
 from deltakd.references import CacheSettings, LiveSettings, ReferenceSettings
+from deltakd.references.routed import routed_roles
 from deltakd.rollouts.settings import RolloutSettings
 from deltakd.tracking.loggers import MakeLogger
 from deltakd.training.optim import AdamW
@@ -179,6 +180,12 @@ class RunSettings:
     def cache(self) -> CacheSettings | None:
         """The cache to read the references from or store them in; None: they are live, or the loss reads none."""
         return self.reference if isinstance(self.reference, CacheSettings) and self.loss.requires else None
+
+    @property
+    def read_roles(self) -> list[str]:
+        """The references that the student learns from, sorted: the loss's, or with routes those of all pairs."""
+        routes = self.model.routes
+        return sorted(routed_roles(self.loss.requires, routes.values()) if routes else self.loss.requires)
 
     @property
     def generates_on_validation(self) -> bool:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import final
 
+import torch
 from torch import Tensor, nn
 
 from deltakd.kernels import Buckets, KernelOptions, aligned_loss, chunked_loss
 from deltakd.models import LanguageModel
-from deltakd.references import References
-from deltakd.types import STUDENT, AlignedTokens, Batch, Loss, TokenMap
+from deltakd.references import References, RoutedHeads
+from deltakd.types import STUDENT, AlignedTokens, Batch, Head, Loss, TokenFacts, TokenMap
 
 
 @final
@@ -61,17 +63,33 @@ class DistillationStep(nn.Module):
         student = self.student.head(batch)
         references = finish()
         if self.loss.needs_alignment:
-            assert not isinstance(references, Buckets), "checked with the config"
+            assert not isinstance(references, Buckets | RoutedHeads), "checked with the config"
             tokens = AlignedTokens.of(batch, self._token_map_on(batch))
             return aligned_loss(self.loss, {**references, STUDENT: student}, tokens, options=self.kernels)
+        if isinstance(references, RoutedHeads):
+            return self._sum_of_parts(student, references, batch)
+        return self._sum(student, references, batch.labels_N, batch.facts_N)
+
+    def _sum_of_parts(self, student: Head, references: RoutedHeads, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        labels, facts = batch.labels_N, batch.facts_N
+        total, parts = student.hidden.new_zeros((), dtype=torch.float32), dict[str, Tensor]()
+        for tokens, heads in references.parts:
+            value, own = self._sum(student.at(tokens), heads, labels[tokens], facts.part(tokens))
+            total = total + value
+            for name, part in own.items():
+                parts[name] = parts[name] + part if name in parts else part
+        return total, parts
+
+    def _sum(
+        self, student: Head, references: Mapping[str, Head] | Buckets, labels: Tensor, facts: TokenFacts
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         heads, buckets = ({}, references) if isinstance(references, Buckets) else (references, None)
-        heads = {**heads, STUDENT: student}
         return chunked_loss(
             self.loss,
-            heads,
-            batch.labels_N,
+            {**heads, STUDENT: student},
+            labels,
             buckets=buckets,
-            facts=batch.facts_N,
+            facts=facts,
             options=self.kernels,
         )
 

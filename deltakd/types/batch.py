@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, NamedTuple, Self
 
@@ -90,6 +91,10 @@ class TokenStream:
             packed=None if self.packed is None else self.packed.to(device, non_blocking),
         )
 
+    def stream_of(self, role: str) -> TokenStream:
+        """Return the rows in the tokenizer of a role's model."""
+        return self
+
     def pinned(self) -> Self:
         """Return the stream in page-locked memory, from which a GPU copies while the host goes on."""
         self._valid, self._real = self.valid_N, self.real_positions
@@ -126,6 +131,25 @@ class StepPairs(NamedTuple):
 
 
 @dataclass
+class Route:
+    """The rows of a micro-batch that one pair of teachers judges.
+
+    Args:
+        pair: its number, from 1 (``teacher_pair``).
+        tokens: [n] int64, the rows' tokens among the batch's N valid ones.
+        stream: the rows alone.
+    """
+
+    pair: int
+    tokens: Tensor
+    stream: TokenStream
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Route:
+        """Return the route with its tensors on ``device``."""
+        return Route(self.pair, self.tokens.to(device, non_blocking=non_blocking), self.stream.to(device, non_blocking))
+
+
+@dataclass
 class Batch(TokenStream):
     """Rows of one micro-batch, in the student's tokenizer.
 
@@ -136,6 +160,7 @@ class Batch(TokenStream):
         sampled_log_probs: [B, T] float32 nats: each label's log-prob when an earlier student sampled it, 0 elsewhere;
             None: as for ``TokenFacts``.
         other: the same rows in the teachers' tokenizer; None: all models share the student's.
+        routes: the rows of each pair of teachers; empty: the first pair judges all rows.
         pairs: of the whole step: rows 2i and 2i + 1 then answer the same prompt, the data's response first and the
             student's after it. None: rows are not in pairs.
         cached: what a cache of references holds for the rows, read ahead; None: it is read when it is needed.
@@ -146,6 +171,7 @@ class Batch(TokenStream):
     step_tokens: int
     sampled_log_probs: Tensor | None = None
     other: AlignedStream | None = None
+    routes: tuple[Route, ...] = ()
     pairs: StepPairs | None = None
     cached: dict[str, Tensor] | None = None
 
@@ -170,16 +196,34 @@ class Batch(TokenStream):
             super().to(device, non_blocking),
             sampled_log_probs=None if sampled is None else sampled.to(device, non_blocking=non_blocking),
             other=None if self.other is None else self.other.to(device, non_blocking),
+            routes=tuple(route.to(device, non_blocking) for route in self.routes),
             cached=None
             if self.cached is None
             else {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.cached.items()},
         )
+
+    def routed(self, pairs: Sequence[int]) -> Self:
+        """Return the batch with the rows of each pair of teachers; on the CPU, before it moves.
+
+        Args:
+            pairs: [B] the number of each row's pair, from 1.
+        """
+        routes = []
+        for pair in sorted(set(pairs)):
+            rows = torch.tensor([row for row, its in enumerate(pairs) if its == pair])
+            length = int(self.attention_mask[rows].sum(1).max())
+            part = (values[rows, :length] for values in (self.input_ids, self.attention_mask, self.labels))
+            tokens_N = torch.where(torch.isin(self.rows_N, rows))[0]
+            routes.append(Route(pair, tokens_N, TokenStream(*part)))
+        return replace(self, routes=tuple(routes))
 
 
 def _pinned(value: Any) -> Any:
     """Return a tensor, or all tensors of a dataclass, in page-locked memory."""
     if isinstance(value, Tensor):
         return value.pin_memory()
+    if type(value) is tuple:
+        return tuple(map(_pinned, value))
     if isinstance(value, dict):
         return {name: _pinned(entry) for name, entry in value.items()}
     if not is_dataclass(value) or isinstance(value, type):

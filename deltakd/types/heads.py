@@ -61,6 +61,10 @@ class Head:
     def __len__(self) -> int:
         return self.hidden.shape[0]
 
+    def at(self, tokens: Tensor) -> Head:
+        """Return the head of the tokens at some places, [n] int64."""
+        return replace(self, hidden=self.hidden.index_select(0, tokens))
+
     def rows(self, start: int, stop: int) -> Head:
         """Return the head of tokens ``start`` to ``stop`` (exclusive)."""
         return replace(self, hidden=self.hidden[start:stop])
@@ -180,7 +184,7 @@ class TokenFacts:
     weights: Tensor | None = None
     pairs: PairFacts | None = None
 
-    def part(self, tokens: slice) -> TokenFacts:
+    def part(self, tokens: slice | Tensor) -> TokenFacts:
         """Return the facts about some of the tokens."""
         return TokenFacts(*(None if fact is None else fact[tokens] for fact in vars(self).values()))
 

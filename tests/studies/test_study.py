@@ -153,8 +153,8 @@ def test_the_runs_of_a_stage_are_those_of_hydras_sweeper(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match=r"(?s)names no single values.*a cache is one run.*two runs would be called"):
         read_study(tmp_path)
     quickstart = read_study(Path(__file__).parents[2] / "experiments" / "quickstart")
-    with pytest.raises(ConfigError, match=r"--stages delta: there is no such stage; the nearest is 'delta_kd'"):
-        quickstart.chosen(["delta"])
+    with pytest.raises(ConfigError, match=r"--stages student: there is no such stage; the nearest is 'students'"):
+        quickstart.chosen(["student"])
 
 
 def test_a_stage_that_changed_is_refused(folder: Path) -> None:

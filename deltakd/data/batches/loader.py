@@ -42,6 +42,8 @@ def collate(
         step_tokens=step_tokens,
         other=_other(encoded),
     )
+    routes = [row.route for row in encoded if isinstance(row, Encoded) and row.route is not None]
+    batch = batch.routed(routes) if routes else batch
     return pack_rows(batch) if packing else batch
 
 

@@ -22,6 +22,7 @@ class Encoded:
         input_ids: T token ids, prompt and response.
         labels: T labels, not shifted: the token itself if trained, else IGNORE_INDEX.
         row_id: the row's number in its data set.
+        route: number of the pair of teachers that judges the row, from 1; None: rows are not routed.
         spans: T numbers, the span of each token, from 0 in each row, or UNALIGNED; None: there is one tokenizer.
         other: the row in the teachers' tokenizer, with the same spans; None: there is one tokenizer.
     """
@@ -29,8 +30,33 @@ class Encoded:
     input_ids: list[int]
     labels: list[int]
     row_id: int
+    route: int | None = None
     spans: list[int] | None = None
     other: Encoded | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class RowTasks:
+    """The tasks of a set's rows, and the pairs of teachers that judge them.
+
+    Args:
+        numbers: [n] int32, the place of each row's task in ``names``.
+        names: of the tasks; None: rows without one.
+        routes: of each task, the number of its pair of teachers, from 1; None: it has none, or rows are not routed.
+    """
+
+    numbers: NDArray[np.int32]
+    names: tuple[str | None, ...]
+    routes: tuple[int | None, ...]
+
+    @property
+    def routed(self) -> bool:
+        """True if tasks have pairs of teachers of their own."""
+        return any(route is not None for route in self.routes)
+
+    def route(self, index: int) -> int | None:
+        """Return the number of the pair that judges a row."""
+        return self.routes[self.numbers[index]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +72,7 @@ class EncodedSet:
         fingerprint: sha256 of everything the tokens depend on (rows, tokenizer, template, limits).
         spans: [tokens] int32, as of ``Encoded``; None: there is one tokenizer.
         other: the same rows in the teachers' tokenizer; None: there is one tokenizer.
+        tasks: the rows' tasks; None: not asked for, or rows have none.
     """
 
     input_ids: NDArray[np.int32]
@@ -56,6 +83,7 @@ class EncodedSet:
     fingerprint: str = ""
     spans: NDArray[np.int32] | None = None
     other: EncodedSet | None = None
+    tasks: RowTasks | None = None
 
     def __len__(self) -> int:
         return len(self.row_ids)
@@ -69,6 +97,7 @@ class EncodedSet:
             self.input_ids[part].tolist(),
             self.labels[part].tolist(),
             int(self.row_ids[index]),
+            None if self.tasks is None else self.tasks.route(index),
             None if self.spans is None else self.spans[part].tolist(),
             None if self.other is None else self.other[index],
         )

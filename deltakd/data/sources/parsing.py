@@ -32,6 +32,7 @@ COLUMNS = (
     "history",
     "tools",
     "category",
+    "task",
     "text",
 )
 
@@ -60,15 +61,14 @@ def parse_row(record: Mapping[str, Any], where: str, id: int, need_response: boo
     Raises:
         ValueError: a field is missing, empty, ambiguous or of the wrong type.
     """
-    category = record.get("category")
-    category = whole_characters(category, where, "category") if isinstance(category, str) else None
+    category, task = _label(record, "category", where), _label(record, "task", where)
     tools = parse_tools(record.get("tools"), where)
     _refuse_disliked(record, where)
     turns = _conversation(record, where)
     if turns is not None:
         turns = _with_system(turns, _one_text(record, SYSTEM_KEYS, where), where)
         check_order(turns, where, need_response)
-        return Row(id, messages=tuple(turns), category=category, where=where, tools=tools)
+        return Row(id, messages=tuple(turns), where=where, tools=tools, category=category, task=task)
     instruction = _one_text(record, INSTRUCTION_KEYS, where)
     prompt = None if instruction else _one_text(record, ("prompt",), where)
     if not instruction and not prompt:
@@ -77,14 +77,19 @@ def parse_row(record: Mapping[str, Any], where: str, id: int, need_response: boo
     if need_response and not responses:
         raise ValueError(_missing(record, where, "response", (*RESPONSE_KEYS, *MESSAGE_KEYS)))
     if prompt:
-        return Row(id, "", "", responses, prompt, None, category, where)
+        return Row(id, responses=responses, prompt=prompt, where=where, category=category, task=task)
     text = _one_text(record, INPUT_KEYS, where)
     system = _one_text(record, SYSTEM_KEYS, where)
     history = parse_history(record["history"], where) if record.get("history") else []
     if system or history:
         turns = _told(instruction, text, system, history, responses, where)
-        return Row(id, messages=tuple(turns), category=category, where=where, tools=tools)
-    return Row(id, instruction, text, responses, None, None, category, where, tools)
+        return Row(id, messages=tuple(turns), where=where, tools=tools, category=category, task=task)
+    return Row(id, instruction, text, responses, where=where, tools=tools, category=category, task=task)
+
+
+def _label(record: Mapping[str, Any], key: str, where: str) -> str | None:
+    value = record.get(key)
+    return whole_characters(value, where, key) if isinstance(value, str) and value else None
 
 
 def unread_keys(record: Mapping[str, Any]) -> list[str]:
@@ -181,7 +186,8 @@ def _refuse_disliked(record: Mapping[str, Any], where: str) -> None:
 
 def _filled(record: Mapping[str, Any]) -> list[str]:
     """Return the keys with content (0 and False count), except those meant only for people."""
-    return [key for key in record if key not in ("category", "row_id") and record[key] not in (None, "", [], {})]
+    about = ("category", "task", "row_id")
+    return [key for key in record if key not in about and record[key] not in (None, "", [], {})]
 
 
 def _missing(record: Mapping[str, Any], where: str, what: str, allowed: Sequence[str]) -> str:

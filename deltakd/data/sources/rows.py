@@ -26,6 +26,7 @@ class Row:
         prompt: a prompt to use verbatim, instead of instruction and input.
         messages: a conversation, instead of instruction, input and responses. It holds nothing but JSON.
         category: the kind of task, if the data set gives one.
+        task: the task by which rows are scored separately, and routed to a pair of teachers (``model.routes``).
         where: the row's place (file:line), for error messages; not part of the row.
         tools: the functions that the model may call, as JSON schemas.
     """
@@ -39,6 +40,7 @@ class Row:
     category: str | None = None
     where: str = field(default="", compare=False)
     tools: tuple[dict[str, Any], ...] | None = None
+    task: str | None = None
 
     @property
     def label(self) -> str:
@@ -122,8 +124,7 @@ def row_record(row: Row) -> dict[str, Any]:
     Its ``row_id`` is for people: readers number the lines of the file themselves.
     """
     record: dict[str, Any] = {"row_id": row.id}
-    if row.category is not None:
-        record["category"] = row.category
+    record |= {key: value for key in ("category", "task") if (value := getattr(row, key)) is not None}
     if row.tools is not None:
         record["tools"] = list(row.tools)
     if row.messages is not None:
