@@ -100,7 +100,7 @@ def _store_problems(content: Mapping[str, Any], loss: Loss, settings: CacheSetti
 
 def cached_model_problems(role: str, spec: ModelSpec | None, held: Mapping[str, Any], path: str) -> list[str]:
     """Return how the config's model differs from the cached one; if it is not on this machine, compare the paths."""
-    if spec is None or not spec.path or held.get("served"):
+    if spec is None or not spec.path or held.get("elsewhere"):
         return []
     given = model_identity(spec)
     found = []
