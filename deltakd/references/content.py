@@ -120,8 +120,8 @@ def model_differences(role: str, spec: ModelSpec | None, held: Mapping[str, Any]
         if given[key] != held.get(key)
     ]
     adapter, held_adapter = given.get("adapter") or {}, held.get("adapter") or {}
-    known = "sha256" if adapter.get("sha256") and held_adapter.get("sha256") else "path"
-    if adapter.get(known) != held_adapter.get(known):
+    compared = "sha256" if adapter.get("sha256") and held_adapter.get("sha256") else "path"
+    if adapter.get(compared) != held_adapter.get(compared):
         found.append((f"model.{role}.adapter", adapter.get("path"), held_adapter.get("path")))
     known = next((key for key in ("commit", "sha256") if given[key] and held[key]), None)
     if known is None and given["path"] != held["path"]:
