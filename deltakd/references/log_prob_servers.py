@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from deltakd.io.errors import RefusedError, ServerError
 from deltakd.io.inference_server import InferenceServer
-from deltakd.models.served import ServedModel
+from deltakd.models.server_model import ServedModel
 
 
 class LogProbServer(Protocol):

@@ -19,12 +19,13 @@ from deltakd.references import CacheStore, LiveReferences
 from deltakd.references.begin import Caching, begin_store
 from deltakd.references.content import data_identity, data_problems, missing_rows
 from deltakd.references.fill import drop_damaged, make_missing, summary_of
+from deltakd.references.from_server import ServedTeachers, ServerAddress
 from deltakd.references.index import RowIndex
 from deltakd.references.log_prob_files import LogProbFiles
 from deltakd.references.outside import LogProbSource, outside_problems
-from deltakd.references.served import Address, ServedTeachers
 from deltakd.tracking.environment import costs_since, environment
-from deltakd.training.assembly import check_tokens, open_cache, open_references, open_role, read_vocabularies
+from deltakd.training.assembly import check_tokens, open_references, open_role, read_vocabularies
+from deltakd.training.elsewhere import open_cache
 from deltakd.training.settings import RunSettings
 from deltakd.types import STUDENT
 
@@ -135,9 +136,9 @@ def _outside(
     if cache.url is None:
         return None
     assert cache.k is not None, "checked with the config"
-    teacher = Address("reference.url", cache.url, "reference.served_model", cache.served_model)
+    teacher = ServerAddress("reference.url", cache.url, "reference.served_model", cache.served_model)
     raw = None
     if cache.raw_url is not None:
-        raw = Address("reference.raw_url", cache.raw_url, "reference.served_raw_model", cache.served_raw_model)
+        raw = ServerAddress("reference.raw_url", cache.raw_url, "reference.served_raw_model", cache.served_raw_model)
     k = min(cache.k, vocabularies.size)
     return ServedTeachers(teacher, raw, tokenizer, vocabularies.size, settings.data.max_length, k)

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from deltakd.io.errors import ServerError
 from deltakd.io.inference_server import InferenceServer
 from deltakd.kernels import Buckets
-from deltakd.models.served import ServedModel, served_model, served_tokenizer_problems
+from deltakd.models.server_model import ServedModel, served_model, served_tokenizer_problems
 from deltakd.references.log_prob_servers import LogProbServer, SglangLogProbs, VllmLogProbs
 from deltakd.references.outside import NoLogProbsError, kept_log_probs, rows_of, stacked, with_rest
 from deltakd.types import TEACHER, TEACHER_RAW, Batch
@@ -26,7 +26,7 @@ TIMEOUT = 600.0
 
 
 @dataclass(frozen=True)
-class Address:
+class ServerAddress:
     """Where a model is served.
 
     Args:
@@ -63,8 +63,8 @@ class ServedTeachers:
 
     def __init__(
         self,
-        teacher: Address,
-        raw: Address | None,
+        teacher: ServerAddress,
+        raw: ServerAddress | None,
         tokenizer: PreTrainedTokenizerBase,
         vocabulary: int,
         longest: int,
@@ -160,7 +160,9 @@ class ServedTeachers:
         return np.minimum(values, 0.0)
 
 
-def _open(address: Address, tokenizer: PreTrainedTokenizerBase, longest: int) -> tuple[InferenceServer, ServedModel]:
+def _open(
+    address: ServerAddress, tokenizer: PreTrainedTokenizerBase, longest: int
+) -> tuple[InferenceServer, ServedModel]:
     server = InferenceServer(address.url, timeout=TIMEOUT, connections=CONNECTIONS)
     model = served_model(server, address.name, address.name_key)
     problems = served_tokenizer_problems(server, model, tokenizer)
