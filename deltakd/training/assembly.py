@@ -43,6 +43,7 @@ from deltakd.training.announce import (
     warn_of_extrapolation,
     warn_of_verbatim_prompts,
 )
+from deltakd.training.image_check import check_images
 from deltakd.training.inputs import check_inputs, read_inputs
 from deltakd.training.settings import RunSettings
 from deltakd.types import STUDENT, STUDENT_RAW, TEACHER, TokenMap
@@ -119,6 +120,7 @@ def load_parts(settings: RunSettings, directory: RunDirectory) -> Parts:
         elif sets.val is not None:
             sets = sets._replace(val=with_tasks(sets.val, sets.val_rows, None))
         check_tokens(sets, tokenizer, vocabularies)
+        check_images(settings, sets)
         cached = None
         if settings.cache is not None:
             cached = _cached_references(settings, tokenizer, sets, vocabularies.other)
