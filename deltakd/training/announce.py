@@ -14,6 +14,7 @@ from deltakd.data import DataConfig, EncodedSet, Row
 from deltakd.data.encoding.preview import BRACKETS, COLOUR, count_trained, preview_row
 from deltakd.evaluation.measured_references import WANTED
 from deltakd.kernels import KernelOptions
+from deltakd.rollouts.settings import RolloutSettings
 from deltakd.training.settings import RunSettings
 from deltakd.types import STUDENT, STUDENT_RAW, Loss
 
@@ -68,6 +69,22 @@ def warn_of_extrapolation(loss: Loss) -> None:
             EXTRAPOLATION_CLIFF,
             " and rollout/finished_fraction" if loss.needs_sampled_tokens else "",
         )
+
+
+def warn_of_own_labels(loss: Loss, rollout: RolloutSettings) -> None:
+    """Warn of the cross-entropy of labels that the student sampled itself."""
+    if loss.ce_weight == 0 or loss.needs_pairs or not rollout.samples_itself:
+        return
+    if loss.requires:
+        log.warning(
+            "The loss mixes in the cross-entropy of the labels, which are the student's own samples: its expected "
+            "gradient is 0, so it only adds noise. Give loss.ce_weight=0."
+        )
+        return
+    log.warning(
+        "The loss is the cross-entropy of the labels, which are the student's own samples: its expected gradient is 0, "
+        "so it teaches nothing. Give rollout=none, or a loss that reads a teacher."
+    )
 
 
 def preview_data(data: DataConfig, train: EncodedSet, tokenizer: PreTrainedTokenizerBase) -> None:

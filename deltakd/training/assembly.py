@@ -379,12 +379,12 @@ def _trainable(student: LanguageModel, settings: RunSettings) -> LanguageModel:
         log.warning("%s.", unbalanced[0].upper() + unbalanced[1:])
     if lora is not None:
         student = LanguageModel(add_lora(student.causal_lm, lora), student.vocabulary)
-    if settings.rollout.on_policy and settings.rollout.needs_ratios and settings.loss.needs_sampled_tokens:
+    if settings.rollout.on_policy and settings.loss.needs_sampled_tokens:
         rate = switch_off_dropout(student)
         if rate and is_main_process():
             log.info(
-                "The student's dropout (up to %g) is off: the loss compares its probabilities in training with those "
-                "with which tokens were drawn, and it writes without dropout.",
+                "The student's dropout (up to %g) is off: the loss takes its tokens for samples of the student that is "
+                "trained, and it writes without dropout.",
                 rate,
             )
     if settings.model.gradient_checkpointing:
