@@ -22,7 +22,7 @@ from deltakd.models.roles import OWN_ROLES, Vocabularies
 from deltakd.models.tokenizers import pad_id
 from deltakd.references import CacheSettings, CacheStore, LiveReferences
 from deltakd.references.cached import DTYPES
-from deltakd.references.served import ServedTeacher
+from deltakd.references.from_server import ServedTeacher
 from deltakd.references.store import SUPPORT
 from deltakd.references.topk import CANDIDATES, make_buckets, sample_errors
 from deltakd.types import STUDENT, TEACHER, Batch, Head, Loss
