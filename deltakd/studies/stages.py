@@ -61,8 +61,8 @@ def run_study(study: Study, console: Console, stages: Collection[str] = (), chec
             problems = _run_stage(own, configs, measured[stage], shown)
             if problems:
                 failed[stage] = (
-                    f"{len(problems)} of the {len(own)} runs of stage {stage} failed ({'; '.join(problems)}). The others "
-                    "are kept, and stages that do not read it have run; the same command tries these again"
+                    f"{len(problems)} of the {len(own)} runs of stage {stage} failed ({'; '.join(problems)}). The "
+                    "others are kept, and stages that do not read it have run; the same command tries these again"
                 )
     say_hours(study, console)
     if finished_rows(study):
