@@ -164,6 +164,7 @@ class Batch(TokenStream):
         pairs: of the whole step: rows 2i and 2i + 1 then answer the same prompt, the data's response first and the
             student's after it. None: rows are not in pairs.
         cached: what a cache of references holds for the rows, read ahead; None: it is read when it is needed.
+        asked: number of the request sent ahead to a server of references; None: it is sent when the step starts.
     """
 
     row_ids: Tensor
@@ -174,6 +175,7 @@ class Batch(TokenStream):
     routes: tuple[Route, ...] = ()
     pairs: StepPairs | None = None
     cached: dict[str, Tensor] | None = None
+    asked: int | None = None
 
     @property
     def facts_N(self) -> TokenFacts:

@@ -107,6 +107,7 @@ class StepLoader:
         sampler: chooses the rows.
         pad_id, packing: as for ``collate``.
         prepare: called with each batch, in the thread.
+        ahead: batches made before they are needed.
     """
 
     def __init__(
@@ -116,8 +117,10 @@ class StepLoader:
         pad_id: int,
         packing: bool = False,
         prepare: Callable[[Batch], Batch] = lambda batch: batch,
+        ahead: int = BATCHES_AHEAD,
     ) -> None:
         self.encoded = encoded
+        self.ahead = ahead
         self.sampler = sampler
         self.pad_id = pad_id
         self.packing = packing
@@ -129,7 +132,7 @@ class StepLoader:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        with Ahead(map(self._make, range(self._start, len(self))), BATCHES_AHEAD) as batches:
+        with Ahead(map(self._make, range(self._start, len(self))), self.ahead) as batches:
             for index, batch in enumerate(batches, self._start):
                 # Set before the batch is handed over: a checkpoint saved while the caller holds it counts it as
                 # consumed. What the thread has made ahead does not count.
