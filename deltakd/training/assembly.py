@@ -44,6 +44,7 @@ from deltakd.training.announce import (
     warn_of_verbatim_prompts,
 )
 from deltakd.training.elsewhere import open_elsewhere
+from deltakd.training.image_check import check_images
 from deltakd.training.inputs import check_inputs, read_inputs
 from deltakd.training.settings import RunSettings
 from deltakd.types import STUDENT, STUDENT_RAW, TEACHER, Loss, TokenMap
@@ -120,6 +121,7 @@ def load_parts(settings: RunSettings, directory: RunDirectory) -> Parts:
         prompts_only = settings.rollout.own_rows_alone and not settings.loss.needs_pairs
         sets = settings.data.load(tokenizer, prompts_only=prompts_only, teachers=vocabularies.other)
         settings.data.check_lengths(sets)
+        check_images(settings, sets)
         if settings.model.routes:
             sets = routed(sets, settings.model.routes)
         elif sets.val is not None:
