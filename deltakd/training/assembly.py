@@ -44,9 +44,10 @@ from deltakd.training.announce import (
     warn_of_verbatim_prompts,
 )
 from deltakd.training.elsewhere import open_elsewhere
+from deltakd.training.image_check import check_images
 from deltakd.training.inputs import check_inputs, read_inputs
 from deltakd.training.settings import RunSettings
-from deltakd.types import STUDENT, STUDENT_RAW, TEACHER, TokenMap
+from deltakd.types import STUDENT, STUDENT_RAW, TEACHER, Loss, TokenMap
 
 log = logging.getLogger(__name__)
 
@@ -120,6 +121,7 @@ def load_parts(settings: RunSettings, directory: RunDirectory) -> Parts:
         prompts_only = settings.rollout.own_rows_alone and not settings.loss.needs_pairs
         sets = settings.data.load(tokenizer, prompts_only=prompts_only, teachers=vocabularies.other)
         settings.data.check_lengths(sets)
+        check_images(settings, sets)
         if settings.model.routes:
             sets = routed(sets, settings.model.routes)
         elif sets.val is not None:
@@ -160,25 +162,31 @@ def read_vocabularies(settings: RunSettings, tokenizer: PreTrainedTokenizerBase)
         named = {role: spec_of(settings.model, role) for role in sorted(settings.loss.requires)}
         specs |= {role: spec for role, spec in named.items() if spec is not None and role not in OWN_ROLES}
     vocabularies = open_vocabularies(settings.model, specs, tokenizer, aligns=settings.loss.needs_alignment)
-    problems = vocabulary_problems(vocabularies, tokenizer, settings.data, settings.rollout)
+    problems = vocabulary_problems(vocabularies, tokenizer, settings.loss, settings.data, settings.rollout)
     if problems:
         raise ConfigError(problems)
     return vocabularies
 
 
 def vocabulary_problems(
-    vocabularies: Vocabularies, tokenizer: PreTrainedTokenizerBase, data: DataConfig, rollout: RolloutSettings
+    vocabularies: Vocabularies,
+    tokenizer: PreTrainedTokenizerBase,
+    loss: Loss,
+    data: DataConfig,
+    rollout: RolloutSettings,
 ) -> list[str]:
     """Return what a run can't do with the tokenizers of its models, one sentence each.
 
     Args:
         vocabularies: of the models.
         tokenizer: the student's.
+        loss: decides which teachers are read.
         data: the group ``data``.
         rollout: the group ``rollout``.
     """
     if vocabularies.other is None:
-        return data.one_tokenizer_problems()
+        # The baseline of a study, such as sft, has its settings and reads no teacher.
+        return data.one_tokenizer_problems() if loss.requires - set(OWN_ROLES) else []
     problems = data.two_tokenizers_problems()
     for one in (tokenizer, vocabularies.other):
         try:

@@ -16,6 +16,7 @@ from deltakd.data.batches.packed_rows import pack_rows
 from deltakd.data.batches.sampler import Sampler
 from deltakd.data.encoding.encoded_set import Encoded, EncodedSet
 from deltakd.data.encoding.example_stream import Example
+from deltakd.data.encoding.images import read_images
 from deltakd.types import IGNORE_INDEX, UNALIGNED, AlignedStream, Alignment, Batch, TokenStream
 
 #: Micro-batches made ahead of training.
@@ -41,10 +42,16 @@ def collate(
         step=step,
         step_tokens=step_tokens,
         other=_other(encoded),
+        images=_images(encoded),
     )
     routes = [row.route for row in encoded if isinstance(row, Encoded) and row.route is not None]
     batch = batch.routed(routes) if routes else batch
     return pack_rows(batch) if packing else batch
+
+
+def _images(encoded: Sequence[Encoded | Example]) -> dict[str, Tensor] | None:
+    rows = [row for row in encoded if isinstance(row, Encoded) and row.images is not None]
+    return read_images([row.images for row in rows if row.images], [row.input_ids for row in rows])
 
 
 def _padded(encoded: Sequence[Encoded | Example], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
