@@ -82,6 +82,11 @@ class LanguageModel(nn.Module):
         """False for attention as transformers writes it: no token sees the padding on its right."""
         return self.keeps_a_state or bool(getattr(self.causal_lm.config, "auto_map", None))
 
+    def compile_body(self) -> None:
+        """``torch.compile`` the body: once for micro-batches of any size, once more for a single sequence."""
+        # Their lengths and row counts differ. With static shapes, the second of each would compile again.
+        self.causal_lm.base_model.compile(dynamic=True)
+
     def hidden_states(self, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
         """Return [B, T, D], the last hidden states after the final norm: the head's input.
 
