@@ -22,7 +22,7 @@ from deltakd.models.adapter_files import adapter_problems
 from deltakd.models.causal import NotCausalError
 from deltakd.models.quantization import student_problems
 from deltakd.models.roles import position_problems
-from deltakd.references import CacheSettings, CacheStore, LiveSettings, ReferenceSettings
+from deltakd.references import CacheSettings, CacheStore, LiveSettings, ReferenceSettings, ServedSettings
 from deltakd.references.content import cache_problems
 from deltakd.references.routed import routed_roles
 from deltakd.references.topk import topk_problems
@@ -167,7 +167,7 @@ def rollout_problems(
             "rollout.replay.adaptive=true raises the student's share when the validation loss rises, and there is no "
             "validation data; give data.val=... or data.val_size=N, or rollout.replay.adaptive=false"
         )
-    if rollout.mixes_teacher and not isinstance(reference, LiveSettings | CacheSettings | None):
+    if rollout.mixes_teacher and not isinstance(reference, LiveSettings | CacheSettings | ServedSettings | None):
         found.append(
             "rollout.source=mixture runs the teacher token by token, and reference is a source of your own; give "
             "reference=live, or rollout.source=student"

@@ -21,13 +21,13 @@ _LOGITS = 3
 class Writing:
     """The responses that one rank writes for an optimiser step with the student in memory.
 
-    All are taken as long as they may be; where old responses are trained on again, half are taken as new, which is the
-    mean over a run.
+    All are taken as long as they may be. Where old responses are trained on again, half are taken as new, which is the
+    mean over a run; where the student's share of rows adapts, it is taken to be ``rollout.fraction``, its upper bound.
 
     Args:
         responses: of one rank per optimiser step.
         per_prompt: responses that share a prompt, which is run once.
-        batch: rows decoded together.
+        batch: most rows decoded together.
         prompt, response: tokens of the longest.
         every: optimiser steps per round.
         mixes_teacher: the teacher decodes beside the student.
@@ -52,13 +52,14 @@ class Writing:
         if data.batch_size is None or not isinstance(data, InstructionData):
             return None  # said to be wrong where a run is checked
         rows = data.batch_size * settings.trainer.accumulate_grad_batches / (2 if settings.loss.needs_pairs else 1)
-        fresh = 0.5 if rollout.replay.size else 1.0
-        responses = rows * rollout.fraction * fresh
+        most = rows * rollout.fraction
+        responses = most * (0.5 if rollout.replay.size else 1.0)
         response = min(rollout.decoding.max_new_tokens, data.max_length - 1)
         return cls(
             responses=responses,
             per_prompt=rollout.per_prompt,
-            batch=max(1, min(rollout.batch_size, math.ceil(responses * rollout.every))),
+            # All are new until the store of old ones is full.
+            batch=max(1, min(rollout.batch_size, math.ceil(most * rollout.every))),
             prompt=max(1, min(data.max_prompt_length, data.max_length - response)),
             response=response,
             every=rollout.every,

@@ -37,6 +37,11 @@ class Decoding:
     no_repeat_ngram_size: Annotated[int, Ge(0)] = 0
     max_new_tokens: Annotated[int, Ge(1)] = 256
 
+    @property
+    def keeps_distribution(self) -> bool:
+        """True if tokens are samples of the model's own distribution."""
+        return self.do_sample and not self.processors()
+
     def problems(self, key: str = "evaluation.decoding") -> list[str]:
         """Return the problems with the options, one sentence each, beginning with the config key.
 

@@ -75,6 +75,7 @@ class PolicyGradient(Loss):
         self.ce_weight = float(ce_weight)
         self.advantage_clip = advantage_clip
         self.ratio_clip = ratio_clip
+        self.has_unbounded_ratios = ratio_clip is None
 
     @property
     def requires(self) -> frozenset[str]:

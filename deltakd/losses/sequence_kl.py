@@ -72,6 +72,7 @@ class SequenceReverseKL(SequenceLoss):
         self.length_normalised = length_normalised
         self.reward_clip = reward_clip
         self.ratio_clip = ratio_clip
+        self.has_unbounded_ratios = ratio_clip is None
 
     @property
     def requires(self) -> frozenset[str]:

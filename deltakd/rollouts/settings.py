@@ -63,8 +63,10 @@ class RolloutSettings:
 
     @property
     def samples_itself(self) -> bool:
-        """True if every response of a step is drawn from the student alone, at the latest at the start of its round."""
-        return self.own_rows_alone and not self.mixes_teacher and not self.replay.size
+        """True if all of a step's tokens are samples of the student as it was at the start of the round."""
+        return (
+            self.own_rows_alone and not self.mixes_teacher and not self.replay.size and self.decoding.keeps_distribution
+        )
 
     @property
     def needs_ratios(self) -> bool:
@@ -76,6 +78,7 @@ class RolloutSettings:
         found = self.decoding.problems("rollout.decoding") if self.on_policy else []
         if loss is not None and loss.needs_sampled_tokens:
             found += self._sampling_problems()
+            found += self._ratio_problems(loss)
         if loss is not None and loss.needs_pairs:
             found += self._pair_problems()
         if self.mixes_teacher and loss is not None and TEACHER not in loss.requires:
@@ -118,6 +121,15 @@ class RolloutSettings:
             )
         return found
 
+    def _ratio_problems(self, loss: Loss) -> list[str]:
+        if not self.replay.size or not loss.has_unbounded_ratios:
+            return []
+        return [
+            f"rollout.replay.size={self.replay.size} brings back tokens of a student many steps older, and with "
+            "loss.ratio_clip=null the weight of such a token has no bound; give loss.ratio_clip=0.2, or "
+            "rollout.replay.size=0"
+        ]
+
     def _sampling_problems(self) -> list[str]:
         if self.fraction < 1:
             return [
@@ -129,10 +141,10 @@ class RolloutSettings:
                 "the loss learns from tokens that the student sampled, and rollout.replay.adaptive=true leaves some "
                 "rows the data's responses; give rollout.replay.adaptive=false, or a loss of given responses"
             ]
-        decoding = self.decoding
-        if decoding.do_sample and decoding.temperature == 1 and not decoding.top_k and decoding.top_p == 1:
+        if self.decoding.keeps_distribution:
             return []
         return [
             "the loss learns from samples of the student's own distribution, and rollout.decoding changes it; give "
-            "do_sample: true, temperature: 1, top_k: 0, top_p: 1, or a loss of whole distributions, such as kd_reverse"
+            "do_sample: true, temperature: 1, top_k: 0, top_p: 1, no_repeat_ngram_size: 0, or a loss of whole "
+            "distributions, such as kd_reverse"
         ]

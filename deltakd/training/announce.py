@@ -14,6 +14,7 @@ from deltakd.data import DataConfig, EncodedSet, Row
 from deltakd.data.encoding.preview import BRACKETS, COLOUR, count_trained, preview_row
 from deltakd.evaluation.measured_references import WANTED
 from deltakd.kernels import KernelOptions
+from deltakd.rollouts.settings import RolloutSettings
 from deltakd.training.settings import RunSettings
 from deltakd.types import STUDENT, STUDENT_RAW, Loss
 
@@ -27,16 +28,18 @@ def announce_models(settings: RunSettings) -> None:
     """Log which of the config's models are not loaded for training, and if they are loaded later."""
     own = (STUDENT, *settings.specs)
     named = [role for role, spec in settings.model.specs.items() if role not in own and spec.path]
-    cached = [role for role in named if settings.cache is not None and role in settings.loss.requires]
+    elsewhere = [role for role in named if role in settings.loss.requires]
+    cached = elsewhere if settings.cache is not None else []
+    served = elsewhere if settings.served is not None else []
     # A raw student's path is the student's by default, not one that the user gave.
-    unread = [role for role in named if role not in (STUDENT_RAW, *cached)]
+    unread = [role for role in named if role not in (STUDENT_RAW, *cached, *served)]
     measures = settings.evaluation.measures
     measured = measures.rows != 0 and measures.references != "none"
     if cached:
         assert settings.cache is not None
         later = "; the measures afterwards load the models for what it lacks" if measured else ""
         log.info("Training reads %s from the cache %s%s.", _listed(cached), settings.cache.path, later)
-    later_read = [role for role in unread if measured and role in WANTED]
+    later_read = [role for role in unread if measured and role in WANTED and settings.served is None]
     for roles, what in (
         (later_read, "loaded afterwards, to measure the student"),
         ([role for role in unread if role not in later_read], "not loaded"),
@@ -68,6 +71,22 @@ def warn_of_extrapolation(loss: Loss) -> None:
             EXTRAPOLATION_CLIFF,
             " and rollout/finished_fraction" if loss.needs_sampled_tokens else "",
         )
+
+
+def warn_of_own_labels(loss: Loss, rollout: RolloutSettings) -> None:
+    """Warn of the cross-entropy of labels that the student sampled itself."""
+    if loss.ce_weight == 0 or loss.needs_pairs or not rollout.samples_itself:
+        return
+    if loss.requires:
+        log.warning(
+            "The loss mixes in the cross-entropy of the labels, which are the student's own samples: its expected "
+            "gradient is 0, so it only adds noise. Give loss.ce_weight=0."
+        )
+        return
+    log.warning(
+        "The loss is the cross-entropy of the labels, which are the student's own samples: its expected gradient is 0, "
+        "so it teaches nothing. Give rollout=none, or a loss that reads a teacher."
+    )
 
 
 def preview_data(data: DataConfig, train: EncodedSet, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -23,7 +23,7 @@ from deltakd.models.tokenizers import pad_id
 from deltakd.references import LiveReferences
 from deltakd.rollouts.data import RolloutData
 from deltakd.tracking.wandb_run import wandb_of
-from deltakd.training.announce import announce_kernels
+from deltakd.training.announce import announce_kernels, warn_of_own_labels
 from deltakd.training.assembly import Parts
 from deltakd.training.callbacks import (
     Checkpoints,
@@ -289,11 +289,7 @@ def _announce(parts: Parts, data: DistillationData, state: SavedState | None) ->
             len(parts.sets.train),
             going_on,
         )
-        if parts.settings.loss.ce_weight > 0 and not parts.settings.loss.needs_pairs:
-            log.warning(
-                "The loss mixes in the cross-entropy of the labels, which are the student's own samples: its expected "
-                "gradient is 0, so it only adds noise. Give loss.ce_weight=0."
-            )
+        warn_of_own_labels(parts.settings.loss, parts.settings.rollout)
         return
     log.info(
         "%s: %d optimiser steps over %d rows with %d valid tokens a pass%s.",

@@ -9,9 +9,9 @@ from typing import Any, Protocol, SupportsFloat, final, runtime_checkable
 
 from torch import Tensor, nn
 
-from deltakd.types.aligned import AlignedTokens
 from deltakd.types.alignment import TokenMap
 from deltakd.types.heads import Head, TokenFacts
+from deltakd.types.two_sides import AlignedTokens
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,9 @@ class Loss(ABC):
 
     #: True if the labels must be tokens sampled by the student itself (``rollout=student``).
     needs_sampled_tokens: bool = False
+
+    #: True if the loss weighs tokens that an earlier student sampled by π_θ / π_sampled without a bound.
+    has_unbounded_ratios: bool = False
 
     #: True if the loss compares the data's response with the student's: rows come in pairs (``Batch.pairs``).
     needs_pairs: bool = False

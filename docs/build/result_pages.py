@@ -12,6 +12,8 @@ from mkdocs.structure.files import File
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
 
+DOCS = Path(__file__).resolve().parents[1]
+
 _LINK = re.compile(r"\]\((?!https?:|#)([^)\s]+)\)")
 
 
@@ -36,13 +38,21 @@ def page_name(path: Path) -> str:
 
 
 def relinked(path: Path) -> str:
-    """Return the text of a file with its links to other files pointing at their pages."""
+    """Return the text of a file with its links to other files pointing at their pages.
+
+    Raises:
+        ValueError: a link leads to no file, or to one that is not on the site.
+    """
 
     def link(found: re.Match[str]) -> str:
         target, _, anchor = found[1].partition("#")
         file = (path.parent / target).resolve()
+        if not file.is_file():
+            raise ValueError(f"{path}: there is no file that the link to {found[1]} leads to")
         if file.suffix == ".md" and file.parent.parent == path.parent.parent.resolve():
             name = page_name(file).removeprefix("results/")
+        elif file.suffix == ".md" and file.parent == DOCS:
+            name = f"../{file.name}"
         elif file.suffix == ".png":
             name = f"{file.parts[-3]}/{file.name}"
         else:

@@ -109,6 +109,15 @@ def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
         assert [link for link in links if not (ROOT / link).exists()] == []
 
 
+def test_links_of_the_experiments_lead_to_pages_of_the_site() -> None:
+    pytest.importorskip("mkdocs", reason="the extra `docs` is not installed")
+    from result_pages import relinked
+
+    pages = {path: relinked(path) for path in sorted((ROOT / "experiments").glob("*/*.md"))}
+    plane = pages[ROOT / "experiments" / "plane_cpu" / "README.md"]
+    assert "](../design.md#plane)" in plane
+
+
 def test_citations_of_the_documentation_in_the_code_lead_to_a_section() -> None:
     listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     cited = set()

@@ -121,7 +121,9 @@ CHOSEN = ("rollout=student", "rollout.decoding.max_new_tokens=30")
         ((), 4, 4),
         (("rollout.fraction=0.5",), 2, 2),
         (("rollout.every=3", "rollout.batch_size=8"), 4, 8),
-        (("rollout.replay.size=5",), 2, 2),
+        # At first, all are new.
+        (("rollout.replay.size=5",), 2, 4),
+        (("rollout.fraction=0.5", "rollout.replay.adaptive=true"), 2, 2),
         (("loss=dpkd",), 2, 2),
     ],
 )

@@ -154,6 +154,8 @@ def test_two_processes_are_one(world: World, sharp: list[str], tmp_path: Path, s
     [
         ("kd", ("rollout.replay.adaptive=true",), "there is no validation data; give data.val=..."),
         ("opd", ("rollout.replay.adaptive=true",), "leaves some rows the data's responses"),
+        ("opd", ("rollout.replay.size=9", "loss.ratio_clip=null"), "the weight of such a token has no bound"),
+        ("minillm", ("rollout.replay.size=9", "loss.ratio_clip=null"), "give loss.ratio_clip=0.2"),
         ("kd", ("rollout.replay.size=-1",), "rollout.replay.size is -1"),
         ("kd", ("rollout.replay.fresh=never",), "rollout.replay.fresh is 'never'"),
         (

@@ -16,6 +16,7 @@ from deltakd.config.compose import compose_config
 from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
 from deltakd.rollouts.samples import read_samples
+from deltakd.training.announce import warn_of_own_labels
 from deltakd.training.module import DistillationModule
 from deltakd.types import Batch
 from tests.rollouts.runs import ON_POLICY, assert_same_student, column, compare_ranks, stop_after
@@ -104,19 +105,47 @@ def test_a_killed_run_makes_the_same_student(
     assert all(torch.equal(students[0][key], students[1][key]) for key in students[0])
 
 
-def test_a_student_s_dropout_is_off_where_ratios_are_taken(
-    train: Train, sharp: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+REPLAY = ("rollout.replay.size=4", "rollout.replay.fresh=constant")
+
+
+@pytest.mark.parametrize("options", [(), pytest.param(REPLAY, marks=pytest.mark.slow)])
+def test_a_student_s_dropout_is_off_where_its_samples_are_judged(
+    train: Train, sharp: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture, options: tuple[str, ...]
 ) -> None:
     """The student with dropout learns as its twin without, and keeps its rate in the export."""
     caplog.set_level("INFO")
     twin = save_model(tmp_path / "plain", seed=1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    chosen = (*ON_POLICY, *sharp, "rollout.replay.size=4", "rollout.replay.fresh=constant", "trainer.max_steps=3")
+    chosen = (*ON_POLICY, *sharp, *options, "trainer.max_steps=3")
     run = train("opd", *chosen)
     assert "The student's dropout (up to 0.1) is off" in caplog.text
     assert json.loads((run.student / "config.json").read_text())["resid_pdrop"] == 0.1
     caplog.clear()
     assert_same_student(run, train("opd", *chosen, f"model.student.path={twin}", name="twin"))
     assert "dropout" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "said"),
+    [
+        ("kd", (), "it only adds noise. Give loss.ce_weight=0."),
+        ("sft", (), "it teaches nothing. Give rollout=none"),
+        ("kd", ("loss.ce_weight=0",), None),
+        ("kd", ("rollout.source=mixture",), None),
+        ("kd", ("rollout.decoding.temperature=0.5",), None),
+        ("dpkd", (), None),
+    ],
+)
+def test_the_cross_entropy_of_own_samples_is_warned_of(
+    world: World,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    loss: str,
+    options: tuple[str, ...],
+    said: str | None,
+) -> None:
+    settings = make_settings(compose_config("train", world.overrides(tmp_path / "run", loss, *ON_POLICY, *options)))
+    warn_of_own_labels(settings.loss, settings.rollout)
+    assert (said in caplog.text) if said else not caplog.text
 
 
 def test_rounds_have_the_gradients_of_single_steps(train: Train, sharp: list[str], tmp_path: Path) -> None:
@@ -157,6 +186,7 @@ def test_two_processes_share_rows_of_data_and_student(
         ("kd", ("rollout=student", "rollout.decoding.temperature=-1"), "rollout.decoding.temperature is -1"),
         ("opd", ("rollout=student", "rollout.fraction=0.5"), "rollout.fraction is 0.5; give rollout=student"),
         ("opd", ("rollout=student", "rollout.decoding.top_p=0.9"), "rollout.decoding changes it"),
+        ("opd", ("rollout=student", "rollout.decoding.no_repeat_ngram_size=3"), "rollout.decoding changes it"),
         ("kd", ("rollout=student", "rollout.decoding.temperature=0"), "rollout.decoding.temperature is 0"),
         ("kd", ("rollout=student", "rollout.fraction=1.5"), "rollout.fraction is 1.5"),
         ("kd", ("rollout=student", "rollout.per_prompt=2", "rollout.fraction=0.5"), "rollout.per_prompt is 2"),
