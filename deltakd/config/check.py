@@ -45,8 +45,8 @@ from deltakd.types import (
 
 #: Vocabulary of a model from scratch while its architecture is checked, before a tokenizer is open.
 _ANY_VOCABULARY = 2**18
-#: Where a study's stages put the models for its later stages.
-_STAGE_STUDENT = re.compile(r"outputs/(?P<study>[^/]+)/[^/]+/student")
+#: Where a study's stages put models and adapters for its later stages.
+_STAGE_MODEL = re.compile(r"outputs/(?P<study>[^/]+)/[^/]+/(student|adapter)")
 
 
 def specs_to_load(
@@ -105,7 +105,7 @@ def model_problems(models: ModelSettings, specs: Mapping[str, ModelSpec], max_le
         # The raw student's path is the student's: that it is missing is said once.
         silent.add(STUDENT_RAW)
     found = [problem for role, spec in specs.items() if role not in silent for problem in spec_problems(role, spec)]
-    found += _say_how_to_make(unmade)
+    found += _say_how_to_make(unmade.values())
     found += [problem for role, spec in specs.items() if role not in silent for problem in adapter_problems(role, spec)]
     problems += found
     if not found:
@@ -192,22 +192,23 @@ def engine_problems(rollout: RolloutSettings, models: ModelSettings) -> list[str
     )
 
 
-def _unmade_stages(specs: Mapping[str, ModelSpec]) -> dict[str, str]:
-    """Return role -> path for each path that is a student of a study not run yet."""
-    return {
-        role: spec.path
-        for role, spec in specs.items()
-        if spec.path and _STAGE_STUDENT.fullmatch(spec.path) and not os.path.isdir(spec.path)
-    }
+def _unmade_stages(specs: Mapping[str, ModelSpec]) -> dict[str, tuple[str, str]]:
+    """Return role -> key and path of a model or adapter that a study makes, and has not made yet."""
+    found = {}
+    for role, spec in specs.items():
+        for key, path in (("path", spec.path), ("adapter", spec.adapter)):
+            if path and _STAGE_MODEL.fullmatch(path) and not os.path.isdir(path):
+                found[role] = (f"model.{role}.{key}={path}", path)
+    return found
 
 
-def _say_how_to_make(unmade: dict[str, str]) -> list[str]:
+def _say_how_to_make(unmade: Collection[tuple[str, str]]) -> list[str]:
     """Return one sentence per study: which models are missing, and the command that makes them."""
     studies: dict[str, list[str]] = {}
-    for role, path in unmade.items():
-        found = _STAGE_STUDENT.fullmatch(path)
+    for named, path in unmade:
+        found = _STAGE_MODEL.fullmatch(path)
         assert found is not None
-        studies.setdefault(found["study"], []).append(f"model.{role}.path={path}")
+        studies.setdefault(found["study"], []).append(named)
     return [
         f"the models of the study {study} are not there yet ({', '.join(named)}); one command makes them: "
         f"python -m deltakd.study experiments/{study}"
