@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,24 +14,20 @@ from deltakd.evaluation import SCORERS
 from deltakd.evaluation.settings import SCORES, EvaluationSettings
 from deltakd.generation.model_step import positions_of
 from deltakd.io.hub import hub_reachable
-from deltakd.io.inference_server import url_problems
 from deltakd.kernels import aligned_loss
 from deltakd.models import ModelSettings, ModelSpec, load_config, spec_problems
 from deltakd.models.adapter_files import adapter_problems
 from deltakd.models.causal import NotCausalError
 from deltakd.models.quantization import student_problems
 from deltakd.models.roles import position_problems
-from deltakd.references import CacheSettings, CacheStore, LiveSettings, ReferenceSettings
-from deltakd.references.content import cache_problems
+from deltakd.references import CacheSettings, LiveSettings, ReferenceSettings, ServedSettings
 from deltakd.references.routed import routed_roles
-from deltakd.references.topk import topk_problems
 from deltakd.rollouts.settings import RolloutSettings
 from deltakd.training.settings import TrainerSettings
 from deltakd.types import (
     ROLES,
     STUDENT,
     STUDENT_RAW,
-    TEACHER,
     AlignedTokens,
     Alignment,
     Head,
@@ -45,8 +40,8 @@ from deltakd.types import (
 
 #: Vocabulary of a model from scratch while its architecture is checked, before a tokenizer is open.
 _ANY_VOCABULARY = 2**18
-#: Where a study's stages put the models for its later stages.
-_STAGE_STUDENT = re.compile(r"outputs/(?P<study>[^/]+)/[^/]+/student")
+#: Where a study's stages put models and adapters for its later stages.
+_STAGE_MODEL = re.compile(r"outputs/(?P<study>[^/]+)/[^/]+/(student|adapter)")
 
 
 def specs_to_load(
@@ -105,7 +100,7 @@ def model_problems(models: ModelSettings, specs: Mapping[str, ModelSpec], max_le
         # The raw student's path is the student's: that it is missing is said once.
         silent.add(STUDENT_RAW)
     found = [problem for role, spec in specs.items() if role not in silent for problem in spec_problems(role, spec)]
-    found += _say_how_to_make(unmade)
+    found += _say_how_to_make(unmade.values())
     found += [problem for role, spec in specs.items() if role not in silent for problem in adapter_problems(role, spec)]
     problems += found
     if not found:
@@ -167,7 +162,7 @@ def rollout_problems(
             "rollout.replay.adaptive=true raises the student's share when the validation loss rises, and there is no "
             "validation data; give data.val=... or data.val_size=N, or rollout.replay.adaptive=false"
         )
-    if rollout.mixes_teacher and not isinstance(reference, LiveSettings | CacheSettings | None):
+    if rollout.mixes_teacher and not isinstance(reference, LiveSettings | CacheSettings | ServedSettings | None):
         found.append(
             "rollout.source=mixture runs the teacher token by token, and reference is a source of your own; give "
             "reference=live, or rollout.source=student"
@@ -192,22 +187,23 @@ def engine_problems(rollout: RolloutSettings, models: ModelSettings) -> list[str
     )
 
 
-def _unmade_stages(specs: Mapping[str, ModelSpec]) -> dict[str, str]:
-    """Return role -> path for each path that is a student of a study not run yet."""
-    return {
-        role: spec.path
-        for role, spec in specs.items()
-        if spec.path and _STAGE_STUDENT.fullmatch(spec.path) and not os.path.isdir(spec.path)
-    }
+def _unmade_stages(specs: Mapping[str, ModelSpec]) -> dict[str, tuple[str, str]]:
+    """Return role -> key and path of a model or adapter that a study makes, and has not made yet."""
+    found = {}
+    for role, spec in specs.items():
+        for key, path in (("path", spec.path), ("adapter", spec.adapter)):
+            if path and _STAGE_MODEL.fullmatch(path) and not os.path.isdir(path):
+                found[role] = (f"model.{role}.{key}={path}", path)
+    return found
 
 
-def _say_how_to_make(unmade: dict[str, str]) -> list[str]:
+def _say_how_to_make(unmade: Collection[tuple[str, str]]) -> list[str]:
     """Return one sentence per study: which models are missing, and the command that makes them."""
     studies: dict[str, list[str]] = {}
-    for role, path in unmade.items():
-        found = _STAGE_STUDENT.fullmatch(path)
+    for named, path in unmade:
+        found = _STAGE_MODEL.fullmatch(path)
         assert found is not None
-        studies.setdefault(found["study"], []).append(f"model.{role}.path={path}")
+        studies.setdefault(found["study"], []).append(named)
     return [
         f"the models of the study {study} are not there yet ({', '.join(named)}); one command makes them: "
         f"python -m deltakd.study experiments/{study}"
@@ -269,43 +265,6 @@ def stream_problems(data: DataConfig, trainer: TrainerSettings | None, reference
             "that is; give trainer.val_every_n_steps=N"
         )
     return problems
-
-
-def caching_problems(cache: Any, models: ModelSettings, loss: Loss | None) -> list[str]:
-    """Return why a cache can't be created; an existing cache must have the same content."""
-    if not isinstance(cache, CacheSettings):
-        return ["reference is not a cache; add reference=cached reference.path=DIR"]
-    if loss is None:
-        return []
-    if not loss.requires:
-        return ["the loss reads no references, so there is nothing to cache; give the loss that will be trained"]
-    if cache.url is not None:
-        return served_problems(cache, loss)
-    if cache.path and CacheStore.is_at(Path(cache.path)):
-        return cache_problems(models, loss, cache, adding=True)
-    return topk_problems(loss) if cache.store == "topk" else []
-
-
-def served_problems(cache: CacheSettings, loss: Loss) -> list[str]:
-    """Return why a server's log-probs can't be cached for a loss."""
-    found = [*url_problems(cache.url, "reference.url"), *topk_problems(loss)]
-    others = sorted(loss.requires - {TEACHER})
-    if others:
-        found.append(
-            f"the loss reads {', '.join(others)}, and reference.url serves the teacher alone: without a raw partner it "
-            "gives kd, not delta; give loss=kd, or load the models"
-        )
-    if cache.store != "topk" or cache.k is None:
-        found.append(
-            "reference.url gives log-probs of a few tokens; give reference.store=topk reference.k=20 (the most that "
-            "vLLM answers unless it is started with --max-logprobs)"
-        )
-    if loss.temperature != 1:
-        found.append(
-            f"loss.temperature is {loss.temperature:g}, and a server's log-probs are those at temperature 1; give "
-            "loss.temperature=1"
-        )
-    return found
 
 
 def try_loss(loss: Loss | None, problems: list[str]) -> list[str]:

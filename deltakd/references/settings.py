@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, final
 
@@ -16,11 +16,12 @@ from deltakd.models import LanguageModel
 from deltakd.models.settings import Dtype, ModelSpec
 from deltakd.references.base import References
 from deltakd.references.live import LiveReferences
-from deltakd.types import STUDENT
+from deltakd.references.serving.address import Address
+from deltakd.types import STUDENT, TEACHER, TEACHER_RAW
 
 
 class ReferenceSettings:
-    """Base of the choices of the group ``reference``: ``LiveSettings``, ``CacheSettings``, or your own source.
+    """Base of the choices of ``reference``: ``LiveSettings``, ``CacheSettings``, ``ServedSettings``, or your own.
 
     Attributes:
         placement: a separate device for live references; ``auto``: the student's.
@@ -114,6 +115,35 @@ class LiveSettings(SourceSettings):
 
 @final
 @dataclass(frozen=True, kw_only=True)
+class ServedSettings(ReferenceSettings):
+    """A server runs the references, in another process or on another machine (``conf/reference/served.yaml``).
+
+    Args:
+        url: where the server listens: ``tcp://host:port`` or ``unix:///path``.
+        ahead: micro-batches made and asked for in advance; 0: each is asked for when its step starts.
+        wait_s: seconds to wait for a server that is not there, or not any more, before the run stops.
+    """
+
+    url: Annotated[str | None, Resume.FREE] = None
+    ahead: Annotated[int, Ge(0), Resume.FREE] = 2
+    wait_s: Annotated[float, Ge(0), Resume.FREE] = 300.0
+
+    @property
+    def address(self) -> Address:
+        """Where the server listens. Raises ValueError if ``url`` is no address."""
+        return Address.parse(self.url, "reference.url")
+
+    def problems(self, specs: Mapping[str, ModelSpec]) -> list[str]:
+        """Return the problems with ``reference``, one sentence each."""
+        try:
+            _ = self.address
+        except ValueError as error:
+            return [str(error)]
+        return []
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
 class CacheSettings(ReferenceSettings):
     """The references were run once and are read from a cache (``conf/reference/cached.yaml``).
 
@@ -127,8 +157,12 @@ class CacheSettings(ReferenceSettings):
         dtype: of the stored numbers; None: the models' own for ``hidden``, float16 for ``topk``.
         verify: check all checksums when the cache is opened; sizes are always checked.
         remake: recreate damaged files (``deltakd.cache`` only).
-        url: the address of a vLLM server that serves the teacher, which is then not loaded (``deltakd.cache`` only).
+        url: the address of a vLLM or SGLang server that serves the teacher, which is then not loaded
+            (``deltakd.cache`` only, as all that follow).
         served_model: the teacher's name there; None: the only model.
+        raw_url: likewise of a vLLM server that serves the raw teacher.
+        served_raw_model: the raw teacher's name there; None: the only model.
+        log_probs: files with the teacher's top-k log-probs, instead of a server.
     """
 
     path: str | None = None
@@ -140,6 +174,16 @@ class CacheSettings(ReferenceSettings):
     remake: Annotated[bool, Resume.FREE] = False
     url: Annotated[str | None, Resume.FREE] = None
     served_model: Annotated[str | None, Resume.FREE] = None
+    raw_url: Annotated[str | None, Resume.FREE] = None
+    served_raw_model: Annotated[str | None, Resume.FREE] = None
+    log_probs: Annotated[str | Sequence[str] | None, Resume.FREE] = None
+
+    @property
+    def outside(self) -> frozenset[str]:
+        """Roles whose log-probs come from servers or files, so that their models are not loaded."""
+        if self.url is None and self.log_probs is None:
+            return frozenset()
+        return frozenset({TEACHER} if self.raw_url is None else {TEACHER, TEACHER_RAW})
 
     def problems(self, specs: Mapping[str, ModelSpec]) -> list[str]:
         """Return the problems with ``reference``, one sentence each."""

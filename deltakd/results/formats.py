@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from deltakd.results.beyond import NOTES, BeyondTable
-from deltakd.results.costs import CostTable
 from deltakd.results.drawing import Panel
 from deltakd.results.methods import Method
+from deltakd.results.run_costs import CostTable
 from deltakd.results.statistics import Difference
 from deltakd.results.tables import Comparison, Score, notes_once
 

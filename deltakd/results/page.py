@@ -18,7 +18,6 @@ from deltakd.evaluation.token_groups import Preservation
 from deltakd.io.files import make_folder, write_text
 from deltakd.results import figures, sections
 from deltakd.results.beyond import NOTES, beyond_tables
-from deltakd.results.costs import cost_table
 from deltakd.results.delta_weights import delta_weights
 from deltakd.results.drawing import SERIES, Plate, Style, styles
 from deltakd.results.formats import (
@@ -31,8 +30,9 @@ from deltakd.results.formats import (
 )
 from deltakd.results.methods import Method
 from deltakd.results.planes import PlaneRequest, plane_plate
-from deltakd.results.responses import Responses, responses_of
+from deltakd.results.run_costs import cost_table
 from deltakd.results.tables import Comparison, notes_once
+from deltakd.results.written import Responses, responses_of
 
 _TEMPLATES = Path(__file__).parent / "templates"
 #: Sections that hold only figures: id, heading, plate.
