@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from deltakd.results.beyond import NOTES, BeyondTable
-from deltakd.results.costs import CostTable
 from deltakd.results.drawing import Panel
+from deltakd.results.method_costs import CostTable
 from deltakd.results.methods import Method
 from deltakd.results.statistics import Difference
 from deltakd.results.tables import Comparison, Score, notes_once

@@ -18,7 +18,6 @@ from deltakd.evaluation.token_groups import Preservation
 from deltakd.io.files import make_folder, write_text
 from deltakd.results import figures, sections
 from deltakd.results.beyond import NOTES, beyond_tables
-from deltakd.results.costs import cost_table
 from deltakd.results.delta_weights import delta_weights
 from deltakd.results.drawing import SERIES, Plate, Style, styles
 from deltakd.results.formats import (
@@ -29,9 +28,10 @@ from deltakd.results.formats import (
     panels_markdown,
     shown_difference,
 )
+from deltakd.results.method_costs import cost_table
 from deltakd.results.methods import Method
 from deltakd.results.planes import PlaneRequest, plane_plate
-from deltakd.results.responses import Responses, responses_of
+from deltakd.results.sampled_responses import Responses, responses_of
 from deltakd.results.tables import Comparison, notes_once
 
 _TEMPLATES = Path(__file__).parent / "templates"

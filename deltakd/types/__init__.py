@@ -10,7 +10,7 @@ With two tokenizers, M counts the valid tokens of the teachers' side, and K the 
 So ``hidden_ND`` holds one hidden state for each valid token, ``labels_BT`` one label for each position.
 """
 
-from deltakd.types.aligned import AlignedLogits, AlignedTokens, SideTokens
+from deltakd.types.aligned_chunk import AlignedLogits, AlignedTokens, SideTokens
 from deltakd.types.alignment import UNALIGNED, Alignment, TokenMap
 from deltakd.types.batch import IGNORE_INDEX, AlignedStream, Batch, StepPairs, TokenStream
 from deltakd.types.heads import NO_FACTS, Head, HeadLogits, PairFacts, TokenFacts, in_float64

@@ -9,7 +9,7 @@ from typing import Any, Protocol, SupportsFloat, final, runtime_checkable
 
 from torch import Tensor, nn
 
-from deltakd.types.aligned import AlignedTokens
+from deltakd.types.aligned_chunk import AlignedTokens
 from deltakd.types.alignment import TokenMap
 from deltakd.types.heads import Head, TokenFacts
 
