@@ -19,9 +19,12 @@ from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedTokenizerBase
 
     from deltakd.data import DataConfig, EncodedSet, Row
+    from deltakd.evaluation.span_measures import SpanTeacher
+    from deltakd.training.settings import RunSettings
 
 log = logging.getLogger(__name__)
 
@@ -77,8 +80,12 @@ def run_evaluation(arguments: Sequence[str]) -> dict[str, Any]:
     claim = directory.claim(evaluated | dict(settings.record), resume=directory.config.is_file(), policy=RESUME_POLICY)
     with claim:
         model = open_exported(model_path, settings.model, vocabulary, choose_device(settings.trainer.accelerator))
-    subject = Subject(settings.model, evaluation, data, tokenizer, vocabulary, model, settings.reference)
-    measured = measure(subject, _validation(data, tokenizer) if evaluation.measures.rows != 0 else None)
+    measures = evaluation.measures
+    teacher = _span_teacher(settings, tokenizer, vocabulary, model) if measures.rows != 0 else None
+    subject = Subject(
+        settings.model, evaluation, data, tokenizer, vocabulary, model, settings.reference, teacher=teacher
+    )
+    measured = measure(subject, _validation(data, tokenizer, teacher) if measures.rows != 0 else None)
     metrics = evaluate_sets(model, tokenizer, checked.sets, evaluation, vocabulary, directory.generations)
     metrics |= measured.scores
     meta = environment() | {
@@ -127,13 +134,29 @@ def _configure(arguments: Sequence[str]) -> tuple[DictConfig, str]:
     return cfg, str(run.student)
 
 
-def _validation(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> EncodedSet | None:
+def _span_teacher(
+    settings: RunSettings, tokenizer: PreTrainedTokenizerBase, vocabulary: int, student: nn.Module
+) -> SpanTeacher | None:
+    """Return the teacher if it has a tokenizer of its own; one that can't be opened does not stop the evaluation."""
+    from deltakd.evaluation.span_measures import open_span_teacher
+
+    if settings.evaluation.measures.references == "none":
+        return None
+    try:
+        device = next(student.parameters()).device
+        return open_span_teacher(settings.model, settings.data, tokenizer, vocabulary, device)
+    except (ValueError, OSError) as error:
+        log.warning("The student is not measured against its teacher: %s", error)
+        return None
+
+
+def _validation(data: DataConfig, tokenizer: PreTrainedTokenizerBase, teacher: SpanTeacher | None) -> EncodedSet | None:
     """Return the validation rows of the data group, if any; missing rows do not stop the evaluation."""
     if not (data.train and data.validates):
         return None
     try:
         data.make_files()
-        return data.load(tokenizer).val
+        return data.load(tokenizer, teachers=None if teacher is None else teacher.coding.tokenizer).val
     except (ValueError, OSError) as error:
         log.warning("The validation rows can't be read, so nothing is measured on them: %s", error)
         return None

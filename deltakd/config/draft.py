@@ -17,6 +17,7 @@ from deltakd.config.check import (
     try_loss,
 )
 from deltakd.config.check_routes import route_problems
+from deltakd.config.check_tokenizers import tokenizer_problems
 from deltakd.config.instantiate import built
 from deltakd.config.loss_names import known_losses, loss_name
 from deltakd.config.problems import Problems
@@ -136,6 +137,8 @@ class Draft:
         if objective is None or isinstance(objective, str):
             problems += objective_problems(objective, self.data, self.evaluation, self.loss, parts)
         if problems:
+            # A run without problems opens its tokenizers anyway, before any weights.
+            problems += tokenizer_problems(self.model, specs, self.loss, self.data, self.rollout)
             raise ConfigError(problems.told())
         return self.made(specs)
 

@@ -152,6 +152,10 @@ class DataConfig(ABC):
         """Return a sentence for each setting for teachers with a tokenizer of their own, when there are none."""
         return []
 
+    def two_tokenizers_problems(self) -> list[str]:
+        """Return a sentence if this kind of data can't be aligned between two tokenizers."""
+        return []
+
     def problems(self) -> list[str]:
         """Return the problems with ``data``, one sentence each."""
         found = self.own_problems()

@@ -204,11 +204,15 @@ class TextData(DataConfig):
 
     def teachers_coding(self, tokenizer: PreTrainedTokenizerBase) -> Coding:
         """Raise a ValueError: the blocks of two tokenizers begin and end elsewhere in the text."""
-        raise ValueError(
+        raise ValueError(*self.two_tokenizers_problems())
+
+    def two_tokenizers_problems(self) -> list[str]:
+        """Return that blocks can't be aligned."""
+        return [
             "the teachers have another tokenizer than the student, and data is plain text, whose blocks of "
             "data.max_length tokens would begin and end elsewhere in it; give data=instruction, or models that share "
             "one tokenizer"
-        )
+        ]
 
     def own_problems(self) -> list[str]:
         """Return the problems: blocks too short, lines chosen of what is not indexed, or packing."""
@@ -225,14 +229,9 @@ class TextData(DataConfig):
         prompts_only: bool = False,
         teachers: PreTrainedTokenizerBase | None = None,
     ) -> LoadedSets:
-        """Read, tokenise and pack the documents.
-
-        Raises:
-            ValueError: teachers have a tokenizer of their own.
-        """
+        """Read, tokenise and pack the documents."""
         assert not prompts_only, "text has no prompts; checked with the config"
-        if teachers is not None:
-            self.teachers_coding(teachers)
+        assert teachers is None, "text is not aligned; checked with the tokenizers"
         assert self.train is not None, "checked by problems()"
         if self.streaming:
             return self._open(self.train, tokenizer)

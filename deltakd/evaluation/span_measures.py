@@ -10,12 +10,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
-from deltakd.data import EncodedSet, collate
-from deltakd.data.encoding.two_tokenizers import Coding
+from deltakd.data import DataConfig, EncodedSet, collate
+from deltakd.data.encoding.two_tokenizers import Coding, TwoTokenizers
 from deltakd.generation.model_step import evaluating
-from deltakd.models import LanguageModel
-from deltakd.references import References
+from deltakd.models import LanguageModel, ModelSettings, load_config, load_tokenizer, spec_problems
+from deltakd.models.roles import open_model
+from deltakd.models.tokenizers import OtherTokenizerError, common_vocabulary
+from deltakd.models.vocabulary import vocabulary_of
+from deltakd.references import LiveReferences, References
 from deltakd.types import TEACHER, Alignment, Head, TokenMap, in_float64
 
 log = logging.getLogger(__name__)
@@ -34,6 +38,41 @@ class SpanTeacher:
     references: References
     coding: Coding
     token_map: TokenMap
+
+
+def open_span_teacher(
+    models: ModelSettings, data: DataConfig, tokenizer: PreTrainedTokenizerBase, vocabulary: int, device: torch.device
+) -> SpanTeacher | None:
+    """Open the teacher of a finished student if it has another tokenizer than the student; else return None.
+
+    Args:
+        models: name the teacher.
+        data: renders rows for both.
+        tokenizer: the student's.
+        vocabulary: V of the student.
+        device: of the student.
+
+    Raises:
+        ValueError: the teacher is not available, or can't be aligned.
+    """
+    spec = models.specs.get(TEACHER)
+    if spec is None or not spec.path or spec_problems(TEACHER, spec):
+        return None
+    trust = models.trust_remote_code
+    theirs = load_tokenizer(str(spec.tokenizer or spec.path), f"model.{TEACHER}.tokenizer", trust_remote_code=trust)
+    try:
+        common_vocabulary(tokenizer, theirs, TEACHER)
+    except OtherTokenizerError:
+        coding = data.teachers_coding(theirs)
+    else:
+        return None
+    size = vocabulary_of(theirs, load_config(TEACHER, spec, trust_remote_code=trust), TEACHER)
+    student = Coding(data.make_template(tokenizer), tokenizer, 0, 0)
+    token_map = TwoTokenizers(student, coding).token_map(vocabulary, size)
+    model = open_model(TEACHER, spec, models, vocabulary=size, max_length=coding.max_length)
+    references = LiveReferences({TEACHER: model.eval()})
+    references.to(device)
+    return SpanTeacher(references, coding, token_map)
 
 
 @torch.no_grad()

@@ -18,11 +18,11 @@ from deltakd.data import DataConfig, EncodedSet, LoadedSets, collate
 from deltakd.kernels import Buckets
 from deltakd.models import LanguageModel, ModelSettings
 from deltakd.models.identity import model_identity, spec_of
-from deltakd.models.roles import Vocabularies
+from deltakd.models.roles import OWN_ROLES, Vocabularies
 from deltakd.models.tokenizers import pad_id
 from deltakd.references import CacheSettings, CacheStore, LiveReferences
 from deltakd.references.cached import DTYPES
-from deltakd.references.served import ServedTeacher
+from deltakd.references.from_server import ServedTeacher
 from deltakd.references.store import SUPPORT
 from deltakd.references.topk import CANDIDATES, make_buckets, sample_errors
 from deltakd.types import STUDENT, TEACHER, Batch, Head, Loss
@@ -107,8 +107,15 @@ def begin_store(caching: Caching, given: Mapping[str, Any]) -> CacheStore:
         "temperature": caching.loss.temperature if is_topk else None,
         **given,
     }
-    tensors = caching.tensors(example, content)
-    content["bytes_per_token"] = sum(tensor[0].numel() * tensor.element_size() for tensor in tensors.values())
+    if caching.vocabularies.other is not None:
+        content["other"] |= {"vocabulary": caching.vocabularies.other_size}
+    sizes = {
+        name: tensor[0].numel() * tensor.element_size() for name, tensor in caching.tensors(example, content).items()
+    }
+    own = {name: size for name, size in sizes.items() if content.get("other") is None or name in OWN_ROLES}
+    content["bytes_per_token"] = sum(own.values())
+    if content.get("other") is not None:
+        content["other"] |= {"bytes_per_token": sum(sizes.values()) - content["bytes_per_token"]}
     return CacheStore.create(Path(str(caching.settings.path)), content, sample)
 
 

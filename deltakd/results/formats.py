@@ -8,6 +8,7 @@ from deltakd.results.beyond import NOTES, BeyondTable
 from deltakd.results.drawing import Panel
 from deltakd.results.method_costs import CostTable
 from deltakd.results.methods import Method
+from deltakd.results.run_costs import CostTable
 from deltakd.results.statistics import Difference
 from deltakd.results.tables import Comparison, Score, notes_once
 

@@ -28,11 +28,11 @@ from deltakd.results.formats import (
     panels_markdown,
     shown_difference,
 )
-from deltakd.results.method_costs import cost_table
 from deltakd.results.methods import Method
 from deltakd.results.planes import PlaneRequest, plane_plate
-from deltakd.results.sampled_responses import Responses, responses_of
+from deltakd.results.run_costs import cost_table
 from deltakd.results.tables import Comparison, notes_once
+from deltakd.results.written import Responses, responses_of
 
 _TEMPLATES = Path(__file__).parent / "templates"
 #: Sections that hold only figures: id, heading, plate.

@@ -16,7 +16,7 @@ from deltakd.generation import Decoding
 from deltakd.generation.noise import NoiseKey
 from deltakd.io.errors import ConfigError, LostServerError, RefusedError, ServerError
 from deltakd.io.inference_server import InferenceServer
-from deltakd.models.served_model import ServedModel, architecture_problems, served_model, served_tokenizer_problems
+from deltakd.models.server_model import ServedModel, architecture_problems, served_model, served_tokenizer_problems
 from deltakd.rollouts.responses import Response
 from deltakd.rollouts.vllm_settings import VllmSettings
 from deltakd.rollouts.weight_transfer import FilesTransfer, NcclTransfer, Transfer

@@ -10,7 +10,8 @@ from pathlib import Path
 import lightning as L
 from transformers import PreTrainedTokenizerBase
 
-from deltakd.data import InstructionData, LoadedSets
+from deltakd.data import DataConfig, InstructionData, LoadedSets
+from deltakd.data.encoding.token_texts import TokenTexts, UnalignableError
 from deltakd.data.encoding.two_tokenizers import Coding, TwoTokenizers
 from deltakd.data.routing import routed, with_tasks
 from deltakd.distributed.ranks import is_main_process, main_process_first
@@ -36,6 +37,7 @@ from deltakd.references import (
     SourceSettings,
 )
 from deltakd.references.content import data_identity, data_problems, missing_problem, missing_rows, named_sets
+from deltakd.rollouts.settings import RolloutSettings
 from deltakd.rollouts.vllm_server import check_server
 from deltakd.training.announce import (
     announce_models,
@@ -156,15 +158,37 @@ def read_vocabularies(settings: RunSettings, tokenizer: PreTrainedTokenizerBase)
         named = {role: spec_of(settings.model, role) for role in sorted(settings.loss.requires)}
         specs |= {role: spec for role, spec in named.items() if spec is not None and role not in OWN_ROLES}
     vocabularies = open_vocabularies(settings.model, specs, tokenizer, aligns=settings.loss.needs_alignment)
-    problems = settings.data.one_tokenizer_problems() if vocabularies.other is None else []
-    if vocabularies.other is not None and settings.rollout.on_policy:
+    problems = vocabulary_problems(vocabularies, tokenizer, settings.data, settings.rollout)
+    if problems:
+        raise ConfigError(problems)
+    return vocabularies
+
+
+def vocabulary_problems(
+    vocabularies: Vocabularies, tokenizer: PreTrainedTokenizerBase, data: DataConfig, rollout: RolloutSettings
+) -> list[str]:
+    """Return what a run can't do with the tokenizers of its models, one sentence each.
+
+    Args:
+        vocabularies: of the models.
+        tokenizer: the student's.
+        data: the group ``data``.
+        rollout: the group ``rollout``.
+    """
+    if vocabularies.other is None:
+        return data.one_tokenizer_problems()
+    problems = data.two_tokenizers_problems()
+    for one in (tokenizer, vocabularies.other):
+        try:
+            TokenTexts(one, "")
+        except UnalignableError as error:
+            problems.append(str(error))
+    if rollout.on_policy:
         problems.append(
             "the teachers have another tokenizer than the student, whose own responses (rollout=student) are not "
             "encoded in it; give rollout=none, or models that share one tokenizer"
         )
-    if problems:
-        raise ConfigError(problems)
-    return vocabularies
+    return problems
 
 
 def make_token_map(

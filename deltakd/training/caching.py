@@ -19,8 +19,8 @@ from deltakd.references import CacheStore, LiveReferences
 from deltakd.references.begin import Caching, begin_store
 from deltakd.references.content import data_identity, data_problems, missing_rows
 from deltakd.references.fill import drop_damaged, make_missing, summary_of
+from deltakd.references.from_server import ServedTeacher
 from deltakd.references.index import RowIndex
-from deltakd.references.served import ServedTeacher
 from deltakd.tracking.environment import costs_since, environment
 from deltakd.training.assembly import check_tokens, open_cache, open_references, open_role, read_vocabularies
 from deltakd.training.settings import RunSettings

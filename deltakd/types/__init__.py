@@ -10,7 +10,6 @@ With two tokenizers, M counts the valid tokens of the teachers' side, and K the 
 So ``hidden_ND`` holds one hidden state for each valid token, ``labels_BT`` one label for each position.
 """
 
-from deltakd.types.aligned_chunk import AlignedLogits, AlignedTokens, SideTokens
 from deltakd.types.alignment import UNALIGNED, Alignment, TokenMap
 from deltakd.types.batch import IGNORE_INDEX, AlignedStream, Batch, StepPairs, TokenStream
 from deltakd.types.heads import NO_FACTS, Head, HeadLogits, PairFacts, TokenFacts, in_float64
@@ -27,6 +26,7 @@ from deltakd.types.role_names import (
     is_teacher,
     teacher_pair,
 )
+from deltakd.types.two_sides import AlignedLogits, AlignedTokens, SideTokens
 
 __all__ = [
     "IGNORE_INDEX",

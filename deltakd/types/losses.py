@@ -9,9 +9,9 @@ from typing import Any, Protocol, SupportsFloat, final, runtime_checkable
 
 from torch import Tensor, nn
 
-from deltakd.types.aligned_chunk import AlignedTokens
 from deltakd.types.alignment import TokenMap
 from deltakd.types.heads import Head, TokenFacts
+from deltakd.types.two_sides import AlignedTokens
 
 
 @dataclass(frozen=True)

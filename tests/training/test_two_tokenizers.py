@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from deltakd.config.build import make_caching_settings, make_settings
 from deltakd.config.compose import compose_config
 from deltakd.config.instantiate import built
+from deltakd.evaluate import run_evaluation
 from deltakd.io.errors import ConfigError, Stopped
 from deltakd.io.run_directory import RunDirectory
 from deltakd.models import train_tokenizer
@@ -146,6 +147,9 @@ def test_the_student_is_measured_against_the_teacher_over_spans_alone(
         assert f"{name}/shift_correlation" not in summary
         assert summary[f"{name}/kl_raw_student"] > 0
     assert "kl_teacher, top1_agreement and shift_correlation need one vocabulary and are left out" in caplog.text
+    again = run_evaluation([f"run={run.path}", f"run_dir={run.path.parent / 'again'}"])
+    for name in ("val", "mine"):
+        assert again[f"{name}/span_kl_teacher"] == pytest.approx(summary[f"{name}/span_kl_teacher"], rel=1e-6)
 
 
 def test_rows_that_the_teachers_can_hold_in_part_are_counted(train: Train, foreign: tuple[str, ...]) -> None:
@@ -173,6 +177,29 @@ def test_what_two_tokenizers_can_not_do_is_refused_by_name(
     chosen = world.overrides(tmp_path / "run", "span_kd", *given)
     with pytest.raises((ConfigError, OtherTokenizerError), match=message):
         run_training(make_settings(compose_config("train", chosen)), tmp_path / "run")
+
+
+def test_tokenizers_that_do_not_go_together_are_told_with_the_other_problems(
+    world: World, foreign: tuple[str, ...], tmp_path: Path
+) -> None:
+    wrong = ("optim.lr=-1", "data.max_prompt_length=200")
+    for given, said in (
+        (("loss=kd",), "the teacher has another tokenizer than the student"),
+        (("rollout=student",), r"responses \(rollout=student\) are not encoded in it"),
+    ):
+        chosen = world.overrides(tmp_path / "run", "span_kd", *foreign, *wrong, *given)
+        with pytest.raises(ConfigError, match=said) as caught:
+            make_settings(compose_config("train", chosen))
+        assert len(caught.value.problems) >= 3
+
+
+def test_packed_rows_train_as_padded_ones(train: Train, foreign: tuple[str, ...], tmp_path: Path) -> None:
+    # Dropout falls on other positions.
+    plain = save_model(tmp_path / "plain", seed=1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    shared = (*foreign, f"model.student.path={plain}", "trainer.max_steps=3")
+    runs = [train("span_kd", *shared, f"data.packing={packing}", name=str(packing)) for packing in (True, False)]
+    losses = [run.read_summary()["val/loss"] for run in runs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_plain_text_and_idle_settings_are_refused(train: Train, world: World, foreign: tuple[str, ...]) -> None:

@@ -13,8 +13,8 @@ from deltakd.config.loss_names import read_losses
 from deltakd.results.methods import Method, make_methods
 from deltakd.results.page import make_page, render
 from deltakd.results.reading import find_runs
-from deltakd.results.sampled_responses import RESPONSES, responses_of
 from deltakd.results.tables import make_comparisons
+from deltakd.results.written import RESPONSES, responses_of
 from deltakd.rollouts.samples import write_samples
 from tests.results.fake import write_run
 from tests.results.test_page import EVIL, parsed

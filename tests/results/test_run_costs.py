@@ -8,9 +8,9 @@ from pathlib import Path
 from deltakd.config.compose import CONF_DIR
 from deltakd.config.loss_names import read_losses
 from deltakd.results.formats import cost_markdown
-from deltakd.results.method_costs import CostTable, cost_table
 from deltakd.results.methods import make_methods
 from deltakd.results.reading import find_runs
+from deltakd.results.run_costs import CostTable, cost_table
 from tests.results.fake import write_run
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from deltakd.io.errors import RefusedError, ServerError
 from deltakd.io.inference_server import InferenceServer
 from deltakd.kernels import Buckets
-from deltakd.models.served_model import served_model, served_tokenizer_problems
+from deltakd.models.server_model import served_model, served_tokenizer_problems
 from deltakd.types import IGNORE_INDEX, TEACHER, Batch
 
 #: Requests at a time.
