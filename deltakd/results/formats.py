@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from deltakd.results.beyond import NOTES, BeyondTable
 from deltakd.results.drawing import Panel
-from deltakd.results.method_costs import CostTable
 from deltakd.results.methods import Method
 from deltakd.results.run_costs import CostTable
 from deltakd.results.statistics import Difference
