@@ -25,6 +25,7 @@ COMMANDS = {
     "evaluate": "score a student's answers on any set of files",
     "generate": "let a teacher answer the training prompts: the data of sequence-level KD",
     "cache": "run the references once, so that training runs read them from disk",
+    "serve": "hold the references of training runs in this process, for other processes and machines",
     "study": "run the stages of an experiments/<name>/study.yaml in order",
     "search": "search hyperparameters by a sweep file, without a server",
     "report": "compare finished runs: one page, tables, figures",
@@ -35,7 +36,7 @@ COMMANDS = {
 }
 
 #: Commands whose arguments are Hydra overrides of conf/train.yaml.
-_OVERRIDES = ("train", "evaluate", "generate", "cache", "search", "plan")
+_OVERRIDES = ("train", "evaluate", "generate", "cache", "serve", "search", "plan")
 
 _COMPLETION = ("-sc", "--shell-completion")
 

@@ -20,7 +20,8 @@ USAGE = """Run the stages of a study, one after the other; what is finished is s
   python -m deltakd.study experiments/dolly_cpu --stages cache screening
 
 A stage whose overrides hold sweeps (loss=sft,kd seed=0,1) is one run for every combination, each in
-outputs/<study>/<stage>/<key=value,...>. A run that fails costs no other run of its stage; later stages then wait.
+outputs/<study>/<stage>/<key=value,...>. A failed run stops neither the others of its stage
+nor stages that do not read it.
 """
 
 

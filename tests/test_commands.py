@@ -154,17 +154,6 @@ def test_every_experiment_composes_and_opens_with_its_command(name: str) -> None
     assert compose_config("train", [f"experiment={name}"]).loss
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("experiments/*/study.yaml")), ids=lambda p: p.parent.name)
-def test_every_stage_of_every_study_composes(path: Path) -> None:
-    from deltakd.studies.job_configs import compose_jobs
-    from deltakd.studies.study_file import read_study
-
-    study = read_study(path.parent)
-    jobs = [own[-1] for own in study.jobs.values()]
-    configs = compose_jobs(study, jobs)
-    assert [configs[job.name].run_dir for job in jobs] == [f"outputs/{study.name}/{job.name}" for job in jobs]
-
-
 @pytest.mark.slow
 def test_identity_16_two_processes_are_one(world: World, tmp_path: Path) -> None:
     """One process with 8 rows, two with 4: the same losses and the same student (no dropout)."""

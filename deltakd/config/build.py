@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from deltakd.config.check import caching_problems, specs_to_load
+from deltakd.config.check_serving import serving_problems
 from deltakd.config.draft import Draft
 from deltakd.config.folders import choice_files
 from deltakd.data import TextData
@@ -41,9 +42,13 @@ def make_settings(cfg: DictConfig, *, on_this_machine: bool = True) -> RunSettin
         ConfigError: every problem found, one sentence each.
     """
     draft = Draft(resolved(cfg), copied_keys(cfg))
+    roles: Collection[str] | None
     if draft.cache is not None and draft.loss is not None and draft.loss.requires:
         draft.problems += cache_problems(draft.model, draft.loss, draft.cache)
-        roles: Collection[str] | None = ()
+        roles = ()
+    elif draft.served is not None and draft.loss is not None:
+        draft.problems += serving_problems(draft.loss, draft.rollout)
+        roles = ()
     else:
         roles = None if draft.loss is None else draft.loss.requires
     if not draft.dry_run:
@@ -72,6 +77,27 @@ def make_caching_settings(cfg: DictConfig) -> RunSettings:
         roles = set()
     # A cache's raw student is a separate model, not a student with its adapter off.
     return draft.settings(roles, has_adapter=False)
+
+
+def make_serving_settings(cfg: DictConfig) -> RunSettings:
+    """Check a composed config for ``deltakd.serve``, which loads the references of the loss; no data is read.
+
+    Raises:
+        ConfigError: every problem found, one sentence each.
+    """
+    draft = Draft(resolved(cfg), copied_keys(cfg))
+    draft.check_alone()
+    roles: Collection[str] | None = None
+    if draft.reference is not None and draft.served is None:
+        draft.problems.append("reference is no server; add reference=served reference.url=tcp://127.0.0.1:7711")
+    if draft.loss is not None:
+        roles = draft.loss.requires
+        draft.problems += serving_problems(draft.loss, draft.rollout)
+        if not roles:
+            draft.problems.append(
+                "the loss reads no references, so there is nothing to serve; give the loss that will be trained"
+            )
+    return draft.settings_of_models(roles)
 
 
 def make_answering_settings(cfg: DictConfig) -> RunSettings:

@@ -22,7 +22,7 @@ from deltakd.models.adapter_files import adapter_problems
 from deltakd.models.causal import NotCausalError
 from deltakd.models.quantization import student_problems
 from deltakd.models.roles import position_problems
-from deltakd.references import CacheSettings, CacheStore, LiveSettings, ReferenceSettings
+from deltakd.references import CacheSettings, CacheStore, LiveSettings, ReferenceSettings, ServedSettings
 from deltakd.references.content import cache_problems
 from deltakd.references.routed import routed_roles
 from deltakd.references.topk import topk_problems
@@ -45,8 +45,8 @@ from deltakd.types import (
 
 #: Vocabulary of a model from scratch while its architecture is checked, before a tokenizer is open.
 _ANY_VOCABULARY = 2**18
-#: Where a study's stages put the models for its later stages.
-_STAGE_STUDENT = re.compile(r"outputs/(?P<study>[^/]+)/[^/]+/student")
+#: Where a study's stages put models and adapters for its later stages.
+_STAGE_MODEL = re.compile(r"outputs/(?P<study>[^/]+)/[^/]+/(student|adapter)")
 
 
 def specs_to_load(
@@ -105,7 +105,7 @@ def model_problems(models: ModelSettings, specs: Mapping[str, ModelSpec], max_le
         # The raw student's path is the student's: that it is missing is said once.
         silent.add(STUDENT_RAW)
     found = [problem for role, spec in specs.items() if role not in silent for problem in spec_problems(role, spec)]
-    found += _say_how_to_make(unmade)
+    found += _say_how_to_make(unmade.values())
     found += [problem for role, spec in specs.items() if role not in silent for problem in adapter_problems(role, spec)]
     problems += found
     if not found:
@@ -167,7 +167,7 @@ def rollout_problems(
             "rollout.replay.adaptive=true raises the student's share when the validation loss rises, and there is no "
             "validation data; give data.val=... or data.val_size=N, or rollout.replay.adaptive=false"
         )
-    if rollout.mixes_teacher and not isinstance(reference, LiveSettings | CacheSettings | None):
+    if rollout.mixes_teacher and not isinstance(reference, LiveSettings | CacheSettings | ServedSettings | None):
         found.append(
             "rollout.source=mixture runs the teacher token by token, and reference is a source of your own; give "
             "reference=live, or rollout.source=student"
@@ -192,22 +192,23 @@ def engine_problems(rollout: RolloutSettings, models: ModelSettings) -> list[str
     )
 
 
-def _unmade_stages(specs: Mapping[str, ModelSpec]) -> dict[str, str]:
-    """Return role -> path for each path that is a student of a study not run yet."""
-    return {
-        role: spec.path
-        for role, spec in specs.items()
-        if spec.path and _STAGE_STUDENT.fullmatch(spec.path) and not os.path.isdir(spec.path)
-    }
+def _unmade_stages(specs: Mapping[str, ModelSpec]) -> dict[str, tuple[str, str]]:
+    """Return role -> key and path of a model or adapter that a study makes, and has not made yet."""
+    found = {}
+    for role, spec in specs.items():
+        for key, path in (("path", spec.path), ("adapter", spec.adapter)):
+            if path and _STAGE_MODEL.fullmatch(path) and not os.path.isdir(path):
+                found[role] = (f"model.{role}.{key}={path}", path)
+    return found
 
 
-def _say_how_to_make(unmade: dict[str, str]) -> list[str]:
+def _say_how_to_make(unmade: Collection[tuple[str, str]]) -> list[str]:
     """Return one sentence per study: which models are missing, and the command that makes them."""
     studies: dict[str, list[str]] = {}
-    for role, path in unmade.items():
-        found = _STAGE_STUDENT.fullmatch(path)
+    for named, path in unmade:
+        found = _STAGE_MODEL.fullmatch(path)
         assert found is not None
-        studies.setdefault(found["study"], []).append(f"model.{role}.path={path}")
+        studies.setdefault(found["study"], []).append(named)
     return [
         f"the models of the study {study} are not there yet ({', '.join(named)}); one command makes them: "
         f"python -m deltakd.study experiments/{study}"

@@ -42,4 +42,4 @@ def tokenizer_problems(
         return [str(error)]
     except ValueError:
         return []
-    return vocabulary_problems(vocabularies, tokenizer, data, rollout)
+    return vocabulary_problems(vocabularies, tokenizer, loss, data, rollout)

@@ -32,7 +32,7 @@ from deltakd.io.typed import mismatch, typed
 from deltakd.models import LoraSpec, ModelSettings, ModelSpec
 from deltakd.models.adapter_files import with_base
 from deltakd.models.settings import TokenizerSettings
-from deltakd.references import CacheSettings, ReferenceSettings
+from deltakd.references import CacheSettings, ReferenceSettings, ServedSettings
 from deltakd.references.settings import device_problems
 from deltakd.rollouts.settings import RolloutSettings
 from deltakd.training.optim import AdamW
@@ -91,6 +91,11 @@ class Draft:
         return self.reference if isinstance(self.reference, CacheSettings) else None
 
     @property
+    def served(self) -> ServedSettings | None:
+        """The server of references that the config names."""
+        return self.reference if isinstance(self.reference, ServedSettings) else None
+
+    @property
     def dry_run(self) -> bool:
         """True if only the run's memory estimate is requested."""
         return self.trainer is not None and self.trainer.dry_run
@@ -115,11 +120,7 @@ class Draft:
             ConfigError: lists all problems.
         """
         problems = self.problems
-        problems += role_problems(self.model.specs, () if self.loss is None else self.loss.requires)
-        known = roles if roles is None else [role for role in roles if is_reference_role(role)]
-        specs = specs_to_load(self.model, known, has_adapter, problems)
-        problems += route_problems(self.model.routes, self.loss, self.data, self.reference, self.rollout)
-        problems += model_problems(self.model, specs, None if self.data is None else self.data.max_length)
+        specs = self._checked_specs(roles, has_adapter)
         if self.evaluation is not None:
             problems += self.evaluation.problems(self.data)
         if self.reference is not None:
@@ -141,6 +142,27 @@ class Draft:
             problems += tokenizer_problems(self.model, specs, self.loss, self.data, self.rollout)
             raise ConfigError(problems.told())
         return self.made(specs)
+
+    def settings_of_models(self, roles: Collection[str] | None) -> RunSettings:
+        """Check the models of roles, raw student included, and make the settings; all else is another process's.
+
+        Raises:
+            ConfigError: lists all problems.
+        """
+        specs = self._checked_specs(roles, has_adapter=False)
+        self.problems += [] if self.reference is None else self.reference.problems(specs)
+        if self.problems:
+            raise ConfigError(self.problems.told())
+        return self.made(specs)
+
+    def _checked_specs(self, roles: Collection[str] | None, has_adapter: bool) -> dict[str, ModelSpec]:
+        problems = self.problems
+        problems += role_problems(self.model.specs, () if self.loss is None else self.loss.requires)
+        known = roles if roles is None else [role for role in roles if is_reference_role(role)]
+        specs = specs_to_load(self.model, known, has_adapter, problems)
+        problems += route_problems(self.model.routes, self.loss, self.data, self.reference, self.rollout)
+        problems += model_problems(self.model, specs, None if self.data is None else self.data.max_length)
+        return specs
 
     def _half_weights_problems(self) -> list[str]:
         if self.optim is None or self.optim.half_weights == "nearest" or self.strategy is None:

@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from deltakd.config.build import make_step_settings, read_strategy
 from deltakd.config.compose import compose_config, read_mapping
@@ -20,6 +20,7 @@ from deltakd.estimates.memory import make_setting
 from deltakd.estimates.sizes import Skeleton
 from deltakd.io.errors import ConfigError
 from deltakd.models import ModelSpec
+from deltakd.models.image_models import auto_class
 from deltakd.models.loading import DTYPES
 from deltakd.types import STUDENT, STUDENT_RAW
 
@@ -220,7 +221,7 @@ def _build(architecture: str, dtype: str, trained: bool) -> Any:
     try:
         config = AutoConfig.for_model(given.pop("model_type"), **given)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]).requires_grad_(trained)
+            return auto_class(config).from_config(config, dtype=DTYPES[dtype]).requires_grad_(trained)
     # transformers raises all sorts of errors for sizes that don't fit together.
     except Exception as error:
         raise ValueError(f"no model can be built of {given}: {type(error).__name__}: {error}") from None

@@ -140,6 +140,7 @@ def setting_of(settings: RunSettings, device: str, home: str) -> Setting:
     skeletons = {role: _skeleton(settings, role, layout) for role in settings.specs}
     student = skeletons.pop(STUDENT)
     heads, token_bytes = _cached(settings)
+    elsewhere = settings.cache is not None or settings.served is not None
     return make_setting(
         StepSettings(
             settings.loss, settings.data, settings.model, settings.trainer, settings.kernels, settings.rollout
@@ -149,7 +150,7 @@ def setting_of(settings: RunSettings, device: str, home: str) -> Setting:
         skeletons,
         device=device,
         home=home,
-        adapted=settings.model.lora is not None and settings.cache is None and STUDENT_RAW in settings.loss.requires,
+        adapted=settings.model.lora is not None and not elsewhere and STUDENT_RAW in settings.loss.requires,
         cached_heads=heads,
         cached_bytes=token_bytes,
         half_weights=settings.optim.half_weights,

@@ -43,7 +43,7 @@ class Skeleton:
     @property
     def weight_bytes(self) -> int:
         """Bytes of all parameters, tied ones once; quantised layers at their bits per weight."""
-        bits = weight_bits(self.spec.quantization or getattr(self.config, "quantization_config", None))
+        bits = weight_bits(self.spec.quantization or getattr(self.model.config, "quantization_config", None))
         packed = {id(weight) for weight in self._linear_weights()} if bits is not None else set()
         return sum(
             p.numel() * (bits or 0) // 8 if id(p) in packed else p.numel() * self._itemsize(p)
@@ -76,7 +76,8 @@ class Skeleton:
 
     @property
     def config(self) -> Any:
-        return self.model.config
+        """The configuration of the text decoder, which is the model's own unless it reads images."""
+        return self.model.config.get_text_config(decoder=True)
 
     @property
     def head(self) -> torch.Tensor:

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from deltakd.data import DataConfig, Row, encode_prompts
+from deltakd.data.encoding.images import row_images
 from deltakd.distributed.ranks import is_main_process
 from deltakd.distributed.sharding import gathered, place
 from deltakd.evaluation import METRIC_TITLES, EvaluationSet, by_task, evaluate_set, matches, scored, summarise
@@ -46,6 +47,7 @@ def make_set(
     """
     template = data.make_template(tokenizer)
     prompt_ids, cut = encode_prompts(rows, template, tokenizer, data.max_prompt_length)
+    images = [row_images(row, tokenizer) for row in rows]
     if cut:
         log.warning("%d of %d prompts of %s were cut to %d tokens.", cut, len(rows), name, data.max_prompt_length)
     return EvaluationSet(
@@ -60,6 +62,7 @@ def make_set(
         asked={"template": data.template, "max_prompt_length": data.max_prompt_length},
         cut=cut,
         tasks=[row.task for row in rows],
+        images=images if any(images) else [],
     )
 
 

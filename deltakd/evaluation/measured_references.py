@@ -19,7 +19,14 @@ from deltakd.generation.model_step import position_limit
 from deltakd.models import LanguageModel, ModelSettings, load_config, spec_problems
 from deltakd.models.identity import spec_of
 from deltakd.models.roles import open_reference
-from deltakd.references import CachedReferences, CacheSettings, CacheStore, LiveReferences, References
+from deltakd.references import (
+    CachedReferences,
+    CacheSettings,
+    CacheStore,
+    LiveReferences,
+    References,
+    ServedReferences,
+)
 from deltakd.references.content import cached_model_problems
 from deltakd.references.index import keys_of_set
 from deltakd.types import STUDENT, STUDENT_RAW, TEACHER, TEACHER_RAW, Batch, Head
@@ -38,7 +45,7 @@ class HeadSource:
         parts: sources of the heads.
         roles: roles that have a head.
         vocabulary: number of tokens that all of them share.
-        name: ``cached``, ``live``, both, or ``none``.
+        name: ``cached``, ``served``, ``live``, several of them, or ``none``.
     """
 
     parts: list[References]
@@ -71,6 +78,7 @@ class MeasuredReferences:
         tokenizer: the student's.
         vocabulary: its number of tokens.
         cache: the group ``reference`` if it names a cache, else None.
+        served: references that a server runs; no teacher is loaded then. None: there are none.
         loaded: role -> frozen model already in memory.
         placement: placement of the live references, see ``LiveReferences``.
         device: the student's device.
@@ -85,8 +93,10 @@ class MeasuredReferences:
         loaded: Mapping[str, LanguageModel],
         placement: str,
         device: torch.device,
+        served: ServedReferences | None = None,
     ) -> None:
         self._models = models
+        self._served = served
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
         self._placement = placement
@@ -100,6 +110,8 @@ class MeasuredReferences:
         self._cached = None if cache is None else self._open(cache)
         if self._cached is not None:
             self._cached.to(device)
+        if served is not None:
+            served.to(device)
 
     def missing(self) -> dict[str, str]:
         """Return role -> why it is not available, as far as the config shows without loading a model."""
@@ -140,12 +152,14 @@ class MeasuredReferences:
             wanted: the roles to find.
         """
         cached = self._cached_roles(encoded, rows) & frozenset(wanted)
-        live = self._fitting(
-            self._live({role for role in wanted if role not in cached}, int(encoded.lengths[rows].max()))
-        )
+        longest = int(encoded.lengths[rows].max())
+        served = self._served_roles(longest) & frozenset(wanted)
+        live = self._fitting(self._live({role for role in wanted if role not in cached | served}, longest))
         own = {role: model.vocabulary for role, model in live.items()}
         if self._cached is not None:
             own |= dict.fromkeys(cached, self._cached.vocabulary)
+        if self._served is not None:
+            own |= dict.fromkeys(served, self._served.vocabulary)
         # The ranks agree on the roles: one of them may have failed to read a file, or run out of memory.
         of_ranks = gathered(own)
         roles = frozenset.intersection(*(frozenset(of) for of in of_ranks))
@@ -156,6 +170,8 @@ class MeasuredReferences:
         parts: dict[str, References] = {}
         if self._cached is not None and roles & cached:
             parts["cached"] = self._cached
+        if self._served is not None and roles & served:
+            parts["served"] = self._served
         if roles & live.keys():
             references = LiveReferences({role: live[role] for role in live if role in roles}, placement=self._placement)
             references.to(self._device)
@@ -168,6 +184,15 @@ class MeasuredReferences:
         needed = rows[encoded.valid_tokens[rows] > 0]
         there = self._cached.index.find(keys_of_set(encoded)[needed]) >= 0
         return self._cached.roles if there.all() else frozenset()
+
+    def _served_roles(self, longest: int) -> frozenset[str]:
+        if self._served is None:
+            return frozenset()
+        positions = self._served.positions
+        if positions is not None and longest > positions:
+            log.warning("The server's models have positions for %d tokens, but a row has %d.", positions, longest)
+            return frozenset()
+        return self._served.roles
 
     def _open(self, settings: CacheSettings) -> CachedReferences | None:
         """Return the cached roles whose models match the config; None if there are none.
@@ -238,7 +263,9 @@ class MeasuredReferences:
         if role in self._loaded or role in self._given_up:
             return self._loaded.get(role)
         spec = spec_of(self._models, role)
-        if spec is not None and self._is_named(role):
+        if self._served is not None and role != STUDENT_RAW:
+            self.reasons[role] = "the server of references does not run it"
+        elif spec is not None and self._is_named(role):
             try:
                 self._loaded[role] = open_reference(role, spec, self._models, self._tokenizer, self._vocabulary)
             except (ValueError, OSError, torch.OutOfMemoryError) as error:

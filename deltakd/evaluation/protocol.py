@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from deltakd.data.encoding.images import RowImages, read_images
 from deltakd.evaluation.scoring import METRICS, score
 from deltakd.generation.decoding import Decoding
 from deltakd.generation.generator import answer_budget, generate
@@ -39,6 +40,7 @@ class EvaluationSet:
         asked: how the prompts were made (template, length limit), for the record only.
         cut: how many prompts were longer than the length limit, for the record only.
         tasks: each row's task, or None; empty: no row has one.
+        images: of each row, or None; empty: no row has any.
 
     Raises:
         ValueError: the lengths differ, or a row id occurs twice.
@@ -55,6 +57,7 @@ class EvaluationSet:
     asked: Mapping[str, Any] = field(default_factory=dict)
     cut: int = 0
     tasks: list[str | None] = field(default_factory=list)
+    images: list[RowImages | None] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         lengths = {key: len(getattr(self, key)) for key in ("row_ids", "prompts", "prompt_ids", "references")}
@@ -69,9 +72,14 @@ class EvaluationSet:
     def part(self, number: int, parts: int) -> EvaluationSet:
         """Return every ``parts``-th row, starting at row ``number``; the parts together make up the set."""
         rows = slice(number, None, parts)
-        names = ("row_ids", "prompts", "prompt_ids", "references", "tasks")
+        names = ("row_ids", "prompts", "prompt_ids", "references", "tasks", "images")
         lists = {name: getattr(self, name)[rows] for name in names}
         return replace(self, **lists)
+
+    def read_images(self, places: Sequence[int]) -> dict[str, Tensor] | None:
+        """Return the tensors of the images of these rows; None: they have none."""
+        held = [(images, self.prompt_ids[place]) for place in places if (images := self.images[place]) is not None]
+        return read_images([images for images, _ in held], [ids for _, ids in held])
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -124,6 +132,7 @@ def answer_set(
         eos_ids=eos_ids,
         vocab_size=vocab_size,
         pad_id=pad_id,
+        images=eval_set.read_images if eval_set.images else None,
         progress=progress,
     )
     budgets = [

@@ -17,7 +17,7 @@ from deltakd.evaluation.settings import EvaluationSettings
 from deltakd.evaluation.span_measures import SpanTeacher
 from deltakd.evaluation.teacher_forced import device_of
 from deltakd.models import LanguageModel, ModelSettings
-from deltakd.references import CacheSettings, LiveSettings, ReferenceSettings
+from deltakd.references import CacheSettings, LiveSettings, ReferenceSettings, ServedReferences
 from deltakd.types import teacher_pair
 
 log = logging.getLogger(__name__)
@@ -38,6 +38,7 @@ class Subject:
         loaded: role -> frozen model already in memory, of those with the student's tokenizer.
         show_progress: show a progress bar.
         teacher: with a tokenizer of its own; None: there is none.
+        served: references that a server runs; None: there are none.
     """
 
     models: ModelSettings
@@ -50,6 +51,7 @@ class Subject:
     loaded: Mapping[str, LanguageModel] = field(default_factory=dict)
     show_progress: bool = True
     teacher: SpanTeacher | None = None
+    served: ServedReferences | None = None
 
 
 @final
@@ -92,4 +94,5 @@ class Judges:
             own,
             subject.references.placement,
             device_of(subject.model),
+            subject.served,
         )

@@ -16,12 +16,22 @@ from deltakd.generation.noise import NoiseKey
 
 @dataclass
 class Row:
-    """One answer in progress; ``noise`` is None for greedy decoding, ``end`` is the EOS that ended it."""
+    """One answer in progress.
+
+    Args:
+        row_id: the row in the data set.
+        prompt: its tokens.
+        budget: most tokens of the answer.
+        noise: key of the noise; None: greedy decoding.
+        number: place of the prompt among all prompts.
+        end: the EOS that ended the answer.
+    """
 
     row_id: int
     prompt: Sequence[int]
     budget: int
     noise: NoiseKey | None
+    number: int = 0
     tokens: list[int] = field(default_factory=list)
     finished: bool = False
     end: int | None = None

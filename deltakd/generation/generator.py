@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from deltakd.generation.decoding import Decoding
 from deltakd.generation.full_batch import DecodingState, Row
 from deltakd.generation.key_values import can_select
-from deltakd.generation.model_step import MixedStep, Mixture, Step, evaluating, position_limit
+from deltakd.generation.model_step import Images, MixedStep, Mixture, Step, evaluating, position_limit
 from deltakd.generation.noise import NoiseKey
 from deltakd.generation.sampling import TokenChoice
 
@@ -42,6 +42,7 @@ def generate(
     eos_ids: frozenset[int],
     vocab_size: int,
     pad_id: int,
+    images: Images | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[list[list[int]]]:
     """Continue every prompt under every seed.
@@ -60,6 +61,8 @@ def generate(
         eos_ids: tokens that end an answer; may be empty.
         vocab_size: V of the tokenizer; logits beyond it are padding and are cut off.
         pad_id: any id that the model can embed; padding is masked.
+        images: returns the tensors of the images of the prompts with the given places, in this order, for models that
+            read images; None: no prompt has any.
         progress: called as answers end, with the number ended so far, out of S per prompt.
 
     Returns:
@@ -88,6 +91,7 @@ def generate(
         eos_ids=eos_ids,
         vocab_size=vocab_size,
         pad_id=pad_id,
+        images=images,
         progress=None if progress is None else lambda ended: progress(ended * share),
     )
     return [[list(same[i % len(noises)].text) for same in answers] for i in range(len(seeds))]
@@ -124,6 +128,7 @@ def sample(
     pad_id: int,
     longest: int | None = None,
     mixture: Mixture | None = None,
+    images: Images | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[list[Sampled]]:
     """Continue every prompt once for each of its keys, by which its noise is drawn.
@@ -133,6 +138,7 @@ def sample(
         keys: for each prompt the keys of its answers; with greedy decoding all its answers are the same.
         longest: maximum tokens of prompt and answer together; None: only the model's limit.
         mixture: a second model, from whose distribution mixed with the model's the tokens are drawn.
+        images: as for ``generate``; both models read them.
         progress: called as answers end, with the number ended so far.
 
     Returns:
@@ -144,9 +150,12 @@ def sample(
     _check(decoding, batch_size, [])
     models = [model] if mixture is None else [model, mixture.other]
     limit = min((n for n in (*map(position_limit, models), longest) if n is not None), default=None)
-    rows = [_rows(prompt, own, decoding, limit) for prompt, own in zip(prompts, keys, strict=True)]
+    rows = [
+        _rows(number, prompt, own, decoding, limit)
+        for number, (prompt, own) in enumerate(zip(prompts, keys, strict=True))
+    ]
     queue = sorted(rows, key=lambda same: len(same[0].prompt), reverse=True)
-    steps = [Step(one, decoding.processors(), vocab_size) for one in models]
+    steps = [Step(one, decoding.processors(), vocab_size, images) for one in models]
     step = steps[0] if mixture is None else MixedStep(steps[0], steps[1], mixture.weight)
     decoder = _Decoder(step, TokenChoice(vocab_size), eos_ids, pad_id)
     ended = 0
@@ -158,13 +167,16 @@ def sample(
     return [[_sampled(row) for row in own] for own in rows]
 
 
-def _rows(prompt: Sequence[int], keys: Sequence[NoiseKey], decoding: Decoding, limit: int | None) -> list[Row]:
+def _rows(
+    number: int, prompt: Sequence[int], keys: Sequence[NoiseKey], decoding: Decoding, limit: int | None
+) -> list[Row]:
     return [
         Row(
             key.row,
             prompt,
             answer_budget(prompt, key.row, decoding.max_new_tokens, limit),
             key if decoding.do_sample else None,
+            number,
         )
         for key in keys
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,17 +14,32 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from deltakd.generation.full_batch import DecodingState
+from deltakd.generation.image_inputs import has_positions_of_axes, image_inputs, positions_of_axes
 from deltakd.generation.key_values import JointCache
 from deltakd.types import at_least_float32
 
+#: Returns the tensors of the images of the prompts with the given places; None: they have none.
+Images = Callable[[Sequence[int]], dict[str, Tensor] | None]
+
 
 class Step:
-    """One forward pass over a state."""
+    """One forward pass over a state.
 
-    def __init__(self, model: nn.Module, processors: Callable[..., Any], vocab_size: int) -> None:
+    Args:
+        model: a transformers decoder, possibly wrapped by PEFT.
+        processors: change the logits.
+        vocab_size: V; logits beyond it are cut.
+        images: as for ``generate``.
+    """
+
+    def __init__(
+        self, model: nn.Module, processors: Callable[..., Any], vocab_size: int, images: Images | None = None
+    ) -> None:
         self._model = model
         self._processors = processors
         self._vocab_size = vocab_size
+        self._images = images
+        self._axes = has_positions_of_axes(_unwrapped(model))
         self._parameters = inspect.signature(_unwrapped(model).forward).parameters
         # Pure state-space models (Mamba) use another name for their cache, and multiply their input by the mask.
         self._cache_name = next(
@@ -44,6 +59,7 @@ class Step:
             extra["logits_to_keep"] = 1
         if "position_ids" in self._parameters:
             extra["position_ids"] = state.positions
+        self._add_images(extra, state)
         width = state.input_ids.shape[1] if self._cache_name == "cache_params" else state.mask.shape[1]
         output = self._model(
             input_ids=state.input_ids,
@@ -64,6 +80,26 @@ class Step:
             )
         processed: Tensor = self._processors(state.history, at_least_float32(logits[:, : self._vocab_size]))
         return processed
+
+    def _add_images(self, extra: dict[str, Any], state: DecodingState) -> None:
+        """Add the images of rows that are not in the cache yet, and the positions of models that count by axis."""
+        images = None
+        if self._images is not None and state.cache is None:
+            images = self._images([row.number for row in state.rows])
+        if images is not None:
+            images = {name: tensor.to(self.device) for name, tensor in images.items()}
+            extra |= image_inputs(_unwrapped(self._model), images, state.input_ids)
+        if self._axes:
+            positions_3Bt = positions_of_axes(
+                _unwrapped(self._model),
+                images,
+                state.input_ids,
+                state.mask[:, -state.input_ids.shape[1] :],
+                state.positions,
+            )
+            extra["position_ids"] = positions_3Bt
+            # A prompt ends with text, whose three positions are equal: the answer counts on from there.
+            state.positions = positions_3Bt[0]
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,14 @@
-"""Blocks of rows for elementwise work on logits, so that each operation stays in cache, not in main memory."""
+"""Memory for logits: blocks of rows that stay in cache, and buffers that the next chunk overwrites."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import final
 
 from torch import Tensor
+
+from deltakd.types import Head
+from deltakd.types.heads import aligned_rows
 
 #: Bytes of logits in a block of rows: on a CPU two blocks fit in a core's cache; on other devices one block keeps the
 #: device busy.
@@ -17,3 +21,23 @@ def row_blocks(z_NV: Tensor) -> Iterator[slice]:
     size = max(1, BLOCK_BYTES.get(z_NV.device.type, BLOCK_BYTES_ELSEWHERE) // (z_NV.shape[1] * z_NV.itemsize))
     for start in range(0, max(1, len(z_NV)), size):
         yield slice(start, min(start + size, len(z_NV)))
+
+
+@final
+class ChunkBuffers:
+    """Tensors of logits that one chunk leaves to the next.
+
+    On a CPU, large tensors are pages that the system maps for each and fills with zeros: a sixth of the time of a loss.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def logits(self, name: str, head: Head) -> Tensor:
+        """Return a tensor for the logits of a head, [n, V], holding anything; the same memory for the same name."""
+        rows, columns = len(head), head.weight.shape[0]
+        kept = self._kept.get(name)
+        if kept is None or len(kept) < rows:
+            kept = aligned_rows(rows, columns, head.hidden.new_empty(0, dtype=head.dtype))
+            self._kept[name] = kept
+        return kept[:rows]

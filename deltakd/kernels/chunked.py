@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from deltakd.kernels import gpu
+from deltakd.kernels.blocks import ChunkBuffers
 from deltakd.kernels.buckets import Buckets, bucketed_chunk, triton_bucketed_chunk
 from deltakd.kernels.fused import fused_chunk, fusible, triton_chunk, triton_form
 from deltakd.kernels.head_gradients import HeadGradients, gradient_bound
@@ -156,6 +157,7 @@ class _Work:
     facts: TokenFacts = NO_FACTS
     by_triton: bool = False
     parts: dict[str, Tensor] = field(default_factory=dict)
+    buffers: ChunkBuffers = field(default_factory=ChunkBuffers)
 
     def run(self, grads: dict[str, Tensor] | None) -> Tensor:
         """Sum the loss; add each chunk's gradients to ``grads`` (hidden by rows, weight and bias in place)."""
@@ -187,7 +189,7 @@ class _Work:
                 gradients.add_summands(summands, rows)
             return values
         if self.form is not None and gradients is not None:
-            values, grad_NV = fused_chunk(self.form, chunk, references, labels)
+            values, grad_NV = fused_chunk(self.form, chunk, references, labels, self.buffers)
             gradients.add(grad_NV, rows)
             return values
         if self.buckets is not None and self.by_triton:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from deltakd.kernels import gpu
-from deltakd.kernels.blocks import row_blocks
+from deltakd.kernels.blocks import ChunkBuffers, row_blocks
 from deltakd.kernels.finite_biases import is_finite
 from deltakd.kernels.head_gradients import GradientFormat
 from deltakd.types import STUDENT, Gate, Head, HeadLogits, LinearKL, Loss
@@ -55,7 +55,7 @@ def _linear(head: Head) -> bool:
 
 @torch.no_grad()
 def fused_chunk(
-    form: LinearKL, student: Head, references: Mapping[str, Head], labels: Tensor
+    form: LinearKL, student: Head, references: Mapping[str, Head], labels: Tensor, buffers: ChunkBuffers
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Compute loss and gradient of n tokens.
 
@@ -63,12 +63,18 @@ def fused_chunk(
         form: what to compute.
         student, references: heads over the n tokens.
         labels: [n] int64.
+        buffers: for the logits.
 
     Returns:
-        ``loss`` and its parts, [n] nats each, and the gradient of the summed loss w.r.t. the student's logits, [n, V].
+        ``loss`` and its parts, [n] nats each, and the gradient of the summed loss w.r.t. the student's logits, [n, V],
+        in one of the buffers.
     """
-    z_NV = student.add_logits(None, 1.0)
-    target_NV = None if form.ce_weight == 1.0 else HeadLogits(z_NV, references).combined(form.coefficients)
+    z_NV = student.add_logits(buffers.logits("student", student), 1.0, beta=0.0)
+    target_NV = None
+    if form.ce_weight != 1.0:
+        alike = all(head.dtype == student.dtype for head in references.values())
+        into_NV = buffers.logits("target", student) if alike else None
+        target_NV = HeadLogits(z_NV, references).combined(form.coefficients, into_NV)
     gated = {}
     if target_NV is not None and form.gate is not None:
         gated[form.gate.name] = _add_gated(form.gate, form.coefficients, target_NV, references)

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from transformers import PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from deltakd.models.image_models import IMAGE_FAMILIES
 
 
 class NotCausalError(ValueError):
@@ -39,6 +45,10 @@ def _other_kind(config: PretrainedConfig) -> str | None:
     if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return None
     kind = config.model_type
+    if kind in IMAGE_FAMILIES:
+        return None
+    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return f"an image model of a family that is not known here (known: {', '.join(sorted(IMAGE_FAMILIES))})"
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES
         return "an encoder, which sees the tokens after each position" if encoder else "a model without a causal head"

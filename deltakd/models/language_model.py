@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor, nn
 
+from deltakd.generation.image_inputs import image_inputs
 from deltakd.generation.model_step import position_limit
+from deltakd.models.image_models import reads_images
 from deltakd.models.row_masks import many_rows_each, one_row_each
 from deltakd.types import Head, PackedRows, TokenStream
 
@@ -80,20 +82,26 @@ class LanguageModel(nn.Module):
     @cached_property
     def _needs_mask(self) -> bool:
         """False for attention as transformers writes it: no token sees the padding on its right."""
-        return self.keeps_a_state or bool(getattr(self.causal_lm.config, "auto_map", None))
+        config = self.causal_lm.config
+        return self.keeps_a_state or reads_images(config) or bool(getattr(config, "auto_map", None))
 
-    def hidden_states(self, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
+    def hidden_states(
+        self, input_ids_BT: Tensor, attention_mask_BT: Tensor, images: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
         """Return [B, T, D], the last hidden states after the final norm: the head's input.
 
         Args:
             input_ids_BT: rows padded on the right.
             attention_mask_BT: 1 on real tokens. Where it is 0, hidden states mean nothing.
+            images: of the rows (``TokenStream.images``), if they have any.
         """
         body = self.causal_lm.base_model
         accepted = inspect.signature(body.forward).parameters
         options: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted or "kwargs" in accepted else {}
         if self._needs_mask:
             options["attention_mask"] = attention_mask_BT
+        if images is not None:
+            options |= image_inputs(self.causal_lm, images, input_ids_BT)
         with one_row_each():
             return body(input_ids=input_ids_BT, **options).last_hidden_state
 
@@ -108,7 +116,7 @@ class LanguageModel(nn.Module):
         """
         if rows.packed is not None:
             return self.head_of(self.packed_hidden_states(rows.packed).flatten(0, 1)[rows.packed.valid])
-        hidden_BTD = self.hidden_states(rows.input_ids, rows.attention_mask)
+        hidden_BTD = self.hidden_states(rows.input_ids, rows.attention_mask, rows.images)
         return self.head_of(rows.at_valid(hidden_BTD))
 
     def packed_hidden_states(self, rows: PackedRows) -> Tensor:

@@ -14,6 +14,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Pretr
 
 from deltakd.io.hub import hub_reachable
 from deltakd.models.causal import check_causal
+from deltakd.models.image_models import IMAGE_FAMILIES, auto_class
 from deltakd.models.quantization import quantization_config, quantization_problems
 from deltakd.models.settings import ModelSpec
 
@@ -30,6 +31,8 @@ def spec_problems(role: str, spec: ModelSpec) -> list[str]:
     found = []
     if spec.init == "random" and not (spec.architecture or {}).get("model_type"):
         found.append(f"{key}.init=random needs {key}.architecture with a model_type (gpt2, llama, ...)")
+    elif spec.init == "random" and (kind := (spec.architecture or {}).get("model_type")) in IMAGE_FAMILIES:
+        found.append(f"{key}.init=random builds text models, and {kind} reads images; give {key}.path")
     elif spec.init == "pretrained" and not spec.path:
         found.append(f"{key}.path is missing; give a hub id or a local directory: {key}.path=...")
     elif spec.init == "pretrained" and spec.path:
@@ -123,7 +126,7 @@ def load_model(
     if spec.quantization is not None:
         options["quantization_config"] = quantization_config(spec.quantization)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class(config).from_pretrained(
             str(spec.path),
             config=config,
             dtype=DTYPES[spec.dtype],
@@ -164,7 +167,7 @@ def load_skeleton(
     config.__dict__.pop("quantization_config", None)
     options: dict[str, Any] = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=DTYPES[spec.dtype], **options)
+        return auto_class(config).from_config(config, dtype=DTYPES[spec.dtype], **options)
 
 
 def _architecture(role: str, spec: ModelSpec, vocabulary: int, eos_token_id: int | None) -> PretrainedConfig:

@@ -21,9 +21,10 @@ from peft import (
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from deltakd.models.image_models import auto_class
 from deltakd.models.settings import LoraSpec
 
 log = logging.getLogger(__name__)
@@ -116,7 +117,7 @@ def merged(adapted: PeftModel) -> PreTrainedModel:
         # Merging works in place, and the run may still need the adapter.
         return _merge(copy.deepcopy(adapted))
     try:
-        fresh = AutoModelForCausalLM.from_pretrained(base.name_or_path, dtype=base.config.dtype)
+        fresh = auto_class(base.config).from_pretrained(base.name_or_path, dtype=base.config.dtype)
     except OSError as error:
         raise ValueError(
             f"model.student.path={base.name_or_path} is needed to merge the adapter of a quantised student, but can't "

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from deltakd.data import read_texts
 from deltakd.generation.model_step import position_limit
 from deltakd.io.files import replacing
 from deltakd.io.hub import hub_reachable
+from deltakd.models.image_models import auto_class
 from deltakd.models.language_model import LanguageModel
 from deltakd.models.loading import load_config, load_model, spec_problems
 from deltakd.models.recurrence import check_recurrence
@@ -249,11 +251,14 @@ def open_exported(path: str | Path, models: ModelSettings, vocabulary: int, devi
         ValueError: no model can be loaded from there, or it transforms its logits in an unknown way.
     """
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+        remote: dict[str, Any] = {
+            "trust_remote_code": models.trust_remote_code,
+            "local_files_only": not hub_reachable(),
+        }
+        model: nn.Module = auto_class(AutoConfig.from_pretrained(path, **remote)).from_pretrained(
             path,
             attn_implementation=models.attn_implementation,
-            trust_remote_code=models.trust_remote_code,
-            local_files_only=not hub_reachable(),
+            **remote,
         )
     except (OSError, ValueError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -10,8 +10,10 @@ from typing import Any
 import accelerate.utils.other
 from transformers import PreTrainedTokenizerBase
 
+from deltakd.data.encoding.images import reader_beside
 from deltakd.io.files import replacing
 from deltakd.models.export_check import ExportCheck
+from deltakd.models.image_models import reads_images
 from deltakd.models.language_model import LanguageModel
 from deltakd.models.lora import merged
 
@@ -69,6 +71,8 @@ def save_student(
     with replacing(directory, "the student") as partial:
         save_weights(causal_lm, partial)
         tokenizer.save_pretrained(partial)
+        if reads_images(causal_lm.config):
+            reader_beside(tokenizer).save(partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
         if check is not None:
             # A quantised student is exported with its unquantised weights, which give different logits.

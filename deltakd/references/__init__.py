@@ -4,7 +4,14 @@ from deltakd.references.base import References, RoutedHeads
 from deltakd.references.cached import CachedReferences
 from deltakd.references.live import LiveReferences
 from deltakd.references.routed import RoutedReferences
-from deltakd.references.settings import CacheSettings, LiveSettings, ReferenceSettings, SourceSettings
+from deltakd.references.serving.remote import ServedReferences
+from deltakd.references.settings import (
+    CacheSettings,
+    LiveSettings,
+    ReferenceSettings,
+    ServedSettings,
+    SourceSettings,
+)
 from deltakd.references.store import CacheStore, StoreError
 
 __all__ = [
@@ -17,6 +24,8 @@ __all__ = [
     "References",
     "RoutedHeads",
     "RoutedReferences",
+    "ServedReferences",
+    "ServedSettings",
     "SourceSettings",
     "StoreError",
 ]

@@ -100,25 +100,36 @@ def _store_problems(content: Mapping[str, Any], loss: Loss, settings: CacheSetti
 
 
 def cached_model_problems(role: str, spec: ModelSpec | None, held: Mapping[str, Any], path: str) -> list[str]:
-    """Return how the config's model differs from the cached one; if it is not on this machine, compare the paths."""
+    """Return how the config's model differs from the cached one, one sentence each."""
+    return [differs(key, here, there, path) for key, here, there in model_differences(role, spec, held)]
+
+
+def model_differences(role: str, spec: ModelSpec | None, held: Mapping[str, Any]) -> list[tuple[str, object, object]]:
+    """Return (config key, value here, value there) for each difference of the config's model from one run elsewhere.
+
+    Args:
+        role: of both.
+        spec: the config's; if its files are not on this machine, the paths are compared.
+        held: ``model_identity`` of the other.
+    """
     if spec is None or not spec.path or held.get("served"):
         return []
     given = model_identity(spec)
-    found = []
-    for key in ("dtype", "quantization"):
-        if given[key] != held.get(key):
-            found.append(differs(f"model.{role}.{key}", given[key], held.get(key), path))
+    found: list[tuple[str, object, object]] = [
+        (f"model.{role}.{key}", given[key], held.get(key))
+        for key in ("dtype", "quantization")
+        if given[key] != held.get(key)
+    ]
     adapter, held_adapter = given.get("adapter") or {}, held.get("adapter") or {}
-    if adapter.get("sha256") != held_adapter.get("sha256"):
-        found.append(differs(f"model.{role}.adapter", adapter.get("path"), held_adapter.get("path"), path))
+    compared = "sha256" if adapter.get("sha256") and held_adapter.get("sha256") else "path"
+    if adapter.get(compared) != held_adapter.get(compared):
+        found.append((f"model.{role}.adapter", adapter.get("path"), held_adapter.get("path")))
     known = next((key for key in ("commit", "sha256") if given[key] and held[key]), None)
     if known is None and given["path"] != held["path"]:
-        found.append(
-            differs(f"model.{role}.path", given["path"], held["path"], path) + " (that model is not here to compare)"
-        )
+        found.append((f"model.{role}.path", given["path"], f"{held['path']} (that model is not here to compare)"))
     elif known is not None and given[known] != held[known]:
         here, there = (f"{side['path']} ({known} {side[known][:12]})" for side in (given, held))
-        found.append(differs(f"model.{role}", here, there, path))
+        found.append((f"model.{role}", here, there))
     return found
 
 

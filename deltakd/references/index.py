@@ -27,7 +27,13 @@ def row_key(*tokens: NDArray[Any]) -> bytes:
 
 
 def keys_of_set(encoded: EncodedSet) -> NDArray[np.uint8]:
-    """Return [n, 16], the keys of all rows of a set."""
+    """Return [n, 16], the keys of all rows of a set.
+
+    Raises:
+        ValueError: rows hold images, which their tokens don't tell apart.
+    """
+    if encoded.images is not None:
+        raise ValueError("rows hold images, and a cache finds rows by their tokens alone; give reference=live")
     return keys_of_rows(encoded, range(len(encoded)))
 
 

@@ -16,11 +16,12 @@ from deltakd.models import LanguageModel
 from deltakd.models.settings import Dtype, ModelSpec
 from deltakd.references.base import References
 from deltakd.references.live import LiveReferences
+from deltakd.references.serving.address import Address
 from deltakd.types import STUDENT
 
 
 class ReferenceSettings:
-    """Base of the choices of the group ``reference``: ``LiveSettings``, ``CacheSettings``, or your own source.
+    """Base of the choices of ``reference``: ``LiveSettings``, ``CacheSettings``, ``ServedSettings``, or your own.
 
     Attributes:
         placement: a separate device for live references; ``auto``: the student's.
@@ -110,6 +111,35 @@ class LiveSettings(SourceSettings):
                 if role != STUDENT and spec.quantization is not None
             ]
         return found
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class ServedSettings(ReferenceSettings):
+    """A server runs the references, in another process or on another machine (``conf/reference/served.yaml``).
+
+    Args:
+        url: where the server listens: ``tcp://host:port`` or ``unix:///path``.
+        ahead: micro-batches made and asked for in advance; 0: each is asked for when its step starts.
+        wait_s: seconds to wait for a server that is not there, or not any more, before the run stops.
+    """
+
+    url: Annotated[str | None, Resume.FREE] = None
+    ahead: Annotated[int, Ge(0), Resume.FREE] = 2
+    wait_s: Annotated[float, Ge(0), Resume.FREE] = 300.0
+
+    @property
+    def address(self) -> Address:
+        """Where the server listens. Raises ValueError if ``url`` is no address."""
+        return Address.parse(self.url, "reference.url")
+
+    def problems(self, specs: Mapping[str, ModelSpec]) -> list[str]:
+        """Return the problems with ``reference``, one sentence each."""
+        try:
+            _ = self.address
+        except ValueError as error:
+            return [str(error)]
+        return []
 
 
 @final

@@ -145,6 +145,8 @@ class RolloutData(DistillationData):
             world_size=world_size,
             seed=self.seed,
             pairs=self.pairs,
+            prepare=self._prepare,
+            ahead=self.batches_ahead,
         )
         return self.loader
 

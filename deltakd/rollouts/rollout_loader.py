@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deltakd.data.batches.ahead import begun_ahead
 from deltakd.data.batches.loader import collate, saved_position
 from deltakd.data.batches.sampler import StepSampler
 from deltakd.data.encoding.encoded_set import Encoded, EncodedSet
@@ -56,6 +57,7 @@ class RolloutLoader:
         rank, world_size: this rank's place.
         seed: for the noise, and for the choice of rows if not all responses are the student's.
         pairs: each response of the student follows that of the data to the same prompt; the batch size is then even.
+        prepare: called with each batch of a step, ``ahead`` of them before they are needed.
     """
 
     def __init__(
@@ -72,8 +74,12 @@ class RolloutLoader:
         world_size: int,
         seed: int,
         pairs: bool = False,
+        prepare: Callable[[Batch], Batch] = lambda batch: batch,
+        ahead: int = 0,
     ) -> None:
         self.encoded = encoded
+        self.prepare = prepare
+        self.ahead = ahead
         self.sampler = sampler
         self.engine = engine
         self.settings = settings
@@ -99,21 +105,26 @@ class RolloutLoader:
         return self.sampler.total_steps * self.accumulate
 
     def __iter__(self) -> Iterator[Batch]:
-        rows: list[_Row] = []
-        dealt, step_tokens = -1, 0
-        pairs: StepPairs | None = None
-        for index in range(self._start, len(self)):
-            step, number = divmod(index, self.accumulate)
-            if step != dealt:
-                rows, dealt = self._rows(step), step
-                step_tokens = _valid_tokens(rows)
-                pairs = StepPairs(len(rows) // 2, _valid_tokens(rows[::2])) if self.pairs else None
+        index = self._start
+        while index < len(self):
+            # No later step is begun: it needs the weights after this one.
+            for batch in begun_ahead(self._batches(*divmod(index, self.accumulate)), self.ahead):
+                index += 1
+                # Set before the batch is handed over: a checkpoint saved while the caller holds it counts it as
+                # consumed.
+                self._position = index
+                yield batch
+
+    def _batches(self, step: int, first: int) -> Iterator[Batch]:
+        """Yield this rank's micro-batches of a step, from number ``first``."""
+        rows = self._rows(step)
+        step_tokens = _valid_tokens(rows)
+        pairs = StepPairs(len(rows) // 2, _valid_tokens(rows[::2])) if self.pairs else None
+        for number in range(first, self.accumulate):
             start = (number * self.world_size + self.rank) * self.batch_size
             batch = self._batch(rows[start : start + self.batch_size], step, step_tokens)
             batch.pairs = pairs
-            # Set before the batch is handed over: a checkpoint saved while the caller holds it counts it as consumed.
-            self._position = index + 1
-            yield batch
+            yield self.prepare(batch)
 
     def state_dict(self) -> dict[str, Any]:
         """Return ``position``, the number of micro-batches handed over, and what later steps need of earlier ones."""

@@ -20,7 +20,7 @@ from deltakd.references import CacheStore
 from deltakd.references.fill import in_units
 from deltakd.studies.comparison import comparison, finished_rows
 from deltakd.studies.display import Stages, stages_on
-from deltakd.studies.job_configs import check_predecessors, compose_jobs
+from deltakd.studies.job_configs import check_jobs, compose_jobs, stages_read_by
 from deltakd.studies.study_file import Job, Study
 from deltakd.studies.timing import expected_minutes, measured_seconds, say_estimate, say_hours, seconds_of
 from deltakd.training.answering import run_answers
@@ -41,30 +41,46 @@ def run_study(study: Study, console: Console, stages: Collection[str] = (), chec
 
     Raises:
         ConfigError: a config is wrong, or a stage that is not to be run is not finished, though one that is reads it:
-            all configs are composed before the first run starts. Also at the end of a stage of which runs failed.
+            said before the first run starts. Or runs of a stage failed: said at the end, when all stages that do not
+            read it have run.
         Stopped: a signal came; the state of the run is saved.
     """
     jobs = study.chosen(stages)
-    configs = compose_jobs(study, jobs, checked)
-    check_predecessors(study, jobs, configs)
+    check_jobs(study, jobs, checked)
     measured = measured_seconds(jobs)
     say_estimate(jobs, measured, console)
+    failed: dict[str, str] = {}
     with stages_on(console, study.name, expected_minutes(jobs, measured)) as shown:
         for stage in dict.fromkeys(job.stage.name for job in jobs):
             own = [job for job in jobs if job.stage.name == stage]
+            configs = compose_jobs(study, own)
+            lost = _read_of(failed, own, configs, study)
+            if lost:
+                failed[stage] = f"stage {stage} was not run, since it reads {' and '.join(lost)}"
+                continue
             problems = _run_stage(own, configs, measured[stage], shown)
             if problems:
-                raise ConfigError(
-                    [
-                        f"{len(problems)} of the {len(own)} runs of stage {stage} failed ({'; '.join(problems)}). The "
-                        "others are kept; the same command tries these again, --stages runs other stages"
-                    ]
+                failed[stage] = (
+                    f"{len(problems)} of the {len(own)} runs of stage {stage} failed ({'; '.join(problems)}). The "
+                    "others are kept, and stages that do not read it have run; the same command tries these again"
                 )
     say_hours(study, console)
     if finished_rows(study):
         console.print(comparison(study))
         if study.note is not None:
             console.print(study.note, markup=False, highlight=False)
+    if failed:
+        raise ConfigError(list(failed.values()))
+
+
+def _read_of(
+    failed: Collection[str], jobs: Sequence[Job], configs: Mapping[str, DictConfig], study: Study
+) -> list[str]:
+    """Return those of the failed stages that some runs read."""
+    if not failed:
+        return []
+    read = {stage for job in jobs for stage in stages_read_by(job, configs[job.name], study)}
+    return [stage for stage in failed if stage in read]
 
 
 def _run_stage(

@@ -28,16 +28,18 @@ def announce_models(settings: RunSettings) -> None:
     """Log which of the config's models are not loaded for training, and if they are loaded later."""
     own = (STUDENT, *settings.specs)
     named = [role for role, spec in settings.model.specs.items() if role not in own and spec.path]
-    cached = [role for role in named if settings.cache is not None and role in settings.loss.requires]
+    elsewhere = [role for role in named if role in settings.loss.requires]
+    cached = elsewhere if settings.cache is not None else []
+    served = elsewhere if settings.served is not None else []
     # A raw student's path is the student's by default, not one that the user gave.
-    unread = [role for role in named if role not in (STUDENT_RAW, *cached)]
+    unread = [role for role in named if role not in (STUDENT_RAW, *cached, *served)]
     measures = settings.evaluation.measures
     measured = measures.rows != 0 and measures.references != "none"
     if cached:
         assert settings.cache is not None
         later = "; the measures afterwards load the models for what it lacks" if measured else ""
         log.info("Training reads %s from the cache %s%s.", _listed(cached), settings.cache.path, later)
-    later_read = [role for role in unread if measured and role in WANTED]
+    later_read = [role for role in unread if measured and role in WANTED and settings.served is None]
     for roles, what in (
         (later_read, "loaded afterwards, to measure the student"),
         ([role for role in unread if role not in later_read], "not loaded"),

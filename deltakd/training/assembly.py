@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import lightning as L
 from transformers import PreTrainedTokenizerBase
@@ -29,14 +28,13 @@ from deltakd.models.packing_check import check_packing
 from deltakd.models.roles import OWN_ROLES, Vocabularies, open_model, open_tokenizer, open_vocabularies
 from deltakd.models.vocabulary import unaligned_problems, unknown_token_problems
 from deltakd.references import (
-    CachedReferences,
-    CacheStore,
     LiveReferences,
     References,
     RoutedReferences,
+    ServedReferences,
     SourceSettings,
 )
-from deltakd.references.content import data_identity, data_problems, missing_problem, missing_rows, named_sets
+from deltakd.references.content import named_sets
 from deltakd.rollouts.settings import RolloutSettings
 from deltakd.rollouts.vllm_server import check_server
 from deltakd.training.announce import (
@@ -45,9 +43,11 @@ from deltakd.training.announce import (
     warn_of_extrapolation,
     warn_of_verbatim_prompts,
 )
+from deltakd.training.elsewhere import open_elsewhere
+from deltakd.training.image_check import check_images
 from deltakd.training.inputs import check_inputs, read_inputs
 from deltakd.training.settings import RunSettings
-from deltakd.types import STUDENT, STUDENT_RAW, TEACHER, TokenMap
+from deltakd.types import STUDENT, STUDENT_RAW, TEACHER, Loss, TokenMap
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +97,11 @@ class Parts:
         """Number of tokens of the student."""
         return self.vocabularies.size
 
+    def close(self) -> None:
+        """Leave the server of references, if one was asked."""
+        if isinstance(self.models.references, ServedReferences):
+            self.models.references.close()
+
 
 def load_parts(settings: RunSettings, directory: RunDirectory) -> Parts:
     """Prepare or read the data, then open tokenizer and models.
@@ -116,20 +121,19 @@ def load_parts(settings: RunSettings, directory: RunDirectory) -> Parts:
         prompts_only = settings.rollout.own_rows_alone and not settings.loss.needs_pairs
         sets = settings.data.load(tokenizer, prompts_only=prompts_only, teachers=vocabularies.other)
         settings.data.check_lengths(sets)
+        check_images(settings, sets)
         if settings.model.routes:
             sets = routed(sets, settings.model.routes)
         elif sets.val is not None:
             sets = sets._replace(val=with_tasks(sets.val, sets.val_rows, None))
+        ready = open_elsewhere(settings, tokenizer, sets, vocabularies.other)
+        if ready is not None:
+            other_size = ready.other_vocabulary or vocabularies.other_size
+            vocabularies = replace(vocabularies, size=ready.vocabulary, other_size=other_size)
         check_tokens(sets, tokenizer, vocabularies)
-        cached = None
-        if settings.cache is not None:
-            cached = _cached_references(settings, tokenizer, sets, vocabularies.other)
-            vocabularies = replace(
-                vocabularies, size=cached.vocabulary, other_size=cached.other_vocabulary or vocabularies.other_size
-            )
         token_map = make_token_map(settings, tokenizer, vocabularies)
         if is_main_process():
-            inputs = read_inputs(settings, tokenizer, sets, cached, vocabularies.other)
+            inputs = read_inputs(settings, tokenizer, sets, ready, vocabularies.other)
             shards = None if sets.stream is None else sets.stream.versions
             check_inputs(directory.path, inputs, shards, force=settings.resume == "force")
             _check_server(settings, tokenizer, vocabularies.size)
@@ -141,7 +145,7 @@ def load_parts(settings: RunSettings, directory: RunDirectory) -> Parts:
         )
     # Only the evaluation sets needed the raw rows.
     sets = sets._replace(train_rows=[])
-    models = open_models(settings, tokenizer, vocabularies, cached)
+    models = open_models(settings, tokenizer, vocabularies, ready)
     return Parts(settings, directory, tokenizer, vocabularies, token_map, sets, evaluation, models)
 
 
@@ -158,25 +162,31 @@ def read_vocabularies(settings: RunSettings, tokenizer: PreTrainedTokenizerBase)
         named = {role: spec_of(settings.model, role) for role in sorted(settings.loss.requires)}
         specs |= {role: spec for role, spec in named.items() if spec is not None and role not in OWN_ROLES}
     vocabularies = open_vocabularies(settings.model, specs, tokenizer, aligns=settings.loss.needs_alignment)
-    problems = vocabulary_problems(vocabularies, tokenizer, settings.data, settings.rollout)
+    problems = vocabulary_problems(vocabularies, tokenizer, settings.loss, settings.data, settings.rollout)
     if problems:
         raise ConfigError(problems)
     return vocabularies
 
 
 def vocabulary_problems(
-    vocabularies: Vocabularies, tokenizer: PreTrainedTokenizerBase, data: DataConfig, rollout: RolloutSettings
+    vocabularies: Vocabularies,
+    tokenizer: PreTrainedTokenizerBase,
+    loss: Loss,
+    data: DataConfig,
+    rollout: RolloutSettings,
 ) -> list[str]:
     """Return what a run can't do with the tokenizers of its models, one sentence each.
 
     Args:
         vocabularies: of the models.
         tokenizer: the student's.
+        loss: decides which teachers are read.
         data: the group ``data``.
         rollout: the group ``rollout``.
     """
     if vocabularies.other is None:
-        return data.one_tokenizer_problems()
+        # The baseline of a study, such as sft, has its settings and reads no teacher.
+        return data.one_tokenizer_problems() if loss.requires - set(OWN_ROLES) else []
     problems = data.two_tokenizers_problems()
     for one in (tokenizer, vocabularies.other):
         try:
@@ -263,44 +273,6 @@ def check_tokens(sets: LoadedSets, tokenizer: PreTrainedTokenizerBase, vocabular
         raise ConfigError(problems)
 
 
-def open_cache(
-    settings: RunSettings,
-    tokenizer: PreTrainedTokenizerBase,
-    sets: LoadedSets,
-    teachers: PreTrainedTokenizerBase | None,
-) -> CacheStore:
-    """Open a run's cache, and check that it was made from this data; rows may be missing.
-
-    Raises:
-        ConfigError: names every difference.
-        StoreError: a file is not as it was written.
-    """
-    assert settings.cache is not None
-    assert settings.cache.path is not None
-    store = CacheStore.open(Path(settings.cache.path))
-    given = data_identity(settings.data, tokenizer, sets, teachers)
-    problems = data_problems(store.manifest.content, given, store.path)
-    if problems:
-        raise ConfigError(problems)
-    # Checksums read the whole cache, so one process does it; sizes are cheap.
-    store.check(checksum=settings.cache.verify and is_main_process())
-    return store
-
-
-def _cached_references(
-    settings: RunSettings,
-    tokenizer: PreTrainedTokenizerBase,
-    sets: LoadedSets,
-    teachers: PreTrainedTokenizerBase | None,
-) -> CachedReferences:
-    store = open_cache(settings, tokenizer, sets, teachers)
-    references = CachedReferences(store, settings.loss.requires)
-    missing = missing_problem(missing_rows(references.index, sets), sets, store.path)
-    if missing:
-        raise ConfigError(missing)
-    return references
-
-
 def open_references(
     settings: RunSettings, tokenizer: PreTrainedTokenizerBase, vocabularies: Vocabularies
 ) -> dict[str, LanguageModel]:
@@ -355,7 +327,7 @@ def open_models(
     settings: RunSettings,
     tokenizer: PreTrainedTokenizerBase,
     vocabularies: Vocabularies,
-    cached: References | None = None,
+    ready: References | None = None,
 ) -> Models:
     """Open every model of the run, prepare the student for training, and freeze the references.
 
@@ -363,16 +335,16 @@ def open_models(
         settings: of the run.
         tokenizer: the student's.
         vocabularies: numbers of tokens that the models share.
-        cached: cached references, if the run reads them.
+        ready: references that are run elsewhere, or were (``open_elsewhere``).
 
     Raises:
         ValueError: a model is not available or does not fit.
     """
     student = _trainable(open_role(settings, STUDENT, tokenizer, vocabularies), settings)
     loaded = {STUDENT: student, **open_references(settings, tokenizer, vocabularies)}
-    references = cached
-    if settings.loss.requires and cached is None:
-        assert isinstance(settings.reference, SourceSettings), "a cache that is to be read was not opened"
+    references = ready
+    if settings.loss.requires and ready is None:
+        assert isinstance(settings.reference, SourceSettings), "references that are elsewhere were not opened"
         frozen = {role: model for role, model in loaded.items() if role != STUDENT}
         has_adapter = settings.model.lora is not None
         adapted = student if has_adapter and STUDENT_RAW in settings.loss.requires else None

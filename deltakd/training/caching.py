@@ -22,7 +22,8 @@ from deltakd.references.fill import drop_damaged, make_missing, summary_of
 from deltakd.references.from_server import ServedTeacher
 from deltakd.references.index import RowIndex
 from deltakd.tracking.environment import costs_since, environment
-from deltakd.training.assembly import check_tokens, open_cache, open_references, open_role, read_vocabularies
+from deltakd.training.assembly import check_tokens, open_references, open_role, read_vocabularies
+from deltakd.training.elsewhere import open_cache
 from deltakd.training.settings import RunSettings
 from deltakd.types import STUDENT
 

@@ -18,7 +18,7 @@ from deltakd.data.encoding.token_cache import fingerprint
 from deltakd.io.errors import ConfigError
 from deltakd.io.files import write_json
 from deltakd.models.identity import model_version
-from deltakd.references import CachedReferences
+from deltakd.references import CachedReferences, ServedReferences
 from deltakd.training.settings import RunSettings
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ _HOW = {
     "data.val": "the rows are others",
     "tokenizer": "the tokens are others",
     "teachers' tokenizer": "the tokens are others",
-    "reference": "the cache is another",
+    "reference": "the references are others",
 }
 
 
@@ -43,7 +43,7 @@ def read_inputs(
     settings: RunSettings,
     tokenizer: PreTrainedTokenizerBase,
     sets: LoadedSets,
-    cached: CachedReferences | None,
+    elsewhere: CachedReferences | ServedReferences | None,
     teachers: PreTrainedTokenizerBase | None = None,
 ) -> dict[str, str | None]:
     """Return input -> sha256 or commit; None if it is unknown.
@@ -52,7 +52,7 @@ def read_inputs(
         settings: of the run.
         tokenizer: the student's.
         sets: tokenised rows; what is trained on depends on the tokenizer, too.
-        cached: cached references, if the run uses them: then their models are not read.
+        elsewhere: references that are cached or served, if the run uses them: then it does not read their models.
         teachers: the teachers' tokenizer, if they have one of their own.
     """
     inputs = {
@@ -65,7 +65,7 @@ def read_inputs(
         f"model.{role}": model_version(spec.path) if spec.init == "pretrained" and spec.path else None
         for role, spec in settings.specs.items()
     }
-    return inputs if cached is None else inputs | {"reference": fingerprint(_lasting(cached.content))}
+    return inputs if elsewhere is None else inputs | {"reference": fingerprint(_lasting(elsewhere.content))}
 
 
 def check_inputs(
@@ -137,7 +137,7 @@ def _read(directory: Path) -> dict[str, Any]:
 
 
 def _lasting(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the part of a cache's content that determines its numbers, without the models' former paths."""
+    """Return the part of the content of references that determines their numbers, without the models' former paths."""
     models = {role: {k: v for k, v in model.items() if k != "path"} for role, model in content["models"].items()}
     lasting = {key: content[key] for key in ("store", "vocabulary", "k", "temperature")} | {"models": models}
     return lasting | ({"other": content["other"]} if content.get("other") else {})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, final
 
@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from deltakd.data.batches.ahead import begun_ahead
 from deltakd.data.batches.data_module import DistillationData
 from deltakd.distributed.sharding import (
     Shell,
@@ -23,7 +24,7 @@ from deltakd.distributed.strategies import loss_factor, optimizer_class
 from deltakd.distributed.zero import ZeroStrategy
 from deltakd.kernels import KernelOptions
 from deltakd.models import LanguageModel
-from deltakd.references import CachedReferences, References
+from deltakd.references import CachedReferences, References, ServedReferences
 from deltakd.training.half_precision import rounding_warning
 from deltakd.training.optim import AdamW
 from deltakd.training.readings import StepReading, StepSums
@@ -131,12 +132,24 @@ class DistillationModule(L.LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, DistillationData):
             data.prepare_batch = self._prepare_batch
+            if isinstance(self.step.references, ServedReferences):
+                data.batches_ahead = max(data.batches_ahead, self.step.references.ahead)
 
     def _prepare_batch(self, batch: Batch) -> Batch:
-        """Read a cache for a batch of a later step, and lock its memory for a GPU; runs in the loader's thread."""
-        if isinstance(self.step.references, CachedReferences):
+        """Read a cache, or ask a server, for a batch of a later step, and lock its memory for a GPU.
+
+        Runs in the loader's thread, if it has one.
+        """
+        if isinstance(self.step.references, CachedReferences | ServedReferences):
             batch = self.step.references.read_ahead(batch)
         return batch.pinned() if self.device.type == "cuda" else batch
+
+    def asked_ahead(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield batches on the CPU; a server of references is asked for the next ones before each."""
+        references = self.step.references
+        if isinstance(references, ServedReferences):
+            return begun_ahead(map(references.read_ahead, batches), references.ahead)
+        return iter(batches)
 
     def _check_trainer(self) -> None:
         data = getattr(self.trainer, "datamodule", None)

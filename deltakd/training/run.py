@@ -25,7 +25,7 @@ from deltakd.models import ExportCheck, LanguageModel
 from deltakd.models.identity import count_parameters, exported_parameters, trained_parameters
 from deltakd.models.roles import open_exported
 from deltakd.models.saving import save_student
-from deltakd.references import LiveReferences
+from deltakd.references import LiveReferences, ServedReferences
 from deltakd.tracking.environment import environment, peak_memory_mib
 from deltakd.tracking.loggers import finish_loggers, make_loggers
 from deltakd.tracking.model_card import CardFacts, model_card
@@ -119,6 +119,7 @@ def _run(
         failed = False
     finally:
         finish_loggers(loggers, failed)
+        parts.close()
     directory.write_summary(summary)
     return _objective_value(settings, summary)
 
@@ -185,6 +186,7 @@ def _evaluate_student(parts: Parts) -> tuple[dict[str, float], Measured]:
             },
             show_progress=settings.trainer.enable_progress_bar,
             teacher=_span_teacher(parts, device),
+            served=parts.models.references if isinstance(parts.models.references, ServedReferences) else None,
         ),
         parts.sets.val,
     )

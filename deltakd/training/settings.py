@@ -20,7 +20,7 @@ from deltakd.io.keys import Method, Resume, Seed, keys_with
 from deltakd.io.run_directory import ResumePolicy
 from deltakd.kernels import KernelOptions
 from deltakd.models.settings import ModelSettings, ModelSpec
-from deltakd.references import CacheSettings, LiveSettings, ReferenceSettings
+from deltakd.references import CacheSettings, LiveSettings, ReferenceSettings, ServedSettings
 from deltakd.references.routed import routed_roles
 from deltakd.rollouts.settings import RolloutSettings
 from deltakd.tracking.loggers import MakeLogger
@@ -165,7 +165,7 @@ class RunSettings:
     trainer: TrainerSettings
     strategy: StrategySettings
     kernels: Annotated[KernelSettings, Method.FREE]
-    reference: Annotated[LiveSettings | CacheSettings | ReferenceSettings, Method.FREE]
+    reference: Annotated[LiveSettings | CacheSettings | ServedSettings | ReferenceSettings, Method.FREE]
     rollout: RolloutSettings
     evaluation: Annotated[EvaluationSettings, Method.FREE]
     deviations: tuple[str, ...]
@@ -186,6 +186,11 @@ class RunSettings:
         """The references that the student learns from, sorted: the loss's, or with routes those of all pairs."""
         routes = self.model.routes
         return sorted(routed_roles(self.loss.requires, routes.values()) if routes else self.loss.requires)
+
+    @property
+    def served(self) -> ServedSettings | None:
+        """The server of references to ask; None: they are elsewhere, or the loss reads none."""
+        return self.reference if isinstance(self.reference, ServedSettings) and self.loss.requires else None
 
     @property
     def generates_on_validation(self) -> bool:

@@ -28,12 +28,14 @@ class TokenStream:
         labels: [B, T] int64; the token itself where it is trained on, else IGNORE_INDEX. Not shifted: position t
             is predicted from the hidden state at t − 1.
         packed: the same rows as models run them, several to a sequence; None: as they are here.
+        images: the rows' images as transformers' processor gives them: name -> tensor; None: there are none.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
     packed: PackedRows | None = field(default=None, kw_only=True)
+    images: dict[str, Tensor] | None = field(default=None, kw_only=True)
     _valid: Tensor | None = field(default=None, kw_only=True)
     _real: int | None = field(default=None, kw_only=True)
 
@@ -89,6 +91,7 @@ class TokenStream:
             _valid=self.valid_N.to(device, non_blocking=non_blocking),
             _real=self.real_positions,
             packed=None if self.packed is None else self.packed.to(device, non_blocking),
+            images=_moved(self.images, device, non_blocking),
         )
 
     def stream_of(self, role: str) -> TokenStream:
@@ -164,6 +167,7 @@ class Batch(TokenStream):
         pairs: of the whole step: rows 2i and 2i + 1 then answer the same prompt, the data's response first and the
             student's after it. None: rows are not in pairs.
         cached: what a cache of references holds for the rows, read ahead; None: it is read when it is needed.
+        asked: number of the request sent ahead to a server of references; None: it is sent when the step starts.
     """
 
     row_ids: Tensor
@@ -174,6 +178,7 @@ class Batch(TokenStream):
     routes: tuple[Route, ...] = ()
     pairs: StepPairs | None = None
     cached: dict[str, Tensor] | None = None
+    asked: int | None = None
 
     @property
     def facts_N(self) -> TokenFacts:
@@ -197,9 +202,7 @@ class Batch(TokenStream):
             sampled_log_probs=None if sampled is None else sampled.to(device, non_blocking=non_blocking),
             other=None if self.other is None else self.other.to(device, non_blocking),
             routes=tuple(route.to(device, non_blocking) for route in self.routes),
-            cached=None
-            if self.cached is None
-            else {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.cached.items()},
+            cached=_moved(self.cached, device, non_blocking),
         )
 
     def routed(self, pairs: Sequence[int]) -> Self:
@@ -216,6 +219,14 @@ class Batch(TokenStream):
             tokens_N = torch.where(torch.isin(self.rows_N, rows))[0]
             routes.append(Route(pair, tokens_N, TokenStream(*part)))
         return replace(self, routes=tuple(routes))
+
+
+def _moved(
+    tensors: dict[str, Tensor] | None, device: torch.device | str, non_blocking: bool
+) -> dict[str, Tensor] | None:
+    if tensors is None:
+        return None
+    return {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in tensors.items()}
 
 
 def _pinned(value: Any) -> Any:

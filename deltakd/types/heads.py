@@ -116,12 +116,15 @@ class Head:
         return replace(self, softcap=None)
 
     def add_logits(self, total: Tensor | None, factor: float, beta: float = 1.0) -> Tensor:
-        """Return ``beta · total + factor · logits()``, in place; a linear head adds inside the matrix product."""
+        """Return ``beta · total + factor · logits()``, in place; a linear head adds inside the matrix product.
+
+        With ``beta`` 0, ``total`` may hold anything.
+        """
         with torch.autocast(self.hidden.device.type, enabled=False):
             if self.softcap is not None:
                 logits_NV = self.logits()
-                if total is None:
-                    return logits_NV.mul_(factor)
+                if total is None or beta == 0.0:
+                    return torch.mul(logits_NV, factor, out=logits_NV if total is None else total)
                 return (total if beta == 1.0 else total.mul_(beta)).add_(logits_NV, alpha=factor)
             return self._add_uncapped(total, factor, beta)
 
@@ -224,15 +227,22 @@ class HeadLogits(Mapping[str, Tensor]):
         return 1 + len(self._heads)
 
     @torch.no_grad()
-    def combined(self, coefficients: Mapping[str, float]) -> Tensor:
-        """Return Σ coefficient · logits[role]: [N, V], new and detached; −inf where a head's bias rules a token out."""
+    def combined(self, coefficients: Mapping[str, float], into: Tensor | None = None) -> Tensor:
+        """Return Σ coefficient · logits[role]: [N, V], detached; −inf where a head's bias rules a token out.
+
+        Args:
+            coefficients: role -> factor; at least one.
+            into: [N, V], overwritten and returned; None: a new tensor.
+        """
         total: Tensor | None = None
         # Computed logits first: the other heads' products are then added in place.
         for role in sorted(coefficients, key=lambda role: role not in self._made):
             factor = coefficients[role]
             if role in self._made:
                 term = self._made[role]
-                total = term * factor if total is None else total.add_(term, alpha=factor)
+                total = torch.mul(term, factor, out=into) if total is None else total.add_(term, alpha=factor)
+            elif total is None:
+                total = self._heads[role].add_logits(into, factor, beta=0.0)
             else:
                 total = self._heads[role].add_logits(total, factor)
         assert total is not None, "a sum of no roles"

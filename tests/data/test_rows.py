@@ -96,7 +96,14 @@ def test_a_row_with_another_answer() -> None:
         ({"messages": [USER, WRONG]}, r"f:4: all assistant turns have weight 0"),
         ({"prompt": [USER, ANSWER]}, r"f:4: all assistant turns have weight 0, as those of a prompt have"),
         ({"messages": [USER, ANSWER | {"weight": 0.5}]}, r"messages\[1\] has weight 0.5; allowed: 0 .*, 1"),
-        ({"messages": [USER, {"role": "tool", "content": [{"type": "image"}]}]}, r"part of type 'image'; only text"),
+        (
+            {"messages": [USER, {"role": "tool", "content": [{"type": "video"}]}]},
+            r"part of type .video.; text and image are read",
+        ),
+        (
+            {"messages": [USER, {"role": "tool", "content": [{"type": "image", "image": "a.png"}]}]},
+            r"only user turns may",
+        ),
         ({"messages": [USER, {"role": "assistant", "tool_calls": [{}]}]}, r"messages\[1\]: a tool call must be"),
         ({"messages": [USER, ANSWER], "tools": "sum"}, r"f:4: tools must be a list of JSON objects, got 'sum'"),
         ({"messages": [SYSTEM, USER, ANSWER], "system": "t"}, r"system and the system turn differ"),

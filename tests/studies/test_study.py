@@ -17,6 +17,7 @@ from deltakd.config.loss_names import read_losses
 from deltakd.io.errors import ConfigError
 from deltakd.results.methods import make_methods
 from deltakd.results.reading import find_runs
+from deltakd.studies.job_configs import one_of_each_choice
 from deltakd.studies.stages import run_study
 from deltakd.studies.study_file import read_study
 from tests.tiny import World
@@ -129,6 +130,37 @@ def test_sweeps_are_runs_one_of_which_may_fail_and_stages_are_run_alone(folder: 
         "the student optim.lr=0.01": [1, 2],
         "the student optim.lr=0.001": [1, 2],
     }
+
+
+def test_failed_runs_stop_only_the_stages_that_read_theirs(folder: Path) -> None:
+    change(folder, "student", "optim.lr=1e-2,-1")
+    content = yaml.safe_load((folder / "study.yaml").read_text())
+    grandchild = ["loss=sft", "model.student.path='outputs/tiny/student/optim.lr=0.01/student'"]
+    content["stages"] |= {
+        "grandchild": {"overrides": grandchild},
+        "its_own": {"overrides": ["loss=sft", "model.student.path=outputs/tiny/grandchild/student"]},
+        "other": {"overrides": ["loss=kd", "model.teacher.path=outputs/tiny/teacher/student"]},
+    }
+    (folder / "study.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    with pytest.raises(ConfigError) as caught:
+        run(folder)
+    assert [problem[:66] for problem in caught.value.problems] == [
+        "1 of the 2 runs of stage student failed (optim.lr=-1: optim.lr is ",
+        "stage grandchild was not run, since it reads student",
+        "stage its_own was not run, since it reads grandchild",
+    ]
+    made = {path.parent.name for path in folder.glob("outputs/tiny/**/summary.json")}
+    assert made == {"teacher", "optim.lr=0.01", "other"}
+
+
+def test_before_the_first_run_one_run_for_each_choice_is_composed(tmp_path: Path) -> None:
+    sweeps = ["loss=kd,sft", "seed=1,2,3", "optim.lr=1e-3,3e-3"]
+    content = {"name": "x", "stages": {name: {"overrides": sweeps} for name in ("one", "other")}}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(content))
+    chosen = one_of_each_choice(read_study(tmp_path).chosen([]))
+    assert [(job.stage.name, job.overrides[:2]) for job in chosen] == [
+        (stage, (loss, "seed=1")) for stage in ("one", "other") for loss in ("loss=kd", "loss=sft")
+    ]
 
 
 def test_the_runs_of_a_stage_are_those_of_hydras_sweeper(tmp_path: Path) -> None:

@@ -209,6 +209,8 @@ def test_plain_text_and_idle_settings_are_refused(train: Train, world: World, fo
         train("span_kd", *foreign, *text, "+data.columns={text: instruction}", drop=drop, name="text")
     with pytest.raises(ConfigError, match=r"data.teacher_max_length is 60, but all models of this run share one token"):
         train("span_kd", "data.teacher_max_length=60", name="idle")
+    # A baseline that reads no teacher has the settings of the methods beside it.
+    train("sft", *foreign, "data.teacher_max_length=60", "trainer.max_steps=1", name="baseline")
 
 
 def test_the_losses_that_the_refusal_names_align() -> None:

@@ -1,10 +1,11 @@
-"""Work done in a thread ahead of its use."""
+"""Work done ahead of its use, in a thread or not."""
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from typing import Generic, NamedTuple, TypeVar, final
 
 T = TypeVar("T")
@@ -68,3 +69,13 @@ class Ahead(Generic[T]):
             except queue.Full:
                 continue
         return False
+
+
+def begun_ahead(items: Iterable[T], depth: int) -> Iterator[T]:
+    """Yield items, ``depth`` further ones made before each; for items whose making begins work done elsewhere."""
+    made: deque[T] = deque()
+    for item in items:
+        made.append(item)
+        if len(made) > depth:
+            yield made.popleft()
+    yield from made

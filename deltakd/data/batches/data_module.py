@@ -8,7 +8,7 @@ from typing import Any
 import lightning
 
 from deltakd.data.batches.budget import TokenBudgetSampler
-from deltakd.data.batches.loader import EvalLoader, StepLoader
+from deltakd.data.batches.loader import BATCHES_AHEAD, EvalLoader, StepLoader
 from deltakd.data.batches.sampler import WINDOW_STEPS, Sampler, StepSampler, limits
 from deltakd.data.batches.stream_loader import StreamLoader
 from deltakd.data.batches.windows import BudgetWindows, RowWindows, Windows
@@ -74,6 +74,8 @@ class DistillationData(lightning.LightningDataModule):
         self.packing = packing
         #: Further work on each training batch, done ahead in the loader's thread.
         self.prepare_batch: Callable[[Batch], Batch] | None = None
+        #: Training batches made and prepared before they are needed.
+        self.batches_ahead = BATCHES_AHEAD
         self._samplers: dict[tuple[int, int], Sampler] = {}
 
     @property
@@ -154,7 +156,7 @@ class DistillationData(lightning.LightningDataModule):
     def train_dataloader(self) -> StepLoader | StreamLoader:
         """Return the micro-batches of the whole run."""
         if self.stream is None:
-            return StepLoader(self.train, self.sampler(), self.pad_id, self.packing, self._prepare)
+            return StepLoader(self.train, self.sampler(), self.pad_id, self.packing, self._prepare, self.batches_ahead)
         rank, world_size = self._place()
         epochs, _ = limits(self.max_epochs, self.total_steps)
         return StreamLoader(

@@ -16,6 +16,7 @@ from deltakd.data.batches.packed_rows import pack_rows
 from deltakd.data.batches.sampler import Sampler
 from deltakd.data.encoding.encoded_set import Encoded, EncodedSet
 from deltakd.data.encoding.example_stream import Example
+from deltakd.data.encoding.images import read_images
 from deltakd.types import IGNORE_INDEX, UNALIGNED, AlignedStream, Alignment, Batch, TokenStream
 
 #: Micro-batches made ahead of training.
@@ -41,10 +42,16 @@ def collate(
         step=step,
         step_tokens=step_tokens,
         other=_other(encoded),
+        images=_images(encoded),
     )
     routes = [row.route for row in encoded if isinstance(row, Encoded) and row.route is not None]
     batch = batch.routed(routes) if routes else batch
     return pack_rows(batch) if packing else batch
+
+
+def _images(encoded: Sequence[Encoded | Example]) -> dict[str, Tensor] | None:
+    rows = [row for row in encoded if isinstance(row, Encoded) and row.images is not None]
+    return read_images([row.images for row in rows if row.images], [row.input_ids for row in rows])
 
 
 def _padded(encoded: Sequence[Encoded | Example], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,6 +114,7 @@ class StepLoader:
         sampler: chooses the rows.
         pad_id, packing: as for ``collate``.
         prepare: called with each batch, in the thread.
+        ahead: batches made before they are needed.
     """
 
     def __init__(
@@ -116,8 +124,10 @@ class StepLoader:
         pad_id: int,
         packing: bool = False,
         prepare: Callable[[Batch], Batch] = lambda batch: batch,
+        ahead: int = BATCHES_AHEAD,
     ) -> None:
         self.encoded = encoded
+        self.ahead = ahead
         self.sampler = sampler
         self.pad_id = pad_id
         self.packing = packing
@@ -129,7 +139,7 @@ class StepLoader:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        with Ahead(map(self._make, range(self._start, len(self))), BATCHES_AHEAD) as batches:
+        with Ahead(map(self._make, range(self._start, len(self))), self.ahead) as batches:
             for index, batch in enumerate(batches, self._start):
                 # Set before the batch is handed over: a checkpoint saved while the caller holds it counts it as
                 # consumed. What the thread has made ahead does not count.

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import date
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
+from deltakd.data.encoding.images import ImageError, processor_digest, row_images
 from deltakd.data.encoding.segments import Segment, conversation
 from deltakd.data.sources.rows import Message, Row, RowError, before_last_answer, content_text, is_answer
 
@@ -69,6 +71,7 @@ class ChatTemplate:
 
     def __repr__(self) -> str:
         other = "" if self._with_tools == self._text else f", tools={self._with_tools!r}"
+        other += f", images={digest}" if (digest := processor_digest(self._tokenizer)) else ""
         return f"ChatTemplate({self._text!r}{other})"
 
     def render(self, row: Row) -> list[Segment]:
@@ -85,7 +88,7 @@ class ChatTemplate:
         self._note_unread(row, messages)
         answers = [number for number, message in enumerate(messages) if is_answer(message)]
         if not answers:
-            return [Segment(self._write(row, messages, prompt=True)[0], trained=False)]
+            return self._with_images(row, [Segment(self._write(row, messages, prompt=True)[0], trained=False)])
         turns = [self._turn(row, messages, number) for number in answers]
         segments, done = [], ""
         for place, turn in enumerate(turns):
@@ -97,7 +100,32 @@ class ChatTemplate:
             segments.append(Segment(turn.prompt[len(done) :], trained=False))
             segments.append(Segment(answer, trained=True, closed=place + 1 == len(turns)))
             done = turn.prompt + answer
-        return segments
+        return self._with_images(row, segments)
+
+    def _with_images(self, row: Row, segments: list[Segment]) -> list[Segment]:
+        """Return the pieces with as many image tokens in place of each one as its image has features.
+
+        Raises:
+            RowError: the template does not write one token for each image, or an image can't be read.
+        """
+        try:
+            images = row_images(row, self._tokenizer)
+            if images is None:
+                return segments
+            token = images.reader.token
+            written = sum(segment.text.count(token) for segment in segments)
+            if written != len(images.images):
+                raise RowError(
+                    f"{row.label} has {len(images.images)} images, and the chat template writes {token!r} {written} "
+                    "times; use a chat template that writes it once for each image"
+                )
+            expansions = iter(images.reader.expansions(images.images))
+        except ImageError as error:
+            raise RowError(f"{row.label}: {error}") from None
+        return [
+            replace(segment, text=re.sub(re.escape(token), lambda _: next(expansions), segment.text))
+            for segment in segments
+        ]
 
     def tail(self, row: Row) -> str:
         """Return what the template writes between the last turn and the answer; "" if not found."""
@@ -170,7 +198,7 @@ class ChatTemplate:
         """Render messages. Also return where the assistant's parts are, if the template marks them."""
         template = self._with_tools if row.tools else self._text
         spans = _GENERATION.search(template) is not None and not prompt
-        form = _as_parts if self._reads_parts else _as_text
+        form = _as_parts if self._reads_parts or row.images else _as_text
         try:
             return self._render(template, [form(message) for message in messages], row.tools, prompt, spans)
         # The template's own code may raise anything on data that it does not expect.
@@ -247,7 +275,9 @@ def _as_text(message: Message) -> dict[str, Any]:
 
 def _as_parts(message: Message) -> dict[str, Any]:
     """Return the message as image models' templates read it: content as a list of parts."""
-    return _as_text(message) | {"content": [{"type": "text", "text": content_text(message)}]}
+    content = message["content"]
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return _as_text(message) | {"content": parts}
 
 
 def _check_spans(row: Row, number: int, spans: list[tuple[int, int]], prompt: int, whole: str) -> None:

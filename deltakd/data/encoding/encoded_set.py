@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from deltakd.data.encoding.images import RowImages, SetImages
 from deltakd.types import IGNORE_INDEX
 
 _ROWS_AT_ONCE = 10_000
@@ -25,6 +26,7 @@ class Encoded:
         route: number of the pair of teachers that judges the row, from 1; None: rows are not routed.
         spans: T numbers, the span of each token, from 0 in each row, or UNALIGNED; None: there is one tokenizer.
         other: the row in the teachers' tokenizer, with the same spans; None: there is one tokenizer.
+        images: what its image tokens stand for; None: it has none.
     """
 
     input_ids: list[int]
@@ -33,6 +35,7 @@ class Encoded:
     route: int | None = None
     spans: list[int] | None = None
     other: Encoded | None = None
+    images: RowImages | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +76,7 @@ class EncodedSet:
         spans: [tokens] int32, as of ``Encoded``; None: there is one tokenizer.
         other: the same rows in the teachers' tokenizer; None: there is one tokenizer.
         tasks: the rows' tasks; None: not asked for, or rows have none.
+        images: of the rows, by their ids; None: no row has any.
     """
 
     input_ids: NDArray[np.int32]
@@ -84,6 +88,7 @@ class EncodedSet:
     spans: NDArray[np.int32] | None = None
     other: EncodedSet | None = None
     tasks: RowTasks | None = None
+    images: SetImages | None = None
 
     def __len__(self) -> int:
         return len(self.row_ids)
@@ -100,6 +105,7 @@ class EncodedSet:
             None if self.tasks is None else self.tasks.route(index),
             None if self.spans is None else self.spans[part].tolist(),
             None if self.other is None else self.other[index],
+            None if self.images is None else self.images.of(int(self.row_ids[index])),
         )
 
     def __iter__(self) -> Iterator[Encoded]:

@@ -114,7 +114,15 @@ class Example(NamedTuple):
 
     @classmethod
     def of(cls, encoded: Encoded) -> Example:
-        """Return an encoded row as an example."""
+        """Return an encoded row as an example.
+
+        Raises:
+            ValueError: it has images.
+        """
+        if encoded.images is not None:
+            raise ValueError(
+                f"row {encoded.row_id} holds images, which a stream does not carry; give data.streaming=false"
+            )
         return cls(
             _flat(encoded.input_ids),
             _flat(encoded.labels),

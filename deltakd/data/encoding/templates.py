@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from deltakd.data.encoding.chat_template import ChatTemplate
 from deltakd.data.encoding.segments import Segment, Template, conversation
-from deltakd.data.sources.rows import Row, RowError, content_text, is_answer
+from deltakd.data.sources.rows import Row, RowError, content_text, is_answer, message_images
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,6 +84,7 @@ def _refuse_tools(row: Row) -> None:
     for number, message in enumerate(row.messages or ()):
         held += [f"{key} in messages[{number}]" for key in ("tool_calls", "reasoning_content") if message.get(key)]
         held += [f"the role tool in messages[{number}]"] if message["role"] == "tool" else []
+        held += [f"an image in messages[{number}]"] if message_images(message) else []
     if held:
         raise RowError(
             f"{row.label} has {held[0]}, which a plain template can't write; use data.template=chat with the tokenizer "

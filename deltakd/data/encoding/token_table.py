@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from deltakd.data.encoding.encode import Outcome, check_limits, encode_prompts
 from deltakd.data.encoding.encoded_set import Encoded, EncodedSet
 from deltakd.data.encoding.examples import examples
+from deltakd.data.encoding.images import SetImages, row_images
 from deltakd.data.encoding.segments import Template
 from deltakd.data.encoding.token_cache import fingerprint, tokenizer_fingerprint
 from deltakd.data.encoding.two_tokenizers import Coding, TwoTokenizers
@@ -86,7 +88,13 @@ def encode_rows(
         _write(writer, tokenise, len(rows))
 
     table = kept_arrays(f"tokens-{key}", cache_dir, dtypes, build, "tokens")
-    return _as_set(table, key, max_length, max_prompt_length)
+    encoded = _as_set(table, key, max_length, max_prompt_length)
+    if not encoded.counts.get("images"):
+        return encoded
+    if split_turns or teachers is not None:
+        what = "data.split_turns=true" if split_turns else "a teacher with a tokenizer of its own"
+        raise ValueError(f"rows hold images, and {what} works with text alone; give another, or take them out")
+    return replace(encoded, images=SetImages(rows, tokenizer))
 
 
 def encode_prompt_rows(
@@ -119,7 +127,10 @@ def encode_prompt_rows(
         _write(writer, tokenise, len(rows))
 
     table = kept_arrays(f"tokens-{key}", cache_dir, _DTYPES, build, "tokens")
-    return _as_set(table, key, max_prompt_length, max_prompt_length)
+    encoded = _as_set(table, key, max_prompt_length, max_prompt_length)
+    if encoded.counts.get("images"):
+        raise ValueError("rows hold images, and the student answers prompts of text alone; give rollout=none")
+    return encoded
 
 
 def _prompt_piece(
@@ -130,7 +141,7 @@ def _prompt_piece(
     except ValueError as error:
         return _piece([Outcome(None, problem=RowError(str(error)))])
     kept = [
-        Outcome(Encoded(ids, [IGNORE_INDEX] * len(ids), row.id), len(ids), len(ids))
+        Outcome(Encoded(ids, [IGNORE_INDEX] * len(ids), row.id, images=row_images(row, tokenizer)), len(ids), len(ids))
         for row, ids in zip(rows, prompts, strict=True)
     ]
     piece = _piece(kept)
@@ -166,6 +177,8 @@ def _piece(outcomes: Sequence[Outcome]) -> _Piece:
         "kept_borders": sum(outcome.kept_border for outcome in outcomes),
         "control_tokens": sum(outcome.control_tokens for outcome in outcomes),
     } | ({"cut_others": sum(outcome.cut_other for outcome in outcomes)} if others else {})
+    images = sum(one.images is not None for one in kept)
+    counts |= {"images": images} if images else {}
     lengths = {"prompts": [o.prompt_length for o in outcomes], "totals": [o.total_length for o in outcomes]}
     spans = {name: [min(these), max(these)] for name, these in lengths.items()}
     return _Piece(arrays, counts, spans, [str(o.problem) for o in outcomes if o.problem is not None])

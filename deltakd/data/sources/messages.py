@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deltakd.data.sources.rows import Message, is_answer
+from deltakd.data.sources.rows import Message, is_answer, message_images
 
 #: A role as data sets spell it -> its name in chat templates.
 ROLES = {
@@ -33,6 +34,9 @@ _REASONING = ("reasoning_content", "reasoning", "thinking")
 #: Keys of a turn that are read.
 TURN_KEYS = (*_ROLE, *_CONTENT, *_REASONING, "tool_calls", "tool_call_id", "name", "weight")
 
+#: Before the base64 of an image that a row holds itself.
+DATA_URI = "data:image;base64,"
+_DATA_URI = re.compile(r"data:image(/[\w.+-]+)?;base64,")
 _HALF = re.compile("[\ud800-\udfff]")
 
 
@@ -153,6 +157,8 @@ def _parse_turn(turn: Any, place: str) -> Message:
             message[key] = _text(turn[key], place, key)
     if role == "assistant" and _weight(turn.get("weight"), place) == 0:
         message["weight"] = 0
+    if role != "user" and message_images(message):
+        raise ValueError(f"{place} ({role}) holds an image; only user turns may")
     if role in ("user", "assistant") and not calls and not _filled(message["content"]):
         raise ValueError(f"{place} ({role}) is empty")
     return message
@@ -175,20 +181,43 @@ def _content(value: Any, may_lack: bool, place: str) -> str | list[dict[str, str
         return whole_characters(value, place, "content")
     if not isinstance(value, list):
         raise ValueError(f"{place} must be {{role, content}} with text, got content {value!r:.80}")
-    return [{"type": "text", "text": _part(part, place)} for part in value]
+    return [_part(part, place) for part in value]
 
 
-def _part(part: Any, place: str) -> str:
+def _part(part: Any, place: str) -> dict[str, str]:
     if isinstance(part, dict):
         kind = part.get("type", "text")
+        if kind == "image":
+            return {"type": "image", "image": _image(part.get("image"), place)}
         if kind != "text":
-            raise ValueError(f"{place} has a part of type {kind!r:.80}; only text is read")
+            raise ValueError(f"{place} has a part of type {kind!r:.80}; text and image are read")
         part = part.get("text")
-    return _text(part, place, "a part of content")
+    return {"type": "text", "text": _text(part, place, "a part of content")}
+
+
+def _image(value: Any, place: str) -> str:
+    """Return an image as rows hold it: the path of a file, or a data URI."""
+    if isinstance(value, dict):
+        # The form of Hugging Face data sets.
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes):
+        return DATA_URI + b64encode(value).decode()
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(
+            f"{place} has an image that is {value!r:.80}; give the path of a file, or the file's bytes as base64 after "
+            f"{DATA_URI!r}"
+        )
+    if value.startswith("data:") and not _DATA_URI.match(value):
+        raise ValueError(f"{place} has an image that begins with {value!r:.40}; its bytes must follow {DATA_URI!r}")
+    if re.match("[a-z]+://", value):
+        raise ValueError(f"{place} has an image at {value!r:.80}, and images are not fetched; give the path of a file")
+    return whole_characters(value, place, "an image")
 
 
 def _filled(content: str | list[dict[str, str]]) -> bool:
-    return bool((content if isinstance(content, str) else "".join(part["text"] for part in content)).strip())
+    if isinstance(content, str):
+        return bool(content.strip())
+    return any(part["type"] == "image" or part["text"].strip() for part in content)
 
 
 def _called(value: Any, place: str) -> list[Any]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 #: One turn of a conversation. ``role`` is system, user, assistant or tool; ``content`` a text, or a list of parts
-#: ``{"type": "text", "text": ...}``. It may also have ``reasoning_content`` (a text), ``tool_calls`` (a list of
+#: ``{"type": "text", "text": ...}`` and, in a user's turn, ``{"type": "image", "image": ...}``: the path of a file, or
+#: a data URI with its bytes. It may also have ``reasoning_content`` (a text), ``tool_calls`` (a list of
 #: ``{"type": "function", "function": {"name", "arguments"}}``, with an ``id`` where the data gives one),
 #: ``tool_call_id``, ``name``, and ``weight``: 0 for an assistant turn that is read and not trained.
 Message = dict[str, Any]
@@ -68,6 +70,11 @@ class Row:
         return tuple(answers[-1:])
 
     @property
+    def images(self) -> tuple[str, ...]:
+        """The images of a conversation's turns before its last answer, in order."""
+        return tuple(image for message in self.asked for image in message_images(message))
+
+    @property
     def text(self) -> str:
         """The row as plain text (instruction, input, first response), for pre-training."""
         if self.messages is not None:
@@ -90,13 +97,28 @@ def is_answer(message: Message) -> bool:
 def content_text(message: Message) -> str:
     """Return a turn's content as one text; parts follow each other without a space."""
     content = message["content"]
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+def message_images(message: Message) -> tuple[str, ...]:
+    """Return the images of a turn, in order."""
+    content = message["content"]
+    return () if isinstance(content, str) else tuple(part["image"] for part in content if part["type"] == "image")
 
 
 def message_text(message: Message) -> str:
-    """Return a turn as plain text: its content, then its tool calls, one line of JSON each; without its reasoning."""
+    """Return a turn as plain text: names of its images, its content, then its tool calls, one line of JSON each.
+
+    The reasoning is left out. Two turns with the same text and other images are not the same.
+    """
     calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]
-    return "\n".join(part for part in (content_text(message), *calls) if part)
+    images = [f"[image {image_name(image)}]" for image in message_images(message)]
+    return "\n".join(part for part in (*images, content_text(message), *calls) if part)
+
+
+def image_name(image: str) -> str:
+    """Return the path of an image, or a digest of one that the row holds itself."""
+    return hashlib.sha256(image.encode()).hexdigest()[:16] if image.startswith("data:") else image
 
 
 def before_last_answer(messages: Sequence[Message]) -> tuple[Message, ...]:

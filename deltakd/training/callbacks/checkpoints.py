@@ -7,6 +7,7 @@ name and renamed once complete; the one before is kept as ``previous.ckpt``, in 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import time
@@ -19,13 +20,16 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 
 from deltakd.distributed.sharding import is_sharded, on_any_rank
-from deltakd.distributed.zero import META
+from deltakd.distributed.zero import META, ZeroStrategy
 from deltakd.io.errors import ServerError
 from deltakd.io.files import remove, replacing, telling
 from deltakd.io.run_directory import LAST, PREVIOUS
+from deltakd.references import ServedReferences
 from deltakd.training.callbacks.steps import at_step_end
 from deltakd.training.callbacks.validation import Validation
 from deltakd.training.module import DistillationModule
+
+log = logging.getLogger(__name__)
 
 #: In a sharded checkpoint: file -> bytes.
 SIZES = "sizes.json"
@@ -72,6 +76,9 @@ class Checkpoints(Checkpoint):
         self._saved_at = time.monotonic()
         #: Optimiser steps done in ``last.ckpt``; 0 if there is none.
         self._saved_step = 0
+        #: How far the loops were at the end of the last whole step; kept if a server may break off the next one.
+        self._whole: tuple[int, dict[str, Any]] | None = None
+        self._rewinds = False
 
     @property
     def last_path(self) -> Path:
@@ -123,6 +130,8 @@ class Checkpoints(Checkpoint):
         # Saving is collective, and the ranks' clocks differ.
         if validated or by_steps or is_last or on_any_rank(by_time):
             self.save_last(trainer)
+        if isinstance(pl_module.step.references, ServedReferences):
+            self._whole = (step, trainer.fit_loop.state_dict())
 
     def save_last(self, trainer: L.Trainer) -> None:
         """Flush the loggers, since a resumed run logs only later steps; then write ``last.ckpt``.
@@ -152,13 +161,30 @@ class Checkpoints(Checkpoint):
         self._saved_at, self._saved_step = time.monotonic(), step
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Delete a half-written checkpoint; save the state if a server failed, as it does between steps, on all ranks.
+        """Delete a half-written checkpoint; save the state if a server failed.
 
+        One that writes rollouts does so between steps, on all ranks. One of references breaks off a step, or a
+        validation, which is begun again after resuming; of several ranks, others may be in the middle of it.
         Any rank may have failed. Lifeline's hook runs first, so no other rank is writing any more.
         """
         remove(self._partial)
-        if isinstance(exception, ServerError) and trainer.global_step > self._saved_step:
-            self.save_last(trainer)
+        if not isinstance(exception, ServerError) or trainer.global_step <= self._saved_step:
+            return
+        assert isinstance(pl_module, DistillationModule)
+        if isinstance(pl_module.step.references, ServedReferences):
+            alone = trainer.world_size == 1 and not isinstance(trainer.strategy, ZeroStrategy)
+            # The weights are those of the last whole step; where its validation broke off, it has no such state.
+            self._rewinds = alone and self._whole is not None and self._whole[0] == trainer.global_step
+            if not self._rewinds:
+                log.warning("Training goes on from the checkpoint of step %d.", self._saved_step)
+                return
+        self.save_last(trainer)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Save a step that a server broke off as one that has not begun."""
+        if self._rewinds:
+            assert self._whole is not None
+            checkpoint["loops"]["fit_loop"] = self._whole[1]
 
     def _keep_best(self, trainer: L.Trainer) -> None:
         assert self.validation is not None

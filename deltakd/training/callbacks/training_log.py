@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, final
 
 import lightning as L
 import psutil
 import torch
 
+from deltakd.references import ServedReferences
 from deltakd.training.callbacks.clock import DeviceClock
 from deltakd.training.callbacks.steps import at_step_end
 from deltakd.training.module import DistillationModule
@@ -42,6 +44,8 @@ class TrainingLog(L.Callback):
         self.recent_rate = 0.0
         self._clock = DeviceClock()
         self._window = (0, 0.0)
+        #: Counts of the current step, added once it is whole: one that breaks off is begun again.
+        self._of_step: Counter[str] = Counter()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts and the seconds; waits for the device."""
@@ -85,13 +89,12 @@ class TrainingLog(L.Callback):
             NonFiniteLossError: the step's loss or gradient is not finite.
         """
         self._clock.stop(pl_module.device)
-        self.positions += batch.positions
-        self.real_positions += batch.real_positions
-        if batch.other is not None:
-            self.alignable_tokens += len(batch.other.alignment.student_spans)
-            self.aligned_tokens += batch.other.alignment.aligned_tokens
+        self._of_step.update(_counts(batch))
         if not at_step_end(trainer):
             return
+        for name, count in self._of_step.items():
+            setattr(self, name, getattr(self, name) + count)
+        self._of_step.clear()
         self.valid_tokens += batch.step_tokens
         assert isinstance(pl_module, DistillationModule)
         step = trainer.global_step
@@ -113,6 +116,7 @@ class TrainingLog(L.Callback):
             "train/padding_fraction": 1 - self.real_positions / self.positions,
             "train/memory_mib": _memory_mib(),
             **self.alignment,
+            **_waits(pl_module),
         }
         for logger in trainer.loggers:
             logger.log_metrics(pl_module.step_metrics | speed, step=step)
@@ -124,6 +128,24 @@ class TrainingLog(L.Callback):
         if self.seconds - seconds > WINDOW_SECONDS:
             self._window = (self.valid_tokens, self.seconds)
         return rate
+
+
+def _counts(batch: Batch) -> dict[str, int]:
+    """Return what a micro-batch adds to the counts of the log."""
+    found = {"positions": batch.positions, "real_positions": batch.real_positions}
+    if batch.other is None:
+        return found
+    alignment = batch.other.alignment
+    aligned = {"alignable_tokens": len(alignment.student_spans), "aligned_tokens": alignment.aligned_tokens}
+    return found | aligned
+
+
+def _waits(module: DistillationModule) -> dict[str, float]:
+    """Return the seconds that steps waited for a server of references since the last row; empty if none is asked."""
+    references = module.step.references
+    if not isinstance(references, ServedReferences):
+        return {}
+    return {"reference/wait_seconds": references.take_wait_seconds()}
 
 
 def _memory_mib() -> float:

@@ -62,7 +62,7 @@ class Validation(L.Callback):
         sums = {"loss": 0.0}
         tokens = 0
         with module.trainer.precision_plugin.forward_context():
-            for batch in self.batches() or ():
+            for batch in module.asked_ahead(self.batches() or ()):
                 moved = batch.to(module.device)
                 loss, parts = module.step(moved)
                 tokens += len(moved.labels_N)

@@ -1,0 +1,227 @@
+"""A trainer's connection to a server of references, which may go and come back."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+import time
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from typing import Any, final
+
+from torch import Tensor
+
+from deltakd.io.errors import LostServerError, RefusedError, ServerError
+from deltakd.references.serving.address import Address, keep_alive, limit_silence
+from deltakd.references.serving.secret import greet_as_trainer
+from deltakd.references.serving.wire import Frame, WireError, receive, send
+
+log = logging.getLogger(__name__)
+
+#: Seconds without a sign of life after which a server counts as lost; it sends one every 5 seconds.
+SILENCE_SECONDS = 30.0
+#: Seconds between two tries to reach a server.
+_PAUSE = 0.5
+
+
+@final
+class ServerConnection:
+    """Sends requests, and hands out the answers by number; a thread receives them.
+
+    Requests may come from several threads; answers are taken by one. If the server is lost, whoever waits for an answer
+    connects again, and all unanswered requests are sent again.
+
+    Args:
+        address: of the server.
+        token: that both sides know.
+        roles: whose hidden states are asked for.
+        wait_s: seconds to wait for a server that is not there, or not any more.
+
+    Raises:
+        ServerError: it is not there in time, or refuses.
+    """
+
+    def __init__(self, address: Address, token: bytes, roles: Collection[str], wait_s: float) -> None:
+        self._address = address
+        self._token = token
+        self._roles = sorted(roles)
+        self._wait_s = wait_s
+        self._changed = threading.Condition()
+        self._sending = threading.Lock()
+        self._socket: socket.socket | None = None
+        self._lost = "it was not there"
+        self._next = 0
+        self._asked: dict[int, dict[str, Tensor]] = {}
+        self._answers: dict[int, Frame] = {}
+        #: Seconds in which nothing else was done but wait for answers.
+        self.waited = 0.0
+        self.sent_bytes = self.received_bytes = 0
+        #: What determines the server's answers, and the heads of the roles.
+        self.content: dict[str, Any] = {}
+        self.welcome = self._reach(heads=True)
+        self.content = self.welcome.header["content"]
+
+    def ask(self, tensors: Mapping[str, Tensor]) -> int:
+        """Send a request and return its number; never waits for a server that is lost."""
+        kept = dict(tensors)
+        with self._changed:
+            number, connection = self._next, self._socket
+            self._next += 1
+            self._asked[number] = kept
+        self._send(connection, number, kept)
+        return number
+
+    def is_open(self, number: int) -> bool:
+        """Return True if a request's answer was not taken yet."""
+        with self._changed:
+            return number in self._asked
+
+    def take(self, number: int) -> Frame:
+        """Wait for the answer to a request and return it, once.
+
+        Raises:
+            LostServerError: the server is gone, and did not come back in time.
+            ServerError: it refuses the request.
+        """
+        started = time.perf_counter()
+        while (answer := self._answer(number)) is None:
+            self._reconnect()
+        self.waited += time.perf_counter() - started
+        if "refused" in answer.header:
+            raise ServerError(f"the server of references {self._address} refused a batch: {answer.header['refused']}")
+        return answer
+
+    def close(self) -> None:
+        """Leave the server; open requests are forgotten."""
+        with self._changed:
+            self._asked.clear()
+            self._answers.clear()
+            connection, self._socket = self._socket, None
+        _shut(connection)
+
+    def _answer(self, number: int) -> Frame | None:
+        """Wait for an answer; None: the server is lost."""
+        with self._changed:
+            self._changed.wait_for(lambda: number in self._answers or self._socket is None)
+            if number not in self._answers:
+                return None
+            del self._asked[number]
+            return self._answers.pop(number)
+
+    def _send(self, connection: socket.socket | None, number: int, tensors: Mapping[str, Tensor]) -> None:
+        if connection is None:
+            return
+        try:
+            with self._sending:
+                self.sent_bytes += send(connection, {"number": number}, tensors)
+        except OSError as error:
+            self._lose(connection, error.strerror or str(error))
+
+    def _lose(self, connection: socket.socket, why: str) -> None:
+        """Forget a connection that failed, if it is still the current one."""
+        with self._changed:
+            if self._socket is connection:
+                self._socket, self._lost = None, why
+            self._changed.notify_all()
+        _shut(connection)
+
+    def _receive(self, connection: socket.socket) -> None:
+        try:
+            while True:
+                frame = receive(connection, None)
+                with self._changed:
+                    number = frame.header.get("number")
+                    # A request may have been sent twice, before and after the server was lost.
+                    if number in self._asked:
+                        self._answers[number] = frame
+                        self.received_bytes += sum(tensor.nbytes for tensor in frame.tensors.values())
+                        self._changed.notify_all()
+        except OSError as error:
+            self._lose(connection, str(error))
+
+    def _reconnect(self) -> None:
+        """Reach the server again, and ask it what is not answered yet."""
+        welcome = self._reach(heads=False)
+        if welcome.header["content"] != self.content:
+            self.close()
+            raise ServerError(
+                f"the server of references {self._address} came back with other models than it had: "
+                f"{_difference(self.content, welcome.header['content'])}; start it as before"
+            )
+        with self._changed:
+            connection = self._socket
+            unanswered = {number: asked for number, asked in self._asked.items() if number not in self._answers}
+        log.warning("The server of references %s is back; training goes on.", self._address)
+        for number, tensors in unanswered.items():
+            self._send(connection, number, tensors)
+
+    def _reach(self, *, heads: bool) -> Frame:
+        """Connect, and wait for the server if it is not there.
+
+        Raises:
+            LostServerError: it is not there in time.
+            RefusedError: it has another token, or lacks a role.
+        """
+        started, told = time.monotonic(), False
+        while True:
+            try:
+                return self._connect(heads)
+            except OSError as error:
+                why = f"{self._lost}, and now: {error.strerror or error}" if self.content else error.strerror or error
+            passed = time.monotonic() - started
+            if passed >= self._wait_s:
+                raise LostServerError(
+                    f"the server of references {self._address} is {'gone' if self.content else 'not there'} ({why}), "
+                    f"and did not come{' back' if self.content else ''} within reference.wait_s={self._wait_s:g} "
+                    "seconds; start it with `python -m deltakd.serve` and the overrides of this run"
+                )
+            if not told:
+                log.warning(
+                    "The server of references %s is %s (%s); waiting for it, at most %g s.",
+                    self._address,
+                    "gone" if self.content else "not there",
+                    why,
+                    self._wait_s,
+                )
+                told = True
+            time.sleep(min(_PAUSE, self._wait_s - passed))
+
+    def _connect(self, heads: bool) -> Frame:
+        connection = self._address.connect()
+        try:
+            greet_as_trainer(connection, self._token)
+            send(connection, {"roles": self._roles, "heads": heads})
+            keep_alive(connection)
+            limit_silence(connection, SILENCE_SECONDS)
+            welcome = receive(connection, None)
+            if "refused" in welcome.header:
+                raise RefusedError(str(welcome.header["refused"])[:300], 404)
+            if not isinstance(welcome.header.get("content"), dict):
+                raise WireError("it does not say what it holds")
+        except RefusedError as error:
+            connection.close()
+            raise RefusedError(f"the server of references {self._address}: {error}", error.status) from None
+        except BaseException:
+            connection.close()
+            raise
+        with self._changed:
+            self._socket = connection
+        threading.Thread(target=self._receive, args=(connection,), name="references", daemon=True).start()
+        return welcome
+
+
+def _shut(connection: socket.socket | None) -> None:
+    """Close a connection on which threads may be waiting."""
+    if connection is not None:
+        with suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
+        connection.close()
+
+
+def _difference(before: Any, now: Any, name: str = "") -> str:
+    """Return the first key at which two contents differ, with both values."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        key = next(key for key in [*before, *now] if before.get(key) != now.get(key))
+        return _difference(before.get(key), now.get(key), f"{name}.{key}" if name else str(key))
+    return f"{name} is {now}, and was {before}"

@@ -1,0 +1,223 @@
+"""Rows with images, from the file to trained students and their answers, in two families of models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+from deltakd.data import ChatTemplate, Encoded, collate, encode_prompts, encode_rows, parse_row, read_rows
+from deltakd.data.encoding.images import _reader_at, reader_beside
+from deltakd.evaluation.answers import make_set
+from deltakd.generation import Decoding, generate
+from deltakd.io.run_directory import RunDirectory
+from deltakd.models import LanguageModel
+from deltakd.references.index import keys_of_set
+from tests.vision import FAMILIES, draw, image_rows, save_vision_model, write_images
+
+GREEDY = Decoding(do_sample=False, max_new_tokens=8)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("vision")
+    for family in FAMILIES:
+        for seed, role in enumerate(("student", "teacher", "teacher_raw")):
+            save_vision_model(root / f"{family}_{role}", seed=seed, family=family)
+    return root
+
+
+def opened(models: Path, family: str, role: str = "student") -> tuple[Any, Any]:
+    path = models / f"{family}_{role}"
+    return AutoModelForImageTextToText.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_row_has_the_tokens_of_the_processor(family: str, models: Path, tmp_path: Path) -> None:
+    """The processor itself, given the rendered text and the images, makes the same ids."""
+    _, tokenizer = opened(models, family)
+    rows = read_rows(write_images(tmp_path / "images", 4))
+    encoded = encode_rows(rows, ChatTemplate(tokenizer), tokenizer, max_length=200, max_prompt_length=180)
+    assert encoded.counts["images"] == 4
+    reader = reader_beside(tokenizer)
+    for row, one in zip(rows, encoded, strict=True):
+        assert row.messages is not None
+        text = tokenizer.apply_chat_template(list(row.messages), tokenize=False)
+        expected = reader._processor(images=[_image(i) for i in row.images], text=[text])["input_ids"][0]
+        # The template's line break after the last turn is not trained.
+        assert list(expected)[: len(one.input_ids)] == one.input_ids
+        assert len(expected) - len(one.input_ids) <= 1
+        assert reader.token_id in one.input_ids
+        assert reader.token_id not in one.labels
+
+
+def _image(image: str) -> Any:
+    from deltakd.data.encoding.images import _opened
+
+    return _opened(image)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_says_what_each_row_says_alone_in_the_model_itself(family: str, models: Path, tmp_path: Path) -> None:
+    """Hidden states of padded rows, some of text alone, give the logits of transformers' whole model on each row."""
+    hf, tokenizer = opened(models, family)
+    model = LanguageModel(hf, len(tokenizer))
+    rows = read_rows(write_images(tmp_path / "images", 6, text_too=True))
+    encoded = encode_rows(rows, ChatTemplate(tokenizer), tokenizer, max_length=200, max_prompt_length=180)
+    batch = collate(list(encoded), 0, 0, 0)
+    assert batch.images is not None
+    with torch.no_grad():
+        ours = model(batch).logits()
+        alone, blind = [], []
+        for one in encoded:
+            ids = torch.tensor([one.input_ids])
+            options: dict[str, Any] = {}
+            if one.images is not None:
+                reader, images = one.images.reader, one.images.images
+                text = [reader.token * len(images)]
+                options = dict(reader._processor(images=list(map(_image, images)), text=text, return_tensors="pt"))
+                options = {k: v for k, v in options.items() if "pixel" in k or "grid" in k}
+                if family == "qwen2_vl":
+                    options["mm_token_type_ids"] = (ids == one.images.reader.token_id).long()
+            valid = [t - 1 for t, label in enumerate(one.labels) if t and label != -100]
+            alone.append(hf(input_ids=ids, attention_mask=torch.ones_like(ids), **options).logits[0, valid])
+            blind.append(hf(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, valid])
+    torch.testing.assert_close(ours, torch.cat(alone), rtol=1e-4, atol=1e-4)
+    assert (ours - torch.cat(blind)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_in_a_batch_are_those_of_transformers_alone(family: str, models: Path, tmp_path: Path) -> None:
+    """Greedy answers, with prompts that join the batch later, against one full forward pass for each token."""
+    hf, tokenizer = opened(models, family)
+    rows = read_rows(write_images(tmp_path / "images", 5, text_too=True))
+    template = ChatTemplate(tokenizer)
+    prompts, _ = encode_prompts(rows, template, tokenizer, 180)
+    model = LanguageModel(hf, len(tokenizer))
+
+    class Data:
+        template = "chat"
+        max_prompt_length = 180
+
+        def make_template(self, tokenizer: Any) -> Any:
+            return ChatTemplate(tokenizer)
+
+    data: Any = Data()
+    asked = make_set("some", rows, data, tokenizer)
+    eos = frozenset({tokenizer.eos_token_id})
+    options: dict[str, Any] = {"decoding": GREEDY, "seeds": [0], "eos_ids": eos, "vocab_size": len(tokenizer)}
+    answers = generate(
+        hf, prompts, [row.id for row in rows], batch_size=2, pad_id=0, images=asked.read_images, **options
+    )[0]
+    for row, prompt, images, answer in zip(rows, prompts, asked.images, answers, strict=True):
+        ids, said = list(prompt), []
+        for _ in range(GREEDY.max_new_tokens):
+            with torch.no_grad():
+                one = collate([Encoded([*ids, 0], [-100] * len(ids) + [0], row.id, images=images)], 0, 0, 0)
+                token = int(model(one).logits()[-1].argmax())
+            if token in eos:
+                break
+            said.append(token)
+            ids.append(token)
+        assert said == answer
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_with_images_from_start_to_export(
+    family: str, models: Path, train: Callable[..., RunDirectory], tmp_path: Path
+) -> None:
+    """Delta-KD with live references, LoRA, validation, answers, measures; the export reads images."""
+    data = write_images(tmp_path / "train", 10)
+    val = write_images(tmp_path / "val", 4, first=20)
+    run = train(
+        "delta_kd",
+        *[f"model.{role}.path={models / f'{family}_{role}'}" for role in ("student", "teacher", "teacher_raw")],
+        f"data.train={data}", f"data.val={val}", "data.template=chat", "data.max_length=200",
+        "data.max_prompt_length=180", "data.batch_size=3", "trainer.max_steps=3", "model/lora=default",
+        "evaluation=default", "evaluation.val_limit=3", "evaluation.decoding.max_new_tokens=4",
+        "evaluation.measures.rows=3",
+    )  # fmt: skip
+    summary = run.read_summary()
+    assert summary["meta"]["steps"] == 3
+    assert "val/rougeL" in summary
+    reader = _reader_at(str(run.student))
+    assert reader.identity == _reader_at(str(models / f"{family}_student")).identity
+
+
+def test_what_a_run_with_images_cannot_do_is_named_at_once(
+    models: Path, train: Callable[..., RunDirectory], tmp_path: Path
+) -> None:
+    data = write_images(tmp_path / "train", 6)
+    other = save_vision_model(tmp_path / "other", seed=1, pixels=112)
+    paths = [f"model.{role}.path={models / f'qwen2_vl_{role}'}" for role in ("student", "teacher", "teacher_raw")]
+    base = [*paths, f"data.train={data}", "data.val=null", "data.template=chat", "data.max_length=200"]
+    base += ["data.max_prompt_length=180", "trainer.max_steps=1"]
+    with pytest.raises(ValueError, match=r"(?s)data.packing=false.*model.teacher.path=.* another image processor"):
+        train("delta_kd", *base, "data.packing=true", f"model.teacher.path={other}", name="a")
+    with pytest.raises(ValueError, match=r"give rollout=none"):
+        train("delta_kd", *base, "rollout=student", name="c")
+    with pytest.raises(ValueError, match=r"an image in messages\[0\], which a plain template can't write"):
+        train("delta_kd", *base, "data.template=alpaca", name="d")
+    with pytest.raises(ValueError, match=r"\d+ tokens, \d+ of them for its images, which can't be cut"):
+        train("delta_kd", *base, "data.max_prompt_length=16", name="e")
+
+
+def test_rows_that_a_model_of_text_is_given_are_refused(train: Callable[..., RunDirectory], tmp_path: Path) -> None:
+    data = write_images(tmp_path / "train", 3)
+    with pytest.raises(ValueError, match=r"an image in messages\[0\]"):
+        train("sft", f"data.train={data}", "data.val=null")
+
+
+def test_a_missing_and_a_changed_image_are_named(models: Path, tmp_path: Path) -> None:
+    _, tokenizer = opened(models, "qwen2_vl")
+    source = write_images(tmp_path / "images", 2, first=1)
+    options: dict[str, Any] = {"max_length": 200, "max_prompt_length": 180}
+    encoded = encode_rows(read_rows(source), ChatTemplate(tokenizer), tokenizer, **options)
+    draw(tmp_path / "images" / "1.png", "red", (300, 40))
+    with pytest.raises(ValueError, match=r"a file has changed since the rows were tokenised \(among .*1\.png"):
+        collate([encoded[0]], 0, 0, 0)
+    (tmp_path / "images" / "1.png").unlink()
+    with pytest.raises(ValueError, match=r"row 0 .*: the image .*1\.png can't be read: there is no such file"):
+        encode_rows(read_rows(source), ChatTemplate(tokenizer), tokenizer, **options)
+
+
+@pytest.mark.parametrize(
+    ("image", "reason"),
+    [
+        (None, "has an image that is None"),
+        ("https://example.org/a.png", "images are not fetched"),
+        ("data:text/plain;base64,aGk=", "its bytes must follow 'data:image;base64,'"),
+    ],
+)
+def test_what_is_no_image_is_refused(image: Any, reason: str) -> None:
+    parts = [{"type": "image", "image": image}, {"type": "text", "text": "what?"}]
+    turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": "red"}]
+    with pytest.raises(ValueError, match=reason):
+        parse_row({"messages": turns}, "file:1", 0)
+
+
+def test_a_cache_of_rows_with_images_is_refused(models: Path, tmp_path: Path) -> None:
+    _, tokenizer = opened(models, "qwen2_vl")
+    rows = read_rows(write_images(tmp_path / "images", 2))
+    encoded = encode_rows(rows, ChatTemplate(tokenizer), tokenizer, max_length=200, max_prompt_length=180)
+    with pytest.raises(ValueError, match="finds rows by their tokens alone; give reference=live"):
+        keys_of_set(encoded)
+
+
+def test_an_answer_holds_no_image() -> None:
+    turns = [
+        {"role": "user", "content": "draw"},
+        {"role": "assistant", "content": [{"type": "image", "image": "a.png"}]},
+    ]
+    with pytest.raises(ValueError, match=r"\(assistant\) holds an image; only user turns may"):
+        parse_row({"messages": turns}, "file:1", 0)
+
+
+def test_the_same_question_on_another_image_is_another_task(tmp_path: Path) -> None:
+    first, second = (json.loads(json.dumps(row).replace("colour 1", "colour 0")) for row in image_rows(tmp_path, 2))
+    assert parse_row(first, "", 0).question != parse_row(second, "", 0).question

@@ -1,0 +1,175 @@
+"""Training runs whose references a server runs."""
+
+from __future__ import annotations
+
+import csv
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from deltakd.config.build import make_settings
+from deltakd.config.compose import compose_config
+from deltakd.io.errors import ConfigError, LostServerError, RefusedError
+from deltakd.io.run_directory import RunDirectory
+from deltakd.references.serving.secret import TOKEN_VARIABLE
+from deltakd.training.callbacks.checkpoints import read_checkpoint
+from tests.references.serving.servers import TOKEN, at, die_after, serving
+from tests.tiny import World
+
+Train = Callable[..., RunDirectory]
+
+ON_POLICY = ("rollout=student", "rollout.decoding.max_new_tokens=6", "optim.lr=0.003")
+
+
+@pytest.fixture(autouse=True)
+def token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A folder whose name is short enough for a socket."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def curves(run: RunDirectory) -> list[list[str]]:
+    with (run.path / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    shown = sorted(name for name in rows[0] if name.startswith(("train/loss", "train/grad", "val/")))
+    return [[row[name] for name in shown] for row in rows]
+
+
+def student(run: RunDirectory) -> bytes:
+    return (run.student / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [
+        ("delta_kd", ("trainer.accumulate_grad_batches=3", "data.batch_size=2", "trainer.val_every_n_steps=2")),
+        ("parallelogram", ("data.packing=true", "reference.ahead=5", "model.teacher.dtype=bfloat16")),
+        ("delta_kd", ("model/lora=default", "reference.ahead=0")),
+        ("kd", (*ON_POLICY, "trainer.accumulate_grad_batches=2", "data.batch_size=2")),
+    ],
+)
+def test_a_run_is_bitwise_the_same_as_beside_its_references(
+    world: World, train: Train, place: Path, loss: str, options: tuple[str, ...]
+) -> None:
+    alone = [option for option in options if not option.startswith("reference")]
+    live = train(loss, *alone, name="live")
+    with serving(world.overrides(place, loss, *options, *at(place))):
+        served = train(loss, *options, *at(place), name="served")
+    assert curves(served) == curves(live)
+    assert student(served) == student(live)
+    assert served.read_summary()["meta"]["parameters"].keys() == {"student"}
+
+
+@pytest.mark.parametrize("requests", [6, 7, 8])
+def test_a_run_whose_server_dies_stops_saved_and_goes_on_when_it_is_back(
+    world: World, train: Train, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, requests: int
+) -> None:
+    """In the first, a middle or the last micro-batch of a step."""
+    options = ("trainer.accumulate_grad_batches=3", "data.batch_size=2", "data.val=null", "reference.ahead=0")
+    live = train("delta_kd", *options[:-1], name="live")
+    asking = (*options, *at(place))
+    with monkeypatch.context() as patched, serving(world.overrides(place, "delta_kd", *asking)):
+        die_after(requests, patched)
+        with pytest.raises(
+            LostServerError, match=r"references unix://.* is gone \(.*reference.wait_s=0 .*deltakd.serve"
+        ):
+            train("delta_kd", *asking, name="served")
+    state = read_checkpoint(tmp_path / "served" / "checkpoints" / "last.ckpt")
+    assert state["global_step"] == 2
+    with serving(world.overrides(place, "delta_kd", *asking)):
+        served = train("delta_kd", *asking, "resume=true", name="served")
+    assert curves(served) == curves(live)
+    assert student(served) == student(live)
+
+
+def test_a_run_waits_for_its_server_and_goes_on_as_if_nothing_had_happened(
+    world: World, train: Train, place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = ("data.batch_size=2", "trainer.val_every_n_steps=3")
+    live = train("delta_kd", *options, name="live")
+    asking = [*options, *at(place), "reference.wait_s=60"]
+    overrides = world.overrides(place, "delta_kd", *asking)
+    runs: list[RunDirectory] = []
+    with monkeypatch.context() as patched, serving(overrides) as server:
+        die_after(5, patched)
+        trainer = threading.Thread(target=lambda: runs.append(train("delta_kd", *asking, name="served")))
+        trainer.start()
+        while not server.stopped:
+            time.sleep(0.05)
+    with serving(overrides):
+        trainer.join()
+    assert curves(runs[0]) == curves(live)
+    assert student(runs[0]) == student(live)
+    said = [record.getMessage() for record in caplog.records if "server of references" in record.getMessage()]
+    assert [("is gone" in sentence, "is back" in sentence) for sentence in said] == [(True, False), (False, True)]
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ("model.teacher.path={root}/student_raw", r"model.teacher is .*student_raw .*was started with .*teacher \("),
+        ("model.teacher.dtype=bfloat16", "model.teacher.dtype is bfloat16, but the server .* was started with float32"),
+        ("data.packing=true", "data.packing is True, but the server"),
+    ],
+)
+def test_a_server_of_other_references_is_refused_by_name(
+    world: World, train: Train, place: Path, changed: str, sentence: str
+) -> None:
+    with (
+        serving(world.overrides(place, "delta_kd", *at(place))),
+        pytest.raises(ConfigError, match=sentence),
+    ):
+        train("delta_kd", *at(place), changed.format(root=world.root))
+
+
+def test_roles_that_the_server_does_not_hold_are_refused_by_name(world: World, train: Train, place: Path) -> None:
+    with (
+        serving(world.overrides(place, "kd", *at(place))),
+        pytest.raises(RefusedError, match="it holds teacher, and student_raw, teacher_raw is asked for"),
+    ):
+        train("delta_kd", *at(place))
+
+
+def test_another_token_ends_the_run_at_once(
+    world: World, train: Train, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(world.overrides(place, "kd", *at(place))):
+        monkeypatch.setenv(TOKEN_VARIABLE, "another token of the tests")
+        with pytest.raises(RefusedError, match="the token is another"):
+            train("kd", *at(place), "reference.wait_s=60")
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("loss=uld",), "the loss aligns them with those of another tokenizer"),
+        (("rollout=student", "rollout.source=mixture"), "rollout.source=mixture runs the teacher token by token"),
+        (("reference.url=localhost:5",), "reference.url is 'localhost:5'; it must be"),
+        (("model.routes={a: 1}",), "model.routes chooses among models in memory"),
+    ],
+)
+def test_what_does_not_go_is_said_before_anything_is_loaded(
+    world: World, tmp_path: Path, options: tuple[str, ...], sentence: str
+) -> None:
+    overrides = world.overrides(tmp_path, "kd", *at(tmp_path), *options)
+    with pytest.raises(ConfigError, match=sentence):
+        make_settings(compose_config("train", overrides))
+
+
+def test_measures_of_the_student_ask_the_server(world: World, train: Train, place: Path) -> None:
+    options = ("evaluation.measures.rows=8", "trainer.max_steps=2")
+    live = train("delta_kd", *options, name="live").read_summary()
+    with serving(world.overrides(place, "delta_kd", *at(place))):
+        served = train("delta_kd", *options, *at(place), name="served").read_summary()
+    named = [name for name in live if name.startswith("val/")]
+    assert "val/kl_teacher" in named
+    assert {name: served[name] for name in named} == {name: live[name] for name in named}
