@@ -105,12 +105,17 @@ def _stop_after(step: int) -> Any:
 
 
 @pytest.mark.slow
-def test_two_ranks_train_on_what_one_does(world: World, foreign: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "strategy", [("strategy=ddp",), ("strategy=fsdp", "reference.sharding=shard")], ids=["ddp", "fsdp"]
+)
+def test_two_ranks_train_on_what_one_does(
+    strategy: tuple[str, ...], world: World, foreign: tuple[str, ...], tmp_path: Path
+) -> None:
     two, one = tmp_path / "two", tmp_path / "one"
     # Each rank draws its own dropout.
     plain = save_model(tmp_path / "plain", seed=1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     shared = (*foreign, f"model.student.path={plain}", "trainer.accelerator=cpu", "data.val=null", "optim.lr=0.001")
-    split = ("strategy=ddp", "trainer.devices=2", "data.batch_size=2")
+    split = (*strategy, "trainer.devices=2", "data.batch_size=2")
     on_ranks(2, _train, world.overrides(two, "span_kd", *shared, *split), two)
     _train(world.overrides(one, "span_kd", *shared, "data.batch_size=4"), one)
     records = []

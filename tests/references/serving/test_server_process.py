@@ -51,13 +51,13 @@ def student(directory: Path) -> bytes:
 
 
 def test_a_run_outlives_its_killed_server_over_tcp(world: World, tmp_path: Path) -> None:
-    asking = ["reference=served", f"reference.url=tcp://127.0.0.1:{free_port()}", "trainer.max_steps=400"]
+    asking = ["reference=served", f"reference.url=tcp://127.0.0.1:{free_port()}", "trainer.max_steps=120"]
     checked = "trainer.checkpoint_every_n_steps=1"
     train(world.overrides(tmp_path / "live", "delta_kd", asking[-1], checked), tmp_path / "live")
-    overrides = world.overrides(tmp_path / "served", "delta_kd", *asking, checked, "reference.wait_s=120")
+    overrides = world.overrides(tmp_path / "served", "delta_kd", *asking, checked, "reference.wait_s=300")
     server, trainer = start("serve", overrides), start("train", overrides)
     last = RunDirectory(tmp_path / "served").checkpoints / "last.ckpt"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not last.is_file():
         assert time.monotonic() < deadline
         assert trainer.poll() is None, trainer.communicate()[0]
@@ -65,12 +65,12 @@ def test_a_run_outlives_its_killed_server_over_tcp(world: World, tmp_path: Path)
     server.kill()
     server.communicate()
     again = start("serve", overrides)
-    said, _ = trainer.communicate(timeout=200)
+    said, _ = trainer.communicate(timeout=400)
     assert trainer.returncode == 0, said
     assert "is back; training goes on" in said
     assert student(tmp_path / "served") == student(tmp_path / "live")
     again.send_signal(signal.SIGINT)
-    said, _ = again.communicate(timeout=30)
+    said, _ = again.communicate(timeout=300)
     assert again.returncode == 0
     assert "Traceback" not in said
     assert "Serving student_raw, teacher, teacher_raw at tcp://127.0.0.1:" in said
@@ -80,7 +80,7 @@ def test_a_run_outlives_its_killed_server_over_tcp(world: World, tmp_path: Path)
 def test_a_server_at_a_taken_address_ends_in_one_line(world: World, place: Path) -> None:
     overrides = world.overrides(place, "kd", *at(place))
     with serving(overrides):
-        said, _ = start("serve", overrides).communicate(timeout=120)
+        said, _ = start("serve", overrides).communicate(timeout=300)
     assert "Traceback" not in said
     assert "can't be listened on (a server answers there)" in said
 
