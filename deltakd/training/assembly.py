@@ -388,5 +388,5 @@ def _trainable(student: LanguageModel, settings: RunSettings) -> LanguageModel:
         # With LoRA, nothing before the first adapter needs a gradient, so a checkpointed block would detach the graph.
         student.causal_lm.enable_input_require_grads()
     if settings.trainer.compile:
-        student.causal_lm.base_model.compile()
+        student.compile_body()
     return student

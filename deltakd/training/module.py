@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, final
 
@@ -75,6 +75,8 @@ class DistillationModule(L.LightningModule):
         #: The last whole optimiser step, until it has been read and until it has been checked.
         self._unread: StepReading | None = None
         self._unchecked: StepReading | None = None
+        #: What to add to that step's metrics once it is read.
+        self._additions: list[Callable[[Mapping[str, float]], Mapping[str, float]]] = []
         #: The current optimiser step on this rank.
         self._sums = StepSums()
         self._batch_idx = 0
@@ -222,7 +224,17 @@ class DistillationModule(L.LightningModule):
         if self._unread is not None:
             self._metrics = {f"train/{name}": value for name, value in self._unread.metrics().items()}
             self._unread = None
+        while self._additions:
+            self._metrics |= self._additions.pop(0)(self._metrics)
         return self._metrics
+
+    def add_metrics(self, addition: Callable[[Mapping[str, float]], Mapping[str, float]]) -> None:
+        """Add metrics to those of the last whole optimiser step; never waits.
+
+        Args:
+            addition: returns them, given those that are there; called when these are read.
+        """
+        self._additions.append(addition)
 
     def settle(self) -> None:
         """Read the last whole optimiser step's metrics and check them: before they, or its weights, go into a file.

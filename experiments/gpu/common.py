@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import platform
 import subprocess
@@ -36,7 +37,10 @@ class Results:
     def add(self, **row: Any) -> None:
         """Add a row."""
         self.content["rows"].append(row)
-        self.path.write_text(json.dumps(self.content, indent=1), encoding="utf-8")
+        # A part may be killed at any moment: the file is always whole.
+        new = self.path.with_suffix(".new")
+        new.write_text(json.dumps(self.content, indent=1), encoding="utf-8")
+        new.replace(self.path)
         print(row, flush=True)
 
     def attempt(self, name: str, measure: Callable[[], Mapping[str, Any]]) -> None:
@@ -47,6 +51,8 @@ class Results:
             traceback.print_exc()
             first = (str(error).strip().splitlines() or [""])[0]
             self.add(name=name, error=f"{type(error).__name__}: {first[:300]}")
+        # A Trainer and its module refer to each other, and so keep a whole model alive until they are collected.
+        gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

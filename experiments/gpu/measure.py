@@ -12,10 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,7 @@ class Part:
 QWEN = ("kd", "delta_kd", "delta_kd_lora", "sft", "kd_lora", "sft_lora")
 #: In the order in which they run: the most valuable first.
 PARTS = (
-    Part("kernel_tests", 60, ("-m", "pytest", "tests/kernels", "-m", "not slow"), ("-k", "products", "-x")),
+    Part("kernel_tests", 60, ("-m", "pytest", "-q", "tests/kernels", "-m", "not slow"), ("-k", "products", "-x")),
     Part("loss", 80, ("loss.py",), ("--tokens", "64", "--width", "32", "--vocabulary", "512")),
     Part("step_gpt2", 110, ("step.py",), ("--shape", "tiny_gpt2", "--batch", "4", "--length", "32", "--steps", "2")),
     Part("correctness", 80, ("correctness.py",), ("--steps", "6")),
@@ -68,18 +70,24 @@ def run(part: Part, options: argparse.Namespace) -> dict[str, Any]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     began = time.monotonic()
     with (options.out / f"{part.name}.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         try:
-            done = subprocess.run(
-                [sys.executable, *arguments],
-                cwd=ROOT,
-                env=environment,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                timeout=part.budget * options.budget,
-            )
-            status = "done" if done.returncode == 0 else f"exit status {done.returncode}"
+            returned = process.wait(part.budget * options.budget)
+            status = "done" if returned == 0 else f"exit status {returned}"
         except subprocess.TimeoutExpired:
             status = "out of time"
+        finally:
+            # With what it started, which would go on holding the GPU's memory.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     lines = (options.out / f"{part.name}.log").read_text(errors="replace").strip().splitlines()
     last = lines[-1] if lines else ""
     return {"part": part.name, "status": status, "seconds": round(time.monotonic() - began, 1), "last": last[:200]}

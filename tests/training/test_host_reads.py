@@ -173,6 +173,21 @@ def test_metrics_are_read_once_the_next_step_is_queued(tmp_path: Path, monkeypat
 
 
 @pytest.mark.filterwarnings(IGNORED)
+def test_a_callback_adds_metrics_without_reading_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Add(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            step = trainer.global_step
+            module.add_metrics(lambda metrics: {"added/step": step, "added/twice": 2 * metrics["train/loss"]})
+
+    module, data = make_run(tmp_path, steps=3, accumulate=1)
+    watched = Poison(monkeypatch)
+    fit(module, data, watched, Add())
+    assert watched.read_at == [(0, 1), (1, 2), (2, 2)]
+    assert module.step_metrics["added/step"] == 3
+    assert module.step_metrics["added/twice"] == 2 * module.step_metrics["train/loss"]
+
+
+@pytest.mark.filterwarnings(IGNORED)
 @pytest.mark.parametrize(("poisoned", "last"), [(5, False), (9, True)])
 def test_a_loss_that_is_not_finite_is_found_a_step_late_and_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, poisoned: int, last: bool

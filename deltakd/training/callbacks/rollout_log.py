@@ -91,9 +91,9 @@ class RolloutLog(L.Callback):
         self._seen = loader.seconds
         self.tokens += loader.tokens_of_step(batch.step)
         whole = self.seconds + self._training_log.seconds
-        pl_module.step_metrics.update(loader.metrics)
-        pl_module.step_metrics["rollout/time_fraction"] = self.seconds / whole if whole else 0.0
-        pl_module.step_metrics.update(_derived(pl_module.step_metrics, data.settings.samples_itself and not data.pairs))
+        known = {**loader.metrics, "rollout/time_fraction": self.seconds / whole if whole else 0.0}
+        samples_itself = data.settings.samples_itself and not data.pairs
+        pl_module.add_metrics(lambda metrics: known | _derived(metrics, samples_itself))
         if trainer.is_global_zero:
             if "rollout/finished_fraction" in loader.metrics:
                 self._say_fall(loader.metrics["rollout/finished_fraction"], batch.step)
