@@ -73,8 +73,8 @@ def _unrouted(name: str, rows: Sequence[Row], routes: Mapping[str, int]) -> list
     if without:
         shown = listed([f"{task} ({count} rows)" for task, count in without.most_common()])
         found.append(
-            f"{name} has rows of tasks that model.routes lacks: {shown}; add them, or '*' for all other rows: "
-            f"model.routes={{{', '.join(f'{task}: {pair}' for task, pair in routes.items())}, '*': 1}}"
+            f"{name} has rows of tasks that model.routes lacks: {shown}; add them, or * for all other rows: "
+            f"model.routes={{{', '.join(f'{task}: {pair}' for task, pair in routes.items())}, *: 1}}"
         )
     if none:
         found.append(
