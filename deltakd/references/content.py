@@ -112,7 +112,7 @@ def model_differences(role: str, spec: ModelSpec | None, held: Mapping[str, Any]
         spec: the config's; if its files are not on this machine, the paths are compared.
         held: ``model_identity`` of the other.
     """
-    if spec is None or not spec.path or held.get("served"):
+    if spec is None or not spec.path or held.get("elsewhere"):
         return []
     given = model_identity(spec)
     found: list[tuple[str, object, object]] = [
