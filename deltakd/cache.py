@@ -20,7 +20,9 @@ Overrides are those of deltakd.train; the same ones, given to deltakd.train, the
   reference.store=topk     log-probs of K tokens and the rest: small, approximate, for one temperature
                            [reference.k=64, or reference.target_error=0.01, by which K is chosen]
   reference.remake=true    make damaged files again
-  reference.url=URL        ask a vLLM server for the teacher's log-probs, with reference.store=topk reference.k=20
+  reference.url=URL        ask a vLLM or SGLang server for the teacher's log-probs, with reference.store=topk
+                           reference.k=20 [reference.raw_url=URL for its raw self, by vLLM]
+  reference.log_probs=FILE read the teacher's log-probs from a file, with reference.store=topk
 Started again with the same reference.path it continues where it stopped.
 """
 

@@ -125,6 +125,27 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     return given
 
 
+def read_arguments(arguments: Sequence[str], keys: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Return ``key=value`` arguments by key, and the problems with them, one sentence each.
+
+    Args:
+        arguments: as given.
+        keys: the allowed ones.
+    """
+    given, problems = {}, []
+    for argument in arguments:
+        key, sign, value = argument.partition("=")
+        if not sign or key not in keys:
+            near = difflib.get_close_matches(key, keys, n=1, cutoff=0.4)
+            hint = f"the nearest is {near[0]}=...; " if near else ""
+            problems.append(f"{argument!r} is not understood; {hint}allowed: {', '.join(f'{k}=...' for k in keys)}")
+        elif not value:
+            problems.append(f"{key}= is empty")
+        else:
+            given[key] = value
+    return given, problems
+
+
 def quiet_libraries() -> None:
     """Keep libraries' advertisements, device listings and very short progress bars off the console; warnings stay.
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from deltakd.cli import guarded
+from deltakd.cli import guarded, read_arguments
 from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
 
@@ -47,17 +46,7 @@ def export(arguments: Sequence[str]) -> None:
 
 def _read(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """Return the arguments by key, and the problems with them."""
-    problems, given = [], {}
-    for argument in arguments:
-        key, sign, value = argument.partition("=")
-        if not sign or key not in KEYS:
-            near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.4)
-            hint = f"the nearest is {near[0]}=...; " if near else ""
-            problems.append(f"{argument!r} is not understood; {hint}allowed: {', '.join(f'{k}=...' for k in KEYS)}")
-        elif not value:
-            problems.append(f"{key}= is empty")
-        else:
-            given[key] = value
+    given, problems = read_arguments(arguments, KEYS)
     if "run" not in given:
         problems.append("run=<run directory> is missing")
     if given.get("private", "false").lower() not in ("true", "false"):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from deltakd.cli import guarded
+from deltakd.cli import guarded, read_arguments
 from deltakd.io.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -87,17 +86,7 @@ def run_pruning(arguments: Sequence[str]) -> Path:
 
 
 def _read(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    problems, given = [], {}
-    for argument in arguments:
-        key, sign, value = argument.partition("=")
-        if not sign or key not in KEYS:
-            near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.4)
-            hint = f"the nearest is {near[0]}=...; " if near else ""
-            problems.append(f"{argument!r} is not understood; {hint}allowed: {', '.join(f'{k}=...' for k in KEYS)}")
-        elif not value:
-            problems.append(f"{key}= is empty")
-        else:
-            given[key] = value
+    given, problems = read_arguments(arguments, KEYS)
     problems += [f"{key}=... is missing" for key in ("model", "output") if key not in given]
     if "keep" in given and "layers" in given:
         problems.append("keep and layers are both given; give one of them")

@@ -14,7 +14,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from deltakd.config.check import caching_problems, specs_to_load
+from deltakd.config.check import specs_to_load
+from deltakd.config.check_caching import caching_problems
 from deltakd.config.check_serving import serving_problems
 from deltakd.config.draft import Draft
 from deltakd.config.folders import choice_files
@@ -72,9 +73,8 @@ def make_caching_settings(cfg: DictConfig) -> RunSettings:
     draft.problems += caching_problems(draft.reference, draft.model, draft.loss)
     draft.check_alone()
     roles = None if draft.loss is None else set(draft.loss.requires)
-    if roles is not None and draft.cache is not None and draft.cache.url is not None:
-        # Only the teacher is served; a loss that reads more is a problem already.
-        roles = set()
+    if roles is not None and draft.cache is not None:
+        roles -= draft.cache.outside
     # A cache's raw student is a separate model, not a student with its adapter off.
     return draft.settings(roles, has_adapter=False)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,24 +14,20 @@ from deltakd.evaluation import SCORERS
 from deltakd.evaluation.settings import SCORES, EvaluationSettings
 from deltakd.generation.model_step import positions_of
 from deltakd.io.hub import hub_reachable
-from deltakd.io.inference_server import url_problems
 from deltakd.kernels import aligned_loss
 from deltakd.models import ModelSettings, ModelSpec, load_config, spec_problems
 from deltakd.models.adapter_files import adapter_problems
 from deltakd.models.causal import NotCausalError
 from deltakd.models.quantization import student_problems
 from deltakd.models.roles import position_problems
-from deltakd.references import CacheSettings, CacheStore, LiveSettings, ReferenceSettings, ServedSettings
-from deltakd.references.content import cache_problems
+from deltakd.references import CacheSettings, LiveSettings, ReferenceSettings, ServedSettings
 from deltakd.references.routed import routed_roles
-from deltakd.references.topk import topk_problems
 from deltakd.rollouts.settings import RolloutSettings
 from deltakd.training.settings import TrainerSettings
 from deltakd.types import (
     ROLES,
     STUDENT,
     STUDENT_RAW,
-    TEACHER,
     AlignedTokens,
     Alignment,
     Head,
@@ -270,43 +265,6 @@ def stream_problems(data: DataConfig, trainer: TrainerSettings | None, reference
             "that is; give trainer.val_every_n_steps=N"
         )
     return problems
-
-
-def caching_problems(cache: Any, models: ModelSettings, loss: Loss | None) -> list[str]:
-    """Return why a cache can't be created; an existing cache must have the same content."""
-    if not isinstance(cache, CacheSettings):
-        return ["reference is not a cache; add reference=cached reference.path=DIR"]
-    if loss is None:
-        return []
-    if not loss.requires:
-        return ["the loss reads no references, so there is nothing to cache; give the loss that will be trained"]
-    if cache.url is not None:
-        return served_problems(cache, loss)
-    if cache.path and CacheStore.is_at(Path(cache.path)):
-        return cache_problems(models, loss, cache, adding=True)
-    return topk_problems(loss) if cache.store == "topk" else []
-
-
-def served_problems(cache: CacheSettings, loss: Loss) -> list[str]:
-    """Return why a server's log-probs can't be cached for a loss."""
-    found = [*url_problems(cache.url, "reference.url"), *topk_problems(loss)]
-    others = sorted(loss.requires - {TEACHER})
-    if others:
-        found.append(
-            f"the loss reads {', '.join(others)}, and reference.url serves the teacher alone: without a raw partner it "
-            "gives kd, not delta; give loss=kd, or load the models"
-        )
-    if cache.store != "topk" or cache.k is None:
-        found.append(
-            "reference.url gives log-probs of a few tokens; give reference.store=topk reference.k=20 (the most that "
-            "vLLM answers unless it is started with --max-logprobs)"
-        )
-    if loss.temperature != 1:
-        found.append(
-            f"loss.temperature is {loss.temperature:g}, and a server's log-probs are those at temperature 1; give "
-            "loss.temperature=1"
-        )
-    return found
 
 
 def try_loss(loss: Loss | None, problems: list[str]) -> list[str]:

@@ -11,10 +11,10 @@ import numpy as np
 from deltakd.data.encoding.encoded_set import EncodedSet, RowTasks
 from deltakd.data.load import LoadedSets
 from deltakd.data.sources.rows import Row
+from deltakd.io.wording import listed
 
 #: The route of rows without a task, and of tasks without a route of their own.
 ANY_TASK = "*"
-_SHOWN = 5
 
 
 def routed(sets: LoadedSets, routes: Mapping[str, int]) -> LoadedSets:
@@ -37,7 +37,7 @@ def routed(sets: LoadedSets, routes: Mapping[str, int]) -> LoadedSets:
     if unused and not problems:
         problems.append(
             f"model.routes names {', '.join(unused)}, and no row of data.train has that task; the tasks there are "
-            f"{_listed(sorted(task for task in asked if task)) or 'none'}: correct the route, or leave it out"
+            f"{listed(sorted(task for task in asked if task)) or 'none'}: correct the route, or leave it out"
         )
     if problems:
         raise ValueError("\n".join(problems))
@@ -71,10 +71,10 @@ def _unrouted(name: str, rows: Sequence[Row], routes: Mapping[str, int]) -> list
     none = without.pop(None, 0)
     found = []
     if without:
-        shown = _listed([f"{task} ({count} rows)" for task, count in without.most_common()])
+        shown = listed([f"{task} ({count} rows)" for task, count in without.most_common()])
         found.append(
-            f"{name} has rows of tasks that model.routes lacks: {shown}; add them, or '*' for all other rows: "
-            f"model.routes={{{', '.join(f'{task}: {pair}' for task, pair in routes.items())}, '*': 1}}"
+            f"{name} has rows of tasks that model.routes lacks: {shown}; add them, or * for all other rows: "
+            f"model.routes={{{', '.join(f'{task}: {pair}' for task, pair in routes.items())}, *: 1}}"
         )
     if none:
         found.append(
@@ -82,7 +82,3 @@ def _unrouted(name: str, rows: Sequence[Row], routes: Mapping[str, int]) -> list
             "them one (data.columns maps another column to it), or add '*' to model.routes"
         )
     return found
-
-
-def _listed(items: Sequence[str]) -> str:
-    return ", ".join(items[:_SHOWN]) + (", ..." if len(items) > _SHOWN else "")

@@ -11,6 +11,7 @@ from annotated_types import Ge
 from transformers import PreTrainedTokenizerBase
 
 from deltakd.data.common_settings import DataConfig, Positive, Sources
+from deltakd.data.encoding.encoded_set import EncodedSet
 from deltakd.data.encoding.packing import pack_texts
 from deltakd.data.encoding.segments import Template
 from deltakd.data.encoding.template_problems import template_problems
@@ -161,6 +162,15 @@ class InstructionData(DataConfig):
         split = self.split()
         encoded = encode_rows(split.train, self.make_template(tokenizer), tokenizer, **self._limits())
         return split._replace(train=split.train.take(np.isin(split.train.ids, encoded.row_ids)))
+
+    def encode(self, source: Sources, tokenizer: PreTrainedTokenizerBase) -> EncodedSet:
+        """Return the rows of other sources as ``load`` would tokenise them; their ids are line numbers.
+
+        Raises:
+            ValueError: as ``read_rows`` and ``encode_rows``.
+        """
+        rows = read_rows(source, columns=self.columns, strip_answers=self.strip_answers)
+        return encode_rows(rows, self.make_template(tokenizer), tokenizer, **self._limits())
 
     def _choice(self) -> dict[str, Any]:
         return {

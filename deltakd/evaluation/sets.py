@@ -16,12 +16,10 @@ from deltakd.evaluation.scoring import stripped
 from deltakd.evaluation.settings import EvaluationSettings
 from deltakd.generation.model_step import positions_of
 from deltakd.io.errors import ConfigError
+from deltakd.io.wording import listed
 from deltakd.models.vocabulary import head_rows, unknown_prompt_problems
 
 log = logging.getLogger(__name__)
-
-#: Number of ids shown in a message; the record has all of them.
-_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -141,14 +139,14 @@ def _reference_problems(name: str, rows: Sequence[Row], scorer: str, evaluation:
     if gone:
         return [
             f"{where}: of {len(gone)} of {len(rows)} rows evaluation.strip leaves nothing of the references (rows "
-            f"{_listed(gone)}): {evaluation.strip!r} matches all of them; give another expression, or "
+            f"{listed(gone)}): {evaluation.strip!r} matches all of them; give another expression, or "
             "evaluation.strip=null"
         ]
     bad = [row for row in rows if not enough(map(reads, texts[row.id]))]
     if not bad:
         return []
     told = f"{where}: {len(bad)} of {len(rows)} rows have "
-    shown = f"(rows {_listed([row.id for row in bad])})"
+    shown = f"(rows {listed([row.id for row in bad])})"
     if scorer == "final_number":
         key = "evaluation.scorer=rouge" if name == "val" else f"evaluation.sets.{name}={{source: ..., scorer: rouge}}"
         return [
@@ -171,7 +169,7 @@ def _context_problems(one: EvaluationSet, positions: int | None, limit: int) -> 
         return []
     return [
         f"evaluation set {one.name}: {len(full)} of {len(one)} prompts are as long as the model's context of "
-        f"{positions} tokens (rows {_listed(full)}), so nothing can be generated; give evaluation.max_prompt_length "
+        f"{positions} tokens (rows {listed(full)}), so nothing can be generated; give evaluation.max_prompt_length "
         f"below {positions} (it is {limit}), or a model with more positions"
     ]
 
@@ -188,7 +186,7 @@ def _overlapping(name: str, rows: int, overlaps: Sequence[Overlap]) -> str:
     pairs = [f"{overlap.row_id}={overlap.other_id}" for overlap in overlaps]
     return (
         f"evaluation set {name}: of {rows} rows {exact} are in the training data, and {len(overlaps) - exact} nearly "
-        f"(its row = row of data.train: {_listed(pairs)})"
+        f"(its row = row of data.train: {listed(pairs)})"
     )
 
 
@@ -198,7 +196,3 @@ def _overlap_record(overlaps: Sequence[Overlap]) -> dict[str, list[tuple[int, in
         kind: [(o.row_id, o.other_id) for o in overlaps if o.exact == is_exact]
         for kind, is_exact in (("exact", True), ("near", False))
     }
-
-
-def _listed(items: Sequence[object]) -> str:
-    return ", ".join(map(str, items[:_SHOWN])) + (", ..." if len(items) > _SHOWN else "")

@@ -27,7 +27,7 @@ def image_inputs(model: Any, images: Mapping[str, Tensor], input_ids_BT: Tensor)
 
 def has_positions_of_axes(model: Any) -> bool:
     """Return True if a token has a position in time, height and width each, as in Qwen2-VL (M-RoPE)."""
-    return hasattr(model.base_model, "get_rope_index")
+    return hasattr(getattr(model, "base_model", None), "get_rope_index")
 
 
 def positions_of_axes(

@@ -27,11 +27,13 @@ class ServedModel:
         name: what requests call it.
         source: the path or hub id that the server opened; None: it does not say.
         longest: most tokens of prompt and response together; None: it does not say.
+        by: the kind of server, such as ``vllm`` or ``sglang``; None: it does not say.
     """
 
     name: str
     source: str | None
     longest: int | None
+    by: str | None = None
 
 
 def served_model(server: InferenceServer, wanted: str | None, key: str) -> ServedModel:
@@ -60,7 +62,7 @@ def served_model(server: InferenceServer, wanted: str | None, key: str) -> Serve
     if name not in models:
         raise ValueError(f"{key} is {wanted!r}, and the server {server.url} serves {names}")
     found = models[name]
-    return ServedModel(name, found.get("root"), found.get("max_model_len"))
+    return ServedModel(name, found.get("root"), found.get("max_model_len"), found.get("owned_by"))
 
 
 def served_tokenizer_problems(

@@ -11,10 +11,9 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from deltakd.data import EncodedSet
+from deltakd.io.wording import listed
 
 log = logging.getLogger(__name__)
-
-_SHOWN = 5
 
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase, config: Any = None, role: str = "student") -> int:
@@ -40,11 +39,11 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, config: Any = None, role: 
     if needed:
         raise ValueError(
             f"the tokenizer has {vocabulary} tokens but the model's output embedding has {rows} rows ({role}), none "
-            f"for {_listed(needed)}; give the tokenizer that belongs to the model"
+            f"for {listed(needed)}; give the tokenizer that belongs to the model"
         )
     log.info(
         "The tokenizer's special tokens %s are cut: the %s has no row for them, and no text is encoded as one.",
-        _listed(list(beyond.values())),
+        listed(beyond.values()),
         role,
     )
     return rows
@@ -126,10 +125,6 @@ def _unknown(
 ) -> str:
     tokens = [str(tokenizer.convert_ids_to_tokens(int(i))) for i in np.unique(beyond)]
     return (
-        f"{name}: {len(rows)} rows ({_listed(rows)}) hold {_listed(tokens)}, which the models don't have (their "
+        f"{name}: {len(rows)} rows ({listed(rows)}) hold {listed(tokens)}, which the models don't have (their "
         f"vocabulary ends at {vocabulary}); give a template without it (data.template), or take it out of the data"
     )
-
-
-def _listed(items: Sequence[object]) -> str:
-    return ", ".join(map(str, items[:_SHOWN])) + (", ..." if len(items) > _SHOWN else "")

@@ -22,10 +22,10 @@ from deltakd.models.roles import OWN_ROLES, Vocabularies
 from deltakd.models.tokenizers import pad_id
 from deltakd.references import CacheSettings, CacheStore, LiveReferences
 from deltakd.references.cached import DTYPES
-from deltakd.references.from_server import ServedTeacher
+from deltakd.references.outside import LogProbSource
 from deltakd.references.store import SUPPORT
-from deltakd.references.topk import CANDIDATES, make_buckets, sample_errors
-from deltakd.types import STUDENT, TEACHER, Batch, Head, Loss
+from deltakd.references.topk import CANDIDATES, log_probs_at, make_buckets, sample_errors
+from deltakd.types import STUDENT, Batch, Head, Loss
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,8 @@ class Caching:
         tokenizer: the student's.
         vocabularies: numbers of tokens that the models share, and the teachers' tokenizer if they have one.
         sets: tokenised rows.
-        references: the models, on ``device``; or the server that has them.
+        references: the models that are loaded, on ``device``.
+        outside: gives the log-probs of the others; None: all are loaded.
         device: where they run.
         open_student: loads the untrained student, on which the errors of ``topk`` are measured.
         show_progress: show a progress bar.
@@ -58,7 +59,8 @@ class Caching:
     tokenizer: PreTrainedTokenizerBase
     vocabularies: Vocabularies
     sets: LoadedSets
-    references: LiveReferences | ServedTeacher
+    references: LiveReferences
+    outside: LogProbSource | None
     device: torch.device
     open_student: Callable[[], LanguageModel]
     show_progress: bool = True
@@ -80,9 +82,13 @@ class Caching:
             batch: on ``device``.
             content: of the cache.
         """
-        if isinstance(self.references, ServedTeacher):
-            return _bucket_tensors(self.references.buckets(batch, content["k"]), content)
-        return token_tensors(self.references(batch), batch.labels_N, content)
+        heads = self.references(batch)
+        if self.outside is None:
+            return token_tensors(heads, batch.labels_N, content)
+        buckets = self.outside.buckets(batch)
+        assert torch.equal(buckets.support[:, 0], batch.labels_N.cpu()), "labels are tokens of their rows"
+        own = log_probs_at(heads, buckets.support.to(self.device))
+        return _bucket_tensors(replace(buckets, log_probs={**buckets.log_probs, **own}), content)
 
 
 def begin_store(caching: Caching, given: Mapping[str, Any]) -> CacheStore:
@@ -123,14 +129,13 @@ def _models_content(
     caching: Caching, example: Batch, is_topk: bool
 ) -> tuple[dict[str, Any], list[dict[str, Any]], int | None]:
     """Return the entries of the models, the errors on a sample, and K."""
-    if isinstance(caching.references, ServedTeacher):
+    own = {role: _model_content(caching, role, head) for role, head in caching.references(example).items()}
+    if caching.outside is not None:
         dtype = caching.settings.dtype or "float16"
-        assert caching.settings.k is not None, "checked with the config"
-        k = min(caching.settings.k, caching.vocabulary)
-        return {TEACHER: caching.references.identity | {"stored_dtype": dtype}}, [], k
-    heads = caching.references(example)
+        given = {role: one | {"stored_dtype": dtype} for role, one in caching.outside.identities.items()}
+        return own | given, [], caching.outside.k
     sample, k_chosen = _choose_k(caching) if is_topk else ([], None)
-    return {role: _model_content(caching, role, head) for role, head in heads.items()}, sample, k_chosen
+    return own, sample, k_chosen
 
 
 def _model_content(caching: Caching, role: str, head: Head) -> dict[str, Any]:
@@ -218,7 +223,6 @@ def _sample(caching: Caching) -> tuple[Head, dict[str, Head], Tensor]:
     labels = []
     size = caching.data.full_rows
     references = caching.references
-    assert isinstance(references, LiveReferences), "errors are measured on models that are loaded"
     for start in range(0, len(rows), size):
         batch = caching.batch(encoded, rows[start : start + size])
         for role, head in {STUDENT: student(batch), **references(batch)}.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from deltakd.data import DataConfig, EncodedSet, LoadedSets, tokenizer_fingerprint
 from deltakd.data.encoding.token_cache import fingerprint
+from deltakd.io.wording import listed
 from deltakd.models import ModelSettings, ModelSpec
 from deltakd.models.identity import model_identity, spec_of
 from deltakd.references import CacheSettings, CacheStore, StoreError
@@ -111,7 +112,7 @@ def model_differences(role: str, spec: ModelSpec | None, held: Mapping[str, Any]
         spec: the config's; if its files are not on this machine, the paths are compared.
         held: ``model_identity`` of the other.
     """
-    if spec is None or not spec.path or held.get("served"):
+    if spec is None or not spec.path or held.get("elsewhere"):
         return []
     given = model_identity(spec)
     found: list[tuple[str, object, object]] = [
@@ -194,7 +195,7 @@ def named_sets(sets: LoadedSets) -> dict[str, EncodedSet]:
 def missing_problem(missing: Mapping[str, NDArray[np.int64]], sets: LoadedSets, path: object) -> list[str]:
     """Return one sentence that counts the missing rows and lists the first ones; empty if none are missing."""
     shown = [
-        f"{len(rows)} of {len(encoded)} rows of data.{name} (rows {_listed(encoded.row_ids[rows])})"
+        f"{len(rows)} of {len(encoded)} rows of data.{name} (rows {listed(encoded.row_ids[rows])})"
         for name, encoded in named_sets(sets).items()
         if len(rows := missing[name])
     ]
@@ -204,8 +205,3 @@ def missing_problem(missing: Mapping[str, NDArray[np.int64]], sets: LoadedSets, 
         f"the cache reference.path={path} lacks {' and '.join(shown)}; the same overrides with deltakd.cache in place "
         "of deltakd.train add them"
     ]
-
-
-def _listed(row_ids: Collection[int], most: int = 8) -> str:
-    first = ", ".join(str(row) for row in list(row_ids)[:most])
-    return first if len(row_ids) <= most else f"{first}, ..."

@@ -17,7 +17,7 @@ from torch import Tensor
 from deltakd.data import EncodedSet, LoadedSets
 from deltakd.io.files import WriteError
 from deltakd.io.progress import progress_bar
-from deltakd.references import CacheStore, LiveReferences, StoreError
+from deltakd.references import CacheStore, StoreError
 from deltakd.references.begin import Caching
 from deltakd.references.content import missing_rows, named_sets
 from deltakd.references.index import RowIndex, keys_of_rows, keys_of_set
@@ -94,7 +94,7 @@ def _from(advance: Callable[[int], None], start: int) -> Callable[[int], None]:
 def _head_tensors(caching: Caching) -> dict[str, Tensor]:
     """Return copies of ``<role>.weight`` and ``<role>.bias``: a file holds no views, so each role stores its own."""
     row = np.argsort(caching.sets.train.lengths, kind="stable")[:1]
-    assert isinstance(caching.references, LiveReferences), "a server gives no hidden states"
+    assert caching.outside is None, "log-probs of a few tokens give no heads"
     heads = caching.references(caching.batch(caching.sets.train, row))
     parts = {f"{role}.weight": head.weight for role, head in heads.items()}
     parts |= {f"{role}.bias": head.bias for role, head in heads.items() if head.bias is not None}

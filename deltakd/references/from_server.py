@@ -1,161 +1,178 @@
-"""A teacher behind a vLLM server: its log-probs of given tokens, with all others in one bucket."""
+"""Teachers behind servers: their log-probs of given tokens, with all others in one bucket."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, final
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from deltakd.io.errors import RefusedError, ServerError
+from deltakd.io.errors import ServerError
 from deltakd.io.inference_server import InferenceServer
 from deltakd.kernels import Buckets
-from deltakd.models.server_model import served_model, served_tokenizer_problems
-from deltakd.types import IGNORE_INDEX, TEACHER, Batch
+from deltakd.models.server_model import ServedModel, served_model, served_tokenizer_problems
+from deltakd.references.log_prob_servers import LogProbServer, SglangLogProbs, VllmLogProbs
+from deltakd.references.outside import NoLogProbsError, kept_log_probs, rows_of, stacked, with_rest
+from deltakd.types import TEACHER, TEACHER_RAW, Batch
 
 #: Requests at a time.
 CONNECTIONS = 16
 #: Seconds for the log-probs of one row.
 TIMEOUT = 600.0
-#: Log-probs may exceed 0, and their probabilities 1, by this much: float32, and servers that compute in bfloat16.
-_SLACK = 1e-3
-#: The smallest mass of the rest, in proportion: below it float32 log-probs of the others can't tell it from 0.
-_LEAST_REST = 1e-7
+
+
+@dataclass(frozen=True)
+class ServerAddress:
+    """Where a model is served.
+
+    Args:
+        key: the config key of ``url``.
+        url: of the server.
+        name_key: the config key of ``name``.
+        name: the model's name there; None: the only one.
+    """
+
+    key: str
+    url: str
+    name_key: str
+    name: str | None
 
 
 @final
-class ServedTeacher:
-    """Asks a server for the log-probs of rows' tokens (vLLM's ``prompt_logprobs``); nothing is generated.
+class ServedTeachers:
+    """Asks servers for the log-probs of rows' tokens; nothing is generated but a token that they insist on.
+
+    The teacher is asked for the most probable tokens. The raw teacher is asked for these same tokens.
 
     Args:
-        url: of the server.
-        wanted: the model's name there; None: the only one.
+        teacher: where the teacher is served, by vLLM or SGLang.
+        raw: where its raw self is, by vLLM; None: nowhere.
         tokenizer: the student's.
         vocabulary: V.
         longest: most tokens of a row.
+        k: tokens to keep at each position, at most V.
 
     Raises:
-        LostServerError: the server is not there.
-        ValueError: it serves another model, with another tokenizer, or with too little room for a row.
+        LostServerError: a server is not there.
+        ValueError: one serves another model, with another tokenizer, or with too little room for a row.
     """
 
     def __init__(
-        self, url: str, wanted: str | None, tokenizer: PreTrainedTokenizerBase, vocabulary: int, longest: int
+        self,
+        teacher: ServerAddress,
+        raw: ServerAddress | None,
+        tokenizer: PreTrainedTokenizerBase,
+        vocabulary: int,
+        longest: int,
+        k: int,
     ) -> None:
-        self._server = InferenceServer(url, timeout=TIMEOUT, connections=CONNECTIONS)
-        self._model = served_model(self._server, wanted, "reference.served_model")
         self._vocabulary = vocabulary
-        problems = served_tokenizer_problems(self._server, self._model, tokenizer)
-        # The server insists on one token of its own.
-        if self._model.longest is not None and self._model.longest <= longest:
-            problems.append(
-                f"the server {self._server.url} holds {self._model.longest} tokens, and rows have up to {longest} and "
-                f"one more is generated; start it with --max-model-len {longest + 1}"
-            )
-        if problems:
-            raise ValueError("; ".join(f"reference.url: {problem}" for problem in problems))
+        self._k = k
+        self._models: dict[str, ServedModel] = {}
+        server, model = _open(teacher, tokenizer, longest)
+        self._models[TEACHER] = model
+        self._url = server.url
+        self._teacher: LogProbServer = SglangLogProbs(server) if model.by == "sglang" else VllmLogProbs(server, model)
+        self._raw: VllmLogProbs | None = None
+        if raw is not None:
+            raw_server, raw_model = _open(raw, tokenizer, longest)
+            if raw_model.by == "sglang":
+                raise ValueError(
+                    f"{raw.key}: SGLang scores one list of tokens at all positions, and the raw teacher is asked for "
+                    "others at each; serve it with vLLM, or load it here"
+                )
+            self._models[TEACHER_RAW] = raw_model
+            self._raw = VllmLogProbs(raw_server, raw_model)
+            self._raw_url = raw_server.url
 
     @property
-    def identity(self) -> dict[str, Any]:
-        """What the cache's manifest says about the model, as ``model_identity`` does of one that is loaded."""
+    def k(self) -> int:
+        """Tokens kept at each position."""
+        return self._k
+
+    @property
+    def identities(self) -> dict[str, dict[str, Any]]:
+        """Return role -> what the cache's manifest says about its model."""
         unknown = dict.fromkeys(("dtype", "quantization", "sha256", "commit"))
-        return {"path": self._model.source or self._model.name, "served": self._model.name, **unknown}
+        return {
+            role: {"path": model.source or model.name, "elsewhere": model.name, **unknown}
+            for role, model in self._models.items()
+        }
 
-    def buckets(self, batch: Batch, k: int) -> Buckets:
-        """Return the teacher's log-probs of each label and of the k − 1 most probable other tokens, and of the rest.
-
-        Args:
-            batch: rows with N valid tokens.
-            k: at most V.
+    def buckets(self, batch: Batch) -> Buckets:
+        """Return the log-probs of each label, of the teacher's k − 1 most probable other tokens, and of the rest.
 
         Raises:
-            ServerError: the server is gone, refuses, or answers something else than was asked.
+            ServerError: a server is gone, refuses, or answers something else than was asked.
         """
-        rows = [ids[mask.bool()].tolist() for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)]
-        trained = [
-            [place for place, label in enumerate(labels.tolist()) if place and label != IGNORE_INDEX]
-            for labels in batch.labels
-        ]
+        rows, trained = rows_of(batch)
+        numbers = batch.row_ids.tolist()
         with ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="served") as pool:
-            asked = list(pool.map(lambda row: self._ask(row, k), rows))
-        found = [
-            self._kept(f"row {number}, token {place}", entries[place], row[place], k)
-            for number, row, entries, places in zip(batch.row_ids.tolist(), rows, asked, trained, strict=True)
-            for place in places
-        ]
-        support_NK = torch.from_numpy(np.array([ids for ids, _ in found], dtype=np.int64).reshape(-1, k))
-        assert torch.equal(support_NK[:, 0], batch.labels_N.cpu()), "labels are tokens of their rows"
-        log_probs_NK = np.array([values for _, values in found], dtype=np.float64).reshape(-1, k)
-        return Buckets(support_NK, {TEACHER: torch.from_numpy(self._with_rest(log_probs_NK)).float()}, 1.0)
+            asked = list(pool.map(lambda row: self._teacher.top(row, self._k), rows))
+            found = [
+                [self._kept(f"row {number}, token {place}", entries[place], row[place]) for place in places]
+                for number, row, entries, places in zip(numbers, rows, asked, trained, strict=True)
+            ]
+            support_NK, log_probs_NK = stacked([one for of_row in found for one in of_row], self._k)
+            log_probs = {TEACHER: with_rest(log_probs_NK, self._vocabulary)}
+            if self._raw is not None:
+                raw_NK = np.concatenate(
+                    [np.empty((0, self._k)), *pool.map(self._scored, numbers, rows, trained, found)]
+                )
+                log_probs[TEACHER_RAW] = with_rest(raw_NK, self._vocabulary)
+        return Buckets(support_NK, log_probs, 1.0)
 
-    def _ask(self, tokens: Sequence[int], k: int) -> list[Any]:
-        """Return an entry per token of a row: id (as text) -> {logprob, ...} of the distribution that predicts it."""
-        body = {
-            "model": self._model.name,
-            "prompt": list(tokens),
-            "max_tokens": 1,
-            "temperature": 0.0,
-            "prompt_logprobs": k,
-            "return_token_ids": True,
-        }
-        try:
-            answer = self._server.post("/v1/completions", body)
-        except RefusedError as error:
-            if "max allowed" not in str(error):
-                raise
-            raise ServerError(f"{error}; start it with --max-logprobs {k}, or give a smaller reference.k") from None
-        try:
-            choice = answer["choices"][0]
-            entries, read = choice["prompt_logprobs"], choice["prompt_token_ids"]
-        except (KeyError, IndexError, TypeError):
-            entries, read = None, None
-        if not isinstance(entries, list) or read is None:
-            raise ServerError(
-                f"the server {self._server.url} answers without prompt_logprobs and prompt_token_ids, as vLLM has them"
-            )
-        if read != list(tokens) or len(entries) != len(tokens):
-            raise ServerError(
-                f"the server {self._server.url} was sent {len(tokens)} tokens, and answers {len(entries)} positions "
-                f"over {len(read)} tokens: they don't belong to the row"
-            )
-        return entries
-
-    def _kept(self, where: str, entry: Any, label: int, k: int) -> tuple[list[int], list[float]]:
+    def _kept(self, where: str, entry: Mapping[int, float] | None, label: int) -> tuple[list[int], list[float]]:
         """Return k token ids, the label first, and their log-probs; checked."""
-        server = f"the server {self._server.url}, {where}"
-        if not isinstance(entry, Mapping):
-            raise ServerError(f"{server}: no log-probs are there")
-        try:
-            found = {int(token): float(one["logprob"]) for token, one in entry.items()}
-        except (TypeError, ValueError, KeyError):
-            raise ServerError(f"{server}: these are no log-probs of token ids: {str(entry)[:150]}") from None
-        if label not in found:
-            raise ServerError(f"{server}: the row's own token {label} has no log-prob: the positions are shifted")
-        beyond = [token for token in found if not 0 <= token < self._vocabulary]
-        if beyond:
-            raise ServerError(f"{server}: token {beyond[0]} is beyond the tokenizer's {self._vocabulary} tokens")
-        if any(math.isnan(value) or value > _SLACK for value in found.values()):
-            raise ServerError(f"{server}: a log-prob is above 0 or no number: {max(found.values())}")
-        others = sorted((token for token in found if token != label), key=lambda token: -found[token])[: k - 1]
-        if len(others) < k - 1:
+        if entry is None:
+            raise ServerError(f"the server {self._url}, {where}: no log-probs are there")
+        if label not in entry:
             raise ServerError(
-                f"{server}: {len(found)} tokens have log-probs, and reference.k={k} were asked for; the server "
-                "cuts them (--max-logprobs)"
+                f"the server {self._url}, {where}: the row's own token {label} has no log-prob: the positions are "
+                "shifted"
             )
-        kept = [label, *others]
-        values = [min(found[token], 0.0) for token in kept]
-        if sum(map(math.exp, values)) > 1 + _SLACK:
-            raise ServerError(f"{server}: the probabilities of {k} tokens add up to {sum(map(math.exp, values)):.4f}")
-        return kept, values
+        try:
+            return kept_log_probs(entry, label, self._k, self._vocabulary)
+        except NoLogProbsError as error:
+            cut = "; the server cuts them (--max-logprobs)" if len(entry) < self._k else ""
+            raise ServerError(f"the server {self._url}, {where}: {error}{cut}") from None
 
-    def _with_rest(self, log_probs_NK: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Append the log-prob of all other tokens; nothing if there are none."""
-        if log_probs_NK.shape[1] >= self._vocabulary:
-            return log_probs_NK
-        rest_N = np.maximum(1.0 - np.exp(log_probs_NK).sum(axis=1), _LEAST_REST)
-        return np.concatenate([log_probs_NK, np.log(rest_N)[:, None]], axis=1)
+    def _scored(
+        self, number: int, row: Sequence[int], places: Sequence[int], kept: Sequence[tuple[list[int], list[float]]]
+    ) -> NDArray[np.float64]:
+        """Return the raw teacher's log-probs [n, k] of the tokens kept at n places of a row; checked."""
+        assert self._raw is not None
+        if not places:
+            return np.empty((0, self._k))
+        ids_RK = np.full((len(row) - places[0], self._k), -1, np.int64)
+        at = np.array(places) - places[0]
+        ids_RK[at] = [ids for ids, _ in kept]
+        values = self._raw.of(row, places[0], ids_RK)[at]
+        for place, (ids, _), of_place in zip(places, kept, values.tolist(), strict=True):
+            try:
+                kept_log_probs(dict(zip(ids, of_place, strict=True)), ids[0], self._k, self._vocabulary)
+            except NoLogProbsError as error:
+                raise ServerError(f"the server {self._raw_url}, row {number}, token {place}: {error}") from None
+        return np.minimum(values, 0.0)
+
+
+def _open(
+    address: ServerAddress, tokenizer: PreTrainedTokenizerBase, longest: int
+) -> tuple[InferenceServer, ServedModel]:
+    server = InferenceServer(address.url, timeout=TIMEOUT, connections=CONNECTIONS)
+    model = served_model(server, address.name, address.name_key)
+    problems = served_tokenizer_problems(server, model, tokenizer)
+    # The server insists on one token of its own.
+    if model.longest is not None and model.longest <= longest:
+        option = "--context-length" if model.by == "sglang" else "--max-model-len"
+        problems.append(
+            f"the server {server.url} holds {model.longest} tokens, and rows have up to {longest} and one more is "
+            f"generated; start it with {option} {longest + 1}"
+        )
+    if problems:
+        raise ValueError("; ".join(f"{address.key}: {problem}" for problem in problems))
+    return server, model

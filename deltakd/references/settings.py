@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, final
 
@@ -17,7 +17,7 @@ from deltakd.models.settings import Dtype, ModelSpec
 from deltakd.references.base import References
 from deltakd.references.live import LiveReferences
 from deltakd.references.serving.address import Address
-from deltakd.types import STUDENT
+from deltakd.types import STUDENT, TEACHER, TEACHER_RAW
 
 
 class ReferenceSettings:
@@ -157,8 +157,12 @@ class CacheSettings(ReferenceSettings):
         dtype: of the stored numbers; None: the models' own for ``hidden``, float16 for ``topk``.
         verify: check all checksums when the cache is opened; sizes are always checked.
         remake: recreate damaged files (``deltakd.cache`` only).
-        url: the address of a vLLM server that serves the teacher, which is then not loaded (``deltakd.cache`` only).
+        url: the address of a vLLM or SGLang server that serves the teacher, which is then not loaded
+            (``deltakd.cache`` only, as all that follow).
         served_model: the teacher's name there; None: the only model.
+        raw_url: likewise of a vLLM server that serves the raw teacher.
+        served_raw_model: the raw teacher's name there; None: the only model.
+        log_probs: files with the teacher's top-k log-probs, instead of a server.
     """
 
     path: str | None = None
@@ -170,6 +174,16 @@ class CacheSettings(ReferenceSettings):
     remake: Annotated[bool, Resume.FREE] = False
     url: Annotated[str | None, Resume.FREE] = None
     served_model: Annotated[str | None, Resume.FREE] = None
+    raw_url: Annotated[str | None, Resume.FREE] = None
+    served_raw_model: Annotated[str | None, Resume.FREE] = None
+    log_probs: Annotated[str | Sequence[str] | None, Resume.FREE] = None
+
+    @property
+    def outside(self) -> frozenset[str]:
+        """Roles whose log-probs come from servers or files, so that their models are not loaded."""
+        if self.url is None and self.log_probs is None:
+            return frozenset()
+        return frozenset({TEACHER} if self.raw_url is None else {TEACHER, TEACHER_RAW})
 
     def problems(self, specs: Mapping[str, ModelSpec]) -> list[str]:
         """Return the problems with ``reference``, one sentence each."""

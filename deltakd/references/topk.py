@@ -47,10 +47,37 @@ def make_buckets(heads: Mapping[str, Head], labels: Tensor, k: int, temperature:
             support_NK = score_NV.scatter(1, chunk_labels[rows, None], torch.inf).topk(min(k, vocabulary)).indices
             supports.append(support_NK)
             for role, log_p_NV in log_probs.items():
-                kept_NK = log_p_NV.gather(1, support_NK)
-                rest_N1 = log_p_NV.scatter_(1, support_NK, -torch.inf).logsumexp(-1, keepdim=True)
-                parts[role].append(kept_NK if k >= vocabulary else torch.cat([kept_NK, rest_N1], dim=1))
+                parts[role].append(_gathered(log_p_NV, support_NK))
     return Buckets(torch.cat(supports), {role: torch.cat(found) for role, found in parts.items()}, temperature)
+
+
+@torch.no_grad()
+def log_probs_at(heads: Mapping[str, Head], support_NK: Tensor) -> dict[str, Tensor]:
+    """Return role -> the log-probs at τ = 1 of given tokens and of the rest, [N, K + 1] on the CPU.
+
+    Args:
+        heads: role -> Head over the same N tokens.
+        support_NK: token ids, distinct at each position. [N, K] is returned if they are the whole vocabulary.
+    """
+    found = {}
+    for role, head in heads.items():
+        prepared = head.prepared()
+        size = chunk_size_for(_MEMORY_BUDGET, head.weight.shape[0], 1, "autograd")
+        parts = []
+        for start in range(0, max(1, len(support_NK)), size):
+            log_p_NV = prepared.rows(start, start + size).logits().log_softmax(-1)
+            parts.append(_gathered(log_p_NV, support_NK[start : start + size]).cpu())
+        found[role] = torch.cat(parts)
+    return found
+
+
+def _gathered(log_p_NV: Tensor, support_NK: Tensor) -> Tensor:
+    """Return the log-probs of a support, and of the rest unless it is the whole vocabulary; overwrites ``log_p_NV``."""
+    kept_NK = log_p_NV.gather(1, support_NK)
+    if support_NK.shape[1] >= log_p_NV.shape[1]:
+        return kept_NK
+    rest_N1 = log_p_NV.scatter_(1, support_NK, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([kept_NK, rest_N1], dim=1)
 
 
 def _delta(log_probs: Mapping[str, Tensor]) -> list[Tensor]:

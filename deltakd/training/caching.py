@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
+from deltakd.data import LoadedSets
 from deltakd.distributed.devices import choose_device
 from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
@@ -19,8 +19,10 @@ from deltakd.references import CacheStore, LiveReferences
 from deltakd.references.begin import Caching, begin_store
 from deltakd.references.content import data_identity, data_problems, missing_rows
 from deltakd.references.fill import drop_damaged, make_missing, summary_of
-from deltakd.references.from_server import ServedTeacher
+from deltakd.references.from_server import ServedTeachers, ServerAddress
 from deltakd.references.index import RowIndex
+from deltakd.references.log_prob_files import LogProbFiles
+from deltakd.references.outside import LogProbSource, outside_problems
 from deltakd.tracking.environment import costs_since, environment
 from deltakd.training.assembly import check_tokens, open_references, open_role, read_vocabularies
 from deltakd.training.elsewhere import open_cache
@@ -99,7 +101,13 @@ def _load(settings: RunSettings) -> tuple[Caching, CacheStore]:
         else:
             store.check(checksum=settings.cache.verify)
     device = choose_device(settings.trainer.accelerator)
-    references = _open(settings, tokenizer, vocabularies, device)
+    outside = _outside(settings, tokenizer, vocabularies, sets)
+    if outside is not None and store is not None:
+        problems = outside_problems(store.manifest.content, outside, path)
+        if problems:
+            raise ConfigError(problems)
+    references = LiveReferences(open_references(settings, tokenizer, vocabularies))
+    references.to(device)
     caching = Caching(
         settings.cache,
         settings.model,
@@ -109,6 +117,7 @@ def _load(settings: RunSettings) -> tuple[Caching, CacheStore]:
         vocabularies,
         sets,
         references,
+        outside,
         device,
         open_student=partial(open_role, settings, STUDENT, tokenizer, vocabularies),
         show_progress=settings.trainer.enable_progress_bar,
@@ -116,14 +125,20 @@ def _load(settings: RunSettings) -> tuple[Caching, CacheStore]:
     return caching, begin_store(caching, given) if store is None else store
 
 
-def _open(
-    settings: RunSettings, tokenizer: PreTrainedTokenizerBase, vocabularies: Vocabularies, device: torch.device
-) -> LiveReferences | ServedTeacher:
-    """Return the models that are run, on ``device``, or the server that has them."""
-    assert settings.cache is not None
-    if settings.cache.url is not None:
-        longest = settings.data.max_length
-        return ServedTeacher(settings.cache.url, settings.cache.served_model, tokenizer, vocabularies.size, longest)
-    references = LiveReferences(open_references(settings, tokenizer, vocabularies))
-    references.to(device)
-    return references
+def _outside(
+    settings: RunSettings, tokenizer: PreTrainedTokenizerBase, vocabularies: Vocabularies, sets: LoadedSets
+) -> LogProbSource | None:
+    """Return the servers or files that give log-probs of models that are not loaded; None: there are none."""
+    cache = settings.cache
+    assert cache is not None
+    if cache.log_probs is not None:
+        return LogProbFiles(cache.log_probs, settings.data, tokenizer, vocabularies.size, sets, cache.k)
+    if cache.url is None:
+        return None
+    assert cache.k is not None, "checked with the config"
+    teacher = ServerAddress("reference.url", cache.url, "reference.served_model", cache.served_model)
+    raw = None
+    if cache.raw_url is not None:
+        raw = ServerAddress("reference.raw_url", cache.raw_url, "reference.served_raw_model", cache.served_raw_model)
+    k = min(cache.k, vocabularies.size)
+    return ServedTeachers(teacher, raw, tokenizer, vocabularies.size, settings.data.max_length, k)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlparse
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -26,6 +29,10 @@ class FakeVllm:
         self.model: Any = AutoModelForCausalLM.from_pretrained(path).eval()
         self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
         self.longest = 120
+        self.most_log_probs = 20
+        #: Changes the log-probs of given tokens; or the server says why it has none.
+        self.scored: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]] = lambda values: values
+        self.refuses_to_score: Answer | None = None
         self.version = "default"
         self.loads_weights = True
         self.development = True
@@ -180,8 +187,8 @@ class FakeVllm:
 
     def _prompt_log_probs(self, body: dict[str, Any]) -> Answer:
         k, prompt = body["prompt_logprobs"], body["prompt"]
-        if k > 20:
-            message = f"Requested prompt logprobs of {k}, which is greater than max allowed: 20"
+        if k > self.most_log_probs:
+            message = f"Requested prompt logprobs of {k}, which is greater than max allowed: {self.most_log_probs}"
             return 400, {"error": {"message": message, "code": 400}}
         log_probs_TV = self.model(torch.tensor([prompt])).logits[0].float().log_softmax(-1)
         entries: list[Any] = [None]
@@ -192,10 +199,53 @@ class FakeVllm:
         choice = {"text": "x", "prompt_logprobs": self.edited(entries), "prompt_token_ids": prompt, "token_ids": [1]}
         return 200, {"object": "text_completion", "choices": [choice]}
 
+    @torch.no_grad()
+    def answer_inference_v1_generate(self, body: dict[str, Any]) -> Answer:
+        """Score given tokens; the array comes as an .npy file in base64."""
+        if self.refuses_to_score is not None:
+            return self.refuses_to_score
+        asked, tokens = body["sampling_params"], body["token_ids"]
+        ids, start = np.array(asked["prompt_logprob_token_ids"]), asked["prompt_logprob_start"]
+        if ids.shape != (len(tokens) - 1 - start, ids.shape[1]):
+            return 400, {"error": {"message": f"prompt_logprob_token_ids has {len(ids)} rows", "code": 400}}
+        with self._lock:
+            log_probs_TV = self.model(torch.tensor([tokens])).logits[0].float().log_softmax(-1)[start:-1]
+        values = log_probs_TV.gather(1, torch.from_numpy(ids).clamp(min=0)).numpy()
+        content = io.BytesIO()
+        np.save(content, self.scored(np.where(ids < 0, -np.inf, values).astype(np.float32)), allow_pickle=False)
+        encoded = base64.b64encode(content.getvalue()).decode()
+        return 200, {"request_id": "x", "choices": [{"token_ids": [1]}], "prompt_token_id_logprobs": encoded}
+
+
+class FakeSglang(FakeVllm):
+    """The same model behind SGLang's native ``/generate``, as its documentation has it."""
+
+    def answer_v1_models(self, body: dict[str, Any]) -> Answer:
+        entry = {"id": "served", "owned_by": "sglang", "root": self.path, "parent": None, "max_model_len": self.longest}
+        return 200, {"object": "list", "data": [entry]}
+
+    def answer_v1_completions(self, body: dict[str, Any]) -> Answer:
+        return 404, {"detail": "Not Found"}
+
+    @torch.no_grad()
+    def answer_generate(self, body: dict[str, Any]) -> Answer:
+        tokens, k = body["input_ids"], body["top_logprobs_num"]
+        assert body["return_logprob"]
+        assert body["logprob_start_len"] == 0
+        with self._lock:
+            log_probs_TV = self.model(torch.tensor([tokens])).logits[0].float().log_softmax(-1)
+        own: list[Any] = [[None, tokens[0], None]]
+        top: list[Any] = [None]
+        for log_probs_V, token in zip(log_probs_TV, tokens[1:], strict=False):
+            own.append([float(log_probs_V[token]), token, None])
+            top.append([[float(log_probs_V[one]), one, None] for one in log_probs_V.topk(k).indices.tolist()])
+        meta = {"prompt_tokens": len(tokens), "input_token_logprobs": own, "input_top_logprobs": self.edited(top)}
+        return 200, {"text": "x", "meta_info": meta}
+
 
 @contextmanager
-def serving(path: Path, port: int = 0) -> Iterator[FakeVllm]:
-    fake = FakeVllm(path, port)
+def serving(path: Path, port: int = 0, kind: type[FakeVllm] = FakeVllm) -> Iterator[FakeVllm]:
+    fake = kind(path, port)
     try:
         yield fake
     finally:
