@@ -86,9 +86,11 @@ class LanguageModel(nn.Module):
         return self.keeps_a_state or reads_images(config) or bool(getattr(config, "auto_map", None))
 
     def compile_body(self) -> None:
-        """``torch.compile`` the body: once for micro-batches of any size, once more for a single sequence."""
+        """``torch.compile`` the body: once or a few times for micro-batches of any size."""
         # Their lengths and row counts differ. With static shapes, the second of each would compile again.
-        self.causal_lm.base_model.compile(dynamic=True)
+        # Under gradient checkpointing PyTorch fails on sizes that are dynamic from the start.
+        checkpointed = self.causal_lm.is_gradient_checkpointing
+        self.causal_lm.base_model.compile(dynamic=None if checkpointed else True)
 
     def hidden_states(
         self, input_ids_BT: Tensor, attention_mask_BT: Tensor, images: Mapping[str, Tensor] | None = None
