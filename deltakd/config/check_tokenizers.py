@@ -11,7 +11,7 @@ from deltakd.models import ModelSettings, ModelSpec
 from deltakd.models.roles import open_tokenizer, open_vocabularies
 from deltakd.models.tokenizers import OtherTokenizerError
 from deltakd.rollouts.settings import RolloutSettings
-from deltakd.training.assembly import vocabulary_problems
+from deltakd.training.vocabulary_check import vocabulary_problems
 from deltakd.types import STUDENT, Loss
 
 

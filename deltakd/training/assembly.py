@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 import lightning as L
 from transformers import PreTrainedTokenizerBase
 
-from deltakd.data import DataConfig, InstructionData, LoadedSets
-from deltakd.data.encoding.token_texts import TokenTexts, UnalignableError
+from deltakd.data import InstructionData, LoadedSets
 from deltakd.data.encoding.two_tokenizers import Coding, TwoTokenizers
 from deltakd.data.routing import routed, with_tasks
 from deltakd.distributed.ranks import is_main_process, main_process_first
@@ -35,7 +34,6 @@ from deltakd.references import (
     SourceSettings,
 )
 from deltakd.references.content import named_sets
-from deltakd.rollouts.settings import RolloutSettings
 from deltakd.rollouts.vllm_server import check_server
 from deltakd.training.announce import (
     announce_models,
@@ -47,7 +45,8 @@ from deltakd.training.elsewhere import open_elsewhere
 from deltakd.training.image_check import check_images
 from deltakd.training.inputs import check_inputs, read_inputs
 from deltakd.training.settings import RunSettings
-from deltakd.types import STUDENT, STUDENT_RAW, TEACHER, Loss, TokenMap
+from deltakd.training.vocabulary_check import vocabulary_problems
+from deltakd.types import STUDENT, STUDENT_RAW, TEACHER, TokenMap
 
 log = logging.getLogger(__name__)
 
@@ -166,39 +165,6 @@ def read_vocabularies(settings: RunSettings, tokenizer: PreTrainedTokenizerBase)
     if problems:
         raise ConfigError(problems)
     return vocabularies
-
-
-def vocabulary_problems(
-    vocabularies: Vocabularies,
-    tokenizer: PreTrainedTokenizerBase,
-    loss: Loss,
-    data: DataConfig,
-    rollout: RolloutSettings,
-) -> list[str]:
-    """Return what a run can't do with the tokenizers of its models, one sentence each.
-
-    Args:
-        vocabularies: of the models.
-        tokenizer: the student's.
-        loss: decides which teachers are read.
-        data: the group ``data``.
-        rollout: the group ``rollout``.
-    """
-    if vocabularies.other is None:
-        # The baseline of a study, such as sft, has its settings and reads no teacher.
-        return data.one_tokenizer_problems() if loss.requires - set(OWN_ROLES) else []
-    problems = data.two_tokenizers_problems()
-    for one in (tokenizer, vocabularies.other):
-        try:
-            TokenTexts(one, "")
-        except UnalignableError as error:
-            problems.append(str(error))
-    if rollout.on_policy:
-        problems.append(
-            "the teachers have another tokenizer than the student, whose own responses (rollout=student) are not "
-            "encoded in it; give rollout=none, or models that share one tokenizer"
-        )
-    return problems
 
 
 def make_token_map(

@@ -76,7 +76,7 @@ def test_the_cache_of_a_token_is_exact(family: str) -> None:
 def _rows() -> list[Any]:
     from deltakd.generation.generator import _rows as rows
 
-    return [rows([5] * 20, [NoiseKey(0, number, 1)], Decoding(), None) for number in range(2)]
+    return [rows(number, [5] * 20, [NoiseKey(0, number, 1)], Decoding(), None) for number in range(2)]
 
 
 def setting(layout: Layout | None = None, **changed: Any) -> Setting:

@@ -168,7 +168,7 @@ def test_minillm_differs_from_the_authors_scripts_in_a_tokens_own_reward_alone()
     """At a discount of 1, without standardisation and without the language-modelling loss."""
     rewards_BT, theirs_BT = minillm_advantages(gamma=1.0)
     loss = SequenceReverseKL(teacher_target())
-    weights_N = loss.sequence_weights(rewards_BT[MASK_BT], ROWS_N)
+    weights_N = loss.sequence_weights(rewards_BT[MASK_BT], TokenFacts(ROWS_N))
     ours_BT = torch.zeros(B, T, dtype=torch.float64).masked_scatter(MASK_BT, weights_N)
     later_BT = (LENGTHS[:, None] - 1 - torch.arange(T)) * MASK_BT
     expected_BT = (rewards_BT + later_BT * ours_BT) / (later_BT + 1)

@@ -355,7 +355,7 @@ def test_a_pad_token_of_the_student_alone(train: Train, tmp_path: Path) -> None:
 
 
 def test_unknown_keys_that_were_added_by_force(train: Train) -> None:
-    with pytest.raises(ConfigError, match=r"model.student has no key 'dropout'; allowed: architecture, dtype"):
+    with pytest.raises(ConfigError, match=r"model.student has no key 'dropout'; allowed: adapter, architecture, dtype"):
         train("sft", "+model.student.dropout=0.1")
 
 
