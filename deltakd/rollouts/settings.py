@@ -75,7 +75,7 @@ class RolloutSettings:
 
     def problems(self, loss: Loss | None) -> list[str]:
         """Return the problems, one sentence each."""
-        found = self.decoding.problems("rollout.decoding") if self.on_policy else []
+        found = self.decoding.problems("rollout.decoding") if self.on_policy else self._unused_problems()
         if loss is not None and loss.needs_sampled_tokens:
             found += self._sampling_problems()
             found += self._ratio_problems(loss)
@@ -103,6 +103,22 @@ class RolloutSettings:
                 "same; give rollout.decoding.do_sample=true or rollout.per_prompt=1"
             )
         return found
+
+    def _unused_problems(self) -> list[str]:
+        """Return a sentence if settings of rollouts are given and nothing is rolled out."""
+        given = {
+            "source=mixture": self.source == "mixture",
+            "engine=vllm": self.engine == "vllm",
+            f"replay.size={self.replay.size}": self.replay.size > 0,
+            "replay.adaptive=true": self.replay.adaptive,
+        }
+        named = [f"rollout.{key}" for key, is_given in given.items() if is_given]
+        if not named:
+            return []
+        return [
+            f"{', '.join(named)} would have no effect: rollout.fraction is 0, so the student writes nothing; give "
+            "rollout=student, or leave it out"
+        ]
 
     def _pair_problems(self) -> list[str]:
         compares = "the loss compares the data's response to each prompt with the student's own, and"
