@@ -187,7 +187,11 @@ def test_two_processes_share_rows_of_data_and_student(
         ("opd", ("rollout=student", "rollout.fraction=0.5"), "rollout.fraction is 0.5; give rollout=student"),
         ("opd", ("rollout=student", "rollout.decoding.top_p=0.9"), "rollout.decoding changes it"),
         ("opd", ("rollout=student", "rollout.decoding.no_repeat_ngram_size=3"), "rollout.decoding changes it"),
-        ("kd", ("rollout.source=mixture",), "rollout.source=mixture would have no effect: rollout.fraction is 0"),
+        (
+            "kd",
+            ("rollout=student", "rollout.fraction=0", "rollout.source=mixture"),
+            "rollout.source=mixture would have no effect: rollout.fraction is 0",
+        ),
         (
             "kd",
             ("rollout=student", "rollout.fraction=0", "rollout.engine=vllm", "rollout.vllm.url=http://127.0.0.1:1"),
