@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deltakd.io.files import read_json_lines, write_json_lines
+from deltakd.io.files import read_by_step, write_json_lines
 
 _FOLDER = "validation"
 
@@ -22,5 +22,4 @@ def read_validation_answers(run_dir: Path) -> dict[int, list[dict[str, Any]]]:
     Raises:
         ValueError: a file is damaged.
     """
-    paths = sorted((run_dir / _FOLDER).glob("step_*.jsonl"))
-    return {int(path.stem.removeprefix("step_")): read_json_lines(path) or [] for path in paths}
+    return read_by_step(run_dir / _FOLDER)

@@ -306,3 +306,13 @@ def _sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(handle)
+
+
+def read_by_step(folder: Path) -> dict[int, list[dict[str, Any]]]:
+    """Return optimiser step -> records of ``step_<N>.jsonl``, in the order of the steps; empty without a folder.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    paths = sorted(folder.glob("step_*.jsonl"))
+    return {int(path.stem.removeprefix("step_")): read_json_lines(path) or [] for path in paths}

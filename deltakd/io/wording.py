@@ -1,7 +1,8 @@
-"""How messages to the user list things."""
+"""How messages and tables list things, and in which order."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from itertools import islice
 
@@ -10,3 +11,8 @@ def listed(items: Iterable[object], most: int = 8) -> str:
     """Return the items with commas between them; dots stand for those after the first ``most``."""
     first = list(islice(items, most + 1))
     return ", ".join(map(str, first[:most])) + (", ..." if len(first) > most else "")
+
+
+def natural(text: object) -> list[tuple[int, str]]:
+    """Return a sort key that puts run 10 after run 9."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", str(text))]

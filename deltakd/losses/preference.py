@@ -10,22 +10,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltakd.losses.sampled import check_numbers, of_labels, with_gain
+from deltakd.losses.sequence_target import TargetSequenceLoss
 from deltakd.losses.targets import Target
 from deltakd.types import (
     STUDENT,
     HeadLogits,
     LossOutput,
     PairFacts,
-    Schedule,
-    SequenceLoss,
     TokenFacts,
     at_least_float32,
-    require_kind,
 )
 
 
 @final
-class ResponsePreference(SequenceLoss):
+class ResponsePreference(TargetSequenceLoss):
     """λ · CE(given) + (1 − λ) · −log σ(β [r(given) − r(own)]), r(y) = log π_θ(y) − log target(y).
 
     ``given`` is the response in the data, ``own`` the student's to the same prompt, and r, the implicit reward, a sum
@@ -49,27 +47,10 @@ class ResponsePreference(SequenceLoss):
     def __init__(
         self, target: Target, ce_weight: float = 0.5, beta: float = 0.1, length_normalised: bool = False
     ) -> None:
-        require_kind(target, Target, "loss.target")
+        super().__init__(target, ce_weight)
         check_numbers(ce_weight, None, beta=beta)
-        self.target = target
-        self.ce_weight = float(ce_weight)
         self.beta = float(beta)
         self.length_normalised = length_normalised
-
-    @property
-    def requires(self) -> frozenset[str]:
-        """The references that the target reads; none if λ = 1."""
-        return frozenset() if self.ce_weight == 1.0 else self.target.requires
-
-    @property
-    def schedules(self) -> Mapping[str, Schedule]:
-        """Schedules of the target."""
-        return self.target.schedules
-
-    @property
-    def teacher_factor(self) -> float:
-        """That of the target."""
-        return self.target.teacher_factor
 
     @property
     def whole_vocabulary_reasons(self) -> tuple[str, ...]:

@@ -18,21 +18,19 @@ from deltakd.losses.sampled import (
     with_gain,
     with_labels,
 )
+from deltakd.losses.sequence_target import TargetSequenceLoss
 from deltakd.losses.targets import Target
 from deltakd.types import (
     STUDENT,
     HeadLogits,
     LossOutput,
-    Schedule,
-    SequenceLoss,
     TokenFacts,
     at_least_float32,
-    require_kind,
 )
 
 
 @final
-class SequenceReverseKL(SequenceLoss):
+class SequenceReverseKL(TargetSequenceLoss):
     """λ · CE + (1 − λ) · [KL(π_θ ‖ target) per token − R ∇log π_θ(label)], on responses that the student sampled.
 
     KL(π_θ ‖ target) between distributions of whole responses is the expected sum over t of r_t = log π_θ(y_t) − log
@@ -65,29 +63,12 @@ class SequenceReverseKL(SequenceLoss):
         reward_clip: float | None = None,
         ratio_clip: float | None = 0.2,
     ) -> None:
-        require_kind(target, Target, "loss.target")
+        super().__init__(target, ce_weight)
         check_numbers(ce_weight, ratio_clip, reward_clip=reward_clip)
-        self.target = target
-        self.ce_weight = float(ce_weight)
         self.length_normalised = length_normalised
         self.reward_clip = reward_clip
         self.ratio_clip = ratio_clip
         self.has_unbounded_ratios = ratio_clip is None
-
-    @property
-    def requires(self) -> frozenset[str]:
-        """The references that the target reads; none if λ = 1."""
-        return frozenset() if self.ce_weight == 1.0 else self.target.requires
-
-    @property
-    def schedules(self) -> Mapping[str, Schedule]:
-        """Schedules of the target."""
-        return self.target.schedules
-
-    @property
-    def teacher_factor(self) -> float:
-        """That of the target."""
-        return self.target.teacher_factor
 
     @property
     def whole_vocabulary_reasons(self) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ from deltakd.evaluation import MAIN_METRICS, METRICS
 from deltakd.io.errors import ConfigError
 from deltakd.io.progress import read_total_steps
 from deltakd.io.run_directory import RunDirectory
+from deltakd.io.wording import natural
 
 FINISHED = "finished"
 #: Folders of other programs to skip; runs are not nested.
@@ -77,7 +78,7 @@ def find_entries(folders: Sequence[Path]) -> list[Entry]:
         raise ConfigError(missing)
     known = known_losses()
     paths = {path: None for folder in folders for path in _run_directories(folder)}
-    return [read_entry(path, known) for path in sorted(paths, key=_natural)]
+    return [read_entry(path, known) for path in sorted(paths, key=natural)]
 
 
 def _run_directories(folder: Path) -> Iterable[Path]:
@@ -86,11 +87,6 @@ def _run_directories(folder: Path) -> Iterable[Path]:
             below.clear()
             yield Path(place)
         below[:] = [name for name in below if name not in _SKIPPED and not name.startswith(".")]
-
-
-def _natural(path: Path) -> list[tuple[bool, int, str]]:
-    """Return a sort key that puts run 10 after run 9."""
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", str(path))]
 
 
 def read_entry(path: Path, known: KnownLosses) -> Entry:

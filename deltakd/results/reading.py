@@ -18,6 +18,7 @@ import yaml
 
 from deltakd.evaluation import MAIN_METRICS, METRICS, by_task
 from deltakd.io.files import read_json_lines
+from deltakd.io.wording import natural
 
 Record = dict[str, Any]
 
@@ -146,13 +147,8 @@ def find_runs(paths: Sequence[str]) -> Found:
 
 def _matches(given: str) -> list[Path]:
     if glob.has_magic(given) and not Path(given).exists():
-        return [Path(match) for match in sorted(glob.glob(given), key=_natural)]
+        return [Path(match) for match in sorted(glob.glob(given), key=natural)]
     return [Path(given)]
-
-
-def _natural(text: object) -> list[tuple[int, str]]:
-    """Return a sort key that puts run 10 after run 9."""
-    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", str(text))]
 
 
 def _nothing(given: str) -> str:
@@ -186,7 +182,7 @@ def _walk(path: Path) -> Iterator[Path]:
         if "config.yaml" in files:
             children.clear()
             yield Path(folder)
-        children[:] = sorted((c for c in children if c not in _NOT_RUNS and not c.startswith(".")), key=_natural)
+        children[:] = sorted((c for c in children if c not in _NOT_RUNS and not c.startswith(".")), key=natural)
 
 
 def _stages(file: Path, skipped: list[str]) -> tuple[list[tuple[Path, str | None]], list[Path]]:

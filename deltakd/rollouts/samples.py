@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from deltakd.io.files import read_json_lines, write_json_lines
+from deltakd.io.files import read_by_step, write_json_lines
 from deltakd.rollouts.responses import Response
 
 _FOLDER = "rollouts"
@@ -40,5 +40,4 @@ def read_samples(run_dir: Path) -> dict[int, list[dict[str, Any]]]:
     Raises:
         ValueError: a file is damaged.
     """
-    paths = sorted((run_dir / _FOLDER).glob("step_*.jsonl"))
-    return {int(path.stem.removeprefix("step_")): read_json_lines(path) or [] for path in paths}
+    return read_by_step(run_dir / _FOLDER)
