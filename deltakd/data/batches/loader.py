@@ -42,16 +42,21 @@ def collate(
         step=step,
         step_tokens=step_tokens,
         other=_other(encoded),
-        images=_images(encoded),
+        **_images(encoded),
     )
     routes = [row.route for row in encoded if isinstance(row, Encoded) and row.route is not None]
     batch = batch.routed(routes) if routes else batch
     return pack_rows(batch) if packing else batch
 
 
-def _images(encoded: Sequence[Encoded | Example]) -> dict[str, Tensor] | None:
-    rows = [row for row in encoded if isinstance(row, Encoded) and row.images is not None]
-    return read_images([row.images for row in rows if row.images], [row.input_ids for row in rows])
+def _images(encoded: Sequence[Encoded | Example]) -> dict[str, Any]:
+    """Return what a batch holds of the images of its rows, as keyword arguments."""
+    of_rows = [row.images if isinstance(row, Encoded) else None for row in encoded]
+    held = [(images, row.input_ids) for images, row in zip(of_rows, encoded, strict=True) if images is not None]
+    if not held:
+        return {}
+    digests = [b"" if images is None else images.digest for images in of_rows]
+    return {"images": read_images(*zip(*held, strict=True)), "image_digests": digests}
 
 
 def _padded(encoded: Sequence[Encoded | Example], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
