@@ -163,11 +163,10 @@ def _reader_at(path: str) -> ImageReader:
 
 
 def _processor_at(path: str) -> Any:
-    from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+    from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
     local = {"local_files_only": not hub_reachable()}
-    kind: Any = PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(path, **local)), None)
+    kind = _processor_class(path, local)
     if kind is None or "video_processor" not in kind.get_attributes() or _is_installed("torchvision"):
         return AutoProcessor.from_pretrained(path, **local)
     # A processor of images and videos needs torchvision for the videos alone, which rows don't hold.
@@ -183,6 +182,19 @@ def _processor_at(path: str) -> Any:
     without_videos: Any = type(kind.__name__, (kind,), {"check_argument_for_proper_class": check})
     settings, _ = kind.get_processor_dict(path, **local)
     return without_videos.from_args_and_dict([parts[name] for name in kind.get_attributes()], settings)
+
+
+def _processor_class(path: str, local: dict[str, Any]) -> Any:
+    """Return the class of the processor in a directory or of a hub's model; None: its files don't name one."""
+    import transformers
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+    settings, _ = transformers.ProcessorMixin.get_processor_dict(path, **local)
+    named = getattr(transformers, str(settings.get("processor_class")), None)
+    if named is not None:
+        return named
+    # Older models name it beside the image processor's settings.
+    return PROCESSOR_MAPPING.get(type(transformers.AutoConfig.from_pretrained(path, **local)), None)
 
 
 def _is_installed(package: str) -> bool:
