@@ -52,8 +52,8 @@ def _image_problems(key: str, architecture: Mapping[str, Any]) -> list[str]:
     if not missing:
         return []
     return [
-        f"{key}.architecture is that of an image model, and lacks {', '.join(missing)}; give the sizes of its text decoder "
-        "and its vision tower, and the id that the token for an image has in the tokenizer"
+        f"{key}.architecture is that of an image model, and lacks {', '.join(missing)}; give the sizes of its text "
+        "decoder and its vision tower, and the id that the token for an image has in the tokenizer"
     ]
 
 
@@ -212,6 +212,4 @@ def _build_model(
     config = _architecture(role, spec, vocabulary, eos_token_id)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return auto_class(config).from_config(
-            config, dtype=DTYPES[spec.dtype], attn_implementation=attn_implementation
-        )
+        return auto_class(config).from_config(config, dtype=DTYPES[spec.dtype], attn_implementation=attn_implementation)

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from deltakd.data.batches.ahead import begun_ahead
-from deltakd.data.batches.loader import collate, saved_position
+from deltakd.data.batches.loader import collate, image_row_of, saved_position
 from deltakd.data.batches.sampler import StepSampler
 from deltakd.data.encoding.encoded_set import Encoded, EncodedSet
+from deltakd.data.encoding.images import RowImages
 from deltakd.generation.noise import NoiseKey
 from deltakd.rollouts.engine import Engine, Request
 from deltakd.rollouts.replay import Kept, ReplayBuffer, StudentShare
@@ -88,6 +89,7 @@ class RolloutLoader:
         self.accumulate = accumulate
         self.rank = rank
         self.world_size = world_size
+        self._image_row = image_row_of(encoded, world_size)
         self.seed = seed
         self.pairs = pairs
         #: ``rollout/...`` metrics of the current step.
@@ -167,7 +169,7 @@ class RolloutLoader:
         self.buffer.add(step, made)
         self.metrics = self._round.metrics_of(step) | self._speed | self._replay_metrics(step, again)
         own = [
-            _Row(answered(one.row_id, one.prompt, one.response, one.route), one.response.log_probs)
+            _Row(answered(one.row_id, one.prompt, one.response, one.route, self._images(one)), one.response.log_probs)
             for one in (*made, *again)
         ]
         if self.pairs:
@@ -175,6 +177,9 @@ class RolloutLoader:
             return _shortest_first(zip(given, own, strict=True))
         given = [_Row(row) for row, turn in self._turns(step) if turn >= plan.own]
         return _shortest_first((row,) for row in (*own, *given))
+
+    def _images(self, one: Kept) -> RowImages | None:
+        return None if self.encoded.images is None else self.encoded.images.of_row(one.row_id)
 
     def _replay_metrics(self, step: int, again: Sequence[Kept]) -> dict[str, float]:
         found = {"rollout/student_fraction": self.share.value} if self.settings.replay.adaptive else {}
@@ -214,6 +219,7 @@ class RolloutLoader:
             Request(
                 prompt_of(row),
                 [NoiseKey(self.seed, row.row_id, step + 1, number) for number in range(self.settings.per_prompt)],
+                row.images,
             )
             for row, turn in self._turns(step)
             if turn < fresh
@@ -228,7 +234,7 @@ class RolloutLoader:
         return [(self.encoded[int(place)], int(turn)) for place, turn in zip(rows, turns, strict=True)]
 
     def _batch(self, rows: Sequence[_Row], step: int, step_tokens: int) -> Batch:
-        batch = collate([row.encoded for row in rows], self.pad_id, step, step_tokens)
+        batch = collate([row.encoded for row in rows], self.pad_id, step, step_tokens, image_row=self._image_row)
         if any(row.log_probs is not None for row in rows):
             batch.sampled_log_probs = _aligned(rows, batch.labels)
         return batch

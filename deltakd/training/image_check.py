@@ -1,14 +1,18 @@
-"""What a run with images can't do yet, named before any weights are loaded."""
+"""What keeps a run from rows with images, named before any weights are loaded."""
 
 from __future__ import annotations
 
-from deltakd.data import LoadedSets
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from deltakd.data import LoadedSets, Row
 from deltakd.data.encoding.image_reader import ImageError, ImageReader, reader_beside
+from deltakd.data.sources.stored_rows import holds_images
 from deltakd.io.errors import ConfigError
 from deltakd.models import ModelSpec, load_config
 from deltakd.models.image_models import IMAGE_FAMILIES, reads_images
 from deltakd.models.tokenizers import load_tokenizer
-from deltakd.references.settings import LiveSettings
 from deltakd.training.settings import RunSettings
 from deltakd.types import STUDENT
 
@@ -17,34 +21,43 @@ def check_images(settings: RunSettings, sets: LoadedSets) -> None:
     """Raise a ConfigError with everything that keeps a run from rows with images; rows of text alone pass.
 
     Args:
-        settings: of the run.
+        settings: of a training run, or of one that fills a cache.
         sets: tokenised rows.
     """
-    held = [encoded for encoded in (sets.train, sets.val) if encoded is not None and encoded.images is not None]
-    if not held or held[0].images is None:
-        return
-    problems = _setting_problems(settings)
-    several = settings.trainer.num_nodes > 1 or settings.trainer.devices != 1
-    if several and any(encoded.counts["images"] < len(encoded) for encoded in held):
-        problems.append(
-            "some rows hold images and some do not, and on several processes the ranks would run different parts of "
-            "the model; give trainer.devices=1, or rows that all hold images"
-        )
-    problems += _model_problems(settings, held[0].images.reader)
+    held = [encoded.images for encoded in (sets.train, sets.val) if encoded is not None and encoded.images is not None]
+    if held:
+        problems = _setting_problems(settings) + _model_problems(settings, held[0].reader)
+        if problems:
+            raise ConfigError(problems)
+
+
+def check_image_models(settings: RunSettings, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise a ConfigError if rows hold images, and a model can't read them.
+
+    Raises:
+        ImageError: the student's tokenizer has no processor.
+    """
+    problems = _model_problems(settings, reader_beside(tokenizer)) if holds_images(rows) else []
     if problems:
         raise ConfigError(problems)
 
 
 def _setting_problems(settings: RunSettings) -> list[str]:
     problems = []
-    if settings.loss.requires and not isinstance(settings.reference, LiveSettings):
-        problems.append("rows hold images, which only live references read; give reference=live")
+    if settings.cache is not None and settings.cache.outside:
+        problems.append(
+            "rows hold images, and log-probs of servers and files (reference.url, reference.log_probs) are of text "
+            "alone; load the models"
+        )
     if settings.data.packing:
         problems.append("rows hold images, which packed rows do not carry; give data.packing=false")
     if settings.model.routes:
         problems.append("rows hold images, and model.routes divides batches of text alone; take it out")
-    if settings.rollout.on_policy:
-        problems.append("rows hold images, and the student answers prompts of text alone; give rollout=none")
+    if settings.rollout.on_policy and settings.rollout.engine != "own":
+        problems.append(
+            f"rows hold images, and rollout.engine={settings.rollout.engine} is sent text alone; give "
+            "rollout.engine=own"
+        )
     return problems
 
 
@@ -62,9 +75,9 @@ def _model_problems(settings: RunSettings, reader: ImageReader) -> list[str]:
             continue
         if config.image_token_id != reader.token_id:
             problems.append(
-                f"{key} reads an image in place of token {config.image_token_id} (image_token_id of its configuration), "
-                f"and the student's processor writes {reader.token!r}, which is token {reader.token_id}; give models and "
-                "a processor that belong together"
+                f"{key} reads images in place of token {config.image_token_id} (its image_token_id), and the student's "
+                f"processor writes {reader.token!r}, which is token {reader.token_id}; give models and a processor "
+                "that belong together"
             )
         if role != STUDENT:
             problems += _processor_problems(role, spec, reader)
@@ -82,6 +95,6 @@ def _processor_problems(role: str, spec: ModelSpec, reader: ImageReader) -> list
     if other.identity == reader.identity:
         return []
     return [
-        f"{key}={path} has another image processor than the student (another class, size, patches or normalisation), so "
-        "it would read other pixels, or other tokens; give models that share one"
+        f"{key}={path} has another image processor than the student (another class, size, patches or normalisation), "
+        "so it would read other pixels, or other tokens; give models that share one"
     ]

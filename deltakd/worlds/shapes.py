@@ -18,7 +18,7 @@ from deltakd.worlds.made_files import write_made_files
 
 FORMAT_VERSION = 1
 MANIFEST = "shapes.json"
-ROWS = ("captions.jsonl", "captions_val.jsonl", "train.jsonl", "val.jsonl", "test.jsonl")
+ROWS = ("captions.jsonl", "captions_val.jsonl", "questions.jsonl", "train.jsonl", "val.jsonl", "test.jsonl")
 #: The tokenizer and the processor of the models, which are made from scratch.
 PROCESSOR = tuple(
     f"processor/{name}" for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
@@ -73,7 +73,13 @@ class Scene:
         held = {kind.shape: kind for kind in self.kinds}
         for shape in SHAPES:
             count = len(held[shape].cells) if shape in held else 0
-            found.append(("how many", f"How many {shape}s are there?", f"There {'is' if count == 1 else 'are'} {count or 'none'}."))
+            found.append(
+                (
+                    "how many",
+                    f"How many {shape}s are there?",
+                    f"There {'is' if count == 1 else 'are'} {count or 'none'}.",
+                )
+            )
         for kind in self.kinds:
             found.append(("which colour", f"Which colour are the {kind.shape}s?", f"They are {kind.colour}."))
         return found
@@ -83,7 +89,8 @@ def draw_scene(rng: random.Random) -> Scene:
     """Choose a scene."""
     counts = [rng.choice(COUNTS) for _ in range(2)]
     cells = rng.sample(range(GRID * GRID), sum(counts))
-    shapes = rng.sample(SHAPES, 2)
+    # In the order of their names, so that a caption can be known for certain.
+    shapes = sorted(rng.sample(SHAPES, 2))
     colours = [rng.choice(list(COLOURS)) for _ in range(2)]
     places = (tuple(sorted(cells[: counts[0]])), tuple(sorted(cells[counts[0] :])))
     return Scene((Kind(shapes[0], colours[0], places[0]), Kind(shapes[1], colours[1], places[1])))
@@ -164,7 +171,8 @@ def write_shapes(
     *,
     seed: int = 0,
     captions: int = 6000,
-    train_rows: int = 400,
+    questions: int = 2000,
+    train_rows: int = 200,
     val_rows: int = 300,
     test_rows: int = 600,
 ) -> dict[str, Path]:
@@ -174,7 +182,8 @@ def write_shapes(
         directory: created if missing; files there that were made with other arguments are overwritten.
         seed: for everything random; the same arguments give the same scenes and texts.
         captions: rows of ``captions.jsonl``; ``captions_val.jsonl`` gets a fiftieth of it.
-        train_rows, val_rows, test_rows: rows with a question, each about an image of its own.
+        questions: rows of ``questions.jsonl``, for the teacher, each about an image of its own.
+        train_rows, val_rows, test_rows: the same, for students.
 
     Returns:
         File name (``FILES``) -> path.
@@ -183,7 +192,7 @@ def write_shapes(
         ValueError: an argument is below 1, or a file made with these arguments was edited since.
         OSError: the directory is not writable.
     """
-    sizes = dict(zip(ROWS, (captions, -(-captions // 50), train_rows, val_rows, test_rows), strict=True))
+    sizes = dict(zip(ROWS, (captions, -(-captions // 50), questions, train_rows, val_rows, test_rows), strict=True))
     small = [name for name, size in sizes.items() if size < 1]
     if small:
         raise ValueError(f"{', '.join(small)} must have at least 1 row")

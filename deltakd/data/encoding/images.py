@@ -77,8 +77,14 @@ class SetImages:
         listed = [row.id for row in self._rows] if ids is None else np.asarray(ids).tolist()
         return {id: place for place, id in enumerate(listed)}
 
+    @property
+    def examples(self) -> list[int]:
+        """The examples that have images."""
+        found: list[int] = np.flatnonzero(self._digests.any(1)).tolist()
+        return found
+
     @cached_property
-    def _examples(self) -> dict[int, int]:
+    def _by_row(self) -> dict[int, int]:
         return {row_id: index for index, row_id in enumerate(self._row_ids.tolist())}
 
     @property
@@ -101,7 +107,7 @@ class SetImages:
 
     def of_row(self, row_id: int) -> RowImages | None:
         """Return the images of the row with an id; None: it has none."""
-        return self.of(self._examples[row_id])
+        return self.of(self._by_row[row_id])
 
     @property
     def fingerprint(self) -> str:
