@@ -7,6 +7,7 @@ kernel frees them with the last process that maps them.
 
 from __future__ import annotations
 
+import fcntl
 import math
 import mmap
 import os
