@@ -103,7 +103,7 @@ def choose(names: Sequence[str], offered: Mapping[str, Any]) -> Chosen:
     Raises:
         UnavailableError: none does.
     """
-    reasons = []
+    reasons: list[str] = []
     for name in names:
         if name == SOCKET:
             return Chosen(name, None, "; ".join(reasons))
