@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from deltakd.data.encoding.encode import Outcome, check_limits, encode_prompts
+from deltakd.data.encoding.encode import Outcome, check_limits
 from deltakd.data.encoding.encoded_set import Encoded, EncodedSet
 from deltakd.data.encoding.examples import examples
 from deltakd.data.encoding.image_reader import DIGEST_BYTES, processor_digest
@@ -26,7 +26,7 @@ from deltakd.data.sources.rows import Row, RowError
 from deltakd.data.sources.stored_rows import holds_images, rows_digest
 from deltakd.io.arrays import Arrays, ArrayWriter, kept_arrays
 from deltakd.io.progress import progress_bar
-from deltakd.types import IGNORE_INDEX
+from deltakd.types import IGNORE_INDEX, UNALIGNED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -93,8 +93,9 @@ def encode_rows(
         _write(writer, tokenise, len(rows))
 
     if with_images and (split_turns or teachers is not None):
-        what = "data.split_turns=true" if split_turns else "a teacher with a tokenizer of its own"
-        raise ValueError(f"rows hold images, and {what} works with text alone; give another, or take them out")
+        raise ValueError(
+            _text_alone("data.split_turns=true" if split_turns else "a teacher with a tokenizer of its own")
+        )
     return _kept_set(rows, tokenizer, key, build, dtypes, (max_length, max_prompt_length), cache_dir)
 
 
@@ -105,13 +106,14 @@ def encode_prompt_rows(
     *,
     max_prompt_length: int,
     cache_dir: str | Path | None = None,
+    teachers: Coding | None = None,
 ) -> EncodedSet:
     """Tokenise prompts alone, for a student that answers them: no label is trained, and rows need no response.
 
     Args:
         rows: the rows; a conversation's prompt is everything before its last answer.
         template, tokenizer, max_prompt_length: as for ``encode_prompt``.
-        cache_dir: as for ``encode_rows``.
+        cache_dir, teachers: as for ``encode_rows``.
 
     Raises:
         ValueError: as ``encode_prompts``.
@@ -120,15 +122,25 @@ def encode_prompt_rows(
         raise ValueError("there are no rows to tokenise")
     with_images = holds_images(rows)
     key = fingerprint("prompts", rows_digest(rows), tokenizer_fingerprint(tokenizer), repr(template), max_prompt_length)
+    dtypes = _DTYPES
+    if teachers is not None:
+        key, dtypes = fingerprint("two", key, teachers.identity), _DTYPES | _OTHER_DTYPES
+    student = Coding(template, tokenizer, max_prompt_length, max_prompt_length)
 
     def tokenise(number: int) -> _Piece:
         some = rows[number * BATCH : (number + 1) * BATCH]
-        return _prompt_piece(some, template, tokenizer, max_prompt_length, with_images)
+        return _prompt_piece(some, student, teachers, with_images)
 
     def build(writer: ArrayWriter) -> None:
         _write(writer, tokenise, len(rows))
 
-    return _kept_set(rows, tokenizer, key, build, _DTYPES, (max_prompt_length, max_prompt_length), cache_dir)
+    if with_images and teachers is not None:
+        raise ValueError(_text_alone("a teacher with a tokenizer of its own"))
+    return _kept_set(rows, tokenizer, key, build, dtypes, (max_prompt_length, max_prompt_length), cache_dir)
+
+
+def _text_alone(what: str) -> str:
+    return f"rows hold images, and {what} works with text alone; give another, or take them out"
 
 
 def _kept_set(
@@ -154,23 +166,36 @@ def _kept_set(
     return replace(encoded, images=images, fingerprint=fingerprint("images", key, images.fingerprint))
 
 
-def _prompt_piece(
-    rows: Sequence[Row],
-    template: Template,
-    tokenizer: PreTrainedTokenizerBase,
-    max_prompt_length: int,
-    with_images: bool,
-) -> _Piece:
+def _prompt_piece(rows: Sequence[Row], student: Coding, teachers: Coding | None, with_images: bool) -> _Piece:
     try:
-        prompts, cut = encode_prompts(rows, template, tokenizer, max_prompt_length)
+        prompts, cut = student.prompts(rows)
+        kept = [_prompt(row.id, ids) for row, ids in zip(rows, prompts, strict=True)]
+        counts = {"cut_prompts": cut}
+        if teachers is not None:
+            theirs, counts["cut_others"] = _teachers_prompts(rows, teachers)
+            kept = [_with_other(one, _prompt(one.row_id, ids)) for one, ids in zip(kept, theirs, strict=True)]
     except ValueError as error:
         return _piece([Outcome(None, problem=RowError(str(error)))], with_images)
-    kept = [
-        Outcome(Encoded(ids, [IGNORE_INDEX] * len(ids), row.id, images=row_images(row, tokenizer)), len(ids), len(ids))
-        for row, ids in zip(rows, prompts, strict=True)
-    ]
-    piece = _piece(kept, with_images)
-    return piece._replace(counts=piece.counts | {"cut_prompts": cut})
+    kept = [replace(one, images=row_images(row, student.tokenizer)) for one, row in zip(kept, rows, strict=True)]
+    piece = _piece([Outcome(one, len(one.input_ids), len(one.input_ids)) for one in kept], with_images)
+    return piece._replace(counts=piece.counts | counts)
+
+
+def _prompt(row_id: int, ids: list[int]) -> Encoded:
+    return Encoded(ids, [IGNORE_INDEX] * len(ids), row_id)
+
+
+def _with_other(own: Encoded, other: Encoded) -> Encoded:
+    """Return a prompt with its tokens in the teachers' tokenizer; none lies in a span."""
+    own_spans, other_spans = ([UNALIGNED] * len(row.input_ids) for row in (own, other))
+    return replace(own, spans=own_spans, other=replace(other, spans=other_spans))
+
+
+def _teachers_prompts(rows: Sequence[Row], teachers: Coding) -> tuple[list[list[int]], int]:
+    try:
+        return teachers.prompts(rows)
+    except ValueError as error:
+        raise ValueError(f"{error} (in the teachers' tokenizer and template, data.teacher_template)") from error
 
 
 class _Piece(NamedTuple):
