@@ -27,9 +27,9 @@ PROCESSOR = tuple(
 FILES = (*ROWS, *PROCESSOR)
 
 SHAPES = ("circle", "square", "triangle")
-COLOURS = {"red": "#d02020", "green": "#20a040", "blue": "#2050d0", "yellow": "#e0c020", "purple": "#8030a0"}
+COLOURS = {"red": "#d02020", "green": "#20a040", "blue": "#2050d0", "yellow": "#e0c020"}
 #: Shapes of one kind in a scene.
-COUNTS = range(1, 5)
+COUNTS = range(1, 4)
 #: Cells in a row, and pixels of a cell.
 GRID, CELL = 3, 16
 IMAGE_TOKEN, END = "<image>", "<|im_end|>"
@@ -170,11 +170,11 @@ def write_shapes(
     directory: str | Path,
     *,
     seed: int = 0,
-    captions: int = 6000,
-    questions: int = 2000,
-    train_rows: int = 200,
-    val_rows: int = 300,
-    test_rows: int = 600,
+    captions: int = 4000,
+    questions: int = 800,
+    train_rows: int = 128,
+    val_rows: int = 200,
+    test_rows: int = 400,
 ) -> dict[str, Path]:
     """Write rows with images, and a tokenizer with its image processor, unless they already exist.
 
