@@ -41,9 +41,9 @@ def data_identity(
         "data": data.identity,
         "sets": {"train": sets.train.fingerprint, "val": None if sets.val is None else sets.val.fingerprint},
     }
-    images = [one.images for one in named_sets(sets).values() if one.images is not None]
-    if images:
-        found["processor"] = fingerprint(images[0].reader.identity)
+    reader = sets.image_reader
+    if reader is not None:
+        found["processor"] = fingerprint(reader.identity)
     if teachers is not None:
         template = data.teachers_coding(teachers).template
         found["other"] = {"tokenizer": tokenizer_fingerprint(teachers), "template": fingerprint(repr(template))}

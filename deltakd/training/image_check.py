@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from deltakd.data import LoadedSets, Row
-from deltakd.data.encoding.image_reader import ImageError, ImageReader, reader_beside
+from deltakd.data.encoding.image_reader import ImageError, ImageReader, processor_digest, reader_beside
+from deltakd.data.encoding.token_cache import fingerprint
 from deltakd.data.sources.stored_rows import holds_images
 from deltakd.io.errors import ConfigError
 from deltakd.models import ModelSpec, load_config
@@ -24,9 +26,9 @@ def check_images(settings: RunSettings, sets: LoadedSets) -> None:
         settings: of a training run, or of one that fills a cache.
         sets: tokenised rows.
     """
-    held = [encoded.images for encoded in (sets.train, sets.val) if encoded is not None and encoded.images is not None]
-    if held:
-        problems = _setting_problems(settings) + _model_problems(settings, held[0].reader)
+    reader = sets.image_reader
+    if reader is not None:
+        problems = _setting_problems(settings) + _model_problems(settings, reader)
         if problems:
             raise ConfigError(problems)
 
@@ -40,6 +42,42 @@ def check_image_models(settings: RunSettings, rows: Sequence[Row], tokenizer: Pr
     problems = _model_problems(settings, reader_beside(tokenizer)) if holds_images(rows) else []
     if problems:
         raise ConfigError(problems)
+
+
+def served_images(settings: RunSettings, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return what trainers must know of a server before they send images.
+
+    Returns:
+        ``processor``: what identifies the student's; None: it has none. ``problems``: why the models can't read images.
+    """
+    if not processor_digest(tokenizer):
+        # Models of text: nothing is opened for them.
+        return {"processor": None, "problems": []}
+    try:
+        reader = reader_beside(tokenizer)
+    except ImageError as error:
+        return {"processor": None, "problems": [str(error)]}
+    return {"processor": fingerprint(reader.identity), "problems": _model_problems(settings, reader)}
+
+
+def server_problems(reader: ImageReader, content: Mapping[str, Any], url: object) -> list[str]:
+    """Return why a server can't run rows with images as this run would.
+
+    Args:
+        reader: of the student's images.
+        content: of the server, with what ``served_images`` returned there.
+        url: of the server.
+    """
+    there = content.get("images") or {"processor": None, "problems": []}
+    if there["problems"]:
+        return [f"the server reference.url={url} says: {problem}" for problem in there["problems"]]
+    if there["processor"] == fingerprint(reader.identity):
+        return []
+    return [
+        f"rows hold images, and the server reference.url={url} has "
+        + ("no image processor" if there["processor"] is None else "another image processor for the student")
+        + "; start it with the overrides of this run"
+    ]
 
 
 def _setting_problems(settings: RunSettings) -> list[str]:

@@ -14,8 +14,10 @@ from deltakd.config.build import make_settings
 from deltakd.config.compose import compose_config
 from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
+from deltakd.references.serving.secret import TOKEN_VARIABLE
 from deltakd.training.run import run_training
 from tests.distributed.processes import on_ranks
+from tests.references.serving.servers import TOKEN, serving
 from tests.rollouts.runs import assert_same_student, column, stop_after, weights
 from tests.tiny import World
 from tests.vision import FAMILIES, draw, save_vision_model, write_images
@@ -110,6 +112,25 @@ def test_a_resumed_run_makes_the_same_student_and_notices_another_image(
     # The same content, written later, is the same data.
     image.write_bytes(content)
     assert_same_student(train("kd", *chosen, "resume=true", name="parts"), whole)
+
+
+@pytest.mark.parametrize("family", TWO)
+def test_a_server_serves_the_losses_of_live_references(
+    family: str, models: Path, world: World, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, given and own responses; a server of text models, or of another processor, is refused."""
+    monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
+    address = f"unix://{tmp_path / 'socket'}"
+    chosen = on_images(models, tmp_path, family)
+    served = ["reference=served", f"reference.url={address}"]
+    own = ("loss.ce_weight=0.5", "rollout=student", "rollout.decoding.max_new_tokens=4")
+    live = [train("delta_kd", *chosen, *more, name=f"live{len(more)}") for more in ((), own)]
+    with serving(world.overrides(tmp_path / "server", "delta_kd", *chosen, *served)):
+        for one, more in zip(live, ((), own), strict=True):
+            assert_same_student(train("delta_kd", *chosen, *served, *more, name=f"served{len(more)}"), one)
+        other = save_vision_model(tmp_path / "of_larger_images", seed=0, family=family, pixels=112)
+        with pytest.raises(ConfigError, match="has another image processor for the student"):
+            train("delta_kd", *chosen, *served, f"model.student.path={other}", name="larger")
 
 
 def _run(overrides: list[str], directory: Path) -> None:

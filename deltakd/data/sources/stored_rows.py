@@ -49,8 +49,10 @@ def rows_digest(rows: Sequence[Row]) -> str:
 
 
 def holds_images(rows: Sequence[Row]) -> bool:
-    """Return True if some row may hold an image."""
-    return rows.may_hold_images if isinstance(rows, StoredRows) else any(row.images for row in rows)
+    """Return True if some row holds an image."""
+    if isinstance(rows, StoredRows) and not rows.may_hold_images:
+        return False
+    return any(row.images for row in rows)
 
 
 def tasks_of(rows: Sequence[Row]) -> Tasks:

@@ -19,7 +19,7 @@ from deltakd.models import LanguageModel
 from deltakd.references.live import LiveReferences
 from deltakd.references.serving.address import GREETING_SECONDS, Address, keep_alive
 from deltakd.references.serving.fair_queue import FairQueue
-from deltakd.references.serving.requests import batch_of
+from deltakd.references.serving.requests import MOST_BYTES, batch_of
 from deltakd.references.serving.secret import greet_as_server
 from deltakd.references.serving.transports import Sender, offers
 from deltakd.references.serving.wire import Frame, WireError, receive, send
@@ -33,8 +33,6 @@ BEAT_SECONDS = 5.0
 LOGGED_SECONDS = 30.0
 #: Requests of one trainer in the server.
 _MOST_OPEN = 64
-#: Bytes of a request: a million positions take 6 MB.
-_MOST_BYTES = 2**26
 #: Seconds between looks at whether to stop.
 _PATIENCE = 0.2
 
@@ -146,7 +144,7 @@ class ReferenceServer:
             trainer.start()
             by = trainer.sender.name.replace("_", " ")
             log.info("A trainer at %s asks for %s, by %s.", name, ", ".join(sorted(roles)), by)
-            while trainer.hear(receive(connection, _MOST_BYTES)):
+            while trainer.hear(receive(connection, MOST_BYTES)):
                 pass
         except OSError as error:
             if trainer is None:
@@ -201,7 +199,8 @@ class ReferenceServer:
             listed = {role: names.setdefault(id(head.hidden), role) for role, head in heads.items()}
             # Copying waits for the device: the seconds are those of the models.
             placed, tensors = trainer.sender.place({name: heads[name].hidden for name in names.values()})
-        except (ValueError, RuntimeError, OSError) as error:
+        # Images of the right kinds may still be none that a model can read, which it shows in many ways.
+        except Exception as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             log.warning("A request was refused: %s.", first)
             return {"number": number, "refused": first[:500]}, {}
