@@ -197,7 +197,7 @@ class Layout:
         DDP all-reduces gradients once per step. So do ZeRO 1 and, for every micro-batch, ZeRO 2 (where the paper has a
         reduce-scatter, DeepSpeed all-reduces slices of several ranks); both all-gather the updated parameters. ZeRO 3
         and FSDP2 all-gather parameters for the forward and again for the backward pass, and reduce-scatter gradients,
-        for every micro-batch, FSDP2 linear layers in autocast's half precision; what ZeRO 3 keeps in between is gathered
+        for every micro-batch, FSDP2 linear layers in half precision under autocast; what ZeRO 3 keeps is gathered
         once. With offloading, parameter shards move from CPU memory for each gather, and gradient shards move back.
         """
         weights, gradients = student.weight_bytes, student.trained_bytes
