@@ -40,7 +40,15 @@ from deltakd.training.settings import KernelSettings, RunSettings, TrainerSettin
 from deltakd.types import STUDENT, Loss, is_reference_role, require_kind
 
 #: Keys of ``model`` that are not roles.
-_NO_ROLES = ("tokenizer", "lora", "attn_implementation", "gradient_checkpointing", "trust_remote_code", "routes")
+_NO_ROLES = (
+    "tokenizer",
+    "lora",
+    "attn_implementation",
+    "gradient_checkpointing",
+    "router_aux_loss_coef",
+    "trust_remote_code",
+    "routes",
+)
 
 #: The groups that a config must have.
 _GROUPS = (
