@@ -291,6 +291,7 @@ def open_role(
         eos_token_id=tokenizer.eos_token_id,
         seed=settings.seed,
         max_length=settings.data.max_length if vocabularies.is_own(role) else settings.data.teachers_length,
+        tensor_parallel=role != STUDENT and settings.served is not None and settings.served.sharding == "tensor",
     )
     if settings.data.packing:
         check_packing(role, model)
