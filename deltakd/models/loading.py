@@ -21,7 +21,7 @@ from deltakd.models.settings import ModelSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-    from transformers.distributed import DistributedConfig
+    from transformers.distributed.configuration_utils import DistributedConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -161,7 +161,7 @@ def _tensor_plan(role: str, spec: ModelSpec, config: PretrainedConfig) -> Distri
     Raises:
         ValueError: it has no plan.
     """
-    from transformers.distributed import DistributedConfig
+    from transformers.distributed.configuration_utils import DistributedConfig
 
     if not getattr(config, "base_model_tp_plan", None):
         raise ValueError(
