@@ -158,7 +158,9 @@ def test_what_a_run_with_images_cannot_do_is_named_at_once(
     with pytest.raises(ValueError, match=r"(?s)data.packing=false.*model.teacher.path=.* another image processor"):
         train("delta_kd", *base, "data.packing=true", f"model.teacher.path={other}", name="a")
     with pytest.raises(ValueError, match=r"rollout.engine=vllm is sent text alone; give rollout.engine=own"):
-        train("delta_kd", *base, "rollout=student", "rollout.engine=vllm", "rollout.vllm.url=http://127.0.0.1:1", name="c")
+        train(
+            "delta_kd", *base, "rollout=student", "rollout.engine=vllm", "rollout.vllm.url=http://127.0.0.1:1", name="c"
+        )
     with pytest.raises(ValueError, match=r"an image in messages\[0\], which a plain template can't write"):
         train("delta_kd", *base, "data.template=alpaca", name="d")
     with pytest.raises(ValueError, match=r"\d+ tokens, \d+ of them for its images, which can't be cut"):
