@@ -60,7 +60,8 @@ def served_images(settings: RunSettings, tokenizer: PreTrainedTokenizerBase, pro
     problems = _model_problems(settings, reader)
     if processes > 1:
         problems.append(
-            f"it has {processes} processes, which divide rows of text alone; rows with images need a server of one process"
+            f"it has {processes} processes, which divide rows of text alone; rows with images need a server of one "
+            "process"
         )
     return {"processor": fingerprint(reader.identity), "problems": problems}
 
