@@ -17,6 +17,7 @@ from deltakd.models.settings import Dtype, ModelSpec
 from deltakd.references.base import References
 from deltakd.references.live import LiveReferences
 from deltakd.references.serving.address import Address
+from deltakd.references.serving.transports import Transport
 from deltakd.types import STUDENT, TEACHER, TEACHER_RAW
 
 
@@ -122,11 +123,14 @@ class ServedSettings(ReferenceSettings):
         url: where the server listens: ``tcp://host:port`` or ``unix:///path``.
         ahead: micro-batches made and asked for in advance; 0: each is asked for when its step starts.
         wait_s: seconds to wait for a server that is not there, or not any more, before the run stops.
+        transport: how hidden states come: ``shared_memory`` within a machine, ``socket``, or ``auto``: the fastest that
+            works.
     """
 
     url: Annotated[str | None, Resume.FREE] = None
     ahead: Annotated[int, Ge(0), Resume.FREE] = 2
     wait_s: Annotated[float, Ge(0), Resume.FREE] = 300.0
+    transport: Annotated[Transport, Resume.FREE] = "auto"
 
     @property
     def address(self) -> Address:

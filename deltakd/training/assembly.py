@@ -175,11 +175,19 @@ def make_token_map(
     Raises:
         UnalignableError: they share nothing.
     """
+    both = two_tokenizers(settings, tokenizer, vocabularies)
+    return None if both is None else both.token_map(vocabularies.size, vocabularies.other_size)
+
+
+def two_tokenizers(
+    settings: RunSettings, tokenizer: PreTrainedTokenizerBase, vocabularies: Vocabularies
+) -> TwoTokenizers | None:
+    """Return what aligns answers between the tokenizers of student and teachers; None: they share one."""
     if vocabularies.other is None:
         return None
-    student = Coding(settings.data.make_template(tokenizer), tokenizer, 0, 0)
-    both = TwoTokenizers(student, settings.data.teachers_coding(vocabularies.other))
-    return both.token_map(vocabularies.size, vocabularies.other_size)
+    data = settings.data
+    student = Coding(data.make_template(tokenizer), tokenizer, data.max_length, data.max_prompt_length)
+    return TwoTokenizers(student, data.teachers_coding(vocabularies.other))
 
 
 def _check_server(settings: RunSettings, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
