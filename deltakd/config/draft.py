@@ -128,6 +128,7 @@ class Draft:
         for part in (self.optim, self.data, self.trainer, self.strategy):
             problems += part.problems() if part is not None else []
         problems += self._half_weights_problems()
+        problems += self._precision_problems()
         if self.rollout is not None:
             problems += rollout_problems(self.rollout, self.loss, self.data, self.reference)
             problems += engine_problems(self.rollout, self.model)
@@ -178,6 +179,20 @@ class Draft:
         if self.optim.half_weights == "stochastic" and ("float16" in kinds or "16-true" in kinds):
             found.append("optim.half_weights=stochastic is for bfloat16, and the student is float16; give masters")
         return found
+
+    def _precision_problems(self) -> list[str]:
+        """Return a sentence if Lightning's strategy does not train in ``trainer.precision``."""
+        if self.strategy is None or self.trainer is None:
+            return []
+        refused = {"fsdp": (16, "16-mixed", 64, "64-true"), "deepspeed": (64, "64-true")}
+        precision = self.trainer.precision
+        if precision not in refused.get(self.strategy.name, ()):
+            return []
+        half = "bf16-mixed, bf16-true or 16-true" if self.strategy.name == "fsdp" else "a half precision"
+        return [
+            f"trainer.precision={precision} does not go with strategy.name={self.strategy.name}; give 32-true, {half}, "
+            "or strategy=ddp"
+        ]
 
     def made(self, specs: Mapping[str, ModelSpec]) -> RunSettings:
         """Make the settings; there must be no problems, so that every group is built."""

@@ -20,7 +20,7 @@ from deltakd.distributed.sharding import (
     shard_by_blocks,
     whole_parameters,
 )
-from deltakd.distributed.strategies import loss_factor, optimizer_class
+from deltakd.distributed.strategies import autocast_dtype, loss_factor, optimizer_class
 from deltakd.distributed.zero import ZeroStrategy
 from deltakd.kernels import KernelOptions
 from deltakd.models import LanguageModel
@@ -89,7 +89,8 @@ class DistillationModule(L.LightningModule):
     def configure_model(self) -> None:
         """Shard the step if the strategy is FSDP2."""
         if self.device_mesh is not None and not is_sharded(self.step):
-            shard_by_blocks(self.step, self.device_mesh["data_parallel"])
+            autocast = autocast_dtype(str(self.trainer.precision))
+            shard_by_blocks(self.step, self.device_mesh["data_parallel"], autocast=autocast)
 
     @contextmanager
     def whole_student(self) -> Iterator[LanguageModel]:
