@@ -10,7 +10,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import final
+from typing import TypeGuard, final
 
 import torch
 from torch import Tensor, nn
@@ -35,18 +35,19 @@ def packed_layers(model: nn.Module, rows: int) -> Iterator[None]:
     """
     layers = _chosen(model)
     for layer in layers:
-        layer.forward = _PackedLinear(layer, rows)
+        vars(layer)["forward"] = _PackedLinear(layer, rows)
     try:
         yield
     finally:
         for layer in layers:
-            del layer.forward
+            del vars(layer)["forward"]
 
 
 def _chosen(model: nn.Module) -> list[nn.Linear]:
     if not _serves():
         return []
-    fitting = [module for module in model.modules() if _is_plain(module) and module.weight.numel() >= SMALLEST]
+    plain = [module for module in model.modules() if _is_plain(module)]
+    fitting = [layer for layer in plain if layer.weight.numel() >= SMALLEST]
     chosen, left = [], MOST_BYTES
     for layer in sorted(fitting, key=lambda layer: layer.weight.numel(), reverse=True):
         if layer.weight.nbytes <= left:
@@ -65,7 +66,7 @@ def _serves() -> bool:
     )
 
 
-def _is_plain(module: nn.Module) -> bool:
+def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     """True for a linear layer whose forward nobody replaced, with a whole float32 weight on the CPU."""
     if type(module) is not nn.Linear or "forward" in vars(module):
         return False
