@@ -40,7 +40,15 @@ from deltakd.training.settings import KernelSettings, RunSettings, TrainerSettin
 from deltakd.types import STUDENT, Loss, is_reference_role, require_kind
 
 #: Keys of ``model`` that are not roles.
-_NO_ROLES = ("tokenizer", "lora", "attn_implementation", "gradient_checkpointing", "trust_remote_code", "routes")
+_NO_ROLES = (
+    "tokenizer",
+    "lora",
+    "attn_implementation",
+    "gradient_checkpointing",
+    "router_aux_loss_coef",
+    "trust_remote_code",
+    "routes",
+)
 
 #: The groups that a config must have.
 _GROUPS = (
@@ -107,11 +115,15 @@ class Draft:
         if self.reference is not None and self.reference.placement != "auto":
             self.problems += device_problems("reference.placement", self.reference.placement)
 
-    def check_alone(self) -> None:
-        """Add the problems for a command that is a single process and trains nothing."""
+    def check_alone(self, *, several: bool = False) -> None:
+        """Add the problems for a command that trains nothing, and is a single process unless it can be ``several``."""
         if self.dry_run:
             self.problems.append("trainer.dry_run prints what a training run will need; give it to deltakd.train")
-        self.problems += alone_problems(read_launch(os.environ))
+        launch = read_launch(os.environ)
+        if several:
+            self.problems += [launch.problem] if launch is not None and launch.problem else []
+        else:
+            self.problems += alone_problems(launch)
 
     def settings(self, roles: Collection[str] | None, has_adapter: bool) -> RunSettings:
         """Check across groups, and make the settings.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 from transformers.trainer_utils import SchedulerType
 
