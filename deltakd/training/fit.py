@@ -196,6 +196,7 @@ def make_module(parts: Parts, total_steps: int) -> DistillationModule:
         kernels=settings.kernels.options(settings.trainer.precision),
         will_be_sharded=settings.strategy.shards_parameters,
         token_map=parts.token_map,
+        router_aux_loss_coef=settings.model.router_aux_loss_coef,
     )
 
 

@@ -15,12 +15,12 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from deltakd.io.errors import LostServerError
 from deltakd.models import LanguageModel
-from deltakd.references.live import LiveReferences
 from deltakd.references.serving.address import GREETING_SECONDS, Address, keep_alive
 from deltakd.references.serving.fair_queue import FairQueue
-from deltakd.references.serving.requests import batch_of
 from deltakd.references.serving.secret import greet_as_server
+from deltakd.references.serving.team import Sharding, Team
 from deltakd.references.serving.transports import Sender, offers
 from deltakd.references.serving.wire import Frame, WireError, receive, send
 from deltakd.types import Head
@@ -48,12 +48,19 @@ class Served:
         content: everything that determines its answers, for trainers to compare; JSON.
         device: where the models run.
         packing: lay rows end to end.
+        sharding: how several processes hold the models.
     """
 
     models: Mapping[str, LanguageModel]
     content: Mapping[str, Any]
     device: torch.device
     packing: bool = False
+    sharding: Sharding = "replicate"
+
+    def team(self) -> Team:
+        """Return what runs the models. Collective: call in every process of the server, once."""
+        limits = self.content["vocabulary"], self.content["positions"]
+        return Team(self.models, self.device, self.sharding, self.packing, *limits)
 
 
 @final
@@ -74,9 +81,9 @@ class ReferenceServer:
         self._token = token
         self._address = address
         self._queue: FairQueue[_Trainer, Frame] = FairQueue(_MOST_OPEN)
-        self._references: dict[frozenset[str], LiveReferences] = {}
-        self._of(frozenset(served.models))
+        # Heads first: sharding leaves nobody the whole of them.
         self._empty = _empty_heads(served.models)
+        self._team = served.team()
         self._stopped = threading.Event()
         self._trainers: set[_Trainer] = set()
         self._counts = _Counts()
@@ -85,14 +92,23 @@ class ReferenceServer:
         self._thread.start()
 
     def run(self) -> None:
-        """Answer requests until ``stop`` is called, or a signal raises an exception here."""
+        """Answer requests until ``stop`` is called, or a signal raises an exception here.
+
+        Raises:
+            LostServerError: another process of this server failed.
+        """
+        told = time.monotonic()
         try:
             while not self._stopped.is_set():
+                if time.monotonic() - told > LOGGED_SECONDS:
+                    told = time.monotonic()
+                    self._team.wait()
                 taken = self._queue.take(_PATIENCE)
                 if taken is not None:
                     trainer, frame = taken
                     trainer.answer(*self._answer(trainer, frame))
                 self._counts.log(self._queue.clients)
+            self._team.stop()
         finally:
             self._close()
 
@@ -194,26 +210,18 @@ class ReferenceServer:
         number = frame.header.get("number")
         started = time.perf_counter()
         try:
-            content = self._served.content
-            batch = batch_of(frame.tensors, self._served.packing, content["vocabulary"], content["positions"])
-            heads = self._of(trainer.roles)(batch)
-            names: dict[int, str] = {}
-            listed = {role: names.setdefault(id(head.hidden), role) for role, head in heads.items()}
+            batch = self._team.checked(frame.tensors)
+            listed, hidden = self._team.run(trainer.roles, frame.tensors, batch)
             # Copying waits for the device: the seconds are those of the models.
-            placed, tensors = trainer.sender.place({name: heads[name].hidden for name in names.values()})
+            placed, tensors = trainer.sender.place(hidden)
+        except LostServerError:
+            raise
         except (ValueError, RuntimeError, OSError) as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             log.warning("A request was refused: %s.", first)
             return {"number": number, "refused": first[:500]}, {}
         self._counts.add(len(batch.row_ids), len(batch.valid_N), time.perf_counter() - started)
         return {"number": number, "roles": listed, **placed}, tensors
-
-    def _of(self, roles: frozenset[str]) -> LiveReferences:
-        if roles not in self._references:
-            references = LiveReferences({role: self._served.models[role] for role in sorted(roles)})
-            references.to(self._served.device)
-            self._references[roles] = references
-        return self._references[roles]
 
 
 def _agreed(connection: socket.socket, asked: Mapping[str, Any]) -> Sender:
