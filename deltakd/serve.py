@@ -18,7 +18,8 @@ USAGE = """Hold the references of training runs in this process; the runs ask it
 
 Overrides are those of deltakd.train; the same ones, given to deltakd.train, then train with these references. Several
 runs can share the server if they name the same references; their data, seeds and delta weights may differ. No data are
-read here. Addresses:
+read here. Models that need several GPUs: torchrun --nproc-per-node N -m deltakd.serve ... reference.sharding=shard (or
+tensor). Addresses:
   tcp://127.0.0.1:7711     for processes of this machine; another address of it: also for other machines
   unix:///path/to/socket   for this user's processes of this machine
 Runs need the server's token: the variable DELTAKD_SERVE_TOKEN, or ~/.deltakd/serve_token, which the server makes.
@@ -45,11 +46,18 @@ def serve(overrides: Sequence[str], listen: str | None = None) -> None:
     cfg = compose_config("train", overrides if given else ["reference=served", *overrides])
     # This imports torch and all models; --help and a mistyped key should not wait for it.
     from deltakd.config.build import make_serving_settings
+    from deltakd.distributed.ranks import is_main_process
     from deltakd.references.serving.address import Address
-    from deltakd.training.serving import make_server
+    from deltakd.training.serving import make_server, open_served
 
     settings = make_serving_settings(cfg)
     address = None if listen is None else Address.parse(listen, "--listen")
+    if not is_main_process():
+        # Signals reach all processes; the first one ends the others, between two requests.
+        for name in ("SIGINT", "SIGTERM"):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+        open_served(settings).team().follow()
+        return
     server = make_server(settings, address)
     log.info(
         "Serving %s at %s until Ctrl-C. A training run asks for them with these overrides and reference.url=%s.",

@@ -40,7 +40,15 @@ from deltakd.training.settings import KernelSettings, RunSettings, TrainerSettin
 from deltakd.types import STUDENT, Loss, is_reference_role, require_kind
 
 #: Keys of ``model`` that are not roles.
-_NO_ROLES = ("tokenizer", "lora", "attn_implementation", "gradient_checkpointing", "trust_remote_code", "routes")
+_NO_ROLES = (
+    "tokenizer",
+    "lora",
+    "attn_implementation",
+    "gradient_checkpointing",
+    "router_aux_loss_coef",
+    "trust_remote_code",
+    "routes",
+)
 
 #: The groups that a config must have.
 _GROUPS = (
@@ -107,11 +115,15 @@ class Draft:
         if self.reference is not None and self.reference.placement != "auto":
             self.problems += device_problems("reference.placement", self.reference.placement)
 
-    def check_alone(self) -> None:
-        """Add the problems for a command that is a single process and trains nothing."""
+    def check_alone(self, *, several: bool = False) -> None:
+        """Add the problems for a command that trains nothing, and is a single process unless it can be ``several``."""
         if self.dry_run:
             self.problems.append("trainer.dry_run prints what a training run will need; give it to deltakd.train")
-        self.problems += alone_problems(read_launch(os.environ))
+        launch = read_launch(os.environ)
+        if several:
+            self.problems += [launch.problem] if launch is not None and launch.problem else []
+        else:
+            self.problems += alone_problems(launch)
 
     def settings(self, roles: Collection[str] | None, has_adapter: bool) -> RunSettings:
         """Check across groups, and make the settings.
@@ -128,6 +140,7 @@ class Draft:
         for part in (self.optim, self.data, self.trainer, self.strategy):
             problems += part.problems() if part is not None else []
         problems += self._half_weights_problems()
+        problems += self._precision_problems()
         if self.rollout is not None:
             problems += rollout_problems(self.rollout, self.loss, self.data, self.reference)
             problems += engine_problems(self.rollout, self.model)
@@ -178,6 +191,20 @@ class Draft:
         if self.optim.half_weights == "stochastic" and ("float16" in kinds or "16-true" in kinds):
             found.append("optim.half_weights=stochastic is for bfloat16, and the student is float16; give masters")
         return found
+
+    def _precision_problems(self) -> list[str]:
+        """Return a sentence if Lightning's strategy does not train in ``trainer.precision``."""
+        if self.strategy is None or self.trainer is None:
+            return []
+        refused = {"fsdp": (16, "16-mixed", 64, "64-true"), "deepspeed": (64, "64-true")}
+        precision = self.trainer.precision
+        if precision not in refused.get(self.strategy.name, ()):
+            return []
+        half = "bf16-mixed, bf16-true or 16-true" if self.strategy.name == "fsdp" else "a half precision"
+        return [
+            f"trainer.precision={precision} does not go with strategy.name={self.strategy.name}; give 32-true, {half}, "
+            "or strategy=ddp"
+        ]
 
     def made(self, specs: Mapping[str, ModelSpec]) -> RunSettings:
         """Make the settings; there must be no problems, so that every group is built."""

@@ -195,8 +195,10 @@ def load_instruction_sets(
     options |= {"overlong": overlong, "split_turns": split_turns, "cache_dir": cache_dir, "teachers": teachers}
     if prompts_only:
         check_limits(tokenizer, max_length, max_prompt_length, overlong)
+        if teachers is not None:
+            check_limits(teachers.tokenizer, teachers.max_length, teachers.max_prompt_length, overlong)
         train_set = encode_prompt_rows(
-            kept, written, tokenizer, max_prompt_length=max_prompt_length, cache_dir=cache_dir
+            kept, written, tokenizer, max_prompt_length=max_prompt_length, cache_dir=cache_dir, teachers=teachers
         )
     else:
         train_set = encode_rows(kept, written, tokenizer, **options)

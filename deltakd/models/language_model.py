@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from deltakd.generation.image_inputs import image_inputs
 from deltakd.generation.model_step import position_limit
+from deltakd.models.experts import router_loss
 from deltakd.models.image_models import reads_images
 from deltakd.models.row_masks import many_rows_each, one_row_each
 from deltakd.types import Head, PackedRows, TokenStream
@@ -102,15 +103,22 @@ class LanguageModel(nn.Module):
             attention_mask_BT: 1 on real tokens. Where it is 0, hidden states mean nothing.
             images: of the rows (``TokenStream.images``), if they have any.
         """
+        return self._padded(input_ids_BT, attention_mask_BT, images).last_hidden_state
+
+    def _padded(
+        self, input_ids_BT: Tensor, attention_mask_BT: Tensor, images: Mapping[str, Tensor] | None, **options: Any
+    ) -> Any:
+        """Run the body on rows padded on the right; return its output."""
         body = self.causal_lm.base_model
         accepted = inspect.signature(body.forward).parameters
-        options: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted or "kwargs" in accepted else {}
+        if "use_cache" in accepted or "kwargs" in accepted:
+            options["use_cache"] = False
         if self._needs_mask:
             options["attention_mask"] = attention_mask_BT
         if images is not None:
             options |= image_inputs(self.causal_lm, images, input_ids_BT)
         with one_row_each():
-            return body(input_ids=input_ids_BT, **options).last_hidden_state
+            return body(input_ids=input_ids_BT, **options)
 
     def forward(self, rows: TokenStream) -> Head:
         """Run the body; return the head of the rows' N valid tokens, without prompt and padding."""
@@ -126,19 +134,33 @@ class LanguageModel(nn.Module):
         hidden_BTD = self.hidden_states(rows.input_ids, rows.attention_mask, rows.images)
         return self.head_of(rows.at_valid(hidden_BTD))
 
+    def head_and_router_loss(self, rows: TokenStream) -> tuple[Head, Tensor]:
+        """As ``head``, with the loss that balances the model's experts over the real tokens (``router_loss``)."""
+        if rows.packed is not None:
+            # Padding at the ends of sequences counts as rows, as it does for attention.
+            output, mask_BT = self._packed(rows.packed, output_router_logits=True), None
+            hidden_ND = output.last_hidden_state.flatten(0, 1)[rows.packed.valid]
+        else:
+            mask_BT = rows.attention_mask
+            output = self._padded(rows.input_ids, mask_BT, rows.images, output_router_logits=True)
+            hidden_ND = rows.at_valid(output.last_hidden_state)
+        return self.head_of(hidden_ND), router_loss(self.causal_lm, output.router_logits, mask_BT)
+
     def packed_hidden_states(self, rows: PackedRows) -> Tensor:
         """Return [S, L, D]: as ``hidden_states``, of rows that lie end to end (``check_packing``)."""
+        return self._packed(rows).last_hidden_state.view(*rows.input_ids.shape, -1)
+
+    def _packed(self, rows: PackedRows, **options: Any) -> Any:
+        """Run the body on rows that lie end to end; return its output."""
         input_ids, position_ids = rows.input_ids, rows.position_ids
-        options: dict[str, Any] = {}
         if "flash" in str(self.causal_lm.config._attn_implementation):
             # Flash attention takes one sequence, and where its rows start.
             input_ids, position_ids = input_ids.view(1, -1), position_ids.view(1, -1)
-            options = {"cu_seq_lens_q": rows.starts, "cu_seq_lens_k": rows.starts}
+            options |= {"cu_seq_lens_q": rows.starts, "cu_seq_lens_k": rows.starts}
             options |= {"max_length_q": rows.longest, "max_length_k": rows.longest}
         with many_rows_each():
             body = self.causal_lm.base_model
-            hidden = body(input_ids=input_ids, position_ids=position_ids, use_cache=False, **options).last_hidden_state
-        return hidden.view(*rows.input_ids.shape, -1)
+            return body(input_ids=input_ids, position_ids=position_ids, use_cache=False, **options)
 
     def head_of(self, hidden_ND: Tensor) -> Head:
         """Return the head over given hidden states, cut to the vocabulary."""

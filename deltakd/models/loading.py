@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
@@ -20,6 +21,7 @@ from deltakd.models.settings import ModelSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+    from transformers.distributed.configuration_utils import DistributedConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -104,6 +106,7 @@ def load_model(
     seed: int = 0,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    tensor_parallel: bool = False,
 ) -> PreTrainedModel:
     """Load or build the causal language model of a role, in its own dtype.
 
@@ -115,9 +118,10 @@ def load_model(
         seed: for the weights of a model from scratch.
         attn_implementation: passed on to transformers (sdpa, eager, flash_attention_2, ...).
         trust_remote_code: passed on; off unless the user asks.
+        tensor_parallel: split its layers over all processes by transformers' plan for it. Collective if so.
 
     Raises:
-        ValueError: the model is not available, or its weights don't fit its architecture.
+        ValueError: the model is not available, its weights don't fit its architecture, or there is no plan to split it.
     """
     if spec.init == "random":
         return _build_model(role, spec, vocabulary, eos_token_id, seed, attn_implementation)
@@ -125,6 +129,8 @@ def load_model(
     options: dict[str, Any] = {}
     if spec.quantization is not None:
         options["quantization_config"] = quantization_config(spec.quantization)
+    if tensor_parallel:
+        options["distributed_config"] = _tensor_plan(role, spec, config)
     try:
         loaded: Any = auto_class(config).from_pretrained(
             str(spec.path),
@@ -147,6 +153,24 @@ def load_model(
             "give a checkpoint of that architecture"
         )
     return model
+
+
+def _tensor_plan(role: str, spec: ModelSpec, config: PretrainedConfig) -> DistributedConfig:
+    """Return how transformers splits a model's layers over all processes; its head stays whole.
+
+    Raises:
+        ValueError: it has no plan.
+    """
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    if not getattr(config, "base_model_tp_plan", None):
+        raise ValueError(
+            f"model.{role}.path={spec.path}: transformers has no plan to split {config.model_type} by tensor "
+            "parallelism; give reference.sharding=shard"
+        )
+    model: Any = auto_class(config)._model_mapping[type(config)]
+    whole = dict.fromkeys(getattr(model, "_tp_plan", None) or {}, "replicate")
+    return DistributedConfig(tp_size=dist.get_world_size(), tp_plan=whole or "auto")
 
 
 def load_skeleton(

@@ -166,6 +166,7 @@ def open_model(
     seed: int = 0,
     max_length: int | None = None,
     sharing: Mapping[str, ModelSpec] | None = None,
+    tensor_parallel: bool = False,
 ) -> LanguageModel:
     """Open the model of a role on the CPU, in its own dtype, and check its head against its own logits.
 
@@ -178,6 +179,7 @@ def open_model(
         seed: for the weights of a model from scratch.
         max_length: tokens of the longest row (``data.max_length``); None: not known yet.
         sharing: role -> spec, of further roles with the same model under their adapters (``adapter_files.base_of``).
+        tensor_parallel: split it over all processes, each part on its device. Collective if so.
 
     Raises:
         ValueError: it is not available, does not fit its adapter, has too few positions or tokens, transforms its
@@ -191,6 +193,7 @@ def open_model(
         seed=seed,
         attn_implementation=models.attn_implementation,
         trust_remote_code=models.trust_remote_code,
+        tensor_parallel=tensor_parallel,
     )
     problems = position_problems(role, position_limit(hf), max_length)
     if problems:

@@ -81,6 +81,8 @@ class ModelSettings:
         lora: the student's adapter, or None.
         attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``; None: transformers' choice.
         gradient_checkpointing: recompute the student's activations in the backward pass.
+        router_aux_loss_coef: weight of the loss that balances the experts of a student that has some, as its
+            architecture defines it; 0: not trained. References have none.
         trust_remote_code: run Python code that comes with a checkpoint.
         routes: a row's task -> the number of the pair of teachers that judges it, from 1; ``*``: all other rows. None:
             the loss's own roles judge all rows.
@@ -91,6 +93,7 @@ class ModelSettings:
     lora: LoraSpec | None = None
     attn_implementation: str | None = None
     gradient_checkpointing: bool = False
+    router_aux_loss_coef: Annotated[float, Ge(0)] = 0.0
     trust_remote_code: bool = False
     routes: Mapping[str, Annotated[int, Ge(1)]] | None = None
 

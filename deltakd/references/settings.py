@@ -17,6 +17,8 @@ from deltakd.models.settings import Dtype, ModelSpec
 from deltakd.references.base import References
 from deltakd.references.live import LiveReferences
 from deltakd.references.serving.address import Address
+from deltakd.references.serving.team import Sharding
+from deltakd.references.serving.transports import Transport
 from deltakd.types import STUDENT, TEACHER, TEACHER_RAW
 
 
@@ -122,11 +124,18 @@ class ServedSettings(ReferenceSettings):
         url: where the server listens: ``tcp://host:port`` or ``unix:///path``.
         ahead: micro-batches made and asked for in advance; 0: each is asked for when its step starts.
         wait_s: seconds to wait for a server that is not there, or not any more, before the run stops.
+        transport: how hidden states come: ``shared_memory`` within a machine, ``socket``, or ``auto``: the fastest that
+            works.
+        sharding: how a server of several processes holds the models: each has all (``replicate``) or a part of each
+            layer (``shard``, by FSDP2) and runs a part of the rows; or ``tensor``: layers are split by transformers'
+            plan, and all run all rows.
     """
 
     url: Annotated[str | None, Resume.FREE] = None
     ahead: Annotated[int, Ge(0), Resume.FREE] = 2
     wait_s: Annotated[float, Ge(0), Resume.FREE] = 300.0
+    transport: Annotated[Transport, Resume.FREE] = "auto"
+    sharding: Annotated[Sharding, Resume.FREE] = "replicate"
 
     @property
     def address(self) -> Address:
@@ -135,11 +144,27 @@ class ServedSettings(ReferenceSettings):
 
     def problems(self, specs: Mapping[str, ModelSpec]) -> list[str]:
         """Return the problems with ``reference``, one sentence each."""
+        found = []
         try:
             _ = self.address
         except ValueError as error:
-            return [str(error)]
-        return []
+            found.append(str(error))
+        loaded = {role: spec for role, spec in specs.items() if role != STUDENT}
+        if self.sharding != "replicate":
+            found += [
+                f"model.{role}.quantization is given, but quantised weights can't be split over processes; give "
+                "reference.sharding=replicate"
+                for role, spec in loaded.items()
+                if spec.quantization is not None
+            ]
+        if self.sharding == "tensor":
+            found += [
+                f"model.{role}.adapter is given, and reference.sharding=tensor splits plain models only; give "
+                "reference.sharding=shard, or a merged model"
+                for role, spec in loaded.items()
+                if spec.adapter is not None
+            ]
+        return found
 
 
 @final

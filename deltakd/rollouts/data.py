@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from deltakd.data.batches.data_module import DistillationData
 from deltakd.data.batches.sampler import Sampler, StepSampler
 from deltakd.data.encoding.encoded_set import EncodedSet
+from deltakd.data.encoding.two_tokenizers import TwoTokenizers
 from deltakd.models import LanguageModel
 from deltakd.models.tokenizers import pad_id
 from deltakd.rollouts.engine import Engine, OwnEngine
@@ -54,6 +55,7 @@ class RolloutData(DistillationData):
         pairs: the loss compares the data's responses with the student's.
         weights_dir: for the files by which a server gets the student's weights.
         references: lend the teacher, if tokens are drawn from a mixture with it.
+        tokenizers: as for ``RolloutLoader``.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class RolloutData(DistillationData):
         pairs: bool = False,
         world_size: int | None = None,
         references: Lending | None = None,
+        tokenizers: TwoTokenizers | None = None,
     ) -> None:
         super().__init__(
             train,
@@ -95,6 +98,7 @@ class RolloutData(DistillationData):
         self.pairs = pairs
         self.weights_dir = weights_dir
         self.references = references
+        self.tokenizers = tokenizers
         self.loader: RolloutLoader | None = None
 
     def _make_sampler(self, rank: int, world_size: int) -> Sampler:
@@ -145,6 +149,7 @@ class RolloutData(DistillationData):
             world_size=world_size,
             seed=self.seed,
             pairs=self.pairs,
+            tokenizers=self.tokenizers,
             prepare=self._prepare,
             ahead=self.batches_ahead,
         )

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Any, Literal, final
 
 import numpy as np
 import torch
 from annotated_types import Ge, Gt, Le
+from torch import Tensor
 
 from deltakd.data.encoding.encoded_set import flatten
-from deltakd.rollouts.responses import Response, pack, unpack
+from deltakd.rollouts.responses import Prompts, Response, pack, unpack
 
 #: Progress of the run, from 0 to 1 -> share of the student's rows that are written anew.
 _FRESH = {"decreasing": lambda t: 1.0 - t, "constant": lambda t: 0.5, "increasing": lambda t: t}
@@ -85,14 +87,14 @@ class Kept:
 
     Args:
         row_id: the prompt's row in the data.
-        prompt: its tokens.
+        prompts: its tokens.
         response: with its log-probs when it was written, if a loss needs them.
         step: the optimiser step for which it was written, from 0.
         route: number of the pair of teachers that judges it; None: rows are not routed.
     """
 
     row_id: int
-    prompt: list[int]
+    prompts: Prompts
     response: Response
     step: int
     route: int | None = None
@@ -130,20 +132,30 @@ class ReplayBuffer:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the buffer as a few tensors, for a checkpoint."""
-        prompts, offsets = flatten([one.prompt for one in self._kept])
+        prompts, offsets = flatten([one.prompts.own for one in self._kept])
+        others = [one.prompts.other for one in self._kept if one.prompts.other is not None]
+        other_prompts, other_offsets = flatten(others)
         return {
             "row_ids": [one.row_id for one in self._kept],
             "steps": [one.step for one in self._kept],
             "routes": [one.route for one in self._kept],
             "prompts": torch.from_numpy(prompts),
             "offsets": torch.from_numpy(offsets),
+            "other_prompts": torch.from_numpy(other_prompts),
+            "other_offsets": torch.from_numpy(other_offsets),
             "responses": pack([one.response for one in self._kept]),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        prompts, offsets = state["prompts"].tolist(), state["offsets"].tolist()
-        own = (state["row_ids"], unpack(state["responses"]), state["steps"], state["routes"])
-        self._kept = [
-            Kept(row, prompts[start:stop], response, step, route)
-            for start, stop, row, response, step, route in zip(offsets[:-1], offsets[1:], *own, strict=True)
-        ]
+        own = _split(state["prompts"], state["offsets"])
+        others: Sequence[list[int] | None] = _split(state["other_prompts"], state["other_offsets"])
+        others = others or [None] * len(own)
+        prompts = map(Prompts, own, others)
+        responses = unpack(state["responses"])
+        columns = zip(state["row_ids"], prompts, responses, state["steps"], state["routes"], strict=True)
+        self._kept = [Kept(*column) for column in columns]
+
+
+def _split(flat: Tensor, offsets: Tensor) -> list[list[int]]:
+    """Return the lists that ``flatten`` was given."""
+    return [flat[start:stop].tolist() for start, stop in pairwise(offsets.tolist())]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -118,15 +118,43 @@ class Round:
         )
 
 
+class Prompts(NamedTuple):
+    """What comes before a response.
+
+    Args:
+        own: the student's tokens.
+        other: the teachers', if they have a tokenizer of their own.
+    """
+
+    own: list[int]
+    other: list[int] | None
+
+
+def prompts_of(row: Encoded) -> Prompts:
+    """Return the tokens before a row's last response; all of them if it has none.
+
+    With two tokenizers, it is the last response that neither side cut off.
+    """
+    if row.other is None:
+        return Prompts(_before(row, _starts(row)), None)
+    starts = [_starts(row), _starts(row.other)]
+    common = min(map(len, starts))
+    return Prompts(_before(row, starts[0][:common]), _before(row.other, starts[1][:common]))
+
+
 def prompt_of(row: Encoded) -> list[int]:
-    """Return the tokens before a row's last response; all of them if it has none."""
-    trained = [place for place, label in enumerate(row.labels) if label != IGNORE_INDEX]
-    if not trained:
-        return row.input_ids
-    start = trained[-1]
-    while start and row.labels[start - 1] != IGNORE_INDEX:
-        start -= 1
-    return row.input_ids[:start]
+    """Return the student's part of ``prompts_of``."""
+    return prompts_of(row).own
+
+
+def _starts(row: Encoded) -> list[int]:
+    """Return where each response of a row begins."""
+    trained = [label != IGNORE_INDEX for label in row.labels]
+    return [place for place, here in enumerate(trained) if here and not (place and trained[place - 1])]
+
+
+def _before(row: Encoded, starts: Sequence[int]) -> list[int]:
+    return row.input_ids[: starts[-1]] if starts else row.input_ids
 
 
 def answered(row_id: int, prompt: Sequence[int], response: Response, route: int | None = None) -> Encoded:

@@ -16,10 +16,11 @@ from deltakd.data.batches.ahead import begun_ahead
 from deltakd.data.batches.loader import collate, saved_position
 from deltakd.data.batches.sampler import StepSampler
 from deltakd.data.encoding.encoded_set import Encoded, EncodedSet
+from deltakd.data.encoding.two_tokenizers import TwoTokenizers
 from deltakd.generation.noise import NoiseKey
 from deltakd.rollouts.engine import Engine, Request
 from deltakd.rollouts.replay import Kept, ReplayBuffer, StudentShare
-from deltakd.rollouts.responses import Response, Round, StepPlan, answered, last_response, prompt_of
+from deltakd.rollouts.responses import Response, Round, StepPlan, answered, last_response, prompt_of, prompts_of
 from deltakd.rollouts.settings import RolloutSettings
 from deltakd.types import IGNORE_INDEX, Batch, StepPairs
 
@@ -57,6 +58,8 @@ class RolloutLoader:
         rank, world_size: this rank's place.
         seed: for the noise, and for the choice of rows if not all responses are the student's.
         pairs: each response of the student follows that of the data to the same prompt; the batch size is then even.
+        tokenizers: encode the student's responses for teachers with a tokenizer of their own; None: they share the
+            student's.
         prepare: called with each batch of a step, ``ahead`` of them before they are needed.
     """
 
@@ -74,6 +77,7 @@ class RolloutLoader:
         world_size: int,
         seed: int,
         pairs: bool = False,
+        tokenizers: TwoTokenizers | None = None,
         prepare: Callable[[Batch], Batch] = lambda batch: batch,
         ahead: int = 0,
     ) -> None:
@@ -90,6 +94,7 @@ class RolloutLoader:
         self.world_size = world_size
         self.seed = seed
         self.pairs = pairs
+        self.tokenizers = tokenizers
         #: ``rollout/...`` metrics of the current step.
         self.metrics: dict[str, float] = {}
         self.buffer = ReplayBuffer(settings.replay.size)
@@ -162,19 +167,33 @@ class RolloutLoader:
         if self._round is None or step not in self._round:
             self._round = self._answer(step)
         plan, each = self._round.plan(step), self.settings.per_prompt
-        made = [Kept(row.row_id, prompt_of(row), one, step, row.route) for row, one in self.responses_of_step(step)]
+        made = [Kept(row.row_id, prompts_of(row), one, step, row.route) for row, one in self.responses_of_step(step)]
         again = self.buffer.draw(step, (plan.own - plan.fresh) * each, self.seed)
         self.buffer.add(step, made)
         self.metrics = self._round.metrics_of(step) | self._speed | self._replay_metrics(step, again)
-        own = [
-            _Row(answered(one.row_id, one.prompt, one.response, one.route), one.response.log_probs)
-            for one in (*made, *again)
-        ]
+        own = self._own_rows([*made, *again])
         if self.pairs:
             given = [_Row(last_response(row)) for row, _ in self.responses_of_step(step)]
             return _shortest_first(zip(given, own, strict=True))
         given = [_Row(row) for row, turn in self._turns(step) if turn >= plan.own]
         return _shortest_first((row,) for row in (*own, *given))
+
+    def _own_rows(self, kept: Sequence[Kept]) -> list[_Row]:
+        """Return the rows that train on these responses of the student."""
+        if self.tokenizers is None:
+            return [
+                _Row(answered(one.row_id, one.prompts.own, one.response, one.route), one.response.log_probs)
+                for one in kept
+            ]
+        rows, broken = [], 0
+        for one in kept:
+            assert one.prompts.other is not None, "prompts are encoded in both tokenizers"
+            asked = (one.prompts.own, one.prompts.other)
+            made = self.tokenizers.answered(one.row_id, asked, one.response.tokens, one.response.finished)
+            rows.append(_Row(made.row, one.response.log_probs))
+            broken += not made.is_utf8
+        self.metrics["rollout/invalid_utf8_fraction"] = broken / max(1, len(kept))
+        return rows
 
     def _replay_metrics(self, step: int, again: Sequence[Kept]) -> dict[str, float]:
         found = {"rollout/student_fraction": self.share.value} if self.settings.replay.adaptive else {}

@@ -20,7 +20,7 @@ from deltakd.io.run_directory import RunDirectory
 from deltakd.models import LanguageModel, ModelSpec, load_config
 from deltakd.models.adapter_files import base_of
 from deltakd.models.dropout import switch_off_dropout
-from deltakd.models.experts import balance_warning
+from deltakd.models.experts import balance_warning, router_loss_problem
 from deltakd.models.identity import spec_of
 from deltakd.models.lora import add_lora
 from deltakd.models.packing_check import check_packing
@@ -175,11 +175,19 @@ def make_token_map(
     Raises:
         UnalignableError: they share nothing.
     """
+    both = two_tokenizers(settings, tokenizer, vocabularies)
+    return None if both is None else both.token_map(vocabularies.size, vocabularies.other_size)
+
+
+def two_tokenizers(
+    settings: RunSettings, tokenizer: PreTrainedTokenizerBase, vocabularies: Vocabularies
+) -> TwoTokenizers | None:
+    """Return what aligns answers between the tokenizers of student and teachers; None: they share one."""
     if vocabularies.other is None:
         return None
-    student = Coding(settings.data.make_template(tokenizer), tokenizer, 0, 0)
-    both = TwoTokenizers(student, settings.data.teachers_coding(vocabularies.other))
-    return both.token_map(vocabularies.size, vocabularies.other_size)
+    data = settings.data
+    student = Coding(data.make_template(tokenizer), tokenizer, data.max_length, data.max_prompt_length)
+    return TwoTokenizers(student, data.teachers_coding(vocabularies.other))
 
 
 def _check_server(settings: RunSettings, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
@@ -283,6 +291,7 @@ def open_role(
         eos_token_id=tokenizer.eos_token_id,
         seed=settings.seed,
         max_length=settings.data.max_length if vocabularies.is_own(role) else settings.data.teachers_length,
+        tensor_parallel=role != STUDENT and settings.served is not None and settings.served.sharding == "tensor",
     )
     if settings.data.packing:
         check_packing(role, model)
@@ -328,7 +337,7 @@ def _trainable(student: LanguageModel, settings: RunSettings) -> LanguageModel:
     """Return the student with adapter, gradient checkpointing and compilation, as configured.
 
     Raises:
-        ValueError: its weights are quantised, and there is no adapter to train.
+        ValueError: its weights are quantised, and there is no adapter to train; or it has no experts to balance.
     """
     lora = settings.model.lora
     if student.quantized and lora is None:
@@ -336,7 +345,11 @@ def _trainable(student: LanguageModel, settings: RunSettings) -> LanguageModel:
             f"model.student.path={settings.specs[STUDENT].path} is a quantised checkpoint, whose weights can't be "
             "trained; add model/lora=default"
         )
-    unbalanced = balance_warning(student.causal_lm.config)
+    balances = settings.model.router_aux_loss_coef > 0
+    problem = router_loss_problem(student.causal_lm) if balances else None
+    if problem:
+        raise ValueError(problem)
+    unbalanced = None if balances else balance_warning(student.causal_lm.config)
     if unbalanced and is_main_process():
         log.warning("%s.", unbalanced[0].upper() + unbalanced[1:])
     if lora is not None:

@@ -108,13 +108,15 @@ def _served(settings: RunSettings, tokenizer: PreTrainedTokenizerBase) -> Served
     assert settings.served is not None
     given = settings.served
     token = read_token(create=False)
-    connection = ServerConnection(given.address, token, settings.loss.requires, given.wait_s)
+    connection = ServerConnection(given.address, token, settings.loss.requires, given.wait_s, given.transport)
     problems = _server_problems(settings, tokenizer, connection.content)
     if problems:
         connection.close()
         raise ConfigError(problems)
     references = ServedReferences(connection, given.ahead)
-    log.info("The server %s runs %s.", given.url, ", ".join(sorted(references.roles)))
+    chosen = connection.chosen
+    by = chosen.name.replace("_", " ") + (f" ({chosen.reason})" if chosen.reason else "")
+    log.info("The server %s runs %s; hidden states come by %s.", given.url, ", ".join(sorted(references.roles)), by)
     return references
 
 

@@ -24,7 +24,7 @@ from deltakd.references import LiveReferences
 from deltakd.rollouts.data import RolloutData
 from deltakd.tracking.wandb_run import wandb_of
 from deltakd.training.announce import announce_kernels, warn_of_own_labels
-from deltakd.training.assembly import Parts
+from deltakd.training.assembly import Parts, two_tokenizers
 from deltakd.training.callbacks import (
     Checkpoints,
     Lifeline,
@@ -153,6 +153,7 @@ def make_data(parts: Parts, ranks: int) -> DistillationData:
             weights_dir=parts.directory.path / "server_weights",
             world_size=ranks,
             references=parts.models.references if isinstance(parts.models.references, LiveReferences) else None,
+            tokenizers=two_tokenizers(parts.settings, parts.tokenizer, parts.vocabularies),
         )
     return DistillationData(
         parts.sets.train,
@@ -195,6 +196,7 @@ def make_module(parts: Parts, total_steps: int) -> DistillationModule:
         kernels=settings.kernels.options(settings.trainer.precision),
         will_be_sharded=settings.strategy.shards_parameters,
         token_map=parts.token_map,
+        router_aux_loss_coef=settings.model.router_aux_loss_coef,
     )
 
 

@@ -20,7 +20,7 @@ from deltakd.distributed.sharding import (
     shard_by_blocks,
     whole_parameters,
 )
-from deltakd.distributed.strategies import loss_factor, optimizer_class
+from deltakd.distributed.strategies import autocast_dtype, loss_factor, optimizer_class
 from deltakd.distributed.zero import ZeroStrategy
 from deltakd.kernels import KernelOptions
 from deltakd.models import LanguageModel
@@ -48,6 +48,7 @@ class DistillationModule(L.LightningModule):
         kernels: memory and precision of the loss; None: as the device allows.
         will_be_sharded: True if no rank will hold the whole student.
         token_map: of the student's vocabulary and the teachers'; None: they share one.
+        router_aux_loss_coef: weight of the loss that balances the student's experts; 0: not trained.
     """
 
     def __init__(
@@ -61,10 +62,11 @@ class DistillationModule(L.LightningModule):
         kernels: KernelOptions | None = None,
         will_be_sharded: bool = False,
         token_map: TokenMap | None = None,
+        router_aux_loss_coef: float = 0.0,
     ) -> None:
         super().__init__()
         # from_pretrained returns models in eval mode, and Lightning keeps the mode.
-        self.step = DistillationStep(student.train(), references, loss, kernels, token_map)
+        self.step = DistillationStep(student.train(), references, loss, kernels, token_map, router_aux_loss_coef)
         self.optim = optim
         self.total_steps = total_steps
         self.seed = seed
@@ -89,7 +91,8 @@ class DistillationModule(L.LightningModule):
     def configure_model(self) -> None:
         """Shard the step if the strategy is FSDP2."""
         if self.device_mesh is not None and not is_sharded(self.step):
-            shard_by_blocks(self.step, self.device_mesh["data_parallel"])
+            autocast = autocast_dtype(str(self.trainer.precision))
+            shard_by_blocks(self.step, self.device_mesh["data_parallel"], autocast=autocast)
 
     @contextmanager
     def whole_student(self) -> Iterator[LanguageModel]:

@@ -7,10 +7,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from deltakd.data import tokenizer_fingerprint
 from deltakd.distributed.devices import choose_device
+from deltakd.distributed.ranks import agreed, external_launch, main_process_first
 from deltakd.generation.model_step import position_limit
 from deltakd.models import LanguageModel
 from deltakd.models.identity import model_identity, spec_of
@@ -18,6 +20,7 @@ from deltakd.models.roles import Vocabularies, open_tokenizer, open_vocabularies
 from deltakd.references.serving.address import Address
 from deltakd.references.serving.reference_server import ReferenceServer, Served
 from deltakd.references.serving.secret import read_token
+from deltakd.references.serving.team import join_team
 from deltakd.training.assembly import open_references
 from deltakd.training.elsewhere import student_vocabulary
 from deltakd.training.settings import RunSettings
@@ -29,6 +32,8 @@ log = logging.getLogger(__name__)
 def make_server(settings: RunSettings, listen: Address | None = None) -> ReferenceServer:
     """Load the references of a run's loss, and listen.
 
+    Collective: the other processes of the server call ``open_served`` meanwhile.
+
     Args:
         settings: from ``make_serving_settings``.
         listen: where, if it is not where trainers find the server (``reference.url``).
@@ -39,18 +44,38 @@ def make_server(settings: RunSettings, listen: Address | None = None) -> Referen
     assert settings.served is not None
     # First, since loading takes minutes.
     token = read_token(create=True)
+    return ReferenceServer(open_served(settings), settings.served.address if listen is None else listen, token)
+
+
+def open_served(settings: RunSettings) -> Served:
+    """Load the references of a run's loss. Collective: call in every process of the server.
+
+    Raises:
+        ValueError: models that are not available or do not fit together, or one process that is to be several.
+    """
+    assert settings.served is not None
+    launch = external_launch()
+    if settings.served.sharding == "tensor" and launch is None:
+        raise ValueError(
+            "reference.sharding=tensor splits models over processes, and this server is one; start it with "
+            "`torchrun --nproc-per-node N -m deltakd.serve ...`, or give reference.sharding=replicate"
+        )
+    device = choose_device(settings.trainer.accelerator, settings.trainer.devices)
+    if launch is not None and not dist.is_initialized():
+        # Also tells where they meet, if SLURM started them.
+        agreed("the references to serve", ", ".join(sorted(settings.loss.requires)))
+        join_team(device, launch.rank, launch.world_size)
     models = settings.model
     with tempfile.TemporaryDirectory() as folder:
         if models.tokenizer.train_on:
-            settings.data.make_files()
+            with main_process_first("the tokenizer's files"):
+                settings.data.make_files()
         tokenizer = open_tokenizer(models, Path(folder) / "tokenizer")
     vocabularies = open_vocabularies(models, settings.specs, tokenizer)
     opened = open_references(settings, tokenizer, vocabularies)
-    device = choose_device(settings.trainer.accelerator, settings.trainer.devices)
     choose_threads(settings.trainer, opened.values())
     content = _content(settings, tokenizer, vocabularies, opened)
-    served = Served(opened, content, device, packing=settings.data.packing)
-    return ReferenceServer(served, settings.served.address if listen is None else listen, token)
+    return Served(opened, content, device, packing=settings.data.packing, sharding=settings.served.sharding)
 
 
 def _content(

@@ -34,6 +34,7 @@ class DistillationStep(nn.Module):
         loss: the loss plug-in.
         kernels: memory and precision of the loss; None: as the device allows.
         token_map: of the student's vocabulary and the teachers'; None: they share one.
+        router_aux_loss_coef: in training, the weight of the loss that balances the student's experts; 0: none is added.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class DistillationStep(nn.Module):
         loss: Loss,
         kernels: KernelOptions | None = None,
         token_map: TokenMap | None = None,
+        router_aux_loss_coef: float = 0.0,
     ) -> None:
         super().__init__()
         self.student = student
@@ -52,6 +54,7 @@ class DistillationStep(nn.Module):
         self.loss_part = loss.trainable
         self.kernels = kernels or KernelOptions()
         self._token_map = token_map
+        self._router_aux_loss_coef = router_aux_loss_coef
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum the loss and its parts over the batch's valid tokens.
@@ -60,8 +63,17 @@ class DistillationStep(nn.Module):
             The sum (nats, scalar, at least float32, differentiable in the student) and the detached sum of each part.
         """
         finish = dict if self.references is None else self.references.start(batch)
-        student = self.student.head(batch)
-        references = finish()
+        if not (self.training and self._router_aux_loss_coef):
+            return self._loss(self.student.head(batch), finish(), batch)
+        student, router_loss = self.student.head_and_router_loss(batch)
+        total, parts = self._loss(student, finish(), batch)
+        # A micro-batch has one; by its valid tokens it becomes the step's mean, like every other part.
+        router_loss = router_loss * len(batch.valid_N)
+        return total + self._router_aux_loss_coef * router_loss, parts | {"router_aux_loss": router_loss.detach()}
+
+    def _loss(
+        self, student: Head, references: Mapping[str, Head] | Buckets | RoutedHeads, batch: Batch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         if self.loss.needs_alignment:
             assert not isinstance(references, Buckets | RoutedHeads), "checked with the config"
             tokens = AlignedTokens.of(batch, self._token_map_on(batch))

@@ -36,9 +36,10 @@ def vocabulary_problems(
             TokenTexts(one, "")
         except UnalignableError as error:
             problems.append(str(error))
-    if rollout.on_policy:
+    if rollout.mixes_teacher:
         problems.append(
-            "the teachers have another tokenizer than the student, whose own responses (rollout=student) are not "
-            "encoded in it; give rollout=none, or models that share one tokenizer"
+            "rollout.source=mixture draws each token from the student and the teacher, but the teachers have another "
+            "tokenizer and can't vote on the student's tokens; give rollout.source=student, or models that share one "
+            "tokenizer"
         )
     return problems

@@ -13,7 +13,7 @@ from deltakd.config.compose import compose_config
 from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
 from deltakd.rollouts.replay import Kept, ReplayBuffer, ReplaySettings, StudentShare
-from deltakd.rollouts.responses import Response
+from deltakd.rollouts.responses import Prompts, Response
 from tests.rollouts.runs import ON_POLICY, assert_same_student, column, compare_ranks, stop_after
 from tests.rollouts.test_responses import Echo, loader, trained_rows
 from tests.tiny import World, save_model
@@ -22,7 +22,7 @@ Train = Callable[..., RunDirectory]
 
 
 def kept(step: int, *tokens: int) -> list[Kept]:
-    return [Kept(token, [token], Response([token, 99], True), step) for token in tokens]
+    return [Kept(token, Prompts([token], None), Response([token, 99], True), step) for token in tokens]
 
 
 def test_the_buffer_holds_the_newest_of_earlier_steps() -> None:

@@ -172,7 +172,8 @@ def test_rows_that_the_teachers_can_hold_in_part_are_counted(train: Train, forei
             r"the teacher has another tokenizer .* a loss that aligns tokens \(uld, dskd, span_kd, delta_sp",
         ),
         (("loss=delta_span", "model.teacher_raw.path=OWN"), "have another tokenizer than the student, and teacher_raw"),
-        (("rollout=student",), r"responses \(rollout=student\) are not encoded in it; give rollout=none"),
+        (("rollout=student", "rollout.source=mixture"), "the teachers have another tokenizer and can't vote on the"),
+        (("rollout=student", "loss=opd"), r"the teacher has another tokenizer .* a loss that aligns tokens \(uld"),
     ],
 )
 def test_what_two_tokenizers_can_not_do_is_refused_by_name(
@@ -190,7 +191,7 @@ def test_tokenizers_that_do_not_go_together_are_told_with_the_other_problems(
     wrong = ("optim.lr=-1", "data.max_prompt_length=200")
     for given, said in (
         (("loss=kd",), "the teacher has another tokenizer than the student"),
-        (("rollout=student",), r"responses \(rollout=student\) are not encoded in it"),
+        (("rollout=student", "rollout.source=mixture"), r"can't vote on the student's tokens"),
     ):
         chosen = world.overrides(tmp_path / "run", "span_kd", *foreign, *wrong, *given)
         with pytest.raises(ConfigError, match=said) as caught:

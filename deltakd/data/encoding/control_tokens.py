@@ -139,6 +139,11 @@ class ControlTokens:
         return replace(row, messages=tuple(turns))
 
 
+def without_private(text: str) -> str:
+    """Return a text with U+FFFD in place of the private characters of which stand-ins are made."""
+    return _PRIVATE.sub("\ufffd", text)
+
+
 def own_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
     """Return the Rust tokenizer behind this one; None if Python code affects how texts become ids."""
     from transformers import PreTrainedTokenizerFast

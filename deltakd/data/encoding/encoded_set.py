@@ -118,10 +118,9 @@ class EncodedSet:
 
     @cached_property
     def aligned_fraction(self) -> float | None:
-        """Share of the valid tokens that lie in a span; None: there is one tokenizer."""
-        if self.spans is None:
-            return None
-        return float((self.spans >= 0).sum()) / max(1, int(self.valid_tokens.sum()))
+        """Share of the valid tokens that lie in a span; None: there is one tokenizer, or nothing to align."""
+        tokens = int(self.valid_tokens.sum())
+        return None if self.spans is None or not tokens else float((self.spans >= 0).sum()) / tokens
 
     @cached_property
     def valid_tokens(self) -> NDArray[np.int64]:

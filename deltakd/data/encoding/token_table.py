@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from deltakd.data.encoding.encode import Outcome, check_limits, encode_prompts
+from deltakd.data.encoding.encode import Outcome, check_limits
 from deltakd.data.encoding.encoded_set import Encoded, EncodedSet
 from deltakd.data.encoding.examples import examples
 from deltakd.data.encoding.images import SetImages, row_images
@@ -25,7 +25,7 @@ from deltakd.data.sources.rows import Row, RowError
 from deltakd.data.sources.stored_rows import rows_digest
 from deltakd.io.arrays import Arrays, ArrayWriter, kept_arrays
 from deltakd.io.progress import progress_bar
-from deltakd.types import IGNORE_INDEX
+from deltakd.types import IGNORE_INDEX, UNALIGNED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -104,13 +104,14 @@ def encode_prompt_rows(
     *,
     max_prompt_length: int,
     cache_dir: str | Path | None = None,
+    teachers: Coding | None = None,
 ) -> EncodedSet:
     """Tokenise prompts alone, for a student that answers them: no label is trained, and rows need no response.
 
     Args:
         rows: the rows; a conversation's prompt is everything before its last answer.
         template, tokenizer, max_prompt_length: as for ``encode_prompt``.
-        cache_dir: as for ``encode_rows``.
+        cache_dir, teachers: as for ``encode_rows``.
 
     Raises:
         ValueError: as ``encode_prompts``.
@@ -118,34 +119,54 @@ def encode_prompt_rows(
     if not len(rows):
         raise ValueError("there are no rows to tokenise")
     key = fingerprint("prompts", rows_digest(rows), tokenizer_fingerprint(tokenizer), repr(template), max_prompt_length)
+    dtypes = _DTYPES
+    if teachers is not None:
+        key, dtypes = fingerprint("two", key, teachers.identity), _DTYPES | _OTHER_DTYPES
+    student = Coding(template, tokenizer, max_prompt_length, max_prompt_length)
 
     def tokenise(number: int) -> _Piece:
-        some = rows[number * BATCH : (number + 1) * BATCH]
-        return _prompt_piece(some, template, tokenizer, max_prompt_length)
+        return _prompt_piece(rows[number * BATCH : (number + 1) * BATCH], student, teachers)
 
     def build(writer: ArrayWriter) -> None:
         _write(writer, tokenise, len(rows))
 
-    table = kept_arrays(f"tokens-{key}", cache_dir, _DTYPES, build, "tokens")
+    table = kept_arrays(f"tokens-{key}", cache_dir, dtypes, build, "tokens")
     encoded = _as_set(table, key, max_prompt_length, max_prompt_length)
     if encoded.counts.get("images"):
         raise ValueError("rows hold images, and the student answers prompts of text alone; give rollout=none")
     return encoded
 
 
-def _prompt_piece(
-    rows: Sequence[Row], template: Template, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int
-) -> _Piece:
+def _prompt_piece(rows: Sequence[Row], student: Coding, teachers: Coding | None) -> _Piece:
     try:
-        prompts, cut = encode_prompts(rows, template, tokenizer, max_prompt_length)
+        prompts, cut = student.prompts(rows)
+        kept = [_prompt(row.id, ids) for row, ids in zip(rows, prompts, strict=True)]
+        counts = {"cut_prompts": cut}
+        if teachers is not None:
+            theirs, counts["cut_others"] = _teachers_prompts(rows, teachers)
+            kept = [_with_other(one, _prompt(one.row_id, ids)) for one, ids in zip(kept, theirs, strict=True)]
     except ValueError as error:
         return _piece([Outcome(None, problem=RowError(str(error)))])
-    kept = [
-        Outcome(Encoded(ids, [IGNORE_INDEX] * len(ids), row.id, images=row_images(row, tokenizer)), len(ids), len(ids))
-        for row, ids in zip(rows, prompts, strict=True)
-    ]
-    piece = _piece(kept)
-    return piece._replace(counts=piece.counts | {"cut_prompts": cut})
+    kept = [replace(one, images=row_images(row, student.tokenizer)) for one, row in zip(kept, rows, strict=True)]
+    piece = _piece([Outcome(one, len(one.input_ids), len(one.input_ids)) for one in kept])
+    return piece._replace(counts=piece.counts | counts)
+
+
+def _prompt(row_id: int, ids: list[int]) -> Encoded:
+    return Encoded(ids, [IGNORE_INDEX] * len(ids), row_id)
+
+
+def _with_other(own: Encoded, other: Encoded) -> Encoded:
+    """Return a prompt with its tokens in the teachers' tokenizer; none lies in a span."""
+    own_spans, other_spans = ([UNALIGNED] * len(row.input_ids) for row in (own, other))
+    return replace(own, spans=own_spans, other=replace(other, spans=other_spans))
+
+
+def _teachers_prompts(rows: Sequence[Row], teachers: Coding) -> tuple[list[list[int]], int]:
+    try:
+        return teachers.prompts(rows)
+    except ValueError as error:
+        raise ValueError(f"{error} (in the teachers' tokenizer and template, data.teacher_template)") from error
 
 
 class _Piece(NamedTuple):

@@ -15,6 +15,8 @@ from torch import Tensor
 from deltakd.io.errors import LostServerError, RefusedError, ServerError
 from deltakd.references.serving.address import Address, keep_alive, limit_silence
 from deltakd.references.serving.secret import greet_as_trainer
+from deltakd.references.serving.shared_memory import UnavailableError
+from deltakd.references.serving.transports import Chosen, Transport, candidates, choose
 from deltakd.references.serving.wire import Frame, WireError, receive, send
 
 log = logging.getLogger(__name__)
@@ -37,16 +39,20 @@ class ServerConnection:
         token: that both sides know.
         roles: whose hidden states are asked for.
         wait_s: seconds to wait for a server that is not there, or not any more.
+        transport: how tensors come (``transports``).
 
     Raises:
         ServerError: it is not there in time, or refuses.
     """
 
-    def __init__(self, address: Address, token: bytes, roles: Collection[str], wait_s: float) -> None:
+    def __init__(
+        self, address: Address, token: bytes, roles: Collection[str], wait_s: float, transport: Transport = "auto"
+    ) -> None:
         self._address = address
         self._token = token
         self._roles = sorted(roles)
         self._wait_s = wait_s
+        self._transports = candidates(transport)
         self._changed = threading.Condition()
         self._sending = threading.Lock()
         self._socket: socket.socket | None = None
@@ -57,6 +63,8 @@ class ServerConnection:
         #: Seconds in which nothing else was done but wait for answers.
         self.waited = 0.0
         self.sent_bytes = self.received_bytes = 0
+        #: How tensors come, as agreed with the server.
+        self.chosen: Chosen
         #: What determines the server's answers, and the heads of the roles.
         self.content: dict[str, Any] = {}
         self.welcome = self._reach(heads=True)
@@ -126,10 +134,10 @@ class ServerConnection:
             self._changed.notify_all()
         _shut(connection)
 
-    def _receive(self, connection: socket.socket) -> None:
+    def _receive(self, connection: socket.socket, chosen: Chosen) -> None:
         try:
             while True:
-                frame = receive(connection, None)
+                frame = self._taken(connection, chosen, receive(connection, None))
                 with self._changed:
                     number = frame.header.get("number")
                     # A request may have been sent twice, before and after the server was lost.
@@ -139,6 +147,18 @@ class ServerConnection:
                         self._changed.notify_all()
         except OSError as error:
             self._lose(connection, str(error))
+        finally:
+            if chosen.receiver is not None:
+                chosen.receiver.close()
+
+    def _taken(self, connection: socket.socket, chosen: Chosen, frame: Frame) -> Frame:
+        """Return an answer with its tensors, wherever the server has put them."""
+        if chosen.receiver is None or "placed" not in frame.header:
+            return frame
+        tensors, said = chosen.receiver.take(frame.header["placed"])
+        with self._sending:
+            send(connection, said)
+        return Frame(frame.header, tensors)
 
     def _reconnect(self) -> None:
         """Reach the server again, and ask it what is not answered yet."""
@@ -191,7 +211,7 @@ class ServerConnection:
         connection = self._address.connect()
         try:
             greet_as_trainer(connection, self._token)
-            send(connection, {"roles": self._roles, "heads": heads})
+            send(connection, {"roles": self._roles, "heads": heads, "transports": self._transports})
             keep_alive(connection)
             limit_silence(connection, SILENCE_SECONDS)
             welcome = receive(connection, None)
@@ -199,6 +219,7 @@ class ServerConnection:
                 raise RefusedError(str(welcome.header["refused"])[:300], 404)
             if not isinstance(welcome.header.get("content"), dict):
                 raise WireError("it does not say what it holds")
+            chosen = self._choose(connection)
         except RefusedError as error:
             connection.close()
             raise RefusedError(f"the server of references {self._address}: {error}", error.status) from None
@@ -206,9 +227,22 @@ class ServerConnection:
             connection.close()
             raise
         with self._changed:
-            self._socket = connection
-        threading.Thread(target=self._receive, args=(connection,), name="references", daemon=True).start()
+            self._socket, self.chosen = connection, chosen
+        threading.Thread(target=self._receive, args=(connection, chosen), name="references", daemon=True).start()
         return welcome
+
+    def _choose(self, connection: socket.socket) -> Chosen:
+        """Agree with the server on how tensors come. Raises RefusedError if it can't be as the config says."""
+        offered = receive(connection, 0).header.get("offers")
+        if not isinstance(offered, dict):
+            raise WireError("it does not say how tensors could come")
+        try:
+            chosen = choose(self._transports, offered)
+        except UnavailableError as error:
+            reason = f"reference.transport={self._transports[0]}: {error}; give reference.transport=auto"
+            raise RefusedError(reason, 404) from None
+        send(connection, {"transport": chosen.name})
+        return chosen
 
 
 def _shut(connection: socket.socket | None) -> None:

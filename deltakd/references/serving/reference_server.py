@@ -15,12 +15,13 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from deltakd.io.errors import LostServerError
 from deltakd.models import LanguageModel
-from deltakd.references.live import LiveReferences
 from deltakd.references.serving.address import GREETING_SECONDS, Address, keep_alive
 from deltakd.references.serving.fair_queue import FairQueue
-from deltakd.references.serving.requests import batch_of
 from deltakd.references.serving.secret import greet_as_server
+from deltakd.references.serving.team import Sharding, Team
+from deltakd.references.serving.transports import Sender, offers
 from deltakd.references.serving.wire import Frame, WireError, receive, send
 from deltakd.types import Head
 
@@ -47,12 +48,19 @@ class Served:
         content: everything that determines its answers, for trainers to compare; JSON.
         device: where the models run.
         packing: lay rows end to end.
+        sharding: how several processes hold the models.
     """
 
     models: Mapping[str, LanguageModel]
     content: Mapping[str, Any]
     device: torch.device
     packing: bool = False
+    sharding: Sharding = "replicate"
+
+    def team(self) -> Team:
+        """Return what runs the models. Collective: call in every process of the server, once."""
+        limits = self.content["vocabulary"], self.content["positions"]
+        return Team(self.models, self.device, self.sharding, self.packing, *limits)
 
 
 @final
@@ -73,9 +81,9 @@ class ReferenceServer:
         self._token = token
         self._address = address
         self._queue: FairQueue[_Trainer, Frame] = FairQueue(_MOST_OPEN)
-        self._references: dict[frozenset[str], LiveReferences] = {}
-        self._of(frozenset(served.models))
+        # Heads first: sharding leaves nobody the whole of them.
         self._empty = _empty_heads(served.models)
+        self._team = served.team()
         self._stopped = threading.Event()
         self._trainers: set[_Trainer] = set()
         self._counts = _Counts()
@@ -84,14 +92,23 @@ class ReferenceServer:
         self._thread.start()
 
     def run(self) -> None:
-        """Answer requests until ``stop`` is called, or a signal raises an exception here."""
+        """Answer requests until ``stop`` is called, or a signal raises an exception here.
+
+        Raises:
+            LostServerError: another process of this server failed.
+        """
+        told = time.monotonic()
         try:
             while not self._stopped.is_set():
+                if time.monotonic() - told > LOGGED_SECONDS:
+                    told = time.monotonic()
+                    self._team.wait()
                 taken = self._queue.take(_PATIENCE)
                 if taken is not None:
                     trainer, frame = taken
-                    trainer.answer(*self._answer(trainer.roles, frame))
+                    trainer.answer(*self._answer(trainer, frame))
                 self._counts.log(self._queue.clients)
+            self._team.stop()
         finally:
             self._close()
 
@@ -139,12 +156,13 @@ class ReferenceServer:
             roles = self._welcome(connection, asked)
             if roles is None:
                 return
-            trainer = _Trainer(connection, roles, self._queue)
+            trainer = _Trainer(connection, roles, self._queue, _agreed(connection, asked))
             self._trainers.add(trainer)
             self._queue.join(trainer)
             trainer.start()
-            log.info("A trainer at %s asks for %s.", name, ", ".join(sorted(roles)))
-            while self._queue.put(trainer, receive(connection, _MOST_BYTES)):
+            by = trainer.sender.name.replace("_", " ")
+            log.info("A trainer at %s asks for %s, by %s.", name, ", ".join(sorted(roles)), by)
+            while trainer.hear(receive(connection, _MOST_BYTES)):
                 pass
         except OSError as error:
             if trainer is None:
@@ -187,40 +205,59 @@ class ReferenceServer:
             listed[role] = entry
         return listed, tensors
 
-    def _answer(self, roles: frozenset[str], frame: Frame) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def _answer(self, trainer: _Trainer, frame: Frame) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Run the models; return an answer's header and tensors. A request that can't be run gets its reason."""
         number = frame.header.get("number")
         started = time.perf_counter()
         try:
-            content = self._served.content
-            batch = batch_of(frame.tensors, self._served.packing, content["vocabulary"], content["positions"])
-            heads = self._of(roles)(batch)
-        except (ValueError, RuntimeError) as error:
+            batch = self._team.checked(frame.tensors)
+            listed, hidden = self._team.run(trainer.roles, frame.tensors, batch)
+            # Copying waits for the device: the seconds are those of the models.
+            placed, tensors = trainer.sender.place(hidden)
+        except LostServerError:
+            raise
+        except (ValueError, RuntimeError, OSError) as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             log.warning("A request was refused: %s.", first)
             return {"number": number, "refused": first[:500]}, {}
-        names: dict[int, str] = {}
-        listed = {role: names.setdefault(id(head.hidden), role) for role, head in heads.items()}
-        tensors = {name: heads[name].hidden for name in set(listed.values())}
-        # Copying waits for the device: the seconds are those of the models.
-        tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
         self._counts.add(len(batch.row_ids), len(batch.valid_N), time.perf_counter() - started)
-        return {"number": number, "roles": listed}, tensors
+        return {"number": number, "roles": listed, **placed}, tensors
 
-    def _of(self, roles: frozenset[str]) -> LiveReferences:
-        if roles not in self._references:
-            references = LiveReferences({role: self._served.models[role] for role in sorted(roles)})
-            references.to(self._served.device)
-            self._references[roles] = references
-        return self._references[roles]
+
+def _agreed(connection: socket.socket, asked: Mapping[str, Any]) -> Sender:
+    """Offer a trainer the ways for tensors that it can do with, and return its choice.
+
+    Raises:
+        WireError: it chooses none.
+    """
+    wanted = asked.get("transports")
+    possible = offers([name for name in wanted if isinstance(name, str)] if isinstance(wanted, list) else [])
+    chosen = None
+    try:
+        send(connection, {"offers": {name: offer for name, (_, offer) in possible.items()}})
+        chosen = receive(connection, 0).header.get("transport")
+        if not isinstance(chosen, str) or chosen not in possible:
+            raise WireError("it can do with none of the ways that tensors could take")
+        return possible[chosen][0]
+    finally:
+        for name, (sender, _) in possible.items():
+            if name != chosen:
+                sender.close()
 
 
 @final
 class _Trainer:
     """A connection: answers leave in a thread, so that a slow trainer keeps no other waiting."""
 
-    def __init__(self, connection: socket.socket, roles: frozenset[str], requests: FairQueue[_Trainer, Frame]) -> None:
+    def __init__(
+        self,
+        connection: socket.socket,
+        roles: frozenset[str],
+        requests: FairQueue[_Trainer, Frame],
+        sender: Sender,
+    ) -> None:
         self.roles = roles
+        self.sender = sender
         self._connection = connection
         self._requests = requests
         self._answers: queue.Queue[tuple[dict[str, Any], dict[str, Tensor]] | None] = queue.Queue()
@@ -229,11 +266,19 @@ class _Trainer:
     def start(self) -> None:
         self._thread.start()
 
+    def hear(self, frame: Frame) -> bool:
+        """Take in what it says; return False if it has left."""
+        if "free" in frame.header:
+            self.sender.release(frame.header["free"])
+            return True
+        return self._requests.put(self, frame)
+
     def answer(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self._answers.put((header, tensors))
 
     def close(self) -> None:
         """End both threads of the connection."""
+        self.sender.close()
         self._answers.put(None)
         with suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 #: Increase it when an older side can no longer read the frames, or reads them otherwise.
-PROTOCOL = 1
+PROTOCOL = 2
 
 _MAGIC = b"DKD1"
 _PREFIX = struct.Struct("<4sIQ")
@@ -54,8 +54,7 @@ def send(connection: socket.socket, header: Mapping[str, Any], tensors: Mapping[
         OSError: the other side is gone.
     """
     parts = {name: tensor.detach().cpu().contiguous() for name, tensor in (tensors or {}).items()}
-    listed = [[name, str(part.dtype).removeprefix("torch."), list(part.shape)] for name, part in parts.items()]
-    said = json.dumps({**header, "tensors": listed}).encode()
+    said = json.dumps({**header, "tensors": describe(parts)}).encode()
     size = sum(part.nbytes for part in parts.values())
     connection.sendall(_PREFIX.pack(_MAGIC, len(said), size) + said)
     for part in parts.values():
@@ -80,7 +79,7 @@ def receive(connection: socket.socket, most_bytes: int | None) -> Frame:
         raise WireError("it does not speak deltakd's protocol")
     try:
         header = json.loads(_read(connection, header_bytes))
-        shapes = {str(name): (_DTYPES[dtype], _checked(shape)) for name, dtype, shape in header.pop("tensors")}
+        shapes = read_description(header.pop("tensors"))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise WireError("its frame has a header that can't be read") from None
     wanted = sum(math.prod(shape) * dtype.itemsize for dtype, shape in shapes.values())
@@ -90,6 +89,16 @@ def receive(connection: socket.socket, most_bytes: int | None) -> Frame:
     for tensor in tensors.values():
         _fill(connection, _bytes_of(tensor).numpy().data)
     return Frame(header, tensors)
+
+
+def describe(tensors: Mapping[str, Tensor]) -> list[list[Any]]:
+    """Return name, dtype and shape of each tensor; JSON."""
+    return [[name, str(one.dtype).removeprefix("torch."), list(one.shape)] for name, one in tensors.items()]
+
+
+def read_description(listed: Any) -> dict[str, tuple[torch.dtype, list[int]]]:
+    """Return name -> dtype and shape. Raises ValueError, KeyError or TypeError if ``describe`` did not write it."""
+    return {str(name): (_DTYPES[dtype], _checked(shape)) for name, dtype, shape in listed}
 
 
 def _checked(shape: Any) -> list[int]:

@@ -12,7 +12,7 @@ import pytest
 
 from deltakd.config.build import make_serving_settings
 from deltakd.config.compose import compose_config
-from deltakd.references.serving import reference_server
+from deltakd.references.serving import team
 from deltakd.references.serving.reference_server import ReferenceServer
 from deltakd.training.serving import make_server
 
@@ -49,7 +49,7 @@ def serving(overrides: Sequence[str]) -> Iterator[ReferenceServer]:
 def die_after(requests: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a server die at the request after some others."""
     seen = 0
-    real = reference_server.batch_of
+    real = team.batch_of
 
     def counted(*args: Any) -> Any:
         nonlocal seen
@@ -58,4 +58,4 @@ def die_after(requests: int, monkeypatch: pytest.MonkeyPatch) -> None:
             raise Killed
         return real(*args)
 
-    monkeypatch.setattr(reference_server, "batch_of", counted)
+    monkeypatch.setattr(team, "batch_of", counted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import tempfile
 import threading
 import time
@@ -52,7 +53,10 @@ def student(run: RunDirectory) -> bytes:
     ("loss", "options"),
     [
         ("delta_kd", ("trainer.accumulate_grad_batches=3", "data.batch_size=2", "trainer.val_every_n_steps=2")),
-        ("parallelogram", ("data.packing=true", "reference.ahead=5", "model.teacher.dtype=bfloat16")),
+        (
+            "parallelogram",
+            ("data.packing=true", "reference.ahead=5", "model.teacher.dtype=bfloat16", "reference.transport=socket"),
+        ),
         ("delta_kd", ("model/lora=default", "reference.ahead=0")),
         ("kd", (*ON_POLICY, "trainer.accumulate_grad_batches=2", "data.batch_size=2")),
     ],
@@ -137,6 +141,17 @@ def test_roles_that_the_server_does_not_hold_are_refused_by_name(world: World, t
         pytest.raises(RefusedError, match="it holds teacher, and student_raw, teacher_raw is asked for"),
     ):
         train("delta_kd", *at(place))
+
+
+def test_a_server_without_the_memory_that_is_asked_for_is_named(
+    world: World, train: Train, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "memfd_create")
+    with (
+        serving(world.overrides(place, "kd", *at(place))),
+        pytest.raises(RefusedError, match=r"reference.transport=shared_memory: .*the server has none; give .*auto"),
+    ):
+        train("kd", *at(place), "reference.transport=shared_memory")
 
 
 def test_another_token_ends_the_run_at_once(

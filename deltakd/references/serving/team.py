@@ -1,0 +1,183 @@
+"""The processes of a server: the first one talks to trainers, all of them run the models on every request."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Literal, final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from deltakd.distributed.ranks import START_TIMEOUT
+from deltakd.io.errors import LostServerError
+from deltakd.models import LanguageModel
+from deltakd.references.live import LiveReferences
+from deltakd.references.serving.requests import batch_of
+from deltakd.types import Batch, Head
+
+#: How several processes hold the models (``reference.sharding``).
+Sharding = Literal["replicate", "shard", "tensor"]
+#: What the first process tells the others.
+_STOP, _WAIT, _RUN = range(3)
+
+
+@final
+class Team:
+    """Runs the models for a server, alone or with the other processes that it was started with.
+
+    Whole or sharded models (FSDP2) get a part of each request's rows in every process; models that are split by tensor
+    parallelism run all rows together.
+
+    Args:
+        models: role -> model.
+        device: of this process.
+        sharding: how several processes hold the models.
+        packing: lay rows end to end.
+        vocabulary: V of the models.
+        positions: most tokens of a row; None: no limit.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, LanguageModel],
+        device: torch.device,
+        sharding: Sharding,
+        packing: bool,
+        vocabulary: int,
+        positions: int | None,
+    ) -> None:
+        self._roles = sorted(models)
+        self._device = device
+        self._splits_rows = sharding != "tensor"
+        self._packing = packing
+        self._vocabulary = vocabulary
+        self._positions = positions
+        self._size = dist.get_world_size() if dist.is_initialized() else 1
+        self._rank = dist.get_rank() if dist.is_initialized() else 0
+        self._references = LiveReferences(models, sharding="shard" if sharding == "shard" else "replicate")
+        self._references.to(device)
+
+    def checked(self, request: Mapping[str, Tensor]) -> Batch:
+        """Return a request's batch. Raises ValueError if it is none, or the models can't run it."""
+        return batch_of(request, self._packing, self._vocabulary, self._positions)
+
+    def run(
+        self, roles: Collection[str], request: Mapping[str, Tensor], batch: Batch
+    ) -> tuple[dict[str, str], dict[str, Tensor]]:
+        """Run a request, in the first process.
+
+        Args:
+            roles: whose hidden states are wanted.
+            request: from the trainer.
+            batch: the request's (``checked``).
+
+        Returns:
+            Role -> name, and name -> [N, D] hidden states; roles of one model under one adapter share a name.
+
+        Raises:
+            RuntimeError: the models fail, in a server of one process.
+            LostServerError: they fail in one of several, or it is gone.
+        """
+        if self._size == 1:
+            return _named(self._heads(roles, batch))
+        try:
+            ids_BT = request["input_ids"]
+            mask = sum(1 << place for place, role in enumerate(self._roles) if role in roles)
+            self._tell(_RUN, *ids_BT.shape, mask)
+            content = torch.stack([ids_BT, *(request[name].int() for name in ("attention_mask", "trained"))])
+            dist.broadcast(content, 0)
+            listed, own = _named(self._own_part(roles, content))
+            return listed, {name: self._gathered(hidden, batch) for name, hidden in own.items()}
+        except RuntimeError as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise LostServerError(f"a process of this server failed or is gone ({first}); start it again") from None
+
+    def follow(self) -> None:
+        """Run what the first process asks for, until it stops, in another process.
+
+        Raises:
+            LostServerError: the first process is gone.
+        """
+        try:
+            while (said := self._heard())[0] != _STOP:
+                if said[0] == _RUN:
+                    content = torch.empty(3, said[1], said[2], dtype=torch.int32)
+                    dist.broadcast(content, 0)
+                    roles = [role for place, role in enumerate(self._roles) if said[3] >> place & 1]
+                    _, own = _named(self._own_part(roles, content))
+                    if self._splits_rows:
+                        for hidden in own.values():
+                            dist.send(hidden.contiguous(), 0)
+        except RuntimeError as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise LostServerError(f"the first process of this server is gone ({first})") from None
+
+    def wait(self) -> None:
+        """Let the others know that nothing is wrong, long before they take the first process for dead."""
+        if self._size > 1:
+            self._tell(_WAIT)
+
+    def stop(self) -> None:
+        """End the others."""
+        if self._size > 1:
+            self._tell(_STOP)
+
+    def _tell(self, *said: int) -> None:
+        dist.broadcast(torch.tensor([*said, *[0] * (4 - len(said))]), 0)
+
+    def _heard(self) -> list[int]:
+        said = torch.empty(4, dtype=torch.int64)
+        dist.broadcast(said, 0)
+        found: list[int] = said.tolist()
+        return found
+
+    def _heads(self, roles: Collection[str], batch: Batch) -> dict[str, Head]:
+        return self._references.heads(roles, batch, self._references.sent(batch))
+
+    def _part_of(self, rank: int, rows: int) -> slice:
+        """Return the rows that a process runs."""
+        if not self._splits_rows:
+            return slice(0, rows)
+        return slice(rows * rank // self._size, rows * (rank + 1) // self._size)
+
+    def _own_part(self, roles: Collection[str], content_3BT: Tensor) -> dict[str, Head]:
+        """Return the heads of this process's rows.
+
+        One without rows runs a position that nobody asked for: sharded layers are gathered by all processes together.
+        """
+        ids, mask, trained = content_3BT[:, self._part_of(self._rank, content_3BT.shape[1])]
+        if not len(ids):
+            ids, mask, trained = content_3BT[:, :1, :1] * torch.tensor([1, 1, 0], dtype=torch.int32).view(3, 1, 1)
+        longest = int(mask.sum(1).max())
+        tensors = {"input_ids": ids, "attention_mask": mask.bool(), "trained": trained.bool()}
+        cut = {name: tensor[:, :longest].contiguous() for name, tensor in tensors.items()}
+        return self._heads(roles, batch_of(cut, self._packing, self._vocabulary, self._positions))
+
+    def _gathered(self, own_ND: Tensor, batch: Batch) -> Tensor:
+        """Return the hidden states of all processes' rows, in the rows' order."""
+        if not self._splits_rows:
+            return own_ND
+        rows = len(batch.row_ids)
+        tokens = torch.bincount(batch.rows_N, minlength=rows)
+        parts = [own_ND]
+        for rank in range(1, self._size):
+            count = int(tokens[self._part_of(rank, rows)].sum())
+            part = own_ND.new_empty(count, own_ND.shape[1])
+            dist.recv(part, rank)
+            parts.append(part)
+        return torch.cat(parts)
+
+
+def _named(heads: Mapping[str, Head]) -> tuple[dict[str, str], dict[str, Tensor]]:
+    names: dict[int, str] = {}
+    listed = {role: names.setdefault(id(head.hidden), role) for role, head in heads.items()}
+    return listed, {name: heads[name].hidden for name in names.values()}
+
+
+def join_team(device: torch.device, rank: int, size: int) -> None:
+    """Form the group of a server's processes, whose launcher says where they meet."""
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(backend, rank=rank, world_size=size, timeout=START_TIMEOUT)

@@ -1,0 +1,94 @@
+"""Answers through memory that server and trainer both map."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from deltakd.references.serving.shared_memory import SharedMemoryReceiver, SharedMemorySender, UnavailableError
+from deltakd.references.serving.transports import candidates, choose, offers
+from deltakd.references.serving.wire import WireError
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="anonymous shared memory needs Linux")
+
+TENSORS = {
+    "teacher": torch.arange(12.0).reshape(3, 4).bfloat16(),
+    "none": torch.empty(0, 5),
+    "not_contiguous": torch.arange(6, dtype=torch.float64).reshape(2, 3).T,
+    "flags": torch.tensor([True, False, True]),
+}
+
+
+def test_tensors_arrive_bit_for_bit_and_as_copies() -> None:
+    sender = SharedMemorySender()
+    receiver = SharedMemoryReceiver(sender.offer())
+    header, carried = sender.place(TENSORS)
+    assert carried == {}
+    found, said = receiver.take(header["placed"])
+    sender.release(said["free"])
+    sender.place({"other": torch.full((64,), 7.0)})
+    assert {name: tensor.dtype for name, tensor in found.items()} == {n: t.dtype for n, t in TENSORS.items()}
+    assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
+
+
+def test_a_region_is_used_again_once_it_was_copied_and_given_up_when_too_small() -> None:
+    sender = SharedMemorySender()
+    receiver = SharedMemoryReceiver(sender.offer())
+    small, large = {"x": torch.ones(8)}, {"x": torch.ones(2**19)}
+    regions = []
+    for tensors in (small, small, large, large):
+        header, _ = sender.place(tensors)
+        found, said = receiver.take(header["placed"])
+        assert torch.equal(found["x"], tensors["x"])
+        sender.release(said["free"])
+        regions.append(header["placed"]["region"]["number"])
+    assert regions[0] == regions[1] != regions[2] == regions[3]
+    waiting = [sender.place(large)[0]["placed"]["region"]["number"] for _ in range(2)]
+    assert len({*waiting}) == 2, "what the trainer has not copied is not written over"
+
+
+def test_nothing_is_left_in_the_file_system_and_a_region_outlives_the_server_that_has_gone() -> None:
+    there = set(os.listdir("/dev/shm"))
+    sender = SharedMemorySender()
+    receiver = SharedMemoryReceiver(sender.offer())
+    header, _ = sender.place(TENSORS)
+    receiver.take(header["placed"])
+    assert set(os.listdir("/dev/shm")) == there
+    sender.close()
+    assert receiver.take(header["placed"])[0].keys() == TENSORS.keys()
+    receiver.close()
+    with pytest.raises(WireError, match=r"shared memory can't be read"):
+        receiver.take(header["placed"])
+
+
+@pytest.mark.parametrize(
+    "changed", [{"name": "deltakd-0"}, {"file": 0}, {"pid": 2**22 + 1}, {"size": 1}, {"size": "x"}]
+)
+def test_memory_of_another_process_is_not_opened(changed: dict[str, object]) -> None:
+    sender = SharedMemorySender()
+    with pytest.raises(UnavailableError, match="can't be opened from here"):
+        SharedMemoryReceiver({**sender.offer(), **changed})
+
+
+def test_a_file_that_could_be_cut_under_its_reader_is_refused(tmp_path: Path) -> None:
+    """Reading beyond its end would kill the trainer."""
+    name = "deltakd-1"
+    file = os.memfd_create(name)
+    os.truncate(file, 4096)
+    with pytest.raises(UnavailableError, match="not as the server says"):
+        SharedMemoryReceiver({"number": 1, "size": 4096, "pid": os.getpid(), "file": file, "name": name})
+    os.close(file)
+
+
+def test_the_fastest_way_that_works_is_chosen_and_the_reason_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    offered = {name: offer for name, (_, offer) in offers(candidates("auto")).items()}
+    assert choose(candidates("auto"), offered)[::2] == ("shared_memory", "")
+    assert choose(candidates("socket"), offered).receiver is None
+    monkeypatch.delattr(os, "memfd_create")
+    offered = {name: offer for name, (_, offer) in offers(candidates("auto")).items()}
+    assert choose(candidates("auto"), offered) == ("socket", None, "shared_memory is not possible: the server has none")
+    with pytest.raises(UnavailableError, match="the server has none"):
+        choose(candidates("shared_memory"), offered)
