@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import final
 
@@ -20,6 +20,7 @@ from deltakd.generation.full_batch import DecodingState, Row
 from deltakd.generation.key_values import can_select
 from deltakd.generation.model_step import Images, MixedStep, Mixture, Step, evaluating, position_limit
 from deltakd.generation.noise import NoiseKey
+from deltakd.generation.packed_layers import WORTHWHILE, packed_layers
 from deltakd.generation.sampling import TokenChoice
 
 #: New prompts are run once this share of the batch is free. A smaller one costs more passes; a larger one idles rows.
@@ -159,7 +160,11 @@ def sample(
     step = steps[0] if mixture is None else MixedStep(steps[0], steps[1], mixture.weight)
     decoder = _Decoder(step, TokenChoice(vocab_size), eos_ids, pad_id)
     ended = 0
-    with evaluating(model), nullcontext() if mixture is None else evaluating(mixture.other):
+    with ExitStack() as stack:
+        for one in models:
+            stack.enter_context(evaluating(one))
+            if decoding.max_new_tokens >= WORTHWHILE:
+                stack.enter_context(packed_layers(one, min(batch_size, sum(map(len, rows)))))
         for count in decoder.run(_groups(queue, batch_size), batch_size):
             ended += count
             if progress is not None:
