@@ -65,7 +65,7 @@ class StaticKeyValues(Cache):
         columns: L.
     """
 
-    def __init__(self, like: Cache, rows: int, columns: int) -> None:
+    def __init__(self, like: Any, rows: int, columns: int) -> None:
         device = next(layer.keys.device for layer in like.layers if layer.is_initialized)
         #: [1] int64: the column that the next step writes.
         self.column = torch.zeros(1, dtype=torch.int64, device=device)
@@ -86,7 +86,7 @@ class StaticKeyValues(Cache):
         """Count the column that a step has written."""
         self.end += 1
 
-    def adopt(self, cache: Cache) -> None:
+    def adopt(self, cache: Any) -> None:
         """Hold the rows of an ordinary cache, and nothing else."""
         self.start, self.end = 0, cache.get_seq_length()
         for ours, theirs in zip(self.layers, cache.layers, strict=True):
@@ -120,7 +120,7 @@ class StaticKeyValues(Cache):
                 states[:, :, end - used : end] = states[:, :, self.end - used : self.end].clone()
         self.end = end
 
-    def replace(self, rows: Tensor, cache: Cache, columns: int) -> None:
+    def replace(self, rows: Tensor, cache: Any, columns: int) -> None:
         """As ``key_values.replace``."""
         self.start = self.end - columns
         for ours, theirs in zip(self.layers, cache.layers, strict=True):
