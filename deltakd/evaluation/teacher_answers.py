@@ -122,6 +122,7 @@ def _answer(parts: Answering, shard: EvaluationSet, progress: Callable[[int], No
         batch_size=evaluation.batch_size,
         vocab_size=parts.vocabulary,
         pad_id=pad_id(parts.tokenizer, parts.vocabulary),
+        static_cache=evaluation.static_cache,
         progress=progress,
     )
     return by_seed[seed]
