@@ -27,8 +27,9 @@ def run_answers(settings: RunSettings, run_dir: Path) -> dict[str, Any]:
     """Let the teacher answer every prompt that a training run with these settings would train on.
 
     The prompts are those of ``data`` (with its exclusions, subset and limit, without held-out validation rows),
-    tokenised as in training, or as teachers with another tokenizer read them. Decoding follows ``evaluation.decoding`` with the first of ``evaluation.seeds``. In a
-    conversation only the last answer is replaced; earlier answers stay.
+    tokenised as in training; a teacher with another tokenizer reads them in its own template. Decoding follows
+    ``evaluation.decoding`` with the first of ``evaluation.seeds``. In a conversation only the last answer is replaced;
+    earlier answers stay.
 
     Writes to ``run_dir``: ``answers/`` (every answer; existing ones are kept), ``train.jsonl`` (the rows with new
     answers, without those that are empty or lack EOS), ``val.jsonl`` (the rows held out by ``data.val_size``,
