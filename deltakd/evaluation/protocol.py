@@ -188,12 +188,19 @@ def scored(records: Sequence[Record], eval_set: EvaluationSet) -> list[Record]:
 def _asked(eval_set: EvaluationSet, index: int) -> Record:
     """Return the set's part of a record; a stored result is reused only if it is the same."""
     task = eval_set.tasks[index] if eval_set.tasks else None
-    return ({} if task is None else {"task": task}) | {
-        "row_id": eval_set.row_ids[index],
-        "prompt": eval_set.prompts[index],
-        "prompt_tokens": len(eval_set.prompt_ids[index]),
-        "reference": list(eval_set.references[index]),
-    }
+    images = eval_set.images[index] if eval_set.images else None
+    # The prompt has the same tokens whatever its images show.
+    shown = {} if images is None else {"images": images.digest.hex()}
+    return (
+        ({} if task is None else {"task": task})
+        | shown
+        | {
+            "row_id": eval_set.row_ids[index],
+            "prompt": eval_set.prompts[index],
+            "prompt_tokens": len(eval_set.prompt_ids[index]),
+            "reference": list(eval_set.references[index]),
+        }
+    )
 
 
 def matches(records: Sequence[Record], eval_set: EvaluationSet, decoding: Decoding, seed: int) -> bool:

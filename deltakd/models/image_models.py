@@ -7,7 +7,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 #: Families (``model_type``) whose training, references and answers are tested with images.
-IMAGE_FAMILIES = frozenset({"idefics3", "qwen2_vl"})
+IMAGE_FAMILIES = frozenset({"idefics3", "llava_onevision", "qwen2_5_vl", "qwen2_vl", "smolvlm"})
 
 
 def auto_class(config: Any) -> Any:

@@ -16,6 +16,7 @@ from deltakd.models.roles import open_tokenizer, open_vocabularies
 from deltakd.tracking.environment import costs_since, environment
 from deltakd.training.announce import warn_of_verbatim_prompts
 from deltakd.training.assembly import open_role
+from deltakd.training.image_check import check_image_models
 from deltakd.training.settings import RESUME_POLICY, RunSettings
 from deltakd.types import TEACHER
 
@@ -69,6 +70,7 @@ def _load(settings: RunSettings, path: str, directory: RunDirectory) -> Answerin
     tokenizer = open_tokenizer(settings.model, directory.path / "tokenizer")
     vocabularies = open_vocabularies(settings.model, settings.specs, tokenizer)
     rows = data.read(tokenizer)
+    check_image_models(settings, rows.train, tokenizer)
     warn_of_verbatim_prompts(data, rows.train)
     teacher = open_role(settings, TEACHER, tokenizer, vocabularies).to(choose_device(settings.trainer.accelerator))
     shown = settings.trainer.enable_progress_bar
