@@ -125,8 +125,12 @@ class Draft:
         else:
             self.problems += alone_problems(launch)
 
-    def settings(self, roles: Collection[str] | None, has_adapter: bool) -> RunSettings:
+    def settings(self, roles: Collection[str] | None, has_adapter: bool, *, any_tokenizer: bool = False) -> RunSettings:
         """Check across groups, and make the settings.
+
+        Args:
+            roles, has_adapter: as for the checks of models.
+            any_tokenizer: the teacher's text is all that is used of it.
 
         Raises:
             ConfigError: lists all problems.
@@ -151,8 +155,9 @@ class Draft:
         if objective is None or isinstance(objective, str):
             problems += objective_problems(objective, self.data, self.evaluation, self.loss, parts)
         if problems:
-            # A run without problems opens its tokenizers anyway, before any weights.
-            problems += tokenizer_problems(self.model, specs, self.loss, self.data, self.rollout)
+            if not any_tokenizer:
+                # A run without problems opens its tokenizers anyway, before any weights.
+                problems += tokenizer_problems(self.model, specs, self.loss, self.data, self.rollout)
             raise ConfigError(problems.told())
         return self.made(specs)
 

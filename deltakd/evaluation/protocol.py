@@ -103,12 +103,13 @@ def answer_set(
     batch_size: int,
     vocab_size: int,
     pad_id: int,
+    static_cache: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> dict[int, list[Record]]:
     """Generate an answer to every prompt under every sampling seed.
 
     Args:
-        model, decoding, seeds, batch_size, vocab_size, pad_id, progress: see ``generate``.
+        model, decoding, seeds, batch_size, vocab_size, pad_id, static_cache, progress: see ``generate``.
         tokenizer: decodes the answers, without special tokens; its EOS ends them.
         eval_set: n prompts.
 
@@ -133,6 +134,7 @@ def answer_set(
         vocab_size=vocab_size,
         pad_id=pad_id,
         images=eval_set.read_images if eval_set.images else None,
+        static_cache=static_cache,
         progress=progress,
     )
     budgets = [

@@ -119,6 +119,7 @@ class OwnEngine:
             vocab_size=self._vocabulary,
             pad_id=pad_id(self._tokenizer, self._vocabulary),
             longest=self._longest,
+            static_cache=self._settings.static_cache,
             mixture=None if teacher is None else Mixture(teacher.hf, self._settings.teacher_weight),
             images=None if all(request.images is None for request in requests) else partial(_read_images, requests),
         )
