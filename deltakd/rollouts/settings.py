@@ -110,6 +110,29 @@ class RolloutSettings:
             )
         return found
 
+    def prompts_per_step(self, rows: int, pairs: bool) -> int:
+        """Return the number of prompts that fill an optimiser step of ``rows`` rows over all ranks.
+
+        Args:
+            rows: data.batch_size times accumulated micro-batches times ranks.
+            pairs: each response of the student comes with the data's.
+
+        Raises:
+            ValueError: none does, or too few are the student's.
+        """
+        prompts, over = divmod(rows, self.per_prompt * (2 if pairs else 1))
+        if over:
+            raise ValueError(
+                f"an optimiser step has {rows} rows{' in pairs' if pairs else ''}, which is no multiple of "
+                f"rollout.per_prompt = {self.per_prompt}; change it, data.batch_size or trainer.accumulate_grad_batches"
+            )
+        if not round(self.fraction * prompts):
+            raise ValueError(
+                f"rollout.fraction is {self.fraction:g} of {prompts} rows a step, less than half a row; raise it, or "
+                "give rollout=none"
+            )
+        return prompts
+
     def _unused_problems(self) -> list[str]:
         """Return a sentence if settings of rollouts are given and nothing is rolled out."""
         given = {

@@ -247,9 +247,19 @@ def test_what_cannot_work_is_said_before_anything_is_loaded(
     assert said in str(caught.value)
 
 
-def test_a_step_that_is_no_multiple_of_its_responses_is_refused(train: Train) -> None:
-    with pytest.raises(ValueError, match=r"4 rows, which is no multiple of rollout\.per_prompt = 3"):
-        train("sft", *ON_POLICY, "rollout.per_prompt=3")
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("rollout.per_prompt=3", r"4 rows, which is no multiple of rollout\.per_prompt = 3"),
+        ("rollout.fraction=0.1", r"0\.1 of 4 rows a step, less than half a row"),
+    ],
+)
+def test_a_step_that_responses_cannot_fill_is_refused_before_data_is_read(
+    train: Train, monkeypatch: pytest.MonkeyPatch, option: str, said: str
+) -> None:
+    monkeypatch.delattr("deltakd.training.assembly.open_tokenizer")
+    with pytest.raises(ValueError, match=said):
+        train("sft", *ON_POLICY, option)
 
 
 def test_rows_need_no_response(train: Train, world: World, caplog: pytest.LogCaptureFixture) -> None:

@@ -11,7 +11,7 @@ from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 from deltakd.data.encoding.image_reader import ImageError, reader_beside
-from deltakd.data.encoding.segments import Segment, conversation
+from deltakd.data.encoding.segments import Segment, conversation, without_spaces
 from deltakd.data.sources.rows import Message, Row, RowError, before_last_answer, content_text, is_answer
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ class ChatTemplate:
         common = _common(turn.prompt + turn.answer, following)
         ends = [match.end() for match in self._added.finditer(common, min(len(turn.prompt), len(common)))]
         answer = common[len(turn.prompt) : ends[-1]] if ends else ""
-        if not _dense(answer) or _dense(content_text(message)) not in _dense(answer):
+        if not without_spaces(answer) or without_spaces(content_text(message)) not in without_spaces(answer):
             raise HistoryError(_rewritten(row, (row.messages or ()).index(message)))
         return answer
 
@@ -338,7 +338,3 @@ def _rewritten(row: Row, number: int) -> str:
 
 def _common(a: str, b: str) -> str:
     return a[: next((n for n, (left, right) in enumerate(zip(a, b, strict=False)) if left != right), len(a))][: len(b)]
-
-
-def _dense(text: str) -> str:
-    return "".join(text.split())
