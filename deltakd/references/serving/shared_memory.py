@@ -169,6 +169,7 @@ class SharedMemoryReceiver:
     name = "shared_memory"
 
     def __init__(self, offer: Any) -> None:
+        self.device = torch.device("cpu")
         self._maps: dict[int, mmap.mmap] = {}
         try:
             self._map(offer)
