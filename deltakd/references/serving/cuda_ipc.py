@@ -242,7 +242,7 @@ class CudaIpcSender:
             torch.cuda.current_stream(self._pool.device).synchronize()
         return {"placed": {"region": self._entry(block), "tensors": listed}}, {}
 
-    def release(self, number: Any) -> None:
+    def release(self, number: int) -> None:
         """Use a block again: the trainer has copied what was in it."""
         with self._changing:
             block = self._used.pop(number, None)

@@ -270,8 +270,9 @@ class _Trainer:
 
     def hear(self, frame: Frame) -> bool:
         """Take in what it says; return False if it has left."""
-        if "free" in frame.header:
+        if type(frame.header.get("free")) is int:
             self.sender.release(frame.header["free"])
+            self._requests.done(self)
             return True
         return self._requests.put(self, frame)
 
@@ -296,7 +297,9 @@ class _Trainer:
                 if answer is None:
                     return
                 send(self._connection, *answer)
-                self._requests.done(self)
+                # What lies in memory is done with once the trainer has copied it.
+                if "placed" not in answer[0]:
+                    self._requests.done(self)
         except OSError:
             pass
         finally:

@@ -27,7 +27,7 @@ class Sender(Protocol):
         """Hand tensors over; return what the frame's header says of them, and the tensors that the frame carries."""
         ...
 
-    def release(self, number: Any) -> None:
+    def release(self, number: int) -> None:
         """Hear from the trainer that it has copied what was handed over."""
         ...
 
@@ -65,7 +65,7 @@ class SocketSender:
         """Return the tensors on the CPU, once the device has computed them."""
         return {}, {name: tensor.cpu() for name, tensor in tensors.items()}
 
-    def release(self, number: Any) -> None:
+    def release(self, number: int) -> None:
         """Nothing was kept."""
 
     def close(self) -> None:
