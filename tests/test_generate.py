@@ -248,18 +248,22 @@ def test_a_teacher_that_never_ends_is_an_error(world: World, tmp_path: Path) -> 
     assert not RunDirectory(tmp_path / "run").finished
 
 
-def test_a_teacher_of_another_tokenizer_and_one_that_was_replaced(
+def test_a_teacher_with_another_tokenizer_answers_in_its_own(
     talkative: World, answered: RunDirectory, tmp_path: Path
 ) -> None:
     other = train_tokenizer(["quite another text, with quite other pairs of letters"] * 3, 280)
     teacher = save_model(tmp_path / "teacher", seed=3, width=24, tokenizer=other)
-    arguments = overrides(talkative, tmp_path / "run", f"model.teacher.path={teacher}")
-    with pytest.raises(ValueError, match="the teacher has another tokenizer than the student"):
-        run_generation(arguments)
-    assert not (tmp_path / "run").exists()
-    shutil.copytree(answered.path, tmp_path / "run")
+    (teacher / "generation_config.json").write_text(json.dumps({"eos_token_id": [*range(1, 270, 9)]}))
+    template = "{with_input:'Q{instruction} {input}',without_input:'Q{instruction}',tail:''}"
+    options = (f"model.teacher.path={teacher}", f"data.teacher_template={template}", "data.limit=12")
+    arguments = overrides(talkative, tmp_path / "run", *options)
+    run_generation(arguments)
+    records = [r for part in (tmp_path / "run" / "answers").iterdir() for r in read_json_lines(part) or []]
+    assert all(r["prompt"].startswith("Q") for r in records if "verbatim" not in r["prompt"])
+    assert records[0]["prompt_tokens"] == len(other(records[0]["prompt"])["input_ids"])
+    shutil.copytree(answered.path, tmp_path / "answered")
     with pytest.raises(ConfigError, match="another config: answering_teacher"):
-        run_generation(arguments)
+        run_generation([*arguments, f"run_dir={tmp_path / 'answered'}"])
 
 
 def test_rows_that_training_would_drop_are_not_asked(talkative: World) -> None:

@@ -117,7 +117,7 @@ def make_answering_settings(cfg: DictConfig) -> RunSettings:
             "data.streaming=false, and data.limit=N if there are too many"
         )
     draft.check_alone()
-    return draft.settings({TEACHER}, has_adapter=draft.model.lora is not None)
+    return draft.settings({TEACHER}, has_adapter=draft.model.lora is not None, any_tokenizer=True)
 
 
 def make_evaluation_settings(cfg: DictConfig) -> RunSettings:

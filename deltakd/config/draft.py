@@ -125,8 +125,12 @@ class Draft:
         else:
             self.problems += alone_problems(launch)
 
-    def settings(self, roles: Collection[str] | None, has_adapter: bool) -> RunSettings:
+    def settings(self, roles: Collection[str] | None, has_adapter: bool, *, any_tokenizer: bool = False) -> RunSettings:
         """Check across groups, and make the settings.
+
+        Args:
+            roles, has_adapter: as for the checks of models.
+            any_tokenizer: the teacher's text is all that is used of it.
 
         Raises:
             ConfigError: lists all problems.
@@ -140,6 +144,7 @@ class Draft:
         for part in (self.optim, self.data, self.trainer, self.strategy):
             problems += part.problems() if part is not None else []
         problems += self._half_weights_problems()
+        problems += self._precision_problems()
         if self.rollout is not None:
             problems += rollout_problems(self.rollout, self.loss, self.data, self.reference)
             problems += engine_problems(self.rollout, self.model)
@@ -150,8 +155,9 @@ class Draft:
         if objective is None or isinstance(objective, str):
             problems += objective_problems(objective, self.data, self.evaluation, self.loss, parts)
         if problems:
-            # A run without problems opens its tokenizers anyway, before any weights.
-            problems += tokenizer_problems(self.model, specs, self.loss, self.data, self.rollout)
+            if not any_tokenizer:
+                # A run without problems opens its tokenizers anyway, before any weights.
+                problems += tokenizer_problems(self.model, specs, self.loss, self.data, self.rollout)
             raise ConfigError(problems.told())
         return self.made(specs)
 
@@ -190,6 +196,20 @@ class Draft:
         if self.optim.half_weights == "stochastic" and ("float16" in kinds or "16-true" in kinds):
             found.append("optim.half_weights=stochastic is for bfloat16, and the student is float16; give masters")
         return found
+
+    def _precision_problems(self) -> list[str]:
+        """Return a sentence if Lightning's strategy does not train in ``trainer.precision``."""
+        if self.strategy is None or self.trainer is None:
+            return []
+        refused = {"fsdp": (16, "16-mixed", 64, "64-true"), "deepspeed": (64, "64-true")}
+        precision = self.trainer.precision
+        if precision not in refused.get(self.strategy.name, ()):
+            return []
+        half = "bf16-mixed, bf16-true or 16-true" if self.strategy.name == "fsdp" else "a half precision"
+        return [
+            f"trainer.precision={precision} does not go with strategy.name={self.strategy.name}; give 32-true, {half}, "
+            "or strategy=ddp"
+        ]
 
     def made(self, specs: Mapping[str, ModelSpec]) -> RunSettings:
         """Make the settings; there must be no problems, so that every group is built."""

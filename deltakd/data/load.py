@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from deltakd.data.encoding.encode import check_limits
 from deltakd.data.encoding.encoded_set import EncodedSet
 from deltakd.data.encoding.example_stream import Stream
+from deltakd.data.encoding.image_reader import ImageReader
 from deltakd.data.encoding.packing import pack_texts
 from deltakd.data.encoding.segments import Template
 from deltakd.data.encoding.templates import make_template
@@ -65,6 +66,12 @@ class LoadedSets(NamedTuple):
     train_rows: Sequence[Row]
     counts: dict[str, int]
     stream: Stream | None = None
+
+    @property
+    def image_reader(self) -> ImageReader | None:
+        """Reads the images of the rows; None: no row has any."""
+        held = [one.images for one in (self.train, self.val) if one is not None and one.images is not None]
+        return held[0].reader if held else None
 
 
 def split_rows(

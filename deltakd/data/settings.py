@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, final
 
 import numpy as np
@@ -15,7 +15,6 @@ from deltakd.data.encoding.encoded_set import EncodedSet
 from deltakd.data.encoding.packing import pack_texts
 from deltakd.data.encoding.segments import Template
 from deltakd.data.encoding.template_problems import template_problems
-from deltakd.data.encoding.templates import make_template
 from deltakd.data.encoding.token_table import encode_rows
 from deltakd.data.encoding.two_tokenizers import Coding
 from deltakd.data.load import LoadedSets, SplitRows, load_instruction_sets, load_text_sets, split_rows
@@ -61,12 +60,17 @@ class InstructionData(DataConfig):
 
     def teachers_coding(self, tokenizer: PreTrainedTokenizerBase) -> Coding:
         """Return how rows become tokens for teachers with a tokenizer of their own."""
-        return Coding(
-            make_template(self.template if self.teacher_template is None else self.teacher_template, tokenizer),
-            tokenizer,
-            self.teachers_length,
-            max(1, self.max_prompt_length * self.teachers_length // self.max_length),
-            self.overlong,
+        theirs = self.for_teachers()
+        template = theirs.make_template(tokenizer)
+        return Coding(template, tokenizer, theirs.max_length, theirs.max_prompt_length, self.overlong)
+
+    def for_teachers(self) -> InstructionData:
+        """Return the settings with the template and the limits of teachers with a tokenizer of their own."""
+        return replace(
+            self,
+            template=self.template if self.teacher_template is None else self.teacher_template,
+            max_length=self.teachers_length,
+            max_prompt_length=max(1, self.max_prompt_length * self.teachers_length // self.max_length),
         )
 
     def one_tokenizer_problems(self) -> list[str]:

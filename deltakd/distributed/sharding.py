@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
 
 from deltakd.models import LanguageModel, transformer_blocks
 
@@ -65,21 +66,56 @@ def place() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def shard_by_blocks(root: nn.Module, mesh: DeviceMesh, reshard_after_forward: bool | None = None) -> None:
+def shard_by_blocks(
+    root: nn.Module,
+    mesh: DeviceMesh,
+    reshard_after_forward: bool | None = None,
+    autocast: torch.dtype | None = None,
+) -> None:
     """Shard a module in place with FSDP2: each transformer block separately, everything else with the root.
 
     Blocks are gathered as they run. The root's own parameters, such as embeddings and head, are whole while the root's
-    ``forward`` runs.
+    ``forward`` runs, in their own dtype.
 
     Args:
         root: the module whose ``forward`` will be called.
         mesh: the ranks, in one dimension.
         reshard_after_forward: True: the root reshards its own parameters after each forward pass; None: after the
             backward pass, FSDP2's default.
+        autocast: the half-precision dtype that autocast computes in, whenever the module runs: the linear layers of
+            blocks are gathered in it, instead of being cast afterwards; their gradients are summed over the ranks in
+            float32. None: all are gathered in their own dtype.
     """
     for block in transformer_blocks(root):
-        fully_shard(block, mesh=mesh)
+        norms = None if autocast is None else _norms_among_linears(block)
+        if norms is None:
+            fully_shard(block, mesh=mesh)
+            continue
+        # Under autocast a norm computes in float32. What is sharded first is not the block's any more.
+        if norms:
+            fully_shard(norms, mesh=mesh)
+        # Inputs stay as they are: residuals are float32, and autocast casts those of linear layers.
+        policy = MixedPrecisionPolicy(autocast, torch.float32, cast_forward_inputs=False)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(root, mesh=mesh, reshard_after_forward=reshard_after_forward)
+
+
+def _norms_among_linears(block: nn.Module) -> list[nn.Module] | None:
+    """Return the modules with parameters that autocast leaves in float32; None if the block has more than these.
+
+    Others than linear layers and norms, such as experts or convolutions, may use their parameters in either dtype.
+    """
+    norms = []
+    for module in block.modules():
+        own = list(module.parameters(recurse=False))
+        if isinstance(module, nn.Linear | Conv1D):
+            if not all(p.is_floating_point() for p in own):
+                return None  # packed weights
+        elif own:
+            if any(p.ndim != 1 for p in own) or any(True for _ in module.children()):
+                return None
+            norms.append(module)
+    return norms
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -113,6 +113,11 @@ def optimizer_class(strategy: Strategy) -> type[torch.optim.Optimizer]:
     return torch.optim.AdamW
 
 
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    """Return autocast's dtype under a ``trainer.precision`` that FSDP2 takes; None: there is no autocast."""
+    return torch.bfloat16 if precision == "bf16-mixed" else None
+
+
 def loss_factor(trainer: L.Trainer) -> int:
     """Return the factor that undoes what Lightning and the strategy divide a micro-batch's loss by.
 

@@ -125,7 +125,8 @@ class Layout:
         A single process has AdamW's two moments in each trained parameter's dtype, or in float32, with masters if there
         are any, where ``optim.half_weights`` asks for it. DDP adds a second copy of the
         gradients, in its buckets. FSDP2 shards everything; from the forward to the backward pass it holds parameters
-        outside blocks whole, and two blocks at a time. ZeRO keeps sharded moments in float32, and a sharded float32
+        outside blocks whole, and two blocks at a time (under autocast in half precision, so that it needs copies of the
+        head alone). ZeRO keeps sharded moments in float32, and a sharded float32
         master copy (stages 1 and 2 always, stage 3 if the weights are not float32 or with offloading); in half
         precision that makes 2 + 2 + 12 bytes per parameter in all (arXiv 1910.02054, section 3.1).
 
@@ -152,13 +153,16 @@ class Layout:
             shard = trained // self.ranks
             outside = weights - student.blocks_bytes
             alone = self.ranks == 1
+            block = student.gathered_bytes(self.casts(precision))[1]
+            if self.casts(precision) and not alone:
+                half = 2 * student.head.numel()
             return Held(
                 weights // self.ranks,
                 state // self.ranks,
                 shard,
                 kept=shard,
                 early=shard if again else 0,
-                gathered=0 if alone else min(weights, outside + 2 * student.block_bytes),
+                gathered=0 if alone else min(weights, outside + 2 * block),
                 buffers=0 if alone else min(trained, max(student.block_bytes, outside)),
                 update=shard if fused_update else 0,
                 half=half,
@@ -187,21 +191,22 @@ class Layout:
         share = min(1.0, REUSE_DISTANCE / 2 / student.parameters)
         return int(share * student.weight_bytes)
 
-    def sent(self, student: Skeleton, accumulate: int) -> Sent:
+    def sent(self, student: Skeleton, accumulate: int, precision: str = "32-true") -> Sent:
         """Return the bytes that one rank sends for the student in an optimiser step, over all its micro-batches.
 
         DDP all-reduces gradients once per step. So do ZeRO 1 and, for every micro-batch, ZeRO 2 (where the paper has a
         reduce-scatter, DeepSpeed all-reduces slices of several ranks); both all-gather the updated parameters. ZeRO 3
         and FSDP2 all-gather parameters for the forward and again for the backward pass, and reduce-scatter gradients,
-        for every micro-batch; what ZeRO 3 keeps in between is gathered once. With offloading, parameter shards move
-        from CPU memory for each gather, and gradient shards move back.
+        for every micro-batch, FSDP2 linear layers in half precision under autocast; what ZeRO 3 keeps is gathered
+        once. With offloading, parameter shards move from CPU memory for each gather, and gradient shards move back.
         """
         weights, gradients = student.weight_bytes, student.trained_bytes
         part = (self.ranks - 1) / self.ranks
         if self.engine in ("one", "ddp"):
             return Sent(all_reduce=2 * part * gradients)
         if self.engine == "fsdp":
-            return Sent(reduce_scatter=part * accumulate * gradients, all_gather=part * accumulate * 2 * weights)
+            whole = weights - student.blocks_bytes + student.gathered_bytes(self.casts(precision))[0]
+            return Sent(reduce_scatter=part * accumulate * gradients, all_gather=part * accumulate * 2 * whole)
         if self.stage < 3:
             times = accumulate if self.stage == 2 else 1
             return Sent(all_reduce=2 * part * times * gradients, all_gather=part * gradients)

@@ -65,6 +65,22 @@ class Skeleton:
         """Bytes of the largest block."""
         return max((sum(p.numel() * self._itemsize(p) for p in b.parameters()) for b in self._blocks), default=0)
 
+    def gathered_bytes(self, in_half: bool) -> tuple[int, int]:
+        """Return the bytes of all blocks and of the largest one, as FSDP2 gathers them.
+
+        Args:
+            in_half: linear layers are gathered in half precision.
+        """
+        found = [self._gathered(block, in_half) for block in self._blocks]
+        return sum(found), max(found, default=0)
+
+    def _gathered(self, block: torch.nn.Module, in_half: bool) -> int:
+        linear = (m for m in block.modules() if isinstance(m, torch.nn.Linear | Conv1D)) if in_half else ()
+        half = {id(p) for m in linear for p in m.parameters(recurse=False)}
+        return sum(
+            p.numel() * (min(2, self._itemsize(p)) if id(p) in half else self._itemsize(p)) for p in block.parameters()
+        )
+
     def small_bytes(self, below: int) -> int:
         """Return the bytes of the parameters with fewer than ``below`` elements."""
         return sum(p.numel() * self._itemsize(p) for p in self.model.parameters() if p.numel() < below)

@@ -92,6 +92,7 @@ def answer(
             batch_size=evaluation.batch_size,
             vocab_size=vocabulary,
             pad_id=pad_id(tokenizer, vocabulary),
+            static_cache=evaluation.static_cache,
             progress=advance,
         )
     parts = gathered(by_seed)

@@ -103,12 +103,13 @@ def answer_set(
     batch_size: int,
     vocab_size: int,
     pad_id: int,
+    static_cache: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> dict[int, list[Record]]:
     """Generate an answer to every prompt under every sampling seed.
 
     Args:
-        model, decoding, seeds, batch_size, vocab_size, pad_id, progress: see ``generate``.
+        model, decoding, seeds, batch_size, vocab_size, pad_id, static_cache, progress: see ``generate``.
         tokenizer: decodes the answers, without special tokens; its EOS ends them.
         eval_set: n prompts.
 
@@ -133,6 +134,7 @@ def answer_set(
         vocab_size=vocab_size,
         pad_id=pad_id,
         images=eval_set.read_images if eval_set.images else None,
+        static_cache=static_cache,
         progress=progress,
     )
     budgets = [
@@ -188,12 +190,19 @@ def scored(records: Sequence[Record], eval_set: EvaluationSet) -> list[Record]:
 def _asked(eval_set: EvaluationSet, index: int) -> Record:
     """Return the set's part of a record; a stored result is reused only if it is the same."""
     task = eval_set.tasks[index] if eval_set.tasks else None
-    return ({} if task is None else {"task": task}) | {
-        "row_id": eval_set.row_ids[index],
-        "prompt": eval_set.prompts[index],
-        "prompt_tokens": len(eval_set.prompt_ids[index]),
-        "reference": list(eval_set.references[index]),
-    }
+    images = eval_set.images[index] if eval_set.images else None
+    # The prompt has the same tokens whatever its images show.
+    shown = {} if images is None else {"images": images.digest.hex()}
+    return (
+        ({} if task is None else {"task": task})
+        | shown
+        | {
+            "row_id": eval_set.row_ids[index],
+            "prompt": eval_set.prompts[index],
+            "prompt_tokens": len(eval_set.prompt_ids[index]),
+            "reference": list(eval_set.references[index]),
+        }
+    )
 
 
 def matches(records: Sequence[Record], eval_set: EvaluationSet, decoding: Decoding, seed: int) -> bool:

@@ -83,6 +83,7 @@ class EvaluationSettings:
         limit: first N rows of each set.
         seeds: sampling seeds; greedy decoding runs once and writes the same answers to every seed's file.
         batch_size: maximum number of answers decoded together, over all seeds.
+        static_cache: decode with key-value caches of a fixed size, whose steps a GPU replays as CUDA graphs.
         val_limit: validation rows answered during training.
         decoding: how tokens are chosen.
         scorer: scorer of validation answers and of sets that name none; None: ``rouge``.
@@ -102,6 +103,7 @@ class EvaluationSettings:
     limit: Annotated[Annotated[int, Ge(1)] | None, Resume.UNFINISHED, Protocol.FIXED] = None
     seeds: Annotated[Sequence[Seed], Len(1), Protocol.FIXED] = (10,)
     batch_size: Annotated[int, Ge(1), Resume.UNFINISHED] = 16
+    static_cache: Annotated[bool, Resume.FREE] = False
     val_limit: Annotated[int, Ge(1)] = 64
     decoding: Annotated[Decoding, Protocol.FIXED] = field(default_factory=Decoding)
     scorer: Annotated[ScorerName | None, Protocol.FIXED] = None

@@ -40,11 +40,11 @@ class Answering:
 
     Args:
         path: path of the teacher, for the log and the record.
-        data: gives the template and the prompt length.
+        data: gives the template and the prompt length, as the teacher reads prompts.
         evaluation: how answers are decoded.
         rows: the training rows, whose prompts are answered, and the validation rows.
-        tokenizer: the student's, checked to match the teacher's.
-        vocabulary: number of tokens that both share.
+        tokenizer: the teacher's.
+        vocabulary: number of tokens that it may write: those that the student has, too, if they share a tokenizer.
         teacher: on its device.
         show_progress: show a progress bar.
     """
@@ -122,6 +122,7 @@ def _answer(parts: Answering, shard: EvaluationSet, progress: Callable[[int], No
         batch_size=evaluation.batch_size,
         vocab_size=parts.vocabulary,
         pad_id=pad_id(parts.tokenizer, parts.vocabulary),
+        static_cache=evaluation.static_cache,
         progress=progress,
     )
     return by_seed[seed]

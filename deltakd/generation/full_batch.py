@@ -63,7 +63,7 @@ class DecodingState:
         input_ids: [B, t] tokens that are not in the cache yet.
         mask: [B, T] int64 over everything so far. Padding is on the left; new columns of a finished row are 0, so its
             position does not change.
-        history: [B, T] the text so far; padding is −1, −2, …, so that no n-gram of padding ever repeats.
+        history: [B, T] the text so far; padding on the left is −1, −2, …, so that no n-gram of padding ever repeats.
         positions: [B, t] of ``input_ids`` in their rows.
         cache: the model's own cache object; None before the first step.
     """
@@ -112,6 +112,11 @@ class DecodingState:
         """Remove the finished rows, and the columns that are padding in all others."""
         self._select([i for i, row in enumerate(self.rows) if not row.finished], self._width)
 
+    def make_room(self) -> None:
+        """If the cache is static and stands at its last column, move it back over columns that no row needs."""
+        if key_values.is_full(self.cache):
+            self._select(list(range(len(self.rows))), self._width)
+
     def admit(self, other: DecodingState) -> None:
         """Take in the rows of ``other``: first in the places of finished rows, then in new ones."""
         if other.live < len(other.rows):
@@ -145,7 +150,7 @@ class DecodingState:
     def _select(self, keep: list[int], width: int) -> None:
         """Keep some rows and change the width; columns are added or removed on the left."""
         indices = torch.tensor(keep, device=self.mask.device)
-        key_values.select(self.cache, indices, self._cached(width))
+        key_values.select(self.cache, keep, self._cached(width))
         self.mask, self.history = (_aligned(tensor, width)[indices] for tensor in (self.mask, self.history))
         self.history = _history(self.history, self.mask)
         self.input_ids, self.positions = self.input_ids[indices], self.positions[indices]
@@ -158,5 +163,7 @@ def _aligned(tensor_BT: Tensor, width: int) -> Tensor:
 
 
 def _history(ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    # Not what follows the end of a finished row: an n-gram may end in it, and its last token would be banned by id.
+    before_BT = mask_BT.cumsum(dim=1) == 0
     padding_T = -1 - torch.arange(ids_BT.shape[1], device=ids_BT.device)
-    return torch.where(mask_BT.bool(), ids_BT, padding_T)
+    return torch.where(before_BT, padding_T, ids_BT)

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 from deltakd.generation.decoding import Decoding
 from deltakd.generation.full_batch import DecodingState, Row
-from deltakd.generation.key_values import can_select
+from deltakd.generation.key_values import adopt, can_select, is_static, static_like
 from deltakd.generation.model_step import Images, MixedStep, Mixture, Step, evaluating, position_limit
 from deltakd.generation.noise import NoiseKey
+from deltakd.generation.packed_layers import WORTHWHILE, packed_layers
 from deltakd.generation.sampling import TokenChoice
 
 #: New prompts are run once this share of the batch is free. A smaller one costs more passes; a larger one idles rows.
@@ -43,6 +44,7 @@ def generate(
     vocab_size: int,
     pad_id: int,
     images: Images | None = None,
+    static_cache: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> list[list[list[int]]]:
     """Continue every prompt under every seed.
@@ -63,6 +65,8 @@ def generate(
         pad_id: any id that the model can embed; padding is masked.
         images: returns the tensors of the images of the prompts with the given places, in this order, for models that
             read images; None: no prompt has any.
+        static_cache: keep the key-value cache at its largest size from the start, which lets a GPU replay each step as
+            one CUDA graph.
         progress: called as answers end, with the number ended so far, out of S per prompt.
 
     Returns:
@@ -70,7 +74,8 @@ def generate(
         answer that reaches the model's last position (``max_position_embeddings``) stops there.
 
     Raises:
-        ValueError: decoding options, seeds, prompts or row ids are invalid, or logits are NaN.
+        ValueError: decoding options, seeds, prompts or row ids are invalid, logits are NaN, or the model can't decode
+            with a static cache.
     """
     problems = ["No sampling seed was given: give at least one."] if not seeds else []
     problems += [f"The sampling seed is {seed}: it must be at least 0." for seed in seeds if seed < 0]
@@ -92,6 +97,7 @@ def generate(
         vocab_size=vocab_size,
         pad_id=pad_id,
         images=images,
+        static_cache=static_cache,
         progress=None if progress is None else lambda ended: progress(ended * share),
     )
     return [[list(same[i % len(noises)].text) for same in answers] for i in range(len(seeds))]
@@ -129,6 +135,7 @@ def sample(
     longest: int | None = None,
     mixture: Mixture | None = None,
     images: Images | None = None,
+    static_cache: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> list[list[Sampled]]:
     """Continue every prompt once for each of its keys, by which its noise is drawn.
@@ -139,13 +146,14 @@ def sample(
         longest: maximum tokens of prompt and answer together; None: only the model's limit.
         mixture: a second model, from whose distribution mixed with the model's the tokens are drawn.
         images: as for ``generate``; both models read them.
+        static_cache: as for ``generate``.
         progress: called as answers end, with the number ended so far.
 
     Returns:
         For each prompt its answers, in the order of its keys.
 
     Raises:
-        ValueError: decoding options or prompts are invalid, or logits are NaN.
+        ValueError: decoding options or prompts are invalid, logits are NaN, or a model can't have a static cache.
     """
     _check(decoding, batch_size, [])
     models = [model] if mixture is None else [model, mixture.other]
@@ -157,9 +165,15 @@ def sample(
     queue = sorted(rows, key=lambda same: len(same[0].prompt), reverse=True)
     steps = [Step(one, decoding.processors(), vocab_size, images) for one in models]
     step = steps[0] if mixture is None else MixedStep(steps[0], steps[1], mixture.weight)
-    decoder = _Decoder(step, TokenChoice(vocab_size), eos_ids, pad_id)
+    decoder = _Decoder(
+        step, TokenChoice(vocab_size), eos_ids, pad_id, _size_of(rows, batch_size) if static_cache else None
+    )
     ended = 0
-    with evaluating(model), nullcontext() if mixture is None else evaluating(mixture.other):
+    with ExitStack() as stack:
+        for one in models:
+            stack.enter_context(evaluating(one))
+            if decoding.max_new_tokens >= WORTHWHILE:
+                stack.enter_context(packed_layers(one, min(batch_size, sum(map(len, rows)))))
         for count in decoder.run(_groups(queue, batch_size), batch_size):
             ended += count
             if progress is not None:
@@ -194,15 +208,25 @@ class _Decoder:
         step: runs the model.
         choose: chooses the tokens.
         eos_ids, pad_id: as for ``generate``.
+        static: rows and columns of a static cache; None: the cache grows.
     """
 
-    def __init__(self, step: Step | MixedStep, choose: TokenChoice, eos_ids: frozenset[int], pad_id: int) -> None:
+    def __init__(
+        self,
+        step: Step | MixedStep,
+        choose: TokenChoice,
+        eos_ids: frozenset[int],
+        pad_id: int,
+        static: tuple[int, int] | None = None,
+    ) -> None:
         self._step = step
         self._choose = choose
         self._eos_ids = eos_ids
         self._pad_id = pad_id
         # False if rows of the cache cannot be moved, which is known after the first step.
         self._movable = True
+        self._static = static
+        self._static_cache: Any = None
 
     def run(self, queue: deque[list[Row]], batch_size: int) -> Iterator[int]:
         """Decode the whole queue; whenever answers end, yield their number.
@@ -217,7 +241,7 @@ class _Decoder:
             if state is None or (queue and self._movable and room >= max(len(queue[0]), REFILL * batch_size)):
                 started = self._start(_first(queue, room))
                 ended = len(started.rows) - started.live
-                state = _joined(state, started)
+                state = self._joined(state, started)
             else:
                 ended = self._advance(state)
             if ended:
@@ -244,10 +268,33 @@ class _Decoder:
     def _advance(self, state: DecodingState) -> int:
         """Decode one more token for each row; return the number of rows that ended."""
         before = state.live
+        state.make_room()
         self._take(state, self._step(state))
-        if self._movable and 0 < state.live <= (1 - COMPACT) * len(state.rows):
+        # Rows of a static cache stay where they are, finished or not.
+        if self._movable and not is_static(state.cache) and 0 < state.live <= (1 - COMPACT) * len(state.rows):
             state.drop_finished()
         return before - state.live
+
+    def _joined(self, state: DecodingState | None, started: DecodingState) -> DecodingState:
+        """Return the state with the new rows that have not ended."""
+        if state is None:
+            if self._static is not None and started.live:
+                self._make_static(started, *self._static)
+            return started
+        if started.live:
+            state.admit(started)
+        return state
+
+    def _make_static(self, state: DecodingState, rows: int, columns: int) -> None:
+        if not self._movable:
+            raise ValueError("The model's cache can't be static, as it keeps more than keys; give static_cache=false")
+        if self._static_cache is None:
+            try:
+                self._static_cache = static_like(state.cache, rows, columns)
+            except ValueError as reason:
+                raise ValueError(f"The model's cache can't be static: {reason}; give static_cache=false") from None
+        adopt(self._static_cache, state.cache)
+        state.cache = self._static_cache
 
     def _take(self, state: DecodingState, logits_BV: Tensor) -> None:
         if state.rows[0].noise is None:
@@ -258,12 +305,12 @@ class _Decoder:
         state.take(tokens_B, self._eos_ids)
 
 
-def _joined(state: DecodingState | None, started: DecodingState) -> DecodingState:
-    if state is None:
-        return started
-    if started.live:
-        state.admit(started)
-    return state
+def _size_of(rows: Sequence[Sequence[Row]], batch_size: int) -> tuple[int, int]:
+    """Return the most rows decoded together, and the most columns that one of them needs."""
+    return (
+        min(batch_size, sum(len(same) for same in rows)),
+        max((len(row.prompt) + row.budget for same in rows for row in same), default=1),
+    )
 
 
 def _groups(prompts: Sequence[list[Row]], batch_size: int) -> deque[list[Row]]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, final
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from deltakd.generation.static_cache import COLUMNS, StaticKeyValues
 
 #: Spare columns of a new buffer: the cache is copied only once per this many steps.
 ROOM = 32
@@ -74,10 +77,9 @@ class JointCache:
         return length
 
 
-def _layer_lists(cache: Any) -> list[list[Any]]:
-    """Return the layers of a cache, one list per model."""
-    parts = cache.parts if isinstance(cache, JointCache) else [cache]
-    return [getattr(part, "layers", []) for part in parts]
+def _parts(cache: Any) -> Sequence[Any]:
+    """Return the caches, one per model."""
+    return cache.parts if isinstance(cache, JointCache) else [cache]
 
 
 def can_select(cache: Any) -> bool:
@@ -87,22 +89,67 @@ def can_select(cache: Any) -> bool:
     the keys and leave the state behind; other layers hold more than keys and values, or hold them quantised.
     """
     known = (DynamicLayer, DynamicSlidingWindowLayer, RoomyLayer)
-    return all(layers and all(type(layer) in known for layer in layers) for layers in _layer_lists(cache))
+    layers = [getattr(part, "layers", []) for part in _parts(cache)]
+    return is_static(cache) or all(own and all(type(layer) in known for layer in own) for own in layers)
 
 
-def select(cache: Any, rows: Tensor, columns: int) -> None:
+def is_static(cache: Any) -> bool:
+    """True if a cache keeps its tensors as they are."""
+    return any(isinstance(part, StaticKeyValues) for part in _parts(cache))
+
+
+def static_like(cache: Any, rows: int, columns: int) -> Any:
+    """Return a static cache for the same models.
+
+    Args:
+        cache: one that ``can_select``.
+        rows: most rows.
+        columns: most columns in use at once.
+
+    Raises:
+        ValueError: a model has sliding windows.
+    """
+    parts = _parts(cache)
+    if any(type(layer) is DynamicSlidingWindowLayer for part in parts for layer in part.layers):
+        raise ValueError("it has layers with a sliding window")
+    wide = -(-columns // COLUMNS) * COLUMNS
+    made = [StaticKeyValues(part, rows, wide) for part in parts]
+    return JointCache(made) if isinstance(cache, JointCache) else made[0]
+
+
+def adopt(static: Any, cache: Any) -> None:
+    """Let a static cache hold the rows of an ordinary one, and nothing else."""
+    for part, other in zip(_parts(static), _parts(cache), strict=True):
+        part.adopt(other)
+
+
+def is_full(cache: Any) -> bool:
+    """True if a cache has no room for another column where it stands."""
+    return is_static(cache) and any(part.end == part.columns for part in _parts(cache))
+
+
+def select(cache: Any, keep: Sequence[int], columns: int) -> None:
     """Keep some rows, and add or remove columns on the left.
 
     Args:
         cache: one that ``can_select``; its full-attention layers become ``RoomyLayer``.
-        rows: [n] int64; may repeat.
-        columns: number of columns afterwards; new ones are zeros.
+        keep: the rows; may repeat.
+        columns: number of columns afterwards; new ones are to be masked.
     """
-    for layers in _layer_lists(cache):
-        for number, layer in enumerate(layers):
+    for part in _parts(cache):
+        if isinstance(part, StaticKeyValues):
+            part.select(keep, columns)
+            continue
+        rows = torch.tensor(keep, device=_device(part))
+        for number, layer in enumerate(part.layers):
             # A layer that shares another layer's keys has none of its own.
             if layer.is_initialized:
-                layers[number] = _selected(layer, rows.to(layer.keys.device), columns)
+                part.layers[number] = _selected(layer, rows.to(layer.keys.device), columns)
+
+
+def _device(cache: Any) -> torch.device:
+    found: torch.device = next(layer.keys.device for layer in cache.layers if layer.is_initialized)
+    return found
 
 
 def _selected(layer: Any, rows: Tensor, columns: int) -> Any:
@@ -124,8 +171,11 @@ def replace(cache: Any, rows: Tensor, other: Any, columns: int) -> None:
         other: a cache of n rows and at most ``columns`` columns.
         columns: number of this cache's columns to keep.
     """
-    for layers, others in zip(_layer_lists(cache), _layer_lists(other), strict=True):
-        for layer, new in zip(layers, others, strict=True):
+    for part, theirs in zip(_parts(cache), _parts(other), strict=True):
+        if isinstance(part, StaticKeyValues):
+            part.replace(rows.to(part.column.device), theirs, columns)
+            continue
+        for layer, new in zip(part.layers, theirs.layers, strict=True):
             if layer.is_initialized:
                 _replace(layer, rows.to(layer.keys.device), new, columns)
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from deltakd.generation.full_batch import DecodingState
 from deltakd.generation.image_inputs import has_positions_of_axes, image_inputs, positions_of_axes
 from deltakd.generation.key_values import JointCache
+from deltakd.generation.static_cache import StaticKeyValues, StaticStep
 from deltakd.types import at_least_float32
 
 #: Returns the tensors of the images of the prompts with the given places; None: they have none.
@@ -46,9 +47,53 @@ class Step:
             (name for name in ("past_key_values", "cache_params") if name in self._parameters), None
         )
         self.device = next(model.parameters()).device
+        self._static: StaticStep | None = None
 
     def __call__(self, state: DecodingState) -> Tensor:
-        """Return the last position's processed logits, [B, V] in at least float32; update the state's cache."""
+        """Return the last position's processed logits, [B, V] in at least float32; update the state's cache.
+
+        Raises:
+            ValueError: the model can't generate here, or not with a static cache.
+        """
+        static = isinstance(state.cache, StaticKeyValues)
+        logits = self._static_logits(state) if static else self._logits(state)
+        if logits.shape[-1] < self._vocab_size:
+            raise ValueError(
+                f"The model has {logits.shape[-1]} logits and the tokenizer {self._vocab_size} tokens: they do not "
+                "belong together. Give the tokenizer that the model was trained with."
+            )
+        processed: Tensor = self._processors(state.history, at_least_float32(logits[:, : self._vocab_size]))
+        return processed
+
+    def _static_logits(self, state: DecodingState) -> Tensor:
+        if self._static is None:
+            self._static = self._checked_static_step(state)
+        return self._static(state.input_ids, state.positions, state.mask)
+
+    def _checked_static_step(self, state: DecodingState) -> StaticStep:
+        """Make the step over a static cache; compare its first logits with those of an ordinary one."""
+        model = _unwrapped(self._model)
+        attention = str(model.config._attn_implementation)
+        if attention not in ("sdpa", "eager") or "position_ids" not in self._parameters or self._axes:
+            reason = (
+                f"its attention is {attention}" if attention not in ("sdpa", "eager") else "it counts positions itself"
+            )
+            raise ValueError(_no_static_cache(model, reason))
+        expected_BV = self._logits(replace(state, cache=state.cache.as_ordinary(len(state.rows))))
+        step = StaticStep(self._model, state.cache, frozenset(self._parameters), attention == "eager")
+        place = state.cache.start, state.cache.end
+        try:
+            found_BV = step(state.input_ids, state.positions, state.mask)
+        except (RuntimeError, ValueError, TypeError) as failure:
+            raise ValueError(_no_static_cache(model, (str(failure).splitlines() or [""])[0])) from failure
+        state.cache.start, state.cache.end = place
+        error = (found_BV - expected_BV)[[not row.finished for row in state.rows]].abs().max().item()
+        tolerance = 1e-3 if expected_BV.dtype in (torch.float32, torch.float64) else 5e-2
+        if error > tolerance * max(1.0, expected_BV.abs().max().item()):
+            raise ValueError(_no_static_cache(model, f"its logits differ by {error:.3g} from those with a growing one"))
+        return step
+
+    def _logits(self, state: DecodingState) -> Tensor:
         if self._cache_name is None:
             raise ValueError(
                 f"{type(_unwrapped(self._model)).__name__} takes neither past_key_values nor cache_params, so it can't "
@@ -73,13 +118,7 @@ class Step:
                 f"{type(_unwrapped(self._model)).__name__} keeps its past to itself, so it can't generate here"
             )
         logits: Tensor = output.logits[:, -1]
-        if logits.shape[-1] < self._vocab_size:
-            raise ValueError(
-                f"The model has {logits.shape[-1]} logits and the tokenizer {self._vocab_size} tokens: they do not "
-                "belong together. Give the tokenizer that the model was trained with."
-            )
-        processed: Tensor = self._processors(state.history, at_least_float32(logits[:, : self._vocab_size]))
-        return processed
+        return logits
 
     def _add_images(self, extra: dict[str, Any], state: DecodingState) -> None:
         """Add the images of rows that are not in the cache yet, and the positions of models that count by axis."""
@@ -205,6 +244,10 @@ def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozense
         if value is not None:
             found.update([value] if isinstance(value, int) else value)
     return frozenset(found)
+
+
+def _no_static_cache(model: nn.Module, reason: str) -> str:
+    return f"{type(model).__name__} can't decode with a static cache: {reason}; give static_cache=false"
 
 
 def _unwrapped(model: Any) -> Any:

@@ -1,7 +1,7 @@
 """Kernels: losses over heads, multiplied out chunk by chunk, so that no [N, V] tensor ever exists."""
 
 from deltakd.kernels.aligned import aligned_loss
-from deltakd.kernels.blocks import row_blocks
+from deltakd.kernels.blocks import ChunkBuffers, row_blocks
 from deltakd.kernels.buckets import BucketLogits, Buckets
 from deltakd.kernels.chunked import chunked_loss
 from deltakd.kernels.label_log_probs import label_log_probs
@@ -12,6 +12,7 @@ __all__ = [
     "MEMORY_BUDGET",
     "BucketLogits",
     "Buckets",
+    "ChunkBuffers",
     "Head",
     "KernelOptions",
     "aligned_loss",

@@ -45,6 +45,7 @@ def chunked_loss(
     buckets: Buckets | None = None,
     facts: TokenFacts = NO_FACTS,
     options: KernelOptions = _AS_THE_DEVICE_ALLOWS,
+    buffers: ChunkBuffers | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum a loss over N tokens, holding no more than one chunk of any model's logits.
 
@@ -59,6 +60,7 @@ def chunked_loss(
         buckets: the references over a reduced vocabulary, in place of their heads.
         facts: about the N tokens; a loss of whole sequences needs their rows.
         options: memory and precision.
+        buffers: memory to use again in the next call; None: it is freed.
 
     Returns:
         The sum of ``per_token`` (nats; differentiable w.r.t. the student's hidden, weight and bias), and the detached
@@ -90,7 +92,7 @@ def chunked_loss(
     student = replace(student, products=options.products)
     if isinstance(loss, SequenceLoss):
         facts = _weighted(loss, student, references, labels, size, facts)
-    work = _Work(loss, form, student, references, labels, size, buckets, facts, by_triton)
+    work = _Work(loss, form, student, references, labels, size, buckets, facts, by_triton, buffers or ChunkBuffers())
     if not wants_gradients:
         with torch.no_grad():
             return work.run(None), work.parts
@@ -156,8 +158,8 @@ class _Work:
     buckets: Buckets | None = None
     facts: TokenFacts = NO_FACTS
     by_triton: bool = False
-    parts: dict[str, Tensor] = field(default_factory=dict)
     buffers: ChunkBuffers = field(default_factory=ChunkBuffers)
+    parts: dict[str, Tensor] = field(default_factory=dict)
 
     def run(self, grads: dict[str, Tensor] | None) -> Tensor:
         """Sum the loss; add each chunk's gradients to ``grads`` (hidden by rows, weight and bias in place)."""

@@ -163,10 +163,11 @@ def _add_gated(
     shift_NV = references[gate.origin].logits()
     gate_N = torch.empty_like(target_NV[:, 0])
     for rows in row_blocks(target_NV):
-        log_p_NV, log_r_NV = to_NV[rows].log_softmax(-1), shift_NV[rows].log_softmax(-1)
-        p_NV = log_p_NV.exp()
-        kl_N = torch.linalg.vecdot(p_NV, log_p_NV.sub_(log_r_NV)) - p_NV.sum(-1) + log_r_NV.exp_().sum(-1)
-        gate_N[rows] = kl_N.clamp_min_(0.0).div_(-gate.nats).exp_()
+        p_NV, to_sum_N = _softmax(to_NV[rows])
+        spare_NV, origin_sum_N = _softmax(shift_NV[rows])
+        difference_NV = torch.sub(to_NV[rows], shift_NV[rows], out=spare_NV)
+        kl_N = torch.linalg.vecdot(p_NV, difference_NV) - to_sum_N + origin_sum_N
+        gate_N[rows] = kl_N.clamp_min_(0.0).div_(-gate.nats).exp_().to(gate_N.dtype)
     shift_NV.mul_(gate.coefficients.get(gate.origin, 0.0))
     for role, factor in gate.coefficients.items():
         if role != gate.origin:
@@ -179,50 +180,67 @@ def _block(form: LinearKL, z_NV: Tensor, target_NV: Tensor | None, labels: Tenso
     """Return loss and parts of a few tokens. The student's logits become the gradient; the target's are overwritten."""
     tau, ce_weight = form.temperature, form.ce_weight
     rows_N = torch.arange(len(labels), device=labels.device)
-    log_q_NV = z_NV.log_softmax(-1)
-    ce_N = -log_q_NV[rows_N, labels]
-    values = {"loss": ce_N, "ce": ce_N}
+    q_NV, log_sum_N = _softmax(z_NV)
+    ce_N = (log_sum_N - z_NV[rows_N, labels]).to(z_NV.dtype)
     if target_NV is None:
-        torch.exp(log_q_NV, out=z_NV)
+        z_NV.copy_(q_NV)
+        values = {"loss": ce_N, "ce": ce_N}
     else:
         ce_grad_NV = None
         if tau != 1.0:
-            ce_grad_NV = log_q_NV.exp_() if ce_weight else None
-            log_q_NV = z_NV.div_(tau).log_softmax(-1)
+            ce_grad_NV = q_NV if ce_weight else None
+            q_NV, log_sum_N = _softmax(z_NV.div_(tau))
             target_NV.div_(tau)
-        log_p_NV = target_NV.log_softmax(-1)
         factor, with_ce = (1 - ce_weight) * form.scale / tau, ce_weight if tau == 1.0 else 0.0
-        if form.reverse:
-            kl_N = _reverse_kl(log_p_NV, log_q_NV, z_NV, factor, with_ce)
-        else:
-            kl_N = _forward_kl(log_p_NV, log_q_NV, target_NV, z_NV, factor, with_ce)
+        divergence = _reverse_kl if form.reverse else _forward_kl
+        values = _mixed(form, ce_N, divergence(target_NV, z_NV, q_NV, log_sum_N, factor, with_ce))
         if ce_grad_NV is not None:
             z_NV.add_(ce_grad_NV, alpha=ce_weight)
-        values = _mixed(form, ce_N, kl_N)
     z_NV[rows_N, labels] -= ce_weight
     return values
 
 
+def _softmax(z_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the probabilities, and log Σ exp(z) of each row, in float64 where the device has it."""
+    q_NV = z_NV.softmax(-1)
+    largest_N, largest_q_N = z_NV.amax(-1), q_NV.amax(-1)
+    if z_NV.device.type != "mps":
+        largest_N, largest_q_N = largest_N.double(), largest_q_N.double()
+    # The largest probability is 1 / Σ exp(z − max): no second pass of exponentials.
+    return q_NV, largest_N - largest_q_N.log()
+
+
 def _forward_kl(
-    log_p_NV: Tensor, log_q_NV: Tensor, target_NV: Tensor, z_NV: Tensor, factor: float, ce_weight: float
+    target_NV: Tensor, z_NV: Tensor, q_NV: Tensor, log_sum_N: Tensor, factor: float, ce_weight: float
 ) -> Tensor:
-    """Return KL(p ‖ q), [n]; ``z_NV`` becomes factor · (q − p) + ce_weight · q, and the others are overwritten."""
-    p_NV = torch.exp(log_p_NV, out=target_NV)
-    kl_N = torch.linalg.vecdot(p_NV, log_p_NV.sub_(log_q_NV)) - p_NV.sum(-1)
-    # As in the plain formula (losses.divergences.kl): Σ (q − p) is 0 up to the rounding of the normalisation.
-    q_NV = torch.exp(log_q_NV, out=z_NV)
-    kl_N += q_NV.sum(-1)
+    """Return KL(p ‖ q) of p = softmax(target), [n]; ``z_NV`` becomes factor · (q − p) + ce_weight · q.
+
+    Args:
+        target_NV, z_NV, q_NV: logits of the target, logits and probabilities of the student; overwritten.
+        log_sum_N: of the student's logits.
+        factor, ce_weight: of the gradient.
+    """
+    p_NV, target_sum_N = _softmax(target_NV)
+    kl_N = torch.linalg.vecdot(p_NV, target_NV.sub_(z_NV)) - target_sum_N + log_sum_N
     if factor + ce_weight != 1.0:
         q_NV.mul_(factor + ce_weight)
-    q_NV.sub_(p_NV, alpha=factor)
-    return kl_N
+    torch.sub(q_NV, p_NV, alpha=factor, out=z_NV)
+    return kl_N.to(z_NV.dtype)
 
 
-def _reverse_kl(log_p_NV: Tensor, log_q_NV: Tensor, z_NV: Tensor, factor: float, ce_weight: float) -> Tensor:
+def _reverse_kl(
+    target_NV: Tensor, z_NV: Tensor, q_NV: Tensor, log_sum_N: Tensor, factor: float, ce_weight: float
+) -> Tensor:
     """Return KL(q ‖ p), [n]; ``z_NV`` becomes factor · q (log q − log p − KL) + ce_weight · q, as ``_forward_kl``."""
-    q_NV = torch.exp(log_q_NV, out=z_NV)
-    log_q_NV.sub_(log_p_NV)
-    inner_N = torch.linalg.vecdot(q_NV, log_q_NV)
-    kl_N = inner_N - q_NV.sum(-1) + log_p_NV.exp_().sum(-1)
-    q_NV.mul_(log_q_NV.sub_(inner_N[:, None]).mul_(factor).add_(ce_weight))
-    return kl_N
+    spare_NV, target_sum_N = _softmax(target_NV)
+    difference_NV = torch.sub(z_NV, target_NV, out=spare_NV)
+    inner_N = torch.linalg.vecdot(q_NV, difference_NV)
+    kl_N = inner_N - log_sum_N + target_sum_N
+    # log q − log p − KL is z − target minus its mean under q: the sums of exponentials drop out.
+    if factor != 1.0:
+        difference_NV.mul_(factor)
+    difference_NV.add_(inner_N[:, None], alpha=-factor)
+    if ce_weight:
+        difference_NV.add_(ce_weight)
+    torch.mul(q_NV, difference_NV, out=z_NV)
+    return kl_N.to(z_NV.dtype)

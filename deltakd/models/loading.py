@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from deltakd.io.hub import hub_reachable
 from deltakd.models.causal import check_causal
@@ -33,8 +34,8 @@ def spec_problems(role: str, spec: ModelSpec) -> list[str]:
     found = []
     if spec.init == "random" and not (spec.architecture or {}).get("model_type"):
         found.append(f"{key}.init=random needs {key}.architecture with a model_type (gpt2, llama, ...)")
-    elif spec.init == "random" and (kind := (spec.architecture or {}).get("model_type")) in IMAGE_FAMILIES:
-        found.append(f"{key}.init=random builds text models, and {kind} reads images; give {key}.path")
+    elif spec.init == "random":
+        found += _image_problems(key, spec.architecture or {})
     elif spec.init == "pretrained" and not spec.path:
         found.append(f"{key}.path is missing; give a hub id or a local directory: {key}.path=...")
     elif spec.init == "pretrained" and spec.path:
@@ -42,6 +43,20 @@ def spec_problems(role: str, spec: ModelSpec) -> list[str]:
     if spec.quantization is not None and spec.init == "random":
         found.append(f"{key}.quantization is given for a model from scratch; remove it, or give {key}.path")
     return found + quantization_problems(f"{key}.quantization", spec.quantization)
+
+
+def _image_problems(key: str, architecture: Mapping[str, Any]) -> list[str]:
+    """Return what the architecture of a new image model lacks; its defaults are those of its best-known checkpoint."""
+    if architecture["model_type"] not in IMAGE_FAMILIES:
+        return []
+    needed = ("text_config", "vision_config", "image_token_id")
+    missing = [name for name in needed if architecture.get(name) is None]
+    if not missing:
+        return []
+    return [
+        f"{key}.architecture is that of an image model, and lacks {', '.join(missing)}; give the sizes of its text "
+        "decoder and its vision tower, and the id that the token for an image has in the tokenizer"
+    ]
 
 
 def _path_problems(key: str, path: str) -> list[str]:
@@ -196,16 +211,21 @@ def load_skeleton(
 
 def _architecture(role: str, spec: ModelSpec, vocabulary: int, eos_token_id: int | None) -> PretrainedConfig:
     # A model type's default special tokens belong to its best-known checkpoint, not to this tokenizer.
-    special = {"bos_token_id": eos_token_id, "eos_token_id": eos_token_id, "pad_token_id": None}
-    architecture = special | dict(spec.architecture or {})
+    tokens = {"bos_token_id": eos_token_id, "eos_token_id": eos_token_id, "pad_token_id": None}
+    tokens["vocab_size"] = vocabulary
+    architecture = dict(spec.architecture or {})
     kind = architecture.pop("model_type")
+    if kind in IMAGE_FAMILIES:
+        architecture["text_config"] = tokens | dict(architecture["text_config"])
+    else:
+        architecture = tokens | architecture
     key = f"model.{role}.architecture"
     if kind not in CONFIG_MAPPING:
         near = difflib.get_close_matches(str(kind), CONFIG_MAPPING, n=1)
         hint = f"; the nearest is {near[0]!r}" if near else "; give gpt2, llama, qwen3, ..."
         raise ValueError(f"{key}.model_type is {kind!r}, which transformers does not know{hint}")
     try:
-        return AutoConfig.for_model(kind, vocab_size=vocabulary, **architecture)
+        return AutoConfig.for_model(kind, **architecture)
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise ValueError(f"{key} is no {kind}: {' '.join(str(error).split())}; correct its keys") from None
 
@@ -216,6 +236,4 @@ def _build_model(
     config = _architecture(role, spec, vocabulary, eos_token_id)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(
-            config, dtype=DTYPES[spec.dtype], attn_implementation=attn_implementation
-        )
+        return auto_class(config).from_config(config, dtype=DTYPES[spec.dtype], attn_implementation=attn_implementation)

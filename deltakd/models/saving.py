@@ -10,7 +10,7 @@ from typing import Any
 import accelerate.utils.other
 from transformers import PreTrainedTokenizerBase
 
-from deltakd.data.encoding.images import reader_beside
+from deltakd.data.encoding.image_reader import reader_beside
 from deltakd.io.files import replacing
 from deltakd.models.export_check import ExportCheck
 from deltakd.models.image_models import reads_images

@@ -41,6 +41,9 @@ def data_identity(
         "data": data.identity,
         "sets": {"train": sets.train.fingerprint, "val": None if sets.val is None else sets.val.fingerprint},
     }
+    reader = sets.image_reader
+    if reader is not None:
+        found["processor"] = fingerprint(reader.identity)
     if teachers is not None:
         template = data.teachers_coding(teachers).template
         found["other"] = {"tokenizer": tokenizer_fingerprint(teachers), "template": fingerprint(repr(template))}
@@ -161,9 +164,11 @@ def data_problems(content: Mapping[str, Any], given: Mapping[str, Any], path: ob
     for key, own, other in (
         ("tokenizer", "the student's tokenizer", "the teachers' tokenizer"),
         ("template", "data.template", "data.teacher_template"),
+        ("processor", "the student's image processor", ""),
     ):
-        if given[key] != content[key]:
-            found.append(differs(own, f"another one ({given[key][:12]})", content[key][:12], path))
+        if given.get(key) != content.get(key):
+            here, there = (str(side.get(key, "of no images"))[:12] for side in (given, content))
+            found.append(differs(own, f"another one ({here})", there, path))
         if other_here.get(key) != other_there.get(key):
             here, there = (str(side.get(key, "the student's"))[:13] for side in (other_here, other_there))
             found.append(differs(other, here, there, path))

@@ -18,22 +18,20 @@ from deltakd.types import Batch
 KEY_BYTES = 16
 
 
-def row_key(*tokens: NDArray[Any]) -> bytes:
-    """Return a 128-bit hash of a row's T token ids and labels, without padding; with two tokenizers, of both sides'."""
+def row_key(*tokens: NDArray[Any], images: bytes = b"") -> bytes:
+    """Return a 128-bit hash of a row's T token ids and labels, without padding; with two tokenizers, of both sides'.
+
+    ``images`` is the digest of its images, if it has any: their tokens are the same whatever they show.
+    """
     digest = hashlib.blake2b(digest_size=KEY_BYTES)
     for array in tokens:
         digest.update(array.astype("<i4", copy=False).tobytes())
+    digest.update(images)
     return digest.digest()
 
 
 def keys_of_set(encoded: EncodedSet) -> NDArray[np.uint8]:
-    """Return [n, 16], the keys of all rows of a set.
-
-    Raises:
-        ValueError: rows hold images, which their tokens don't tell apart.
-    """
-    if encoded.images is not None:
-        raise ValueError("rows hold images, and a cache finds rows by their tokens alone; give reference=live")
+    """Return [n, 16], the keys of all rows of a set."""
     return keys_of_rows(encoded, range(len(encoded)))
 
 
@@ -47,7 +45,8 @@ def keys_of_rows(encoded: EncodedSet, rows: Iterable[int]) -> NDArray[np.uint8]:
             yield side.input_ids[of[row] : of[row + 1]]
             yield side.labels[of[row] : of[row + 1]]
 
-    return as_keys(row_key(*tokens(row)) for row in rows)
+    images = encoded.images
+    return as_keys(row_key(*tokens(row), images=b"" if images is None else images.digest(row)) for row in rows)
 
 
 def keys_of_batch(batch: Batch) -> NDArray[np.uint8]:
@@ -62,10 +61,14 @@ def keys_of_batch(batch: Batch) -> NDArray[np.uint8]:
         )
         for stream in streams
     ]
-    return as_keys(
-        row_key(*(of_BT[row, : lengths[row]] for ids_BT, labels_BT, lengths in sides for of_BT in (ids_BT, labels_BT)))
-        for row in np.flatnonzero(labelled)
-    )
+
+    def tokens(row: int) -> Iterator[NDArray[Any]]:
+        for ids_BT, labels_BT, lengths in sides:
+            yield ids_BT[row, : lengths[row]]
+            yield labels_BT[row, : lengths[row]]
+
+    images = batch.image_digests or [b""] * len(labelled)
+    return as_keys(row_key(*tokens(row), images=images[row]) for row in np.flatnonzero(labelled).tolist())
 
 
 def as_keys(keys: Iterable[bytes]) -> NDArray[np.uint8]:

@@ -185,13 +185,14 @@ class LogProbFiles:
             raise ValueError("the record has no input_ids, by which it is matched with blocks of text")
         if self._encoded is None:
             self._encoded = self._data.encode(self._sources, self._tokenizer)
-        places = np.flatnonzero(self._encoded.row_ids == number)
-        if len(places) > 1:
+        # Rows come in the order of their records.
+        first, stop = np.searchsorted(self._encoded.row_ids, [number, number + 1]).tolist()
+        if stop - first > 1:
             raise ValueError(
-                f"the record becomes {len(places)} rows of its own (several answers, or data.split_turns), and has one "
-                "list of log-probs"
+                f"the record becomes {stop - first} rows of its own (several answers, or data.split_turns), and has "
+                "one list of log-probs"
             )
-        return self._encoded[int(places[0])].input_ids if len(places) else None
+        return self._encoded[first].input_ids if stop > first else None
 
     def _check(self, sets: LoadedSets, k: int | None) -> int:
         """Compare with the rows that are trained on; return K.

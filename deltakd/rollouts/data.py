@@ -104,18 +104,7 @@ class RolloutData(DistillationData):
     def _make_sampler(self, rank: int, world_size: int) -> Sampler:
         assert self.batch_size is not None
         rows = self.batch_size * self.accumulate * world_size
-        prompts, over = divmod(rows, self.settings.per_prompt * (2 if self.pairs else 1))
-        if over:
-            raise ValueError(
-                f"an optimiser step has {rows} rows{' in pairs' if self.pairs else ''}, which is no multiple of "
-                f"rollout.per_prompt = {self.settings.per_prompt}; change it, data.batch_size or "
-                "trainer.accumulate_grad_batches"
-            )
-        if not round(self.settings.fraction * prompts):
-            raise ValueError(
-                f"rollout.fraction is {self.settings.fraction:g} of {prompts} rows a step, less than half a row; "
-                "raise it, or give rollout=none"
-            )
+        prompts = self.settings.prompts_per_step(rows, self.pairs)
         # The loader deals out a step's prompts once the lengths of their responses are known.
         return StepSampler(
             self.train.lengths,

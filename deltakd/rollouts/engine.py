@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, final
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from deltakd.data.batches.loader import collate
+from deltakd.data.encoding.images import RowImages, read_images
 from deltakd.distributed.sharding import gathered, place
 from deltakd.generation.generator import Sampled, sample
 from deltakd.generation.model_step import Mixture, end_tokens, mixed_log_probs
@@ -32,10 +34,12 @@ class Request:
     Args:
         prompt: its tokens.
         keys: one noise key per response, made of row, step and response number.
+        images: of the prompt; None: it has none.
     """
 
     prompt: Sequence[int]
     keys: Sequence[NoiseKey]
+    images: RowImages | None = None
 
 
 class Engine(Protocol):
@@ -115,27 +119,35 @@ class OwnEngine:
             vocab_size=self._vocabulary,
             pad_id=pad_id(self._tokenizer, self._vocabulary),
             longest=self._longest,
+            static_cache=self._settings.static_cache,
             mixture=None if teacher is None else Mixture(teacher.hf, self._settings.teacher_weight),
+            images=None if all(request.images is None for request in requests) else partial(_read_images, requests),
         )
         return [
-            [self._response(student, teacher, request.prompt, one) for one in own]
+            [self._response(student, teacher, request, one) for one in own]
             for request, own in zip(requests, answers, strict=True)
         ]
 
     def _response(
-        self, student: LanguageModel, teacher: LanguageModel | None, prompt: Sequence[int], answer: Sampled
+        self, student: LanguageModel, teacher: LanguageModel | None, request: Request, answer: Sampled
     ) -> Response:
         response = Response(answer.tokens, answer.finished)
         if not self._log_probs:
             return response
         # One row at a time, so its log-probs depend on neither batching nor ranks.
-        batch = collate([answered(0, prompt, response)], 0, 0, 0)
+        batch = collate([answered(0, request.prompt, response, images=request.images)], 0, 0, 0)
         log_probs_N = _label_log_probs(student, batch)
         if teacher is not None:
             with torch.autocast(next(teacher.parameters()).device.type, enabled=False):
                 of_teacher_N = _label_log_probs(teacher, batch)
             log_probs_N = mixed_log_probs(log_probs_N, of_teacher_N, self._settings.teacher_weight)
         return Response(answer.tokens, answer.finished, log_probs_N.numpy())
+
+
+def _read_images(requests: Sequence[Request], places: Sequence[int]) -> dict[str, Tensor] | None:
+    """Return the tensors of the images of some prompts."""
+    held = [(images, requests[place].prompt) for place in places if (images := requests[place].images) is not None]
+    return read_images([images for images, _ in held], [prompt for _, prompt in held])
 
 
 def _label_log_probs(model: LanguageModel, batch: Batch) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from deltakd.data.encoding.encoded_set import Encoded, flatten
+from deltakd.data.encoding.images import RowImages
 from deltakd.types import IGNORE_INDEX
 
 
@@ -157,10 +158,16 @@ def _before(row: Encoded, starts: Sequence[int]) -> list[int]:
     return row.input_ids[: starts[-1]] if starts else row.input_ids
 
 
-def answered(row_id: int, prompt: Sequence[int], response: Response, route: int | None = None) -> Encoded:
-    """Return the row that trains the student on its own response; ``route`` is as of an ``Encoded``."""
+def answered(
+    row_id: int,
+    prompt: Sequence[int],
+    response: Response,
+    route: int | None = None,
+    images: RowImages | None = None,
+) -> Encoded:
+    """Return the row that trains the student on its own response; ``route`` and ``images`` are as of an ``Encoded``."""
     labels = [IGNORE_INDEX] * len(prompt) + response.tokens
-    return Encoded([*prompt, *response.tokens], labels, row_id, route)
+    return Encoded([*prompt, *response.tokens], labels, row_id, route, images=images)
 
 
 def last_response(row: Encoded) -> Encoded:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from deltakd.data.batches.ahead import begun_ahead
-from deltakd.data.batches.loader import collate, saved_position
+from deltakd.data.batches.loader import collate, image_row_of, saved_position
 from deltakd.data.batches.sampler import StepSampler
 from deltakd.data.encoding.encoded_set import Encoded, EncodedSet
+from deltakd.data.encoding.images import RowImages
 from deltakd.data.encoding.two_tokenizers import TwoTokenizers
 from deltakd.generation.noise import NoiseKey
 from deltakd.rollouts.engine import Engine, Request
@@ -92,6 +93,7 @@ class RolloutLoader:
         self.accumulate = accumulate
         self.rank = rank
         self.world_size = world_size
+        self._image_row = image_row_of(encoded, world_size)
         self.seed = seed
         self.pairs = pairs
         self.tokenizers = tokenizers
@@ -178,11 +180,17 @@ class RolloutLoader:
         given = [_Row(row) for row, turn in self._turns(step) if turn >= plan.own]
         return _shortest_first((row,) for row in (*own, *given))
 
+    def _images(self, one: Kept) -> RowImages | None:
+        return None if self.encoded.images is None else self.encoded.images.of_row(one.row_id)
+
     def _own_rows(self, kept: Sequence[Kept]) -> list[_Row]:
         """Return the rows that train on these responses of the student."""
         if self.tokenizers is None:
             return [
-                _Row(answered(one.row_id, one.prompts.own, one.response, one.route), one.response.log_probs)
+                _Row(
+                    answered(one.row_id, one.prompts.own, one.response, one.route, self._images(one)),
+                    one.response.log_probs,
+                )
                 for one in kept
             ]
         rows, broken = [], 0
@@ -233,6 +241,7 @@ class RolloutLoader:
             Request(
                 prompt_of(row),
                 [NoiseKey(self.seed, row.row_id, step + 1, number) for number in range(self.settings.per_prompt)],
+                row.images,
             )
             for row, turn in self._turns(step)
             if turn < fresh
@@ -247,7 +256,7 @@ class RolloutLoader:
         return [(self.encoded[int(place)], int(turn)) for place, turn in zip(rows, turns, strict=True)]
 
     def _batch(self, rows: Sequence[_Row], step: int, step_tokens: int) -> Batch:
-        batch = collate([row.encoded for row in rows], self.pad_id, step, step_tokens)
+        batch = collate([row.encoded for row in rows], self.pad_id, step, step_tokens, image_row=self._image_row)
         if any(row.log_probs is not None for row in rows):
             batch.sampled_log_probs = _aligned(rows, batch.labels)
         return batch

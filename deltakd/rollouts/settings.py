@@ -30,6 +30,7 @@ class RolloutSettings:
         teacher_weight: α of the mixture.
         replay: responses of earlier steps that are trained on again, and an adaptive share.
         batch_size: responses generated together, per process.
+        static_cache: decode with a key-value cache of a fixed size, whose steps a GPU replays as one CUDA graph.
         decoding: how tokens are chosen.
         engine: ``own``: the student in memory writes the responses; ``vllm``: a vLLM server with its weights does.
         vllm: that server.
@@ -42,6 +43,7 @@ class RolloutSettings:
     teacher_weight: Annotated[float, Gt(0), Lt(1)] = 0.2
     replay: ReplaySettings = field(default_factory=ReplaySettings)
     batch_size: Positive = 32
+    static_cache: Annotated[bool, Resume.FREE] = False
     decoding: Decoding = field(default_factory=Decoding)
     engine: Literal["own", "vllm"] = "own"
     vllm: Annotated[VllmSettings, Resume.FREE] = field(default_factory=VllmSettings)
@@ -97,6 +99,10 @@ class RolloutSettings:
                 f"rollout.per_prompt is {self.per_prompt} and the student's share of rows {share}: rows of the data "
                 "have one response; give rollout.per_prompt=1, or rollout.fraction=1 without rollout.replay.adaptive"
             )
+        if self.static_cache and self.on_policy and self.engine == "vllm":
+            found.append(
+                "rollout.static_cache=true is for rollout.engine=own; a vLLM server has its own cache: leave it out"
+            )
         if self.per_prompt > 1 and not self.decoding.do_sample:
             found.append(
                 f"rollout.per_prompt is {self.per_prompt}, but without sampling all responses to a prompt are the "
@@ -104,11 +110,35 @@ class RolloutSettings:
             )
         return found
 
+    def prompts_per_step(self, rows: int, pairs: bool) -> int:
+        """Return the number of prompts that fill an optimiser step of ``rows`` rows over all ranks.
+
+        Args:
+            rows: data.batch_size times accumulated micro-batches times ranks.
+            pairs: each response of the student comes with the data's.
+
+        Raises:
+            ValueError: none does, or too few are the student's.
+        """
+        prompts, over = divmod(rows, self.per_prompt * (2 if pairs else 1))
+        if over:
+            raise ValueError(
+                f"an optimiser step has {rows} rows{' in pairs' if pairs else ''}, which is no multiple of "
+                f"rollout.per_prompt = {self.per_prompt}; change it, data.batch_size or trainer.accumulate_grad_batches"
+            )
+        if not round(self.fraction * prompts):
+            raise ValueError(
+                f"rollout.fraction is {self.fraction:g} of {prompts} rows a step, less than half a row; raise it, or "
+                "give rollout=none"
+            )
+        return prompts
+
     def _unused_problems(self) -> list[str]:
         """Return a sentence if settings of rollouts are given and nothing is rolled out."""
         given = {
             "source=mixture": self.source == "mixture",
             "engine=vllm": self.engine == "vllm",
+            "static_cache=true": self.static_cache,
             f"replay.size={self.replay.size}": self.replay.size > 0,
             "replay.adaptive=true": self.replay.adaptive,
         }

@@ -146,7 +146,11 @@ class VllmEngine:
         if self._facts.sleeps:
             self._server.post("/wake_up", tags="kv_cache")
         # Requests that an earlier, killed run left there must not keep blocks of the former weights.
-        self._server.post("/reset_prefix_cache", reset_running_requests=True)
+        answer = self._server.post("/reset_prefix_cache", reset_running_requests=True)
+        if isinstance(answer, dict) and answer.get("success") is False:
+            raise LostServerError(
+                f"the server {self._server.url} did not empty its prefix cache: requests still hold it"
+            )
         return time.perf_counter() - started
 
     @property

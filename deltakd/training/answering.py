@@ -16,6 +16,7 @@ from deltakd.models.roles import open_tokenizer, open_vocabularies
 from deltakd.tracking.environment import costs_since, environment
 from deltakd.training.announce import warn_of_verbatim_prompts
 from deltakd.training.assembly import open_role
+from deltakd.training.image_check import check_image_models
 from deltakd.training.settings import RESUME_POLICY, RunSettings
 from deltakd.types import TEACHER
 
@@ -26,8 +27,9 @@ def run_answers(settings: RunSettings, run_dir: Path) -> dict[str, Any]:
     """Let the teacher answer every prompt that a training run with these settings would train on.
 
     The prompts are those of ``data`` (with its exclusions, subset and limit, without held-out validation rows),
-    tokenised as in training. Decoding follows ``evaluation.decoding`` with the first of ``evaluation.seeds``. In a
-    conversation only the last answer is replaced; earlier answers stay.
+    tokenised as in training; a teacher with another tokenizer reads them in its own template. Decoding follows
+    ``evaluation.decoding`` with the first of ``evaluation.seeds``. In a conversation only the last answer is replaced;
+    earlier answers stay.
 
     Writes to ``run_dir``: ``answers/`` (every answer; existing ones are kept), ``train.jsonl`` (the rows with new
     answers, without those that are empty or lack EOS), ``val.jsonl`` (the rows held out by ``data.val_size``,
@@ -67,9 +69,13 @@ def _load(settings: RunSettings, path: str, directory: RunDirectory) -> Answerin
     assert isinstance(data, InstructionData)
     data.make_files()
     tokenizer = open_tokenizer(settings.model, directory.path / "tokenizer")
-    vocabularies = open_vocabularies(settings.model, settings.specs, tokenizer)
+    # A teacher with another tokenizer answers in its own: only its text goes on.
+    vocabularies = open_vocabularies(settings.model, settings.specs, tokenizer, aligns=True)
     rows = data.read(tokenizer)
+    check_image_models(settings, rows.train, tokenizer)
     warn_of_verbatim_prompts(data, rows.train)
     teacher = open_role(settings, TEACHER, tokenizer, vocabularies).to(choose_device(settings.trainer.accelerator))
     shown = settings.trainer.enable_progress_bar
-    return Answering(path, data, settings.evaluation, rows, tokenizer, vocabularies.size, teacher, shown)
+    asked = data if vocabularies.other is None else data.for_teachers()
+    its_tokenizer = vocabularies.other or tokenizer
+    return Answering(path, asked, settings.evaluation, rows, its_tokenizer, vocabularies.of(TEACHER), teacher, shown)

@@ -13,6 +13,7 @@ from deltakd.data import InstructionData, LoadedSets
 from deltakd.data.encoding.two_tokenizers import Coding, TwoTokenizers
 from deltakd.data.routing import routed, with_tasks
 from deltakd.distributed.ranks import is_main_process, main_process_first
+from deltakd.distributed.strategies import count_ranks
 from deltakd.evaluation.retention import check_retained
 from deltakd.evaluation.sets import CheckedSets, read_checked_sets
 from deltakd.io.errors import ConfigError
@@ -110,6 +111,7 @@ def load_parts(settings: RunSettings, directory: RunDirectory) -> Parts:
     """
     # Our own random draws have explicit seeds; this global one is for libraries.
     L.seed_everything(settings.seed, verbose=False)
+    _check_rollout_rows(settings)
     if is_main_process():
         announce_models(settings)
         warn_of_extrapolation(settings.loss)
@@ -188,6 +190,15 @@ def two_tokenizers(
     data = settings.data
     student = Coding(data.make_template(tokenizer), tokenizer, data.max_length, data.max_prompt_length)
     return TwoTokenizers(student, data.teachers_coding(vocabularies.other))
+
+
+def _check_rollout_rows(settings: RunSettings) -> None:
+    """Raise ValueError if responses can't fill an optimiser step; how many rows it has depends on the devices."""
+    trainer, batch_size = settings.trainer, settings.data.batch_size
+    if settings.rollout.on_policy and batch_size is not None:
+        ranks = count_ranks(trainer.accelerator, trainer.devices, trainer.num_nodes)
+        rows = batch_size * trainer.accumulate_grad_batches * ranks
+        settings.rollout.prompts_per_step(rows, settings.loss.needs_pairs)
 
 
 def _check_server(settings: RunSettings, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:

@@ -26,6 +26,7 @@ from deltakd.references.outside import LogProbSource, outside_problems
 from deltakd.tracking.environment import costs_since, environment
 from deltakd.training.assembly import check_tokens, open_references, open_role, read_vocabularies
 from deltakd.training.elsewhere import open_cache
+from deltakd.training.image_check import check_images
 from deltakd.training.settings import RunSettings
 from deltakd.types import STUDENT
 
@@ -88,6 +89,7 @@ def _load(settings: RunSettings) -> tuple[Caching, CacheStore]:
     tokenizer = open_tokenizer(settings.model, path / "tokenizer")
     vocabularies = read_vocabularies(settings, tokenizer)
     sets = settings.data.load(tokenizer, teachers=vocabularies.other)
+    check_images(settings, sets)
     check_tokens(sets, tokenizer, vocabularies)
     given = data_identity(settings.data, tokenizer, sets, vocabularies.other)
     store = None

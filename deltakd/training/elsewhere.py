@@ -24,6 +24,7 @@ from deltakd.references.content import (
 )
 from deltakd.references.serving.connection import ServerConnection
 from deltakd.references.serving.secret import read_token
+from deltakd.training.image_check import server_problems
 from deltakd.training.settings import RunSettings
 from deltakd.types import STUDENT
 
@@ -52,7 +53,7 @@ def open_elsewhere(
     """
     if settings.cache is not None:
         return _cached(settings, tokenizer, sets, teachers)
-    return None if settings.served is None else _served(settings, tokenizer)
+    return None if settings.served is None else _served(settings, tokenizer, sets)
 
 
 def open_cache(
@@ -98,7 +99,7 @@ def student_vocabulary(settings: RunSettings, tokenizer: PreTrainedTokenizerBase
     return open_vocabularies(settings.model, {STUDENT: settings.model.specs[STUDENT]}, tokenizer).size
 
 
-def _served(settings: RunSettings, tokenizer: PreTrainedTokenizerBase) -> ServedReferences:
+def _served(settings: RunSettings, tokenizer: PreTrainedTokenizerBase, sets: LoadedSets) -> ServedReferences:
     """Reach the server of a run's references, and check that it holds what the config names.
 
     Raises:
@@ -112,6 +113,9 @@ def _served(settings: RunSettings, tokenizer: PreTrainedTokenizerBase) -> Served
     device = choose_device(settings.trainer.accelerator, settings.trainer.devices)
     connection = ServerConnection(given.address, token, settings.loss.requires, given.wait_s, given.transport, device)
     problems = _server_problems(settings, tokenizer, connection.content)
+    reader = sets.image_reader
+    if reader is not None:
+        problems += server_problems(reader, connection.content, given.url)
     if problems:
         connection.close()
         raise ConfigError(problems)

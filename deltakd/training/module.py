@@ -20,7 +20,7 @@ from deltakd.distributed.sharding import (
     shard_by_blocks,
     whole_parameters,
 )
-from deltakd.distributed.strategies import loss_factor, optimizer_class
+from deltakd.distributed.strategies import autocast_dtype, loss_factor, optimizer_class
 from deltakd.distributed.zero import ZeroStrategy
 from deltakd.kernels import KernelOptions
 from deltakd.models import LanguageModel
@@ -91,7 +91,8 @@ class DistillationModule(L.LightningModule):
     def configure_model(self) -> None:
         """Shard the step if the strategy is FSDP2."""
         if self.device_mesh is not None and not is_sharded(self.step):
-            shard_by_blocks(self.step, self.device_mesh["data_parallel"])
+            autocast = autocast_dtype(str(self.trainer.precision))
+            shard_by_blocks(self.step, self.device_mesh["data_parallel"], autocast=autocast)
 
     @contextmanager
     def whole_student(self) -> Iterator[LanguageModel]:
@@ -285,9 +286,24 @@ class DistillationModule(L.LightningModule):
         self._warn_of_rounding()
         kind = optimizer_class(self.trainer.strategy)
         optimizer, scheduler = self.optim.build(
-            self.student, self.total_steps, kind, self.seed, self.step.loss_part, self.step.loss.trainable_lr
+            self.student,
+            self.total_steps,
+            kind,
+            self.seed,
+            self.step.loss_part,
+            self.step.loss.trainable_lr,
+            fused=kind is torch.optim.AdamW and self._may_fuse,
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @property
+    def _may_fuse(self) -> bool:
+        """True where PyTorch would loop over the weights: on a CPU, where a pass takes an eighth of the time.
+
+        Under mixed precision Lightning refuses to clip for fused optimisers, which may unscale gradients themselves.
+        """
+        whole = self.device_mesh is None and not isinstance(self.trainer.strategy, ZeroStrategy)
+        return whole and self.device.type == "cpu" and str(self.trainer.precision) in ("32-true", "64-true")
 
     def _warn_of_rounding(self) -> None:
         # In half precision DeepSpeed adds the updates to float32 weights of its own.

@@ -75,6 +75,7 @@ class AdamW:
         seed: int = 0,
         loss_part: nn.Module | None = None,
         loss_lr: float | None = None,
+        fused: bool = False,
     ) -> tuple[torch.optim.Optimizer, Any]:
         """Return the optimiser over the trainable parameters, and its scheduler, stepped once per optimiser step.
 
@@ -85,6 +86,7 @@ class AdamW:
             seed: of the noise of stochastic rounding.
             loss_part: the trained part of the loss.
             loss_lr: its peak learning rate; None: the student's.
+            fused: update in one pass over the weights, which PyTorch's AdamW can; for ``half_weights=nearest``.
         """
         groups = self._groups(model)
         if loss_part is not None:
@@ -92,7 +94,7 @@ class AdamW:
         options: dict[str, Any] = {"lr": self.lr, "betas": (self.betas[0], self.betas[1]), "eps": self.eps}
         given = [group for group in groups if group["params"]]
         if self.half_weights == "nearest":
-            optimizer = kind(given, **options)
+            optimizer = kind(given, **(options | {"fused": True} if fused else options))
         else:
             # With DTensor, which a run of float32 weights need not import.
             from deltakd.training.half_precision import HalfPrecisionAdamW

@@ -23,6 +23,7 @@ from deltakd.references.serving.secret import read_token
 from deltakd.references.serving.team import join_team
 from deltakd.training.assembly import open_references
 from deltakd.training.elsewhere import student_vocabulary
+from deltakd.training.image_check import served_images
 from deltakd.training.settings import RunSettings
 from deltakd.training.threads import choose_threads
 
@@ -96,6 +97,7 @@ def _content(
         "student_vocabulary": student_vocabulary(settings, tokenizer),
         "positions": min(limits, default=None),
         "packing": settings.data.packing,
+        "images": served_images(settings, tokenizer, dist.get_world_size() if dist.is_initialized() else 1),
         "k": None,
         "temperature": None,
         "models": {role: model_identity(spec) for role, spec in specs.items() if spec is not None},

@@ -8,7 +8,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from deltakd.kernels import Buckets, KernelOptions, aligned_loss, chunked_loss
+from deltakd.kernels import Buckets, ChunkBuffers, KernelOptions, aligned_loss, chunked_loss
 from deltakd.models import LanguageModel
 from deltakd.references import References, RoutedHeads
 from deltakd.types import STUDENT, AlignedTokens, Batch, Head, Loss, TokenFacts, TokenMap
@@ -54,6 +54,7 @@ class DistillationStep(nn.Module):
         self.loss_part = loss.trainable
         self.kernels = kernels or KernelOptions()
         self._token_map = token_map
+        self._chunk_buffers = ChunkBuffers()
         self._router_aux_loss_coef = router_aux_loss_coef
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -103,6 +104,8 @@ class DistillationStep(nn.Module):
             buckets=buckets,
             facts=facts,
             options=self.kernels,
+            # A GPU's allocator keeps memory itself, and lends it to the backward pass.
+            buffers=self._chunk_buffers if labels.device.type == "cpu" else None,
         )
 
     def _token_map_on(self, batch: Batch) -> TokenMap:

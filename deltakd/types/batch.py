@@ -168,6 +168,7 @@ class Batch(TokenStream):
             student's after it. None: rows are not in pairs.
         cached: what a cache of references holds for the rows, read ahead; None: it is read when it is needed.
         asked: number of the request sent ahead to a server of references; None: it is sent when the step starts.
+        image_digests: what identifies the images of each row, b"" if it has none; None: no row has any.
     """
 
     row_ids: Tensor
@@ -179,6 +180,7 @@ class Batch(TokenStream):
     pairs: StepPairs | None = None
     cached: dict[str, Tensor] | None = None
     asked: int | None = None
+    image_digests: list[bytes] | None = None
 
     @property
     def facts_N(self) -> TokenFacts:

@@ -52,9 +52,27 @@ PARTS = (
     Part("correctness", 80, ("correctness.py",), ("--steps", "6")),
     Part(
         "step_qwen",
-        110,
+        90,
         ("step.py", "--shape", "qwen", "--batch", "16", "--steps", "8", "--contestants", *QWEN),
         ("--shape", "tiny_qwen", "--batch", "4", "--length", "32", "--steps", "2"),
+    ),
+    Part(
+        "generation",
+        40,
+        ("generation.py",),
+        (
+            "--shapes",
+            "tiny_gpt2",
+            "tiny_qwen",
+            "--batch",
+            "4",
+            "--prompt",
+            "8",
+            "--new_tokens",
+            "8",
+            "--dtype",
+            "float32",
+        ),
     ),
 )
 

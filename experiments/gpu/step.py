@@ -19,6 +19,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import trl_gkd
 from common import Results, peak_gib, seconds_of, wait
 from loss import loss_named, products
 from worlds import SHAPES, make_cache, make_model, make_rows
@@ -34,10 +35,11 @@ from deltakd.training.module import DistillationModule
 from deltakd.training.optim import AdamW
 from deltakd.types import STUDENT, Batch, Head
 
-#: Name -> loss, references, LoRA.
+#: Name -> loss, references (or TRL's whole step), LoRA.
 CONTESTANTS = {
     "sft": ("sft", "live", False),
     "kd": ("kd", "live", False),
+    "kd_by_trl": ("kd", "trl", False),
     "delta_kd": ("delta_kd", "live", False),
     "delta_kd_cached": ("delta_kd", "cached", False),
     "sft_lora": ("sft", "live", True),
@@ -130,6 +132,8 @@ def head_products(student: LanguageModel, references: References | None, batch: 
 def measure(name: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Train one contestant and take its step apart."""
     loss_name, source, lora = CONTESTANTS[name]
+    if source == "trl" and (reason := trl_gkd.missing()) is not None:
+        return {"skipped": reason}
     shape, loss = SHAPES[options.shape], loss_named(loss_name)
     rows = make_rows(2 * options.batch, options.length, shape.vocabulary)
     torch.manual_seed(0)
@@ -138,20 +142,24 @@ def measure(name: str, options: argparse.Namespace, folder: Path) -> dict[str, A
         student = LanguageModel(add_lora(student.causal_lm, LoraSpec()).to(options.device), shape.vocabulary)
     references: References | None = None
     if loss.requires:
+        teachers = {
+            role: make_model(shape, role, options.device, torch.bfloat16, options.length)
+            for role in sorted(loss.requires)
+            if not (lora and role == "student_raw")
+        }
         live = LiveReferences(
-            {
-                role: make_model(shape, role, options.device, torch.bfloat16, options.length)
-                for role in sorted(loss.requires)
-                if not (lora and role == "student_raw")
-            },
+            teachers,
             adapted_student=student if lora and "student_raw" in loss.requires else None,
         )
         live.to(torch.device(options.device))
         references = live
+        if source == "trl":
+            batch = collate([rows[row] for row in range(options.batch)], 0, 0, 1).to(options.device)
+            return trl_gkd.measure(student, teachers["teacher"], batch, options.precision)
         if source == "cached":
             references = make_cache(folder / "cache", live, rows, options.batch, options.device)
             references.to(torch.device(options.device))
-            del live
+            del live, teachers
     batch = collate([rows[row] for row in range(options.batch)], 0, 0, 1).to(options.device)
     steps = WARM_UP + options.steps + COUNTED
     data = DistillationData(rows, None, 0, options.batch, 1, seed=0, max_epochs=None, max_steps=steps)

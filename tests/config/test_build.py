@@ -103,6 +103,16 @@ def test_a_value_of_another_type_is_told_alone(override: str, message: str, worl
 
 
 @pytest.mark.parametrize(
+    ("strategy", "precision"), [("fsdp", "16-mixed"), ("fsdp", "64-true"), ("deepspeed_zero2", "64")]
+)
+def test_precisions_that_a_strategy_does_not_train_in_are_told(
+    strategy: str, precision: str, world: World, tmp_path: Path
+) -> None:
+    (problem,) = told(world, tmp_path, f"strategy={strategy}", f"trainer.precision={precision}")
+    assert f"trainer.precision={precision} does not go with strategy.name={strategy.split('_')[0]}; give" in problem
+
+
+@pytest.mark.parametrize(
     ("overrides", "variables", "message"),
     [
         (["mode=on"], {}, "logger.wandb.mode is 'on'; it must be auto, online, offline, disabled"),

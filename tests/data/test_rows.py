@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from typing import Any
 
 import pytest
 
@@ -183,3 +184,32 @@ def test_row_as_text() -> None:
 )
 def test_keys_that_nobody_reads(record: dict, unread: list[str]) -> None:
     assert unread_keys(record) == unread
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"images": ["a.png"], "messages": [{"role": "user", "content": [
+            {"type": "image"}, {"type": "text", "text": "what?"}]}]},
+        {"images": [{"bytes": None, "path": "a.png"}], "messages": [{"role": "user", "content": "<image>\nwhat?"}]},
+        {"image": "a.png", "conversations": [{"from": "human", "value": "<image>\nwhat?"}]},
+        {"messages": [{"role": "user", "content": [
+            {"type": "image_url", "image_url": {"url": "file://a.png"}}, {"type": "text", "text": "what?"}]}]},
+    ],
+)  # fmt: skip
+def test_images_come_in_the_turns_or_in_a_column(record: dict[str, Any]) -> None:
+    key = "conversations" if "conversations" in record else "messages"
+    record = record | {key: [*record[key], {"role": "assistant", "content": "red"}]}
+    [asked, _] = parse_row(record, "", 0).messages or ()
+    assert asked["content"] == [{"type": "image", "image": "a.png"}, {"type": "text", "text": "what?"}]
+    assert unread_keys(record) == []
+
+
+def test_images_of_a_column_need_as_many_places() -> None:
+    turns = [{"role": "user", "content": "<image> and <image>?"}, {"role": "assistant", "content": "red"}]
+    with pytest.raises(ValueError, match="images holds 1 images, and the turns have 2 places"):
+        parse_row({"images": ["a.png"], "messages": turns}, "", 0)
+    blind = {"images": ["a.png"], "messages": [{"role": "user", "content": "what?"}, turns[1]]}
+    assert parse_row(blind, "", 0).images == ()
+    assert unread_keys(blind) == ["images"]
+    assert parse_row({"messages": turns}, "", 0).question == "<image> and <image>?"

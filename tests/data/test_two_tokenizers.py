@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -338,3 +339,14 @@ def test_rows_are_kept_for_the_next_run_by_both_tokenizers(tmp_path: Path, monke
     monkeypatch.setattr("deltakd.data.encoding.two_tokenizers.encode_batch", None)
     again = encode_rows(rows, BARE, first, teachers=Coding(BARE, second, 60, 9), **limits)
     assert list(again) == list(made)
+
+
+def test_long_texts_that_differ_early_and_late_are_aligned_between_in_time_that_grows_slowly() -> None:
+    draw = random.Random(3)
+    words = [f"{draw.choice('abcdef') * draw.randint(1, 5)}{number}" for number in range(300)]
+    shared = [part for _ in range(6_000) for part in (" ", draw.choice(words))]
+    started = time.process_time()
+    spans, _ = align(["½", *shared, " ", "½", *shared[:99], "½"], ["1/2", *shared, " ", "1/2", *shared[:99], "1/2"])
+    assert [place for place, span in enumerate(spans) if span == UNALIGNED] == [0, 12_002, 12_102]
+    # Comparing all pairs of pieces would take four seconds.
+    assert time.process_time() - started < 2

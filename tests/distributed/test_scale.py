@@ -204,6 +204,39 @@ def test_half_precision_weights_go_on(strategy: str, half_weights: str, world: W
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [
+        ([], 1e-5),
+        (["model.gradient_checkpointing=true"], 1e-5),
+        (["data.batch_size=2", "trainer.accumulate_grad_batches=2"], 1e-5),
+        (["model/lora=default"], 1e-3),  # adapters take their input in the dtype of their weights
+        (["trainer.compile=true"], 1e-3),
+    ],
+)
+def test_under_autocast_sharded_weights_are_those_of_ddp(
+    options: list[str], tolerance: float, world: World, tmp_path: Path
+) -> None:
+    """Losses and gradients, the export, and a run that goes on from its checkpoint."""
+    common = ["trainer.precision=bf16-mixed", "reference.sharding=shard", "trainer.max_steps=6", *options]
+    common += ["trainer.checkpoint_every_n_steps=2", "trainer.val_every_n_steps=6"]
+    ddp = run(world, tmp_path / "ddp", "delta_kd", 2, "strategy=ddp", *common)
+    fsdp = run(world, tmp_path / "fsdp", "delta_kd", 2, "strategy=fsdp", *common)
+    for name in ("train/loss", "val/loss", "train/grad_norm"):
+        torch.testing.assert_close(metrics(fsdp, name), metrics(ddp, name), rtol=tolerance, atol=0)
+    losses = metrics(fsdp, "train/loss")
+    drop_last(fsdp, 4)
+    run(world, fsdp, "delta_kd", 2, "strategy=fsdp", *common, "resume=true")
+    torch.testing.assert_close(metrics(fsdp, "train/loss"), losses, rtol=1e-6, atol=0)
+    files = [path / "student" / "model.safetensors" for path in (ddp, fsdp)]
+    ours, theirs = (load_file(next(path.parent.glob("*.safetensors"))) for path in files)
+    assert ours.keys() == theirs.keys()
+    for key, value in ours.items():
+        assert theirs[key].dtype == value.dtype == torch.float32
+        torch.testing.assert_close(theirs[key], value, rtol=tolerance, atol=10 * tolerance * 1e-3)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [2, 1])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "deepspeed_zero2", "deepspeed_zero3"])
 def test_an_adapter_goes_on(strategy: str, after: int, world: World, tmp_path: Path) -> None:

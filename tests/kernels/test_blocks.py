@@ -24,6 +24,16 @@ def test_chunks_share_memory_and_a_larger_one_gets_more() -> None:
     assert buffers.logits("student", head(rows=9)).shape == (9, 7)
 
 
+def test_another_vocabulary_or_type_gets_memory_of_its_own() -> None:
+    buffers = ChunkBuffers()
+    buffers.logits("student", head())
+    one = head()
+    smaller = Head(one.hidden, one.weight[:6], one.bias[:6] if one.bias is not None else None)
+    assert buffers.logits("student", smaller).shape == (5, 6)
+    double = Head(one.hidden.double(), one.weight.double())
+    assert buffers.logits("student", double).dtype == torch.float64
+
+
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("coefficients", [{"teacher": 1.5}, {STUDENT: 0.5}, {STUDENT: 0.5, "teacher": 1.0}])
 def test_what_a_buffer_holds_before_does_not_matter(softcap: float | None, coefficients: dict[str, float]) -> None:

@@ -35,6 +35,7 @@ class FakeVllm:
         self.refuses_to_score: Answer | None = None
         self.version = "default"
         self.loads_weights = True
+        self.busy_resets = 0
         self.development = True
         self.model_config = {"dtype": "torch.float32", "logprobs_mode": "raw_logprobs", "enable_sleep_mode": False}
         self.worker = "vllm.v1.worker.gpu_worker.Worker"
@@ -139,7 +140,9 @@ class FakeVllm:
         return 200, {"world_size": 1}
 
     def answer_reset_prefix_cache(self, body: dict[str, Any]) -> Answer:
-        return 200, {"success": True}
+        # Blocks that requests still hold are not freed.
+        self.busy_resets -= 1
+        return 200, {"success": self.busy_resets < 0}
 
     def answer_sleep(self, body: dict[str, Any]) -> Answer:
         return 200, {"status": "sleeping", "level": 2}

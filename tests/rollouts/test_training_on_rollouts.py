@@ -105,6 +105,18 @@ def test_a_killed_run_makes_the_same_student(
     assert all(torch.equal(students[0][key], students[1][key]) for key in students[0])
 
 
+@pytest.mark.slow
+def test_a_static_cache_makes_the_same_student_and_answers(train: Train, sharp: list[str], world: World) -> None:
+    asked = ("evaluation=default", f"evaluation.sets={{mine: {world.root / 'test.jsonl'}}}", "evaluation.seeds=[3]")
+    short = ("evaluation.decoding.max_new_tokens=6", "evaluation.val_limit=2", "trainer.max_steps=3")
+    chosen = (*ON_POLICY, *sharp, *asked, *short)
+    growing = train("delta_opd", *chosen, name="growing")
+    static = train("delta_opd", *chosen, "rollout.static_cache=true", "evaluation.static_cache=true", name="static")
+    assert column(static, "train/loss") == pytest.approx(column(growing, "train/loss"), rel=1e-6)
+    answers = [(run.path / "generations" / "mine_seed3.jsonl").read_text() for run in (growing, static)]
+    assert answers[0] == answers[1]
+
+
 REPLAY = ("rollout.replay.size=4", "rollout.replay.fresh=constant")
 
 
@@ -197,6 +209,16 @@ def test_two_processes_share_rows_of_data_and_student(
             ("rollout=student", "rollout.fraction=0", "rollout.engine=vllm", "rollout.vllm.url=http://127.0.0.1:1"),
             "rollout.engine=vllm would have no effect",
         ),
+        (
+            "kd",
+            ("rollout=student", "rollout.fraction=0", "rollout.static_cache=true"),
+            "rollout.static_cache=true would have no effect",
+        ),
+        (
+            "kd",
+            ("rollout=student", "rollout.static_cache=true", "rollout.engine=vllm"),
+            "rollout.static_cache=true is for rollout.engine=own",
+        ),
         ("kd", ("rollout=student", "rollout.decoding.temperature=0"), "rollout.decoding.temperature is 0"),
         ("kd", ("rollout=student", "rollout.fraction=1.5"), "rollout.fraction is 1.5"),
         ("kd", ("rollout=student", "rollout.per_prompt=2", "rollout.fraction=0.5"), "rollout.per_prompt is 2"),
@@ -225,9 +247,19 @@ def test_what_cannot_work_is_said_before_anything_is_loaded(
     assert said in str(caught.value)
 
 
-def test_a_step_that_is_no_multiple_of_its_responses_is_refused(train: Train) -> None:
-    with pytest.raises(ValueError, match=r"4 rows, which is no multiple of rollout\.per_prompt = 3"):
-        train("sft", *ON_POLICY, "rollout.per_prompt=3")
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("rollout.per_prompt=3", r"4 rows, which is no multiple of rollout\.per_prompt = 3"),
+        ("rollout.fraction=0.1", r"0\.1 of 4 rows a step, less than half a row"),
+    ],
+)
+def test_a_step_that_responses_cannot_fill_is_refused_before_data_is_read(
+    train: Train, monkeypatch: pytest.MonkeyPatch, option: str, said: str
+) -> None:
+    monkeypatch.delattr("deltakd.training.assembly.open_tokenizer")
+    with pytest.raises(ValueError, match=said):
+        train("sft", *ON_POLICY, option)
 
 
 def test_rows_need_no_response(train: Train, world: World, caplog: pytest.LogCaptureFixture) -> None:

@@ -161,6 +161,15 @@ def test_a_server_that_comes_back_gets_the_weights_again_and_writes_the_same_res
     assert "of 4 responses of the round were there. Waiting for it (rollout.vllm.wait=30 s)" in caplog.text
 
 
+def test_a_prefix_cache_that_is_not_emptied_is_waited_for(
+    train: Train, fake: FakeVllm, sharp: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    fake.busy_resets = 1
+    train("kd_reverse", *on_server(fake, *sharp, "trainer.max_steps=1", "rollout.vllm.wait=30"))
+    assert "did not empty its prefix cache" in caplog.text
+    assert fake.paths().count("/reset_prefix_cache") == 2
+
+
 def test_a_server_that_stays_away_is_named_and_the_run_goes_on_from_there(
     train: Train, fake: FakeVllm, sharp: list[str], tmp_path: Path
 ) -> None:

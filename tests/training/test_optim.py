@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 from transformers.trainer_utils import SchedulerType
 
@@ -39,3 +41,21 @@ def test_a_schedule_is_refused_exactly_where_transformers_refuses_it(schedule: s
     except (ValueError, TypeError) as error:
         refusal = f"optim.schedule={optim.schedule} with optim.schedule_options={options}: {error}"
     assert optim.problems() == ([] if refusal is None else [refusal])
+
+
+def test_a_fused_optimiser_takes_the_same_steps_and_reads_the_state_of_a_plain_one() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 3)
+    other = copy.deepcopy(layer)
+    optim = AdamW(lr=1e-2, schedule="constant", warmup_steps=0)
+    (plain, _), (fused, _) = optim.build(layer, 10), optim.build(other, 10, fused=True)
+    for step in range(3):
+        for parameter, same in zip(layer.parameters(), other.parameters(), strict=True):
+            parameter.grad = torch.full_like(parameter, 0.1 * (step - 1))
+            same.grad = parameter.grad.clone()
+        plain.step()
+        fused.step()
+        for parameter, same in zip(layer.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(parameter, same)
+    fused.load_state_dict(plain.state_dict())
+    fused.step()

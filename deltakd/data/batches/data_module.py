@@ -8,7 +8,7 @@ from typing import Any
 import lightning
 
 from deltakd.data.batches.budget import TokenBudgetSampler
-from deltakd.data.batches.loader import BATCHES_AHEAD, EvalLoader, StepLoader
+from deltakd.data.batches.loader import BATCHES_AHEAD, EvalLoader, StepLoader, image_row_of
 from deltakd.data.batches.sampler import WINDOW_STEPS, Sampler, StepSampler, limits
 from deltakd.data.batches.stream_loader import StreamLoader
 from deltakd.data.batches.windows import BudgetWindows, RowWindows, Windows
@@ -155,9 +155,17 @@ class DistillationData(lightning.LightningDataModule):
 
     def train_dataloader(self) -> StepLoader | StreamLoader:
         """Return the micro-batches of the whole run."""
-        if self.stream is None:
-            return StepLoader(self.train, self.sampler(), self.pad_id, self.packing, self._prepare, self.batches_ahead)
         rank, world_size = self._place()
+        if self.stream is None:
+            return StepLoader(
+                self.train,
+                self.sampler(),
+                self.pad_id,
+                self.packing,
+                self._prepare,
+                self.batches_ahead,
+                image_row_of(self.train, world_size),
+            )
         epochs, _ = limits(self.max_epochs, self.total_steps)
         return StreamLoader(
             self.stream,

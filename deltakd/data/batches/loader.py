@@ -24,7 +24,12 @@ BATCHES_AHEAD = 2
 
 
 def collate(
-    encoded: Sequence[Encoded | Example], pad_id: int, step: int, step_tokens: int, packing: bool = False
+    encoded: Sequence[Encoded | Example],
+    pad_id: int,
+    step: int,
+    step_tokens: int,
+    packing: bool = False,
+    image_row: Encoded | None = None,
 ) -> Batch:
     """Pad rows on the right to the longest one.
 
@@ -35,23 +40,43 @@ def collate(
         pad_id: any id of the vocabulary.
         step, step_tokens: copied into the batch.
         packing: also lay the rows end to end, for models to run them so.
+        image_row: added to rows without images (``image_row_of``).
     """
+    if image_row is not None and not any(isinstance(row, Encoded) and row.images for row in encoded):
+        encoded = [*encoded, image_row]
     batch = Batch(
         *_padded(encoded, pad_id),
         row_ids=torch.tensor([row.row_id for row in encoded], dtype=torch.int64),
         step=step,
         step_tokens=step_tokens,
         other=_other(encoded),
-        images=_images(encoded),
+        **_images(encoded),
     )
     routes = [row.route for row in encoded if isinstance(row, Encoded) and row.route is not None]
     batch = batch.routed(routes) if routes else batch
     return pack_rows(batch) if packing else batch
 
 
-def _images(encoded: Sequence[Encoded | Example]) -> dict[str, Tensor] | None:
-    rows = [row for row in encoded if isinstance(row, Encoded) and row.images is not None]
-    return read_images([row.images for row in rows if row.images], [row.input_ids for row in rows])
+def image_row_of(encoded: EncodedSet, world_size: int) -> Encoded | None:
+    """Return a row with images, and without labels, for micro-batches of text alone; None: they need none.
+
+    Several ranks must run the same parts of a model: those that are sharded, or whose gradients are averaged, wait for
+    all ranks.
+    """
+    if world_size == 1 or encoded.images is None or not encoded.images.some_lack:
+        return None
+    shortest = min(encoded.images.examples, key=lambda index: int(encoded.lengths[index]))
+    return _without_labels(encoded[shortest])
+
+
+def _images(encoded: Sequence[Encoded | Example]) -> dict[str, Any]:
+    """Return what a batch holds of the images of its rows, as keyword arguments."""
+    of_rows = [row.images if isinstance(row, Encoded) else None for row in encoded]
+    held = [(images, row.input_ids) for images, row in zip(of_rows, encoded, strict=True) if images is not None]
+    if not held:
+        return {}
+    digests = [b"" if images is None else images.digest for images in of_rows]
+    return {"images": read_images(*zip(*held, strict=True)), "image_digests": digests}
 
 
 def _padded(encoded: Sequence[Encoded | Example], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,7 +137,7 @@ class StepLoader:
     Args:
         encoded: the data.
         sampler: chooses the rows.
-        pad_id, packing: as for ``collate``.
+        pad_id, packing, image_row: as for ``collate``.
         prepare: called with each batch, in the thread.
         ahead: batches made before they are needed.
     """
@@ -125,8 +150,10 @@ class StepLoader:
         packing: bool = False,
         prepare: Callable[[Batch], Batch] = lambda batch: batch,
         ahead: int = BATCHES_AHEAD,
+        image_row: Encoded | None = None,
     ) -> None:
         self.encoded = encoded
+        self.image_row = image_row
         self.ahead = ahead
         self.sampler = sampler
         self.pad_id = pad_id
@@ -149,7 +176,8 @@ class StepLoader:
     def _make(self, index: int) -> Batch:
         micro = self.sampler.micro_batch(index)
         rows = [self.encoded[row] for row in micro.rows]
-        return self.prepare(collate(rows, self.pad_id, micro.step, micro.step_tokens, self.packing))
+        made = collate(rows, self.pad_id, micro.step, micro.step_tokens, self.packing, self.image_row)
+        return self.prepare(made)
 
     def state_dict(self) -> dict[str, int]:
         """Return ``position``, the number of micro-batches handed over so far."""
@@ -193,6 +221,7 @@ class EvalLoader:
         self.packing = packing
         self.rank = rank
         self.world_size = world_size
+        self.image_row = image_row_of(encoded, world_size)
         if batch_size is not None:
             order = np.argsort(encoded.lengths, kind="stable")
             self._batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -210,13 +239,14 @@ class EvalLoader:
             if index < len(self._batches):
                 rows = self._batches[index]
                 tokens = int(self.encoded.valid_tokens[rows].sum())
-                yield collate([self.encoded[row] for row in rows], self.pad_id, number, tokens, self.packing)
+                chosen = [self.encoded[row] for row in rows]
+                yield collate(chosen, self.pad_id, number, tokens, self.packing, self.image_row)
             else:
                 yield self._masked(number)
 
     def _masked(self, number: int) -> Batch:
         row = self.encoded[int(self._batches[0][0])]
-        return collate([_without_labels(row)], self.pad_id, number, 0, self.packing)
+        return collate([_without_labels(row)], self.pad_id, number, 0, self.packing, self.image_row)
 
 
 def _without_labels(row: Encoded) -> Encoded:

@@ -12,6 +12,9 @@ from deltakd.types import UNALIGNED
 #: Pieces in which texts that differ are compared: a token without bytes, a word, white space, a UTF-8 character.
 _PIECES = re.compile(r"[\u0100-\uffff]|[A-Za-z0-9]+|[ \t\r\n]+|[\xc0-\xff][\x80-\xbf]*|[\x00-\xff]")
 
+#: Pieces of two texts that are compared at once.
+_WINDOW = 500
+
 
 def align(ours: Sequence[str], theirs: Sequence[str]) -> tuple[list[int], list[int]]:
     """Return the span of each token of both sides, numbered from 0 in the order of the text.
@@ -58,11 +61,30 @@ def common(ours: str, theirs: str) -> Iterator[tuple[int, int, int]]:
     middle = [text[: len(text) - back] for text in (ours, theirs)]
     pieces: list[list[str]] = [_PIECES.findall(text) for text in middle]
     at = [[0, *accumulate(map(len, of))] for of in pieces]
-    for a, b, size in SequenceMatcher(None, pieces[0], pieces[1], autojunk=False).get_matching_blocks():
-        if size:
-            yield front + at[0][a], front + at[1][b], at[0][a + size] - at[0][a]
+    for a, b, size in _matching(*pieces):
+        yield front + at[0][a], front + at[1][b], at[0][a + size] - at[0][a]
     if back:
         yield front + len(middle[0]), front + len(middle[1]), back
+
+
+def _matching(ours: Sequence[str], theirs: Sequence[str]) -> Iterator[tuple[int, int, int]]:
+    """Yield (start in ours, start in theirs, length) of equal pieces, in order.
+
+    Comparing all pieces takes quadratic time, so long texts are compared window by window. A difference longer than a
+    window may leave the text after it unmatched.
+    """
+    a = b = 0
+    while a < len(ours) and b < len(theirs):
+        window = ours[a : a + _WINDOW], theirs[b : b + _WINDOW]
+        ends_here = a + _WINDOW >= len(ours) and b + _WINDOW >= len(theirs)
+        # Near the end of a window, pieces may match by chance whose partners lie beyond it.
+        settled = _WINDOW if ends_here else _WINDOW * 3 // 4
+        stop = (settled, settled)
+        for x, y, length in SequenceMatcher(None, *window, autojunk=False).get_matching_blocks():
+            if length and max(x, y) < settled:
+                yield a + x, b + y, length
+                stop = x + length, y + length
+        a, b = a + stop[0], b + stop[1]
 
 
 def _shared_length(ours: str, theirs: str) -> int:

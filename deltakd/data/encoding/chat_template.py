@@ -10,8 +10,8 @@ from datetime import date
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
-from deltakd.data.encoding.images import ImageError, processor_digest, row_images
-from deltakd.data.encoding.segments import Segment, conversation
+from deltakd.data.encoding.image_reader import ImageError, reader_beside
+from deltakd.data.encoding.segments import Segment, conversation, without_spaces
 from deltakd.data.sources.rows import Message, Row, RowError, before_last_answer, content_text, is_answer
 
 if TYPE_CHECKING:
@@ -71,7 +71,6 @@ class ChatTemplate:
 
     def __repr__(self) -> str:
         other = "" if self._with_tools == self._text else f", tools={self._with_tools!r}"
-        other += f", images={digest}" if (digest := processor_digest(self._tokenizer)) else ""
         return f"ChatTemplate({self._text!r}{other})"
 
     def render(self, row: Row) -> list[Segment]:
@@ -109,17 +108,17 @@ class ChatTemplate:
             RowError: the template does not write one token for each image, or an image can't be read.
         """
         try:
-            images = row_images(row, self._tokenizer)
-            if images is None:
+            if not row.images:
                 return segments
-            token = images.reader.token
+            reader = reader_beside(self._tokenizer)
+            token = reader.token
             written = sum(segment.text.count(token) for segment in segments)
-            if written != len(images.images):
+            if written != len(row.images):
                 raise RowError(
-                    f"{row.label} has {len(images.images)} images, and the chat template writes {token!r} {written} "
+                    f"{row.label} has {len(row.images)} images, and the chat template writes {token!r} {written} "
                     "times; use a chat template that writes it once for each image"
                 )
-            expansions = iter(images.reader.expansions(images.images))
+            expansions = iter(reader.expansions(row.images))
         except ImageError as error:
             raise RowError(f"{row.label}: {error}") from None
         return [
@@ -160,7 +159,7 @@ class ChatTemplate:
         common = _common(turn.prompt + turn.answer, following)
         ends = [match.end() for match in self._added.finditer(common, min(len(turn.prompt), len(common)))]
         answer = common[len(turn.prompt) : ends[-1]] if ends else ""
-        if not _dense(answer) or _dense(content_text(message)) not in _dense(answer):
+        if not without_spaces(answer) or without_spaces(content_text(message)) not in without_spaces(answer):
             raise HistoryError(_rewritten(row, (row.messages or ()).index(message)))
         return answer
 
@@ -339,7 +338,3 @@ def _rewritten(row: Row, number: int) -> str:
 
 def _common(a: str, b: str) -> str:
     return a[: next((n for n, (left, right) in enumerate(zip(a, b, strict=False)) if left != right), len(a))][: len(b)]
-
-
-def _dense(text: str) -> str:
-    return "".join(text.split())

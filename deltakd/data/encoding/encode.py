@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from deltakd.data.encoding.chat_template import HistoryError
 from deltakd.data.encoding.encoded_set import Encoded
 from deltakd.data.encoding.examples import only_last_answer
-from deltakd.data.encoding.images import RowImages, row_images
+from deltakd.data.encoding.image_reader import ImageError, ImageReader, reader_beside
+from deltakd.data.encoding.images import row_images
 from deltakd.data.encoding.one_text import OneText, TextError, Tokenised, join, tokenise
 from deltakd.data.encoding.segments import Segment, Template
 from deltakd.data.encoding.tokens import TextEncoder, eos_id
@@ -173,20 +174,22 @@ def _outcome(
 
 def _with_images(outcome: Outcome, row: Row, tokenised: Tokenised, tokenizer: PreTrainedTokenizerBase) -> Outcome:
     """Return the outcome with the row's images; a row that lost some of their tokens is a problem."""
-    images = row_images(row, tokenizer)
-    if images is None or outcome.encoded is None:
+    if not row.images or outcome.encoded is None:
         return outcome
     try:
-        _check_images(row, images, outcome.encoded.input_ids, tokenised.ids)
-    except RowError as error:
-        return replace(outcome, encoded=None, problem=error)
+        images = row_images(row, tokenizer)
+        assert images is not None
+        _check_images(row, images.reader, outcome.encoded.input_ids, tokenised.ids)
+    except (RowError, ImageError) as error:
+        problem = error if isinstance(error, RowError) else RowError(f"{row.label}: {error}")
+        return replace(outcome, encoded=None, problem=problem)
     return replace(outcome, encoded=replace(outcome.encoded, images=images))
 
 
-def _check_images(row: Row, images: RowImages, kept: list[int], whole: list[int]) -> None:
+def _check_images(row: Row, reader: ImageReader, kept: list[int], whole: list[int]) -> None:
     """Raise a RowError if cutting took away tokens that stand for images."""
-    tokens = whole.count(images.reader.token_id)
-    if kept.count(images.reader.token_id) < tokens:
+    tokens = whole.count(reader.token_id)
+    if kept.count(reader.token_id) < tokens:
         raise RowError(
             f"{row.label} has {len(whole)} tokens, {tokens} of them for its images, which can't be cut; raise "
             "data.max_prompt_length and data.max_length, give smaller images, or set data.overlong=drop"
@@ -230,9 +233,8 @@ def encode_prompts(
             if isinstance(tokenised, TextError):
                 raise _row_error(row, tokenised, encoder)
             kept = _cut(_Prompt(tokenised.ids, text.text), row, template, encoder, max_prompt_length)
-            images = row_images(row, tokenizer)
-            if images is not None:
-                _check_images(row, images, kept, tokenised.ids)
+            if row.images:
+                _check_images(row, reader_beside(tokenizer), kept, tokenised.ids)
             cut += len(kept) < len(tokenised.ids)
             found.append(kept)
     problems.raise_any()

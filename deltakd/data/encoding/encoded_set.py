@@ -76,7 +76,7 @@ class EncodedSet:
         spans: [tokens] int32, as of ``Encoded``; None: there is one tokenizer.
         other: the same rows in the teachers' tokenizer; None: there is one tokenizer.
         tasks: the rows' tasks; None: not asked for, or rows have none.
-        images: of the rows, by their ids; None: no row has any.
+        images: of the rows; None: no row has any.
     """
 
     input_ids: NDArray[np.int32]
@@ -105,7 +105,7 @@ class EncodedSet:
             None if self.tasks is None else self.tasks.route(index),
             None if self.spans is None else self.spans[part].tolist(),
             None if self.other is None else self.other[index],
-            None if self.images is None else self.images.of(int(self.row_ids[index])),
+            None if self.images is None else self.images.of(index),
         )
 
     def __iter__(self) -> Iterator[Encoded]:

@@ -1,161 +1,23 @@
-"""Images: rows hold their paths or bytes, the token table their tokens, batches what the processor makes of them."""
+"""Images of rows and sets: rows hold paths or bytes, the token table their tokens, batches what the processor makes."""
 
 from __future__ import annotations
 
 import hashlib
-import io
-import json
-import shutil
-from base64 import b64decode
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from functools import cached_property
+from typing import TYPE_CHECKING, final
 
 import numpy as np
+from numpy.typing import NDArray
 
+from deltakd.data.encoding.image_reader import DIGEST_BYTES, ImageError, ImageReader, image_bytes, reader_beside
 from deltakd.data.sources.rows import Row, image_name
-from deltakd.io.hub import hub_reachable
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
-
-#: What a processor returns of the text, which is tokenised separately.
-_TEXT = frozenset({"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "text_replacement_offsets"})
-
-
-_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
-
-
-class ImageError(ValueError):
-    """An image, or the processor that reads images, can't be opened; the message says why."""
-
-
-@final
-class ImageReader:
-    """A transformers processor as rows need it: the tokens that stand for images, and the tensors models read.
-
-    Args:
-        processor: transformers' processor of an image model.
-        files: its files.
-    """
-
-    def __init__(self, processor: Any, files: Sequence[Path]) -> None:
-        self._processor = processor
-        self._files = files
-        #: Written by the chat template once for each image, and repeated for each of its features.
-        self.token = str(processor.image_token)
-        self.token_id = int(processor.tokenizer.convert_tokens_to_ids(self.token))
-
-    @cached_property
-    def identity(self) -> str:
-        """Everything that the tokens and tensors of an image depend on; equal for processors that agree."""
-        kept = {
-            key: value for key, value in self._processor.to_dict().items() if key not in ("tokenizer", "chat_template")
-        }
-        return json.dumps(kept, sort_keys=True, default=str)
-
-    def expansions(self, images: Sequence[str]) -> list[str]:
-        """Return the text that stands for each image in place of its one token.
-
-        Raises:
-            ImageError: an image can't be read.
-        """
-        return self._read(images)[1]
-
-    def tensors(self, images: Sequence[str]) -> tuple[dict[str, Tensor], int]:
-        """Return what models read of the images, in order, and the number of tokens that stand for them.
-
-        Raises:
-            ImageError: an image can't be read.
-        """
-        tensors, expansions = self._read(images)
-        return tensors, sum(text.count(self.token) for text in expansions)
-
-    def save(self, directory: Path) -> None:
-        """Copy the processor's files."""
-        for path in self._files:
-            shutil.copyfile(path, directory / path.name)
-
-    def _read(self, images: Sequence[str]) -> tuple[dict[str, Tensor], list[str]]:
-        opened = [_opened(image) for image in images]
-        found = self._processor(
-            images=opened,
-            text=[self.token * len(opened)],
-            return_tensors="pt",
-            return_text_replacement_offsets=True,
-        )
-        expansions = [str(one["replacement"]) for one in found["text_replacement_offsets"][0]]
-        return {name: value for name, value in found.items() if name not in _TEXT}, expansions
-
-
-def _opened(image: str) -> Any:
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        source = io.BytesIO(b64decode(image.partition(",")[2], validate=True)) if image.startswith("data:") else image
-        with Image.open(source) as opened:
-            return opened.convert("RGB")
-    except (OSError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        reason = "there is no such file" if isinstance(error, FileNotFoundError) else str(error).partition("\n")[0]
-        raise ImageError(f"the image {image_name(image)} can't be read: {reason}") from None
-
-
-def reader_beside(tokenizer: PreTrainedTokenizerBase) -> ImageReader:
-    """Return the reader of the processor in the directory, or of the hub's model, that a tokenizer comes from.
-
-    Raises:
-        ImageError: there is none, or its image processor needs a package that is not installed.
-    """
-    return _reader_at(str(tokenizer.name_or_path))
-
-
-@lru_cache(maxsize=4)
-def _reader_at(path: str) -> ImageReader:
-    from transformers import PreTrainedTokenizerBase
-
-    where = f"rows hold images, and {path or 'the tokenizer'}"
-    try:
-        processor = _processor_at(path)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
-        missing = [name for name in ("PIL", "torchvision") if not _is_installed(name)]
-        needed = f" ({' and '.join(missing)} are not installed; pip install deltakd[vision])" if missing else ""
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ImageError(f"{where} gives no processor that reads them: {first:.160}{needed}") from None
-    if isinstance(processor, PreTrainedTokenizerBase) or not getattr(processor, "image_token", None):
-        raise ImageError(f"{where} gives no processor that reads them; give an image model, or take them out")
-    return ImageReader(processor, _processor_files(path))
-
-
-def _processor_at(path: str) -> Any:
-    from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-
-    local = {"local_files_only": not hub_reachable()}
-    kind: Any = PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(path, **local)), None)
-    if kind is None or "video_processor" not in kind.get_attributes() or _is_installed("torchvision"):
-        return AutoProcessor.from_pretrained(path, **local)
-    # A processor of images and videos needs torchvision for the videos alone, which rows don't hold.
-    parts = {
-        "image_processor": AutoImageProcessor.from_pretrained(path, backend="pil", **local),
-        "tokenizer": AutoTokenizer.from_pretrained(path, **local),
-        "video_processor": None,
-    }
-
-    def check(self: Any, name: str, part: Any) -> Any:
-        return None if name == "video_processor" else kind.check_argument_for_proper_class(self, name, part)
-
-    without_videos: Any = type(kind.__name__, (kind,), {"check_argument_for_proper_class": check})
-    settings, _ = kind.get_processor_dict(path, **local)
-    return without_videos.from_args_and_dict([parts[name] for name in kind.get_attributes()], settings)
-
-
-def _is_installed(package: str) -> bool:
-    from importlib.util import find_spec
-
-    return find_spec(package) is not None
 
 
 @dataclass(frozen=True)
@@ -165,33 +27,49 @@ class RowImages:
     Args:
         images: paths of files, or data URIs, in the order of their tokens.
         reader: reads them.
+        digest: ``ImageReader.digest`` of their content when the row was tokenised.
     """
 
     images: tuple[str, ...]
     reader: ImageReader
+    digest: bytes
 
 
 def row_images(row: Row, tokenizer: PreTrainedTokenizerBase) -> RowImages | None:
-    """Return a row's images; None: it has none.
+    """Return a row's images as they are now; None: it has none.
 
     Raises:
-        ImageError: as ``reader_beside``.
+        ImageError: as ``reader_beside``, or an image can't be read.
     """
-    return RowImages(row.images, reader_beside(tokenizer)) if row.images else None
+    if not row.images:
+        return None
+    reader = reader_beside(tokenizer)
+    return RowImages(row.images, reader, reader.digest([image_bytes(image) for image in row.images]))
 
 
 @final
 class SetImages:
-    """The images of a data set, found by the ids of its rows.
+    """The images of a data set, found by the numbers of its rows.
 
     Args:
         rows: the rows, read on demand.
+        row_ids: [n] int64, the row of each example.
+        digests: [n, 16] uint8 of each example's images; zeros: it has none.
         tokenizer: of the student.
     """
 
-    def __init__(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        row_ids: NDArray[np.int64],
+        digests: NDArray[np.uint8],
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
         self._rows = rows
+        self._row_ids = row_ids
+        self._digests = digests
         self._tokenizer = tokenizer
+        self.some_lack = not digests.any(1).all()
 
     @cached_property
     def _places(self) -> dict[int, int]:
@@ -200,35 +78,63 @@ class SetImages:
         return {id: place for place, id in enumerate(listed)}
 
     @property
+    def examples(self) -> list[int]:
+        """The examples that have images."""
+        found: list[int] = np.flatnonzero(self._digests.any(1)).tolist()
+        return found
+
+    @cached_property
+    def _by_row(self) -> dict[int, int]:
+        return {row_id: index for index, row_id in enumerate(self._row_ids.tolist())}
+
+    @property
     def reader(self) -> ImageReader:
         """Reads them."""
         return reader_beside(self._tokenizer)
 
-    def of(self, row_id: int) -> RowImages | None:
-        """Return the images of a row; None: it has none."""
-        return row_images(self._rows[self._places[row_id]], self._tokenizer)
+    def digest(self, index: int) -> bytes:
+        """Return the digest of an example's images; b"": it has none."""
+        found = self._digests[index]
+        return found.tobytes() if found.any() else b""
+
+    def of(self, index: int) -> RowImages | None:
+        """Return the images of an example; None: it has none."""
+        digest = self.digest(index)
+        if not digest:
+            return None
+        row = self._rows[self._places[int(self._row_ids[index])]]
+        return RowImages(row.images, self.reader, digest)
+
+    def of_row(self, row_id: int) -> RowImages | None:
+        """Return the images of the row with an id; None: it has none."""
+        return self.of(self._by_row[row_id])
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the content of all images, in order, and of how they are prepared."""
+        return hashlib.sha256(np.ascontiguousarray(self._digests).data).hexdigest()
 
 
-def processor_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return what identifies the settings of the image processor in a tokenizer's directory; "" if there are none."""
-    found = _processor_files(str(tokenizer.name_or_path))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in found)).hexdigest() if found else ""
+def image_stamp(rows: Sequence[Row]) -> str:
+    """Return what shows, without reading them, that the files of the rows' images are as they were: sizes and times."""
+    found = hashlib.sha256()
+    for row in rows:
+        for image in row.images:
+            if not image.startswith("data:"):
+                try:
+                    state = os.stat(image)
+                except (OSError, ValueError):
+                    # It is named when it is read.
+                    continue
+                found.update(f"{state.st_size} {state.st_mtime_ns}\n".encode())
+    return found.hexdigest()
 
 
-@lru_cache(maxsize=16)
-def _processor_files(path: str) -> list[Path]:
-    """Return the files of the processor in a directory, or of a hub's model as far as they are in the local cache."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    if Path(path).is_dir() or not path:
-        found: list[Any] = [Path(path) / name for name in _PROCESSOR_FILES] if path else []
-    else:
-        try:
-            found = [try_to_load_from_cache(path, name) for name in _PROCESSOR_FILES]
-        except HFValidationError:
-            found = []
-    return [Path(file) for file in found if isinstance(file, (str, Path)) and Path(file).is_file()]
+def digest_rows(rows: Sequence[RowImages | None]) -> NDArray[np.uint8]:
+    """Return [n, 16] uint8, the digest of each row's images; zeros: it has none."""
+    none = bytes(DIGEST_BYTES)
+    found = b"".join(none if one is None else one.digest for one in rows)
+    return np.frombuffer(found, np.uint8).reshape(-1, DIGEST_BYTES)
 
 
 def read_images(rows: Sequence[RowImages], input_ids: Sequence[Sequence[int]]) -> dict[str, Tensor] | None:
@@ -239,17 +145,20 @@ def read_images(rows: Sequence[RowImages], input_ids: Sequence[Sequence[int]]) -
         input_ids: the tokens of these rows.
 
     Raises:
-        ImageError: an image can't be read, or has another size than when its row was tokenised.
+        ImageError: an image can't be read, or has changed since its row was tokenised.
     """
     if not rows:
         return None
-    reader, images = rows[0].reader, [image for row in rows for image in row.images]
-    tensors, tokens = reader.tensors(images)
-    expected = sum(list(ids).count(reader.token_id) for ids in input_ids)
-    if tokens != expected:
-        names = ", ".join(map(image_name, images))
-        raise ImageError(
-            f"the images of a batch have {tokens} tokens, and its rows {expected}: a file has changed since the rows "
-            f"were tokenised (among {names[:200]}); put it back, or delete data.cache_dir and start again"
-        )
+    reader = rows[0].reader
+    contents = [[(image, image_bytes(image)) for image in row.images] for row in rows]
+    for row, content in zip(rows, contents, strict=True):
+        if reader.digest([each for _, each in content]) != row.digest:
+            names = ", ".join(map(image_name, row.images))
+            raise ImageError(
+                f"an image has changed since its row was tokenised (among {names[:200]}); put it back, or start the "
+                "run again"
+            )
+    tensors, tokens = reader.tensors(contents)
+    expected = [list(ids).count(reader.token_id) for ids in input_ids]
+    assert tokens == expected, f"equal files give equal tokens: {tokens}, {expected}"
     return tensors

@@ -51,3 +51,8 @@ def conversation(row: Row) -> list[Message]:
     question = "\n\n".join(part for part in (row.instruction, row.input) if part.strip())
     answer = [{"role": "assistant", "content": text} for text in row.responses[:1]]
     return [{"role": "user", "content": question}, *answer]
+
+
+def without_spaces(text: str) -> str:
+    """Return the text without white space, which templates add and strip."""
+    return "".join(text.split())

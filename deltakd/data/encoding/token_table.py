@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -15,14 +15,15 @@ from numpy.typing import NDArray
 from deltakd.data.encoding.encode import Outcome, check_limits
 from deltakd.data.encoding.encoded_set import Encoded, EncodedSet
 from deltakd.data.encoding.examples import examples
-from deltakd.data.encoding.images import SetImages, row_images
+from deltakd.data.encoding.image_reader import DIGEST_BYTES, processor_digest
+from deltakd.data.encoding.images import SetImages, digest_rows, image_stamp, row_images
 from deltakd.data.encoding.segments import Template
 from deltakd.data.encoding.token_cache import fingerprint, tokenizer_fingerprint
 from deltakd.data.encoding.two_tokenizers import Coding, TwoTokenizers
 from deltakd.data.encoding.workers import in_order, usable_processes
 from deltakd.data.sources.records import Problems
 from deltakd.data.sources.rows import Row, RowError
-from deltakd.data.sources.stored_rows import rows_digest
+from deltakd.data.sources.stored_rows import holds_images, rows_digest
 from deltakd.io.arrays import Arrays, ArrayWriter, kept_arrays
 from deltakd.io.progress import progress_bar
 from deltakd.types import IGNORE_INDEX, UNALIGNED
@@ -35,6 +36,8 @@ LONG_TABLE = 20_000
 #: Rows tokenised at once.
 BATCH = 1_000
 _DTYPES = {"input_ids": "<i4", "labels": "<i4", "lengths": "<i8", "row_ids": "<i8"}
+#: Where rows hold images: ``SetImages.digest`` of each example, one after the other.
+_IMAGE_DTYPES = {"image_digests": "u1"}
 #: With two tokenizers.
 _OTHER_DTYPES = {
     "spans": "<i4",
@@ -80,21 +83,20 @@ def encode_rows(
         key = fingerprint("two", key, teachers.identity)
         encode, dtypes = TwoTokenizers(student, teachers).encode, _DTYPES | _OTHER_DTYPES
 
+    with_images = holds_images(rows)
+
     def tokenise(number: int) -> _Piece:
         some = rows[number * BATCH : (number + 1) * BATCH]
-        return _piece(encode([example for row in some for example in examples(row, split_turns)]))
+        return _piece(encode([example for row in some for example in examples(row, split_turns)]), with_images)
 
     def build(writer: ArrayWriter) -> None:
         _write(writer, tokenise, len(rows))
 
-    table = kept_arrays(f"tokens-{key}", cache_dir, dtypes, build, "tokens")
-    encoded = _as_set(table, key, max_length, max_prompt_length)
-    if not encoded.counts.get("images"):
-        return encoded
-    if split_turns or teachers is not None:
-        what = "data.split_turns=true" if split_turns else "a teacher with a tokenizer of its own"
-        raise ValueError(f"rows hold images, and {what} works with text alone; give another, or take them out")
-    return replace(encoded, images=SetImages(rows, tokenizer))
+    if with_images and (split_turns or teachers is not None):
+        raise ValueError(
+            _text_alone("data.split_turns=true" if split_turns else "a teacher with a tokenizer of its own")
+        )
+    return _kept_set(rows, tokenizer, key, build, dtypes, (max_length, max_prompt_length), cache_dir)
 
 
 def encode_prompt_rows(
@@ -118,6 +120,7 @@ def encode_prompt_rows(
     """
     if not len(rows):
         raise ValueError("there are no rows to tokenise")
+    with_images = holds_images(rows)
     key = fingerprint("prompts", rows_digest(rows), tokenizer_fingerprint(tokenizer), repr(template), max_prompt_length)
     dtypes = _DTYPES
     if teachers is not None:
@@ -125,19 +128,45 @@ def encode_prompt_rows(
     student = Coding(template, tokenizer, max_prompt_length, max_prompt_length)
 
     def tokenise(number: int) -> _Piece:
-        return _prompt_piece(rows[number * BATCH : (number + 1) * BATCH], student, teachers)
+        some = rows[number * BATCH : (number + 1) * BATCH]
+        return _prompt_piece(some, student, teachers, with_images)
 
     def build(writer: ArrayWriter) -> None:
         _write(writer, tokenise, len(rows))
 
-    table = kept_arrays(f"tokens-{key}", cache_dir, dtypes, build, "tokens")
-    encoded = _as_set(table, key, max_prompt_length, max_prompt_length)
-    if encoded.counts.get("images"):
-        raise ValueError("rows hold images, and the student answers prompts of text alone; give rollout=none")
-    return encoded
+    if with_images and teachers is not None:
+        raise ValueError(_text_alone("a teacher with a tokenizer of its own"))
+    return _kept_set(rows, tokenizer, key, build, dtypes, (max_prompt_length, max_prompt_length), cache_dir)
 
 
-def _prompt_piece(rows: Sequence[Row], student: Coding, teachers: Coding | None) -> _Piece:
+def _text_alone(what: str) -> str:
+    return f"rows hold images, and {what} works with text alone; give another, or take them out"
+
+
+def _kept_set(
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    key: str,
+    build: Callable[[ArrayWriter], None],
+    dtypes: Mapping[str, str],
+    limits: tuple[int, int],
+    cache_dir: str | Path | None,
+) -> EncodedSet:
+    """Return the table with a key, made now or before; a table of rows with images depends on their files, too."""
+    if not holds_images(rows):
+        return _as_set(kept_arrays(f"tokens-{key}", cache_dir, dtypes, build, "tokens"), key, *limits)
+    name = fingerprint("images", key, processor_digest(tokenizer), image_stamp(rows))
+    table = kept_arrays(f"tokens-{name}", cache_dir, dict(dtypes) | _IMAGE_DTYPES, build, "tokens")
+    encoded = _as_set(table, key, *limits)
+    if not encoded.counts.get("images"):
+        return encoded
+    digests = table.arrays["image_digests"].reshape(-1, DIGEST_BYTES)
+    images = SetImages(rows, encoded.row_ids, digests, tokenizer)
+    # The same files elsewhere, or written anew, are the same rows.
+    return replace(encoded, images=images, fingerprint=fingerprint("images", key, images.fingerprint))
+
+
+def _prompt_piece(rows: Sequence[Row], student: Coding, teachers: Coding | None, with_images: bool) -> _Piece:
     try:
         prompts, cut = student.prompts(rows)
         kept = [_prompt(row.id, ids) for row, ids in zip(rows, prompts, strict=True)]
@@ -146,9 +175,9 @@ def _prompt_piece(rows: Sequence[Row], student: Coding, teachers: Coding | None)
             theirs, counts["cut_others"] = _teachers_prompts(rows, teachers)
             kept = [_with_other(one, _prompt(one.row_id, ids)) for one, ids in zip(kept, theirs, strict=True)]
     except ValueError as error:
-        return _piece([Outcome(None, problem=RowError(str(error)))])
+        return _piece([Outcome(None, problem=RowError(str(error)))], with_images)
     kept = [replace(one, images=row_images(row, student.tokenizer)) for one, row in zip(kept, rows, strict=True)]
-    piece = _piece([Outcome(one, len(one.input_ids), len(one.input_ids)) for one in kept])
+    piece = _piece([Outcome(one, len(one.input_ids), len(one.input_ids)) for one in kept], with_images)
     return piece._replace(counts=piece.counts | counts)
 
 
@@ -185,7 +214,7 @@ class _Piece(NamedTuple):
     problems: list[str]
 
 
-def _piece(outcomes: Sequence[Outcome]) -> _Piece:
+def _piece(outcomes: Sequence[Outcome], with_images: bool) -> _Piece:
     kept = [outcome.encoded for outcome in outcomes if outcome.encoded is not None]
     arrays = _arrays(kept) | {"row_ids": np.array([one.row_id for one in kept], np.int64)}
     others = [one.other for one in kept if one.other is not None]
@@ -199,7 +228,10 @@ def _piece(outcomes: Sequence[Outcome]) -> _Piece:
         "control_tokens": sum(outcome.control_tokens for outcome in outcomes),
     } | ({"cut_others": sum(outcome.cut_other for outcome in outcomes)} if others else {})
     images = sum(one.images is not None for one in kept)
-    counts |= {"images": images} if images else {}
+    if images:
+        counts["images"] = images
+    if with_images:
+        arrays["image_digests"] = digest_rows([one.images for one in kept]).reshape(-1)
     lengths = {"prompts": [o.prompt_length for o in outcomes], "totals": [o.total_length for o in outcomes]}
     spans = {name: [min(these), max(these)] for name, these in lengths.items()}
     return _Piece(arrays, counts, spans, [str(o.problem) for o in outcomes if o.problem is not None])

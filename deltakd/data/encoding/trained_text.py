@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from deltakd.data.encoding.segments import Segment
+from deltakd.data.encoding.segments import Segment, without_spaces
 from deltakd.data.sources.rows import Message, Row, RowError, content_text, is_answer
 
 #: Number of characters shown of missing text.
@@ -63,7 +63,7 @@ _REMEDY = (
 
 def _after(row: Row, answer: str, segment: Segment) -> str:
     """Return the text after the answer, ignoring white space."""
-    there, wanted = _dense(segment.text), _dense(answer)
+    there, wanted = without_spaces(segment.text), without_spaces(answer)
     if not wanted:
         return there
     _, found, after = there.rpartition(wanted)
@@ -73,15 +73,15 @@ def _after(row: Row, answer: str, segment: Segment) -> str:
 
 
 def _check_other_keys(row: Row, message: Message, segment: Segment) -> None:
-    there = _dense(segment.text)
+    there = without_spaces(segment.text)
     reasoning = message.get("reasoning_content") or ""
-    if _dense(reasoning) not in there:
+    if without_spaces(reasoning) not in there:
         raise RowError(_left_out(row, "reasoning_content", _missing(reasoning, segment.text), segment))
     for call in message.get("tool_calls") or ():
         for part in _leaves(call["function"]):
             # Templates write arguments either as JSON, whose strings have escapes, or verbatim.
             forms = (part, json.dumps(part, ensure_ascii=False)[1:-1], json.dumps(part)[1:-1])
-            if not any(_dense(form) in there for form in forms):
+            if not any(without_spaces(form) in there for form in forms):
                 raise RowError(_left_out(row, "a part of tool_calls", part[:_SHOWN], segment))
 
 
@@ -117,12 +117,8 @@ def _answers(row: Row) -> list[Message]:
     return [message for message in row.messages if is_answer(message)]
 
 
-def _dense(text: str) -> str:
-    return "".join(text.split())
-
-
 def _missing(answer: str, text: str) -> str:
     """Return the first line of the answer that is not in the text; the whole answer if every line is."""
-    there = _dense(text)
-    lines = (line for line in answer.splitlines() if _dense(line) not in there)
+    there = without_spaces(text)
+    lines = (line for line in answer.splitlines() if without_spaces(line) not in there)
     return next(lines, answer).strip()[:_SHOWN]

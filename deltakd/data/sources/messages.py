@@ -8,6 +8,7 @@ from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from deltakd.data.sources.image_columns import IMAGE_PARTS
 from deltakd.data.sources.rows import Message, is_answer, message_images
 
 #: A role as data sets spell it -> its name in chat templates.
@@ -51,7 +52,7 @@ def parse_messages(value: Any, where: str, key: str = "messages") -> list[Messag
     Raises:
         ValueError: a turn has an unknown role, no content, or parts that are not text.
     """
-    value = _from_json(value)
+    value = from_json(value)
     if not isinstance(value, list) or not value:
         raise ValueError(f"{where}: {key} must be a non-empty list of {{role, content}}, got {value!r:.80}")
     return [_parse_turn(turn, f"{where}: {key}[{number}]") for number, turn in enumerate(value)]
@@ -64,7 +65,7 @@ def parse_history(value: Any, where: str) -> list[Message]:
         ValueError: it is something else.
     """
     turns: list[Message] = []
-    value = _from_json(value)
+    value = from_json(value)
     pairs = value if isinstance(value, list) else [value]
     for number, pair in enumerate(pairs):
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
@@ -80,7 +81,7 @@ def parse_tools(value: Any, where: str) -> tuple[dict[str, Any], ...] | None:
     Raises:
         ValueError: they are no list of JSON objects.
     """
-    value = _from_json(value)
+    value = from_json(value)
     if value in (None, "", [], {}):
         return None
     tools = value if isinstance(value, list) else [value]
@@ -119,13 +120,13 @@ def whole_characters(text: str, where: str, key: str) -> str:
 
 def holds_turns(value: Any) -> bool:
     """True for a list of turns, or its JSON text."""
-    turns = _from_json(value) if isinstance(value, str) and value.lstrip().startswith("[") else value
+    turns = from_json(value) if isinstance(value, str) and value.lstrip().startswith("[") else value
     if not isinstance(turns, list) or not turns or not isinstance(turns[0], dict):
         return False
     return isinstance(value, list) or any(key in turns[0] for key in _ROLE)
 
 
-def _from_json(value: Any) -> Any:
+def from_json(value: Any) -> Any:
     """Return a text parsed as JSON, if that gives a list or an object; else the value itself."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
@@ -187,8 +188,8 @@ def _content(value: Any, may_lack: bool, place: str) -> str | list[dict[str, str
 def _part(part: Any, place: str) -> dict[str, str]:
     if isinstance(part, dict):
         kind = part.get("type", "text")
-        if kind == "image":
-            return {"type": "image", "image": _image(part.get("image"), place)}
+        if kind in IMAGE_PARTS:
+            return {"type": "image", "image": _image(part.get(IMAGE_PARTS[kind]), place)}
         if kind != "text":
             raise ValueError(f"{place} has a part of type {kind!r:.80}; text and image are read")
         part = part.get("text")
@@ -198,10 +199,12 @@ def _part(part: Any, place: str) -> dict[str, str]:
 def _image(value: Any, place: str) -> str:
     """Return an image as rows hold it: the path of a file, or a data URI."""
     if isinstance(value, dict):
-        # The form of Hugging Face data sets.
-        value = value.get("bytes") or value.get("path")
+        # The forms of Hugging Face data sets, and of OpenAI's messages.
+        value = value.get("bytes") or value.get("path") or value.get("url")
     if isinstance(value, bytes):
         return DATA_URI + b64encode(value).decode()
+    if isinstance(value, str):
+        value = value.removeprefix("file://")
     if not isinstance(value, str) or not value.strip():
         raise ValueError(
             f"{place} has an image that is {value!r:.80}; give the path of a file, or the file's bytes as base64 after "
@@ -209,8 +212,11 @@ def _image(value: Any, place: str) -> str:
         )
     if value.startswith("data:") and not _DATA_URI.match(value):
         raise ValueError(f"{place} has an image that begins with {value!r:.40}; its bytes must follow {DATA_URI!r}")
-    if re.match("[a-z]+://", value):
-        raise ValueError(f"{place} has an image at {value!r:.80}, and images are not fetched; give the path of a file")
+    if re.match("[A-Za-z][A-Za-z0-9+.-]*://", value):
+        raise ValueError(
+            f"{place} has an image at {value!r:.80}, and images are not fetched; download it, and give the path of the "
+            "file"
+        )
     return whole_characters(value, place, "an image")
 
 
@@ -222,7 +228,7 @@ def _filled(content: str | list[dict[str, str]]) -> bool:
 
 def _called(value: Any, place: str) -> list[Any]:
     """Return the calls of ShareGPT's function_call turn, whose value is JSON: {name, arguments}, or a list of them."""
-    calls = _from_json(value)
+    calls = from_json(value)
     if isinstance(calls, dict):
         calls = [calls]
     if not isinstance(calls, list) or not calls:
@@ -231,7 +237,7 @@ def _called(value: Any, place: str) -> list[Any]:
 
 
 def _tool_calls(value: Any, place: str) -> list[dict[str, Any]]:
-    value = _from_json(value)
+    value = from_json(value)
     if not isinstance(value, list):
         raise ValueError(f"{place}: tool_calls must be a list, got {value!r:.80}")
     calls = []
@@ -240,7 +246,7 @@ def _tool_calls(value: Any, place: str) -> list[dict[str, Any]]:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise ValueError(f"{place}: a tool call must be {{function: {{name, arguments}}}}, got {call!r:.80}")
         # OpenAI writes arguments as JSON text, chat templates want the object.
-        arguments = _from_json(function.get("arguments"))
+        arguments = from_json(function.get("arguments"))
         function = {"name": function["name"], "arguments": {} if arguments in (None, "") else arguments}
         identity = {} if call.get("id") in (None, "") else {"id": _text(call["id"], place, "id of a tool call")}
         calls.append(identity | {"type": "function", "function": _plain(function, f"{place}: tool_calls")})

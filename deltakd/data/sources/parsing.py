@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from deltakd.data.sources.image_columns import IMAGE_KEYS, holds_places, with_images
 from deltakd.data.sources.messages import (
     TURN_KEYS,
     check_order,
+    from_json,
     holds_turns,
     parse_history,
     parse_messages,
@@ -50,7 +52,8 @@ def parse_row(record: Mapping[str, Any], where: str, id: int, need_response: boo
             * messages, or ShareGPT's conversations, with or without ``system``;
 
             with an answer in response | output | answer | completion | chosen where it is not among the messages: a
-            text, a list of texts, or, after a list of messages, a list of messages; and with ``tools``.
+            text, a list of texts, or, after a list of messages, a list of messages; and with ``tools``, and the images
+            of messages in ``images`` or ``image``.
         where: place of the record (file:line), for errors.
         id: the row's number.
         need_response: True if a record without an answer is an error.
@@ -97,6 +100,10 @@ def unread_keys(record: Mapping[str, Any]) -> list[str]:
     turns = _turn_keys(record)
     if turns:
         read = {*turns, *SYSTEM_KEYS, "tools"}
+        if any(record.get(key) for key in IMAGE_KEYS) and any(
+            holds_places(from_json(record.get(key))) for key in turns
+        ):
+            read |= {*IMAGE_KEYS}
     elif any(record.get(key) for key in INSTRUCTION_KEYS):
         read = {*INSTRUCTION_KEYS, *INPUT_KEYS, *RESPONSE_KEYS, *SYSTEM_KEYS, "prompt", "history", "tools"}
     else:
@@ -123,11 +130,13 @@ def _conversation(record: Mapping[str, Any], where: str) -> list[Message] | None
         return None
     _refuse_both(record, keys, where)
     if keys[0] in MESSAGE_KEYS:
-        turns: list[Message] = _only({key: parse_messages(record[key], where, key) for key in keys}, where)
+        found = {key: with_images(record, from_json(record[key]), where) for key in keys}
+        turns: list[Message] = _only({key: parse_messages(value, where, key) for key, value in found.items()}, where)
         return turns
     prompt, answers = record.get("prompt"), _answer_turns(record, where)
     if holds_turns(prompt):
         # Data with a separate prompt expects only the completion to be trained, not the answers before it.
+        prompt = with_images(record, from_json(prompt), where)
         asked = [turn | {"weight": 0} if is_answer(turn) else turn for turn in parse_messages(prompt, where, "prompt")]
         return asked + answers
     first = next((turn["content"] for turn in answers if turn["role"] == "user"), None)

@@ -217,7 +217,7 @@ class _Reader:
     def report_unread(self) -> None:
         """Warn of them, once per file."""
         if self._unread:
-            _warn_once(f"{self._source.location}: these keys are not read: {_counted(self._unread)}")
+            warn_once(f"{self._source.location}: these keys are not read: {_counted(self._unread)}")
 
     def __iter__(self) -> Iterator[Record]:
         kept = 0
@@ -261,7 +261,7 @@ class _Reader:
 
 
 @cache
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
     """Warn once per process, which may read an evaluation's sets several times."""
     log.warning("%s.", message)
 

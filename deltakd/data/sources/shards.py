@@ -16,7 +16,7 @@ from typing import Any
 
 from deltakd.data.sources.file_formats import Problems, Record, read_file, without_gaps
 from deltakd.data.sources.parsing import parse_row, unread_keys
-from deltakd.data.sources.readers import documents, text_of
+from deltakd.data.sources.readers import documents, text_of, warn_once
 from deltakd.data.sources.records import (
     Source,
     is_hub_id,
@@ -227,13 +227,8 @@ def _open_hub(name: str) -> tuple[Any, str]:
         raise ValueError(unreachable(name, error)) from error
 
 
-@cache
-def _warn_once(message: str) -> None:
-    log.warning("%s.", message)
-
-
 def _note_unread(shard: Shard, record: Record) -> None:
     filtered = None if shard.source.filter is None else shard.source.filter[0]
     for key in unread_keys(record.value):
         if key != filtered:
-            _warn_once(f"{shard.source.entry}: the key {key} is not read (first seen at {record.where})")
+            warn_once(f"{shard.source.entry}: the key {key} is not read (first seen at {record.where})")

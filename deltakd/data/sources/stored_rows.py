@@ -48,6 +48,13 @@ def rows_digest(rows: Sequence[Row]) -> str:
     return _digest(map(row_bytes, rows))
 
 
+def holds_images(rows: Sequence[Row]) -> bool:
+    """Return True if some row holds an image."""
+    if isinstance(rows, StoredRows) and not rows.may_hold_images:
+        return False
+    return any(row.images for row in rows)
+
+
 def tasks_of(rows: Sequence[Row]) -> Tasks:
     return rows.tasks if isinstance(rows, StoredRows) else task_digests(rows)
 
@@ -91,6 +98,7 @@ def _write(writer: ArrayWriter, batch: Sequence[Row], done: int) -> None:
     writer.append_bytes("text", b"".join(lines))
     writer.append("ends", ends)
     writer.append("ids", [row.id for row in batch])
+    writer.meta["images"] = writer.meta.get("images", False) or any(row.images for row in batch)
     tasks = task_digests(batch)
     writer.append("instructions", tasks.instructions)
     writer.append("inputs", tasks.inputs)
@@ -141,6 +149,11 @@ class StoredRows(Sequence[Row]):
     def ids(self) -> NDArray[np.int64]:
         """[n] the rows' ids."""
         return self._of("ids")
+
+    @property
+    def may_hold_images(self) -> bool:
+        """True if a row of their folder holds an image."""
+        return bool(self._stored.meta.get("images"))
 
     @property
     def tasks(self) -> Tasks:

@@ -19,6 +19,7 @@ from deltakd.io.errors import LostServerError
 from deltakd.models import LanguageModel
 from deltakd.references.serving.address import GREETING_SECONDS, Address, keep_alive
 from deltakd.references.serving.fair_queue import FairQueue
+from deltakd.references.serving.requests import MOST_BYTES
 from deltakd.references.serving.secret import greet_as_server
 from deltakd.references.serving.team import Sharding, Team
 from deltakd.references.serving.transports import Offers, Sender
@@ -33,8 +34,6 @@ BEAT_SECONDS = 5.0
 LOGGED_SECONDS = 30.0
 #: Requests of one trainer in the server.
 _MOST_OPEN = 64
-#: Bytes of a request: a million positions take 6 MB.
-_MOST_BYTES = 2**26
 #: Seconds between looks at whether to stop.
 _PATIENCE = 0.2
 
@@ -163,7 +162,7 @@ class ReferenceServer:
             trainer.start()
             by = trainer.sender.name.replace("_", " ")
             log.info("A trainer at %s asks for %s, by %s.", name, ", ".join(sorted(roles)), by)
-            while trainer.hear(receive(connection, _MOST_BYTES)):
+            while trainer.hear(receive(connection, MOST_BYTES)):
                 pass
         except OSError as error:
             if trainer is None:
@@ -239,7 +238,8 @@ class ReferenceServer:
             placed, tensors = trainer.sender.place(hidden)
         except LostServerError:
             raise
-        except (ValueError, RuntimeError, OSError) as error:
+        # Images of the right kinds may still be none that a model can read, which it shows in many ways.
+        except Exception as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             log.warning("A request was refused: %s.", first)
             return {"number": number, "refused": first[:500]}, {}

@@ -61,7 +61,10 @@ class Team:
 
     def checked(self, request: Mapping[str, Tensor]) -> Batch:
         """Return a request's batch. Raises ValueError if it is none, or the models can't run it."""
-        return batch_of(request, self._packing, self._vocabulary, self._positions)
+        batch = batch_of(request, self._packing, self._vocabulary, self._positions)
+        if self._size > 1 and batch.images is not None:
+            raise ValueError("a server of several processes divides rows of text alone")
+        return batch
 
     def run(
         self, roles: Collection[str], request: Mapping[str, Tensor], batch: Batch

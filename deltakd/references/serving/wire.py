@@ -102,7 +102,7 @@ def read_description(listed: Any) -> dict[str, tuple[torch.dtype, list[int]]]:
 
 
 def _checked(shape: Any) -> list[int]:
-    if not isinstance(shape, list) or len(shape) > 4 or not all(type(size) is int and size >= 0 for size in shape):
+    if not isinstance(shape, list) or len(shape) > 6 or not all(type(size) is int and size >= 0 for size in shape):
         raise ValueError("no shape")
     return shape
 
