@@ -70,6 +70,21 @@ def save_model(directory: Path, *, seed: int, width: int = 16, family: str = "gp
     return directory
 
 
+def save_foreign_teachers(root: Path, spreads: tuple[float, float] = (0.02, 0.02)) -> tuple[str, ...]:
+    """Teacher and raw teacher with a tokenizer of their own, whose EOS has another name; returns their overrides.
+
+    Args:
+        root: where they go.
+        spreads: standard deviations of their weights.
+    """
+    tokenizer = train_tokenizer((row["instruction"] for row in make_rows(60, 9)), 330, add_prefix_space=True)
+    tokenizer.add_special_tokens({"eos_token": "</s>"})
+    names = ("teacher", "teacher_raw")
+    for seed, name, spread in zip((20, 21), names, spreads, strict=True):
+        save_model(root / name, seed=seed, width=24, tokenizer=tokenizer, initializer_range=spread)
+    return tuple(f"model.{name}.path={root / name}" for name in names)
+
+
 @dataclass(frozen=True)
 class World:
     """Paths of a tiny world."""

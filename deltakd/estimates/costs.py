@@ -10,7 +10,7 @@ from deltakd.estimates.layout import Held, Layout
 from deltakd.estimates.sizes import Skeleton
 from deltakd.estimates.writing import PARTNER, Writing, gathered_bytes
 from deltakd.kernels import chunk_size_for
-from deltakd.types import STUDENT
+from deltakd.types import STUDENT, TEACHER
 
 MIB = 2**20
 
@@ -66,6 +66,7 @@ class Setting:
         shared: role -> role that holds its weights, for references that share them.
         adapters: role -> bytes of its adapter.
         writing: the responses that the student writes; None: none, or a server does.
+        teacher_length: tokens of a row for the teachers per token for the student, if they have another tokenizer.
     """
 
     student: Skeleton
@@ -88,6 +89,16 @@ class Setting:
     shared: Mapping[str, str] = field(default_factory=dict)
     adapters: Mapping[str, int] = field(default_factory=dict)
     writing: Writing | None = None
+    teacher_length: float = 1.0
+
+    def sizes_of(self, role: str) -> tuple[int, int]:
+        """Return the positions of a micro-batch and of its longest row, in the tokenizer of a reference."""
+        share = self.teacher_length if role.startswith(TEACHER) else 1.0
+        return round(self.positions * share), round(self.row * share)
+
+    def valid_of(self, role: str) -> int:
+        """Return the valid tokens of a micro-batch in the tokenizer of a reference."""
+        return round(self.valid * (self.teacher_length if role.startswith(TEACHER) else 1.0))
 
     @property
     def writers(self) -> dict[str, Skeleton]:
@@ -172,7 +183,9 @@ def _standing(setting: Setting) -> list[Need]:
 def _given(setting: Setting) -> list[Need]:
     """Return the memory of the references' inputs to the loss."""
     gathered = sum(setting.layout.held_of_reference(s)[1] for s in setting.references.values())
-    hidden = sum(setting.valid * s.config.hidden_size * s.head_itemsize for s in setting.references.values())
+    hidden = sum(
+        setting.valid_of(role) * s.config.hidden_size * s.head_itemsize for role, s in setting.references.items()
+    )
     return [
         Need("gathered heads of the references", setting.device, gathered),
         Need("hidden states of the references", setting.device, hidden),
@@ -260,8 +273,8 @@ def activations(setting: Setting) -> int:
 def _reference_activations(setting: Setting) -> int:
     """Return the bytes of the references' largest layer: they run one after the other and keep nothing."""
     return max(
-        s.layer_elements(setting.positions, setting.row, s.makes_attention_matrix("", training=False)) * s.head_itemsize
-        for s in setting.references.values()
+        s.layer_elements(*setting.sizes_of(role), s.makes_attention_matrix("", training=False)) * s.head_itemsize
+        for role, s in setting.references.items()
     )
 
 
@@ -301,14 +314,16 @@ def operations(setting: Setting) -> list[Amount]:
     parts = [Amount("student, forward", forward), Amount("student, backward", student.backward_flops(*sizes))]
     if setting.checkpointed:
         parts.append(Amount("student, forward again", forward))
-    parts += [Amount(f"reference {role}", s.forward_flops(*sizes)) for role, s in setting.references.items()]
+    parts += [
+        Amount(f"reference {role}", s.forward_flops(*setting.sizes_of(role))) for role, s in setting.references.items()
+    ]
     if setting.adapted:
         parts.append(Amount("reference student_raw", forward))
     own = student.head.numel()
     products = own * (2 + student.head.requires_grad) + (own if setting.adapted else 0)
-    products += sum(s.head.numel() for s in setting.references.values())
     products += sum(numbers for numbers, _ in setting.cached_heads)
-    parts.append(Amount("heads", 2 * setting.valid * products))
+    of_references = sum(setting.valid_of(role) * s.head.numel() for role, s in setting.references.items())
+    parts.append(Amount("heads", 2 * (setting.valid * products + of_references)))
     trained = [Amount(what, setting.accumulate * amount) for what, amount in parts]
     return [*trained, *writing_operations(setting)]
 

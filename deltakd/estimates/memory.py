@@ -181,6 +181,7 @@ def make_setting(
         budget=_budget(settings.kernels.memory_budget, str(others.get("device", "cpu"))),
         form="autograd" if form is None else form.kind,
         writing=Writing.of(settings),
+        teacher_length=settings.data.teachers_length / settings.data.max_length,
         **others,
     )
 

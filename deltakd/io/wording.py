@@ -13,6 +13,7 @@ def listed(items: Iterable[object], most: int = 8) -> str:
     return ", ".join(map(str, first[:most])) + (", ..." if len(first) > most else "")
 
 
-def natural(text: object) -> list[tuple[int, str]]:
-    """Return a sort key that puts run 10 after run 9."""
-    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", str(text))]
+def natural(text: object) -> list[tuple[float, str]]:
+    """Return a sort key that puts run 10 after run 9, and 1.5 after 1.25."""
+    parts = re.split(r"(\d+(?:\.\d+)?)", str(text))
+    return [(float(part), "") if i % 2 else (0.0, part) for i, part in enumerate(parts)]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from deltakd.io.files import replacing
+from deltakd.io.files import replacing, write_text
 
 #: Colours of the methods, in order: (on light ground, on dark ground).
 SERIES = (
@@ -27,12 +29,16 @@ SERIES = (
     ("#6b6f76", "#a9adb5"),
 )
 INK, AXIS, GRID = "#3d4148", "#9aa0a8", "#e4e6ea"
-#: Colour of a drawing -> its variable in the style sheet.
-_VARIABLES = {light: f"var(--series-{i})" for i, (light, _) in enumerate(SERIES, 1)} | {
-    INK: "var(--figure-ink)",
-    AXIS: "var(--figure-axis)",
-    GRID: "var(--figure-grid)",
+#: Variables of the style sheet: (on light ground, on dark ground).
+COLORS = {f"series-{i}": pair for i, pair in enumerate(SERIES, 1)} | {
+    "figure-ink": (INK, "#c3c9d1"),
+    "figure-axis": (AXIS, "#6d757f"),
+    "figure-grid": (GRID, "#2a2f36"),
 }
+#: Colour of a drawing -> its variable in the style sheet.
+_VARIABLES = {light: f"var(--{name})" for name, (light, _) in COLORS.items()}
+#: Inches that a letter and a line of a legend take.
+_LETTER, _LINE = 0.06, 0.16
 _DASHES = ("solid", (0, (4, 1.6)), (0, (1.2, 1.4)))
 
 _RC: dict[Any, Any] = {
@@ -125,8 +131,9 @@ class Panel:
 
     WIDTH = 4.4
 
+    @cached_property
     def svg(self) -> str:
-        """Return an ``<svg>`` element that scales with its container; colours are variables of the style sheet."""
+        """An ``<svg>`` element that scales with its container; colours are variables of the style sheet."""
         stream = io.StringIO()
         with mpl.rc_context(_RC):
             self._figure(legend=False).savefig(stream, format="svg", transparent=True, metadata={"Date": None})
@@ -139,6 +146,14 @@ class Panel:
             self._figure(legend=True).savefig(partial, format="pdf", metadata={"CreationDate": None})
         return path
 
+    def write_svg(self, folder: Path) -> Path:
+        """Write ``<name>.svg``, which follows the reader's light or dark theme, and return its path."""
+        light, dark = (";".join(f"--{name}:{pair[i]}" for name, pair in COLORS.items()) for i in (0, 1))
+        style = f"<style>svg{{{light}}}@media(prefers-color-scheme:dark){{svg{{{dark}}}}}</style>"
+        path = folder / f"{self.name}.svg"
+        write_text(path, re.sub(r"(<svg[^>]*>)", lambda root: root[1] + style, self.svg, count=1) + "\n")
+        return path
+
     def _figure(self, legend: bool) -> Figure:
         figure = Figure(figsize=(self.WIDTH, self.height), layout="constrained")
         axes = figure.add_subplot()
@@ -146,7 +161,11 @@ class Panel:
         handles, labels = axes.get_legend_handles_labels()
         if legend and handles:
             shown = dict(zip(labels, handles, strict=True))
-            figure.legend(shown.values(), shown, loc="outside upper center", ncols=min(4, len(shown)))
+            longest = max(map(len, shown))
+            columns = max(1, min(4, len(shown), int(self.WIDTH / (0.4 + longest * _LETTER))))
+            # However many methods there are, the axes keep their size.
+            figure.set_figheight(self.height + _LINE * max(0, math.ceil(len(shown) / columns) - 2))
+            figure.legend(shown.values(), shown, loc="outside upper center", ncols=columns)
         return figure
 
 

@@ -19,7 +19,7 @@ from deltakd.io.files import make_folder, write_text
 from deltakd.results import figures, sections
 from deltakd.results.beyond import NOTES, beyond_tables
 from deltakd.results.delta_weights import delta_weights
-from deltakd.results.drawing import SERIES, Plate, Style, styles
+from deltakd.results.drawing import COLORS, Plate, Style, styles
 from deltakd.results.formats import (
     beyond_markdown,
     cost_markdown,
@@ -162,7 +162,7 @@ def render(page: Page, tidy: Callable[[str], str] = str) -> str:
     content = {
         "page": _View(page, plates),
         "styles": page.styles,
-        "style": Markup(environment.get_template("style.css").render(series=SERIES)),
+        "style": Markup(environment.get_template("style.css").render(colors=COLORS)),
         "script": Markup(script),
         "script_hash": digest,
     }
@@ -211,7 +211,7 @@ class _View:
 
 
 def write_report(page: Page, folder: Path, tidy: Callable[[str], str] = str) -> list[Path]:
-    """Write ``report.html``, ``report.md``, ``table.tex`` and ``figures/*.pdf``.
+    """Write ``report.html``, ``report.md``, ``table.tex``, ``figures/*.pdf``, and heat maps as ``figures/*.svg``, too.
 
     Args:
         page: the contents.
@@ -223,7 +223,7 @@ def write_report(page: Page, folder: Path, tidy: Callable[[str], str] = str) -> 
     """
     drawings = folder / "figures"
     make_folder(drawings, "the report")
-    for old in drawings.glob("*.pdf"):
+    for old in [*drawings.glob("*.pdf"), *drawings.glob("*.svg")]:
         old.unlink()
     texts = {
         "report.html": render(page, tidy),
@@ -238,7 +238,10 @@ def write_report(page: Page, folder: Path, tidy: Callable[[str], str] = str) -> 
     for name, text in texts.items():
         write_text(folder / name, text)
     panels = [panel for plate in page.plates.values() for panel in plate.panels]
-    return [folder / name for name in texts] + [panel.write_pdf(drawings) for panel in panels]
+    drawn = [panel.write_pdf(drawings) for panel in panels]
+    # Heat maps have no legend: they are also made fit for a README.
+    drawn += [panel.write_svg(drawings) for panel in page.plates["planes"].panels]
+    return [folder / name for name in texts] + drawn
 
 
 def _settings(page: Page) -> str:

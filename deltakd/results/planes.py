@@ -26,6 +26,8 @@ _LESS = re.compile(r"(perplexity|ece|ce|loss|kl_\w+|repetition_\d)$")
 #: Opacity of the worst and the best cell; text stays legible on both, on light and on dark ground.
 _FAINT, _FULL = 0.06, 0.5
 _NO_RUN = "not run"
+#: Characters of a score and a plane's name in the name of a file.
+_LONGEST_NAME = 100
 #: Said where the user asked for a plane and there is none.
 NO_PLANE = (
     "no finished methods have two values of each of these config keys, a score of this name, and nothing else that "
@@ -132,7 +134,7 @@ def plane_plate(methods: Sequence[Method], request: PlaneRequest) -> Plate:
         means = [cell.mean for other in planes if other.score == plane.score for cell in other.cells.values()]
         panels.append(
             Panel(
-                f"plane_{number}_{re.sub(r'[^A-Za-z0-9]+', '_', plane.score)}",
+                _file_name(plane, number),
                 f"{plane.score}: {plane.name}" if plane.name else plane.score,
                 partial(_draw, plane, (min(means), max(means))),
                 0.75 + 0.46 * len(plane.rows),
@@ -146,6 +148,12 @@ def plane_plate(methods: Sequence[Method], request: PlaneRequest) -> Plate:
         f"than others it says so; {_NO_RUN}: no finished run. Fuller colour is better, on one scale for all maps of a "
         "score. The best cell of a map has a frame; it was picked by looking at all of them, so its lead is flattered.",
     )
+
+
+def _file_name(plane: Plane, number: int) -> str:
+    """Return ``plane_<number>_<score>_<name>`` in letters that any file system takes."""
+    words = re.sub(r"[^A-Za-z0-9]+", "_", f"{plane.score} {plane.name}")[:_LONGEST_NAME]
+    return f"plane_{number}_{words.strip('_')}"
 
 
 def _place(method: Method, request: PlaneRequest) -> tuple[Any, Any] | None:

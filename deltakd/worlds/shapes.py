@@ -171,8 +171,8 @@ def write_shapes(
     *,
     seed: int = 0,
     captions: int = 4000,
-    questions: int = 800,
-    train_rows: int = 128,
+    questions: int = 2000,
+    train_rows: int = 512,
     val_rows: int = 200,
     test_rows: int = 400,
 ) -> dict[str, Path]:

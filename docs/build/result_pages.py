@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 DOCS = Path(__file__).resolve().parents[1]
 
+_FIGURES = (".png", ".svg")
 _LINK = re.compile(r"\]\((?!https?:|#)([^)\s]+)\)")
 
 
@@ -21,7 +22,7 @@ def experiment_pages(directory: Path, config: MkDocsConfig) -> Iterator[File]:
     """Make a page of every Markdown file in a folder of ``directory``, and carry over the figures."""
     for path in sorted(directory.glob("*/*.md")):
         yield File.generated(config, page_name(path), content=relinked(path))
-    for path in sorted(directory.glob("*/figures/*.png")):
+    for path in sorted(path for path in directory.glob("*/figures/*") if path.suffix in _FIGURES):
         name = f"results/{path.parts[-3]}/{path.name}"
         yield File.generated(config, name, abs_src_path=str(path))
 
@@ -53,7 +54,7 @@ def relinked(path: Path) -> str:
             name = page_name(file).removeprefix("results/")
         elif file.suffix == ".md" and file.parent == DOCS:
             name = f"../{file.name}"
-        elif file.suffix == ".png":
+        elif file.suffix in _FIGURES:
             name = f"{file.parts[-3]}/{file.name}"
         else:
             raise ValueError(f"{path}: the link to {found[1]} leads nowhere on the site")

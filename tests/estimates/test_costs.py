@@ -85,6 +85,17 @@ def test_adapters_spare_gradients_of_weights_and_the_second_student(world: World
     assert adapted["reference student_raw"] == adapted["student, forward"]
 
 
+def test_teachers_with_longer_rows_cost_as_much_more(world: World, tmp_path: Path) -> None:
+    def parts(*extra: str) -> dict[str, float]:
+        settings = make_settings(compose_config("train", world.overrides(tmp_path / "run", "delta_span", *extra)))
+        return {part.what: part.amount for part in operations(setting_of(settings, "cpu", "cpu"))}
+
+    equal, longer = parts(), parts("data.teacher_max_length=240")
+    assert longer["reference teacher"] > 2 * equal["reference teacher"]
+    assert longer["reference student_raw"] == equal["reference student_raw"]
+    assert equal["heads"] < longer["heads"] < 2 * equal["heads"]
+
+
 def test_sharded_references_and_offloading_move_memory_to_traffic() -> None:
     teacher = _skeleton(ARCHITECTURES["qwen2.5-1.5b"], "bfloat16")
     student = _skeleton(ARCHITECTURES["qwen2.5-0.5b"], "bfloat16", trained=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from deltakd.data import ChatTemplate, Encoded, collate, encode_prompts, encode_rows, parse_row, read_rows
+from deltakd.data.encoding.encode import encode_batch
 from deltakd.data.encoding.image_reader import _opened, _reader_at, image_bytes, reader_beside
 from deltakd.evaluation.answers import make_set
 from deltakd.generation import Decoding, generate
@@ -20,6 +23,9 @@ from deltakd.models import LanguageModel
 from deltakd.references.index import keys_of_batch, keys_of_set
 from tests.vision import FAMILIES, draw, image_rows, save_vision_model, write_images
 
+_DRAWN = io.BytesIO()
+Image.effect_noise((40, 40), 64).save(_DRAWN, format="PNG")
+PNG = _DRAWN.getvalue()
 GREEDY = Decoding(do_sample=False, max_new_tokens=8)
 
 
@@ -185,6 +191,55 @@ def test_a_missing_and_a_changed_image_are_named(models: Path, tmp_path: Path) -
     (tmp_path / "images" / "1.png").unlink()
     with pytest.raises(ValueError, match=r"row 0 .*: the image .*1\.png can't be read: there is no such file"):
         encode_rows(read_rows(source), ChatTemplate(tokenizer), tokenizer, **options)
+
+
+def test_an_image_is_turned_as_its_camera_was_held(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (30, 10)).save(tmp_path / "a.jpg", exif=exif)
+    assert _image(str(tmp_path / "a.jpg")).size == (10, 30)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("empty.png", b"", "it is no image that Pillow knows"),
+        ("text.png", b"hello", "it is no image that Pillow knows"),
+        ("cut.png", PNG[:100], "image file is truncated"),
+        ("a\0.png", None, "embedded null byte"),
+    ],
+)
+def test_a_broken_image_is_named(name: str, content: bytes | None, reason: str, models: Path, tmp_path: Path) -> None:
+    _, tokenizer = opened(models, "idefics3")
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    parts = [{"type": "image", "image": str(tmp_path / name)}, {"type": "text", "text": "what?"}]
+    turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": "red"}]
+    row = parse_row({"messages": turns}, "file:1", 0)
+    with pytest.raises(ValueError, match=rf"row 0 \(file:1\): the image .* can't be read: {reason}"):
+        encode_rows([row], ChatTemplate(tokenizer), tokenizer, max_length=200, max_prompt_length=180)
+
+
+def test_image_tokens_are_never_cut_in_half(models: Path, tmp_path: Path) -> None:
+    """At every limit a row keeps all of its image tokens, or is an error; dropped rows are counted."""
+    _, tokenizer = opened(models, "qwen2_5_vl")
+    rows = read_rows(write_images(tmp_path / "images", 3))
+    token, kept = reader_beside(tokenizer).token_id, 0
+    whole = encode_rows(rows, ChatTemplate(tokenizer), tokenizer, max_length=200, max_prompt_length=180)
+    for limit in range(20, 60, 4):
+        for one in whole:
+            row = next(row for row in rows if row.id == one.row_id)
+            options: dict[str, Any] = {"max_length": limit + 8, "max_prompt_length": limit}
+            [outcome] = encode_batch([row], ChatTemplate(tokenizer), tokenizer, **options)
+            if outcome.encoded is None:
+                assert "which can't be cut" in str(outcome.problem)
+            else:
+                kept += 1
+                assert outcome.encoded.input_ids.count(token) == one.input_ids.count(token)
+    assert kept
+    limits = {"max_length": int(whole.lengths.max()) - 1, "max_prompt_length": int(whole.lengths.max()) - 2}
+    short = encode_rows(rows, ChatTemplate(tokenizer), tokenizer, overlong="drop", **limits)
+    assert short.counts["dropped"] == 3 - len(short) > 0
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -72,12 +73,23 @@ def test_without_stages_maps_are_named_by_what_differs(folder: Path) -> None:
 
 def test_the_figure_says_what_is_empty_and_has_its_numbers_as_text(folder: Path) -> None:
     first, *_ = plane_plate(methods_of(folder), PlaneRequest(scores=("val/kl_teacher",))).panels
-    svg = first.svg()
+    svg = first.svg
     assert svg.count(">not run<") == 1
     assert len(re.findall(r"var\(--series-1\)", svg)) >= 5
     for text in (">delta_weight<", ">loss.target.v<", ">1.15<", "± 0.100"):
         assert text in svg
     assert first.table is not None
+
+
+def test_a_heat_map_stands_alone_in_both_themes(folder: Path, tmp_path: Path) -> None:
+    first, *_ = plane_plate(methods_of(folder), PlaneRequest(scores=("val/kl_teacher",))).panels
+    root = ElementTree.parse(first.write_svg(tmp_path)).getroot()
+    style = root[0].text or ""
+    assert root[0].tag.endswith("style")
+    assert "prefers-color-scheme:dark" in style
+    used = set(re.findall(r"var\((--[\w-]+)\)", first.svg))
+    assert used
+    assert all(style.count(f"{name}:") == 2 for name in used)
 
 
 def test_a_report_draws_the_plane_asked_for(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,7 +100,7 @@ def test_a_report_draws_the_plane_asked_for(folder: Path, capsys: pytest.Capture
     assert "### val/kl\\_teacher: few" in text
     assert "not run" in text
     assert sorted(path.name for path in (folder / "out" / "figures").glob("plane_*.pdf")) == [
-        "plane_1_val_kl_teacher.pdf", "plane_2_val_kl_teacher.pdf"
+        "plane_1_val_kl_teacher_few.pdf", "plane_2_val_kl_teacher_many.pdf"
     ]  # fmt: skip
     main([*given, "--plane", "delta_weight", "optim.lr"])
     assert "--plane delta_weight optim.lr: no finished methods have two values" in (

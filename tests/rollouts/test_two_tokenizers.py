@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from deltakd.io.run_directory import RunDirectory
-from deltakd.models import train_tokenizer
 from deltakd.models.tokenizers import ALIGNING_LOSSES
 from tests.rollouts.runs import ON_POLICY, assert_same_student, column, compare_ranks, stop_after
-from tests.tiny import World, make_rows, save_model
+from tests.tiny import World, save_foreign_teachers, save_model
 
 Train = Callable[..., RunDirectory]
 REPLAY = ("rollout.replay.size=4", "rollout.replay.fresh=constant")
@@ -20,12 +19,7 @@ REPLAY = ("rollout.replay.size=4", "rollout.replay.fresh=constant")
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     """Overrides that give the world's student teachers with another tokenizer, far from uniform."""
-    root = tmp_path_factory.mktemp("foreign")
-    tokenizer = train_tokenizer((row["instruction"] for row in make_rows(60, 9)), 330, add_prefix_space=True)
-    tokenizer.add_special_tokens({"eos_token": "</s>"})
-    for number, (name, spread) in enumerate((("teacher", 0.4), ("teacher_raw", 0.2))):
-        save_model(root / name, seed=20 + number, width=24, tokenizer=tokenizer, initializer_range=spread)
-    return tuple(f"model.{name}.path={root / name}" for name in ("teacher", "teacher_raw"))
+    return save_foreign_teachers(tmp_path_factory.mktemp("foreign"), spreads=(0.4, 0.2))
 
 
 def test_a_killed_run_on_own_and_kept_responses_makes_the_same_student(

@@ -18,6 +18,7 @@ from deltakd.config.compose import compose_config
 from deltakd.io.errors import Stopped
 from deltakd.io.run_directory import RunDirectory
 from deltakd.training.callbacks.checkpoints import read_checkpoint
+from deltakd.training.callbacks.signals import SIGNALS
 from deltakd.training.module import DistillationModule
 from deltakd.training.run import run_training
 from deltakd.types import Batch
@@ -67,6 +68,16 @@ def uninterrupted(world: World, tmp_path_factory: pytest.TempPathFactory) -> Run
     run_training(make_settings(compose_config("train", overrides(world, directory))), directory)
     torch.set_num_threads(threads)
     return RunDirectory(directory)
+
+
+def test_a_run_gives_back_the_signal_handlers_that_it_found(world: World, tmp_path: Path) -> None:
+    """Those of Lightning would keep its trainer and all models in memory: a study of a thousand runs is one process."""
+    found = [signal.getsignal(each) for each in SIGNALS]
+    directory = tmp_path / "run"
+    run_training(
+        make_settings(compose_config("train", world.overrides(directory, "sft", "trainer.max_steps=1"))), directory
+    )
+    assert [signal.getsignal(each) for each in SIGNALS] == found
 
 
 @pytest.mark.parametrize(

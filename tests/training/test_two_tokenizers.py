@@ -6,6 +6,7 @@ import csv
 import logging
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,12 @@ from deltakd.config.instantiate import built
 from deltakd.evaluate import run_evaluation
 from deltakd.io.errors import ConfigError, Stopped
 from deltakd.io.run_directory import RunDirectory
-from deltakd.models import train_tokenizer
 from deltakd.models.tokenizers import ALIGNING_LOSSES, OtherTokenizerError
 from deltakd.training.caching import fill_cache
 from deltakd.training.callbacks import StopOnSignal
 from deltakd.training.run import run_training
 from tests.distributed.processes import on_ranks
-from tests.tiny import World, make_rows, save_model, write_rows
+from tests.tiny import World, make_rows, save_foreign_teachers, save_model, write_rows
 
 Train = Callable[..., RunDirectory]
 
@@ -33,12 +33,7 @@ Train = Callable[..., RunDirectory]
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     """Overrides that give the world's student teachers with another tokenizer, whose EOS has another name."""
-    root = tmp_path_factory.mktemp("foreign")
-    tokenizer = train_tokenizer((row["instruction"] for row in make_rows(60, 9)), 330, add_prefix_space=True)
-    tokenizer.add_special_tokens({"eos_token": "</s>"})
-    for number, name in enumerate(("teacher", "teacher_raw")):
-        save_model(root / name, seed=20 + number, width=24, tokenizer=tokenizer)
-    return tuple(f"model.{name}.path={root / name}" for name in ("teacher", "teacher_raw"))
+    return save_foreign_teachers(tmp_path_factory.mktemp("foreign"))
 
 
 def weights(directory: RunDirectory) -> dict[str, torch.Tensor]:
@@ -104,20 +99,32 @@ def _stop_after(step: int) -> Any:
     return stop
 
 
+FSDP = ("fsdp", "reference.sharding=shard")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "strategy", [("strategy=ddp",), ("strategy=fsdp", "reference.sharding=shard")], ids=["ddp", "fsdp"]
+    ("loss", "strategy"),
+    [
+        ("span_kd", ("ddp",)),
+        ("span_kd", FSDP),
+        ("dskd", ("ddp",)),
+        ("dskd", FSDP),
+        ("dskd", ("deepspeed_zero2",)),
+        ("dskd", ("deepspeed_zero3",)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
 )
 def test_two_ranks_train_on_what_one_does(
-    strategy: tuple[str, ...], world: World, foreign: tuple[str, ...], tmp_path: Path
+    loss: str, strategy: tuple[str, ...], world: World, foreign: tuple[str, ...], tmp_path: Path
 ) -> None:
     two, one = tmp_path / "two", tmp_path / "one"
     # Each rank draws its own dropout.
     plain = save_model(tmp_path / "plain", seed=1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     shared = (*foreign, f"model.student.path={plain}", "trainer.accelerator=cpu", "data.val=null", "optim.lr=0.001")
-    split = (*strategy, "trainer.devices=2", "data.batch_size=2")
-    on_ranks(2, _train, world.overrides(two, "span_kd", *shared, *split), two)
-    _train(world.overrides(one, "span_kd", *shared, "data.batch_size=4"), one)
+    split = (f"strategy={strategy[0]}", *strategy[1:], "trainer.devices=2", "data.batch_size=2")
+    on_ranks(2, _train, world.overrides(two, loss, *shared, *split), two)
+    _train(world.overrides(one, loss, *shared, "data.batch_size=4"), one)
     records = []
     for directory in (two, one):
         with (directory / "metrics.csv").open() as file:
@@ -128,6 +135,26 @@ def test_two_ranks_train_on_what_one_does(
 
 def _train(overrides: list[str], directory: Path) -> None:
     run_training(make_settings(compose_config("train", overrides)), directory)
+
+
+def _train_halfway(overrides: list[str], directory: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch, suppress(Stopped):
+        patch.setattr(StopOnSignal, "on_train_batch_end", _stop_after(3))
+        _train(overrides, directory)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", [FSDP, ("deepspeed_zero3",)], ids=["fsdp", "deepspeed_zero3"])
+def test_projectors_of_two_ranks_go_on_where_they_were(
+    strategy: tuple[str, ...], world: World, foreign: tuple[str, ...], tmp_path: Path
+) -> None:
+    chosen = (*foreign, f"strategy={strategy[0]}", *strategy[1:], "trainer.accelerator=cpu", "trainer.devices=2")
+    chosen = (*chosen, "data.val=null", "trainer.checkpoint_every_n_steps=1")
+    whole, parts = RunDirectory(tmp_path / "whole"), RunDirectory(tmp_path / "parts")
+    on_ranks(2, _train, world.overrides(whole.path, "dskd", *chosen), whole.path)
+    on_ranks(2, _train_halfway, world.overrides(parts.path, "dskd", *chosen), parts.path)
+    on_ranks(2, _train, world.overrides(parts.path, "dskd", *chosen, "resume=true"), parts.path)
+    assert same(whole, parts)
 
 
 def test_streamed_rows_are_aligned_as_indexed_ones(train: Train, foreign: tuple[str, ...], tmp_path: Path) -> None:

@@ -121,21 +121,22 @@ def image_bytes(image: str) -> bytes:
         return Path(image).read_bytes()
     except (OSError, ValueError) as error:
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else str(error).partition("\n")[0]
-        raise ImageError(f"the image {image_name(image)} can't be read: {reason}") from None
+        raise ImageError(f"the image {image_name(image):.200} can't be read: {reason}") from None
 
 
 def _opened(image: str, content: bytes) -> Any:
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(io.BytesIO(content)) as opened:
-            return opened.convert("RGB")
+            # Cameras note how they were held; transformers turns images so, too.
+            return ImageOps.exif_transpose(opened).convert("RGB")
     # Pillow's decoders fail in many ways on broken files.
     except (OSError, ValueError, SyntaxError, EOFError, IndexError, Image.DecompressionBombError) as error:
         reason = (
             "it is no image that Pillow knows" if "cannot identify" in str(error) else str(error).partition("\n")[0]
         )
-        raise ImageError(f"the image {image_name(image)} can't be read: {reason}") from None
+        raise ImageError(f"the image {image_name(image):.200} can't be read: {reason}") from None
 
 
 def reader_beside(tokenizer: PreTrainedTokenizerBase) -> ImageReader:

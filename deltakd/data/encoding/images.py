@@ -123,7 +123,7 @@ def image_stamp(rows: Sequence[Row]) -> str:
             if not image.startswith("data:"):
                 try:
                     state = os.stat(image)
-                except OSError:
+                except (OSError, ValueError):
                     # It is named when it is read.
                     continue
                 found.update(f"{state.st_size} {state.st_mtime_ns}\n".encode())

@@ -67,6 +67,12 @@ class StopOnSignal(Checkpoint):
         self._restore()
 
     def _restore(self) -> None:
+        """Give back those that are still ours.
+
+        Before ``teardown`` Lightning has put back what was there before the run. Its own handlers, which we replaced,
+        would keep the whole run in memory.
+        """
         for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
+            if signal.getsignal(signum) == self._receive:
+                signal.signal(signum, handler)
         self._previous = {}
