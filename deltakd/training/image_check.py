@@ -13,7 +13,7 @@ from deltakd.data.encoding.token_cache import fingerprint
 from deltakd.data.sources.stored_rows import holds_images
 from deltakd.io.errors import ConfigError
 from deltakd.models import ModelSpec, load_config
-from deltakd.models.image_models import IMAGE_FAMILIES, reads_images
+from deltakd.models.image_models import IMAGE_FAMILIES, feature_differences, reads_images
 from deltakd.models.tokenizers import load_tokenizer
 from deltakd.training.settings import RunSettings
 from deltakd.types import STUDENT
@@ -123,6 +123,11 @@ def _model_problems(settings: RunSettings, reader: ImageReader) -> list[str]:
                 f"processor writes {reader.token!r}, which is token {reader.token_id}; give models and a processor "
                 "that belong together"
             )
+        problems += [
+            f"the student's processor has {name}={here}, and {key} needs {there}: an image would have fewer or more "
+            "tokens than features; give models and a processor that belong together"
+            for name, here, there in feature_differences(config, reader.settings)
+        ]
         if role != STUDENT:
             problems += _processor_problems(role, spec, reader)
     return problems

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,31 @@ def test_what_a_run_with_images_cannot_do_is_named_at_once(
         train("delta_kd", *base, "data.template=alpaca", name="d")
     with pytest.raises(ValueError, match=r"\d+ tokens, \d+ of them for its images, which can't be cut"):
         train("delta_kd", *base, "data.max_prompt_length=16", name="e")
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "said"),
+    [
+        ("qwen2_5_vl", {"image_processor": {"merge_size": 1}}, "has merge_size=1, and model.student needs 2"),
+        ("idefics3", {"image_seq_len": 9}, "has image_seq_len=9, and model.student needs 4"),
+        ("llava_onevision", {"num_image_tokens": 9}, "has num_image_tokens=9, and model.student needs 4"),
+    ],
+)
+def test_a_processor_of_another_model_is_refused(
+    family: str, change: dict[str, Any], said: str, models: Path, train: Callable[..., RunDirectory], tmp_path: Path
+) -> None:
+    """Before weights load, instead of a shape that does not fit in the middle of a batch."""
+    student = tmp_path / "student"
+    shutil.copytree(models / f"{family}_student", student)
+    file = student / "processor_config.json"
+    settings = json.loads(file.read_text())
+    for key, value in change.items():
+        settings[key] = settings[key] | value if isinstance(value, dict) else value
+    file.write_text(json.dumps(settings))
+    data = write_images(tmp_path / "train", 3)
+    chosen = [f"model.student.path={student}", f"data.train={data}", "data.val=null", "data.template=chat"]
+    with pytest.raises(ValueError, match=said):
+        train("sft", *chosen, "data.max_length=250", "data.max_prompt_length=240")
 
 
 def test_rows_that_a_model_of_text_is_given_are_refused(train: Callable[..., RunDirectory], tmp_path: Path) -> None:

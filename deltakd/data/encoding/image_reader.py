@@ -53,10 +53,13 @@ class ImageReader:
     @cached_property
     def identity(self) -> str:
         """Everything that the tokens and tensors of an image depend on; equal for processors that agree."""
-        kept = {
-            key: value for key, value in self._processor.to_dict().items() if key not in ("tokenizer", "chat_template")
-        }
-        return json.dumps(kept, sort_keys=True, default=str)
+        return json.dumps(self.settings, sort_keys=True, default=str)
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The processor's settings, without its tokenizer."""
+        every = self._processor.to_dict()
+        return {key: value for key, value in every.items() if key not in ("tokenizer", "chat_template")}
 
     def expansions(self, images: Sequence[str]) -> list[str]:
         """Return the text that stands for each image of a row in place of its one token.
@@ -153,11 +156,13 @@ def _reader_at(path: str) -> ImageReader:
     from transformers import PreTrainedTokenizerBase
 
     where = f"rows hold images, and {path or 'the tokenizer'}"
+    if Path(path).is_dir() and not _processor_files(path):
+        raise ImageError(f"{where} holds no image processor ({' or '.join(_PROCESSOR_FILES[:2])}); give an image model")
     try:
         processor = _processor_at(path)
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
         missing = [name for name in ("PIL", "torchvision") if not _is_installed(name)]
-        needed = f" ({' and '.join(missing)} are not installed; pip install deltakd[vision])" if missing else ""
+        needed = f" (not installed: {', '.join(missing)}; pip install deltakd[vision])" if missing else ""
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ImageError(f"{where} gives no processor that reads them: {first:.160}{needed}") from None
     if isinstance(processor, PreTrainedTokenizerBase) or not getattr(processor, "image_token", None):
