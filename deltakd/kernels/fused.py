@@ -1,18 +1,20 @@
-"""Forward and reverse KL to a linear target, by hand: value and gradient of a chunk in two or three tensors.
+"""KLs of student, linear target and their mixture, by hand: value and gradient of a chunk in two or three tensors.
 
 This covers ``sft``, ``kd``, ``delta_kd``, ``delta_shift``, ``delta_bilinear``, ``delta_multi_teacher``, ``taid``,
-``delta_gated``, ``kd_reverse`` and ``delta_kd_reverse`` (the untreated ones). The definitions are in
-``deltakd/losses``: ``Distillation`` of a ``ShiftedTarget`` or a ``GatedDeltaTarget`` under ``ForwardKL`` or
-``ReverseKL``, and ``SupervisedFineTuning``; ``tests/kernels/test_chunked.py`` shows that values and gradients agree.
+``delta_gated``, and the same under reverse KL, the Jensen-Shannon and the skew divergences (the untreated ones). The
+definitions are in ``deltakd/losses``: ``Distillation`` of a ``ShiftedTarget`` or a ``GatedDeltaTarget``, and
+``SupervisedFineTuning``; ``tests/kernels/test_chunked.py`` shows that values and gradients agree.
 
 With q = softmax(z_s / τ) and p = softmax(Σ c_r z_r / τ), the gradient of λ·CE + (1 − λ)·s·D w.r.t. z_s is
-λ (softmax(z_s) − onehot) + (1 − λ) (s / τ) d, with d = q − p for KL(p ‖ q) (docs/design.md#identities, number 9) and
-d = q (log q − log p − KL(q ‖ p)) for KL(q ‖ p), so autograd has nothing to keep. Matrix products cover a whole chunk;
-everything after them covers a few rows at a time, which stay in the processor's cache.
+λ (softmax(z_s) − onehot) + (1 − λ) (s / τ) d, with d = q − p for KL(p ‖ q) (docs/design.md#identities, number 9),
+d = q (log q − log p − KL(q ‖ p)) for KL(q ‖ p), and d = q (g − Σ q g) for a · KL(p ‖ m) + b · KL(q ‖ m), where
+m = μ p + (1 − μ) q and g = b log(q / m) − (1 − μ) (a p + b q) / m. So autograd has nothing to keep. Matrix products
+cover a whole chunk; everything after them covers a few rows at a time, which stay in the processor's cache.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -22,7 +24,7 @@ from deltakd.kernels import gpu
 from deltakd.kernels.blocks import ChunkBuffers, row_blocks
 from deltakd.kernels.finite_biases import is_finite
 from deltakd.kernels.head_gradients import GradientFormat
-from deltakd.types import STUDENT, Gate, Head, HeadLogits, LinearKL, Loss
+from deltakd.types import STUDENT, Gate, Head, HeadLogits, LinearKL, Loss, MixtureKL
 from deltakd.types.products import Summands
 
 
@@ -192,8 +194,12 @@ def _block(form: LinearKL, z_NV: Tensor, target_NV: Tensor | None, labels: Tenso
             q_NV, log_sum_N = _softmax(z_NV.div_(tau))
             target_NV.div_(tau)
         factor, with_ce = (1 - ce_weight) * form.scale / tau, ce_weight if tau == 1.0 else 0.0
-        divergence = _reverse_kl if form.reverse else _forward_kl
-        values = _mixed(form, ce_N, divergence(target_NV, z_NV, q_NV, log_sum_N, factor, with_ce))
+        if form.mixture is not None:
+            kl_N = _mixture_kl(form.mixture, target_NV.log_softmax(-1), z_NV, factor, with_ce)
+        else:
+            divergence = _reverse_kl if form.reverse else _forward_kl
+            kl_N = divergence(target_NV, z_NV, q_NV, log_sum_N, factor, with_ce)
+        values = _mixed(form, ce_N, kl_N)
         if ce_grad_NV is not None:
             z_NV.add_(ce_grad_NV, alpha=ce_weight)
     z_NV[rows_N, labels] -= ce_weight
@@ -244,3 +250,27 @@ def _reverse_kl(
         difference_NV.add_(ce_weight)
     torch.mul(q_NV, difference_NV, out=z_NV)
     return kl_N.to(z_NV.dtype)
+
+
+def _mixture_kl(form: MixtureKL, log_p_NV: Tensor, z_NV: Tensor, factor: float, ce_weight: float) -> Tensor:
+    """Return the divergence, [n]; ``z_NV`` becomes factor · q (g − Σ q g) + ce_weight · q."""
+    a, b, share = form.of_target, form.of_student, form.share
+    log_q_NV = z_NV.log_softmax(-1)
+    log_m_NV = torch.logaddexp(log_p_NV + math.log(share), log_q_NV + math.log1p(-share))
+    m_N = log_m_NV.exp().sum(-1)
+    q_NV = torch.exp(log_q_NV, out=z_NV)
+    # Ratios to the mixture: they are bounded, however small the probabilities.
+    log_p_NV, log_q_NV = log_p_NV.sub_(log_m_NV), log_q_NV.sub_(log_m_NV)
+    value_N = torch.zeros_like(m_N)
+    g_NV = torch.zeros_like(q_NV)
+    if a > 0:
+        ratio_NV = log_p_NV.exp()
+        p_NV = ratio_NV * log_m_NV.exp()
+        value_N += a * (torch.linalg.vecdot(p_NV, log_p_NV) - p_NV.sum(-1) + m_N)
+        g_NV.sub_(ratio_NV, alpha=(1 - share) * a)
+    if b > 0:
+        value_N += b * (torch.linalg.vecdot(q_NV, log_q_NV) - q_NV.sum(-1) + m_N)
+        g_NV.add_(log_q_NV, alpha=b).sub_(log_q_NV.exp_(), alpha=(1 - share) * b)
+    g_NV.sub_(torch.linalg.vecdot(q_NV, g_NV)[:, None])
+    q_NV.mul_(g_NV.mul_(factor).add_(ce_weight))
+    return value_N

@@ -80,7 +80,8 @@ def gradient_bound(form: LinearKL) -> float:
 
     That of KL(q ‖ p) grows with log q − log p, up to 128 nats here; what is larger is cut to that when multiplied.
     """
-    return form.ce_weight + (1 - form.ce_weight) * form.scale / form.temperature * (128.0 if form.reverse else 1.0)
+    of_divergence = form.mixture.bound if form.mixture is not None else 128.0 if form.reverse else 1.0
+    return form.ce_weight + (1 - form.ce_weight) * form.scale / form.temperature * of_divergence
 
 
 @final

@@ -77,11 +77,12 @@ class Distillation(LabelMixture):
     def _fused_term(self) -> LinearKL | None:
         coefficients = self.target.coefficients
         measure = self.divergence
-        if coefficients is None or not (measure.is_forward_kl or measure.is_reverse_kl):
+        mixture = measure.as_mixture
+        if coefficients is None or not (measure.is_forward_kl or measure.is_reverse_kl or mixture):
             return None
         scale = self.temperature**2 if self.temperature_squared else 1.0
         options = (self.temperature, self.ce_weight, scale, measure.name, measure.is_reverse_kl, self.target.gate)
-        return LinearKL(coefficients, *options)
+        return LinearKL(coefficients, *options, mixture)
 
     def term(self, logits: Mapping[str, Tensor], log_student_NV: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """D(target, student): [N], under the divergence's name, and what the target logs."""

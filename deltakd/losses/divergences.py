@@ -5,8 +5,8 @@ up to rounding, never negative. If a divergence is infinite by definition (forwa
 not, reverse KL the other way round, the α-β-divergence of (0, 0) in both cases), the result is +inf, and training stops
 with an error that says so. ``LogitMSE`` compares the tokens that neither rules out.
 
-These are the definitions. ``ForwardKL`` also has a kernel, which computes it in training; for all the others autograd
-differentiates the formula here, chunk by chunk (``deltakd/kernels/chunked.py``).
+These are the definitions. KLs, the Jensen-Shannon and the skew divergences also have a kernel, which computes them in
+training; for all the others autograd differentiates the formula here, chunk by chunk (``deltakd/kernels/chunked.py``).
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import final
 
 import torch
 from torch import Tensor
+
+from deltakd.types import MixtureKL
 
 #: Stands for −inf inside a mixture, where log(0 + 0) would have no gradient; e to it is 0 in every float type.
 _FLOOR = -1e30
@@ -31,6 +33,11 @@ class Divergence(ABC):
     is_forward_kl: bool = False
     #: Likewise for KL(Q ‖ P).
     is_reverse_kl: bool = False
+
+    @property
+    def as_mixture(self) -> MixtureKL | None:
+        """Likewise for KLs to a mixture of P and Q; None: it is something else."""
+        return None
 
     @abstractmethod
     def __call__(self, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
@@ -149,6 +156,10 @@ class JensenShannon(Divergence):
             )
         self.beta = beta
 
+    @property
+    def as_mixture(self) -> MixtureKL:
+        return MixtureKL(self.beta, 1 - self.beta, self.beta)
+
     def __call__(self, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
         log_m_NV = log_mixture(self.beta, log_p_NV, log_q_NV)
         return self.beta * kl(log_p_NV, log_m_NV) + (1 - self.beta) * kl(log_q_NV, log_m_NV)
@@ -190,6 +201,10 @@ class SkewForwardKL(_SkewKL):
 
     name = "skew_forward_kl"
 
+    @property
+    def as_mixture(self) -> MixtureKL | None:
+        return MixtureKL(1.0, 0.0, self.skew) if self.skew > 0 else None
+
     def __call__(self, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
         return self._skewed(log_p_NV, log_q_NV)
 
@@ -203,6 +218,10 @@ class SkewReverseKL(_SkewKL):
     """
 
     name = "skew_reverse_kl"
+
+    @property
+    def as_mixture(self) -> MixtureKL | None:
+        return MixtureKL(0.0, 1.0, 1 - self.skew) if self.skew > 0 else None
 
     def __call__(self, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
         return self._skewed(log_q_NV, log_p_NV)

@@ -15,6 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from deltakd.io.hub import hub_reachable
+from deltakd.models.activations import fuse_activations
 from deltakd.models.causal import check_causal
 from deltakd.models.image_models import IMAGE_FAMILIES, auto_class
 from deltakd.models.quantization import quantization_config, quantization_problems
@@ -167,7 +168,7 @@ def load_model(
             f"{len(missing)} weights are absent or of another shape (first: {missing[0]}) and would be random; "
             "give a checkpoint of that architecture"
         )
-    return model
+    return fuse_activations(model)
 
 
 def _tensor_plan(role: str, spec: ModelSpec, config: PretrainedConfig) -> DistributedConfig:
@@ -236,4 +237,7 @@ def _build_model(
     config = _architecture(role, spec, vocabulary, eos_token_id)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return auto_class(config).from_config(config, dtype=DTYPES[spec.dtype], attn_implementation=attn_implementation)
+        model = auto_class(config).from_config(
+            config, dtype=DTYPES[spec.dtype], attn_implementation=attn_implementation
+        )
+    return fuse_activations(model)

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from deltakd.data import LoadedSets, tokenizer_fingerprint
+from deltakd.distributed.devices import choose_device
 from deltakd.distributed.ranks import is_main_process
 from deltakd.io.errors import ConfigError
 from deltakd.models.identity import spec_of
@@ -109,7 +110,8 @@ def _served(settings: RunSettings, tokenizer: PreTrainedTokenizerBase, sets: Loa
     assert settings.served is not None
     given = settings.served
     token = read_token(create=False)
-    connection = ServerConnection(given.address, token, settings.loss.requires, given.wait_s, given.transport)
+    device = choose_device(settings.trainer.accelerator, settings.trainer.devices)
+    connection = ServerConnection(given.address, token, settings.loss.requires, given.wait_s, given.transport, device)
     problems = _server_problems(settings, tokenizer, connection.content)
     reader = sets.image_reader
     if reader is not None:

@@ -43,9 +43,11 @@ def make_server(settings: RunSettings, listen: Address | None = None) -> Referen
         ValueError: models that are not available or do not fit together, an address that is taken, or no token.
     """
     assert settings.served is not None
+    address = settings.served.address if listen is None else listen
     # First, since loading takes minutes.
     token = read_token(create=True)
-    return ReferenceServer(open_served(settings), settings.served.address if listen is None else listen, token)
+    address.check_free()
+    return ReferenceServer(open_served(settings), address, token)
 
 
 def open_served(settings: RunSettings) -> Served:

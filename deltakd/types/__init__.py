@@ -13,7 +13,17 @@ So ``hidden_ND`` holds one hidden state for each valid token, ``labels_BT`` one 
 from deltakd.types.alignment import UNALIGNED, Alignment, TokenMap
 from deltakd.types.batch import IGNORE_INDEX, AlignedStream, Batch, StepPairs, TokenStream
 from deltakd.types.heads import NO_FACTS, Head, HeadLogits, PairFacts, TokenFacts, in_float64
-from deltakd.types.losses import Gate, LinearKL, Loss, LossOutput, Progress, Schedule, SequenceLoss, require_kind
+from deltakd.types.losses import (
+    Gate,
+    LinearKL,
+    Loss,
+    LossOutput,
+    MixtureKL,
+    Progress,
+    Schedule,
+    SequenceLoss,
+    require_kind,
+)
 from deltakd.types.packed import PackedRows
 from deltakd.types.products import Products, at_least_float32
 from deltakd.types.role_names import (
@@ -48,6 +58,7 @@ __all__ = [
     "LinearKL",
     "Loss",
     "LossOutput",
+    "MixtureKL",
     "PackedRows",
     "PairFacts",
     "Products",

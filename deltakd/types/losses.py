@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -94,6 +95,30 @@ class Gate:
 
 
 @dataclass(frozen=True)
+class MixtureKL:
+    """a · KL(P ‖ M) + b · KL(Q ‖ M) with M = μ P + (1 − μ) Q, P the target and Q the student.
+
+    Args:
+        of_target: a.
+        of_student: b.
+        share: μ, in (0, 1).
+    """
+
+    of_target: float
+    of_student: float
+    share: float
+
+    @property
+    def bound(self) -> float:
+        """The largest absolute value of its gradient w.r.t. a logit at τ = 1.
+
+        The gradient is Q (g − E_Q[g]) with g = b log(Q / M) − (1 − μ) (a P + b Q) / M. As M ≥ (1 − μ) Q and M ≥ μ P,
+        g is at most −b log(1 − μ), Q |log(Q / M)| at most 1 − log(1 − μ), and (1 − μ) Q (a P + b Q) / M at most a + b.
+        """
+        return 2 * (self.of_target + self.of_student * (2 - math.log1p(-self.share)))
+
+
+@dataclass(frozen=True)
 class LinearKL:
     """The coefficients of λ · CE + (1 − λ) · scale · KL(softmax(Σ c_r z_r / τ) ‖ softmax(z_student / τ)).
 
@@ -104,6 +129,7 @@ class LinearKL:
         scale: τ² or 1.
         name: the KL's name in ``parts``.
         reverse: KL(student ‖ target) instead.
+        mixture: this divergence instead.
         gate: logits with a weight per token, added to the target's.
     """
 
@@ -114,6 +140,7 @@ class LinearKL:
     name: str = "forward_kl"
     reverse: bool = False
     gate: Gate | None = None
+    mixture: MixtureKL | None = None
 
     @property
     def kind(self) -> str:

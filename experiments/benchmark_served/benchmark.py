@@ -5,16 +5,21 @@
 
 Two CPU cores: the student and live references take both, or the student has one and the server's process the other.
 The ways take turns over the same micro-batches, forward, loss and backward; a way's time is its fastest round. All
-compute the same loss, which is checked.
+compute the same loss, which is checked. Then answers alone go from one process to another by each transport.
+
+On a GPU (``--device cuda``), server and student share it, and CUDA IPC is measured beside copies through the CPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import multiprocessing
 import os
+import resource
 import secrets
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -28,6 +33,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from deltakd.config.build import make_settings
@@ -38,6 +44,8 @@ from deltakd.io.run_directory import RunDirectory
 from deltakd.models import train_tokenizer
 from deltakd.references import ServedReferences
 from deltakd.references.serving.secret import TOKEN_VARIABLE
+from deltakd.references.serving.transports import Offers, choose
+from deltakd.references.serving.wire import receive, send
 from deltakd.training.assembly import load_parts
 from deltakd.training.fit import make_data, make_module
 from deltakd.training.module import DistillationModule
@@ -83,7 +91,7 @@ def common(options: argparse.Namespace, loss: str) -> list[str]:
         f"data.batch_size={options.batch_size}",
         "evaluation=none",
         "logger=csv",
-        "trainer.accelerator=cpu",
+        f"trainer.accelerator={options.device}",
     ]
 
 
@@ -124,6 +132,7 @@ class Loaded:
     batches: list[Batch]
     seconds: float = float("inf")
     waited: float = 0.0
+    cpu: float = 0.0
     loss: float = 0.0
 
     @property
@@ -136,14 +145,15 @@ class Loaded:
         """Run all batches once; keep the round if it is the fastest."""
         torch.set_num_threads(self.way.threads)
         served = self.served
+        device = next(self.module.student.parameters()).device
         batches: Iterable[Batch] = self.batches
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.process_time()
         if served is not None:
             served.take_wait_seconds()
             batches = begun_ahead(map(served.read_ahead, batches), self.way.ahead)
         loss = 0.0
         for batch in batches:
-            total, _ = self.module.step(batch)
+            total, _ = self.module.step(batch.to(device))
             (total / batch.step_tokens).backward()
             self.module.zero_grad()
             loss += float(total)
@@ -151,7 +161,7 @@ class Loaded:
         waited = served.take_wait_seconds() if served is not None else 0.0
         self.loss = loss
         if seconds < self.seconds:
-            self.seconds, self.waited = seconds, waited
+            self.seconds, self.waited, self.cpu = seconds, waited, time.process_time() - cpu
 
 
 def load(way: Way, options: argparse.Namespace) -> Loaded:
@@ -162,6 +172,10 @@ def load(way: Way, options: argparse.Namespace) -> Loaded:
     module = make_module(parts, data.total_steps)
     # Without dropout: all ways compute one loss.
     module.student.eval()
+    device = torch.device(options.device)
+    module.to(device)
+    if module.step.references is not None:
+        module.step.references.to(device)
     return Loaded(way, module, list(islice(iter(data.train_dataloader()), options.batches)))
 
 
@@ -170,7 +184,7 @@ def show(loaded: dict[str, Loaded], options: argparse.Namespace) -> None:
     live = loaded[LIVE]
     tokens = sum(len(batch.labels_N) for batch in live.batches)
     table = Table(title=f"{options.batches} batches, {tokens / options.batches:.0f} valid tokens each")
-    for column in ("way", "ms a step", "of live", "waiting, ms a step"):
+    for column in ("way", "ms a step", "of live", "waiting, ms a step", "CPU ms of the run"):
         table.add_column(column, justify="left" if column == "way" else "right")
     for name, one in loaded.items():
         table.add_row(
@@ -178,6 +192,7 @@ def show(loaded: dict[str, Loaded], options: argparse.Namespace) -> None:
             f"{1e3 * one.seconds / options.batches:.1f}",
             f"{one.seconds / live.seconds:.2f}",
             "" if one.served is None else f"{1e3 * one.waited / options.batches:.1f}",
+            f"{1e3 * one.cpu / options.batches:.1f}",
         )
     console = Console(width=120)
     console.print(table)
@@ -193,6 +208,51 @@ def show(loaded: dict[str, Loaded], options: argparse.Namespace) -> None:
     )
 
 
+def serve_alone(connection: socket.socket, name: str, answer: Tensor, count: int) -> None:
+    """Send an answer many times by a transport, as a server does."""
+    possible = Offers(answer.device).make([name])
+    sender, offer = possible[name]
+    send(connection, {"offers": {name: offer}})
+    for _ in range(count):
+        header, rest = sender.place({"teacher": answer})
+        send(connection, header, rest)
+        said = receive(connection, 0).header
+        sender.release(said.get("free"))
+
+
+def move_alone(name: str, options: argparse.Namespace) -> tuple[float, float]:
+    """Return GB/s and CPU seconds a GB, of both processes, for answers between two processes."""
+    count, answer = 16, torch.ones(2048, options.megabytes * 2**20 // 2048 // 4)
+    ours, theirs = socket.socketpair()
+    child = multiprocessing.get_context("fork").Process(target=serve_alone, args=(theirs, name, answer, count))
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    child.start()
+    theirs.close()
+    receiver = choose([name], receive(ours, 0).header["offers"]).receiver
+    started, cpu = time.perf_counter(), time.process_time()
+    for _ in range(count):
+        frame = receive(ours, None)
+        said = {} if receiver is None else receiver.take(frame.header["placed"])[1]
+        send(ours, said)
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+    child.join()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu += after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    size = count * answer.nbytes / 1e9
+    return size / seconds, cpu / size
+
+
+def show_transports(options: argparse.Namespace) -> None:
+    """Print how fast answers go between two processes of this machine."""
+    table = Table(title=f"Answers of {options.megabytes} MiB, one after the other")
+    for column in ("transport", "GB/s", "CPU s a GB, both sides"):
+        table.add_column(column, justify="left" if column == "transport" else "right")
+    for name in ("socket", "shared_memory"):
+        tries = [move_alone(name, options) for _ in range(3)]
+        table.add_row(name, f"{max(one[0] for one in tries):.2f}", f"{min(one[1] for one in tries):.2f}")
+    Console(width=120).print(table)
+
+
 def main() -> None:
     """Parse and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -205,10 +265,14 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--batches", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--megabytes", type=int, default=32, help="of an answer that is moved alone")
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     options.folder = options.folder.resolve()
     options.folder.mkdir(parents=True, exist_ok=True)
+    # First: it forks, before libraries have threads.
+    show_transports(options)
     make_inputs(options)
     os.environ[TOKEN_VARIABLE] = secrets.token_urlsafe(32)
     asking = [*common(options, "delta_kd"), "reference=served", "reference.url=tcp://127.0.0.1:7791"]
@@ -216,10 +280,11 @@ def main() -> None:
         SFT: Way(common(options, "sft"), 1),
         LIVE: Way(common(options, "delta_kd"), 2),
         ALONE: Way(common(options, "delta_kd"), 1),
-    } | {
-        f"served, {ahead} ahead, a core each": Way([*asking, f"reference.ahead={ahead}"], 1, ahead)
-        for ahead in (0, 1, 2, 4)
     }
+    transports = ("socket", "shared_memory", *(("cuda_ipc",) if options.device == "cuda" else ()))
+    for transport, ahead in [*((transport, 2) for transport in transports), (transports[-1], 0), (transports[-1], 4)]:
+        name = f"served by {transport}, {ahead} ahead, a core each"
+        ways[name] = Way([*asking, f"reference.ahead={ahead}", f"reference.transport={transport}"], 1, ahead)
     with serving(asking, options.folder / "server.log"):
         loaded = {name: load(way, options) for name, way in ways.items()}
         for _ in range(options.rounds):

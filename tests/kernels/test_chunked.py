@@ -106,7 +106,9 @@ def test_every_loss_by_name(name: str, dtype: torch.dtype, tolerance: float, opt
             assert_near(ours, theirs, tolerance)
 
 
-@pytest.mark.parametrize("name", ["kd_reverse", "delta_kd_reverse", "delta_gated"])
+@pytest.mark.parametrize(
+    "name", ["kd_reverse", "delta_kd_reverse", "delta_gated", "kd_jsd", "delta_kd_skew", "kd_skew_reverse"]
+)
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.7, "ce_weight": 0.0}], ids=str)
 def test_a_gradient_by_hand_against_differences(name: str, options: dict[str, Any]) -> None:
     """Central differences of the summed loss w.r.t. single hidden states and weights, in float64."""

@@ -25,7 +25,7 @@ from deltakd.kernels.gpu.tails import _spread_kernel, _tail_kernel
 INTEGERS = {"columns", "padded", "width", "blocks"}
 WORDS = {"labels": "*i64", "words": "*i64", "tokens": "*i64"}
 FLOATS = {"inverse_temperature", "temperature", "softcap", "ce_weight", "kl_weight", "gradient_scale", "scale",
-          "inverse_nats"}
+          "inverse_nats", "of_target", "of_student", "share"}
 
 
 def compiled(kernel, gradient="*fp16", **constants):
@@ -55,6 +55,8 @@ for kind, tempered, capped, gated, gradient, summands in (
     (1, True, False, True, "*fp16", 1),
     (2, True, True, False, "*fp32", 1),
     (2, False, False, False, "*fp32", 0),
+    (3, True, True, True, "*fp16", 1),
+    (3, False, False, False, "*fp32", 0),
 ):
     ptx = compiled(
         _loss_kernel, gradient, KIND=kind, TEMPERED=tempered, HAS_CAP=capped, HAS_GATE=gated, SUMMANDS=summands,

@@ -26,12 +26,13 @@ from deltakd.losses import (
     RatioMatching,
     ReverseKL,
     Target,
+    TotalVariation,
     Treatment,
     delta_target,
     gated_delta_target,
     teacher_target,
 )
-from deltakd.types import Gate, Head, LinearKL, Loss, LossOutput, require_kind
+from deltakd.types import Gate, Head, LinearKL, Loss, LossOutput, MixtureKL, require_kind
 from tests.losses.by_name import loss_named
 
 CLIPPED = Treatment(clip=2.0)
@@ -113,14 +114,16 @@ def test_parts_of_your_own_are_parts_like_others() -> None:
     assert matching.requires == {"teacher"}
 
 
-def test_an_untreated_target_under_forward_or_reverse_kl_has_a_fused_form() -> None:
+def test_an_untreated_target_under_a_kl_has_a_fused_form() -> None:
     loss = Distillation(delta_target(0.25), ForwardKL(), 2.0, 0.3, temperature_squared=True)
     coefficients = {"teacher": 1.0, "student_raw": 0.25, "teacher_raw": -0.25}
     assert loss.fused_form == LinearKL(coefficients, 2.0, 0.3, 4.0, "forward_kl")
     assert Distillation(delta_target(0.25, CLIPPED), ForwardKL()).fused_form is None
     reverse = Distillation(delta_target(0.25), ReverseKL()).fused_form
     assert reverse == LinearKL(coefficients, 1.0, 0.5, 1.0, "reverse_kl", reverse=True)
-    assert Distillation(delta_target(0.25), JensenShannon()).fused_form is None
+    jsd = Distillation(delta_target(0.25), JensenShannon(0.1)).fused_form
+    assert jsd == LinearKL(coefficients, 1.0, 0.5, 1.0, "jsd", mixture=MixtureKL(0.1, 0.9, 0.1))
+    assert Distillation(delta_target(0.25), TotalVariation()).fused_form is None
     gated = Distillation(gated_delta_target(0.25, 2.0), ForwardKL()).fused_form
     gate = Gate(2.0, "teacher", "teacher_raw", {"student_raw": 0.25, "teacher_raw": -0.25}, "delta_gate")
     assert gated == LinearKL({"teacher": 1.0}, 1.0, 0.5, gate=gate)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hydra.utils import instantiate
 
+from deltakd.config.build import make_settings
 from deltakd.config.compose import compose_config
 from deltakd.data.encoding.encoded_set import EncodedSet
 from deltakd.data.routing import with_tasks
@@ -18,9 +19,10 @@ from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
 from deltakd.losses.distillation import Distillation
 from deltakd.models import LanguageModel, ModelSettings, ModelSpec
-from deltakd.models.roles import open_model
+from deltakd.models.roles import open_model, open_tokenizer
 from deltakd.references import LiveReferences, RoutedReferences
 from deltakd.references.routed import routed_roles
+from deltakd.training.assembly import open_references, read_vocabularies
 from deltakd.training.step import DistillationStep
 from deltakd.types import IGNORE_INDEX, Batch
 from tests.tiny import World, make_rows, save_model, write_rows
@@ -133,6 +135,20 @@ def test_a_run_with_two_pairs_scores_and_measures_each_task(world: World, train:
     # The second pair has no shift: its teacher is its raw teacher.
     assert "val/short/shift_correlation" not in summary
     assert "val/long/shift_correlation" in summary
+
+
+def test_pairs_that_share_a_raw_teacher_share_its_weights(world: World, tmp_path: Path) -> None:
+    second = {"teacher_2": "student_raw", "teacher_raw_2": "teacher_raw"}
+    paths = [f"+model.{role}.path={world.root / path}" for role, path in second.items()]
+    overrides = world.overrides(tmp_path, "delta_kd", "model.routes={long: 1, short: 2}", *paths)
+    settings = make_settings(compose_config("train", overrides))
+    tokenizer = open_tokenizer(settings.model, tmp_path / "tokenizer")
+    opened = open_references(settings, tokenizer, read_vocabularies(settings, tokenizer))
+    assert opened["teacher_raw_2"] is opened["teacher_raw"]
+    # As the second teacher and the raw student do, by chance.
+    assert opened["teacher_2"] is opened["student_raw"]
+    assert len(opened) == 5
+    assert len({id(model) for model in opened.values()}) == 3
 
 
 def test_a_task_without_a_route_is_named_with_its_rows(world: World, train: Train, tmp_path: Path) -> None:

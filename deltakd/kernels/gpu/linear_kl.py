@@ -1,9 +1,13 @@
 """Losses and gradients of ``LinearKL`` from logits, in two passes over memory: one program per row, tiles of columns.
 
+A KL to the mixture of both (``MixtureKL``) takes a third pass between them: what its gradient subtracts is a mean under
+the student of a function of normalised probabilities, which, unlike a KL's, cannot be rescaled as the sums grow.
+
 Per logit the loss kernel reads the student's and the target's 4 bytes twice, and writes 2 bytes of gradient (4 in
-float32 or as two summands): 18 bytes, 26 with a gate, 10 for cross-entropy alone. It computes 4 exponentials and about
-40 other operations. For 8,192 tokens of a vocabulary of 128,256 these are 19 GB and 50 GFLOP: 6.3 ms of memory traffic
-at 3 TB/s, beside 1.2 ms of exponentials at an H100's 16 per cycle and multiprocessor. So memory bounds it.
+float32 or as two summands): 18 bytes, 26 with a gate or a mixture, 10 for cross-entropy alone. It computes 4
+exponentials and about 40 other operations. For 8,192 tokens of a vocabulary of 128,256 these are 19 GB and 50 GFLOP:
+6.3 ms of memory traffic at 3 TB/s, beside 1.2 ms of exponentials at an H100's 16 per cycle and multiprocessor. So
+memory bounds it.
 
 The gate kernel reads two references' 4 bytes once: 8.4 GB, 2.8 ms.
 """
@@ -18,13 +22,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deltakd.types import LinearKL
+from deltakd.types import LinearKL, MixtureKL
 
 _BLOCK = 4096
 #: Warps per row.
 WARPS = 8
 #: The kernel's names of divergences.
-_CE, _FORWARD, _REVERSE = 0, 1, 2
+_CE, _FORWARD, _REVERSE, _MIXTURE = 0, 1, 2, 3
 
 
 @triton.jit
@@ -69,6 +73,47 @@ def _compared(inner, a_sum, a_factor, a_old, a_new, b_old, b_new, a, b):
 
 
 @triton.jit
+def _student(z, at, columns, padded, softcap, HAS_CAP: tl.constexpr):
+    """A tile of the student's logits, capped; −inf beyond the end of the row."""
+    x = _capped(loaded(z, at, columns, padded), softcap, HAS_CAP)
+    if HAS_CAP:
+        x = tl.where(at < columns, x, float("-inf"))
+    return x
+
+
+@triton.jit
+def _mixed(log_p, log_q, of_target, of_student, share):
+    """q, the summands of ``MixtureKL``, and g, of which the gradient is q (g − Σ q g); 0 where a probability is 0."""
+    p, q = tl.exp(log_p), tl.exp(log_q)
+    a, b = log_p + tl.log(share), log_q + tl.log(1.0 - share)
+    largest = tl.maximum(a, b)
+    # Without a possible token, −inf − (−inf) would be NaN.
+    largest = tl.where(largest == float("-inf"), 0.0, largest)
+    m = tl.exp(a - largest) + tl.exp(b - largest)
+    log_m = largest + tl.log(tl.where(m > 0.0, m, 1.0))
+    # Ratios to the mixture: they are bounded, however small the probabilities.
+    log_p_ratio, log_q_ratio = log_p - log_m, log_q - log_m
+    m = m * tl.exp(largest)
+    value = of_target * (tl.where(p > 0.0, p * log_p_ratio, 0.0) - p + m)
+    value += of_student * (tl.where(q > 0.0, q * log_q_ratio, 0.0) - q + m)
+    g = of_student * tl.where(q > 0.0, log_q_ratio, 0.0)
+    g -= (1.0 - share) * (of_target * tl.exp(log_p_ratio) + of_student * tl.exp(log_q_ratio))
+    return q, value, tl.where(q > 0.0, g, 0.0)
+
+
+@triton.jit
+def _store_gradient(high, low, at, padded, gradient, SUMMANDS: tl.constexpr, LARGEST: tl.constexpr):
+    """Store a tile as one number, cut to the largest of its type, or as the sum of two."""
+    if LARGEST > 0.0:
+        # Comparisons with NaN are false: it stays NaN.
+        gradient = tl.where(gradient > LARGEST, LARGEST, tl.where(gradient < -LARGEST, -LARGEST, gradient))
+    first = gradient.to(high.dtype.element_ty)
+    tl.store(high + at, first, mask=at < padded)
+    if SUMMANDS == 2:
+        tl.store(low + at, (gradient - first.to(tl.float32)).to(low.dtype.element_ty), mask=at < padded)
+
+
+@triton.jit
 def _gate_kernel(to, origin, gates, to_stride, origin_stride, columns, padded, inverse_nats, BLOCK: tl.constexpr):
     """gates[row] = exp(−KL(softmax(to) ‖ softmax(origin)) / nats), in one pass."""
     row = tl.program_id(0).to(tl.int64)
@@ -107,6 +152,9 @@ def _loss_kernel(
     ce_weight,
     kl_weight,
     gradient_scale,
+    of_target,
+    of_student,
+    share,
     KIND: tl.constexpr,
     TEMPERED: tl.constexpr,
     HAS_CAP: tl.constexpr,
@@ -120,6 +168,8 @@ def _loss_kernel(
     z += row * z_stride
     target += row * target_stride
     shift += row * shift_stride
+    high += row * high_stride
+    low += row * high_stride
     label = tl.load(labels + row)
     gate = tl.load(gates + row) if HAS_GATE else 1.0
 
@@ -127,9 +177,7 @@ def _loss_kernel(
     z_max, z_sum, q_max, q_sum, p_max, p_sum, inner = -1e30, 0.0, -1e30, 0.0, -1e30, 0.0, 0.0
     for start in range(0, columns, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        x = _capped(loaded(z, at, columns, padded), softcap, HAS_CAP)
-        if HAS_CAP:
-            x = tl.where(at < columns, x, float("-inf"))
+        x = _student(z, at, columns, padded, softcap, HAS_CAP)
         z_max, z_sum, _ = summed(z_max, z_sum, x)
         if KIND != 0:
             y = _target(target, shift, gate, at, columns, padded, HAS_GATE) * inverse_temperature
@@ -152,15 +200,22 @@ def _loss_kernel(
         mean = inner / q_sum - tl.log(q_sum) + tl.log(p_sum)
     tl.store(ce + row, z_log_sum - _capped(tl.load(z + label), softcap, HAS_CAP))
 
-    # Pass 2: the divergence and the gradient, which may overwrite z: every thread has read the label's logit.
     value = 0.0
-    tl.debug_barrier()
-    if KIND != 0 or SUMMANDS > 0:
+    if KIND == 3:
         for start in range(0, columns, BLOCK):
             at = start + tl.arange(0, BLOCK)
-            x = _capped(loaded(z, at, columns, padded), softcap, HAS_CAP)
-            if HAS_CAP:
-                x = tl.where(at < columns, x, float("-inf"))
+            x = _student(z, at, columns, padded, softcap, HAS_CAP) * inverse_temperature
+            y = _target(target, shift, gate, at, columns, padded, HAS_GATE) * inverse_temperature
+            q, terms, g = _mixed(y - p_log_sum, x - q_log_sum, of_target, of_student, share)
+            value += tl.sum(terms, axis=0)
+            mean += tl.sum(q * g, axis=0)
+
+    # The last pass: the divergence and the gradient, which may overwrite z: every thread has read the label's logit.
+    tl.debug_barrier()
+    if SUMMANDS > 0 or (KIND != 0 and KIND != 3):
+        for start in range(0, columns, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            x = _student(z, at, columns, padded, softcap, HAS_CAP)
             gradient = tl.zeros_like(x)
             if KIND != 0:
                 y = _target(target, shift, gate, at, columns, padded, HAS_GATE) * inverse_temperature
@@ -168,7 +223,10 @@ def _loss_kernel(
                 log_p = y - p_log_sum
                 q, p = tl.exp(log_q), tl.exp(log_p)
                 # Σ (q − p) is 0 up to rounding, but makes each term at least 0 (losses.divergences.kl).
-                if KIND == 1:
+                if KIND == 3:
+                    q, _, g = _mixed(log_p, log_q, of_target, of_student, share)
+                    gradient = kl_weight * q * (g - mean)
+                elif KIND == 1:
                     value += tl.sum(tl.where(p > 0.0, p * (log_p - log_q), 0.0) - p + q, axis=0)
                     gradient = kl_weight * (q - p)
                 else:
@@ -180,14 +238,7 @@ def _loss_kernel(
                 if HAS_CAP:
                     gradient *= 1.0 - (x / softcap) * (x / softcap)
                 gradient *= gradient_scale
-                if LARGEST > 0.0:
-                    # Comparisons with NaN are false: it stays NaN.
-                    gradient = tl.where(gradient > LARGEST, LARGEST, tl.where(gradient < -LARGEST, -LARGEST, gradient))
-                first = gradient.to(high.dtype.element_ty)
-                tl.store(high + row * high_stride + at, first, mask=at < padded)
-                if SUMMANDS == 2:
-                    rest = (gradient - first.to(tl.float32)).to(low.dtype.element_ty)
-                    tl.store(low + row * high_stride + at, rest, mask=at < padded)
+                _store_gradient(high, low, at, padded, gradient, SUMMANDS, LARGEST)
     tl.store(kl + row, value)
 
 
@@ -240,7 +291,7 @@ def loss_rows(
         The cross-entropy and the KL, [n] nats each; None for the KL at λ = 1.
     """
     ce_N, kl_N = (z_NV.new_empty(len(z_NV)) for _ in range(2))
-    kind = _CE if target_NV is None else _REVERSE if form.reverse else _FORWARD
+    kind = _CE if target_NV is None else _kind(form)
     target_NV = z_NV if target_NV is None else target_NV
     shift = target_NV if shift_NV is None else shift_NV
     high = summands[0] if summands else z_NV
@@ -270,6 +321,7 @@ def loss_rows(
                 form.ce_weight,
                 (1 - form.ce_weight) * form.scale / form.temperature,
                 scale,
+                *_coefficients(form.mixture),
                 KIND=kind,
                 TEMPERED=form.temperature != 1.0,
                 HAS_CAP=softcap is not None,
@@ -280,6 +332,17 @@ def loss_rows(
                 num_warps=WARPS,
             )
     return ce_N, None if kind == _CE else kl_N
+
+
+def _kind(form: LinearKL) -> int:
+    if form.mixture is not None:
+        return _MIXTURE
+    return _REVERSE if form.reverse else _FORWARD
+
+
+def _coefficients(mixture: MixtureKL | None) -> tuple[float, float, float]:
+    """Return a, b and μ; without a mixture they are not read."""
+    return (1.0, 1.0, 0.5) if mixture is None else (mixture.of_target, mixture.of_student, mixture.share)
 
 
 def padded_columns(*logits: Tensor) -> int:

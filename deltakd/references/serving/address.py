@@ -79,10 +79,16 @@ class Address(NamedTuple):
                 return socket.create_server((self.host, self.port), family=family)
             return self._listen_at_path()
         except OSError as error:
+            # Python adds to the system's reason, which the sentence says already.
+            reason = str(error) if error.errno is None else os.strerror(error.errno)
             raise ValueError(
-                f"{self} can't be listened on ({error.strerror or error}); is another server there? Give a free "
-                "address of this machine"
+                f"{self} can't be listened on ({reason}); is another server there? Give a free address of this machine"
             ) from None
+
+    def check_free(self) -> None:
+        """Listen for a moment. Raises ValueError as ``listen``."""
+        self.listen().close()
+        self.remove()
 
     def _listen_at_path(self) -> socket.socket:
         path = Path(self.path)

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from contextlib import suppress
 from typing import Any, final
 
+import torch
 from torch import Tensor
 
 from deltakd.io.errors import LostServerError, RefusedError, ServerError
@@ -21,6 +22,7 @@ from deltakd.references.serving.wire import Frame, WireError, receive, send
 
 log = logging.getLogger(__name__)
 
+CPU = torch.device("cpu")
 #: Seconds without a sign of life after which a server counts as lost; it sends one every 5 seconds.
 SILENCE_SECONDS = 30.0
 #: Seconds between two tries to reach a server.
@@ -40,19 +42,27 @@ class ServerConnection:
         roles: whose hidden states are asked for.
         wait_s: seconds to wait for a server that is not there, or not any more.
         transport: how tensors come (``transports``).
+        device: where the trainer wants them.
 
     Raises:
         ServerError: it is not there in time, or refuses.
     """
 
     def __init__(
-        self, address: Address, token: bytes, roles: Collection[str], wait_s: float, transport: Transport = "auto"
+        self,
+        address: Address,
+        token: bytes,
+        roles: Collection[str],
+        wait_s: float,
+        transport: Transport = "auto",
+        device: torch.device = CPU,
     ) -> None:
         self._address = address
         self._token = token
         self._roles = sorted(roles)
         self._wait_s = wait_s
-        self._transports = candidates(transport)
+        self._transports = candidates(transport, device)
+        self._device = device
         self._changed = threading.Condition()
         self._sending = threading.Lock()
         self._socket: socket.socket | None = None
@@ -99,6 +109,13 @@ class ServerConnection:
         if "refused" in answer.header:
             raise ServerError(f"the server of references {self._address} refused a batch: {answer.header['refused']}")
         return answer
+
+    def send_to(self, device: torch.device) -> None:
+        """Let tensors that come by a GPU's memory go to ``device`` from now on."""
+        with self._changed:
+            self._device = device
+            if self.chosen.receiver is not None:
+                self.chosen.receiver.device = device
 
     def close(self) -> None:
         """Leave the server; open requests are forgotten."""
@@ -228,6 +245,8 @@ class ServerConnection:
             raise
         with self._changed:
             self._socket, self.chosen = connection, chosen
+            if chosen.receiver is not None:
+                chosen.receiver.device = self._device
         threading.Thread(target=self._receive, args=(connection, chosen), name="references", daemon=True).start()
         return welcome
 

@@ -22,7 +22,7 @@ from deltakd.references.serving.fair_queue import FairQueue
 from deltakd.references.serving.requests import MOST_BYTES
 from deltakd.references.serving.secret import greet_as_server
 from deltakd.references.serving.team import Sharding, Team
-from deltakd.references.serving.transports import Sender, offers
+from deltakd.references.serving.transports import Offers, Sender
 from deltakd.references.serving.wire import Frame, WireError, receive, send
 from deltakd.types import Head
 
@@ -83,6 +83,7 @@ class ReferenceServer:
         # Heads first: sharding leaves nobody the whole of them.
         self._empty = _empty_heads(served.models)
         self._team = served.team()
+        self._offers = Offers(served.device)
         self._stopped = threading.Event()
         self._trainers: set[_Trainer] = set()
         self._counts = _Counts()
@@ -155,7 +156,7 @@ class ReferenceServer:
             roles = self._welcome(connection, asked)
             if roles is None:
                 return
-            trainer = _Trainer(connection, roles, self._queue, _agreed(connection, asked))
+            trainer = _Trainer(connection, roles, self._queue, self._agreed(connection, asked))
             self._trainers.add(trainer)
             self._queue.join(trainer)
             trainer.start()
@@ -188,6 +189,28 @@ class ReferenceServer:
         heads = self._heads(wanted) if asked.get("heads") else ({}, {})
         send(connection, {"content": self._served.content, "heads": heads[0]}, heads[1])
         return frozenset(wanted)
+
+    def _agreed(self, connection: socket.socket, asked: Mapping[str, Any]) -> Sender:
+        """Offer a trainer the ways for tensors that it can do with, and return its choice.
+
+        Raises:
+            WireError: it chooses none.
+        """
+        wanted = asked.get("transports")
+        possible = self._offers.make(
+            [name for name in wanted if isinstance(name, str)] if isinstance(wanted, list) else []
+        )
+        chosen = None
+        try:
+            send(connection, {"offers": {name: offer for name, (_, offer) in possible.items()}})
+            chosen = receive(connection, 0).header.get("transport")
+            if not isinstance(chosen, str) or chosen not in possible:
+                raise WireError("it can do with none of the ways that tensors could take")
+            return possible[chosen][0]
+        finally:
+            for name, (sender, _) in possible.items():
+                if name != chosen:
+                    sender.close()
 
     def _heads(self, roles: Collection[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return role -> names of its tensors and its numbers, and the tensors; shared ones are there once."""
@@ -224,27 +247,6 @@ class ReferenceServer:
         return {"number": number, "roles": listed, **placed}, tensors
 
 
-def _agreed(connection: socket.socket, asked: Mapping[str, Any]) -> Sender:
-    """Offer a trainer the ways for tensors that it can do with, and return its choice.
-
-    Raises:
-        WireError: it chooses none.
-    """
-    wanted = asked.get("transports")
-    possible = offers([name for name in wanted if isinstance(name, str)] if isinstance(wanted, list) else [])
-    chosen = None
-    try:
-        send(connection, {"offers": {name: offer for name, (_, offer) in possible.items()}})
-        chosen = receive(connection, 0).header.get("transport")
-        if not isinstance(chosen, str) or chosen not in possible:
-            raise WireError("it can do with none of the ways that tensors could take")
-        return possible[chosen][0]
-    finally:
-        for name, (sender, _) in possible.items():
-            if name != chosen:
-                sender.close()
-
-
 @final
 class _Trainer:
     """A connection: answers leave in a thread, so that a slow trainer keeps no other waiting."""
@@ -268,8 +270,9 @@ class _Trainer:
 
     def hear(self, frame: Frame) -> bool:
         """Take in what it says; return False if it has left."""
-        if "free" in frame.header:
+        if type(frame.header.get("free")) is int:
             self.sender.release(frame.header["free"])
+            self._requests.done(self)
             return True
         return self._requests.put(self, frame)
 
@@ -294,7 +297,9 @@ class _Trainer:
                 if answer is None:
                     return
                 send(self._connection, *answer)
-                self._requests.done(self)
+                # What lies in memory is done with once the trainer has copied it.
+                if "placed" not in answer[0]:
+                    self._requests.done(self)
         except OSError:
             pass
         finally:

@@ -63,6 +63,7 @@ class ServedReferences:
     def to(self, device: torch.device) -> None:
         """Return heads on ``device`` from now on."""
         self._device = device
+        self._connection.send_to(device)
         moved: dict[int, Tensor] = {}
         for role, head in self._heads.items():
             weight, bias = (
@@ -110,6 +111,10 @@ class ServedReferences:
 
     def _received(self, answer: Frame, tokens: int) -> dict[str, Head]:
         moved = {name: tensor.to(self._device, non_blocking=True) for name, tensor in answer.tensors.items()}
+        for tensor in moved.values():
+            if tensor.is_cuda:
+                # Another thread's stream made it: its memory must not be reused before this one has read it.
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
         found = {}
         for role, head in self._heads.items():
             hidden = moved.get(answer.header.get("roles", {}).get(role, ""))

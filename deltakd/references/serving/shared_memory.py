@@ -106,7 +106,7 @@ class SharedMemorySender:
                 room.view(tensor.shape).copy_(tensor)
         return {"placed": {"region": region.entry, "tensors": listed, "dropped": dropped}}, {}
 
-    def release(self, number: Any) -> None:
+    def release(self, number: int) -> None:
         """Use a region again: the trainer has copied what was in it."""
         with self._changing:
             region = self._used.pop(number, None)
@@ -169,6 +169,7 @@ class SharedMemoryReceiver:
     name = "shared_memory"
 
     def __init__(self, offer: Any) -> None:
+        self.device = torch.device("cpu")
         self._maps: dict[int, mmap.mmap] = {}
         try:
             self._map(offer)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Literal, final
 
 import torch
@@ -84,7 +85,7 @@ class Team:
         """
         if self._size == 1:
             return _named(self._heads(roles, batch))
-        try:
+        with _lost("a process of this server failed or is gone"):
             ids_BT = request["input_ids"]
             mask = sum(1 << place for place, role in enumerate(self._roles) if role in roles)
             self._tell(_RUN, *ids_BT.shape, mask)
@@ -92,9 +93,6 @@ class Team:
             dist.broadcast(content, 0)
             listed, own = _named(self._own_part(roles, content))
             return listed, {name: self._gathered(hidden, batch) for name, hidden in own.items()}
-        except RuntimeError as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise LostServerError(f"a process of this server failed or is gone ({first}); start it again") from None
 
     def follow(self) -> None:
         """Run what the first process asks for, until it stops, in another process.
@@ -102,7 +100,7 @@ class Team:
         Raises:
             LostServerError: the first process is gone.
         """
-        try:
+        with _lost("this process of the server failed, or the first one is gone"):
             while (said := self._heard())[0] != _STOP:
                 if said[0] == _RUN:
                     content = torch.empty(3, said[1], said[2], dtype=torch.int32)
@@ -112,19 +110,22 @@ class Team:
                     if self._splits_rows:
                         for hidden in own.values():
                             dist.send(hidden.contiguous(), 0)
-        except RuntimeError as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise LostServerError(f"the first process of this server is gone ({first})") from None
 
     def wait(self) -> None:
-        """Let the others know that nothing is wrong, long before they take the first process for dead."""
+        """Let the others know that nothing is wrong, long before they take the first process for dead.
+
+        Raises:
+            LostServerError: one is gone.
+        """
         if self._size > 1:
-            self._tell(_WAIT)
+            with _lost("a process of this server is gone"):
+                self._tell(_WAIT)
 
     def stop(self) -> None:
-        """End the others."""
+        """End the others. Raises LostServerError if one is gone already."""
         if self._size > 1:
-            self._tell(_STOP)
+            with _lost("a process of this server is gone"):
+                self._tell(_STOP)
 
     def _tell(self, *said: int) -> None:
         dist.broadcast(torch.tensor([*said, *[0] * (4 - len(said))]), 0)
@@ -170,6 +171,19 @@ class Team:
             dist.recv(part, rank)
             parts.append(part)
         return torch.cat(parts)
+
+
+@contextmanager
+def _lost(what: str) -> Iterator[None]:
+    """Turn the failure of a model, or of the processes' group, into an error that ends the process in one line.
+
+    One process that goes on without the others would wait for them for ever.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise LostServerError(f"{what} ({first}); start the server again: trainers wait for it") from None
 
 
 def _named(heads: Mapping[str, Head]) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from deltakd.references.serving.shared_memory import SharedMemoryReceiver, SharedMemorySender, UnavailableError
-from deltakd.references.serving.transports import candidates, choose, offers
+from deltakd.references.serving.transports import Offers, candidates, choose
 from deltakd.references.serving.wire import WireError
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="anonymous shared memory needs Linux")
@@ -84,11 +84,16 @@ def test_a_file_that_could_be_cut_under_its_reader_is_refused(tmp_path: Path) ->
 
 
 def test_the_fastest_way_that_works_is_chosen_and_the_reason_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    offered = {name: offer for name, (_, offer) in offers(candidates("auto")).items()}
-    assert choose(candidates("auto"), offered)[::2] == ("shared_memory", "")
-    assert choose(candidates("socket"), offered).receiver is None
+    cpu = torch.device("cpu")
+    wanted = candidates("auto", cpu)
+
+    def offered() -> dict[str, object]:
+        return {name: offer for name, (_, offer) in Offers(cpu).make(wanted).items()}
+
+    assert choose(wanted, offered())[::2] == ("shared_memory", "")
+    assert choose(candidates("socket", cpu), offered()).receiver is None
+    assert candidates("auto", torch.device("cuda")) == ["cuda_ipc", "shared_memory", "socket"]
     monkeypatch.delattr(os, "memfd_create")
-    offered = {name: offer for name, (_, offer) in offers(candidates("auto")).items()}
-    assert choose(candidates("auto"), offered) == ("socket", None, "shared_memory is not possible: the server has none")
+    assert choose(wanted, offered()) == ("socket", None, "shared_memory is not possible: the server has none")
     with pytest.raises(UnavailableError, match="the server has none"):
-        choose(candidates("shared_memory"), offered)
+        choose(candidates("shared_memory", cpu), offered())
