@@ -1,0 +1,106 @@
+"""Whatever one side sends, the server answers its other trainers."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from deltakd.references.serving.address import Address
+from deltakd.references.serving.connection import ServerConnection
+from deltakd.references.serving.secret import TOKEN_VARIABLE, greet_as_trainer
+from deltakd.references.serving.wire import HEADER_BYTES, WireError, receive, send
+from tests.references.serving.servers import TOKEN, at, serving
+from tests.tiny import World
+
+REQUEST = {
+    "input_ids": torch.tensor([[5, 6, 7, 8]], dtype=torch.int32),
+    "attention_mask": torch.ones(1, 4, dtype=torch.bool),
+    "trained": torch.tensor([[False, False, True, True]]),
+}
+
+
+@pytest.fixture(scope="module")
+def address(world: World) -> Iterator[Address]:
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patched:
+        patched.setenv(TOKEN_VARIABLE, TOKEN)
+        overrides = world.overrides(Path(folder), "kd", *at(Path(folder)))
+        with serving(overrides):
+            yield Address.parse(f"unix://{folder}/socket", "url")
+
+
+def admitted(connection: socket.socket, transport: object = "socket", **asked: Any) -> None:
+    greet_as_trainer(connection, TOKEN.encode())
+    send(connection, {"roles": ["teacher"], "heads": False, "transports": ["shared_memory"], **asked})
+    receive(connection, None)
+    receive(connection, 0)
+    send(connection, {"transport": transport})
+
+
+def junk(connection: socket.socket) -> None:
+    connection.sendall(os.urandom(4096))
+
+
+def half_a_frame(connection: socket.socket) -> None:
+    connection.sendall(struct.pack("<4sIQ", b"DKD1", 100, 0) + b'{"number":')
+
+
+def a_header_without_end(connection: socket.socket) -> None:
+    connection.sendall(struct.pack("<4sIQ", b"DKD1", HEADER_BYTES + 1, 0))
+
+
+def half_a_request(connection: socket.socket) -> None:
+    admitted(connection)
+    connection.sendall(struct.pack("<4sIQ", b"DKD1", 100, 1000) + b'{"number":')
+
+
+def no_such_transport(connection: socket.socket) -> None:
+    admitted(connection, transport=["carrier pigeon"])
+
+
+def transports_that_are_none(connection: socket.socket) -> None:
+    admitted(connection, transports={"socket": 1})
+
+
+def memory_that_was_never_lent(connection: socket.socket) -> None:
+    admitted(connection, transport="shared_memory")
+    for number in (7, -1, "x", [1], None, True):
+        send(connection, {"free": number})
+
+
+def requests_that_are_none(connection: socket.socket) -> None:
+    admitted(connection)
+    for tensors in ({}, {"input_ids": torch.ones(3)}, {**REQUEST, "input_ids": REQUEST["input_ids"] + 2**20}):
+        send(connection, {"number": 1}, tensors)
+        assert "refused" in receive(connection, None).header
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        junk,
+        half_a_frame,
+        a_header_without_end,
+        half_a_request,
+        no_such_transport,
+        transports_that_are_none,
+        memory_that_was_never_lent,
+        requests_that_are_none,
+    ],
+)
+def test_a_server_outlives_its_trainers_mistakes(address: Address, attack: Callable[[socket.socket], None]) -> None:
+    with address.connect() as connection:
+        with suppress(WireError):
+            attack(connection)
+        honest = ServerConnection(address, TOKEN.encode(), ["teacher"], wait_s=0)
+        answer = honest.take(honest.ask(REQUEST))
+        honest.close()
+    assert answer.tensors["teacher"].shape[0] == 2
