@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def fuse_activations(model: PreTrainedModel) -> PreTrainedModel:
