@@ -205,7 +205,8 @@ class StaticStep:
                 self._forward()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # The thread that makes batches ahead may lock memory meanwhile, which would end a capture of all threads.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._logits_BV = self._forward()
         self._graph = graph
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -38,7 +39,7 @@ COLORS = {f"series-{i}": pair for i, pair in enumerate(SERIES, 1)} | {
 #: Colour of a drawing -> its variable in the style sheet.
 _VARIABLES = {light: f"var(--{name})" for name, (light, _) in COLORS.items()}
 #: Inches that a letter and a line of a legend take.
-_LETTER, _LINE = 0.06, 0.16
+_LETTER, _LINE = 0.085, 0.18
 _DASHES = ("solid", (0, (4, 1.6)), (0, (1.2, 1.4)))
 
 _RC: dict[Any, Any] = {
@@ -88,6 +89,11 @@ class Style:
     def dashed(self) -> bool:
         """True if an earlier method has the same colour."""
         return self.dash != "solid"
+
+
+def in_lines(label: str, width: int) -> str:
+    """Return the name of a method with line breaks, so that it does not push the axes out of the figure."""
+    return "\n".join(textwrap.wrap(label, width, break_on_hyphens=False))
 
 
 def styles(labels: Sequence[str]) -> dict[str, Style]:
@@ -161,11 +167,13 @@ class Panel:
         handles, labels = axes.get_legend_handles_labels()
         if legend and handles:
             shown = dict(zip(labels, handles, strict=True))
-            longest = max(map(len, shown))
-            columns = max(1, min(4, len(shown), int(self.WIDTH / (0.4 + longest * _LETTER))))
+            names = [in_lines(label, 45) for label in shown]
+            longest = max(len(line) for name in names for line in name.splitlines())
+            columns = max(1, min(4, len(shown), int(self.WIDTH / (0.5 + longest * _LETTER))))
+            lines = math.ceil(sum(name.count("\n") + 1 for name in names) / columns)
             # However many methods there are, the axes keep their size.
-            figure.set_figheight(self.height + _LINE * max(0, math.ceil(len(shown) / columns) - 2))
-            figure.legend(shown.values(), shown, loc="outside upper center", ncols=columns)
+            figure.set_figheight(self.height + _LINE * max(0, lines - 2))
+            figure.legend(shown.values(), names, loc="outside upper center", ncols=columns)
         return figure
 
 

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from deltakd.evaluation import MAIN_METRICS, METRIC_TITLES
 from deltakd.evaluation.token_groups import CLASSES, POSITIONS, Group, Preservation
-from deltakd.results.drawing import AXIS, INK, Panel, Plate, Style
+from deltakd.results.drawing import AXIS, INK, Panel, Plate, Style, in_lines
 from deltakd.results.methods import Method
 from deltakd.results.tables import Comparison, Score
 
@@ -24,6 +24,8 @@ Styles = Mapping[str, Style]
 _MAX_POINTS = 400
 #: Curves with more points are smoothed, with the raw curve faint behind.
 _SMOOTHED_ABOVE = 60
+#: Letters of a method's name in a line beside its bar.
+_NAME = 30
 #: Training metrics that are not parts of the loss.
 _DIAGNOSTICS = {"loss", "grad_norm", "lr", "padding_fraction", "tokens_per_second", "memory_mib", "delta_weight"}
 #: Measures of shift preservation that are drawn, and their titles.
@@ -68,7 +70,8 @@ def _curve_panels(methods: Sequence[Method], styles: Styles, named: Mapping[str,
     return [
         Panel(re.sub(r"\W+", "_", metric), title, partial(_draw_curves, methods, styles, metric))
         for metric, title in named.items()
-        if _drawn(methods, [metric])
+        # What was validated once, at the end, is no curve; the tables have it.
+        if any(len(run.curves.get(metric, ())) > 1 for method in methods for run in method.runs)
     ]
 
 
@@ -121,13 +124,14 @@ def differences(tables: Sequence[Comparison], styles: Styles) -> Plate:
             scores = {row.label: row.scores[name] for row in table.rows if name in row.scores}
             compared = {label: score for label, score in scores.items() if score.difference}
             if compared:
+                lines = max(in_lines(label, _NAME).count("\n") + 1 for label in compared)
                 colors = {row.label: styles[row.method.label].color for row in table.rows if row.label in compared}
                 panels.append(
                     Panel(
                         f"difference_{table.metric}_{re.sub(r'[^A-Za-z0-9]+', '_', name)}_{number}",
                         f"{name}: {table.title}, difference to {table.baseline}",
                         partial(_draw_differences, compared, colors),
-                        0.75 + 0.3 * len(compared),
+                        0.75 + max(0.3, 0.15 * lines) * len(compared),
                     )
                 )
     return Plate(panels, {}, "Points are differences in percentage points, lines their 95 % intervals.")
@@ -140,7 +144,7 @@ def _draw_differences(scores: Mapping[str, Score], colors: Mapping[str, str], ax
         assert difference is not None
         axes.plot([difference.low, difference.high], [at, at], color=colors[label], solid_capstyle="round", linewidth=2)
         axes.plot([difference.mean], [at], "o", color=colors[label], markersize=5.5)
-    axes.set_yticks(range(len(scores)), list(scores))
+    axes.set_yticks(range(len(scores)), [in_lines(label, _NAME) for label in scores])
     axes.set_ylim(len(scores) - 0.4, -0.6)
     axes.margins(x=0.08)
     axes.grid(visible=False, axis="y")

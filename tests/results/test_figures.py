@@ -8,6 +8,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from deltakd.config.compose import CONF_DIR
@@ -130,3 +131,19 @@ def test_errors_are_over_seeds_where_there_are_several() -> None:
     assert figures.mean_and_error([group(None, 0.9), group(0.5)], "0", "correlation") == (0.5, 0.25)
     assert str(figures.mean_and_error([group(None)], "0", "correlation")) == "(nan, nan)"
     assert str(figures.mean_and_error([group(0.5)], "1", "correlation")) == "(nan, nan)"
+
+
+def test_long_and_many_names_leave_the_axes_their_room() -> None:
+    """Matplotlib would shrink the axes to nothing, and warn."""
+    names = [f"arithmetic_converged_few_gated delta_weight=0.{i} loss.target.v=0.75" for i in range(30)]
+
+    def draw(axes: Axes) -> None:
+        for name in names:
+            axes.plot([0, 1], [0, 1], label=name)
+
+    figure = Panel("many", "Many", draw)._figure(legend=True)
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    assert legend.get_window_extent().width <= figure.bbox.width
+    assert figure.axes[0].get_window_extent().height >= 1.2 * figure.dpi
+    assert {text.get_text().replace("\n", " ") for text in legend.get_texts()} == set(names)
