@@ -321,7 +321,7 @@ class CudaIpcReceiver:
                     room.copy_(block[starts[name] : starts[name] + room.numel()], non_blocking=True)
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
             raise WireError(f"its GPU memory can't be read ({error})") from None
-        return tensors, {"free": placed["region"]["number"]}
+        return tensors, {"free": [placed["region"]["number"]]}
 
     def close(self) -> None:
         """Unmap everything."""

@@ -270,9 +270,11 @@ class _Trainer:
 
     def hear(self, frame: Frame) -> bool:
         """Take in what it says; return False if it has left."""
-        if type(frame.header.get("free")) is int:
-            self.sender.release(frame.header["free"])
-            self._requests.done(self)
+        freed = frame.header.get("free")
+        if isinstance(freed, list):
+            for number in freed:
+                if type(number) is int:
+                    self.sender.release(number)
             return True
         return self._requests.put(self, frame)
 
@@ -297,9 +299,7 @@ class _Trainer:
                 if answer is None:
                     return
                 send(self._connection, *answer)
-                # What lies in memory is done with once the trainer has copied it.
-                if "placed" not in answer[0]:
-                    self._requests.done(self)
+                self._requests.done(self)
         except OSError:
             pass
         finally:

@@ -1,4 +1,4 @@
-"""Answers through memory that both processes map: one copy in, one out, and nothing through the kernel's sockets.
+"""Answers through memory that both processes map: one copy in, none out, and nothing through the kernel's sockets.
 
 The server makes anonymous files (``memfd_create``) and names them as ``/proc/<pid>/fd/<n>``, where processes of the
 same user open them. They have no name in ``/dev/shm`` and do not count against its size: whichever side is killed, the
@@ -13,6 +13,8 @@ import mmap
 import os
 import secrets
 import threading
+import weakref
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, final
@@ -69,7 +71,7 @@ class _Region:
 
 @final
 class SharedMemorySender:
-    """The server's side of one connection. Regions are reused as soon as the trainer has copied what was in them.
+    """The server's side of one connection. Regions are reused once the trainer reads them no more.
 
     Raises:
         UnavailableError: the system has no such memory.
@@ -107,7 +109,7 @@ class SharedMemorySender:
         return {"placed": {"region": region.entry, "tensors": listed, "dropped": dropped}}, {}
 
     def release(self, number: int) -> None:
-        """Use a region again: the trainer has copied what was in it."""
+        """Use a region again: the trainer reads it no more."""
         with self._changing:
             region = self._used.pop(number, None)
             if region is None:
@@ -171,6 +173,7 @@ class SharedMemoryReceiver:
     def __init__(self, offer: Any) -> None:
         self.device = torch.device("cpu")
         self._maps: dict[int, mmap.mmap] = {}
+        self._released: deque[int] = deque()
         try:
             self._map(offer)
         except (OSError, KeyError, TypeError, ValueError) as error:
@@ -181,7 +184,9 @@ class SharedMemoryReceiver:
             ) from None
 
     def take(self, placed: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return copies of an answer's tensors, and what to tell the server.
+        """Return an answer's tensors, which are the server's memory, and what to tell the server.
+
+        The region is written over once all of them are gone.
 
         Raises:
             WireError: the region is not there, or too small.
@@ -197,13 +202,22 @@ class SharedMemoryReceiver:
                 self._maps.pop(dropped, None)
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise WireError(f"its shared memory can't be read ({error})") from None
-        tensors = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in described.items()}
-        for name, tensor in tensors.items():
-            if tensor.numel():
-                source = np.frombuffer(memory, np.uint8, tensor.nbytes, starts[name])
-                # Lets other threads run meanwhile; slices of memoryviews would not.
-                np.copyto(tensor.reshape(-1).view(torch.uint8).numpy(), source)
-        return tensors, {"free": number}
+        content = np.frombuffer(memory, np.uint8, size) if size else np.empty(0, np.uint8)
+        # No message from here: collectors of garbage run in any thread, at any point.
+        weakref.finalize(content, self._released.append, number).atexit = False
+        whole = torch.from_numpy(content)
+        tensors = {
+            name: whole[starts[name] : starts[name] + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+            for name, (dtype, shape) in described.items()
+        }
+        return tensors, self._said()
+
+    def _said(self) -> dict[str, Any]:
+        """Return which regions nothing reads any more; they are told with the next answer."""
+        freed = []
+        while self._released:
+            freed.append(self._released.popleft())
+        return {"free": freed}
 
     def close(self) -> None:
         """Unmap everything."""
@@ -216,11 +230,12 @@ class SharedMemoryReceiver:
             # Another machine may have such a process, and opening what it has there could block.
             if os.readlink(path) != f"/memfd:{entry['name']} (deleted)":
                 raise ValueError("another process has its number here")
-            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             try:
                 if os.fstat(file).st_size != size or fcntl.fcntl(file, fcntl.F_GET_SEALS) & _seals() != _seals():
                     raise ValueError("it is not as the server says")
-                self._maps[number] = mmap.mmap(file, size, access=mmap.ACCESS_READ)
+                # Writable for PyTorch, which knows no other tensors; nobody writes.
+                self._maps[number] = mmap.mmap(file, size)
             finally:
                 os.close(file)
         return self._maps[number]

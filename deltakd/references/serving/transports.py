@@ -28,7 +28,7 @@ class Sender(Protocol):
         ...
 
     def release(self, number: int) -> None:
-        """Hear from the trainer that it has copied what was handed over."""
+        """Hear from the trainer that it reads no more what was handed over."""
         ...
 
     def close(self) -> None:

@@ -66,8 +66,9 @@ def test_answers_arrive_bit_for_bit_and_blocks_are_written_over_once_copied() ->
         header, carried = sender.place(TENSORS)
         assert carried == {}
         found, said = receiver.take(json.loads(json.dumps(header))["placed"])
-        sender.release(said["free"])
-        numbers.append(said["free"])
+        (number,) = said["free"]
+        sender.release(number)
+        numbers.append(number)
         assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
     assert len(set(numbers)) == 1, "the block that was offered serves"
     waiting = {sender.place(TENSORS)[0]["placed"]["region"]["number"] for _ in range(2)}
@@ -141,6 +142,6 @@ def test_two_processes_share_a_gpus_memory() -> None:
         trainer.stdin.write(json.dumps(header["placed"]).encode() + b"\n")
         trainer.stdin.flush()
         values, said = json.loads(trainer.stdout.readline())
-        sender.release(said["free"])
+        sender.release(said["free"][0])
         assert values == {name: [kind, tensor.double().tolist()] for name, tensor in TENSORS.items()}
     assert trainer.wait(60) == 0

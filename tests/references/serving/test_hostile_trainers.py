@@ -72,8 +72,8 @@ def transports_that_are_none(connection: socket.socket) -> None:
 
 def memory_that_was_never_lent(connection: socket.socket) -> None:
     admitted(connection, transport="shared_memory")
-    for number in (7, -1, "x", [1], None, True):
-        send(connection, {"free": number})
+    for freed in ([7, -1, "x", [1], None, True], 7, "x", {}):
+        send(connection, {"free": freed})
 
 
 def requests_that_are_none(connection: socket.socket) -> None:

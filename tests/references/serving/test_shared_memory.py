@@ -22,32 +22,42 @@ TENSORS = {
 }
 
 
-def test_tensors_arrive_bit_for_bit_and_as_copies() -> None:
+def test_tensors_arrive_bit_for_bit_and_stay_until_nothing_reads_them() -> None:
     sender = SharedMemorySender()
     receiver = SharedMemoryReceiver(sender.offer())
-    header, carried = sender.place(TENSORS)
-    assert carried == {}
-    found, said = receiver.take(header["placed"])
-    sender.release(said["free"])
-    sender.place({"other": torch.full((64,), 7.0)})
-    assert {name: tensor.dtype for name, tensor in found.items()} == {n: t.dtype for n, t in TENSORS.items()}
-    assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
+    found = {}
+    for turn in range(3):
+        header, carried = sender.place(TENSORS)
+        assert carried == {}
+        kept, said = receiver.take(header["placed"])
+        assert said == {"free": []}
+        found[turn] = kept
+    for tensors in found.values():
+        assert {name: tensor.dtype for name, tensor in tensors.items()} == {n: t.dtype for n, t in TENSORS.items()}
+        assert all(torch.equal(tensors[name], tensor) for name, tensor in TENSORS.items())
+    part = found.pop(1)["teacher"][1:]
+    found.pop(0)
+    del tensors, kept
+    _, said = receiver.take(sender.place(TENSORS)[0]["placed"])
+    assert said == {"free": [1]}, "a part of a tensor keeps the region of the whole"
+    assert torch.equal(part, TENSORS["teacher"][1:])
 
 
-def test_a_region_is_used_again_once_it_was_copied_and_given_up_when_too_small() -> None:
+def test_a_region_is_used_again_once_it_is_free_and_given_up_when_too_small() -> None:
     sender = SharedMemorySender()
     receiver = SharedMemoryReceiver(sender.offer())
     small, large = {"x": torch.ones(8)}, {"x": torch.ones(2**19)}
     regions = []
     for tensors in (small, small, large, large):
         header, _ = sender.place(tensors)
-        found, said = receiver.take(header["placed"])
+        region = header["placed"]["region"]["number"]
+        found, _ = receiver.take(header["placed"])
         assert torch.equal(found["x"], tensors["x"])
-        sender.release(said["free"])
-        regions.append(header["placed"]["region"]["number"])
+        sender.release(region)
+        regions.append(region)
     assert regions[0] == regions[1] != regions[2] == regions[3]
     waiting = [sender.place(large)[0]["placed"]["region"]["number"] for _ in range(2)]
-    assert len({*waiting}) == 2, "what the trainer has not copied is not written over"
+    assert len({*waiting}) == 2, "what the trainer may still read is not written over"
 
 
 def test_nothing_is_left_in_the_file_system_and_a_region_outlives_the_server_that_has_gone() -> None:
