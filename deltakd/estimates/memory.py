@@ -236,7 +236,7 @@ def _cached(settings: RunSettings) -> tuple[list[tuple[int, int]], int]:
     found = []
     with safe_open(Path(settings.cache.path) / manifest.heads.file, "pt") as heads:
         for name in heads.keys():  # noqa: SIM118 - no mapping
-            if name.partition(".")[0] in settings.loss.requires:
+            if name.partition(".")[0] in settings.read_roles:
                 part = heads.get_slice(name)
                 found.append((math.prod(part.get_shape()), 2 if part.get_dtype() in ("BF16", "F16") else 4))
     return found, token_bytes

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from deltakd.data import EncodedSet, tokenizer_fingerprint
 from deltakd.distributed.sharding import gathered
 from deltakd.generation.model_step import position_limit
+from deltakd.kernels import Buckets
 from deltakd.models import LanguageModel, ModelSettings, load_config, spec_problems
 from deltakd.models.identity import spec_of
 from deltakd.models.roles import open_reference
@@ -25,10 +26,12 @@ from deltakd.references import (
     CacheStore,
     LiveReferences,
     References,
+    RoutedHeads,
     ServedReferences,
 )
 from deltakd.references.content import cached_model_problems
 from deltakd.references.index import keys_of_set
+from deltakd.references.routed import names_of_pair
 from deltakd.types import STUDENT, STUDENT_RAW, TEACHER, TEACHER_RAW, Batch, Head
 
 log = logging.getLogger(__name__)
@@ -58,7 +61,9 @@ class HeadSource:
         heads: dict[str, Head] = {}
         for part in self.parts:
             given = part(batch)
-            assert isinstance(given, dict), "a store of log-probs of some tokens is never opened here"
+            assert not isinstance(given, Buckets), "a store of log-probs of some tokens is never opened here"
+            # Rows are measured task by task.
+            given = given.of_one_pair if isinstance(given, RoutedHeads) else given
             heads |= {role: cut(head, self.vocabulary) for role, head in given.items() if role in self.roles}
         return heads
 
@@ -79,6 +84,7 @@ class MeasuredReferences:
         vocabulary: its number of tokens.
         cache: the group ``reference`` if it names a cache, else None.
         served: references that a server runs; no teacher is loaded then. None: there are none.
+        pair: number of the pair that ``models`` and ``loaded`` have as ``teacher`` and ``teacher_raw``.
         loaded: role -> frozen model already in memory.
         placement: placement of the live references, see ``LiveReferences``.
         device: the student's device.
@@ -94,8 +100,10 @@ class MeasuredReferences:
         placement: str,
         device: torch.device,
         served: ServedReferences | None = None,
+        pair: int = 1,
     ) -> None:
         self._models = models
+        self._pair = pair
         self._served = served
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
@@ -210,7 +218,8 @@ class MeasuredReferences:
                 return None
             if content["tokenizer"] != tokenizer_fingerprint(self._tokenizer):
                 return None
-            held = content["models"]
+            names = names_of_pair(WANTED, self._pair)
+            held = {role: content["models"][name] for role, name in names.items() if name in content["models"]}
             specs = {role: spec_of(self._models, role) for role in WANTED if role in held}
             roles = [
                 role for role, spec in specs.items() if not cached_model_problems(role, spec, held[role], str(path))

@@ -95,4 +95,5 @@ class Judges:
             subject.references.placement,
             device_of(subject.model),
             subject.served,
+            pair,
         )

@@ -118,7 +118,8 @@ def _words(hint: Any, bounds: str = "") -> list[str]:
     if hint in _NAMES:
         return [_NAMES[hint] + (bounds if hint in (int, float) else "")]
     if origin is not None and issubclass(origin, Mapping):
-        return ["a mapping"]
+        anything = not arguments or arguments[1] is Any
+        return ["a mapping" if anything else f"a mapping (each value {allowed(arguments[1])})"]
     if origin is not None and issubclass(origin, Sequence):
         return [f"a list (each {allowed(arguments[0])})" if arguments else "a list"]
     return ["a mapping" if dataclasses.is_dataclass(hint) else f"a {getattr(hint, '__name__', hint)}"]

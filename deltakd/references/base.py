@@ -18,11 +18,18 @@ class RoutedHeads:
     """The heads of a batch's references in parts, each with its own pair of teachers.
 
     Args:
-        parts: tokens [n] int64, some of the batch's N valid ones, and role -> head over them. Together the parts hold
-            each token once.
+        parts: tokens [n] int64, some of the batch's N valid ones, and role -> head over them, or their buckets.
+            Together the parts hold each token once.
     """
 
-    parts: tuple[tuple[Tensor, dict[str, Head]], ...]
+    parts: tuple[tuple[Tensor, dict[str, Head] | Buckets], ...]
+
+    @property
+    def of_one_pair(self) -> dict[str, Head]:
+        """The heads of a batch that one pair judges alone, in the order of its tokens."""
+        [(_, heads)] = self.parts
+        assert not isinstance(heads, Buckets), "only a hidden store gives heads"
+        return heads
 
 
 class References(Protocol):

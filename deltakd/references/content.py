@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from deltakd.io.wording import listed
 from deltakd.models import ModelSettings, ModelSpec
 from deltakd.models.identity import model_identity, spec_of
 from deltakd.references import CacheSettings, CacheStore, StoreError
-from deltakd.references.index import RowIndex, keys_of_set
+from deltakd.references.index import RowIndex, keys_of_rows, keys_of_set
+from deltakd.references.routed import routed_roles
 from deltakd.references.topk import topk_problems
-from deltakd.types import STUDENT, STUDENT_RAW, Loss
+from deltakd.types import STUDENT, STUDENT_RAW, Loss, teacher_pair
 
 
 def data_identity(
@@ -65,20 +67,24 @@ def cache_problems(models: ModelSettings, loss: Loss, settings: CacheSettings, a
         content = CacheStore.open(Path(settings.path)).manifest.content
     except StoreError as error:
         return [str(error)]
-    problems = _store_problems(content, loss, settings)
+    problems = _store_problems(content, loss, settings) + _route_problems(content, models, settings.path)
+    if bool(models.routes) != bool(content.get("routes")):
+        # The roles of the cache are then those of other pairs.
+        return problems
     held = content["models"]
-    missing = sorted(loss.requires - set(held))
+    read = set(routed_roles(loss.requires, models.routes.values()) if models.routes else loss.requires)
+    missing = sorted(read - set(held))
     if missing:
         problems.append(
             f"the loss reads {', '.join(missing)}, but the cache reference.path={settings.path} was made for "
             f"{', '.join(held)} alone; make another one with this loss, in another directory"
         )
-    if adding and set(held) - loss.requires:
+    if adding and set(held) - read:
         problems.append(
             f"the cache reference.path={settings.path} holds {', '.join(held)}; to add rows or to make files again "
             "give a loss that reads them all"
         )
-    for role in sorted(loss.requires & set(held)):
+    for role in sorted(read & set(held)):
         problems += cached_model_problems(role, spec_of(models, role), held[role], settings.path)
     if STUDENT_RAW in loss.requires and models.specs[STUDENT].init == "random":
         problems.append("the loss reads student_raw, but a student with init=random has no raw self; give it a path")
@@ -100,6 +106,26 @@ def _store_problems(content: Mapping[str, Any], loss: Loss, settings: CacheSetti
             + " (reference.store=hidden serves every temperature)"
         )
     return found + topk_problems(loss)
+
+
+def _route_problems(content: Mapping[str, Any], models: ModelSettings, path: str | None) -> list[str]:
+    """Return how ``model.routes`` differs from the cached one, one sentence for each task; one if either has none."""
+    here, there = models.routes or None, content.get("routes")
+    if here is None or there is None:
+        return [] if here is there else [differs("model.routes", _shown(here), _shown(there), path)]
+    return [
+        differs(f"model.routes.{task}", _judge(here.get(task)), _judge(there.get(task)), path)
+        for task in dict.fromkeys([*here, *there])
+        if here.get(task) != there.get(task)
+    ]
+
+
+def _shown(routes: Mapping[str, int] | None) -> str:
+    return "null" if routes is None else f"{{{', '.join(f'{task}: {pair}' for task, pair in routes.items())}}}"
+
+
+def _judge(pair: int | None) -> str:
+    return "absent" if pair is None else f"{pair} ({' and '.join(teacher_pair(pair))})"
 
 
 def cached_model_problems(role: str, spec: ModelSpec | None, held: Mapping[str, Any], path: str) -> list[str]:
@@ -197,16 +223,49 @@ def named_sets(sets: LoadedSets) -> dict[str, EncodedSet]:
     return {"train": sets.train} | ({} if sets.val is None else {"val": sets.val})
 
 
-def missing_problem(missing: Mapping[str, NDArray[np.int64]], sets: LoadedSets, path: object) -> list[str]:
-    """Return one sentence that counts the missing rows and lists the first ones; empty if none are missing."""
-    shown = [
-        f"{len(rows)} of {len(encoded)} rows of data.{name} (rows {listed(encoded.row_ids[rows])})"
-        for name, encoded in named_sets(sets).items()
-        if len(rows := missing[name])
+def missing_problem(
+    index: RowIndex, missing: Mapping[str, NDArray[np.int64]], sets: LoadedSets, path: object
+) -> list[str]:
+    """Return one sentence that counts the missing rows and lists the first ones; empty if none are missing.
+
+    Routed rows that the cache has for another pair of teachers are named with their tasks, in a sentence of their own.
+    """
+    moved, shown = [], []
+    for name, encoded in named_sets(sets).items():
+        judged = _other_pairs(index, encoded, missing[name])
+        moved += [_judged_otherwise(name, encoded, judged)] if judged else []
+        rows = np.array([row for row in missing[name].tolist() if row not in judged], np.int64)
+        if len(rows):
+            shown.append(f"{len(rows)} of {len(encoded)} rows of data.{name} (rows {listed(encoded.row_ids[rows])})")
+    remedy = "the same overrides with deltakd.cache in place of deltakd.train add them"
+    found = [f"the cache reference.path={path} lacks {' and '.join(shown)}; {remedy}"] if shown else []
+    if moved:
+        found.append(
+            f"rows have other tasks than when the cache reference.path={path} was made: {'; '.join(moved)}; put their "
+            f"tasks back, or {remedy}"
+        )
+    return found
+
+
+def _other_pairs(index: RowIndex, encoded: EncodedSet, rows: NDArray[np.int64]) -> dict[int, int]:
+    """Return position -> number of the pair that judged the row there, of rows that the cache has for another pair."""
+    tasks = encoded.tasks
+    if tasks is None or not tasks.routed or not len(rows):
+        return {}
+    found: dict[int, int] = {}
+    for pair in sorted({route for route in tasks.routes if route is not None}):
+        judged = replace(encoded, tasks=replace(tasks, routes=(pair,) * len(tasks.names)))
+        there = index.find(keys_of_rows(judged, rows.tolist())) >= 0
+        found |= dict.fromkeys(rows[there].tolist(), pair)
+    return found
+
+
+def _judged_otherwise(name: str, encoded: EncodedSet, judged: Mapping[int, int]) -> str:
+    tasks = encoded.tasks
+    assert tasks is not None
+    each = [
+        f"{encoded.row_ids[row]} ({tasks.names[tasks.numbers[row]] or 'no task'}: judged by pair {tasks.route(row)} "
+        f"here, by pair {pair} there)"
+        for row, pair in judged.items()
     ]
-    if not shown:
-        return []
-    return [
-        f"the cache reference.path={path} lacks {' and '.join(shown)}; the same overrides with deltakd.cache in place "
-        "of deltakd.train add them"
-    ]
+    return f"{len(each)} of data.{name}, rows {listed(each)}"

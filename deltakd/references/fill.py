@@ -38,6 +38,7 @@ def summary_of(store: CacheStore) -> dict[str, Any]:
     return {
         "store": content["store"],
         "models": content["models"],
+        **({"routes": content["routes"]} if content.get("routes") else {}),
         "k": content["k"],
         "temperature": content["temperature"],
         "rows": sum(shard.rows for shard in shards),
@@ -74,7 +75,9 @@ def make_missing(caching: Caching, store: CacheStore) -> float | None:
             store.set_heads(heads)
     total, done, tokens, seconds = sum(map(len, todo.values())), 0, 0, 0.0
     with progress_bar("references", total, caching.show_progress) as advance:
-        for name, rows in todo.items():
+        # A shard has the rows of one pair of teachers: pairs may differ in width.
+        groups = [(name, own) for name, rows in todo.items() for own in caching.groups(sets[name], rows).values()]
+        for name, rows in groups:
             for batches in plan_shards(sets[name], rows, caching.data.full_rows, row_bytes(sets[name], content)):
                 began = time.perf_counter()
                 tensors = _run_shard(caching, sets[name], batches, content, _from(advance, done))
@@ -93,9 +96,8 @@ def _from(advance: Callable[[int], None], start: int) -> Callable[[int], None]:
 
 def _head_tensors(caching: Caching) -> dict[str, Tensor]:
     """Return copies of ``<role>.weight`` and ``<role>.bias``: a file holds no views, so each role stores its own."""
-    row = np.argsort(caching.sets.train.lengths, kind="stable")[:1]
     assert caching.outside is None, "log-probs of a few tokens give no heads"
-    heads = caching.references(caching.batch(caching.sets.train, row))
+    heads = caching.model_heads(caching.examples())
     parts = {f"{role}.weight": head.weight for role, head in heads.items()}
     parts |= {f"{role}.bias": head.bias for role, head in heads.items() if head.bias is not None}
     return {name: tensor.detach().cpu().clone() for name, tensor in parts.items()}
@@ -119,6 +121,12 @@ def _rows_to_run(missing: dict[str, NDArray[np.int64]], sets: LoadedSets) -> dic
 def row_bytes(encoded: EncodedSet, content: Mapping[str, Any]) -> NDArray[np.int64]:
     """Return [n], the bytes that the tokens of each row of a set take in a cache."""
     own = encoded.valid_tokens * content["bytes_per_token"]
+    if "bytes_of_pair" in content:
+        assert encoded.tasks is not None, "rows are routed as they are loaded"
+        each = {int(pair): size for pair, size in content["bytes_of_pair"].items()}
+        # A pair without a row when the cache was begun may have some now.
+        of_rows = [each.get(pair, content["bytes_per_token"]) for pair in encoded.tasks.pairs.tolist()]
+        own = encoded.valid_tokens * np.array(of_rows, np.int64)
     other = content.get("other")
     return (
         own if other is None or encoded.other is None else own + encoded.other.valid_tokens * other["bytes_per_token"]
@@ -195,15 +203,17 @@ def _announce(
     Raises:
         StoreError: the disk has less free space than that.
     """
-    each = store.manifest.content["bytes_per_token"]
+    content = store.manifest.content
+    each = content["bytes_per_token"]
     tokens = {name: int(counts.sum()) for name, counts in valid_tokens.items()}
     rows = sum(map(len, valid_tokens.values()))
     embeddings = sum(tensor.nbytes for tensor in heads.values())
     needed = size + embeddings
     free = shutil.disk_usage(store.path).free
     log.info(
-        "%s: %d bytes per valid token x %d tokens (%s) in %d rows, and %s of output embeddings: %s; %s are free.",
+        "%s: %s%d bytes per valid token x %d tokens (%s) in %d rows, and %s of output embeddings: %s; %s are free.",
         store.path,
+        "at most " if len(set(content.get("bytes_of_pair", {}).values())) > 1 else "",
         each,
         sum(tokens.values()),
         ", ".join(f"{name} {count}" for name, count in tokens.items()),

@@ -18,15 +18,21 @@ from deltakd.types import Batch
 KEY_BYTES = 16
 
 
-def row_key(*tokens: NDArray[Any], images: bytes = b"") -> bytes:
+def row_key(*tokens: NDArray[Any], images: bytes = b"", pair: int | None = None) -> bytes:
     """Return a 128-bit hash of a row's T token ids and labels, without padding; with two tokenizers, of both sides'.
 
-    ``images`` is the digest of its images, if it has any: their tokens are the same whatever they show.
+    Args:
+        tokens: ids and labels.
+        images: the digest of its images, if it has any: their tokens are the same whatever they show.
+        pair: the number of the pair of teachers that judges it: equal rows of two tasks may have two. None: rows are
+            not routed.
     """
     digest = hashlib.blake2b(digest_size=KEY_BYTES)
     for array in tokens:
         digest.update(array.astype("<i4", copy=False).tobytes())
     digest.update(images)
+    if pair is not None:
+        digest.update(b"pair %d" % pair)
     return digest.digest()
 
 
@@ -45,8 +51,15 @@ def keys_of_rows(encoded: EncodedSet, rows: Iterable[int]) -> NDArray[np.uint8]:
             yield side.input_ids[of[row] : of[row + 1]]
             yield side.labels[of[row] : of[row + 1]]
 
-    images = encoded.images
-    return as_keys(row_key(*tokens(row), images=b"" if images is None else images.digest(row)) for row in rows)
+    images, tasks = encoded.images, encoded.tasks
+    return as_keys(
+        row_key(
+            *tokens(row),
+            images=b"" if images is None else images.digest(row),
+            pair=None if tasks is None else tasks.route(row),
+        )
+        for row in rows
+    )
 
 
 def keys_of_batch(batch: Batch) -> NDArray[np.uint8]:
@@ -68,7 +81,19 @@ def keys_of_batch(batch: Batch) -> NDArray[np.uint8]:
             yield labels_BT[row, : lengths[row]]
 
     images = batch.image_digests or [b""] * len(labelled)
-    return as_keys(row_key(*tokens(row), images=images[row]) for row in np.flatnonzero(labelled).tolist())
+    pairs = pairs_of_batch(batch)
+    return as_keys(
+        row_key(*tokens(row), images=images[row], pair=pairs.get(row)) for row in np.flatnonzero(labelled).tolist()
+    )
+
+
+def pairs_of_batch(batch: Batch) -> dict[int, int]:
+    """Return row -> number of its pair of teachers, in the order of the rows, of those that have a valid token.
+
+    Empty if rows are not routed.
+    """
+    rows_N = batch.rows_N
+    return dict(sorted((row, route.pair) for route in batch.routes for row in set(rows_N[route.tokens].tolist())))
 
 
 def as_keys(keys: Iterable[bytes]) -> NDArray[np.uint8]:
@@ -99,10 +124,7 @@ class RowIndex:
         none = np.empty(0, np.int64)
         shard_of = [np.full(len(found), number, np.int64) for number, found in enumerate(keys)]
         self._shard = np.concatenate([none, *shard_of])[order]
-        self._bounds = {name: self._bounds_of(name, order) for name in (OFFSETS, OTHER_OFFSETS) if self._has(name)}
-
-    def _has(self, name: str) -> bool:
-        return any(name in arrays for arrays in self._shards)
+        self._bounds = {name: self._bounds_of(name, order) for name in (OFFSETS, OTHER_OFFSETS) if self.holds(name)}
 
     def _bounds_of(self, name: str, order: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return [rows, 2]: where the tokens of each row start and stop in their shard."""
@@ -112,6 +134,10 @@ class RowIndex:
 
     def __len__(self) -> int:
         return len(self._first)
+
+    def holds(self, name: str) -> bool:
+        """Return True if a shard has this array."""
+        return any(name in arrays for arrays in self._shards)
 
     def find(self, keys: NDArray[np.uint8]) -> NDArray[np.int64]:
         """Return [n], the positions of the rows with keys [n, 16]; −1 for a row that is not in the cache."""
@@ -125,7 +151,8 @@ class RowIndex:
     def read(self, places: NDArray[np.int64], names: Sequence[str]) -> dict[str, NDArray[Any]]:
         """Return the arrays of the rows at ``places``, concatenated: name -> [N, ...], copied out of the files.
 
-        With two tokenizers, arrays of the teachers have M tokens.
+        With two tokenizers, arrays of the teachers have M tokens. A shard has the arrays of one pair of teachers, and
+        so must the rows.
         """
         return {name: self._read(places, name) for name in names}
 
@@ -134,9 +161,8 @@ class RowIndex:
         bounds = self._bounds[OTHER_OFFSETS if is_other else OFFSETS][places]
         where = zip(self._shard[places].tolist(), bounds.tolist(), strict=True)
         # An empty piece first: concatenate needs at least one, and rows without a valid token give none.
-        return np.concatenate(
-            [self._shards[0][name][:0], *(self._shards[shard][name][start:stop] for shard, (start, stop) in where)]
-        )
+        none = next(arrays[name][:0] for arrays in self._shards if name in arrays)
+        return np.concatenate([none, *(self._shards[shard][name][start:stop] for shard, (start, stop) in where)])
 
 
 def _halves(keys: NDArray[np.uint8]) -> NDArray[np.uint64]:

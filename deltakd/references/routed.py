@@ -19,8 +19,12 @@ def routed_roles(requires: Collection[str], pairs: Collection[int]) -> list[str]
     return found + ([STUDENT_RAW] if STUDENT_RAW in requires else [])
 
 
+def names_of_pair(requires: Collection[str], pair: int) -> dict[str, str]:
+    """Return role as the loss reads it -> role of the model, for the teachers of a pair and all other roles."""
+    return {role: role for role in requires} | _names(requires, pair)
+
+
 def _names(requires: Collection[str], pair: int) -> dict[str, str]:
-    """Return role as the loss reads it -> role of the model, for the teachers of a pair."""
     return {
         read: role for read, role in zip((TEACHER, TEACHER_RAW), teacher_pair(pair), strict=True) if read in requires
     }

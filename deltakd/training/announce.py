@@ -28,7 +28,7 @@ def announce_models(settings: RunSettings) -> None:
     """Log which of the config's models are not loaded for training, and if they are loaded later."""
     own = (STUDENT, *settings.specs)
     named = [role for role, spec in settings.model.specs.items() if role not in own and spec.path]
-    elsewhere = [role for role in named if role in settings.loss.requires]
+    elsewhere = [role for role in named if role in settings.read_roles]
     cached = elsewhere if settings.cache is not None else []
     served = elsewhere if settings.served is not None else []
     # A raw student's path is the student's by default, not one that the user gave.

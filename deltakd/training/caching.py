@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from deltakd.data import LoadedSets
+from deltakd.data.routing import routed
 from deltakd.distributed.devices import choose_device
 from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
@@ -71,7 +72,7 @@ def finished_cache(settings: RunSettings) -> dict[str, Any] | None:
     settings.data.make_files()
     tokenizer = open_tokenizer(settings.model, path / "tokenizer")
     teachers = read_vocabularies(settings, tokenizer).other
-    sets = settings.data.load(tokenizer, teachers=teachers)
+    sets = _routed(settings, settings.data.load(tokenizer, teachers=teachers))
     store = open_cache(settings, tokenizer, sets, teachers)
     if any(len(rows) for rows in missing_rows(RowIndex(store), sets).values()):
         return None
@@ -90,6 +91,7 @@ def _load(settings: RunSettings) -> tuple[Caching, CacheStore]:
     vocabularies = read_vocabularies(settings, tokenizer)
     sets = settings.data.load(tokenizer, teachers=vocabularies.other)
     check_images(settings, sets)
+    sets = _routed(settings, sets)
     check_tokens(sets, tokenizer, vocabularies)
     given = data_identity(settings.data, tokenizer, sets, vocabularies.other)
     store = None
@@ -119,12 +121,18 @@ def _load(settings: RunSettings) -> tuple[Caching, CacheStore]:
         vocabularies,
         sets,
         references,
+        settings.model.routes or None,
         outside,
         device,
         open_student=partial(open_role, settings, STUDENT, tokenizer, vocabularies),
         show_progress=settings.trainer.enable_progress_bar,
     )
     return caching, begin_store(caching, given) if store is None else store
+
+
+def _routed(settings: RunSettings, sets: LoadedSets) -> LoadedSets:
+    """Return the sets with the pairs of teachers that judge their rows, if the config routes them."""
+    return routed(sets, settings.model.routes) if settings.model.routes else sets
 
 
 def _outside(

@@ -88,7 +88,8 @@ def _cached(
 ) -> CachedReferences:
     store = open_cache(settings, tokenizer, sets, teachers)
     references = CachedReferences(store, settings.loss.requires)
-    missing = missing_problem(missing_rows(references.index, sets), sets, store.path)
+    index = references.index
+    missing = missing_problem(index, missing_rows(index, sets), sets, store.path)
     if missing:
         raise ConfigError(missing)
     return references

@@ -140,4 +140,4 @@ def _lasting(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return the part of the content of references that determines their numbers, without the models' former paths."""
     models = {role: {k: v for k, v in model.items() if k != "path"} for role, model in content["models"].items()}
     lasting = {key: content[key] for key in ("store", "vocabulary", "k", "temperature")} | {"models": models}
-    return lasting | ({"other": content["other"]} if content.get("other") else {})
+    return lasting | {key: content[key] for key in ("other", "routes") if content.get(key)}

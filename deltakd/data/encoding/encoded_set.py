@@ -61,6 +61,11 @@ class RowTasks:
         """Return the number of the pair that judges a row."""
         return self.routes[self.numbers[index]]
 
+    @property
+    def pairs(self) -> NDArray[np.int64]:
+        """[n]: the number of the pair that judges each row; 0: none."""
+        return np.array([route or 0 for route in self.routes], np.int64)[self.numbers]
+
 
 @dataclass(frozen=True, eq=False)
 class EncodedSet:
