@@ -16,9 +16,10 @@ from safetensors import safe_open
 
 from deltakd.distributed.devices import choose_device
 from deltakd.distributed.launchers import count_devices
-from deltakd.estimates.costs import MIB, Need, Setting, memory, operations, while_writing, writing_operations
+from deltakd.estimates.costs import MIB, Need, Setting, memory, while_writing
 from deltakd.estimates.layout import Layout
 from deltakd.estimates.sizes import Skeleton
+from deltakd.estimates.work import operations, writing_operations
 from deltakd.estimates.writing import Writing
 from deltakd.io.console import make_console
 from deltakd.kernels import MEMORY_BUDGET, KernelOptions

@@ -10,22 +10,19 @@ from rich.console import Console
 from rich.table import Table
 
 from deltakd.estimates.clusters import Case
-from deltakd.estimates.costs import (
+from deltakd.estimates.costs import Need, Setting, memory, while_writing
+from deltakd.estimates.work import (
     DISK,
     HIDDEN,
     HOST,
     Amount,
-    Need,
-    Setting,
     between_ranks,
-    memory,
     operations,
     seconds,
     traffic,
-    while_writing,
     writing_operations,
     writing_seconds,
-)  # fmt: skip
+)
 
 GIB = 2**30
 #: Fraction of a GPU's memory available to tensors; CUDA context, NCCL and fragmentation take about the rest.

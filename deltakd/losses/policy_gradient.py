@@ -125,6 +125,8 @@ class PolicyGradient(Loss):
         self, logits: Mapping[str, Tensor], log_student_NV: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the advantages of the labels [N], the estimate [N], and the parts to log."""
+        # First: it keeps the teacher's logits, and the scores then take these instead of multiplying its head again.
+        seen = watched(logits, log_student_NV, self.requires)
         score_NV = self.score(logits, log_student_NV)
         advantage_N = centred(score_NV, log_student_NV, labels)
         estimate_N = self.score.estimate(score_NV, log_student_NV)
@@ -137,7 +139,7 @@ class PolicyGradient(Loss):
         if self.advantage_clip is not None:
             advantage_N = advantage_N.clamp(-self.advantage_clip, self.advantage_clip)
         parts = {"advantage": advantage_N, "advantage_square": advantage_N.square(), **agreeing}
-        return advantage_N, estimate_N, parts | watched(logits, log_student_NV, self.requires)
+        return advantage_N, estimate_N, parts | seen
 
 
 def centred(score_NV: Tensor, log_student_NV: Tensor, labels: Tensor) -> Tensor:

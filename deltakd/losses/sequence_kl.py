@@ -107,8 +107,9 @@ class SequenceReverseKL(TargetSequenceLoss):
         log_pi_N = of_labels(log_student_NV, labels)
         if self.ce_weight == 1.0:
             return LossOutput(-log_pi_N, {"ce": -log_pi_N})
-        kl_N = kl(log_student_NV, self.target(logits).log_softmax(-1))
+        # First: it keeps the teacher's logits, and the target then takes these instead of multiplying its head again.
         seen = watched(logits, log_student_NV.detach(), self.requires)
+        kl_N = kl(log_student_NV, self.target(logits).log_softmax(-1))
         term_N, parts = kl_N, {"ce": -log_pi_N, "reverse_kl": kl_N, **seen}
         weights_N = logits.facts.weights if isinstance(logits, HeadLogits) else None
         if weights_N is not None:

@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM
 from deltakd.config.build import make_settings
 from deltakd.config.compose import compose_config
 from deltakd.estimates.clusters import ARCHITECTURES, _skeleton
-from deltakd.estimates.costs import Setting, memory, operations, traffic
+from deltakd.estimates.costs import Setting, memory
 from deltakd.estimates.layout import REDUCE_BUCKET, Layout
 from deltakd.estimates.memory import estimate, setting_of
 from deltakd.estimates.sizes import Skeleton
+from deltakd.estimates.work import operations, traffic
 from deltakd.losses import Distillation, ForwardKL, delta_target
 from deltakd.models import LanguageModel, ModelSpec
 from deltakd.references import LiveReferences

@@ -14,10 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from deltakd.config.build import make_settings
 from deltakd.config.compose import compose_config
-from deltakd.estimates.costs import Setting, memory, operations, while_writing, writing_operations, writing_seconds
+from deltakd.estimates.costs import Setting, memory, while_writing
 from deltakd.estimates.layout import Layout
 from deltakd.estimates.memory import show_memory
 from deltakd.estimates.sizes import Skeleton
+from deltakd.estimates.work import operations, writing_operations, writing_seconds
 from deltakd.estimates.writing import Writing, token_bytes
 from deltakd.generation import Decoding
 from deltakd.generation.full_batch import DecodingState

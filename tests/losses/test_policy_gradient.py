@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deltakd.kernels import chunked_loss
-from deltakd.losses import PolicyGradient, TowardsTarget, teacher_target
+from deltakd.losses import PolicyGradient, SequenceReverseKL, TowardsTarget, delta_target, teacher_target
 from deltakd.types import Head, HeadLogits, Loss, TokenFacts
 from tests.losses.by_name import SAMPLED, loss_named
 from tests.losses.oracles import Array, arrays, close, draw, gradient, log_softmax, numeric_gradient, reverse_kl
@@ -300,3 +300,21 @@ def test_entropy_of_a_student_that_rules_tokens_out_is_finite() -> None:
     labels = labels.clamp(max=student.shape[1] - 2)
     entropy = loss_named("opd")({**logits, "student": student.requires_grad_()}, labels).parts["entropy"]
     assert entropy.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [*(loss_named(name) for name in ("delta_opd", "exopd", "opd2")), SequenceReverseKL(delta_target())],
+    ids=["delta_opd", "exopd", "opd2", "of whole responses"],
+)
+def test_what_is_watched_multiplies_no_head_again(loss: Loss, monkeypatch: pytest.MonkeyPatch) -> None:
+    multiplied: list[int] = []
+    for name in ("logits", "add_logits"):
+        plain = getattr(Head, name)
+        monkeypatch.setattr(
+            Head, name, lambda head, *args, plain=plain: multiplied.append(id(head)) or plain(head, *args)
+        )
+    heads = {role: Head(torch.randn(3, 2), torch.randn(5, 2)) for role in sorted(loss.requires)}
+    output = loss(HeadLogits(torch.randn(3, 5), heads), torch.tensor([0, 4, 2]))
+    assert "teacher_kl" in output.parts
+    assert sorted(multiplied) == sorted(map(id, heads.values()))
