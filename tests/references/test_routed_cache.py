@@ -87,6 +87,7 @@ def test_equal_rows_of_two_tasks_have_keys_of_their_own() -> None:
     assert not any((without[0] == key).all() for key in keys)
 
 
+@pytest.mark.slow
 def test_the_cache_says_which_models_judge_which_task(routed: Routed) -> None:
     store = CacheStore.open(routed.hidden)
     content = store.manifest.content
@@ -154,6 +155,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("message", REFUSED)
 def test_what_judged_otherwise_is_refused_by_its_name(routed: Routed, tmp_path: Path, message: str) -> None:
     extra = [change.replace("ROOT", str(routed.world.root)) for change in REFUSED[message]]
@@ -161,6 +163,7 @@ def test_what_judged_otherwise_is_refused_by_its_name(routed: Routed, tmp_path: 
         make_settings(compose_config("train", routed.cached(tmp_path, *extra)))
 
 
+@pytest.mark.slow
 def test_a_row_whose_task_changed_is_named_with_both_pairs(routed: Routed, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (routed.root / "val.jsonl").read_text().splitlines()]
     short = next(number for number, row in enumerate(rows) if row["task"] == "short")
