@@ -18,8 +18,8 @@ def test_keys_that_never_stop_a_resumption() -> None:
         "trainer.checkpoint_every_n_steps", "trainer.checkpoint_every_n_minutes",
         "reference.sharding", "reference.verify", "reference.remake", "reference.url", "reference.served_model",
         "reference.raw_url", "reference.served_raw_model", "reference.log_probs", "reference.ahead", "reference.wait_s",
-        "rollout.vllm",
-        "evaluation.allow_overlap", "evaluation.measures", "data.preview",
+        "reference.transport", "rollout.vllm", "rollout.static_cache",
+        "evaluation.allow_overlap", "evaluation.static_cache", "evaluation.measures", "data.preview",
     }  # fmt: skip
 
 

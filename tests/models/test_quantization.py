@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
-from deltakd.models import LanguageModel, LoraSpec, ModelSpec, load_model, loading
+from deltakd.models import LanguageModel, LoraSpec, ModelSpec, load_model
 from deltakd.models.lora import add_lora, merged
 from deltakd.models.quantization import quantization_problems, student_problems, weight_bits
 from tests.tiny import World, save_model
@@ -58,7 +58,7 @@ def test_the_config_arrives_at_transformers(world: World, monkeypatch: pytest.Mo
         given["config"], given["dtype"] = quantization_config, options["dtype"]
         return original(*arguments, **options)
 
-    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", spy)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", spy)
     spec = ModelSpec(path=str(world.root / "teacher"), dtype="bfloat16", quantization=EIGHT)
     load_model("teacher", spec, vocabulary=100)
     assert given["config"].load_in_8bit
