@@ -10,6 +10,7 @@ its output is in ``<out>/<part>.log``. A part that fails or runs out of time cos
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import signal
@@ -38,18 +39,22 @@ class Part:
         budget: seconds.
         command: arguments for Python.
         tiny: arguments added in a rehearsal.
+        large: arguments added on a GPU.
     """
 
     name: str
     budget: int
     command: tuple[str, ...]
     tiny: tuple[str, ...]
+    large: tuple[str, ...] = ()
 
 
 QWEN = ("kd", "delta_kd", "delta_kd_lora", "sft", "kd_lora", "sft_lora")
+#: One core would compile the tests' 150 or so kernels for minutes.
+SIDE_BY_SIDE = ("-n", "8") if importlib.util.find_spec("xdist") else ()
 #: In the order in which they run: the most valuable first.
 PARTS = (
-    Part("kernel_tests", 60, ("-m", "pytest", "tests/kernels"), ("-k", "products", "-x")),
+    Part("kernel_tests", 60, ("-m", "pytest", "tests/kernels"), ("-k", "products", "-x"), SIDE_BY_SIDE),
     Part("loss", 80, ("loss.py",), ("--tokens", "64", "--width", "32", "--vocabulary", "512")),
     Part("step_gpt2", 110, ("step.py",), ("--shape", "tiny_gpt2", "--batch", "4", "--length", "32", "--steps", "2")),
     Part("correctness", 80, ("correctness.py",), ("--steps", "6")),
@@ -85,8 +90,7 @@ def run(part: Part, options: argparse.Namespace) -> dict[str, Any]:
     arguments = list(part.command)
     if arguments[0] != "-m":
         arguments = [str(HERE / arguments[0]), *arguments[1:], "--device", options.device, "--out", str(options.out)]
-    if options.device == "cpu":
-        arguments += part.tiny
+    arguments += part.tiny if options.device == "cpu" else part.large
     paths = [str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     began = time.monotonic()
