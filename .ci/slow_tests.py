@@ -21,6 +21,7 @@ TESTS = (
     (10, "tests/test_commands.py::test_without_a_hub_one_line_says_what_to_do"),
     (4, "tests/training/test_interruption.py::test_a_token_budget_resumes_in_the_middle_of_a_pass"),
     (15, "tests/training/test_interruption.py::test_resumed_run_is_bitwise_the_uninterrupted_one[SIGTERM]"),
+    (85, "tests/studies/test_own_studies.py::test_every_stage_lacks_nothing_but_what_earlier_stages_make"),
     (25, "tests/training/test_losses.py::test_every_loss_trains_and_falls"),
     (15, "tests/evaluation/test_measures.py::test_evaluation_sets_of_a_training_and_of_evaluate"),
     (10, "tests/evaluation/test_measures.py::test_what_a_cache_lacks_is_loaded"),

@@ -80,7 +80,7 @@ def _choice_kernel(
         score = tl.where(largest == float("-inf"), float("-inf"), score)
         score += _gumbel(block, seed, row, first, sample, step).to(tl.float32)
         score = tl.where(block < blocks, score, float("-inf"))
-        spoilt += tl.sum((x != x).to(tl.int32))
+        spoilt += tl.sum(((x != x) | (x == float("inf"))).to(tl.int32))
         top = tl.max(score, axis=0)
         place_of_top = start + tl.argmax(score, axis=0)
         best_block = tl.where(top > best, place_of_top, best_block)
@@ -90,7 +90,7 @@ def _choice_kernel(
     x = tl.load(logits + at, mask=(within < width) & (at < columns), other=float("-inf"))
     score = x + _gumbel(blocks + within, seed, row, first, sample, step).to(tl.float32)
     token = best_block * width + tl.argmax(score, axis=0)
-    tl.store(tokens + place, tl.where(spoilt > 0, -1, token).to(tl.int64))
+    tl.store(tokens + place, tl.where((spoilt > 0) | (best == float("-inf")), -1, token).to(tl.int64))
 
 
 def choose(logits_BV: Tensor, words_B5: Tensor, width: int) -> Tensor:
@@ -102,7 +102,7 @@ def choose(logits_BV: Tensor, words_B5: Tensor, width: int) -> Tensor:
         width: K, neighbours in a block.
 
     Returns:
-        [B] int64; −1 if a logit of the row is NaN.
+        [B] int64; −1 where a row is no distribution: a NaN, a +∞, or nothing above −∞.
     """
     if logits_BV.stride(1) != 1:
         logits_BV = logits_BV.contiguous()

@@ -27,13 +27,13 @@ MADE_BY_STAGE = re.compile(r"outputs/(?P<study>\w+)/(?P<stage>[\w.]+)")
 
 
 def shards() -> list[object]:
-    """Return a parameter for each study, and several for each long one, which are slow."""
+    """Return a parameter for each study, and several for each long one; all but the quickstart are slow."""
     found = []
     for path in sorted(ROOT.glob("experiments/*/study.yaml")):
         stages = list(yaml.safe_load(path.read_text())["stages"])
         name, parts = path.parent.name, -(-len(stages) // 12)
         for part in range(parts):
-            marks = [pytest.mark.slow] * (parts > 1)
+            marks = [pytest.mark.slow] * (name != "quickstart")
             found.append(pytest.param(name, stages[part::parts], marks=marks, id=f"{name}-{part}"))
     return found
 

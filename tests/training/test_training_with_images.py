@@ -114,7 +114,8 @@ def test_a_resumed_run_makes_the_same_student_and_notices_another_image(
     assert_same_student(train("kd", *chosen, "resume=true", name="parts"), whole)
 
 
-@pytest.mark.parametrize("family", TWO)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_server_serves_the_losses_of_live_references(
     family: str, models: Path, world: World, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -169,7 +169,7 @@ def test_another_token_ends_the_run_at_once(
         (("loss=uld",), "the loss aligns them with those of another tokenizer"),
         (("rollout=student", "rollout.source=mixture"), "rollout.source=mixture runs the teacher token by token"),
         (("reference.url=localhost:5",), "reference.url is 'localhost:5'; it must be"),
-        (("model.routes={a: 1}",), "model.routes chooses among models in memory"),
+        (("model.routes={a: 1}",), "model.routes goes with references live or cached"),
     ],
 )
 def test_what_does_not_go_is_said_before_anything_is_loaded(
