@@ -40,7 +40,8 @@ class Row:
         """Add a token; finish on EOS or when the budget is used up.
 
         Raises:
-            ValueError: the token is negative, which marks logits that are no distribution (so the check needs no second device sync).
+            ValueError: the token is negative, which marks logits that are no distribution (so that the check needs no
+                second device sync).
         """
         if token < 0:
             raise ValueError(

@@ -34,7 +34,7 @@ class TokenChoice:
     def __call__(
         self, logits_BV: Tensor, keys: Sequence[NoiseKey | None] | None, positions: Sequence[int] = ()
     ) -> Tensor:
-        """Return [B] int64 token ids; −1 if a logit of the row is NaN, and where it is sampled, if one is +∞ or all are −∞.
+        """Return [B] int64 token ids; −1 if a logit is NaN, and where the row is sampled, if one is +∞ or all are −∞.
 
         Args:
             logits_BV: at least float32; −∞ is a probability of 0.
