@@ -240,7 +240,7 @@ def test_mistakes_in_the_file(folder: Path) -> None:
                 "stages.1.minutes is 'soon'; it must be a finite number from 0 or null",
                 "stages.b.overrides is [{'seed': 1}]; it must be a list (each text); write each override as text",
                 "table.rows has the name 2, which YAML reads as int; write it in quotes",
-                "table.rows is {'2': 'b', 'x': 5}; it must be a mapping (each value text); they are texts: write numbers",
+                "table.rows is {'2': 'b', 'x': 5}; it must be a mapping (each value text); they are texts",
                 "table.columns is [1]; it must be a list (each text); they are texts: write numbers",
             ],
         ),
