@@ -89,6 +89,11 @@ class Setting:
         return round(self.valid * (self.teacher_length if role.startswith(TEACHER) else 1.0))
 
     @property
+    def hidden_bytes(self) -> int:
+        """Bytes of the references' hidden states over a micro-batch's valid tokens."""
+        return sum(self.valid_of(role) * s.config.hidden_size * s.head_itemsize for role, s in self.references.items())
+
+    @property
     def writers(self) -> dict[str, Skeleton]:
         """Role -> sizes of the models that write responses."""
         if self.writing is None:
@@ -171,12 +176,9 @@ def _standing(setting: Setting) -> list[Need]:
 def _given(setting: Setting) -> list[Need]:
     """Return the memory of the references' inputs to the loss."""
     gathered = sum(setting.layout.held_of_reference(s)[1] for s in setting.references.values())
-    hidden = sum(
-        setting.valid_of(role) * s.config.hidden_size * s.head_itemsize for role, s in setting.references.items()
-    )
     return [
         Need("gathered heads of the references", setting.device, gathered),
-        Need("hidden states of the references", setting.device, hidden),
+        Need("hidden states of the references", setting.device, setting.hidden_bytes),
     ]
 
 

@@ -71,8 +71,7 @@ def traffic(setting: Setting) -> list[Amount]:
     layout, accumulate = setting.layout, setting.accumulate
     own = layout.sent(setting.student, accumulate, setting.precision)
     gathered = sum(layout.sent_of_reference(s, accumulate).all_gather for s in setting.references.values())
-    away = setting.references.values() if setting.home != setting.device else ()
-    hidden = sum(accumulate * setting.valid * s.config.hidden_size * s.head_itemsize for s in away)
+    hidden = accumulate * setting.hidden_bytes if setting.home != setting.device else 0
     parts = [
         Amount("gradients, all-reduce", own.all_reduce),
         Amount("gradients, reduce-scatter", own.reduce_scatter),

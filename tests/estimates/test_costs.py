@@ -89,9 +89,13 @@ def test_adapters_spare_gradients_of_weights_and_the_second_student(world: World
 def test_teachers_with_longer_rows_cost_as_much_more(world: World, tmp_path: Path) -> None:
     def parts(*extra: str) -> dict[str, float]:
         settings = make_settings(compose_config("train", world.overrides(tmp_path / "run", "delta_span", *extra)))
-        return {part.what: part.amount for part in operations(setting_of(settings, "cpu", "cpu"))}
+        # The references stay in the CPU's memory: what they give moves.
+        setting = setting_of(settings, "cuda", "cpu")
+        return {part.what: part.amount for part in (*operations(setting), *traffic(setting))}
 
     equal, longer = parts(), parts("data.teacher_max_length=240")
+    moved = "hidden states of references"
+    assert equal[moved] < longer[moved] < 3 * equal[moved]
     assert longer["reference teacher"] > 2 * equal["reference teacher"]
     assert longer["reference student_raw"] == equal["reference student_raw"]
     assert equal["heads"] < longer["heads"] < 2 * equal["heads"]
