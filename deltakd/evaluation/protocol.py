@@ -78,8 +78,7 @@ class EvaluationSet:
 
     def read_images(self, places: Sequence[int]) -> dict[str, Tensor] | None:
         """Return the tensors of the images of these rows; None: they have none."""
-        held = [(images, self.prompt_ids[place]) for place in places if (images := self.images[place]) is not None]
-        return read_images([images for images, _ in held], [ids for _, ids in held])
+        return read_images((self.images[place], self.prompt_ids[place]) for place in places)
 
     @property
     def protocol(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from deltakd.generation.static_cache import COLUMNS, StaticKeyValues
+from deltakd.generation.static_cache import COLUMNS, StaticKeyValues, keys_device
 
 #: Spare columns of a new buffer: the cache is copied only once per this many steps.
 ROOM = 32
@@ -140,16 +140,11 @@ def select(cache: Any, keep: Sequence[int], columns: int) -> None:
         if isinstance(part, StaticKeyValues):
             part.select(keep, columns)
             continue
-        rows = torch.tensor(keep, device=_device(part))
+        rows = torch.tensor(keep, device=keys_device(part))
         for number, layer in enumerate(part.layers):
             # A layer that shares another layer's keys has none of its own.
             if layer.is_initialized:
                 part.layers[number] = _selected(layer, rows.to(layer.keys.device), columns)
-
-
-def _device(cache: Any) -> torch.device:
-    found: torch.device = next(layer.keys.device for layer in cache.layers if layer.is_initialized)
-    return found
 
 
 def _selected(layer: Any, rows: Tensor, columns: int) -> Any:

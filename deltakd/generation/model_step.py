@@ -74,11 +74,10 @@ class Step:
         """Make the step over a static cache; compare its first logits with those of an ordinary one."""
         model = _unwrapped(self._model)
         attention = str(model.config._attn_implementation)
-        if attention not in ("sdpa", "eager") or "position_ids" not in self._parameters or self._axes:
-            reason = (
-                f"its attention is {attention}" if attention not in ("sdpa", "eager") else "it counts positions itself"
-            )
-            raise ValueError(_no_static_cache(model, reason))
+        if attention not in ("sdpa", "eager"):
+            raise ValueError(_no_static_cache(model, f"its attention is {attention}"))
+        if "position_ids" not in self._parameters or self._axes:
+            raise ValueError(_no_static_cache(model, "it counts positions itself"))
         expected_BV = self._logits(replace(state, cache=state.cache.as_ordinary(len(state.rows))))
         step = StaticStep(self._model, state.cache, frozenset(self._parameters), attention == "eager")
         place = state.cache.start, state.cache.end

@@ -21,6 +21,12 @@ COLUMNS = 64
 _WARM_UP = 2
 
 
+def keys_device(cache: Any) -> torch.device:
+    """Return where an ordinary cache has its keys."""
+    found: torch.device = next(layer.keys.device for layer in cache.layers if layer.is_initialized)
+    return found
+
+
 @final
 class StaticLayer(DynamicLayer):
     """Keys and values of full attention, in a place of their own.
@@ -66,7 +72,7 @@ class StaticKeyValues(Cache):
     """
 
     def __init__(self, like: Any, rows: int, columns: int) -> None:
-        device = next(layer.keys.device for layer in like.layers if layer.is_initialized)
+        device = keys_device(like)
         #: [1] int64: the column that the next step writes.
         self.column = torch.zeros(1, dtype=torch.int64, device=device)
         # A layer that shares another layer's keys has none of its own.

@@ -9,19 +9,19 @@ from torch import Tensor
 
 from deltakd.losses.divergences import Divergence
 from deltakd.losses.mixing import LabelMixture, tempered, tempered_student
-from deltakd.losses.targets import Target
-from deltakd.types import LinearKL, Schedule, require_kind
+from deltakd.losses.targets import ReadsTarget, Target
+from deltakd.types import LinearKL, require_kind
 
 
 @final
-class Distillation(LabelMixture):
+class Distillation(ReadsTarget, LabelMixture):
     """λ · CE(labels) + (1 − λ) · D(target, student), per token (arXiv 2509.14526; docs/design.md#delta-kd).
 
     D is between softmax(z_target / τ), detached, and softmax(z_student / τ).
 
-    With forward or reverse KL and a target that is linear in the logits (``Target.coefficients``, ``Target.gate``),
-    ``deltakd.kernels.fused.fused_chunk`` computes the whole loss in training; ``tests/kernels/test_chunked.py`` shows
-    that the two agree, values and gradients (``test_every_loss_by_name``).
+    With a KL, a Jensen-Shannon or a skew divergence and a target that is linear in the logits (``Target.coefficients``,
+    ``Target.gate``), ``deltakd.kernels.fused.fused_chunk`` computes the whole loss in training;
+    ``tests/kernels/test_chunked.py`` shows that the two agree, values and gradients (``test_every_loss_by_name``).
 
     Args:
         target: what to match.
@@ -56,15 +56,6 @@ class Distillation(LabelMixture):
     def needs_alignment(self) -> bool:  # type: ignore[override]
         """True if the target does, unless λ = 1."""
         return self.ce_weight < 1.0 and self.target.needs_alignment
-
-    @property
-    def schedules(self) -> Mapping[str, Schedule]:
-        return self.target.schedules
-
-    @property
-    def teacher_factor(self) -> float:
-        """That of the target."""
-        return self.target.teacher_factor
 
     @property
     def term_whole_vocabulary_reasons(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deltakd.losses.divergences import kl, log_ratio
 from deltakd.losses.sampled import mean_under
-from deltakd.losses.targets import Target
+from deltakd.losses.targets import ReadsTarget, Target
 from deltakd.types import TEACHER, TEACHER_RAW, Schedule
 
 
@@ -51,7 +51,7 @@ class Score(ABC):
 
 
 @final
-class TowardsTarget(Score):
+class TowardsTarget(ReadsTarget, Score):
     """log p_target − log π_θ: following it is reverse KL to the target, token by token.
 
     That is identity (a) of docs/design.md#on-policy.
@@ -68,14 +68,6 @@ class TowardsTarget(Score):
     @property
     def requires(self) -> frozenset[str]:
         return self.target.requires
-
-    @property
-    def schedules(self) -> Mapping[str, Schedule]:
-        return self.target.schedules
-
-    @property
-    def teacher_factor(self) -> float:
-        return self.target.teacher_factor
 
     @torch.no_grad()
     def __call__(self, logits: Mapping[str, Tensor], log_student_NV: Tensor) -> Tensor:

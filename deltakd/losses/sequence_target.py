@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from deltakd.losses.targets import Target
-from deltakd.types import Schedule, SequenceLoss, require_kind
+from deltakd.losses.targets import ReadsTarget, Target
+from deltakd.types import SequenceLoss, require_kind
 
 
-class TargetSequenceLoss(SequenceLoss):
+class TargetSequenceLoss(ReadsTarget, SequenceLoss):
     """λ · CE(labels) + (1 − λ) · a term that compares each response with a target.
 
     Args:
@@ -28,13 +26,3 @@ class TargetSequenceLoss(SequenceLoss):
     def requires(self) -> frozenset[str]:
         """The references that the target reads; none if λ = 1."""
         return frozenset() if self.ce_weight == 1.0 else self.target.requires
-
-    @property
-    def schedules(self) -> Mapping[str, Schedule]:
-        """Schedules of the target."""
-        return self.target.schedules
-
-    @property
-    def teacher_factor(self) -> float:
-        """That of the target."""
-        return self.target.teacher_factor

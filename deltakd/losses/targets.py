@@ -39,6 +39,22 @@ from deltakd.types import (
 )
 
 
+class ReadsTarget:
+    """What losses and scores with a target take over from it."""
+
+    target: Target
+
+    @property
+    def schedules(self) -> Mapping[str, Schedule]:
+        """Schedules of the target."""
+        return self.target.schedules
+
+    @property
+    def teacher_factor(self) -> float:
+        """That of the target."""
+        return self.target.teacher_factor
+
+
 class Target(ABC):
     """Turns logits by role into target logits. To write your own, subclass it: ``requires`` and ``__call__``."""
 

@@ -190,14 +190,15 @@ def data_problems(content: Mapping[str, Any], given: Mapping[str, Any], path: ob
     for key, own, other in (
         ("tokenizer", "the student's tokenizer", "the teachers' tokenizer"),
         ("template", "data.template", "data.teacher_template"),
-        ("processor", "the student's image processor", ""),
     ):
-        if given.get(key) != content.get(key):
-            here, there = (str(side.get(key, "of no images"))[:12] for side in (given, content))
-            found.append(differs(own, f"another one ({here})", there, path))
+        if given[key] != content[key]:
+            found.append(differs(own, f"another one ({given[key][:12]})", content[key][:12], path))
         if other_here.get(key) != other_there.get(key):
             here, there = (str(side.get(key, "the student's"))[:13] for side in (other_here, other_there))
             found.append(differs(other, here, there, path))
+    if given.get("processor") != content.get("processor"):
+        here, there = (str(side.get("processor", "of no images"))[:12] for side in (given, content))
+        found.append(differs("the student's image processor", f"another one ({here})", there, path))
     here, there = given["data"], content["data"]
     ignored = {"template"} | ({"val", "val_subset"} if same_sets["val"] and not here.get("val_size") else set())
     found += [

@@ -146,8 +146,7 @@ class OwnEngine:
 
 def _read_images(requests: Sequence[Request], places: Sequence[int]) -> dict[str, Tensor] | None:
     """Return the tensors of the images of some prompts."""
-    held = [(images, requests[place].prompt) for place in places if (images := requests[place].images) is not None]
-    return read_images([images for images, _ in held], [prompt for _, prompt in held])
+    return read_images((requests[place].images, requests[place].prompt) for place in places)
 
 
 def _label_log_probs(model: LanguageModel, batch: Batch) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import errno
 import io
 import json
@@ -21,8 +20,6 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from deltakd.cache import main, make_cache
-from deltakd.config.build import make_settings
-from deltakd.config.compose import compose_config
 from deltakd.io import files
 from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
@@ -31,7 +28,7 @@ from deltakd.references import StoreError, fill
 from deltakd.references.store import CacheStore
 from deltakd.studies.stages import run_study
 from deltakd.studies.study_file import read_study
-from deltakd.training.run import run_training
+from tests.references.runs import curves, run
 from tests.tiny import World, make_rows, save_model, write_rows
 
 #: Beyond the largest process id that Linux gives.
@@ -73,18 +70,6 @@ def cached(world: World, tmp_path_factory: pytest.TempPathFactory) -> Cached:
 
 def live_of(cached: Cached) -> list[str]:
     return [f"model.{role}.path={cached.world.root / f'{role}_moved'}" for role in ("teacher", "teacher_raw")]
-
-
-def run(overrides: list[str]) -> RunDirectory:
-    cfg = compose_config("train", overrides)
-    run_training(make_settings(cfg), Path(cfg.run_dir))
-    return RunDirectory(Path(cfg.run_dir))
-
-
-def curves(directory: RunDirectory) -> list[float]:
-    with (directory.path / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    return [float(row[name]) for name in ("train/loss", "val/loss") for row in rows if row.get(name)]
 
 
 def student(directory: RunDirectory) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +17,9 @@ from deltakd.data import collate
 from deltakd.data.encoding.encoded_set import EncodedSet, RowTasks
 from deltakd.evaluation import measured_references
 from deltakd.io.errors import ConfigError
-from deltakd.io.run_directory import RunDirectory
 from deltakd.references.index import keys_of_batch, keys_of_set
 from deltakd.references.store import OFFSETS, ROW_KEYS, CacheStore, map_arrays
-from deltakd.training.run import run_training
+from tests.references.runs import curves, run
 from tests.tiny import World, make_rows, save_model, write_rows
 
 ROUTES = "model.routes={long: 1, short: 2}"
@@ -62,18 +60,6 @@ def routed(world: World, tmp_path_factory: pytest.TempPathFactory) -> Routed:
     whole = (f"reference.path={made.topk}", "reference.store=topk", "reference.k=5000", "reference.dtype=float32")
     make_cache(made.cached(root / "unused", *whole))
     return made
-
-
-def run(overrides: list[str]) -> RunDirectory:
-    cfg = compose_config("train", overrides)
-    run_training(make_settings(cfg), Path(cfg.run_dir))
-    return RunDirectory(Path(cfg.run_dir))
-
-
-def curves(directory: RunDirectory) -> list[float]:
-    with (directory.path / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    return [float(row[name]) for name in ("train/loss", "val/loss") for row in rows if row.get(name)]
 
 
 def test_equal_rows_of_two_tasks_have_keys_of_their_own() -> None:

@@ -72,11 +72,10 @@ def image_row_of(encoded: EncodedSet, world_size: int) -> Encoded | None:
 def _images(encoded: Sequence[Encoded | Example]) -> dict[str, Any]:
     """Return what a batch holds of the images of its rows, as keyword arguments."""
     of_rows = [row.images if isinstance(row, Encoded) else None for row in encoded]
-    held = [(images, row.input_ids) for images, row in zip(of_rows, encoded, strict=True) if images is not None]
-    if not held:
+    read = read_images(zip(of_rows, (row.input_ids for row in encoded), strict=True))
+    if read is None:
         return {}
-    digests = [b"" if images is None else images.digest for images in of_rows]
-    return {"images": read_images(*zip(*held, strict=True)), "image_digests": digests}
+    return {"images": read, "image_digests": [b"" if images is None else images.digest for images in of_rows]}
 
 
 def _padded(encoded: Sequence[Encoded | Example], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, final
@@ -137,21 +137,23 @@ def digest_rows(rows: Sequence[RowImages | None]) -> NDArray[np.uint8]:
     return np.frombuffer(found, np.uint8).reshape(-1, DIGEST_BYTES)
 
 
-def read_images(rows: Sequence[RowImages], input_ids: Sequence[Sequence[int]]) -> dict[str, Tensor] | None:
+def read_images(
+    rows: Iterable[tuple[RowImages | None, Sequence[int] | NDArray[np.int32]]],
+) -> dict[str, Tensor] | None:
     """Return the tensors of all images of a batch, in the order of their tokens; None: there are none.
 
     Args:
-        rows: the images of each row that has any.
-        input_ids: the tokens of these rows.
+        rows: images, None if it has none, and tokens of each row.
 
     Raises:
         ImageError: an image can't be read, or has changed since its row was tokenised.
     """
-    if not rows:
+    held = [(images, ids) for images, ids in rows if images is not None]
+    if not held:
         return None
-    reader = rows[0].reader
-    contents = [[(image, image_bytes(image)) for image in row.images] for row in rows]
-    for row, content in zip(rows, contents, strict=True):
+    reader = held[0][0].reader
+    contents = [[(image, image_bytes(image)) for image in row.images] for row, _ in held]
+    for (row, _), content in zip(held, contents, strict=True):
         if reader.digest([each for _, each in content]) != row.digest:
             names = ", ".join(map(image_name, row.images))
             raise ImageError(
@@ -159,6 +161,6 @@ def read_images(rows: Sequence[RowImages], input_ids: Sequence[Sequence[int]]) -
                 "run again"
             )
     tensors, tokens = reader.tensors(contents)
-    expected = [list(ids).count(reader.token_id) for ids in input_ids]
+    expected = [list(ids).count(reader.token_id) for _, ids in held]
     assert tokens == expected, f"equal files give equal tokens: {tokens}, {expected}"
     return tensors

@@ -96,7 +96,8 @@ def encode_rows(
         raise ValueError(
             _text_alone("data.split_turns=true" if split_turns else "a teacher with a tokenizer of its own")
         )
-    return _kept_set(rows, tokenizer, key, build, dtypes, (max_length, max_prompt_length), cache_dir)
+    limits = (max_length, max_prompt_length)
+    return _kept_set(rows, tokenizer, key, build, dtypes, limits, cache_dir, with_images)
 
 
 def encode_prompt_rows(
@@ -136,7 +137,8 @@ def encode_prompt_rows(
 
     if with_images and teachers is not None:
         raise ValueError(_text_alone("a teacher with a tokenizer of its own"))
-    return _kept_set(rows, tokenizer, key, build, dtypes, (max_prompt_length, max_prompt_length), cache_dir)
+    limits = (max_prompt_length, max_prompt_length)
+    return _kept_set(rows, tokenizer, key, build, dtypes, limits, cache_dir, with_images)
 
 
 def _text_alone(what: str) -> str:
@@ -151,9 +153,10 @@ def _kept_set(
     dtypes: Mapping[str, str],
     limits: tuple[int, int],
     cache_dir: str | Path | None,
+    with_images: bool,
 ) -> EncodedSet:
     """Return the table with a key, made now or before; a table of rows with images depends on their files, too."""
-    if not holds_images(rows):
+    if not with_images:
         return _as_set(kept_arrays(f"tokens-{key}", cache_dir, dtypes, build, "tokens"), key, *limits)
     name = fingerprint("images", key, processor_digest(tokenizer), image_stamp(rows))
     table = kept_arrays(f"tokens-{name}", cache_dir, dict(dtypes) | _IMAGE_DTYPES, build, "tokens")
