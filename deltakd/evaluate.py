@@ -139,11 +139,12 @@ def _span_teacher(
 ) -> SpanTeacher | None:
     """Return the teacher if it has a tokenizer of its own; one that can't be opened does not stop the evaluation."""
     from deltakd.evaluation.span_measures import open_span_teacher
+    from deltakd.types import device_of
 
     if settings.evaluation.measures.references == "none":
         return None
     try:
-        device = next(student.parameters()).device
+        device = device_of(student)
         return open_span_teacher(settings.model, settings.data, tokenizer, vocabulary, device)
     except (ValueError, OSError) as error:
         log.warning("The student is not measured against its teacher: %s", error)
