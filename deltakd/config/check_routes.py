@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from deltakd.data import InstructionData, TextData
-from deltakd.references import CacheSettings, LiveSettings, ReferenceSettings
+from deltakd.references import CacheSettings, LiveSettings, ReferenceSettings, ServedSettings
 from deltakd.rollouts.settings import RolloutSettings
 from deltakd.types import STUDENT_RAW, TEACHER, TEACHER_RAW, Loss
 
@@ -40,8 +40,11 @@ def route_problems(
             found.append(
                 f"model.routes chooses among models that are loaded, and {key} gives one teacher; leave it out"
             )
-    elif reference is not None and not isinstance(reference, LiveSettings):
-        found.append("model.routes goes with references live or cached; give reference=live or reference=cached")
+    elif reference is not None and not isinstance(reference, LiveSettings | ServedSettings):
+        found.append(
+            "model.routes goes with references live, cached or served; give reference=live, reference=cached or "
+            "reference=served"
+        )
     if rollout is not None and rollout.mixes_teacher:
         found.append("rollout.source=mixture draws tokens with one teacher, and model.routes has several; give student")
     return found

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Collection, Mapping
 from contextlib import suppress
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -27,6 +27,18 @@ CPU = torch.device("cpu")
 SILENCE_SECONDS = 30.0
 #: Seconds between two tries to reach a server.
 _PAUSE = 0.5
+
+
+class _Asked(NamedTuple):
+    """A request, kept until it is answered.
+
+    Args:
+        tensors: of the request.
+        roles: to run it; None: all of the connection's.
+    """
+
+    tensors: dict[str, Tensor]
+    roles: list[str] | None
 
 
 @final
@@ -68,7 +80,7 @@ class ServerConnection:
         self._socket: socket.socket | None = None
         self._lost = "it was not there"
         self._next = 0
-        self._asked: dict[int, dict[str, Tensor]] = {}
+        self._asked: dict[int, _Asked] = {}
         self._answers: dict[int, Frame] = {}
         #: Seconds in which nothing else was done but wait for answers.
         self.waited = 0.0
@@ -80,9 +92,14 @@ class ServerConnection:
         self.welcome = self._reach(heads=True)
         self.content = self.welcome.header["content"]
 
-    def ask(self, tensors: Mapping[str, Tensor]) -> int:
-        """Send a request and return its number; never waits for a server that is lost."""
-        kept = dict(tensors)
+    def ask(self, tensors: Mapping[str, Tensor], roles: Collection[str] | None = None) -> int:
+        """Send a request and return its number; never waits for a server that is lost.
+
+        Args:
+            tensors: of the request.
+            roles: to run it; None: all of the connection's.
+        """
+        kept = _Asked(dict(tensors), None if roles is None else sorted(roles))
         with self._changed:
             number, connection = self._next, self._socket
             self._next += 1
@@ -134,12 +151,13 @@ class ServerConnection:
             del self._asked[number]
             return self._answers.pop(number)
 
-    def _send(self, connection: socket.socket | None, number: int, tensors: Mapping[str, Tensor]) -> None:
+    def _send(self, connection: socket.socket | None, number: int, asked: _Asked) -> None:
         if connection is None:
             return
+        header = {"number": number} | ({} if asked.roles is None else {"roles": asked.roles})
         try:
             with self._sending:
-                self.sent_bytes += send(connection, {"number": number}, tensors)
+                self.sent_bytes += send(connection, header, asked.tensors)
         except OSError as error:
             self._lose(connection, error.strerror or str(error))
 
@@ -190,8 +208,8 @@ class ServerConnection:
             connection = self._socket
             unanswered = {number: asked for number, asked in self._asked.items() if number not in self._answers}
         log.warning("The server of references %s is back; training goes on.", self._address)
-        for number, tensors in unanswered.items():
-            self._send(connection, number, tensors)
+        for number, asked in unanswered.items():
+            self._send(connection, number, asked)
 
     def _reach(self, *, heads: bool) -> Frame:
         """Connect, and wait for the server if it is not there.
