@@ -116,7 +116,7 @@ def _configure(arguments: Sequence[str]) -> tuple[DictConfig, str]:
     run = RunDirectory(Path(sources["run"]))
     if not run.config.is_file() or not run.student.is_dir():
         raise ConfigError(
-            [f"run={run.path} is no finished run: it needs config.yaml and student/; or give model=<dir>"]
+            [f"run={run.path} is not a finished run: it needs config.yaml and student/; or give model=<dir>"]
         )
     held = yaml.safe_load(run.config.read_text(encoding="utf-8"))
     chosen = {a.split("=", 1)[0] for a in overrides}

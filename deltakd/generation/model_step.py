@@ -114,7 +114,7 @@ class Step:
         state.cache = output.get(self._cache_name)
         if state.cache is None:
             raise ValueError(
-                f"{type(_unwrapped(self._model)).__name__} keeps its past to itself, so it can't generate here"
+                f"{type(_unwrapped(self._model)).__name__} does not return its cache, so it can't generate here"
             )
         logits: Tensor = output.logits[:, -1]
         return logits

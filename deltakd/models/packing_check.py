@@ -21,7 +21,7 @@ def check_packing(role: str, model: LanguageModel) -> None:
     """Run a few rows alone and end to end.
 
     Raises:
-        ValueError: the model can't run packed rows, or says something else of them.
+        ValueError: the model can't run packed rows, or computes something else for them.
     """
     name = type(model.causal_lm).__name__
     if model.keeps_a_state:
@@ -39,8 +39,8 @@ def check_packing(role: str, model: LanguageModel) -> None:
         together = model.packed_hidden_states(_end_to_end(rows, device))[0]
         if not _close(together, torch.cat(alone)):
             raise ValueError(
-                f"data.packing=true, but {name} (model.{role}) says something else of rows that lie end to end than of "
-                f"each alone; {_REMEDY}"
+                f"data.packing=true, but {name} (model.{role}) computes something else for rows laid end to end than "
+                f"for each alone; {_REMEDY}"
             )
 
 

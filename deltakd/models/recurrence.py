@@ -37,7 +37,7 @@ def check_recurrence(role: str, model: LanguageModel) -> None:
         rows = [[(5 * i + n) % model.vocabulary for i in range(1, 1 + n)] for n in _LENGTHS]
         alone = [_alone(model, row)[-1] for row in rows]
         if not _close(model, _padded_right(model, rows), alone):
-            raise ValueError(f"model.{role}: padding on the right changes what {name} says of a row; {_REMEDY}")
+            raise ValueError(f"model.{role}: padding on the right changes what {name} computes for a row; {_REMEDY}")
         try:
             first, second, continued = _generated(model, rows)
         except (ValueError, TypeError, AttributeError, RuntimeError) as error:
@@ -45,8 +45,8 @@ def check_recurrence(role: str, model: LanguageModel) -> None:
             raise ValueError(f"model.{role}: {name} can't be run token by token ({reason}); {_REMEDY}") from None
         if not _close(model, first, alone):
             raise ValueError(
-                f"model.{role}: padding on the left, with which answers are generated, changes what {name} says of a "
-                f"row; {_REMEDY}"
+                f"model.{role}: padding on the left, with which answers are generated, changes what {name} computes "
+                f"for a row; {_REMEDY}"
             )
         if not _close(model, second, [_alone(model, row)[-1] for row in continued]):
             raise ValueError(

@@ -211,7 +211,7 @@ class VllmEngine:
         while time.monotonic() < until:
             time.sleep(_POLL_SECONDS)
             if self._server.is_healthy():
-                log.info("The server %s is there again.", self._server.url)
+                log.info("The server %s is back.", self._server.url)
                 return
         raise LostServerError(
             f"{so_far}, and it did not come back within rollout.vllm.wait={self._settings.vllm.wait:g} s"
