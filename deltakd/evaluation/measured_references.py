@@ -127,6 +127,12 @@ class MeasuredReferences:
         reasons = {role: self._reason(role) for role in WANTED if role not in there}
         return {role: reason for role, reason in reasons.items() if reason}
 
+    def held_for(self, models: ModelSettings) -> dict[str, LanguageModel]:
+        """Return role -> model in memory, of the roles that have the same model in other settings."""
+        return {
+            role: model for role, model in self._loaded.items() if spec_of(self._models, role) == spec_of(models, role)
+        }
+
     def _is_named(self, role: str) -> bool:
         """Return True if the config names a trained model for the role, whose absence is worth reporting."""
         spec = spec_of(self._models, role)
