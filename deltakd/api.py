@@ -237,7 +237,7 @@ def _configure(
             [f"there is no argument {name!r}; give it by overrides, or one of {known}" for name in unknown]
         )
     if isinstance(overrides, str):
-        raise ConfigError([f"overrides is {overrides!r}; give a list of texts, or a mapping of keys"])
+        raise ConfigError([f"overrides is {overrides!r}; give a list of strings, or a mapping of keys"])
     values = {SHORT_NAMES[name]: value for name, value in given.items() if value is not None}
     values |= {key: value for key, value in extra.items() if value is not None}
     texts = [] if isinstance(overrides, Mapping) else list(overrides)

@@ -116,7 +116,7 @@ def _configure(arguments: Sequence[str]) -> tuple[DictConfig, str]:
     run = RunDirectory(Path(sources["run"]))
     if not run.config.is_file() or not run.student.is_dir():
         raise ConfigError(
-            [f"run={run.path} is no finished run: it needs config.yaml and student/; or give model=<dir>"]
+            [f"run={run.path} is not a finished run: it needs config.yaml and student/; or give model=<dir>"]
         )
     held = yaml.safe_load(run.config.read_text(encoding="utf-8"))
     chosen = {a.split("=", 1)[0] for a in overrides}
@@ -139,11 +139,12 @@ def _span_teacher(
 ) -> SpanTeacher | None:
     """Return the teacher if it has a tokenizer of its own; one that can't be opened does not stop the evaluation."""
     from deltakd.evaluation.span_measures import open_span_teacher
+    from deltakd.types import device_of
 
     if settings.evaluation.measures.references == "none":
         return None
     try:
-        device = next(student.parameters()).device
+        device = device_of(student)
         return open_span_teacher(settings.model, settings.data, tokenizer, vocabulary, device)
     except (ValueError, OSError) as error:
         log.warning("The student is not measured against its teacher: %s", error)

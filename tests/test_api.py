@@ -137,7 +137,7 @@ def test_rows_and_models_may_be_objects(world: World, folder: Path) -> None:
         ([{"a": 1}, 5], "data is a list with 5 at 1; give"),
         (7, "data is a int; give"),
         (DatasetDict(train=Dataset.from_list([{"a": 1}])), "data is a mapping with train; give one of its values"),
-        ([{"a": {1, 2}}], "data: a row is no JSON: Object of type set is not JSON serializable"),
+        ([{"a": {1, 2}}], "data: a row can't be written as JSON: Object of type set is not JSON serializable"),
     ],
 )
 def test_what_are_no_rows_is_told(value: Any, message: str, tmp_path: Path) -> None:

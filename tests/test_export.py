@@ -104,7 +104,7 @@ def test_wrong_arguments_are_named_at_once(tmp_path: Path) -> None:
     assert "the nearest is run=" in text
     assert "run=<run directory> is missing" in text
     assert "private=perhaps: give true or false" in text
-    with pytest.raises(ConfigError, match=r"(?s)is no run directory.*give output="):
+    with pytest.raises(ConfigError, match=r"(?s)is not a run directory.*give output="):
         export([f"run={tmp_path}"])
 
 

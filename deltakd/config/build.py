@@ -90,7 +90,7 @@ def make_serving_settings(cfg: DictConfig) -> RunSettings:
     draft.check_transport()
     roles: Collection[str] | None = None
     if draft.reference is not None and draft.served is None:
-        draft.problems.append("reference is no server; add reference=served reference.url=tcp://127.0.0.1:7711")
+        draft.problems.append("reference is not a server; add reference=served reference.url=tcp://127.0.0.1:7711")
     if draft.loss is not None:
         roles = draft.loss.requires
         draft.problems += serving_problems(draft.loss, draft.rollout)
@@ -173,7 +173,7 @@ def stored_settings(path: Path) -> RunSettings:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError([f"{path} can't be read: {' '.join(str(error).split())}"]) from None
     if not isinstance(config, dict):
-        raise ConfigError([f"{path} holds no mapping; give the config.yaml of a run"])
+        raise ConfigError([f"{path} is not a mapping; give the config.yaml of a run"])
     draft = Draft(config)
     if draft.problems:
         raise ConfigError([f"{path}: {problem}" for problem in draft.problems])

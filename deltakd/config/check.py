@@ -73,10 +73,10 @@ def role_problems(named: Collection[str], requires: Collection[str]) -> list[str
     found = []
     unknown = [role for role in named if role != STUDENT and not is_reference_role(role)]
     if unknown:
-        found.append(f"model has {', '.join(unknown)}, which is no role; roles are {allowed}")
+        found.append(f"model has {', '.join(unknown)}, which is not a role; roles are {allowed}")
     strange = sorted(role for role in requires if not is_reference_role(role))
     if strange:
-        found.append(f"the loss requires {', '.join(strange)}, which is no role; roles are {allowed}")
+        found.append(f"the loss requires {', '.join(strange)}, which is not a role; roles are {allowed}")
     return found
 
 

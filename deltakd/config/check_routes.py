@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from deltakd.data import InstructionData, TextData
-from deltakd.references import CacheSettings, LiveSettings, ReferenceSettings
+from deltakd.references import CacheSettings, LiveSettings, ReferenceSettings, ServedSettings
 from deltakd.rollouts.settings import RolloutSettings
 from deltakd.types import STUDENT_RAW, TEACHER, TEACHER_RAW, Loss
 
@@ -34,16 +34,17 @@ def route_problems(
         found.append("model.routes goes by the rows' task, and data is plain text; leave it out")
     elif data is not None and data.streaming:
         found.append("model.routes goes by the tasks of an indexed data set; give data.streaming=false")
-    if data is not None and data.packing:
-        found.append("data.packing puts rows of several teachers into one sequence; give data.packing=false")
     if isinstance(reference, CacheSettings):
         if reference.outside or reference.raw_url is not None:
             key = "reference.url" if reference.log_probs is None else "reference.log_probs"
             found.append(
                 f"model.routes chooses among models that are loaded, and {key} gives one teacher; leave it out"
             )
-    elif reference is not None and not isinstance(reference, LiveSettings):
-        found.append("model.routes goes with references live or cached; give reference=live or reference=cached")
+    elif reference is not None and not isinstance(reference, LiveSettings | ServedSettings):
+        found.append(
+            "model.routes goes with references live, cached or served; give reference=live, reference=cached or "
+            "reference=served"
+        )
     if rollout is not None and rollout.mixes_teacher:
         found.append("rollout.source=mixture draws tokens with one teacher, and model.routes has several; give student")
     return found

@@ -126,7 +126,7 @@ def read_mapping(text: str) -> dict[str, Any]:
     except (OmegaConfBaseException, YAMLError) as error:
         raise ValueError(_one_line(error)) from None
     if not isinstance(found, dict):
-        raise ValueError(f"{text!r} is no mapping")
+        raise ValueError(f"{text!r} is not a mapping")
     return {str(key): value for key, value in found.items()}
 
 
@@ -204,7 +204,7 @@ def _choice_problems(override: Override) -> list[str]:
     """Return a sentence for each unknown choice of a config group, with the existing ones."""
     group, problems = override.key_or_group, list[str]()
     if override.value() is None and not override.is_delete():
-        return [f"{group}=null is no choice; leave it out, or give one of: {', '.join(choices(group))}"]
+        return [f"{group}=null is not a choice; leave it out, or give one of: {', '.join(choices(group))}"]
     for choice in _choices_named(override):
         files = choice_files(group, choice)
         problems += [] if files else [_no_choice(group, choice)]

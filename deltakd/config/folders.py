@@ -47,7 +47,7 @@ def use_config_dir(folder: Path | str | None) -> None:
         return
     path = Path(folder).absolute()
     if not path.is_dir():
-        raise ConfigError([f"--config-dir {folder} is no folder; give one that holds experiment/, loss/, ..."])
+        raise ConfigError([f"--config-dir {folder} is not a folder; give one that holds experiment/, loss/, ..."])
     os.environ[CONFIG_DIR_VARIABLE] = str(path)
     beside = str(path.parent)
     if beside not in sys.path:

@@ -68,7 +68,8 @@ def _written(name: str, rows: Sequence[Mapping[str, Any]], given: Given, problem
         text = "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
     except (TypeError, ValueError) as error:
         problems.append(
-            f"{name}: a row is no JSON: {' '.join(str(error).split())}; give text, numbers, lists and dicts"
+            f"{name}: a row can't be written as JSON: {' '.join(str(error).split())}; "
+            "give text, numbers, lists and dicts"
         )
         return None
     path = (given.folder / "rows" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.jsonl").absolute()

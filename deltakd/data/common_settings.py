@@ -167,7 +167,7 @@ class DataConfig(ABC):
         if self.streaming:
             found += self._stream_problems()
         found += [
-            f"data.columns has {name!r}, which is no name of ours; allowed: {', '.join(COLUMNS)}"
+            f"data.columns has {name!r}, which is not a key of ours; allowed: {', '.join(COLUMNS)}"
             for name in self.columns or ()
             if name not in COLUMNS
         ]

@@ -119,7 +119,7 @@ def read_ways(text: str) -> list[Way]:
         strategy, _, references = part.strip().partition("+")
         way = Way(strategy, references or "replicate")
         if way.strategy not in known:
-            problems.append(f"--strategies: {way.strategy!r} is no strategy; allowed: {', '.join(known)}")
+            problems.append(f"--strategies: {way.strategy!r} is not a strategy; allowed: {', '.join(known)}")
         if way.references not in REFERENCES:
             problems.append(f"--strategies: after + comes one of {', '.join(REFERENCES)}, not {way.references!r}")
         ways.append(way)
@@ -137,8 +137,8 @@ def read_architecture(text: str, option: str) -> tuple[str, dict[str, Any]]:
     if text.lower() in ARCHITECTURES:
         return text.lower(), ARCHITECTURES[text.lower()]
     how = (
-        f"{option} {text!r} is no architecture; give one of {', '.join(ARCHITECTURES)}, or a mapping with model_type, "
-        "vocab_size and its sizes: '{model_type: qwen2, vocab_size: 32000, hidden_size: 1024, ...}'"
+        f"{option} {text!r} is not an architecture; give one of {', '.join(ARCHITECTURES)}, or a mapping with "
+        "model_type, vocab_size and its sizes: '{model_type: qwen2, vocab_size: 32000, hidden_size: 1024, ...}'"
     )
     if not text.lstrip().startswith("{"):
         raise ValueError(how)

@@ -107,7 +107,7 @@ def measure_preservation(run: RecordedRun, limit: int | None = None, views: int 
         raise ValueError(f"limit is {limit} and views {views}; give at least 1 row to measure and 0 or more to view")
     directory = run.directory
     if not (directory.student / "config.json").is_file():
-        return Preservation(missing=[f"student: {directory.path} has no student/, it is no finished run"])
+        return Preservation(missing=[f"student: {directory.path} has no student/, so it is not a finished run"])
     rows = run.measures.rows if limit is None else limit
     if rows == 0:
         return Preservation(

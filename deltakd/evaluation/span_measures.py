@@ -20,7 +20,7 @@ from deltakd.models.roles import open_model
 from deltakd.models.tokenizers import OtherTokenizerError, common_vocabulary
 from deltakd.models.vocabulary import vocabulary_of
 from deltakd.references import LiveReferences, References
-from deltakd.types import TEACHER, Alignment, Head, TokenMap, in_float64
+from deltakd.types import TEACHER, Alignment, Head, TokenMap, device_of, in_float64
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ def span_sums(
     rank, world_size = share
     mine = rows[np.argsort(encoded.lengths[rows], kind="stable")][rank::world_size]
     student = LanguageModel(model, vocabulary)
-    device = next(model.parameters()).device
+    device = device_of(model)
     sums = {"spans": torch.zeros((), dtype=torch.float64), "span_kl_teacher": torch.zeros((), dtype=torch.float64)}
     with evaluating(model):
         for start in range(0, len(mine), batch_size):

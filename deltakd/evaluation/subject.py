@@ -15,10 +15,9 @@ from deltakd.distributed.sharding import is_sharded, place
 from deltakd.evaluation.measured_references import WANTED, MeasuredReferences
 from deltakd.evaluation.settings import EvaluationSettings
 from deltakd.evaluation.span_measures import SpanTeacher
-from deltakd.evaluation.teacher_forced import device_of
 from deltakd.models import LanguageModel, ModelSettings
 from deltakd.references import CacheSettings, LiveSettings, ReferenceSettings, ServedReferences
-from deltakd.types import teacher_pair
+from deltakd.types import device_of, teacher_pair
 
 log = logging.getLogger(__name__)
 

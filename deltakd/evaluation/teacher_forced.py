@@ -18,7 +18,7 @@ from deltakd.generation.model_step import evaluating
 from deltakd.kernels import MEMORY_BUDGET, chunk_size_for
 from deltakd.models import LanguageModel
 from deltakd.models.tokenizers import pad_id
-from deltakd.types import STUDENT, STUDENT_RAW, Head
+from deltakd.types import STUDENT, STUDENT_RAW, Head, device_of
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,6 @@ class MeasuredBatch:
     measures: TokenMeasures
     tokens: list[int]
     before: TokenMeasures | None = None
-
-
-def device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
 
 
 def first_rows(encoded: EncodedSet, rows: int | None) -> NDArray[np.int64]:

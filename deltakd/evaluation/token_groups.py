@@ -125,7 +125,7 @@ class Preservation:
                 token_view=[_row_from(row) for row in value["token_view"]],
             )
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"this is no shift preservation ({type(error).__name__}: {error})") from None
+            raise ValueError(f"this is not a record of shift preservation ({type(error).__name__}: {error})") from None
 
 
 def _group_from(value: Mapping[str, Any]) -> Group:

@@ -17,7 +17,7 @@ from deltakd.generation.full_batch import DecodingState
 from deltakd.generation.image_inputs import has_positions_of_axes, image_inputs, positions_of_axes
 from deltakd.generation.key_values import JointCache
 from deltakd.generation.static_cache import StaticKeyValues, StaticStep
-from deltakd.types import at_least_float32
+from deltakd.types import at_least_float32, device_of
 
 #: Returns the tensors of the images of the prompts with the given places; None: they have none.
 Images = Callable[[Sequence[int]], dict[str, Tensor] | None]
@@ -46,7 +46,7 @@ class Step:
         self._cache_name = next(
             (name for name in ("past_key_values", "cache_params") if name in self._parameters), None
         )
-        self.device = next(model.parameters()).device
+        self.device = device_of(model)
         self._static: StaticStep | None = None
 
     def __call__(self, state: DecodingState) -> Tensor:
@@ -114,7 +114,7 @@ class Step:
         state.cache = output.get(self._cache_name)
         if state.cache is None:
             raise ValueError(
-                f"{type(_unwrapped(self._model)).__name__} keeps its past to itself, so it can't generate here"
+                f"{type(_unwrapped(self._model)).__name__} does not return its cache, so it can't generate here"
             )
         logits: Tensor = output.logits[:, -1]
         return logits

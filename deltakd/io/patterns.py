@@ -10,5 +10,5 @@ def pattern_problems(key: str, pattern: str | None) -> list[str]:
     try:
         re.compile(pattern or "")
     except (re.error, OverflowError, RecursionError) as error:
-        return [f"{key} is {pattern!r}, which is no regular expression: {error}"]
+        return [f"{key} is {pattern!r}, which is not a regular expression: {error}"]
     return []

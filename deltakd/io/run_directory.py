@@ -169,7 +169,9 @@ class RunDirectory:
                 self._write_config(config)
             return Claim(self.path, None)
         if self.path.is_dir() and any(p for p in self.path.iterdir() if p.suffix != PARTIAL):
-            raise ConfigError([f"run_dir={self.path} is not empty and holds no run of ours; give another run_dir"])
+            raise ConfigError(
+                [f"run_dir={self.path} is not empty and does not hold a run of deltakd's; give another run_dir"]
+            )
         found = next(folder for folder in (self.path, *self.path.parents) if folder.is_dir())
         make_folder(self.path, "the run directory")
         self._write_config(config)

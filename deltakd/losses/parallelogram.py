@@ -101,7 +101,7 @@ def _weighted(
     corners: Mapping[str, ShiftedTarget], weights: Mapping[str, float]
 ) -> dict[str, tuple[float, ShiftedTarget]]:
     problems = [
-        f"loss.weights has {name!r}, which is no corner; corners are {', '.join(corners)}"
+        f"loss.weights has {name!r}, which is not a corner; corners are {', '.join(corners)}"
         for name in weights
         if name not in corners
     ]

@@ -62,7 +62,7 @@ def adapter_problems(role: str, spec: ModelSpec) -> list[str]:
     directory = Path(spec.adapter)
     if not (directory / _CONFIG).is_file() or not any((directory / file).is_file() for file in _WEIGHTS):
         return [
-            f"{key} is no directory with {_CONFIG} and {_WEIGHTS[0]}; give the directory of a PEFT "
+            f"{key} is not a directory with {_CONFIG} and {_WEIGHTS[0]}; give the directory of a PEFT "
             "adapter (a run with model/lora=default writes one to <run_dir>/adapter)"
         ]
     try:

@@ -32,8 +32,8 @@ def check_causal(key: str, config: PretrainedConfig) -> None:
     named = getattr(config, "architectures", None) or []
     architectures = f", architectures {', '.join(named)}" if named else ""
     raise NotCausalError(
-        f"{key} is no causal language model: its configuration (model_type {config.model_type}{architectures}) is that "
-        f"of {kind}; give a decoder, such as one of the families GPT-2, OPT, Llama, Qwen, Gemma or Mistral"
+        f"{key} is not a causal language model: its configuration (model_type {config.model_type}{architectures}) is "
+        f"that of {kind}; give a decoder, such as one of the families GPT-2, OPT, Llama, Qwen, Gemma or Mistral"
     )
 
 

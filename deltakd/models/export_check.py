@@ -17,6 +17,7 @@ from deltakd.data import EncodedSet
 from deltakd.models.roles import open_exported
 from deltakd.models.settings import ModelSettings
 from deltakd.models.tokenizers import PROBE, load_tokenizer
+from deltakd.types import device_of, dtype_of
 
 log = logging.getLogger(__name__)
 
@@ -64,11 +65,11 @@ class ExportCheck:
             ValueError: it can't be opened, or its student or tokenizer differs.
         """
         self._check_tokenizer(tokenizer, directory)
-        device = next(trained.parameters()).device
+        device = device_of(trained)
         exported: Any = open_exported(directory, self.models, self.vocabulary, device)
-        dtype = next(exported.parameters()).dtype
+        dtype = dtype_of(exported)
         tolerance = _TOLERANCE.get(dtype, _TOLERANCE[torch.bfloat16])[hasattr(trained, "peft_config")]
-        if next(trained.parameters()).dtype != dtype:
+        if dtype_of(trained) != dtype:
             trained = copy.deepcopy(trained).to(dtype)
         largest = 0.0
         for row in self.rows:

@@ -164,7 +164,7 @@ def load_model(
     missing = sorted(info["missing_keys"]) + [str(m[0]) for m in info["mismatched_keys"]]
     if missing:
         raise ValueError(
-            f"model.{role}.path={spec.path} is no causal language model of type {config.model_type}: "
+            f"model.{role}.path={spec.path} is not a causal language model of type {config.model_type}: "
             f"{len(missing)} weights are absent or of another shape (first: {missing[0]}) and would be random; "
             "give a checkpoint of that architecture"
         )
@@ -228,7 +228,7 @@ def _architecture(role: str, spec: ModelSpec, vocabulary: int, eos_token_id: int
     try:
         return AutoConfig.for_model(kind, **architecture)
     except (ValueError, TypeError, StrictDataclassError) as error:
-        raise ValueError(f"{key} is no {kind}: {' '.join(str(error).split())}; correct its keys") from None
+        raise ValueError(f"{key} is not a valid {kind}: {' '.join(str(error).split())}; correct its keys") from None
 
 
 def _build_model(

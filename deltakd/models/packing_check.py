@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deltakd.generation.model_step import evaluating, position_limit
 from deltakd.models.language_model import LanguageModel
-from deltakd.types import PackedRows
+from deltakd.types import PackedRows, device_of
 
 #: Tokens of the rows that are run alone and together.
 _LENGTHS = (5, 3, 8, 1)
@@ -33,14 +33,14 @@ def check_packing(role: str, model: LanguageModel) -> None:
         raise ValueError(f"data.packing=true, but {name} (model.{role}) takes no position ids; {_REMEDY}")
     limit = position_limit(model.causal_lm) or max(_LENGTHS)
     rows = [[(5 * i + n) % model.vocabulary for i in range(1, 1 + min(n, limit))] for n in _LENGTHS]
-    device = next(model.parameters()).device
+    device = device_of(model)
     with evaluating(model):
         alone = [model.hidden_states(ids[None], torch.ones_like(ids[None]))[0] for ids in _tensors(rows, device)]
         together = model.packed_hidden_states(_end_to_end(rows, device))[0]
         if not _close(together, torch.cat(alone)):
             raise ValueError(
-                f"data.packing=true, but {name} (model.{role}) says something else of rows that lie end to end than of "
-                f"each alone; {_REMEDY}"
+                f"data.packing=true, but {name} (model.{role}) computes something else for rows laid end to end than "
+                f"for each alone; {_REMEDY}"
             )
 
 

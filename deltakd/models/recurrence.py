@@ -14,6 +14,7 @@ from torch import Tensor
 from deltakd.generation.full_batch import DecodingState, Row
 from deltakd.generation.model_step import Step, evaluating, position_limit
 from deltakd.models.language_model import LanguageModel
+from deltakd.types import device_of, dtype_of
 
 #: Tokens of the two rows that are run alone and together.
 _LENGTHS = (3, 7)
@@ -36,7 +37,7 @@ def check_recurrence(role: str, model: LanguageModel) -> None:
         rows = [[(5 * i + n) % model.vocabulary for i in range(1, 1 + n)] for n in _LENGTHS]
         alone = [_alone(model, row)[-1] for row in rows]
         if not _close(model, _padded_right(model, rows), alone):
-            raise ValueError(f"model.{role}: padding on the right changes what {name} says of a row; {_REMEDY}")
+            raise ValueError(f"model.{role}: padding on the right changes what {name} computes for a row; {_REMEDY}")
         try:
             first, second, continued = _generated(model, rows)
         except (ValueError, TypeError, AttributeError, RuntimeError) as error:
@@ -44,8 +45,8 @@ def check_recurrence(role: str, model: LanguageModel) -> None:
             raise ValueError(f"model.{role}: {name} can't be run token by token ({reason}); {_REMEDY}") from None
         if not _close(model, first, alone):
             raise ValueError(
-                f"model.{role}: padding on the left, with which answers are generated, changes what {name} says of a "
-                f"row; {_REMEDY}"
+                f"model.{role}: padding on the left, with which answers are generated, changes what {name} computes "
+                f"for a row; {_REMEDY}"
             )
         if not _close(model, second, [_alone(model, row)[-1] for row in continued]):
             raise ValueError(
@@ -56,21 +57,17 @@ def check_recurrence(role: str, model: LanguageModel) -> None:
 _REMEDY = "use another architecture (Mamba, Mamba2, Jamba, Zamba2, Bamba, Falcon-H1 and those of attention are fine)"
 
 
-def _device(model: LanguageModel) -> torch.device:
-    return next(model.parameters()).device
-
-
 def _alone(model: LanguageModel, row: list[int]) -> Tensor:
     """Return [T, V], the logits of a row run alone."""
-    ids_BT = torch.tensor([row], device=_device(model))
+    ids_BT = torch.tensor([row], device=device_of(model))
     return model.head_of(model.hidden_states(ids_BT, torch.ones_like(ids_BT))[0]).logits()
 
 
 def _padded_right(model: LanguageModel, rows: list[list[int]]) -> list[Tensor]:
     """Return the last logits of each row, [V], from one batch."""
     width = max(map(len, rows))
-    ids_BT = torch.tensor([row + [1] * (width - len(row)) for row in rows], device=_device(model))
-    mask_BT = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=_device(model))
+    ids_BT = torch.tensor([row + [1] * (width - len(row)) for row in rows], device=device_of(model))
+    mask_BT = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device_of(model))
     hidden_BTD = model.hidden_states(ids_BT, mask_BT)
     return [model.head_of(hidden_BTD[i, len(row) - 1 : len(row)]).logits()[0] for i, row in enumerate(rows)]
 
@@ -78,7 +75,7 @@ def _padded_right(model: LanguageModel, rows: list[list[int]]) -> list[Tensor]:
 def _generated(model: LanguageModel, rows: list[list[int]]) -> tuple[Tensor, Tensor, list[list[int]]]:
     """Return the logits of two steps, [B, V] each, and the rows as they are at the second."""
     step = Step(model.causal_lm, lambda _, logits_BV: logits_BV, model.vocabulary)
-    state = DecodingState.of([Row(i, row, 4, None) for i, row in enumerate(rows)], 1, _device(model))
+    state = DecodingState.of([Row(i, row, 4, None) for i, row in enumerate(rows)], 1, device_of(model))
     first_BV = step(state)
     chosen_B = first_BV.argmax(-1)
     state.take(chosen_B, frozenset())
@@ -88,7 +85,7 @@ def _generated(model: LanguageModel, rows: list[list[int]]) -> tuple[Tensor, Ten
 
 def _close(model: LanguageModel, given: Any, expected: list[Tensor]) -> bool:
     """Return True if logits are equal up to the order of sums; a wrong state is off by far more."""
-    tolerance = 1e-3 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 0.1
+    tolerance = 1e-3 if dtype_of(model) in (torch.float32, torch.float64) else 0.1
     scale = max(1.0, max(z_V.abs().max().item() for z_V in expected))
     return all(
         bool((ours_V.float() - z_V.float()).abs().max() <= tolerance * scale)

@@ -52,7 +52,7 @@ def served_model(server: InferenceServer, wanted: str | None, key: str) -> Serve
     listed = server.get("/v1/models")
     entries = listed.get("data") if isinstance(listed, Mapping) else None
     if not isinstance(entries, list) or not all(isinstance(one, Mapping) and "id" in one for one in entries):
-        raise RefusedError(f"the server {server.url} is none of OpenAI's kind: /v1/models lists no models", 200)
+        raise RefusedError(f"the server {server.url} does not speak OpenAI's API: /v1/models lists no models", 200)
     # vLLM lists LoRA adapters, too, each with its parent.
     models = {str(one["id"]): one for one in entries if one.get("parent") is None}
     names = ", ".join(models)

@@ -83,7 +83,7 @@ class Compression:
         try:
             return cls.of(read_yaml(file))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{file} is no configuration of DistillKit's compression: {error}") from None
+            raise ValueError(f"{file} is not a configuration of DistillKit's compression: {error}") from None
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Compression:

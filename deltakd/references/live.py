@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from deltakd.distributed.settings import PERSISTENCE_THRESHOLD
 from deltakd.models import LanguageModel
-from deltakd.types import STUDENT_RAW, Batch, Head, TokenStream
+from deltakd.types import STUDENT_RAW, Batch, Head, TokenStream, device_of
 
 if TYPE_CHECKING:
     from deltakd.distributed.sharding import Shell
@@ -84,7 +84,7 @@ class LiveReferences:
             return
         for model in self._distinct:
             # Most quantised weights can't be moved, or only once: from CPU memory to the device that packs them.
-            if not (model.quantized and next(model.parameters()).device.type == home.type):
+            if not (model.quantized and device_of(model).type == home.type):
                 model.to(home)
 
     def empty_heads(self) -> dict[str, Head]:

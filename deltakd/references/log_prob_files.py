@@ -112,7 +112,7 @@ class LogProbFiles:
         part = slice(*self._bounds[position : position + 2])
         found = dict(zip(self._ids[part].tolist(), self._values[part].tolist(), strict=True))
         if len(found) < self._counts[position]:
-            raise NoLogProbsError("a token is there twice")
+            raise NoLogProbsError("a token occurs twice")
         return found
 
     def _with_label(self, found: dict[int, float], label: int) -> dict[int, float]:
@@ -260,7 +260,7 @@ class LogProbFiles:
         masses = np.add.reduceat(np.exp(self._values[:].astype(np.float64)), self._bounds[filled])
         if len(masses) and self._k_is_part and float(np.median(masses)) > 1 - 1e-5:
             log.warning(
-                "reference.log_probs: the tokens of a position add up to 1, as after normalising them; the rest of the "
+                "reference.log_probs: a position's tokens add up to 1, as if they were normalised; the rest of the "
                 "vocabulary then has no mass, and the student learns to give it none."
             )
 
@@ -305,7 +305,7 @@ def check_positions(positions: Positions, vocabulary: int) -> None:
     wrong = np.flatnonzero(~(positions.values <= SLACK))
     if len(wrong):
         at = wrong[0]
-        raise ValueError(f"position {place[at]}: a log-prob is above 0 or no number: {positions.values[at]:g}")
+        raise ValueError(f"position {place[at]}: a log-prob is above 0 or not a number: {positions.values[at]:g}")
     masses = np.bincount(place, np.exp(positions.values.astype(np.float64)), minlength=len(positions.counts))
     heavy = np.flatnonzero(masses > 1 + SLACK)
     if len(heavy):

@@ -47,7 +47,7 @@ def tokens_of(record: Mapping[str, Any]) -> list[int] | None:
     if found is None:
         return None
     if not isinstance(found, list) or not all(isinstance(token, int) for token in found):
-        raise ValueError("input_ids is no list of token ids")
+        raise ValueError("input_ids is not a list of token ids")
     return found
 
 
@@ -125,7 +125,7 @@ def _entries(positions: Sequence[Any], name: str) -> Positions:
                 ids.append(int(token.removeprefix(_TOKEN) if token.startswith(_TOKEN) else "?"))
             except (KeyError, TypeError, ValueError):
                 raise ValueError(
-                    f"{name}, position {place}: {entry!r:.80} is no entry {{'token': 'token_id:N', 'logprob': x}}; "
+                    f"{name}, position {place}: {entry!r:.80} is not an entry {{'token': 'token_id:N', 'logprob': x}}; "
                     "vLLM writes them with --return-tokens-as-token-ids"
                 ) from None
     return _finite(np.array(ids, np.int64), np.array(values, np.float32), np.array(counts, np.int64), False)
@@ -134,7 +134,7 @@ def _entries(positions: Sequence[Any], name: str) -> Positions:
 def _parallel(tokens: Any, values: Any, ids_name: str, values_name: str, predicts_next: bool) -> Positions:
     """Read two lists of lists: the token ids of each position, and their log-probs."""
     if not isinstance(tokens, list) or not isinstance(values, list) or len(tokens) != len(values):
-        raise ValueError(f"{ids_name} and {values_name} are no lists of equal length")
+        raise ValueError(f"{ids_name} and {values_name} are not lists of equal length")
     sizes = [(len(of or ()), len(their or ())) for of, their in zip(tokens, values, strict=True)]
     uneven = [place for place, (of, their) in enumerate(sizes) if of != their]
     if uneven:
@@ -145,7 +145,7 @@ def _parallel(tokens: Any, values: Any, ids_name: str, values_name: str, predict
         ids = np.array([token for of in tokens for token in of or ()], np.int64)
         numbers = np.array([value for of in values for value in of or ()], np.float32)
     except (TypeError, ValueError):
-        raise ValueError(f"{ids_name} and {values_name} hold something else than numbers") from None
+        raise ValueError(f"{ids_name} and {values_name} hold something other than numbers") from None
     return _finite(ids, numbers, np.array([of for of, _ in sizes], np.int64), predicts_next)
 
 

@@ -161,7 +161,7 @@ def _numbers(server: InferenceServer, entry: Any) -> dict[int, float]:
 
 
 def _no_log_probs(server: InferenceServer, entry: Any) -> ServerError:
-    return ServerError(f"the server {server.url}: these are no log-probs of token ids: {str(entry)[:150]}")
+    return ServerError(f"the server {server.url}: these are not log-probs of token ids: {str(entry)[:150]}")
 
 
 def _of_another_row(server: InferenceServer, tokens: Sequence[int], positions: int, read: int) -> ServerError:

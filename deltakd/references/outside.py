@@ -83,13 +83,13 @@ def kept_log_probs(found: Mapping[int, float], label: int, k: int, vocabulary: i
         vocabulary: V.
 
     Raises:
-        NoLogProbsError: too few tokens, unknown ones, or numbers that are no log-probs.
+        NoLogProbsError: too few tokens, unknown ones, or numbers that are not log-probs.
     """
     beyond = [token for token in found if not 0 <= token < vocabulary]
     if beyond:
         raise NoLogProbsError(f"token {beyond[0]} is beyond the tokenizer's {vocabulary} tokens")
     if any(math.isnan(value) or value > SLACK for value in found.values()):
-        raise NoLogProbsError(f"a log-prob is above 0 or no number: {max(found.values())}")
+        raise NoLogProbsError(f"a log-prob is above 0 or not a number: {max(found.values())}")
     others = sorted((token for token in found if token != label), key=lambda token: -found[token])[: k - 1]
     if len(others) < k - 1:
         raise NoLogProbsError(f"{len(found)} tokens have log-probs, and reference.k={k} were asked for")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from typing import final
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import NamedTuple, final
 
 import torch
 
@@ -22,6 +22,52 @@ def routed_roles(requires: Collection[str], pairs: Collection[int]) -> list[str]
 def names_of_pair(requires: Collection[str], pair: int) -> dict[str, str]:
     """Return role as the loss reads it -> role of the model, for the teachers of a pair and all other roles."""
     return {role: role for role in requires} | _names(requires, pair)
+
+
+class RolesRun(NamedTuple):
+    """Some rows of a batch, and the models that run them.
+
+    Args:
+        rows: a route's, or all of the batch.
+        roles: of the models.
+    """
+
+    rows: TokenStream
+    roles: list[str]
+
+
+def runs_of(batch: Batch, requires: Collection[str]) -> list[RolesRun]:
+    """Return who runs which rows of a batch: the raw student all of them, if the loss reads it; each pair its own."""
+    own = [RolesRun(batch, [STUDENT_RAW])] if STUDENT_RAW in requires else []
+    return own + [RolesRun(route.stream, [*_names(requires, route.pair).values()]) for route in batch.routes]
+
+
+def in_parts(batch: Batch, requires: Collection[str], heads: Sequence[Mapping[str, Head]]) -> RoutedHeads:
+    """Return the heads of a batch in parts, by the names that the loss reads.
+
+    Args:
+        batch: whose rows were run.
+        requires: the roles that the loss reads, those of the first pair.
+        heads: of each of ``runs_of``, role of the model -> head.
+    """
+    own, teachers = (heads[0], heads[1:]) if STUDENT_RAW in requires else ({}, heads)
+    parts = []
+    for number, route in enumerate(batch.routes):
+        names = _names(requires, route.pair)
+        found = {role: head.at(route.tokens) for role, head in own.items()}
+        parts.append((route.tokens, found | {read: teachers[number][role] for read, role in names.items()}))
+    return RoutedHeads(tuple(parts))
+
+
+def heads_of_first(heads: Mapping[str, Head], requires: Collection[str], pairs: Collection[int]) -> dict[str, Head]:
+    """Return role as the loss reads it -> head, for the first of several pairs.
+
+    Args:
+        heads: role of the model -> head.
+        requires: the roles that the loss reads.
+        pairs: numbers of the pairs.
+    """
+    return {read: heads[role] for read, role in names_of_pair(requires, min(pairs)).items() if role in heads}
 
 
 def _names(requires: Collection[str], pair: int) -> dict[str, str]:
@@ -55,9 +101,7 @@ class RoutedReferences:
 
     def empty_heads(self) -> dict[str, Head]:
         """Return role -> head over no tokens, of the first pair's teachers. Call before ``to``."""
-        heads = self._live.empty_heads()
-        own = {role: heads[role] for role in self._requires if role in heads}
-        return own | {read: heads[role] for read, role in _names(self._requires, self._pairs[0]).items()}
+        return heads_of_first(self._live.empty_heads(), self._requires, self._pairs)
 
     def start(self, batch: Batch) -> Callable[[], RoutedHeads]:
         """Start a call, as ``LiveReferences`` does."""
@@ -72,23 +116,16 @@ class RoutedReferences:
         return self._heads(batch, self._live.sent(batch))
 
     def _heads(self, batch: Batch, there: Batch) -> RoutedHeads:
-        own = self._live.heads([STUDENT_RAW], batch, there) if STUDENT_RAW in self._requires else {}
-        routes = {route.pair: route for route in there.routes}
-        by_pair: dict[int, dict[str, Head]] = {}
+        heads = [self._live.heads([STUDENT_RAW], batch, there)] if STUDENT_RAW in self._requires else []
+        rows = {route.pair: route.stream for route in there.routes}
         for pair in self._pairs:
-            names = _names(self._requires, pair)
-            if pair in routes:
-                heads = self._live.heads(names.values(), batch, routes[pair].stream)
-                by_pair[pair] = {read: heads[role] for read, role in names.items()}
+            roles = _names(self._requires, pair).values()
+            if pair in rows:
+                heads.append(self._live.heads(roles, batch, rows[pair]))
             elif self._live.is_sharded:
                 # Every rank has to take part when a model gathers its layers.
-                self._live.heads(names.values(), batch, _nothing(there))
-        return RoutedHeads(
-            tuple(
-                (route.tokens, {role: head.at(route.tokens) for role, head in own.items()} | by_pair[route.pair])
-                for route in batch.routes
-            )
-        )
+                self._live.heads(roles, batch, _nothing(there))
+        return in_parts(batch, self._requires, heads)
 
 
 def _nothing(batch: TokenStream) -> TokenStream:

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from deltakd.distributed.sharding import shard_by_blocks
 from deltakd.models import LanguageModel
-from deltakd.types import Head, TokenStream
+from deltakd.types import Head, TokenStream, dtype_of
 
 #: The library that shards the references.
 Engine = Literal["fsdp", "deepspeed"]
@@ -78,7 +78,7 @@ def _by_fsdp(whole: _WholeHead, device: torch.device) -> Any:
 def _by_zero(whole: _WholeHead, device: torch.device, persistence_threshold: int) -> Any:
     import deepspeed
 
-    dtype = next(whole.parameters()).dtype
+    dtype = dtype_of(whole)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": persistence_threshold},

@@ -106,7 +106,7 @@ def read_entry(path: Path, known: KnownLosses) -> Entry:
 
 def _mapping(content: Any, path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
-        raise ValueError(f"{path.name} holds no mapping")
+        raise ValueError(f"{path.name} is not a mapping")
     return content
 
 
@@ -343,5 +343,5 @@ def _read_config(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
         return flat(_mapping(yaml.safe_load(file.read_text(encoding="utf-8")), file))
     except (ValueError, yaml.YAMLError) as error:
-        problems.append(f"{file} is no config ({' '.join(str(error).split())[:100]})")
+        problems.append(f"{file} is not a config ({' '.join(str(error).split())[:100]})")
         return {}

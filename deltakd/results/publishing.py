@@ -48,7 +48,7 @@ def export_problems(run: RunDirectory, output: Path | None, repository: str | No
 
 def _run_problems(run: RunDirectory) -> list[str]:
     if not run.config.is_file():
-        return [f"run={run.path} is no run directory (it has no config.yaml); `python -m deltakd.runs` lists them"]
+        return [f"run={run.path} is not a run directory (it has no config.yaml); `python -m deltakd.runs` lists them"]
     entry = read_entry(run.path, KnownLosses())
     if entry.corrupt:
         return [f"run={run.path} can't be exported: {entry.corrupt}"]

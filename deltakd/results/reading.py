@@ -200,9 +200,11 @@ def _stages(file: Path, skipped: list[str]) -> tuple[list[tuple[Path, str | None
         rows = {stage: label for label, stage in ((content.get("table") or {}).get("rows") or {}).items()}
         folder = Path("outputs") / (content.get("name") or file.resolve().parent.name)
         if not all(isinstance(text, str) for text in (*stages, *rows, *rows.values())):
-            raise TypeError("names of stages and rows must be texts; write numbers in quotes")
+            raise TypeError("names of stages and rows must be strings; write numbers in quotes")
     except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{file} is no study ({type(error).__name__}: {error}); give its run directories.") from None
+        raise ValueError(
+            f"{file} is not a study ({type(error).__name__}: {error}); give its run directories."
+        ) from None
     found: list[tuple[Path, str | None]] = []
     for stage, label in rows.items():
         for path in _walk(folder / stage):
@@ -266,7 +268,7 @@ def _read_run(path: Path, label: str | None, skipped: list[str]) -> Run | None:
     try:
         config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
         if not isinstance(config, dict):
-            raise ValueError("it is no mapping")
+            raise ValueError("it is not a mapping")
     except (OSError, ValueError, yaml.YAMLError) as error:
         skipped.append(f"{path}/config.yaml can't be read ({_first_line(error)}): this run is left out.")
         return None
@@ -331,7 +333,7 @@ def _read_records(file: Path) -> list[Record]:
     scores = {metric for metric in METRICS if metric in first}
     for number, record in enumerate(records, 1):
         if not scores or not isinstance(record, dict) or (needed | scores) - record.keys():
-            raise ValueError(f"line {number} is no scored answer")
+            raise ValueError(f"line {number} is not a scored answer")
     return records
 
 

@@ -163,7 +163,9 @@ def make_comparisons(methods: Sequence[Method], baseline: str | None, mixed: boo
     if baseline is not None and baseline not in known:
         near = difflib.get_close_matches(baseline, known, n=1)
         hint = f"; the nearest one is {near[0]!r}" if near else ""
-        raise ValueError(f"--baseline {baseline} is no method of this comparison{hint}; there are: {', '.join(known)}.")
+        raise ValueError(
+            f"--baseline {baseline} is not a method of this comparison{hint}; there are: {', '.join(known)}."
+        )
     groups = group_by_protocol([run for method in methods for run in method.finished])
     members = [_within(methods, group) for group in groups]
     tables: list[tuple[list[Member], list[str]]] = [

@@ -101,7 +101,7 @@ def _step(number: int, kept: Sequence[Response]) -> Step:
 
 def _response(record: Any) -> Response:
     if not isinstance(record, dict) or not all(isinstance(record.get(key), kind) for key, kind in _KEYS.items()):
-        raise ValueError(f"a record in rollouts/ is no response: {record!s:.60}")
+        raise ValueError(f"a record in rollouts/ is not a response: {record!s:.60}")
     return Response(
         record["row_id"], record["prompt"], record["output"], record["output_tokens"], bool(record["finished"])
     )

@@ -24,7 +24,7 @@ from deltakd.models import LanguageModel
 from deltakd.models.tokenizers import pad_id
 from deltakd.rollouts.responses import Response, answered
 from deltakd.rollouts.settings import RolloutSettings
-from deltakd.types import Batch
+from deltakd.types import Batch, device_of
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class OwnEngine:
         batch = collate([answered(0, request.prompt, response, images=request.images)], 0, 0, 0)
         log_probs_N = _label_log_probs(student, batch)
         if teacher is not None:
-            with torch.autocast(next(teacher.parameters()).device.type, enabled=False):
+            with torch.autocast(device_of(teacher).type, enabled=False):
                 of_teacher_N = _label_log_probs(teacher, batch)
             log_probs_N = mixed_log_probs(log_probs_N, of_teacher_N, self._settings.teacher_weight)
         return Response(answer.tokens, answer.finished, log_probs_N.numpy())
@@ -151,5 +151,5 @@ def _read_images(requests: Sequence[Request], places: Sequence[int]) -> dict[str
 
 def _label_log_probs(model: LanguageModel, batch: Batch) -> Tensor:
     """Return the labels' log-probs, [N] float32 on the CPU."""
-    moved = batch.to(next(model.parameters()).device)
+    moved = batch.to(device_of(model))
     return label_log_probs(model.head(moved), moved.labels_N).float().cpu()

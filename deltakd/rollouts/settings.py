@@ -123,7 +123,7 @@ class RolloutSettings:
         prompts, over = divmod(rows, self.per_prompt * (2 if pairs else 1))
         if over:
             raise ValueError(
-                f"an optimiser step has {rows} rows{' in pairs' if pairs else ''}, which is no multiple of "
+                f"an optimiser step has {rows} rows{' in pairs' if pairs else ''}, which is not a multiple of "
                 f"rollout.per_prompt = {self.per_prompt}; change it, data.batch_size or trainer.accumulate_grad_batches"
             )
         if not round(self.fraction * prompts):

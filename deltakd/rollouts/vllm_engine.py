@@ -31,6 +31,7 @@ from deltakd.rollouts.responses import Response, answered
 from deltakd.rollouts.settings import RolloutSettings
 from deltakd.rollouts.vllm_server import Completions, ServerFacts, make_transfer, read_facts
 from deltakd.rollouts.weight_transfer import Transfer
+from deltakd.types import device_of
 
 log = logging.getLogger(__name__)
 
@@ -210,7 +211,7 @@ class VllmEngine:
         while time.monotonic() < until:
             time.sleep(_POLL_SECONDS)
             if self._server.is_healthy():
-                log.info("The server %s is there again.", self._server.url)
+                log.info("The server %s is back.", self._server.url)
                 return
         raise LostServerError(
             f"{so_far}, and it did not come back within rollout.vllm.wait={self._settings.vllm.wait:g} s"
@@ -231,7 +232,7 @@ class VllmEngine:
         sums = np.zeros(2)
         for number in chosen:
             response = responses[number]
-            batch = collate([answered(0, prompts[number], response)], 0, 0, 0).to(next(student.parameters()).device)
+            batch = collate([answered(0, prompts[number], response)], 0, 0, 0).to(device_of(student))
             own_N = label_log_probs(student.head(batch), batch.labels_N).float().cpu().numpy()
             assert response.log_probs is not None
             sums += np.abs(own_N - response.log_probs).sum(), len(own_N)

@@ -244,7 +244,7 @@ class Completions:
                 f"finish_reason {reason!r}; vLLM from 0.32 returns both by return_token_ids"
             )
         if not all(isinstance(one, float | int) and math.isfinite(one) for one in log_probs):
-            raise ServerError(f"the server {server} answered log-probs that are no numbers: {log_probs[:8]}")
+            raise ServerError(f"the server {server} answered log-probs that are not numbers: {log_probs[:8]}")
         if max(tokens) >= self._vocabulary:
             raise ServerError(
                 f"the server {server} answered token {max(tokens)}, and the tokenizer has {self._vocabulary}; serve "

@@ -204,5 +204,5 @@ def _beside(ours: Callable[[], Any], theirs: Callable[[], Any]) -> Any:
     if failures:
         raise RefusedError(f"NCCL failed to reach the server: {failures[0]}", 500) from failures[0]
     if not results:
-        raise RefusedError(f"NCCL did not end within {_LAST_SECONDS:g} s of the server's own end", 500)
+        raise RefusedError(f"NCCL did not finish within {_LAST_SECONDS:g} s of the server's own end", 500)
     return results[0]

@@ -233,7 +233,7 @@ def _for_yaml(problem: str) -> str:
     if said.startswith("stages is "):
         return f"{said} of names: stages: {{first: {{overrides: [experiment=quickstart]}}}}"
     if re.match(r"table\.(rows|columns) is ", said):
-        return f"{said}; they are texts: write numbers, true, no, ... in quotes"
+        return f"{said}; they are strings: write numbers, true, no, ... in quotes"
     return said
 
 

@@ -187,7 +187,7 @@ def _load(path: Path) -> dict[str, Any]:
         raise ConfigError([f"{path} does not exist; give a sweep file, such as sweeps/delta_weight.yaml"])
     content = read_yaml(path)
     if not isinstance(content, dict):
-        raise ConfigError([f"{path} holds no mapping; give method, metric and parameters"])
+        raise ConfigError([f"{path} is not a mapping; give method, metric and parameters"])
     return content
 
 

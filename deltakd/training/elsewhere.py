@@ -112,7 +112,7 @@ def _served(settings: RunSettings, tokenizer: PreTrainedTokenizerBase, sets: Loa
     given = settings.served
     token = read_token(create=False)
     device = choose_device(settings.trainer.accelerator, settings.trainer.devices)
-    connection = ServerConnection(given.address, token, settings.loss.requires, given.wait_s, given.transport, device)
+    connection = ServerConnection(given.address, token, settings.read_roles, given.wait_s, given.transport, device)
     problems = _server_problems(settings, tokenizer, connection.content)
     reader = sets.image_reader
     if reader is not None:
@@ -120,10 +120,11 @@ def _served(settings: RunSettings, tokenizer: PreTrainedTokenizerBase, sets: Loa
     if problems:
         connection.close()
         raise ConfigError(problems)
-    references = ServedReferences(connection, given.ahead)
+    pairs = (settings.model.routes or {}).values()
+    references = ServedReferences(connection, given.ahead, settings.loss.requires, pairs)
     chosen = connection.chosen
     by = chosen.name.replace("_", " ") + (f" ({chosen.reason})" if chosen.reason else "")
-    log.info("The server %s runs %s; hidden states come by %s.", given.url, ", ".join(sorted(references.roles)), by)
+    log.info("The server %s runs %s; hidden states come by %s.", given.url, ", ".join(settings.read_roles), by)
     return references
 
 
@@ -136,7 +137,7 @@ def _server_problems(settings: RunSettings, tokenizer: PreTrainedTokenizerBase, 
         ("data.packing", settings.data.packing, content.get("packing")),
     ]
     found = [(key, here, there) for key, here, there in pairs if here != there]
-    for role in sorted(settings.loss.requires):
+    for role in settings.read_roles:
         found += model_differences(role, spec_of(settings.model, role), content["models"][role])
     url = settings.served.url if settings.served is not None else ""
     problems = [

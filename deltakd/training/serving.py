@@ -66,7 +66,7 @@ def open_served(settings: RunSettings) -> Served:
     device = choose_device(settings.trainer.accelerator, settings.trainer.devices)
     if launch is not None and not dist.is_initialized():
         # Also tells where they meet, if SLURM started them.
-        agreed("the references to serve", ", ".join(sorted(settings.loss.requires)))
+        agreed("the references to serve", ", ".join(settings.read_roles))
         join_team(device, launch.rank, launch.world_size)
     models = settings.model
     with tempfile.TemporaryDirectory() as folder:

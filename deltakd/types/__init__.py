@@ -25,6 +25,7 @@ from deltakd.types.losses import (
     require_kind,
 )
 from deltakd.types.packed import PackedRows
+from deltakd.types.placement import device_of, dtype_of
 from deltakd.types.products import Products, at_least_float32
 from deltakd.types.role_names import (
     ROLES,
@@ -71,6 +72,8 @@ __all__ = [
     "TokenMap",
     "TokenStream",
     "at_least_float32",
+    "device_of",
+    "dtype_of",
     "in_float64",
     "is_reference_role",
     "is_teacher",

@@ -167,7 +167,7 @@ class Batch(TokenStream):
         pairs: of the whole step: rows 2i and 2i + 1 then answer the same prompt, the data's response first and the
             student's after it. None: rows are not in pairs.
         cached: what a cache of references holds for the rows, read ahead; None: it is read when it is needed.
-        asked: number of the request sent ahead to a server of references; None: it is sent when the step starts.
+        asked: numbers of the requests sent ahead to a server of references; None: they are sent when the step starts.
         image_digests: what identifies the images of each row, b"" if it has none; None: no row has any.
     """
 
@@ -179,7 +179,7 @@ class Batch(TokenStream):
     routes: tuple[Route, ...] = ()
     pairs: StepPairs | None = None
     cached: dict[str, Tensor] | None = None
-    asked: int | None = None
+    asked: tuple[int, ...] | None = None
     image_digests: list[bytes] | None = None
 
     @property

@@ -231,10 +231,10 @@ def test_templates_patterns_and_seeds_are_checked_with_the_rest(world: World, tm
     )  # fmt: skip
     said = "\n".join(found)
     assert "data.template: unknown template 'alpacca'; allowed: alpaca, chat, or a mapping" in said
-    assert "evaluation.strip is '(', which is no regular expression" in said
+    assert "evaluation.strip is '(', which is not a regular expression" in said
     assert "seed is 4294967296; it must be a whole number from 0 to 4294967295" in said
     assert "evaluation.seeds is [4294967296]; it must be a list (each a whole number from 0 to 4294967295)" in said
-    assert "data.columns has 'answers', which is no name of ours" in said
+    assert "data.columns has 'answers', which is not a key of ours" in said
 
 
 def test_what_a_stream_needs_is_said_at_once(world: World, tmp_path: Path) -> None:

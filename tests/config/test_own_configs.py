@@ -165,7 +165,7 @@ def test_a_conf_folder_of_another_program_does_no_harm(project: Path) -> None:
 
 
 def test_no_folder_is_refused(project: Path) -> None:
-    with pytest.raises(ConfigError, match="--config-dir nowhere is no folder"):
+    with pytest.raises(ConfigError, match="--config-dir nowhere is not a folder"):
         use_config_dir("nowhere")
 
 

@@ -237,7 +237,9 @@ def test_columns_count_in_other_sources_where_they_fit(tmp_path: Path) -> None:
 def test_unknown_names_of_columns_are_a_problem_of_the_config(tmp_path: Path) -> None:
     data = InstructionData(train=written(tmp_path / "a.jsonl"), columns={"respons": "x"})
     (problem,) = data.problems()
-    assert problem.startswith("data.columns has 'respons', which is no name of ours; allowed: instruction, input, resp")
+    assert problem.startswith(
+        "data.columns has 'respons', which is not a key of ours; allowed: instruction, input, resp"
+    )
 
 
 def test_bad_lines_of_one_cause_stand_together_and_no_cause_is_lost() -> None:

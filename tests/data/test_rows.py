@@ -116,8 +116,8 @@ def test_a_row_with_another_answer() -> None:
         ({"instruction": "a", "output": "c", "history": ["x"]}, r"history\[0\] must be a pair .*, got 'x'"),
         ({"instruction": "a", "output": ["c", "d"], "system": "s"}, r"system prompt or a history can have one answer"),
         ({"prompt": "a", "completion": "c", "label": False}, r"one to avoid; keep the others: append #label=True"),
-        ({"prompt": "other", "chosen": [USER, ANSWER]}, r"prompt is a text, and its answer a list of messages"),
-        ({"chosen": "Human: hi Assistant: yo", "rejected": "x"}, r"chosen is a text without a prompt"),
+        ({"prompt": "other", "chosen": [USER, ANSWER]}, r"prompt is a string, and its answer a list of messages"),
+        ({"chosen": "Human: hi Assistant: yo", "rejected": "x"}, r"chosen is a string without a prompt"),
         ({"messages": [USER, {"role": "assistant", "content": ""}]}, r"messages\[1\] \(assistant\) is empty"),
     ],
 )

@@ -94,7 +94,7 @@ def test_factory(tokenizer: PreTrainedTokenizerFast, chat: PreTrainedTokenizerFa
     [
         ("{instruction}>", "{instruction}>", "with_input must have exactly the fields {instruction} and {input}"),
         ("{instruction}{input}>", "{instruction}{x}>", r"without_input must have .* it has \{instruction\}, \{x\}"),
-        ("{instruction}{input}>", "{instruction", "is no format text"),
+        ("{instruction}{input}>", "{instruction", "is not a format string"),
         ("{instruction}{input}", "{instruction}>", "with_input must end with template.tail = '>'"),
     ],
 )

@@ -40,12 +40,12 @@ def test_sizes_without_models(capsys: pytest.CaptureFixture[str], monkeypatch: p
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([*SIZES, "--strategies", "zero4"], "'zero4' is no strategy; allowed: auto, ddp,"),
+        ([*SIZES, "--strategies", "zero4"], "'zero4' is not a strategy; allowed: auto, ddp,"),
         ([*SIZES, "--strategies", "fsdp+half"], "after + comes one of replicate, shard, cached, not 'half'"),
         ([*SIZES[:4], "--gpus", "0"], "'0' is not a whole number above 0"),
         ([*SIZES, "--tflops", "-1"], "'-1' is not a number above 0"),
         ([*SIZES, "--tokens", "1e9"], "hours need --tflops"),
-        (["--student", "gpt9", *SIZES[2:]], "--student 'gpt9' is no architecture; give one of qwen2.5-0.5b"),
+        (["--student", "gpt9", *SIZES[2:]], "--student 'gpt9' is not an architecture; give one of qwen2.5-0.5b"),
         (["--student", "{model_type: gpt2}", *SIZES[2:]], "a mapping with model_type, vocab_size and its sizes"),
         (["--paper", *SIZES[:2]], "--paper names the models"),
         (SIZES[:4], "--student, --teacher and --gpus go together"),

@@ -170,7 +170,7 @@ def test_what_is_missing_is_said(train: Train, world: World, tmp_path: Path) -> 
     assert sentence.startswith("teacher_raw: ")
     assert "positions for 4 tokens" in sentence
     shutil.rmtree(run.student)
-    assert "no finished run" in preservation_of(run, rows=64).missing[0]
+    assert "not a finished run" in preservation_of(run, rows=64).missing[0]
     with pytest.raises(ValueError, match="limit is 0"):
         preservation_of(run, rows=0)
 

@@ -105,5 +105,5 @@ def test_groups_by_name_in_order_and_back_from_json() -> None:
     )
     assert Preservation.from_json(json.loads(json.dumps(figures.to_json()))) == figures
     for wrong in ({}, [], {**figures.to_json(), "overall": {"tokens": 1}}):
-        with pytest.raises(ValueError, match="no shift preservation"):
+        with pytest.raises(ValueError, match="not a record of shift preservation"):
             Preservation.from_json(wrong)  # type: ignore[arg-type]

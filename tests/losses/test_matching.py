@@ -295,7 +295,7 @@ def test_every_moving_weight_moves() -> None:
         (lambda: SignedParallelogram(math.nan), r"delta_weight is nan; it must be a finite number"),
         (
             lambda: Parallelogram({"techer": 1.0, "teacher": -1.0}, ForwardKL()),
-            r"loss\.weights has 'techer', which is no corner; corners are teacher, student_raw, delta, shift; "
+            r"loss\.weights has 'techer', which is not a corner; corners are teacher, student_raw, delta, shift; "
             r"loss\.weights\.teacher is -1\.0; it must be a finite number from 0",
         ),
         (lambda: Parallelogram({"teacher": 0.0}, ForwardKL()), r"loss\.weights is .*add up to 0.*must be above 0"),

@@ -129,7 +129,7 @@ def test_an_adapter_that_would_not_count_is_refused() -> None:
     ("kind", "options", "reason"),
     [
         ("rwkv", {"attention_hidden_size": 32, "context_length": 64}, "takes neither past_key_values nor cache_params"),
-        ("recurrent_gemma", {"lru_width": 32, "num_hidden_layers": 3}, "keeps its past to itself"),
+        ("recurrent_gemma", {"lru_width": 32, "num_hidden_layers": 3}, "does not return its cache"),
         ("xlstm", {"hidden_size": 128, "num_heads": 4, "num_blocks": 2}, "padding on the left"),
         ("minimax", {"num_local_experts": 2, "block_size": 8, **_HYBRID}, "a step of MiniMaxForCausalLM from its cach"),
     ],

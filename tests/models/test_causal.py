@@ -44,7 +44,7 @@ def test_models_that_see_the_future_are_refused(kind: str, options: dict[str, ob
         check_causal("model.student", config)
         return
     with pytest.raises(
-        NotCausalError, match=rf"^model.student is no causal language model: .*{said}.*; give a decoder"
+        NotCausalError, match=rf"^model.student is not a causal language model: .*{said}.*; give a decoder"
     ):
         check_causal("model.student", config)
 
@@ -63,9 +63,12 @@ def test_every_role_is_checked_before_anything_is_read(world: World, tmp_path: P
 @pytest.mark.parametrize(
     ("architecture", "said"),
     [
-        ("{model_type: bert}", "model.student.architecture is no causal language model"),
+        ("{model_type: bert}", "model.student.architecture is not a causal language model"),
         ("{model_type: lama}", "model_type is 'lama', which transformers does not know; the nearest is 'llama'"),
-        ("{model_type: gpt2, n_embd: wide}", r"architecture is no gpt2: .*'n_embd'.*expected int.*; correct its keys"),
+        (
+            "{model_type: gpt2, n_embd: wide}",
+            r"architecture is not a valid gpt2: .*'n_embd'.*expected int.*; correct its keys",
+        ),
     ],
 )
 def test_a_wrong_architecture_from_scratch_is_refused_with_the_config(

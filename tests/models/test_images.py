@@ -229,8 +229,8 @@ def test_an_image_is_turned_as_its_camera_was_held(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("empty.png", b"", "it is no image that Pillow knows"),
-        ("text.png", b"hello", "it is no image that Pillow knows"),
+        ("empty.png", b"", "Pillow does not recognise it as an image"),
+        ("text.png", b"hello", "Pillow does not recognise it as an image"),
         ("cut.png", PNG[:100], "image file is truncated"),
         ("a\0.png", None, "embedded null byte"),
     ],

@@ -118,7 +118,7 @@ def test_fewer_rows_than_tokens_is_an_error(tmp_path: Path) -> None:
 def test_a_checkpoint_that_is_no_language_model_is_refused(tmp_path: Path) -> None:
     tiny = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8, "vocab_size": V}
     BertModel(BertConfig(**tiny, is_decoder=True)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"is no causal language model of type bert: \d+ weights are absent"):
+    with pytest.raises(ValueError, match=r"is not a causal language model of type bert: \d+ weights are absent"):
         load(tmp_path)
 
 

@@ -156,11 +156,11 @@ def changed(field: str, change: Callable[[Any], Any]) -> Callable[[dict[str, Any
 @pytest.mark.parametrize(
     ("form", "change", "said"),
     [
-        (distillkit, changed("top_values", lambda v: [[0.5, *one[1:]] for one in v]), "above 0 or no number: 0.5"),
+        (distillkit, changed("top_values", lambda v: [[0.5, *one[1:]] for one in v]), "above 0 or not a number: 0.5"),
         (distillkit, changed("top_values", lambda v: [[-0.1] * K for _ in v]), "the probabilities add up to 14.4"),
         (distillkit, changed("token_ids", lambda v: [[300, *one[1:]] for one in v]), "token 300 is beyond the"),
-        (distillkit, changed("token_ids", lambda v: [[*one[:-1], one[-2]] for one in v]), "a token is there twice"),
-        (distillkit, changed("token_ids", lambda v: v[:-1]), "no lists of equal length"),
+        (distillkit, changed("token_ids", lambda v: [[*one[:-1], one[-2]] for one in v]), "a token occurs twice"),
+        (distillkit, changed("token_ids", lambda v: v[:-1]), "not lists of equal length"),
         (
             distillkit,
             lambda one: {name: of if name == "input_ids" else of[:-2] for name, of in one.items()},
@@ -184,7 +184,7 @@ def changed(field: str, change: Callable[[Any], Any]) -> Callable[[dict[str, Any
             "k varies: positions of reference.log_probs have 9 to 16 tokens; give reference.k=9",
         ),
         (axolotl_v1, changed("llm_logprobs", lambda v: [*v, *v]), "positions have log-probs, and the row has"),
-        (axolotl_v1, changed("llm_logprobs", lambda v: [None, [{"token": "a", "logprob": -1.0}]]), "is no entry"),
+        (axolotl_v1, changed("llm_logprobs", lambda v: [None, [{"token": "a", "logprob": -1.0}]]), "is not an entry"),
         (axolotl_v1, changed("response", lambda v: "red moon " * 8), "have no log-probs: no record has"),
         (distillkit, lambda one: {"input_ids": one["input_ids"]}, "no log-probs in the fields input_ids"),
         (

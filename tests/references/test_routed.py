@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 
 from deltakd.config.build import make_settings
 from deltakd.config.compose import compose_config
+from deltakd.data.batches.packed_rows import pack_rows
 from deltakd.data.encoding.encoded_set import EncodedSet
 from deltakd.data.routing import with_tasks
 from deltakd.data.sources.rows import Row
@@ -53,20 +54,17 @@ def delta_kd() -> Distillation:
 
 
 def test_each_row_is_judged_by_its_own_pair_with_values_and_gradients(tmp_path: Path) -> None:
-    """The routed sum is the sum over the batches that hold one pair's rows each; pairs may differ in width."""
+    """The routed sum is the sum over the batches that hold one pair's rows each, padded or packed, in float64.
+
+    Pairs may differ in width.
+    """
     models = {
-        role: open_alone(tmp_path / role, seed, width)
+        role: open_alone(tmp_path / role, seed, width).double()
         for seed, (role, width) in enumerate(
             {"teacher": 16, "teacher_raw": 16, "teacher_2": 24, "teacher_raw_2": 24, "student_raw": 16}.items()
         )
     }
-    student, loss = open_alone(tmp_path / "student", 9), delta_kd()
-    pairs = (1, 2, 1, 2)
-    routed = RoutedReferences(LiveReferences(models), loss.requires, (1, 2))
-    total, parts = DistillationStep(student, routed, loss)(make_batch().routed(pairs))
-    total.backward()
-    gradients = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
-    student.zero_grad()
+    student, loss = open_alone(tmp_path / "student", 9).double(), delta_kd()
     expected = torch.zeros(())
     for suffix, rows in (("", [0, 2]), ("_2", [1, 3])):
         own = {"teacher": models[f"teacher{suffix}"], "teacher_raw": models[f"teacher_raw{suffix}"]}
@@ -74,10 +72,19 @@ def test_each_row_is_judged_by_its_own_pair_with_values_and_gradients(tmp_path: 
         value, _ = DistillationStep(student, references, loss)(make_batch(rows))
         value.backward()
         expected = expected + value
-    torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)
-    assert sum(parts.values()) != 0
-    for name, p in student.named_parameters():
-        torch.testing.assert_close(gradients[name], p.grad, rtol=1e-4, atol=1e-5)
+    gradients = {name: p.grad for name, p in student.named_parameters()}
+    routed = RoutedReferences(LiveReferences(models), loss.requires, (1, 2))
+    padded, packed = (make_batch().routed((1, 2, 1, 2)) for _ in range(2))
+    for batch in (padded, pack_rows(packed, 12)):
+        student.zero_grad()
+        total, parts = DistillationStep(student, routed, loss)(batch)
+        total.backward()
+        torch.testing.assert_close(total, expected, rtol=1e-12, atol=0)
+        assert sum(parts.values()) != 0
+        for name, p in student.named_parameters():
+            torch.testing.assert_close(p.grad, gradients[name], rtol=1e-9, atol=1e-12)
+    found = [route.stream.packed for route in packed.routes]
+    assert [one and (*one.input_ids.shape, one.longest) for one in found] == [(2, 9, 9), (1, 11, 6)]
 
 
 def test_a_batch_of_one_task_runs_only_its_own_teachers(tmp_path: Path) -> None:

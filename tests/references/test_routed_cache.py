@@ -36,7 +36,8 @@ class Routed(NamedTuple):
     def overrides(self, run_dir: Path, *extra: str) -> list[str]:
         data = [f"data.{name}={self.root / name}.jsonl" for name in ("train", "val")]
         second = [f"+model.{role}.path={self.root / role}" for role in ("teacher_2", "teacher_raw_2")]
-        base = [ROUTES, *data, *second, "optim.eps=1e-4", "trainer.max_steps=4"]
+        base = [ROUTES, *data, *second, f"model.student.path={self.root / 'student'}", "optim.eps=1e-4"]
+        base += ["trainer.max_steps=4"]
         return self.world.overrides(run_dir, "delta_kd", *base, *extra)
 
     def cached(self, run_dir: Path, *extra: str) -> list[str]:
@@ -50,6 +51,8 @@ def with_tasks(rows: list[dict[str, str]]) -> list[dict[str, str]]:
 @pytest.fixture(scope="module")
 def routed(world: World, tmp_path_factory: pytest.TempPathFactory) -> Routed:
     root = tmp_path_factory.mktemp("routed")
+    # Dropout falls on other values of packed rows.
+    save_model(root / "student", seed=1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     # Of another width than the first pair.
     for seed, role in enumerate(("teacher_2", "teacher_raw_2"), 7):
         save_model(root / role, seed=seed, width=16, initializer_range=0.3)
@@ -90,11 +93,16 @@ def test_the_cache_says_which_models_judge_which_task(routed: Routed) -> None:
 
 @pytest.mark.slow
 def test_both_stores_train_with_the_losses_of_live_references(routed: Routed, tmp_path: Path) -> None:
-    """The stored support is the whole vocabulary, so that both are exact; the batches are not those of the cache."""
+    """The stored support is the whole vocabulary, so that both are exact; the batches are not those of the cache.
+
+    Packed rows give the same.
+    """
     live = curves(run(routed.overrides(tmp_path / "live")))
     assert len(live) > 4
-    for path in (routed.hidden, routed.topk):
-        mine = run(routed.cached(tmp_path / path.name, f"reference.path={path}"))
+    packing = "data.packing=true"
+    assert curves(run(routed.overrides(tmp_path / "packed", packing))) == pytest.approx(live, rel=1e-5)
+    for path, extra in ((routed.hidden, [packing]), (routed.topk, [])):
+        mine = run(routed.cached(tmp_path / path.name, f"reference.path={path}", *extra))
         assert curves(mine) == pytest.approx(live, rel=1e-5)
         assert mine.read_summary()["meta"]["parameters"].keys() == {"student"}
 

@@ -97,7 +97,10 @@ def changed(change: Callable[[list[Any]], Any]) -> Callable[[list[Any]], list[An
     [
         (lambda entries: entries[:-1], r"was sent \d+ tokens, and answers \d+ positions"),
         (lambda entries: [None, *entries[1:-1][::-1], entries[-1]], "the positions are shifted"),
-        (lambda entries: [None, *({**one, "5": {"logprob": 0.5}} for one in entries[1:])], "above 0 or no number: 0.5"),
+        (
+            lambda entries: [None, *({**one, "5": {"logprob": 0.5}} for one in entries[1:])],
+            "above 0 or not a number: 0.5",
+        ),
         (
             lambda entries: [None, *({token: {"logprob": -0.1} for token in one} for one in entries[1:])],
             "the probabilities of 16 tokens add up to",
@@ -274,9 +277,9 @@ def test_a_raw_server_that_can_not_score_tokens_says_what_to_do(
     ("change", "said"),
     [
         (lambda values: values[:, :-1], "they don't belong to the row"),
-        (lambda values: np.where(values < 0, 0.5, values), "a log-prob is above 0 or no number: 0.5"),
+        (lambda values: np.where(values < 0, 0.5, values), "a log-prob is above 0 or not a number: 0.5"),
         (lambda values: np.where(values < 0, -0.1, values), "the probabilities of 8 tokens add up to"),
-        (lambda values: np.full_like(values, np.nan), "a log-prob is above 0 or no number: nan"),
+        (lambda values: np.full_like(values, np.nan), "a log-prob is above 0 or not a number: nan"),
     ],
 )
 def test_scores_that_do_not_fit_are_refused(

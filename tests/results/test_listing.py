@@ -147,7 +147,7 @@ def test_only_what_differs_is_printed(runs: Path, capsys: pytest.CaptureFixture[
     printed = capsys.readouterr().out.splitlines()
     assert sorted(printed) == ["delta_weight: 0.25 -> 1.0", "optim.lr: 0.001 -> 0.1", "seed: 0 -> 2"]
     (runs / "torn" / "config.yaml").write_text("a: [")
-    with pytest.raises(ConfigError, match=r"(?s)config.yaml is no config.*x does not exist"):
+    with pytest.raises(ConfigError, match=r"(?s)config.yaml is not a config.*x does not exist"):
         differences(runs / "torn", Path("x"))
 
 

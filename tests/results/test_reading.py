@@ -73,7 +73,7 @@ def test_an_unfinished_run_is_read_so_far(tmp_path: Path) -> None:
         ("config.yaml", "a: [", "this run is left out"),
         ("metrics.csv", "step,train/loss\n1,abc\n", r"not all numbers\): its curves are left out"),
         ("metrics.csv", "", "its curves are left out"),
-        ("generations/test_seed10.jsonl", '{"row_id": 1}\n', "line 1 is no scored answer"),
+        ("generations/test_seed10.jsonl", '{"row_id": 1}\n', "line 1 is not a scored answer"),
         ("generations/test_seed10.jsonl", "{\n", "its scores on test are left out"),
         ("generations/test_seed10.jsonl", None, "is missing: its scores on test are left out"),
     ],

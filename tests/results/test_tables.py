@@ -127,5 +127,5 @@ def test_the_baseline_can_be_chosen_by_name(tmp_path: Path) -> None:
     write_run(tmp_path / "a", "sft")
     write_run(tmp_path / "b", "kd")
     assert tables_of(tmp_path, "kd")[0].baseline == "kd"
-    with pytest.raises(ValueError, match=r"--baseline kdd is no method .* nearest one is 'kd'; there are: sft, kd"):
+    with pytest.raises(ValueError, match=r"--baseline kdd is not a method .* nearest one is 'kd'; there are: sft, kd"):
         tables_of(tmp_path, "kdd")

@@ -250,7 +250,7 @@ def test_what_cannot_work_is_said_before_anything_is_loaded(
 @pytest.mark.parametrize(
     ("option", "said"),
     [
-        ("rollout.per_prompt=3", r"4 rows, which is no multiple of rollout\.per_prompt = 3"),
+        ("rollout.per_prompt=3", r"4 rows, which is not a multiple of rollout\.per_prompt = 3"),
         ("rollout.fraction=0.1", r"0\.1 of 4 rows a step, less than half a row"),
     ],
 )

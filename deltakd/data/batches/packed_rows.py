@@ -6,25 +6,31 @@ Plain text is cut into blocks elsewhere, once for the whole set: ``data/encoding
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from deltakd.types import Batch, PackedRows
+from deltakd.types import Batch, PackedRows, TokenStream
+
+S = TypeVar("S", bound=TokenStream)
 
 #: Positions of a sequence, unless a row is longer. Attention with a mask costs as many products for each position as a
 #: sequence has; in sequences of this length that is still little beside the other layers.
 SEQUENCE_LENGTH = 1024
 
 
-def pack_rows(batch: Batch, length: int = SEQUENCE_LENGTH) -> Batch:
+def pack_rows(batch: S, length: int = SEQUENCE_LENGTH) -> S:
     """Return the batch with its rows packed into sequences; all else stays, in the rows' order.
 
     Args:
-        batch: on the CPU.
+        batch: on the CPU. The rows of each of its routes are packed alone: each pair of teachers runs its own.
         length: positions of a sequence, unless a row is longer.
     """
+    if isinstance(batch, Batch):
+        batch.routes = tuple(replace(route, stream=pack_rows(route.stream, length)) for route in batch.routes)
     lengths = batch.attention_mask.sum(1).numpy()
     places = place_rows(lengths.tolist(), max(length, int(lengths.max())))
     width = int(max(start + lengths[row] for row, (_, start) in enumerate(places)))

@@ -137,7 +137,9 @@ def _opened(image: str, content: bytes) -> Any:
     # Pillow's decoders fail in many ways on broken files.
     except (OSError, ValueError, SyntaxError, EOFError, IndexError, Image.DecompressionBombError) as error:
         reason = (
-            "it is no image that Pillow knows" if "cannot identify" in str(error) else str(error).partition("\n")[0]
+            "Pillow does not recognise it as an image"
+            if "cannot identify" in str(error)
+            else str(error).partition("\n")[0]
         )
         raise ImageError(f"the image {image_name(image):.200} can't be read: {reason}") from None
 

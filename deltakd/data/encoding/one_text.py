@@ -195,7 +195,7 @@ def _check_data(one: OneText, ids: list[int], encoder: TextEncoder) -> None:
         return
     written = encoder.control.count(one.text) + (sum(encoder.added_around) if one.add_special else 0)
     if sum(map(encoder.control.is_control, ids)) > written:
-        raise TextError("the tokenizer makes a control token of the row's data; take it out of the data")
+        raise TextError("the tokenizer turns text of the row into a control token; take it out of the data")
 
 
 def _covering(whole: list[int], part: list[int]) -> int:

@@ -108,7 +108,7 @@ def _check_fields(name: str, text: str, needed: set[str]) -> None:
     try:
         fields = {field for _, field, _, _ in Formatter().parse(text) if field is not None}
     except ValueError as error:
-        raise ValueError(f"template.{name} is no format text: {error}; write a literal brace twice") from error
+        raise ValueError(f"template.{name} is not a format string: {error}; write a literal brace twice") from error
     if fields != needed:
         wanted = _in_braces(needed)
         found = ", ".join(f"{{{field}}}" for field in sorted(fields)) or "none"

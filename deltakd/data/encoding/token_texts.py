@@ -127,8 +127,8 @@ def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
     name = tokenizer.name_or_path or type(tokenizer).__name__
     if backend is None:
         raise UnalignableError(
-            f"the tokenizer {name} ({type(tokenizer).__name__}) is no fast tokenizer, so the bytes of its tokens are "
-            "not known; give a model that comes with a tokenizer.json"
+            f"the tokenizer {name} ({type(tokenizer).__name__}) is not a fast tokenizer, so the bytes of its tokens "
+            "are not known; give a model that comes with a tokenizer.json"
         )
     state = json.loads(backend.to_str())
     kinds = [part["type"] for key in ("decoder", "pre_tokenizer") for part in _parts(state[key])]

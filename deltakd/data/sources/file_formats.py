@@ -221,7 +221,7 @@ def as_record(number: int, where: str, value: Any, problems: Problems, escapes: 
     for key in broken:
         problems.add(
             f"{where}: {key!a} has half a character (a lone surrogate, such as \\ud83d, of a text that was cut inside "
-            f"an emoji), which is no Unicode text; write the whole character, or remove it"
+            f"an emoji), which is not valid Unicode; write the whole character, or remove it"
         )
     if not broken:
         yield Record(number, where, value)

@@ -69,7 +69,9 @@ def parse_history(value: Any, where: str) -> list[Message]:
     pairs = value if isinstance(value, list) else [value]
     for number, pair in enumerate(pairs):
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise ValueError(f"{where}: history[{number}] must be a pair [question, answer] of texts, got {pair!r:.80}")
+            raise ValueError(
+                f"{where}: history[{number}] must be a pair of strings [question, answer], got {pair!r:.80}"
+            )
         for role, text in zip(("user", "assistant"), pair, strict=True):
             turns.append(_parse_turn({"role": role, "content": text}, f"{where}: history[{number}]"))
     return turns
@@ -171,7 +173,7 @@ def _first(turn: Mapping[str, Any], keys: Sequence[str]) -> Any:
 
 def _text(value: Any, place: str, key: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{place}: {key} must be a text, got {value!r:.80}")
+        raise ValueError(f"{place}: {key} must be a string, got {value!r:.80}")
     return whole_characters(value, place, key)
 
 

@@ -142,8 +142,8 @@ def _conversation(record: Mapping[str, Any], where: str) -> list[Message] | None
     first = next((turn["content"] for turn in answers if turn["role"] == "user"), None)
     if first is None or prompt not in (None, "", first):
         raise ValueError(
-            f"{where}: prompt is {'a text' if prompt else 'missing'}, and its answer a list of messages that does not "
-            f"begin with it; write both as texts, or both as lists of messages"
+            f"{where}: prompt is {'a string' if prompt else 'missing'}, and its answer a list of messages that does "
+            f"not begin with it; write both as strings, or both as lists of messages"
         )
     return answers
 
@@ -188,7 +188,7 @@ def _refuse_disliked(record: Mapping[str, Any], where: str) -> None:
         )
     if isinstance(record.get("chosen"), str) and not any(record.get(key) for key in (*INSTRUCTION_KEYS, "prompt")):
         raise ValueError(
-            f"{where}: chosen is a text without a prompt, so question and answer can't be separated; give prompt and "
+            f"{where}: chosen is a string without a prompt, so question and answer can't be separated; give prompt and "
             f"chosen, or chosen as a list of messages"
         )
 

@@ -67,7 +67,7 @@ class Shard:
             version = _version(Path(self.source.location))
         except OSError as error:
             raise ValueError(
-                f"{self.name} can't be read any more ({error.strerror}); put it back: a stream reads it once a pass"
+                f"{self.name} can no longer be read ({error.strerror}); put it back: a stream reads it once a pass"
             ) from error
         if version != self.version:
             raise ValueError(

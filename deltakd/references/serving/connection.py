@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Collection, Mapping
 from contextlib import suppress
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -32,6 +32,18 @@ _PAUSE = 0.5
 _MOST_OPEN = 32
 #: Seconds for the thread that receives to let go of a group of two.
 _FAREWELL_SECONDS = 10.0
+
+
+class _Asked(NamedTuple):
+    """A request, kept until it is answered.
+
+    Args:
+        tensors: of the request.
+        roles: to run it; None: all of the connection's.
+    """
+
+    tensors: dict[str, Tensor]
+    roles: list[str] | None
 
 
 @final
@@ -74,7 +86,7 @@ class ServerConnection:
         self._thread: threading.Thread | None = None
         self._lost = "it was not there"
         self._next = 0
-        self._asked: dict[int, dict[str, Tensor]] = {}
+        self._asked: dict[int, _Asked] = {}
         self._unsent: deque[int] = deque()
         self._open: set[int] = set()
         self._answers: dict[int, Frame] = {}
@@ -88,12 +100,18 @@ class ServerConnection:
         self.welcome = self._reach(heads=True)
         self.content = self.welcome.header["content"]
 
-    def ask(self, tensors: Mapping[str, Tensor]) -> int:
-        """Send a request and return its number; never waits for a server that is lost."""
+    def ask(self, tensors: Mapping[str, Tensor], roles: Collection[str] | None = None) -> int:
+        """Send a request and return its number; never waits for a server that is lost.
+
+        Args:
+            tensors: of the request.
+            roles: to run it; None: all of the connection's.
+        """
+        kept = _Asked(dict(tensors), None if roles is None else sorted(roles))
         with self._changed:
             number = self._next
             self._next += 1
-            self._asked[number] = dict(tensors)
+            self._asked[number] = kept
             self._unsent.append(number)
         self._send_next()
         return number
@@ -155,9 +173,10 @@ class ServerConnection:
                         return
                     number = self._unsent.popleft()
                     self._open.add(number)
-                    tensors = self._asked[number]
+                    asked = self._asked[number]
+                header = {"number": number} | ({} if asked.roles is None else {"roles": asked.roles})
                 try:
-                    self.sent_bytes += send(connection, {"number": number}, tensors)
+                    self.sent_bytes += send(connection, header, asked.tensors)
                 except OSError as error:
                     self._lose(connection, error.strerror or str(error))
                     return

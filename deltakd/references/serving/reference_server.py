@@ -238,8 +238,9 @@ class ReferenceServer:
         number = frame.header.get("number")
         started = time.perf_counter()
         try:
+            roles = _roles_of(frame, trainer)
             batch = self._team.checked(frame.tensors)
-            listed, hidden = self._team.run(trainer.roles, frame.tensors, batch)
+            listed, hidden = self._team.run(roles, frame.tensors, batch)
             # Copying waits for the device: the seconds are those of the models.
             placed, tensors = trainer.sender.place(hidden)
         except LostServerError:
@@ -336,6 +337,20 @@ class _Counts:
                 trainers,
             )
         self._new_tokens, self._busy, self._logged = 0, 0.0, now
+
+
+def _roles_of(frame: Frame, trainer: _Trainer) -> frozenset[str]:
+    """Return the roles that run a request: those that it names, else all that its trainer asked for.
+
+    Raises:
+        ValueError: it names others.
+    """
+    named = frame.header.get("roles")
+    if named is None:
+        return trainer.roles
+    if not isinstance(named, list) or not named or not trainer.roles.issuperset(named):
+        raise ValueError(f"a request names roles of {', '.join(sorted(trainer.roles))}, and this one {named!r:.200}")
+    return frozenset(named)
 
 
 def _empty_heads(models: Mapping[str, LanguageModel]) -> dict[str, Head]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deltakd.data.batches.packed_rows import pack_rows
 from deltakd.io.errors import ServerError
-from deltakd.types import IGNORE_INDEX, Batch
+from deltakd.types import IGNORE_INDEX, Batch, TokenStream
 
 #: Bytes of a request. A million positions of text take 6 MB, an image of a thousand tokens of Qwen2-VL 19 MB.
 MOST_BYTES = 2**30
@@ -19,7 +19,7 @@ _IMAGES = "images."
 _MOST_SIZE = 2**24
 
 
-def request_of(batch: Batch) -> dict[str, Tensor]:
+def request_of(batch: TokenStream) -> dict[str, Tensor]:
     """Return the tensors of a request: ``input_ids`` [B, T] int32, ``attention_mask`` and ``trained`` [B, T] bool.
 
     The labels are not sent: where a token is trained on, its label is the token. Images are sent as they are prepared.

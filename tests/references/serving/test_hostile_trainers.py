@@ -81,6 +81,9 @@ def requests_that_are_none(connection: socket.socket) -> None:
     for tensors in ({}, {"input_ids": torch.ones(3)}, {**REQUEST, "input_ids": REQUEST["input_ids"] + 2**20}):
         send(connection, {"number": 1}, tensors)
         assert "refused" in receive(connection, None).header
+    for roles in ([], "teacher", ["student"], [["teacher"]], {}):
+        send(connection, {"number": 1, "roles": roles}, REQUEST)
+        assert "refused" in receive(connection, None).header
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,9 +18,12 @@ from deltakd.config.compose import compose_config
 from deltakd.io.errors import ConfigError, LostServerError, RefusedError
 from deltakd.io.run_directory import RunDirectory
 from deltakd.references.serving.secret import TOKEN_VARIABLE
+from deltakd.references.serving.team import Team
 from deltakd.training.callbacks.checkpoints import read_checkpoint
+from deltakd.types import Batch
 from tests.references.serving.servers import TOKEN, at, die_after, serving
-from tests.tiny import World
+from tests.rollouts.runs import column
+from tests.tiny import World, make_rows, write_rows
 
 Train = Callable[..., RunDirectory]
 
@@ -38,11 +42,19 @@ def place() -> Iterator[Path]:
         yield Path(folder)
 
 
+def in_two_tasks(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    return [row | {"task": "ab"[number % 3 > 1]} for number, row in enumerate(rows)]
+
+
 def curves(run: RunDirectory) -> list[list[str]]:
     with (run.path / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     shown = sorted(name for name in rows[0] if name.startswith(("train/loss", "train/grad", "val/")))
     return [[row[name] for name in shown] for row in rows]
+
+
+def losses(run: RunDirectory) -> list[list[float]]:
+    return [column(run, name) for name in ("train/loss", "train/grad_norm", "val/loss")]
 
 
 def student(run: RunDirectory) -> bytes:
@@ -79,6 +91,44 @@ def test_a_run_is_bitwise_the_same_as_beside_its_references(
     assert curves(served) == curves(live)
     assert student(served) == student(live)
     assert served.read_summary()["meta"]["parameters"].keys() == {"student"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [("data.packing=true", "reference.ahead=5"), (*ON_POLICY, "data.val=null")])
+def test_each_pair_of_teachers_is_asked_for_the_rows_of_its_tasks_alone(
+    world: World, train: Train, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+) -> None:
+    data = [
+        f"data.{name}={write_rows(tmp_path / f'{name}.jsonl', in_two_tasks(make_rows(n, n)))}"
+        for name, n in (("train", 20), ("val", 8))
+    ]
+    second = {"teacher_2": "student_raw", "teacher_raw_2": "teacher_raw"}
+    paths = [f"+model.{role}.path={world.root / path}" for role, path in second.items()]
+    routed = (*data, "model.routes={a: 1, b: 2}", *paths, *options, "evaluation.measures.rows=8")
+    ran: list[tuple[list[str], int]] = []
+    real = Team.run
+
+    def run(team: Team, roles: Collection[str], request: Any, batch: Batch) -> Any:
+        ran.append((sorted(roles), len(batch.row_ids)))
+        return real(team, roles, request, batch)
+
+    monkeypatch.setattr(Team, "run", run)
+    alone = [option for option in routed if not option.startswith("reference")]
+    live = train("delta_kd", *alone, name="live")
+    with serving(world.overrides(place, "delta_kd", *routed, *at(place))):
+        served = train("delta_kd", *routed, *at(place), name="served")
+    assert losses(served) == losses(live)
+    assert student(served) == student(live)
+    mine, its = served.read_summary(), live.read_summary()
+    measured = [name for name in its if name.startswith(("val/a/", "val/b/"))]
+    # Beside the student, a measured batch is never packed.
+    expected = {name: its[name] for name in measured}
+    assert {name: mine[name] for name in measured} == pytest.approx(expected, rel=1e-5)
+    assert bool(measured) == ("data.val=null" not in options)
+    asked = {tuple(roles) for roles, _ in ran}
+    assert asked == {("student_raw",), ("teacher", "teacher_raw"), ("teacher_2", "teacher_raw_2")}
+    rows = {role: sum(n for roles, n in ran if role in roles) for role in ("student_raw", "teacher", "teacher_2")}
+    assert rows["teacher"] + rows["teacher_2"] == rows["student_raw"]
 
 
 @pytest.mark.parametrize("requests", [6, 7, 8])
@@ -177,7 +227,6 @@ def test_another_token_ends_the_run_at_once(
         (("loss=uld",), "the loss aligns them with those of another tokenizer"),
         (("rollout=student", "rollout.source=mixture"), "rollout.source=mixture runs the teacher token by token"),
         (("reference.url=localhost:5",), "reference.url is 'localhost:5'; it must be"),
-        (("model.routes={a: 1}",), "model.routes goes with references live or cached"),
     ],
 )
 def test_what_does_not_go_is_said_before_anything_is_loaded(
