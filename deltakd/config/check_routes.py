@@ -32,8 +32,6 @@ def route_problems(
         found.append("model.routes needs teachers with the student's tokenizer; give a loss that does not align tokens")
     if isinstance(data, TextData):
         found.append("model.routes goes by the rows' task, and data is plain text; leave it out")
-    elif data is not None and data.streaming:
-        found.append("model.routes goes by the tasks of an indexed data set; give data.streaming=false")
     if isinstance(reference, CacheSettings):
         if reference.outside or reference.raw_url is not None:
             key = "reference.url" if reference.log_probs is None else "reference.log_probs"

@@ -17,6 +17,7 @@ from deltakd.data.encoding.token_cache import fingerprint, tokenizer_fingerprint
 from deltakd.data.encoding.token_table import encode_rows
 from deltakd.data.encoding.two_tokenizers import Coding
 from deltakd.data.load import LoadedSets, banned_rows
+from deltakd.data.routing import with_tasks
 from deltakd.data.sources.overlap import overlapping
 from deltakd.data.sources.passes import Passes, Read
 from deltakd.data.sources.readers import _stripped
@@ -101,7 +102,7 @@ def open_instruction_stream(
     rules += [] if teachers is None else [teachers.identity]
     key = _fingerprint(shards, tokenizer, shuffle_buffer, limit, rules)
     rows = _first(shards, read, FIRST_ROWS, columns)
-    first = encode_rows(rows, template, tokenizer, teachers=teachers, **encoding)
+    first = with_tasks(encode_rows(rows, template, tokenizer, teachers=teachers, **encoding), rows, None)
     return Stream(shards, start, key), replace(first, fingerprint=key)
 
 

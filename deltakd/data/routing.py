@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
-from deltakd.data.encoding.encoded_set import EncodedSet, RowTasks
+from deltakd.data.encoding.encoded_set import ANY_TASK, EncodedSet, RowTasks, pair_of
+from deltakd.data.encoding.example_stream import ExampleStream, Stream
 from deltakd.data.load import LoadedSets
 from deltakd.data.sources.rows import Row
 from deltakd.io.wording import listed
 
-#: The route of rows without a task, and of tasks without a route of their own.
-ANY_TASK = "*"
+log = logging.getLogger(__name__)
 
 
 def routed(sets: LoadedSets, routes: Mapping[str, int]) -> LoadedSets:
@@ -25,24 +27,50 @@ def routed(sets: LoadedSets, routes: Mapping[str, int]) -> LoadedSets:
         routes: task -> number of the pair, from 1; ``*`` for all other rows.
 
     Raises:
-        ValueError: names the tasks without a route, and the routes without a row to train on.
+        ValueError: names the tasks without a route, and the routes without a row to train on. Of a stream, only the
+            first rows are known.
     """
-    problems = [
-        problem
-        for name, rows in (("data.train", sets.train_rows), ("data.val", sets.val_rows))
-        for problem in _unrouted(name, rows, routes)
-    ]
-    asked = {row.task for row in sets.train_rows}
-    unused = [task for task in routes if task not in asked and task != ANY_TASK]
+    stream = sets.stream
+    tasks = _tasks_of(sets.train) if stream is not None else [row.task for row in sets.train_rows]
+    train = "data.train" if stream is None else f"the beginning of data.train ({len(tasks)} rows)"
+    problems = _unrouted(train, tasks, routes) + _unrouted("data.val", [row.task for row in sets.val_rows], routes)
+    unused = [task for task in routes if task not in tasks and task != ANY_TASK]
     if unused and not problems:
-        problems.append(
-            f"model.routes names {', '.join(unused)}, and no row of data.train has that task; the tasks there are "
-            f"{listed(sorted(task for task in asked if task)) or 'none'}: correct the route, or leave it out"
+        said = (
+            f"model.routes names {', '.join(unused)}, and no row of {train} has that task; the tasks there are "
+            f"{listed(sorted({task for task in tasks if task})) or 'none'}"
         )
+        if stream is None:
+            problems.append(f"{said}: correct the route, or leave it out")
+        else:
+            log.warning("%s.", said)
     if problems:
         raise ValueError("\n".join(problems))
     val = None if sets.val is None else with_tasks(sets.val, sets.val_rows, routes)
+    if stream is not None:
+        first = replace(sets.train, tasks=_routed(sets.train.tasks, len(sets.train), routes))
+        return sets._replace(train=first, val=val, stream=_routed_stream(stream, routes))
     return sets._replace(train=with_tasks(sets.train, sets.train_rows, routes), val=val)
+
+
+def _routed_stream(stream: Stream, routes: Mapping[str, int]) -> Stream:
+    def start(seed: int) -> ExampleStream[Any, Any]:
+        examples = stream.start(seed)
+        examples.routes = routes
+        return examples
+
+    return replace(stream, start=start)
+
+
+def _tasks_of(encoded: EncodedSet) -> list[str | None]:
+    """Return the task of each row."""
+    tasks = encoded.tasks
+    return [None] * len(encoded) if tasks is None else [tasks.names[number] for number in tasks.numbers]
+
+
+def _routed(tasks: RowTasks | None, rows: int, routes: Mapping[str, int]) -> RowTasks:
+    found = tasks or RowTasks(np.zeros(rows, np.int32), (None,), (None,))
+    return replace(found, routes=tuple(pair_of(name, routes) for name in found.names))
 
 
 def with_tasks(encoded: EncodedSet, rows: Iterable[Row], routes: Mapping[str, int] | None) -> EncodedSet:
@@ -59,15 +87,13 @@ def with_tasks(encoded: EncodedSet, rows: Iterable[Row], routes: Mapping[str, in
         return encoded
     places = {name: place for place, name in enumerate(names)}
     numbers = np.array([places[tasks[row]] for row in encoded.row_ids.tolist()], np.int32)
-    given = routes or {}
-    pairs = tuple(given.get(ANY_TASK if name is None or name not in given else name) for name in names)
-    return replace(encoded, tasks=RowTasks(numbers, names, pairs))
+    return replace(encoded, tasks=RowTasks(numbers, names, tuple(pair_of(name, routes or {}) for name in names)))
 
 
-def _unrouted(name: str, rows: Sequence[Row], routes: Mapping[str, int]) -> list[str]:
+def _unrouted(name: str, tasks: Iterable[str | None], routes: Mapping[str, int]) -> list[str]:
     if ANY_TASK in routes:
         return []
-    without = Counter(row.task for row in rows if row.task not in routes)
+    without = Counter(task for task in tasks if task not in routes)
     none = without.pop(None, 0)
     found = []
     if without:

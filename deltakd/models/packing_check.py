@@ -21,7 +21,7 @@ def check_packing(role: str, model: LanguageModel) -> None:
     """Run a few rows alone and end to end.
 
     Raises:
-        ValueError: the model can't run packed rows, or says something else of them.
+        ValueError: the model can't run packed rows, or computes something else for them.
     """
     name = type(model.causal_lm).__name__
     if model.keeps_a_state:

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from deltakd.data import InstructionData, LoadedSets, TextData
 from deltakd.data.batches.data_module import DistillationData
 from deltakd.data.encoding.example_stream import Counts
+from deltakd.data.routing import routed
 from deltakd.data.sources import shards
 from deltakd.data.sources.shards import ROW_BITS, _open_hub, list_shards, read_shard_rows
 from deltakd.types import Batch
@@ -282,6 +283,31 @@ def test_a_token_that_the_models_lack_is_named(folder: Path, tokenizer: PreTrain
     stream.vocabulary = 50
     with pytest.raises(ValueError, match=r"of the stream has the token .*the models share only 50"):
         next(stream.examples())
+
+
+def test_rows_of_a_stream_go_to_the_pairs_of_their_tasks(
+    write: Callable[[str, Any], str], tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As those of an indexed set do; a task that appears later is named with its row."""
+    each = rows(70)
+    for number, row in enumerate(each[:66]):
+        row["task"] = "ab"[number % 2]
+    file = write("tasks.jsonl", each)
+    found = []
+    for streaming in (False, True):
+        made = settings(file, streaming=streaming, shuffle_buffer=100).load(tokenizer)
+        batches = loader(routed(made, {"b": 2, "*": 3}), max_epochs=1)
+        found.append([[(r.pair, r.tokens.tolist(), r.stream.input_ids.tolist()) for r in b.routes] for b in batches])
+    assert found[0] == found[1]
+    assert {pair for routes in found[0] for pair, _, _ in routes} == {2, 3}
+    with pytest.raises(ValueError, match=r"the beginning of data.train \(64 rows\) has rows of tasks .* b \(32 rows\)"):
+        routed(made, {"a": 1})
+    late = routed(made, {"a": 1, "b": 1, "c": 2})
+    assert "names c, and no row of the beginning of data.train (64 rows) has that task" in caplog.text
+    with pytest.raises(
+        ValueError, match=r"row 6\d .*tasks.jsonl.* has no `task`, and model.routes has a, b, c; add it"
+    ):
+        list(loader(late, max_epochs=1))
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".csv", ".jsonl.zst", ".arrow"])

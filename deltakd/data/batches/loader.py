@@ -52,7 +52,7 @@ def collate(
         other=_other(encoded),
         **_images(encoded),
     )
-    routes = [row.route for row in encoded if isinstance(row, Encoded) and row.route is not None]
+    routes = [row.route for row in encoded if row.route is not None]
     batch = batch.routed(routes) if routes else batch
     return pack_rows(batch) if packing else batch
 

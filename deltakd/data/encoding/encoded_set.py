@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -13,6 +13,13 @@ from deltakd.data.encoding.images import RowImages, SetImages
 from deltakd.types import IGNORE_INDEX
 
 _ROWS_AT_ONCE = 10_000
+#: The route of rows without a task, and of tasks without a route of their own.
+ANY_TASK = "*"
+
+
+def pair_of(task: str | None, routes: Mapping[str, int]) -> int | None:
+    """Return the number of the pair of teachers that judges the rows of a task; None: ``model.routes`` lacks it."""
+    return routes.get(ANY_TASK if task is None or task not in routes else task)
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, final
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltakd.data.encoding.encode import Outcome, check_limits
-from deltakd.data.encoding.encoded_set import Encoded
+from deltakd.data.encoding.encoded_set import Encoded, pair_of
 from deltakd.data.encoding.examples import examples
 from deltakd.data.encoding.packing import CHARACTERS_PER_TOKEN, PIECE_BLOCKS, _pieces
 from deltakd.data.encoding.segments import Template
@@ -103,7 +103,7 @@ class Example(NamedTuple):
         input_ids: [T] int32, prompt and response.
         labels: [T] int32, as in ``Encoded``.
         row_id: the row's number.
-        spans, other: as in ``Encoded``.
+        spans, other, route: as in ``Encoded``.
     """
 
     input_ids: NDArray[np.int32]
@@ -111,6 +111,7 @@ class Example(NamedTuple):
     row_id: int
     spans: NDArray[np.int32] | None = None
     other: Example | None = None
+    route: int | None = None
 
     @classmethod
     def of(cls, encoded: Encoded) -> Example:
@@ -129,6 +130,7 @@ class Example(NamedTuple):
             encoded.row_id,
             None if encoded.spans is None else _flat(encoded.spans),
             None if encoded.other is None else cls.of(encoded.other),
+            encoded.route,
         )
 
     @property
@@ -167,6 +169,8 @@ class ExampleStream(ABC, Generic[R, E]):
 
     #: Tokens that all models share; None: as many as the tokenizer has.
     vocabulary: int | None = None
+    #: Task -> number of the pair of teachers that judges its rows; None: rows are not routed.
+    routes: Mapping[str, int] | None = None
     #: Rows tokenised at once.
     batch = 256
 
@@ -262,8 +266,20 @@ class RowExamples(ExampleStream[Row, list[Outcome]]):
         for (place, _), outcome in zip(places, encoded, strict=True):
             if outcome.problem is not None:
                 raise outcome.problem
+            if outcome.encoded is not None:
+                outcome.encoded.route = self._route(rows[place])
             outcomes[place].append(outcome)
         return outcomes
+
+    def _route(self, row: Row) -> int | None:
+        pair = None if self.routes is None else pair_of(row.task, self.routes)
+        if self.routes is not None and pair is None:
+            what = "no `task`" if row.task is None else f"the task {row.task}"
+            raise ValueError(
+                f"{row.label} of the stream has {what}, and model.routes has {', '.join(self.routes)}; add it, or give "
+                "* for all other rows"
+            )
+        return pair
 
     def _taking(self, counts: Counts) -> _Taking[list[Outcome]]:
         return _TakingRows(counts)

@@ -27,6 +27,7 @@ from tests.tiny import World, make_rows, write_rows
 
 Train = Callable[..., RunDirectory]
 
+STREAM = ("data.streaming=true", "trainer.val_every_n_steps=3")
 ON_POLICY = ("rollout=student", "rollout.decoding.max_new_tokens=6", "optim.lr=0.003")
 
 
@@ -94,7 +95,9 @@ def test_a_run_is_bitwise_the_same_as_beside_its_references(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [("data.packing=true", "reference.ahead=5"), (*ON_POLICY, "data.val=null")])
+@pytest.mark.parametrize(
+    "options", [(*STREAM, "data.packing=true", "reference.ahead=5"), (*ON_POLICY, "data.val=null")]
+)
 def test_each_pair_of_teachers_is_asked_for_the_rows_of_its_tasks_alone(
     world: World, train: Train, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
 ) -> None:
