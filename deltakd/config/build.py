@@ -87,6 +87,7 @@ def make_serving_settings(cfg: DictConfig) -> RunSettings:
     """
     draft = Draft(resolved(cfg), copied_keys(cfg))
     draft.check_alone(several=True)
+    draft.check_transport()
     roles: Collection[str] | None = None
     if draft.reference is not None and draft.served is None:
         draft.problems.append("reference is not a server; add reference=served reference.url=tcp://127.0.0.1:7711")

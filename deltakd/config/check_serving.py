@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
+from deltakd.distributed.devices import choose_device
+from deltakd.references.settings import ServedSettings
 from deltakd.rollouts.settings import RolloutSettings
+from deltakd.training.settings import TrainerSettings
 from deltakd.types import Loss
 
 
@@ -19,4 +24,18 @@ def serving_problems(loss: Loss, rollout: RolloutSettings | None) -> list[str]:
             "rollout.source=mixture runs the teacher token by token, and reference=served sends it whole rows; give "
             "reference=live, or rollout.source=student"
         )
+    return found
+
+
+def transport_problems(served: ServedSettings, trainer: TrainerSettings) -> list[str]:
+    """Return why hidden states can't go the way that the config names on this machine, trainer's or server's."""
+    found: list[str] = []
+    # A device that is not there is named by another check.
+    with suppress(ValueError):
+        device = choose_device(trainer.accelerator, trainer.devices)
+        if served.transport == "nccl" and device.type != "cuda":
+            found.append(
+                f"reference.transport=nccl moves hidden states between GPUs, and this process's device is {device}; "
+                "give trainer.accelerator=gpu on machines with CUDA, or reference.transport=auto"
+            )
     return found

@@ -17,6 +17,7 @@ from deltakd.config.check import (
     try_loss,
 )
 from deltakd.config.check_routes import route_problems
+from deltakd.config.check_serving import transport_problems
 from deltakd.config.check_tokenizers import tokenizer_problems
 from deltakd.config.instantiate import built
 from deltakd.config.loss_names import known_losses, loss_name
@@ -112,8 +113,14 @@ class Draft:
         """Add the devices that the config names and this machine lacks."""
         if self.trainer is not None:
             self.problems += training_problems(self.trainer.accelerator)
+        self.check_transport()
         if self.reference is not None and self.reference.placement != "auto":
             self.problems += device_problems("reference.placement", self.reference.placement)
+
+    def check_transport(self) -> None:
+        """Add what keeps hidden states from travelling to or from a server here as the config says."""
+        if self.served is not None and self.trainer is not None:
+            self.problems += transport_problems(self.served, self.trainer)
 
     def check_alone(self, *, several: bool = False) -> None:
         """Add the problems for a command that trains nothing, and is a single process unless it can be ``several``."""

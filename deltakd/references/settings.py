@@ -125,7 +125,8 @@ class ServedSettings(ReferenceSettings):
         ahead: micro-batches made and asked for in advance; 0: each is asked for when its step starts.
         wait_s: seconds to wait for a server that is not there, or not any more, before the run stops.
         transport: how hidden states come: ``cuda_ipc`` between processes with GPUs in a machine, ``shared_memory``
-            within a machine, ``socket``, or ``auto``: the fastest that works.
+            within a machine, ``socket``, or ``auto``: the fastest of these that works; ``nccl`` between GPUs of two
+            machines, ``gloo`` between CPUs, both in private networks alone.
         sharding: how a server of several processes holds the models: each has all (``replicate``) or a part of each
             layer (``shard``, by FSDP2) and runs a part of the rows; or ``tensor``: layers are split by transformers'
             plan, and all run all rows.

@@ -24,9 +24,9 @@ which is what generation sees. An answer has no dummy prefix (SentencePiece) and
 a tokenizer would merge the end of the prompt with the beginning of the answer, the border is kept: the answer's tokens
 are those of a text that follows another one. The log counts such rows.
 
-Control tokens in the data, such as `<|im_end|>` in a question, are text; those that the template writes are control
-tokens. So is what stands in a `prompt` that is used verbatim. An EOS at the end of an answer is the one that every
-answer gets. Other added tokens, such as `<think>`, are words that answers may use.
+Control tokens in the data, such as `<|im_end|>` in a question, are text. Those that the template writes are control
+tokens, and so are those in a `prompt` that is used verbatim. An EOS at the end of an answer counts as the one that
+every answer gets. Other added tokens, such as `<think>`, are words that answers may use.
 
 ## Families
 

@@ -6,6 +6,7 @@ import logging
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple, final
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from deltakd.io.errors import LostServerError, RefusedError, ServerError
 from deltakd.references.serving.address import Address, keep_alive, limit_silence
+from deltakd.references.serving.endpoints import UnavailableError
 from deltakd.references.serving.secret import greet_as_trainer
-from deltakd.references.serving.shared_memory import UnavailableError
 from deltakd.references.serving.transports import Chosen, Transport, candidates, choose
 from deltakd.references.serving.wire import Frame, WireError, receive, send
 
@@ -27,6 +28,10 @@ CPU = torch.device("cpu")
 SILENCE_SECONDS = 30.0
 #: Seconds between two tries to reach a server.
 _PAUSE = 0.5
+#: Requests that are sent and not answered; more wait here. The server reads on while it has fewer than twice as many.
+_MOST_OPEN = 32
+#: Seconds for the thread that receives to let go of a group of two.
+_FAREWELL_SECONDS = 10.0
 
 
 class _Asked(NamedTuple):
@@ -78,9 +83,12 @@ class ServerConnection:
         self._changed = threading.Condition()
         self._sending = threading.Lock()
         self._socket: socket.socket | None = None
+        self._thread: threading.Thread | None = None
         self._lost = "it was not there"
         self._next = 0
         self._asked: dict[int, _Asked] = {}
+        self._unsent: deque[int] = deque()
+        self._open: set[int] = set()
         self._answers: dict[int, Frame] = {}
         #: Seconds in which nothing else was done but wait for answers.
         self.waited = 0.0
@@ -101,10 +109,11 @@ class ServerConnection:
         """
         kept = _Asked(dict(tensors), None if roles is None else sorted(roles))
         with self._changed:
-            number, connection = self._next, self._socket
+            number = self._next
             self._next += 1
             self._asked[number] = kept
-        self._send(connection, number, kept)
+            self._unsent.append(number)
+        self._send_next()
         return number
 
     def is_open(self, number: int) -> bool:
@@ -139,8 +148,11 @@ class ServerConnection:
         with self._changed:
             self._asked.clear()
             self._answers.clear()
+            self._unsent.clear()
             connection, self._socket = self._socket, None
         _shut(connection)
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(_FAREWELL_SECONDS)
 
     def _answer(self, number: int) -> Frame | None:
         """Wait for an answer; None: the server is lost."""
@@ -151,15 +163,23 @@ class ServerConnection:
             del self._asked[number]
             return self._answers.pop(number)
 
-    def _send(self, connection: socket.socket | None, number: int, asked: _Asked) -> None:
-        if connection is None:
-            return
-        header = {"number": number} | ({} if asked.roles is None else {"roles": asked.roles})
-        try:
-            with self._sending:
-                self.sent_bytes += send(connection, header, asked.tensors)
-        except OSError as error:
-            self._lose(connection, error.strerror or str(error))
+    def _send_next(self) -> None:
+        """Send the requests that wait, in their order, while fewer than the most are open."""
+        with self._sending:
+            while True:
+                with self._changed:
+                    connection = self._socket
+                    if connection is None or not self._unsent or len(self._open) >= _MOST_OPEN:
+                        return
+                    number = self._unsent.popleft()
+                    self._open.add(number)
+                    asked = self._asked[number]
+                header = {"number": number} | ({} if asked.roles is None else {"roles": asked.roles})
+                try:
+                    self.sent_bytes += send(connection, header, asked.tensors)
+                except OSError as error:
+                    self._lose(connection, error.strerror or str(error))
+                    return
 
     def _lose(self, connection: socket.socket, why: str) -> None:
         """Forget a connection that failed, if it is still the current one."""
@@ -175,11 +195,13 @@ class ServerConnection:
                 frame = self._taken(connection, chosen, receive(connection, None))
                 with self._changed:
                     number = frame.header.get("number")
+                    self._open.discard(number)
                     # A request may have been sent twice, before and after the server was lost.
                     if number in self._asked:
                         self._answers[number] = frame
                         self.received_bytes += sum(tensor.nbytes for tensor in frame.tensors.values())
                         self._changed.notify_all()
+                self._send_next()
         except OSError as error:
             self._lose(connection, str(error))
         finally:
@@ -191,8 +213,8 @@ class ServerConnection:
         if chosen.receiver is None or "placed" not in frame.header:
             return frame
         tensors, said = chosen.receiver.take(frame.header["placed"])
-        with self._sending:
-            send(connection, said)
+        if said:
+            self._say(connection, said)
         return Frame(frame.header, tensors)
 
     def _reconnect(self) -> None:
@@ -204,12 +226,8 @@ class ServerConnection:
                 f"the server of references {self._address} came back with other models than it had: "
                 f"{_difference(self.content, welcome.header['content'])}; start it as before"
             )
-        with self._changed:
-            connection = self._socket
-            unanswered = {number: asked for number, asked in self._asked.items() if number not in self._answers}
         log.warning("The server of references %s is back; training goes on.", self._address)
-        for number, asked in unanswered.items():
-            self._send(connection, number, asked)
+        self._send_next()
 
     def _reach(self, *, heads: bool) -> Frame:
         """Connect, and wait for the server if it is not there.
@@ -263,9 +281,12 @@ class ServerConnection:
             raise
         with self._changed:
             self._socket, self.chosen = connection, chosen
+            self._unsent = deque(number for number in self._asked if number not in self._answers)
+            self._open.clear()
             if chosen.receiver is not None:
                 chosen.receiver.device = self._device
-        threading.Thread(target=self._receive, args=(connection, chosen), name="references", daemon=True).start()
+        self._thread = threading.Thread(target=self._receive, args=(connection, chosen), name="references", daemon=True)
+        self._thread.start()
         return welcome
 
     def _choose(self, connection: socket.socket) -> Chosen:
@@ -273,13 +294,28 @@ class ServerConnection:
         offered = receive(connection, 0).header.get("offers")
         if not isinstance(offered, dict):
             raise WireError("it does not say how tensors could come")
+        agreed, receiver = False, None
         try:
-            chosen = choose(self._transports, offered)
+            chosen = choose(self._transports, offered, self._device)
+            send(connection, {"transport": chosen.name})
+            receiver = chosen.receiver
+            if receiver is not None:
+                receiver.meet(connection, lambda said: self._say(connection, said))
+            agreed = True
+            return chosen
         except UnavailableError as error:
+            if receiver is not None and self.content:
+                # It worked before; a server that has just come back may need another try.
+                raise WireError(str(error)) from None
             reason = f"reference.transport={self._transports[0]}: {error}; give reference.transport=auto"
             raise RefusedError(reason, 404) from None
-        send(connection, {"transport": chosen.name})
-        return chosen
+        finally:
+            if receiver is not None and not agreed:
+                receiver.close()
+
+    def _say(self, connection: socket.socket, said: Mapping[str, Any]) -> None:
+        with self._sending:
+            send(connection, said)
 
 
 def _shut(connection: socket.socket | None) -> None:

@@ -22,7 +22,8 @@ from typing import Any, Protocol, final
 import torch
 from torch import Tensor
 
-from deltakd.references.serving.shared_memory import UnavailableError, layout
+from deltakd.references.serving.endpoints import Receiver, Sender, UnavailableError
+from deltakd.references.serving.shared_memory import layout
 from deltakd.references.serving.wire import WireError, describe, read_description
 
 NAME = "cuda_ipc"
@@ -194,7 +195,7 @@ class Pool:
 
 
 @final
-class CudaIpcSender:
+class CudaIpcSender(Sender):
     """The server's side of one connection.
 
     Args:
@@ -271,7 +272,7 @@ class CudaIpcSender:
 
 
 @final
-class CudaIpcReceiver:
+class CudaIpcReceiver(Receiver):
     """The trainer's side of one connection.
 
     Args:

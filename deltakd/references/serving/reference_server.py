@@ -18,11 +18,12 @@ from torch import Tensor
 from deltakd.io.errors import LostServerError
 from deltakd.models import LanguageModel
 from deltakd.references.serving.address import GREETING_SECONDS, Address, keep_alive
+from deltakd.references.serving.endpoints import Sender, UnavailableError
 from deltakd.references.serving.fair_queue import FairQueue
 from deltakd.references.serving.requests import MOST_BYTES
 from deltakd.references.serving.secret import greet_as_server
 from deltakd.references.serving.team import Sharding, Team
-from deltakd.references.serving.transports import Offers, Sender
+from deltakd.references.serving.transports import Offers
 from deltakd.references.serving.wire import Frame, WireError, receive, send
 from deltakd.types import Head
 
@@ -194,22 +195,27 @@ class ReferenceServer:
         """Offer a trainer the ways for tensors that it can do with, and return its choice.
 
         Raises:
-            WireError: it chooses none.
+            WireError: it chooses none, or it does not work between the two.
         """
         wanted = asked.get("transports")
         possible = self._offers.make(
             [name for name in wanted if isinstance(name, str)] if isinstance(wanted, list) else []
         )
-        chosen = None
+        agreed = None
         try:
             send(connection, {"offers": {name: offer for name, (_, offer) in possible.items()}})
             chosen = receive(connection, 0).header.get("transport")
             if not isinstance(chosen, str) or chosen not in possible:
                 raise WireError("it can do with none of the ways that tensors could take")
-            return possible[chosen][0]
+            sender = possible[chosen][0]
+            sender.meet(connection)
+            agreed = sender
+            return agreed
+        except UnavailableError as error:
+            raise WireError(str(error)) from None
         finally:
-            for name, (sender, _) in possible.items():
-                if name != chosen:
+            for sender, _ in possible.values():
+                if sender is not agreed:
                     sender.close()
 
     def _heads(self, roles: Collection[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -271,13 +277,7 @@ class _Trainer:
 
     def hear(self, frame: Frame) -> bool:
         """Take in what it says; return False if it has left."""
-        freed = frame.header.get("free")
-        if isinstance(freed, list):
-            for number in freed:
-                if type(number) is int:
-                    self.sender.release(number)
-            return True
-        return self._requests.put(self, frame)
+        return self.sender.hear(frame.header) or self._requests.put(self, frame)
 
     def answer(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self._answers.put((header, tensors))
@@ -299,7 +299,7 @@ class _Trainer:
                     continue
                 if answer is None:
                     return
-                send(self._connection, *answer)
+                self.sender.deliver(self._connection, *answer)
                 self._requests.done(self)
         except OSError:
             pass

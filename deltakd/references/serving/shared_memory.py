@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deltakd.references.serving.endpoints import Receiver, Sender, UnavailableError
 from deltakd.references.serving.wire import WireError, describe, read_description
 
 #: Tensors start at multiples of so many bytes.
@@ -31,10 +32,6 @@ _ALIGNMENT = 64
 _SMALLEST = 2**20
 #: Room beyond the largest answer so far: the next one may be longer.
 _GROWTH = 1.25
-
-
-class UnavailableError(Exception):
-    """The two processes can't share this kind of memory."""
 
 
 def layout(described: Mapping[str, tuple[torch.dtype, list[int]]]) -> tuple[dict[str, int], int]:
@@ -70,7 +67,7 @@ class _Region:
 
 
 @final
-class SharedMemorySender:
+class SharedMemorySender(Sender):
     """The server's side of one connection. Regions are reused once the trainer reads them no more.
 
     Raises:
@@ -158,7 +155,7 @@ class SharedMemorySender:
 
 
 @final
-class SharedMemoryReceiver:
+class SharedMemoryReceiver(Receiver):
     """The trainer's side of one connection.
 
     Args:

@@ -1,62 +1,33 @@
-"""How the tensors of an answer reach the trainer: through memory that both processes see, else through the socket."""
+"""How the tensors of an answer reach the trainer: by memory that both see, by a group of the two, or by the socket."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Literal, NamedTuple, Protocol, final
+from functools import partial
+from typing import Any, Literal, NamedTuple, final
 
 import torch
 from torch import Tensor
 
-from deltakd.references.serving import cuda_ipc
+from deltakd.references.serving import cuda_ipc, gloo_link, nccl_link
 from deltakd.references.serving.cuda_ipc import CudaIpcReceiver, CudaIpcSender, CudaRuntime, Pool
-from deltakd.references.serving.shared_memory import SharedMemoryReceiver, SharedMemorySender, UnavailableError
+from deltakd.references.serving.endpoints import Receiver, Sender, UnavailableError
+from deltakd.references.serving.gloo_link import GlooLink
+from deltakd.references.serving.link import LinkReceiver, LinkSender
+from deltakd.references.serving.nccl_link import NcclDriver, NcclLink, gpu_of
+from deltakd.references.serving.shared_memory import SharedMemoryReceiver, SharedMemorySender
 
 #: As the config names them (``reference.transport``).
-Transport = Literal["auto", "socket", "shared_memory", "cuda_ipc"]
+Transport = Literal["auto", "socket", "shared_memory", "cuda_ipc", "nccl", "gloo"]
 SOCKET = "socket"
-
-
-class Sender(Protocol):
-    """The server's side of one connection."""
-
-    name: str
-
-    def place(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Hand tensors over; return what the frame's header says of them, and the tensors that the frame carries."""
-        ...
-
-    def release(self, number: int) -> None:
-        """Hear from the trainer that it reads no more what was handed over."""
-        ...
-
-    def close(self) -> None:
-        """The trainer has left."""
-        ...
-
-
-class Receiver(Protocol):
-    """The trainer's side of one connection.
-
-    Attributes:
-        device: where tensors of a GPU go; those in the CPU's memory stay there.
-    """
-
-    name: str
-    device: torch.device
-
-    def take(self, placed: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return what was placed, and what to tell the server. Raises WireError."""
-        ...
-
-    def close(self) -> None:
-        """Let go of the server's memory."""
-        ...
+_CPU = torch.device("cpu")
+#: What a server lacks that does not offer a way.
+_MISSING = {nccl_link.NAME: "the server's models are on no CUDA device, or it has no NCCL"}
 
 
 @final
-class SocketSender:
+class SocketSender(Sender):
     """Tensors travel in the frame."""
 
     name = SOCKET
@@ -64,9 +35,6 @@ class SocketSender:
     def place(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return the tensors on the CPU, once the device has computed them."""
         return {}, {name: tensor.cpu() for name, tensor in tensors.items()}
-
-    def release(self, number: int) -> None:
-        """Nothing was kept."""
 
     def close(self) -> None:
         """Nothing was kept."""
@@ -81,6 +49,7 @@ class Offers:
     """
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._pool: Pool | None = None
         if device.type == "cuda":
             with suppress(UnavailableError):
@@ -97,6 +66,13 @@ class Offers:
             with suppress(RuntimeError):
                 sender = CudaIpcSender(self._pool)
                 found[sender.name] = (sender, sender.offer())
+        if gloo_link.NAME in asked:
+            found[gloo_link.NAME] = (LinkSender(gloo_link.NAME, GlooLink, _CPU), {})
+        if nccl_link.NAME in asked:
+            with suppress(UnavailableError):
+                driver = NcclDriver(self._device)
+                link = LinkSender(nccl_link.NAME, partial(NcclLink, driver=driver), self._device)
+                found[link.name] = (link, {"gpu": gpu_of(self._device)})
         return found
 
 
@@ -127,25 +103,41 @@ def candidates(wanted: Transport, device: torch.device) -> list[str]:
     return [*([cuda_ipc.NAME] if device.type == "cuda" else []), SharedMemoryReceiver.name, SOCKET]
 
 
-def choose(names: Sequence[str], offered: Mapping[str, Any]) -> Chosen:
+def choose(names: Sequence[str], offered: Mapping[str, Any], device: torch.device = _CPU) -> Chosen:
     """Return the first transport that works.
 
     Args:
         names: from ``candidates``.
         offered: by the server.
+        device: where the trainer wants the tensors.
 
     Raises:
         UnavailableError: none does.
     """
-    makers = {cuda_ipc.NAME: CudaIpcReceiver, SharedMemoryReceiver.name: SharedMemoryReceiver}
+    makers: dict[str, Callable[[Any], Receiver]] = {
+        cuda_ipc.NAME: CudaIpcReceiver,
+        SharedMemoryReceiver.name: SharedMemoryReceiver,
+        gloo_link.NAME: lambda offer: LinkReceiver(gloo_link.NAME, GlooLink),
+        nccl_link.NAME: lambda offer: _by_nccl(offer, device),
+    }
     reasons: list[str] = []
     for name in names:
         if name == SOCKET:
             return Chosen(name, None, "; ".join(reasons))
         try:
             if name not in offered:
-                raise UnavailableError("the server has none")
+                raise UnavailableError(_MISSING.get(name, "the server has none"))
             return Chosen(name, makers[name](offered[name]), "; ".join(reasons))
         except UnavailableError as error:
             reasons.append(f"{name} is not possible: {error}")
     raise UnavailableError("; ".join(reasons))
+
+
+def _by_nccl(offer: Any, device: torch.device) -> LinkReceiver:
+    """Return the trainer's side of a group of two GPUs. Raises UnavailableError."""
+    if device.type != "cuda":
+        raise UnavailableError(f"this run's device is {device}, and NCCL joins GPUs alone")
+    driver = NcclDriver(device)
+    if isinstance(offer, Mapping) and offer.get("gpu") == gpu_of(device):
+        raise UnavailableError("server and run are on one GPU, and NCCL joins two; cuda_ipc is made for that")
+    return LinkReceiver(nccl_link.NAME, partial(NcclLink, driver=driver))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deltakd.references.serving.cuda_ipc import CudaIpcReceiver, CudaIpcSender, CudaRuntime, Pool
-from deltakd.references.serving.shared_memory import UnavailableError
+from deltakd.references.serving.endpoints import UnavailableError
 from deltakd.references.serving.wire import WireError
 
 CPU = torch.device("cpu")

@@ -107,3 +107,21 @@ def test_a_server_outlives_its_trainers_mistakes(address: Address, attack: Calla
         answer = honest.take(honest.ask(REQUEST))
         honest.close()
     assert answer.tensors["teacher"].shape[0] == 2
+
+
+def test_trainers_with_more_requests_than_the_server_holds_are_answered_in_order(address: Address) -> None:
+    """Over groups of two, where the server hears between its answers that the trainer waits for one."""
+    trainers = [ServerConnection(address, TOKEN.encode(), ["teacher"], 0, transport) for transport in ("gloo", "gloo")]
+    rows = [{**REQUEST, "input_ids": REQUEST["input_ids"] + row} for row in range(70)]
+    asked = [[trainer.ask(row) for row in rows] for trainer in trainers]
+    one, other = (
+        [trainer.take(number).tensors["teacher"] for number in numbers]
+        for trainer, numbers in zip(trainers, asked, strict=True)
+    )
+    alone = ServerConnection(address, TOKEN.encode(), ["teacher"], 0, "socket")
+    for row in (0, 1, 69):
+        expected = alone.take(alone.ask(rows[row])).tensors["teacher"]
+        assert torch.equal(one[row], expected)
+        assert torch.equal(other[row], expected)
+    for trainer in (*trainers, alone):
+        trainer.close()

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from deltakd.references.serving.shared_memory import SharedMemoryReceiver, SharedMemorySender, UnavailableError
+from deltakd.references.serving.endpoints import UnavailableError
+from deltakd.references.serving.shared_memory import SharedMemoryReceiver, SharedMemorySender
 from deltakd.references.serving.transports import Offers, candidates, choose
 from deltakd.references.serving.wire import WireError
 

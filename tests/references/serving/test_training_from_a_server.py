@@ -65,7 +65,15 @@ def student(run: RunDirectory) -> bytes:
 @pytest.mark.parametrize(
     ("loss", "options"),
     [
-        ("delta_kd", ("trainer.accumulate_grad_batches=3", "data.batch_size=2", "trainer.val_every_n_steps=2")),
+        (
+            "delta_kd",
+            (
+                "trainer.accumulate_grad_batches=3",
+                "data.batch_size=2",
+                "trainer.val_every_n_steps=2",
+                "reference.transport=gloo",
+            ),
+        ),
         (
             "parallelogram",
             ("data.packing=true", "reference.ahead=5", "model.teacher.dtype=bfloat16", "reference.transport=socket"),
@@ -153,7 +161,7 @@ def test_a_run_waits_for_its_server_and_goes_on_as_if_nothing_had_happened(
 ) -> None:
     options = ("data.batch_size=2", "trainer.val_every_n_steps=3")
     live = train("delta_kd", *options, name="live")
-    asking = [*options, *at(place), "reference.wait_s=60"]
+    asking = [*options, *at(place), "reference.wait_s=60", "reference.transport=gloo"]
     overrides = world.overrides(place, "delta_kd", *asking)
     runs: list[RunDirectory] = []
     with monkeypatch.context() as patched, serving(overrides) as server:
