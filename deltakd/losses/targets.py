@@ -266,12 +266,12 @@ def shift_target(delta_weight: ScheduleSetting = 1.0, treatment: Treatment = NO_
 def bilinear_target(
     delta_weight: ScheduleSetting = 1.0, v: float = 1.0, treatment: Treatment = NO_TREATMENT
 ) -> ShiftedTarget:
-    """z_t0 + u (z_s0 − z_t0) + v (z_t − z_t0): the plane of the three models (docs/design.md#plane).
+    """z_t0 + w (z_s0 − z_t0) + v (z_t − z_t0): the plane of the three models (docs/design.md#plane).
 
-    (u, v) = (α, 1) is ``delta``, (1, β) is ``shift``.
+    (w, v) = (α, 1) is ``delta``, (1, β) is ``shift``.
 
     Args:
-        delta_weight: u.
+        delta_weight: w.
         v: the factor on the teacher's shift.
         treatment: of both shifts.
 
