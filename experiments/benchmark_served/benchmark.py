@@ -52,7 +52,6 @@ from deltakd.training.fit import make_data, make_module
 from deltakd.training.module import DistillationModule
 from deltakd.types import Batch
 
-
 LIVE, ALONE = "live, both cores", "live, one core"
 SFT = "no references, one core"
 
