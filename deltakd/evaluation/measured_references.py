@@ -103,7 +103,8 @@ class MeasuredReferences:
         pair: int = 1,
     ) -> None:
         self._models = models
-        self._pair = pair
+        #: Role -> its name in the config.
+        self._names = names_of_pair(WANTED, pair)
         self._served = served
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
@@ -122,10 +123,16 @@ class MeasuredReferences:
             served.to(device)
 
     def missing(self) -> dict[str, str]:
-        """Return role -> why it is not available, as far as the config shows without loading a model."""
+        """Return role, by its name in the config -> why it is not available, without loading a model."""
         there = frozenset(self._loaded) | (frozenset() if self._cached is None else self._cached.roles)
         reasons = {role: self._reason(role) for role in WANTED if role not in there}
-        return {role: reason for role, reason in reasons.items() if reason}
+        return {self._names[role]: reason for role, reason in reasons.items() if reason}
+
+    def held_for(self, models: ModelSettings) -> dict[str, LanguageModel]:
+        """Return role -> model in memory, of the roles that have the same model in other settings."""
+        return {
+            role: model for role, model in self._loaded.items() if spec_of(self._models, role) == spec_of(models, role)
+        }
 
     def _is_named(self, role: str) -> bool:
         """Return True if the config names a trained model for the role, whose absence is worth reporting."""
@@ -138,12 +145,13 @@ class MeasuredReferences:
         if spec is None or spec.path is None or spec.init == "random":
             if role == STUDENT_RAW and self._models.specs[STUDENT].init == "random":
                 return "model.student.init=random has no trained self; the run began from scratch"
-            return f"model.{role}.path is missing; give a hub id or a local directory: model.{role}.path=..."
-        problems = spec_problems(role, spec)
+            key = f"model.{self._names[role]}.path"
+            return f"{key} is missing; give a hub id or a local directory: {key}=..."
+        problems = spec_problems(self._names[role], spec)
         if problems:
             return "; ".join(problems)
         try:
-            load_config(role, spec, trust_remote_code=self._models.trust_remote_code)
+            load_config(self._names[role], spec, trust_remote_code=self._models.trust_remote_code)
         except ValueError as error:
             return str(error)
         return ""
@@ -174,7 +182,7 @@ class MeasuredReferences:
         vocabulary = min([self._vocabulary, *(of[role] for of in of_ranks for role in roles)])
         lacking = [role for role in wanted if role not in roles and self._is_named(role)]
         if lacking:
-            log.info("%s is measured without %s.", name, ", ".join(lacking))
+            log.info("%s is measured without %s.", name, ", ".join(self._names[role] for role in lacking))
         parts: dict[str, References] = {}
         if self._cached is not None and roles & cached:
             parts["cached"] = self._cached
@@ -218,8 +226,8 @@ class MeasuredReferences:
                 return None
             if content["tokenizer"] != tokenizer_fingerprint(self._tokenizer):
                 return None
-            names = names_of_pair(WANTED, self._pair)
-            held = {role: content["models"][name] for role, name in names.items() if name in content["models"]}
+            there = content["models"]
+            held = {role: there[name] for role, name in self._names.items() if name in there}
             specs = {role: spec_of(self._models, role) for role in WANTED if role in held}
             roles = [
                 role for role, spec in specs.items() if not cached_model_problems(role, spec, held[role], str(path))
@@ -240,7 +248,8 @@ class MeasuredReferences:
             positions = position_limit(model.causal_lm)
             if positions is not None and longest > positions:
                 self.reasons[role] = f"it has positions for {positions} tokens, but a row has {longest}"
-                log.warning("The %s has positions for %d tokens, but a row has %d.", role, positions, longest)
+                named = self._names[role]
+                log.warning("The %s has positions for %d tokens, but a row has %d.", named, positions, longest)
                 continue
             found[role] = model
         return found
@@ -255,7 +264,7 @@ class MeasuredReferences:
                 log.warning(
                     "The %s does not fit beside the student, so its measures are left out "
                     "(evaluation.measures.references=none loads no model): %s",
-                    role,
+                    self._names[role],
                     error,
                 )
                 self.reasons[role] = f"it does not fit beside the student ({error})"
@@ -279,7 +288,8 @@ class MeasuredReferences:
                 self._loaded[role] = open_reference(role, spec, self._models, self._tokenizer, self._vocabulary)
             except (ValueError, OSError, torch.OutOfMemoryError) as error:
                 self.reasons[role] = str(error)
-                log.warning("The %s is not available, so its measures are left out: %s", role, error)
+                named = self._names[role]
+                log.warning("The %s is not available, so its measures are left out: %s", named, error)
         if role not in self._loaded:
             self._given_up.add(role)
         return self._loaded.get(role)

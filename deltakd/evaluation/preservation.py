@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,15 +20,19 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from deltakd.data import DataConfig, Encoded, EncodedSet
+from deltakd.data.encoding.encoded_set import ANY_TASK
+from deltakd.data.encoding.token_cache import fingerprint
+from deltakd.data.routing import with_tasks
 from deltakd.data.sources.records import missing_sources
 from deltakd.evaluation.answer_tokens import AnswerToken, Pieces
-from deltakd.evaluation.measured_references import WANTED, HeadSource, MeasuredReferences
+from deltakd.evaluation.measured_references import WANTED, MeasuredReferences
 from deltakd.evaluation.settings import MeasureSettings
 from deltakd.evaluation.teacher_forced import MeasuredBatch, first_rows, measured_batches
 from deltakd.evaluation.token_groups import (
     CLASSES,
     MEASURES,
     POSITIONS,
+    Group,
     Preservation,
     ViewedRow,
     ViewedToken,
@@ -46,6 +50,7 @@ from deltakd.models.identity import model_fingerprint, model_identity, spec_of
 from deltakd.models.roles import open_exported
 from deltakd.models.vocabulary import vocabulary_of
 from deltakd.references import CacheSettings, ReferenceSettings
+from deltakd.references.routed import names_of_pair, routed_roles
 from deltakd.types import ROLES, STUDENT, Head
 
 __all__ = ["FILE", "Preservation", "RecordedRun", "measure_preservation"]
@@ -171,24 +176,35 @@ class _Subject:
         config = load_config("student", spec, trust_remote_code=self.run.models.trust_remote_code)
         return vocabulary_of(self.tokenizer, config)
 
-    @cached_property
-    def references(self) -> MeasuredReferences:
-        """The source of the frozen models."""
-        given = self.run.references
+    @property
+    def pairs(self) -> list[int]:
+        """Numbers of the pairs of teachers that judge rows."""
+        return sorted(set((self.run.models.routes or {ANY_TASK: 1}).values()))
+
+    def references(self, pair: int, earlier: MeasuredReferences | None = None) -> MeasuredReferences:
+        """Return the source of the frozen models, with the teachers of a pair.
+
+        Args:
+            pair: its number.
+            earlier: of another pair, which may hold some of these models.
+        """
+        given, models = self.run.references, self.run.models.of_pair(pair)
         return MeasuredReferences(
-            self.run.models,
+            models,
             self.tokenizer,
             self.vocabulary,
             given if isinstance(given, CacheSettings) else None,
-            {},
+            {} if earlier is None else earlier.held_for(models),
             given.placement,
             self.run.device,
+            pair=pair,
         )
 
     @cached_property
     def missing_models(self) -> list[str]:
         """The models that are not available, one sentence each."""
-        return [f"{role}: {reason}" for role, reason in self.references.missing().items()]
+        reasons = {role: reason for pair in self.pairs for role, reason in self.references(pair).missing().items()}
+        return [f"{role}: {reason}" for role, reason in reasons.items()]
 
     def missing_data(self) -> list[str]:
         """Return the problems with the rows that are known without reading them, one sentence each."""
@@ -206,21 +222,29 @@ class _Subject:
         """
         data = self.run.data
         data.make_files()
-        encoded = data.load(self.tokenizer).val
-        if encoded is None or len(encoded) == 0:
+        sets = data.load(self.tokenizer)
+        if sets.val is None or len(sets.val) == 0:
             raise ValueError("no validation row is left")
-        return encoded
+        return with_tasks(sets.val, sets.val_rows, self.run.models.routes)
 
     def identity(self, held_out: EncodedSet | None) -> dict[str, Any]:
         """Return the inputs of the results; None for an absent one (a hub model before its first download)."""
         return {
             "version": VERSION,
             STUDENT: model_fingerprint(self.run.directory.student),
-            **{role: _version(self.run.models, role) for role in WANTED},
-            "rows": None if held_out is None else held_out.fingerprint,
+            **{role: _version(self.run.models, role) for role in routed_roles(WANTED, self.pairs)},
+            "rows": None if held_out is None else _rows_identity(held_out),
             "limit": "all" if self.limit is None else self.limit,
             "views": self.views,
         }
+
+
+def _rows_identity(held_out: EncodedSet) -> str:
+    """Return what identifies the rows, and their tasks and judges if they have some."""
+    tasks = held_out.tasks
+    if tasks is None:
+        return held_out.fingerprint
+    return fingerprint(held_out.fingerprint, tasks.numbers.tolist(), list(tasks.names), list(tasks.routes))
 
 
 def _version(models: ModelSettings, role: str) -> dict[str, Any] | None:
@@ -244,32 +268,55 @@ def _measure(subject: _Subject, held_out: EncodedSet) -> Preservation:
     longest, positions = int(held_out.lengths[rows].max()), position_limit(model)
     if positions is not None and longest > positions:
         raise ValueError(f"it has positions for {positions} tokens, but a row has {longest}")
-    source = subject.references.source(f"shift preservation of {run.name}", held_out, rows)
-    lacking = [role for role in WANTED if role not in source.roles]
-    if lacking:
-        return Preservation(missing=[f"{role}: {subject.references.reasons[role]}" for role in lacking])
-    return _figures(subject, model, source, held_out, rows)
+    try:
+        return _figures(subject, held_out, _judged_batches(subject, model, held_out, rows), len(rows))
+    except _LackingError as error:
+        return Preservation(missing=error.missing)
+
+
+class _LackingError(Exception):
+    """Some models can't be used; says which, and why, one sentence each."""
+
+    def __init__(self, missing: list[str]) -> None:
+        super().__init__()
+        self.missing = missing
+
+
+def _judged_batches(
+    subject: _Subject, model: torch.nn.Module, held_out: EncodedSet, rows: NDArray[np.int64]
+) -> Iterator[MeasuredBatch]:
+    """Yield the rows in batches, each measured against the pair of teachers that judges it.
+
+    Raises:
+        _LackingError: models can't be used.
+    """
+    tasks, earlier = held_out.tasks, None
+    routed = tasks is not None and tasks.routed
+    for pair in subject.pairs:
+        own = rows[tasks.pairs[rows] == pair] if tasks is not None and routed else rows
+        if not len(own):
+            continue
+        references = subject.references(pair, earlier)
+        source = references.source(f"shift preservation of {subject.run.name}", held_out, own)
+        names = names_of_pair(WANTED, pair)
+        lacking = [role for role in WANTED if role not in source.roles]
+        if lacking:
+            raise _LackingError([f"{names[role]}: {references.reasons[role]}" for role in lacking])
+        size = subject.run.data.full_rows
+        yield from measured_batches(model, source, subject.tokenizer, held_out, own, batch_size=size, with_shifts=True)
+        earlier = references
 
 
 def _figures(
-    subject: _Subject, model: torch.nn.Module, source: HeadSource, held_out: EncodedSet, rows: NDArray[np.int64]
+    subject: _Subject, held_out: EncodedSet, batches: Iterator[MeasuredBatch], total_rows: int
 ) -> Preservation:
     pieces = Pieces(subject.tokenizer)
     values: defaultdict[str, list[NDArray[np.float64]]] = defaultdict(list)
     row_numbers: list[int] = []
     answers: list[AnswerToken] = []
     viewed: dict[int, ViewedRow] = {}
-    batches = measured_batches(
-        model,
-        source,
-        subject.tokenizer,
-        held_out,
-        rows,
-        batch_size=subject.run.data.full_rows,
-        with_shifts=True,
-    )
     done = 0
-    with progress_bar(f"shift preservation of {subject.run.name}", len(rows), True) as advance:
+    with progress_bar(f"shift preservation of {subject.run.name}", total_rows, True) as advance:
         for batch in batches:
             for name in MEASURES:
                 values[name].append(getattr(batch.measures, name).cpu().numpy())
@@ -291,8 +338,20 @@ def _figures(
         overall=summarise(arrays, row_of_N),
         by_position=summarise_tokens(arrays, row_of_N, bins, POSITIONS),
         by_class=summarise_tokens(arrays, row_of_N, [token.kind for token in answers], CLASSES),
+        by_task=_by_task(held_out, arrays, row_of_N),
         token_view=[viewed[row] for row in sorted(viewed)],
     )
+
+
+def _by_task(
+    held_out: EncodedSet, arrays: Mapping[str, NDArray[np.float64]], row_of_N: NDArray[np.int64]
+) -> dict[str, Group]:
+    """Return the tokens of each task as a group; none if there is one task."""
+    tasks = held_out.tasks
+    if tasks is None or len(tasks.names) < 2:
+        return {}
+    names = [tasks.names[number] or "" for number in tasks.numbers[row_of_N]]
+    return summarise_tokens(arrays, row_of_N, names, [name for name in tasks.names if name])
 
 
 def _view(

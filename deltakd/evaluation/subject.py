@@ -17,7 +17,8 @@ from deltakd.evaluation.settings import EvaluationSettings
 from deltakd.evaluation.span_measures import SpanTeacher
 from deltakd.models import LanguageModel, ModelSettings
 from deltakd.references import CacheSettings, LiveSettings, ReferenceSettings, ServedReferences
-from deltakd.types import device_of, teacher_pair
+from deltakd.references.routed import names_of_pair
+from deltakd.types import device_of
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,14 @@ class Subject:
     served: ServedReferences | None = None
 
 
+def of_pair(loaded: Mapping[str, LanguageModel], pair: int) -> dict[str, LanguageModel]:
+    """Return role -> model of those loaded, in which the teachers of a pair are ``teacher`` and ``teacher_raw``."""
+    roles = names_of_pair(WANTED, pair)
+    # Roles that share a model share it under their other names, too.
+    named = {id(model): model.with_roles(roles) for model in loaded.values()}
+    return {role: named[id(loaded[held])] for role, held in roles.items() if held in loaded}
+
+
 @final
 class Judges:
     """The references to measure a student against, one source for each pair of teachers.
@@ -82,15 +91,15 @@ class Judges:
             return None
         if evaluation.measures.references == "none":
             return None
-        names = dict(zip(teacher_pair(1), teacher_pair(pair), strict=True))
-        roles = {role: names.get(role, role) for role in WANTED}
-        own = {role: subject.loaded[held] for role, held in roles.items() if held in subject.loaded}
+        models = subject.models.of_pair(pair)
+        earlier = [made for made in self._made.values() if made is not None]
+        loaded = {role: model for made in earlier for role, model in made.held_for(models).items()}
         return MeasuredReferences(
-            subject.models.of_pair(pair),
+            models,
             subject.tokenizer,
             subject.vocabulary,
             subject.references if isinstance(subject.references, CacheSettings) else None,
-            own,
+            loaded | of_pair(subject.loaded, pair),
             subject.references.placement,
             device_of(subject.model),
             subject.served,

@@ -95,6 +95,7 @@ class Preservation:
         by_position: bin of POSITIONS -> its tokens; bins without tokens are absent.
         by_class: likewise, one of CLASSES.
         token_view: the first rows, token by token.
+        by_task: task of the rows -> its tokens; empty if they have one or none.
     """
 
     missing: list[str] = field(default_factory=list)
@@ -103,10 +104,11 @@ class Preservation:
     by_position: dict[str, Group] = field(default_factory=dict)
     by_class: dict[str, Group] = field(default_factory=dict)
     token_view: list[ViewedRow] = field(default_factory=list)
+    by_task: dict[str, Group] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Return dicts, lists, numbers, strings and None only."""
-        return asdict(self)
+        """Return dicts, lists, numbers, strings and None only; ``by_task`` only if there are tasks."""
+        return {key: value for key, value in asdict(self).items() if value or key != "by_task"}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Preservation:
@@ -122,6 +124,7 @@ class Preservation:
                 overall=None if value["overall"] is None else _group_from(value["overall"]),
                 by_position={name: _group_from(group) for name, group in value["by_position"].items()},
                 by_class={name: _group_from(group) for name, group in value["by_class"].items()},
+                by_task={name: _group_from(group) for name, group in value.get("by_task", {}).items()},
                 token_view=[_row_from(row) for row in value["token_view"]],
             )
         except (KeyError, TypeError, AttributeError) as error:

@@ -202,6 +202,17 @@ class LanguageModel(nn.Module):
             # Switching an adapter on again makes it trainable.
             model.requires_grad_(False)
 
+    def with_roles(self, roles: Mapping[str, str]) -> LanguageModel:
+        """Return the same weights under other roles; the model itself if it has no adapters.
+
+        Args:
+            roles: other role -> role of this model, or of another one.
+        """
+        if not self.adapters:
+            return self
+        adapters = {other: self.adapters[role] for other, role in roles.items() if role in self.adapters}
+        return LanguageModel(self.hf, self.vocabulary, adapters)
+
     @contextmanager
     def adapter_off(self) -> Iterator[None]:
         """Disable the LoRA adapter and enable eval mode; restore both on exit."""

@@ -95,10 +95,10 @@ def mean_and_stderr(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def beyond_tables(methods: Sequence[Method]) -> list[BeyondTable]:
-    """Return a table for each set with any measure, held-out rows first."""
+    """Return a table for each set with any measure, held-out rows and their tasks first."""
     figures = {method.label: [_measures_of(run) for run in method.finished] for method in methods}
     names = dict.fromkeys(key.rpartition("/")[0] for of in figures.values() for run in of for key in run)
-    return [_table(name, methods, figures) for name in sorted(names, key=lambda name: name != "val")]
+    return [_table(name, methods, figures) for name in sorted(names, key=lambda name: name.partition("/")[0] != "val")]
 
 
 def _measures_of(run: Run) -> dict[str, float]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from deltakd.evaluation import METRIC_TITLES, main_metric
-from deltakd.evaluation.token_groups import Preservation, ViewedRow
+from deltakd.evaluation.token_groups import Group, Preservation, ViewedRow
 from deltakd.results.beyond import MEASURES
 from deltakd.results.figures import mean_and_error
 from deltakd.results.methods import Method, row_ids
@@ -44,27 +44,35 @@ _PRESERVED = {
 
 @dataclass(frozen=True)
 class PreservedRow:
-    """Shift preservation of a method over all tokens: (mean, standard error or "") for each measure."""
+    """Shift preservation of a method over all tokens, or those of a task: (mean, standard error or "") per measure."""
 
     label: str
+    task: str | None
     cells: list[tuple[str, str]]
     tokens: int
     rows: int
 
 
 def preserved_rows(measured: Mapping[str, Sequence[Preservation]]) -> list[PreservedRow]:
-    """Return one row for each method."""
-    return [_preserved_row(label, runs) for label, runs in measured.items()]
+    """Return one row for each method, and one for each of its tasks if there are several."""
+    found = []
+    for label, runs in measured.items():
+        overall = [{"all": run.overall} for run in runs if run.overall is not None]
+        found.append(_preserved_row(label, None, overall, "all"))
+        tasks = dict.fromkeys(task for run in runs for task in run.by_task)
+        found += [
+            _preserved_row(label, task, [run.by_task for run in runs if task in run.by_task], task) for task in tasks
+        ]
+    return found
 
 
-def _preserved_row(label: str, runs: Sequence[Preservation]) -> PreservedRow:
-    overall = [{"all": run.overall} for run in runs if run.overall is not None]
+def _preserved_row(label: str, task: str | None, runs: Sequence[Mapping[str, Group]], name: str) -> PreservedRow:
     cells = []
     for measure, (scale, digits) in _PRESERVED.items():
-        mean, error = mean_and_error(overall, "all", measure)
+        mean, error = mean_and_error(runs, name, measure)
         text = "–" if math.isnan(mean) else f"{mean * scale:.{digits}f}".replace("-", "−")
         cells.append((text, "" if math.isnan(error) else f"{error * scale:.{digits}f}"))
-    return PreservedRow(label, cells, sum(g["all"].tokens for g in overall), max(g["all"].rows for g in overall))
+    return PreservedRow(label, task, cells, sum(run[name].tokens for run in runs), max(run[name].rows for run in runs))
 
 
 def token_view(measured: Mapping[str, Sequence[Preservation]]) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from deltakd.evaluation.subject import of_pair
 from deltakd.io.errors import ConfigError
 from deltakd.io.run_directory import RunDirectory
 from deltakd.models import LanguageModel, ModelSettings, ModelSpec
@@ -83,6 +84,10 @@ def test_two_teachers_and_their_raw_teacher_share_one_set_of_weights(base: Path,
     # The order of roles leaves nothing behind: a second call gives the same bits.
     again = references(make_batch())
     assert all(torch.equal(again[role].hidden, heads[role].hidden) for role in heads)
+    # Measures call the teacher of the pair that judges a row `teacher`.
+    judges = LiveReferences(of_pair({"teacher": model, "teacher_2": model}, 2))(make_batch())
+    assert judges.keys() == {"teacher"}
+    assert torch.equal(judges["teacher"].hidden, heads["teacher_2"].hidden)
 
 
 def test_roles_with_the_same_model_run_once(base: Path) -> None:

@@ -23,6 +23,7 @@ from deltakd.models import LanguageModel, ModelSettings, ModelSpec
 from deltakd.models.roles import open_model, open_tokenizer
 from deltakd.references import LiveReferences, RoutedReferences
 from deltakd.references.routed import routed_roles
+from deltakd.report import preservation_of
 from deltakd.training.assembly import open_references, read_vocabularies
 from deltakd.training.step import DistillationStep
 from deltakd.types import IGNORE_INDEX, Batch
@@ -113,6 +114,7 @@ def write_tasks(path: Path, n: int, seed: int) -> Path:
     return write_rows(path, rows)
 
 
+@pytest.mark.slow
 def test_a_run_with_two_pairs_scores_and_measures_each_task(world: World, train: Train, tmp_path: Path) -> None:
     data = {
         name: write_tasks(tmp_path / f"{name}.jsonl", n, seed)
@@ -142,6 +144,15 @@ def test_a_run_with_two_pairs_scores_and_measures_each_task(world: World, train:
     # The second pair has no shift: its teacher is its raw teacher.
     assert "val/short/shift_correlation" not in summary
     assert "val/long/shift_correlation" in summary
+    # The report measures each row against its own pair, too.
+    figures = preservation_of(run)
+    assert figures.overall is not None
+    groups = {"val": figures.overall} | {f"val/{task}": group for task, group in figures.by_task.items()}
+    assert groups.keys() == {"val", "val/long", "val/short"}
+    for name, group in groups.items():
+        assert group.tokens == summary["meta"]["measured"][name]["tokens"]
+        assert group.measures["kl_teacher"].mean == pytest.approx(summary[f"{name}/kl_teacher"], rel=1e-9)
+    assert groups["val/short"].measures["correlation"].mean is None
 
 
 def test_pairs_that_share_a_raw_teacher_share_its_weights(world: World, tmp_path: Path) -> None:

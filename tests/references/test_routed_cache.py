@@ -134,6 +134,29 @@ def test_each_task_is_measured_from_the_cache(routed: Routed, tmp_path: Path, mo
     assert mine["meta"]["measured"]["val/short"]["references"] == "cached"
 
 
+@pytest.mark.slow
+def test_the_errors_of_a_few_tokens_are_those_of_the_worst_pair(routed: Routed, tmp_path: Path) -> None:
+    """Each pair's are those of a cache of its own rows alone, without routes; K meets the target for both."""
+    few = ("reference.store=topk", "reference.k=64", "reference.dtype=float32", "data.val=null")
+    rows = [json.loads(line) for line in (routed.root / "train.jsonl").read_text().splitlines()]
+    alone = {}
+    for task, suffix in (("long", ""), ("short", "_2")):
+        data = write_rows(tmp_path / f"{task}.jsonl", [row for row in rows if row["task"] == task])
+        root = routed.root if suffix else routed.world.root
+        pair = [f"model.{role}.path={root / (role + suffix)}" for role in ("teacher", "teacher_raw")]
+        extra = (*few, "model.routes=null", f"data.train={data}", *pair, f"reference.path={tmp_path / task}")
+        [alone[task]] = make_cache(routed.cached(tmp_path / "unused", *extra))["sample"]
+    together = (*few, f"reference.path={tmp_path / 'both'}")
+    [both] = make_cache(routed.cached(tmp_path / "unused", *together))["sample"]
+    for name in ("loss_error", "gradient_error"):
+        assert both[name] == pytest.approx(max(one[name] for one in alone.values()), rel=1e-2)
+    assert alone["long"]["loss_error"] != pytest.approx(alone["short"]["loss_error"], rel=0.1)
+    assert both["kept_mass"]["teacher_2"] == pytest.approx(alone["short"]["kept_mass"]["teacher"], abs=1e-5)
+    target = max(both["loss_error"], both["gradient_error"])
+    wanted = ("reference.k=null", f"reference.target_error={1.01 * target:g}", f"reference.path={tmp_path / 'target'}")
+    assert make_cache(routed.cached(tmp_path / "unused", *few, *wanted))["k"] <= 64
+
+
 REFUSED: dict[str, tuple[str, ...]] = {
     r"model.routes.short is 1 \(teacher and teacher_raw\), but the cache .* with 2 \(teacher_2 and teacher_raw_2\)": (
         "model.routes={long: 1, short: 1}",

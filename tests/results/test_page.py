@@ -31,7 +31,8 @@ def preservation(text: str = " word", missing: tuple[str, ...] = ()) -> Preserva
     candidates = {role: [(text, 0.75), ("\n", 0.125)] for role in roles}
     tokens = [ViewedToken(text, 1.5, -0.5, 0.25, candidates), ViewedToken("\n", None, 0.0, None, candidates)] * 6
     views = [ViewedRow(3, f"Say\n\n{text}", tokens), ViewedRow(5, "Second\nprompt", tokens)]
-    return Preservation([], {}, group, {"0": group, "1": group}, {"word start": group, "end of text": group}, views)
+    by_class = {"word start": group, "end of text": group}
+    return Preservation([], {}, group, {"0": group, "1": group}, by_class, views, {f"a task,{text}": group})
 
 
 def page_on(folder: Path, text: str = " word") -> Page:
@@ -73,6 +74,7 @@ def test_the_page_shows_everything_and_needs_nothing_else(tmp_path: Path) -> Non
     page = parsed(text)
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
+    assert "a task, word" in page.text
     sections = {attributes["id"] for tag, attributes in page.tags if tag == "section"}
     shown = "results beyond weights curves parts preservation tokens answers cost runs"
     assert sections == set(shown.split())
