@@ -44,8 +44,8 @@ def check_image_models(settings: RunSettings, rows: Sequence[Row], tokenizer: Pr
         raise ConfigError(problems)
 
 
-def served_images(settings: RunSettings, tokenizer: PreTrainedTokenizerBase, processes: int) -> dict[str, Any]:
-    """Return what trainers must know of a server of this many processes before they send images.
+def served_images(settings: RunSettings, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return what trainers must know of a server before they send images.
 
     Returns:
         ``processor``: what identifies the student's; None: it has none. ``problems``: why the models can't read images.
@@ -57,13 +57,7 @@ def served_images(settings: RunSettings, tokenizer: PreTrainedTokenizerBase, pro
         reader = reader_beside(tokenizer)
     except ImageError as error:
         return {"processor": None, "problems": [str(error)]}
-    problems = _model_problems(settings, reader)
-    if processes > 1:
-        problems.append(
-            f"it has {processes} processes, which divide rows of text alone; rows with images need a server of one "
-            "process"
-        )
-    return {"processor": fingerprint(reader.identity), "problems": problems}
+    return {"processor": fingerprint(reader.identity), "problems": _model_problems(settings, reader)}
 
 
 def server_problems(reader: ImageReader, content: Mapping[str, Any], url: object) -> list[str]:

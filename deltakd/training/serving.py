@@ -97,7 +97,7 @@ def _content(
         "student_vocabulary": student_vocabulary(settings, tokenizer),
         "positions": min(limits, default=None),
         "packing": settings.data.packing,
-        "images": served_images(settings, tokenizer, dist.get_world_size() if dist.is_initialized() else 1),
+        "images": served_images(settings, tokenizer),
         "k": None,
         "temperature": None,
         "models": {role: model_identity(spec) for role, spec in specs.items() if spec is not None},

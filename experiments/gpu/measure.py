@@ -45,7 +45,7 @@ class Part:
     name: str
     budget: int
     command: tuple[str, ...]
-    tiny: tuple[str, ...]
+    tiny: tuple[str, ...] = ()
     large: tuple[str, ...] = ()
 
 
@@ -55,6 +55,9 @@ SIDE_BY_SIDE = ("-n", "8") if importlib.util.find_spec("xdist") else ()
 #: In the order in which they run: the most valuable first.
 PARTS = (
     Part("kernel_tests", 60, ("-m", "pytest", "tests/kernels"), ("-k", "products", "-x"), SIDE_BY_SIDE),
+    Part(
+        "serving_tests", 19, ("-m", "pytest", *(f"tests/references/serving/test_{n}.py" for n in ("cuda_ipc", "links")))
+    ),
     Part("loss", 80, ("loss.py",), ("--tokens", "64", "--width", "32", "--vocabulary", "512")),
     Part("step_gpt2", 110, ("step.py",), ("--shape", "tiny_gpt2", "--batch", "4", "--length", "32", "--steps", "2")),
     Part("correctness", 80, ("correctness.py",), ("--steps", "6")),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,11 +15,13 @@ from PIL import Image
 from deltakd.cache import make_cache
 from deltakd.config.build import make_settings
 from deltakd.config.compose import compose_config
-from deltakd.io.errors import ConfigError
+from deltakd.io.errors import ConfigError, ServerError
 from deltakd.io.run_directory import RunDirectory
+from deltakd.references.serving.address import Address
+from deltakd.references.serving.connection import ServerConnection
 from deltakd.references.serving.secret import TOKEN_VARIABLE
 from deltakd.training.run import run_training
-from tests.distributed.processes import on_ranks
+from tests.distributed.processes import free_port, on_ranks
 from tests.references.serving.servers import TOKEN, serving
 from tests.rollouts.runs import assert_same_student, column, stop_after, weights
 from tests.tiny import World
@@ -132,6 +137,50 @@ def test_a_server_serves_the_losses_of_live_references(
         other = save_vision_model(tmp_path / "of_larger_images", seed=0, family=family, pixels=112)
         with pytest.raises(ConfigError, match="has another image processor for the student"):
             train("delta_kd", *chosen, *served, f"model.student.path={other}", name="larger")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "sharding"), [("idefics3", "replicate"), ("qwen2_vl", "shard")])
+def test_a_server_of_two_processes_runs_rows_with_images(
+    family: str,
+    sharding: str,
+    models: Path,
+    world: World,
+    train: Train,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Bit for bit: such rows are not divided. Images that no model can read are refused, and the server lives on."""
+    monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
+    address = f"unix://{tmp_path / 'socket'}"
+    chosen = [*on_images(models, tmp_path, family), "trainer.accelerator=cpu"]
+    served = ["reference=served", f"reference.url={address}", "reference.wait_s=300"]
+    live = train("delta_kd", *chosen, name="live")
+    overrides = world.overrides(tmp_path / "server", "delta_kd", *chosen, *served, f"reference.sharding={sharding}")
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(free_port()),
+    ]
+    with (tmp_path / "server.log").open("w") as log:
+        command = [*torchrun, "-m", "deltakd.serve", *overrides]
+        server = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
+    try:
+        reached = ServerConnection(Address.parse(address, "url"), TOKEN.encode(), ["teacher"], 300)
+        ids = torch.tensor([[5, 6, 7, 8]], dtype=torch.int32)
+        mask = torch.ones(1, 4, dtype=torch.bool)
+        rows = {"input_ids": ids, "attention_mask": mask, "trained": mask, "images.pixel_values": torch.ones(3, 5)}
+        with pytest.raises(ServerError, match="refused a batch"):
+            reached.take(reached.ask(rows))
+        reached.close()
+        assert_same_student(train("delta_kd", *chosen, *served, name="served"), live)
+    finally:
+        server.terminate()
+        server.wait()
 
 
 def _run(overrides: list[str], directory: Path) -> None:

@@ -42,6 +42,11 @@ def request_of(batch: TokenStream) -> dict[str, Tensor]:
     return found
 
 
+def images_of(request: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a request's tensors of images, by their names in it."""
+    return {name: tensor for name, tensor in request.items() if name.startswith(_IMAGES)}
+
+
 def batch_of(tensors: Mapping[str, Tensor], packing: bool, vocabulary: int, longest: int | None) -> Batch:
     """Return the batch of a request, padded as the trainer's, so that the models compute the same numbers.
 
@@ -54,7 +59,7 @@ def batch_of(tensors: Mapping[str, Tensor], packing: bool, vocabulary: int, long
     Raises:
         ValueError: they are no request, or the models can't run them.
     """
-    images = {name.removeprefix(_IMAGES): tensor for name, tensor in tensors.items() if name.startswith(_IMAGES)}
+    images = {name.removeprefix(_IMAGES): tensor for name, tensor in images_of(tensors).items()}
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_IMAGES)}
     kinds = {"input_ids": torch.int32, "attention_mask": torch.bool, "trained": torch.bool}
     found = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}

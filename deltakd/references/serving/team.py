@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal, final
@@ -14,13 +15,16 @@ from deltakd.distributed.ranks import START_TIMEOUT
 from deltakd.io.errors import LostServerError
 from deltakd.models import LanguageModel
 from deltakd.references.live import LiveReferences
-from deltakd.references.serving.requests import batch_of
+from deltakd.references.serving.requests import batch_of, images_of
+from deltakd.references.serving.wire import describe, read_description
 from deltakd.types import Batch, Head
 
 #: How several processes hold the models (``reference.sharding``).
 Sharding = Literal["replicate", "shard", "tensor"]
 #: What the first process tells the others.
 _STOP, _WAIT, _RUN = range(3)
+#: Numbers in which it does.
+_SAID = 5
 
 
 @final
@@ -28,7 +32,8 @@ class Team:
     """Runs the models for a server, alone or with the other processes that it was started with.
 
     Whole or sharded models (FSDP2) get a part of each request's rows in every process; models that are split by tensor
-    parallelism run all rows together.
+    parallelism run all rows together. Rows with images are not divided: how their tensors belong to the rows differs
+    from family to family. Whole models run them in the first process, others in all processes together.
 
     Args:
         models: role -> model.
@@ -50,7 +55,7 @@ class Team:
     ) -> None:
         self._roles = sorted(models)
         self._device = device
-        self._splits_rows = sharding != "tensor"
+        self._sharding = sharding
         self._packing = packing
         self._vocabulary = vocabulary
         self._positions = positions
@@ -61,10 +66,7 @@ class Team:
 
     def checked(self, request: Mapping[str, Tensor]) -> Batch:
         """Return a request's batch. Raises ValueError if it is none, or the models can't run it."""
-        batch = batch_of(request, self._packing, self._vocabulary, self._positions)
-        if self._size > 1 and batch.images is not None:
-            raise ValueError("a server of several processes divides rows of text alone")
-        return batch
+        return batch_of(request, self._packing, self._vocabulary, self._positions)
 
     def run(
         self, roles: Collection[str], request: Mapping[str, Tensor], batch: Batch
@@ -83,15 +85,23 @@ class Team:
             RuntimeError: the models fail, in a server of one process.
             LostServerError: they fail in one of several, or it is gone.
         """
-        if self._size == 1:
+        images = images_of(request)
+        if self._size == 1 or (images and self._sharding == "replicate"):
             return _named(self._heads(roles, batch))
         with _lost("a process of this server failed or is gone"):
             ids_BT = request["input_ids"]
             mask = sum(1 << place for place, role in enumerate(self._roles) if role in roles)
-            self._tell(_RUN, *ids_BT.shape, mask)
+            description = json.dumps(describe(images)).encode() if images else b""
+            self._tell(_RUN, *ids_BT.shape, mask, len(description))
             content = torch.stack([ids_BT, *(request[name].int() for name in ("attention_mask", "trained"))])
             dist.broadcast(content, 0)
-            listed, own = _named(self._own_part(roles, content))
+            if images:
+                dist.broadcast(torch.frombuffer(bytearray(description), dtype=torch.uint8), 0)
+                for tensor in images.values():
+                    _broadcast(tensor.contiguous())
+            listed, own = self._run_own(roles, content, images)
+            if not self._divides(images):
+                return listed, own
             return listed, {name: self._gathered(hidden, batch) for name, hidden in own.items()}
 
     def follow(self) -> None:
@@ -102,14 +112,20 @@ class Team:
         """
         with _lost("this process of the server failed, or the first one is gone"):
             while (said := self._heard())[0] != _STOP:
-                if said[0] == _RUN:
-                    content = torch.empty(3, said[1], said[2], dtype=torch.int32)
-                    dist.broadcast(content, 0)
-                    roles = [role for place, role in enumerate(self._roles) if said[3] >> place & 1]
-                    _, own = _named(self._own_part(roles, content))
-                    if self._splits_rows:
-                        for hidden in own.values():
-                            dist.send(hidden.contiguous(), 0)
+                if said[0] != _RUN:
+                    continue
+                content = torch.empty(3, said[1], said[2], dtype=torch.int32)
+                dist.broadcast(content, 0)
+                images = self._heard_images(said[4])
+                roles = [role for place, role in enumerate(self._roles) if said[3] >> place & 1]
+                try:
+                    _, own = self._run_own(roles, content, images)
+                except _ImagesError:
+                    # The first process says so to the trainer.
+                    continue
+                if self._divides(images):
+                    for hidden in own.values():
+                        dist.send(hidden.contiguous(), 0)
 
     def wait(self) -> None:
         """Let the others know that nothing is wrong, long before they take the first process for dead.
@@ -128,40 +144,75 @@ class Team:
                 self._tell(_STOP)
 
     def _tell(self, *said: int) -> None:
-        dist.broadcast(torch.tensor([*said, *[0] * (4 - len(said))]), 0)
+        dist.broadcast(torch.tensor([*said, *[0] * (_SAID - len(said))]), 0)
 
     def _heard(self) -> list[int]:
-        said = torch.empty(4, dtype=torch.int64)
+        said = torch.empty(_SAID, dtype=torch.int64)
         dist.broadcast(said, 0)
         found: list[int] = said.tolist()
         return found
+
+    def _heard_images(self, size: int) -> dict[str, Tensor]:
+        """Return the images of a request.
+
+        Args:
+            size: bytes of their description; 0: there are none.
+        """
+        if not size:
+            return {}
+        description = torch.empty(size, dtype=torch.uint8)
+        dist.broadcast(description, 0)
+        described = read_description(json.loads(bytes(description.numpy())))
+        found = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in described.items()}
+        for tensor in found.values():
+            _broadcast(tensor)
+        return found
+
+    def _divides(self, images: Mapping[str, Tensor]) -> bool:
+        """True if each process runs a part of a request's rows."""
+        return self._sharding != "tensor" and not images
+
+    def _run_own(
+        self, roles: Collection[str], content_3BT: Tensor, images: Mapping[str, Tensor]
+    ) -> tuple[dict[str, str], dict[str, Tensor]]:
+        """Run this process's part of a request; return as ``run``.
+
+        Raises:
+            _ImagesError: the models can't read the images, so all processes fail alike.
+        """
+        try:
+            return _named(self._own_part(roles, content_3BT, images))
+        except (LostServerError, torch.OutOfMemoryError):
+            raise
+        # Images of the right kinds may still be none that a model can read, which it shows in many ways.
+        except Exception as error:
+            if not images:
+                raise
+            raise _ImagesError(str(error)) from None
 
     def _heads(self, roles: Collection[str], batch: Batch) -> dict[str, Head]:
         return self._references.heads(roles, batch, self._references.sent(batch))
 
     def _part_of(self, rank: int, rows: int) -> slice:
-        """Return the rows that a process runs."""
-        if not self._splits_rows:
-            return slice(0, rows)
+        """Return the rows of a request that a process runs if the rows are divided."""
         return slice(rows * rank // self._size, rows * (rank + 1) // self._size)
 
-    def _own_part(self, roles: Collection[str], content_3BT: Tensor) -> dict[str, Head]:
+    def _own_part(self, roles: Collection[str], content_3BT: Tensor, images: Mapping[str, Tensor]) -> dict[str, Head]:
         """Return the heads of this process's rows.
 
         One without rows runs a position that nobody asked for: sharded layers are gathered by all processes together.
         """
-        ids, mask, trained = content_3BT[:, self._part_of(self._rank, content_3BT.shape[1])]
+        own = self._part_of(self._rank, content_3BT.shape[1]) if self._divides(images) else slice(None)
+        ids, mask, trained = content_3BT[:, own]
         if not len(ids):
             ids, mask, trained = content_3BT[:, :1, :1] * torch.tensor([1, 1, 0], dtype=torch.int32).view(3, 1, 1)
         longest = int(mask.sum(1).max())
         tensors = {"input_ids": ids, "attention_mask": mask.bool(), "trained": trained.bool()}
         cut = {name: tensor[:, :longest].contiguous() for name, tensor in tensors.items()}
-        return self._heads(roles, batch_of(cut, self._packing, self._vocabulary, self._positions))
+        return self._heads(roles, batch_of({**cut, **images}, self._packing, self._vocabulary, self._positions))
 
     def _gathered(self, own_ND: Tensor, batch: Batch) -> Tensor:
         """Return the hidden states of all processes' rows, in the rows' order."""
-        if not self._splits_rows:
-            return own_ND
         rows = len(batch.row_ids)
         tokens = torch.bincount(batch.rows_N, minlength=rows)
         parts = [own_ND]
@@ -171,6 +222,16 @@ class Team:
             dist.recv(part, rank)
             parts.append(part)
         return torch.cat(parts)
+
+
+class _ImagesError(ValueError):
+    """The models can't read a request's images."""
+
+
+def _broadcast(tensor: Tensor) -> None:
+    """Send the first process's tensor of any dtype to the others. Collective."""
+    if tensor.numel():
+        dist.broadcast(tensor.reshape(-1).view(torch.uint8), 0)
 
 
 @contextmanager
