@@ -190,9 +190,22 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
         config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError([" ".join(str(error).split())]) from None
+    config = _with_text_keys(config)
     if isinstance(config.get("evaluation"), dict) and isinstance(config.get("data"), dict):
         config["evaluation"]["sets"] = config["evaluation"].get("sets") or config["data"].get("sets") or {}
     return config
+
+
+def _with_text_keys(value: Any) -> Any:
+    """Return a config in which the keys of all mappings are texts: ``{0: a}`` names the same as ``{"0": a}``."""
+    if isinstance(value, dict):
+        return {_key_text(key): _with_text_keys(entry) for key, entry in value.items()}
+    return [_with_text_keys(entry) for entry in value] if isinstance(value, list) else value
+
+
+def _key_text(key: Any) -> str:
+    # As it is written in YAML.
+    return str(key).lower() if isinstance(key, bool) else "null" if key is None else str(key)
 
 
 def copied_keys(cfg: DictConfig, prefix: str = "") -> set[str]:
@@ -200,8 +213,10 @@ def copied_keys(cfg: DictConfig, prefix: str = "") -> set[str]:
     found: set[str] = set()
     for key in cfg:
         name = prefix + str(key)
-        if OmegaConf.is_interpolation(cfg, str(key)):
+        # Hydra reads {0: a} as a mapping of numbers.
+        own: Any = key
+        if OmegaConf.is_interpolation(cfg, own):
             found.add(name)
-        elif isinstance(node := cfg._get_node(str(key)), DictConfig) and not node._is_none():
+        elif isinstance(node := cfg._get_node(own), DictConfig) and not node._is_none():
             found |= copied_keys(node, f"{name}.")
     return found

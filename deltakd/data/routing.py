@@ -104,7 +104,7 @@ def _unrouted(name: str, tasks: Iterable[str | None], routes: Mapping[str, int])
         )
     if none:
         found.append(
-            f"{name} has {none} rows without a `task`, so model.routes does not say which teacher judges them; give "
-            "them one (data.columns maps another column to it), or add '*' to model.routes"
+            f"{name} has {none} rows without a `task` (a text or a whole number), so model.routes does not say which "
+            "teacher judges them; give them one (data.columns maps another column to it), or add '*' to model.routes"
         )
     return found

@@ -11,6 +11,7 @@ from deltakd.estimates.sizes import Skeleton
 from deltakd.estimates.writing import PARTNER, Writing, gathered_bytes
 from deltakd.kernels import chunk_size_for
 from deltakd.types import STUDENT, TEACHER
+from deltakd.types.role_names import pair_number
 
 MIB = 2**20
 
@@ -55,6 +56,7 @@ class Setting:
         adapters: role -> bytes of its adapter.
         writing: the responses that the student writes; None: none, or a server does.
         teacher_length: tokens of a row for the teachers per token for the student, if they have another tokenizer.
+        routed: number of pairs of teachers that share the rows (``model.routes``); 1: all references run all rows.
     """
 
     student: Skeleton
@@ -78,6 +80,11 @@ class Setting:
     adapters: Mapping[str, int] = field(default_factory=dict)
     writing: Writing | None = None
     teacher_length: float = 1.0
+    routed: int = 1
+
+    def share_of(self, role: str) -> float:
+        """Return the share of the rows that a reference runs; pairs of teachers share them evenly."""
+        return 1.0 if pair_number(role) is None else 1 / self.routed
 
     def sizes_of(self, role: str) -> tuple[int, int]:
         """Return the positions of a micro-batch and of its longest row, in the tokenizer of a reference."""
@@ -90,8 +97,16 @@ class Setting:
 
     @property
     def hidden_bytes(self) -> int:
-        """Bytes of the references' hidden states over a micro-batch's valid tokens."""
-        return sum(self.valid_of(role) * s.config.hidden_size * s.head_itemsize for role, s in self.references.items())
+        """Bytes of the references' hidden states of a micro-batch's valid tokens; if routed, all of the widest pair."""
+        own, of_pairs = 0, dict[int, int]()
+        for role, s in self.references.items():
+            size = self.valid_of(role) * s.config.hidden_size * s.head_itemsize
+            pair = pair_number(role)
+            if pair is None or self.routed == 1:
+                own += size
+            else:
+                of_pairs[pair] = of_pairs.get(pair, 0) + size
+        return own + max(of_pairs.values(), default=0)
 
     @property
     def writers(self) -> dict[str, Skeleton]:

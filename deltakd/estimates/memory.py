@@ -157,6 +157,7 @@ def setting_of(settings: RunSettings, device: str, home: str) -> Setting:
         half_weights=settings.optim.half_weights,
         shared=shared_weights({role: spec for role, spec in settings.specs.items() if role != STUDENT}),
         adapters={role: adapter_bytes(spec) for role, spec in settings.specs.items() if spec.adapter},
+        routed=len(set((settings.model.routes or {"*": 1}).values())),
     )
 
 

@@ -130,6 +130,11 @@ def _sizes(setting: Setting) -> str:
         f"Parameters: {named}{trained}. A micro-batch: {setting.positions // setting.row} rows of {setting.row:,} "
         "tokens. All rows are taken as full (data.max_length) and all tokens as trained: memory and work are those of "
         "the largest batch."
+        + (
+            f" Of the rows, each of the {setting.routed} pairs of teachers runs an equal share."
+            if setting.routed > 1
+            else ""
+        )
     )
 
 

@@ -39,14 +39,17 @@ def operations(setting: Setting) -> list[Amount]:
     if setting.checkpointed:
         parts.append(Amount("student, forward again", forward))
     parts += [
-        Amount(f"reference {role}", s.forward_flops(*setting.sizes_of(role))) for role, s in setting.references.items()
+        Amount(f"reference {role}", setting.share_of(role) * s.forward_flops(*setting.sizes_of(role)))
+        for role, s in setting.references.items()
     ]
     if setting.adapted:
         parts.append(Amount("reference student_raw", forward))
     own = student.head.numel()
     products = own * (2 + student.head.requires_grad) + (own if setting.adapted else 0)
     products += sum(numbers for numbers, _ in setting.cached_heads)
-    of_references = sum(setting.valid_of(role) * s.head.numel() for role, s in setting.references.items())
+    of_references = sum(
+        setting.share_of(role) * setting.valid_of(role) * s.head.numel() for role, s in setting.references.items()
+    )
     parts.append(Amount("heads", 2 * (setting.valid * products + of_references)))
     trained = [Amount(what, setting.accumulate * amount) for what, amount in parts]
     return [*trained, *writing_operations(setting)]

@@ -29,6 +29,12 @@ def teacher_pair(number: int) -> tuple[str, str]:
     return TEACHER + suffix, TEACHER_RAW + suffix
 
 
+def pair_number(role: str) -> int | None:
+    """Return the number of the pair of a teacher or a raw teacher, from 1; None for every other role."""
+    found = _NUMBERED.fullmatch(role)
+    return 1 if role in (TEACHER, TEACHER_RAW) else int(found[2]) if found is not None else None
+
+
 def raw_role_of(role: str) -> str | None:
     """Return the raw teacher of a teacher's pair; None for every other role."""
     found = _NUMBERED.fullmatch(role)

@@ -29,6 +29,8 @@ RESULT = {"role": "tool", "content": "3", "tool_call_id": "1", "name": "sum"}
             Row(3, "a", "b", ("c",), category="d"),
         ),
         ({"question": "a", "answer": "c"}, Row(3, "a", "", ("c",))),
+        ({"question": "a", "answer": "c", "category": 0, "task": 7}, Row(3, "a", "", ("c",), category="0", task="7")),
+        ({"question": "a", "answer": "c", "category": True, "task": ["x"]}, Row(3, "a", "", ("c",))),
         ({"instruction": "a", "input": "", "output": ["c", "d", " "]}, Row(3, "a", "", ("c", "d"))),
         ({"prompt": "P:", "output": "c"}, Row(3, responses=("c",), prompt="P:")),
         ({"prompt": "P:", "instruction": "a", "output": "c"}, Row(3, "a", "", ("c",))),

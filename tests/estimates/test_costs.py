@@ -101,6 +101,20 @@ def test_teachers_with_longer_rows_cost_as_much_more(world: World, tmp_path: Pat
     assert equal["heads"] < longer["heads"] < 2 * equal["heads"]
 
 
+def test_pairs_of_teachers_share_the_work_of_routed_rows(world: World, tmp_path: Path) -> None:
+    pairs = [f"+model.teacher{raw}_2.path={world.root / f'teacher{raw}'}" for raw in ("", "_raw")]
+    both = [
+        setting_of(
+            make_settings(compose_config("train", world.overrides(tmp_path, "delta_kd", *options))), "cpu", "cpu"
+        )
+        for options in ((), (*pairs, "model.routes={a: 1, b: 2}"))
+    ]
+    one, two = (sum(part.amount for part in operations(setting)) for setting in both)
+    assert two == pytest.approx(one, rel=1e-12)
+    assert both[1].hidden_bytes == both[0].hidden_bytes
+    assert set(both[1].references) == set(both[0].references) | {"teacher_2", "teacher_raw_2"}
+
+
 def test_sharded_references_and_offloading_move_memory_to_traffic() -> None:
     teacher = _skeleton(ARCHITECTURES["qwen2.5-1.5b"], "bfloat16")
     student = _skeleton(ARCHITECTURES["qwen2.5-0.5b"], "bfloat16", trained=True)

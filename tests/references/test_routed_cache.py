@@ -195,5 +195,7 @@ def test_a_row_whose_task_changed_is_named_with_both_pairs(routed: Routed, tmp_p
 
 
 def test_what_routes_hold_is_said() -> None:
-    with pytest.raises(ConfigError, match=r"must be a mapping \(each value a whole number from 1\) or null"):
-        make_settings(compose_config("train", ["model.routes={a: {teacher: x}}"]))
+    """A task's name is a text, whatever YAML takes it for."""
+    said = r"model.routes is \{'0': 1, 'true': \{'teacher': 'x'\}\}; .* mapping \(each value a whole number from 1\)"
+    with pytest.raises(ConfigError, match=said):
+        make_settings(compose_config("train", ["model.routes={0: 1, true: {teacher: x}}"]))

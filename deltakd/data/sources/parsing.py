@@ -92,6 +92,8 @@ def parse_row(record: Mapping[str, Any], where: str, id: int, need_response: boo
 
 def _label(record: Mapping[str, Any], key: str, where: str) -> str | None:
     value = record.get(key)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
     return whole_characters(value, where, key) if isinstance(value, str) and value else None
 
 
