@@ -90,6 +90,8 @@ def a_group_that_is_left_in_the_middle_of_an_answer(connection: socket.socket) -
     placed = receive(connection, 0).header["placed"]
     receiver.close()
     send(connection, {"awaited": placed["number"]})
+    with pytest.raises(WireError, match="closed the connection"):
+        receive(connection, 0)
 
 
 def a_group_that_never_forms(connection: socket.socket) -> None:
