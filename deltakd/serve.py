@@ -61,7 +61,7 @@ def serve(overrides: Sequence[str], listen: str | None = None) -> None:
     server = make_server(settings, address)
     log.info(
         "Serving %s at %s until Ctrl-C. A training run asks for them with these overrides and reference.url=%s.",
-        ", ".join(sorted(settings.loss.requires)),
+        ", ".join(settings.read_roles),
         listen or cfg.reference.url,
         cfg.reference.url,
     )

@@ -220,6 +220,7 @@ def test_all_mistakes_are_reported_at_once_before_anything_is_loaded(talkative: 
             "model.teacher.path=null",
             "evaluation.decoding.temperature=0",
             "evaluation.seeds=[]",
+            "model.routes={a: 1}",
         ),
     ]
     own = ("data.val_size", "data.exclude", "data.train_subset", "data.template")
@@ -231,6 +232,7 @@ def test_all_mistakes_are_reported_at_once_before_anything_is_loaded(talkative: 
         "evaluation.decoding.temperature is 0",
         "evaluation.seeds is []; it must be a list (each a whole number from 0",
         "data is plain text, which has no prompts to answer",
+        "model.routes has a teacher for each task, and deltakd.generate one for all prompts",
     ):
         assert any(problem in p for p in caught.value.problems), problem
     assert not (tmp_path / "run").exists()

@@ -117,6 +117,11 @@ def make_answering_settings(cfg: DictConfig) -> RunSettings:
             "data.streaming=true, but the teacher answers the prompts of an indexed data set; give "
             "data.streaming=false, and data.limit=N if there are too many"
         )
+    if draft.model.routes:
+        draft.problems.append(
+            "model.routes has a teacher for each task, and deltakd.generate one for all prompts; leave it out, and let "
+            "each teacher answer its task's rows: data.train=FILE#task=NAME"
+        )
     draft.check_alone()
     return draft.settings({TEACHER}, has_adapter=draft.model.lora is not None, any_tokenizer=True)
 

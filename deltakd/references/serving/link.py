@@ -215,7 +215,11 @@ class LinkReceiver(Receiver):
         link = self._link = self._form(meeting, TRAINER)
         proof = meeting.hear("proof")
         found = link.room({"proof": (torch.uint8, [_PROOF_BYTES])})["proof"]
-        link.receive([found], MEETING_SECONDS, lambda: meeting.tell("begun", b""), lambda: None)
+        try:
+            link.receive([found], MEETING_SECONDS, lambda: meeting.tell("begun", b""), self._check_server)
+        except WireError as error:
+            self._check_server()
+            raise UnavailableError(f"the group forms, and carries nothing ({error})") from None
         if not hmac.compare_digest(bytes(found.cpu().numpy()), proof):
             raise UnavailableError("the group joins another process than the server")
         meeting.tell("joined", b"")
@@ -231,7 +235,10 @@ class LinkReceiver(Receiver):
             number, described = int(placed["number"]), read_description(placed["tensors"])
         except (KeyError, TypeError, ValueError):
             raise WireError("it does not say what it sends") from None
-        found = self._link.room(described)
+        try:
+            found = self._link.room(described)
+        except RuntimeError as error:
+            raise WireError(f"there is no room for what it sends ({error})") from None
         tensors = list(found.values())
         self._link.receive(
             tensors, _allowed_seconds(tensors), lambda: self._say({"awaited": number}), self._check_server

@@ -304,8 +304,9 @@ class _Trainer:
         except OSError:
             pass
         finally:
-            # The thread that reads may be waiting for room in the queue.
+            # The thread that reads may be waiting for room in the queue, or for the trainer, which must notice, too.
             self._requests.leave(self)
+            self.close()
 
 
 class _Counts:

@@ -16,6 +16,8 @@ import torch
 
 from deltakd.references.serving.address import Address
 from deltakd.references.serving.connection import ServerConnection
+from deltakd.references.serving.gloo_link import GlooLink
+from deltakd.references.serving.link import LinkReceiver
 from deltakd.references.serving.secret import TOKEN_VARIABLE, greet_as_trainer
 from deltakd.references.serving.wire import HEADER_BYTES, WireError, receive, send
 from tests.references.serving.servers import TOKEN, at, serving
@@ -76,6 +78,27 @@ def memory_that_was_never_lent(connection: socket.socket) -> None:
         send(connection, {"free": freed})
 
 
+def a_group_that_is_left_in_the_middle_of_an_answer(connection: socket.socket) -> None:
+    greet_as_trainer(connection, TOKEN.encode())
+    send(connection, {"roles": ["teacher"], "heads": False, "transports": ["gloo"]})
+    receive(connection, None)
+    receive(connection, 0)
+    send(connection, {"transport": "gloo"})
+    receiver = LinkReceiver("gloo", GlooLink)
+    receiver.meet(connection, lambda said: None)
+    send(connection, {"number": 1}, REQUEST)
+    placed = receive(connection, 0).header["placed"]
+    receiver.close()
+    send(connection, {"awaited": placed["number"]})
+    with pytest.raises(WireError, match="closed the connection"):
+        receive(connection, 0)
+
+
+def a_group_that_never_forms(connection: socket.socket) -> None:
+    admitted(connection, transport="gloo", transports=["gloo"])
+    send(connection, {"key": "0/1", "value": "no base64!"})
+
+
 def requests_that_are_none(connection: socket.socket) -> None:
     admitted(connection)
     for tensors in ({}, {"input_ids": torch.ones(3)}, {**REQUEST, "input_ids": REQUEST["input_ids"] + 2**20}):
@@ -96,6 +119,8 @@ def requests_that_are_none(connection: socket.socket) -> None:
         no_such_transport,
         transports_that_are_none,
         memory_that_was_never_lent,
+        a_group_that_is_left_in_the_middle_of_an_answer,
+        a_group_that_never_forms,
         requests_that_are_none,
     ],
 )

@@ -51,10 +51,12 @@ def student(directory: Path) -> bytes:
 
 
 def test_a_run_outlives_its_killed_server_over_tcp(world: World, tmp_path: Path) -> None:
+    """It leaves its group of two with the dead server, and forms another one with the server that comes back."""
     asking = ["reference=served", f"reference.url=tcp://127.0.0.1:{free_port()}", "trainer.max_steps=120"]
     checked = "trainer.checkpoint_every_n_steps=1"
     train(world.overrides(tmp_path / "live", "delta_kd", asking[-1], checked), tmp_path / "live")
     overrides = world.overrides(tmp_path / "served", "delta_kd", *asking, checked, "reference.wait_s=300")
+    overrides.append("reference.transport=gloo")
     server, trainer = start("serve", overrides), start("train", overrides)
     last = RunDirectory(tmp_path / "served").checkpoints / "last.ckpt"
     deadline = time.monotonic() + 300
@@ -93,7 +95,8 @@ def test_two_ranks_train_on_what_one_does(world: World, tmp_path: Path, place: P
     two, live, one = tmp_path / "two", tmp_path / "live", tmp_path / "one"
     on_ranks(2, train, world.overrides(live, "delta_kd", *split), live)
     with serving(world.overrides(place, "delta_kd", *shared, *at(place))):
-        on_ranks(2, train, world.overrides(two, "delta_kd", *split, *at(place)), two)
+        # Beside DDP's group, each rank has one with the server.
+        on_ranks(2, train, world.overrides(two, "delta_kd", *split, *at(place, "reference.transport=gloo")), two)
         train(world.overrides(one, "delta_kd", *shared, *at(place)), one)
     assert student(two) == student(live)
     found = [RunDirectory(directory).read_summary()["val/loss"] for directory in (two, one)]
