@@ -85,6 +85,8 @@ class ServerConnection:
         self._socket: socket.socket | None = None
         self._thread: threading.Thread | None = None
         self._lost = "it was not there"
+        #: What went wrong here, and would go wrong again if the server were asked again.
+        self._fault: Exception | None = None
         self._next = 0
         self._asked: dict[int, _Asked] = {}
         self._unsent: deque[int] = deque()
@@ -126,10 +128,14 @@ class ServerConnection:
 
         Raises:
             LostServerError: the server is gone, and did not come back in time.
-            ServerError: it refuses the request.
+            ServerError: it refuses the request, or its answer can't be taken in here.
         """
         started = time.perf_counter()
         while (answer := self._answer(number)) is None:
+            if self._fault is not None:
+                raise ServerError(
+                    f"an answer of the server of references {self._address} could not be taken in: {self._fault}"
+                ) from self._fault
             self._reconnect()
         self.waited += time.perf_counter() - started
         if "refused" in answer.header:
@@ -203,6 +209,10 @@ class ServerConnection:
                         self._changed.notify_all()
                 self._send_next()
         except OSError as error:
+            self._lose(connection, str(error))
+        except Exception as error:
+            # Such as no memory left on the device. Whoever waits for an answer must hear of it.
+            self._fault = error
             self._lose(connection, str(error))
         finally:
             if chosen.receiver is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import socket
 import time
 import weakref
@@ -19,7 +18,7 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 
 from deltakd.references.serving.endpoints import UnavailableError
 from deltakd.references.serving.link import MEETING_SECONDS, Meeting
-from deltakd.references.serving.shared_memory import layout
+from deltakd.references.serving.shared_memory import layout, views
 from deltakd.references.serving.wire import WireError
 
 NAME = "gloo"
@@ -68,11 +67,7 @@ class GlooLink:
     def room(self, described: Mapping[str, tuple[torch.dtype, list[int]]]) -> dict[str, Tensor]:
         """Return memory to receive tensors in, by name; used again once all of them are gone."""
         starts, size = layout(described)
-        whole = self._memory.take(size)
-        return {
-            name: whole[starts[name] : starts[name] + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
-            for name, (dtype, shape) in described.items()
-        }
+        return views(self._memory.take(size), described, starts)
 
     def send(self, tensors: Sequence[Tensor], seconds: float, check: Callable[[], None]) -> None:
         """Send tensors. Gloo itself notices that the other side is gone."""

@@ -43,6 +43,19 @@ def layout(described: Mapping[str, tuple[torch.dtype, list[int]]]) -> tuple[dict
     return starts, end
 
 
+def views(
+    whole: Tensor, described: Mapping[str, tuple[torch.dtype, list[int]]], starts: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """Return the tensors that lie in [bytes] uint8 memory, as ``layout`` has it; those without elements lie nowhere."""
+    found = {}
+    for name, (dtype, shape) in described.items():
+        size = math.prod(shape) * dtype.itemsize
+        # PyTorch views no empty memory of NumPy's as another dtype.
+        part = whole[starts[name] : starts[name] + size].view(dtype) if size else torch.empty(0, dtype=dtype)
+        found[name] = part.reshape(shape)
+    return found
+
+
 @dataclass
 class _Region:
     """Memory of the server.
@@ -202,12 +215,7 @@ class SharedMemoryReceiver(Receiver):
         content = np.frombuffer(memory, np.uint8, size) if size else np.empty(0, np.uint8)
         # No message from here: collectors of garbage run in any thread, at any point.
         weakref.finalize(content, self._released.append, number).atexit = False
-        whole = torch.from_numpy(content)
-        tensors = {
-            name: whole[starts[name] : starts[name] + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
-            for name, (dtype, shape) in described.items()
-        }
-        return tensors, self._said()
+        return views(torch.from_numpy(content), described, starts), self._said()
 
     def _said(self) -> dict[str, Any]:
         """Return which regions nothing reads any more; they are told with the next answer."""

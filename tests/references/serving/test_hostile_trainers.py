@@ -1,4 +1,4 @@
-"""Whatever one side sends, the server answers its other trainers."""
+"""Whatever one side sends, the server answers its other trainers, and nobody waits for ever."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from typing import Any
 import pytest
 import torch
 
+from deltakd.io.errors import ServerError
 from deltakd.references.serving.address import Address
 from deltakd.references.serving.connection import ServerConnection
 from deltakd.references.serving.gloo_link import GlooLink
 from deltakd.references.serving.link import LinkReceiver
 from deltakd.references.serving.secret import TOKEN_VARIABLE, greet_as_trainer
+from deltakd.references.serving.shared_memory import SharedMemoryReceiver
+from deltakd.references.serving.transports import Transport
 from deltakd.references.serving.wire import HEADER_BYTES, WireError, receive, send
 from tests.references.serving.servers import TOKEN, at, serving
 from tests.tiny import World
@@ -150,3 +153,28 @@ def test_trainers_with_more_requests_than_the_server_holds_are_answered_in_order
         assert torch.equal(other[row], expected)
     for trainer in (*trainers, alone):
         trainer.close()
+
+
+@pytest.mark.parametrize("transport", ["socket", "shared_memory", "gloo"])
+def test_an_answer_without_tokens_is_an_answer(address: Address, transport: Transport) -> None:
+    """Such as that to a rank for which the last micro-batch has only prompts left."""
+    trainer = ServerConnection(address, TOKEN.encode(), ["teacher"], 0, transport)
+    numbers = [trainer.ask({**REQUEST, "trained": REQUEST["trained"] & kept}) for kept in (False, True)]
+    none, some = (trainer.take(number).tensors["teacher"] for number in numbers)
+    trainer.close()
+    assert (none.shape, none.dtype) == ((0, some.shape[1]), some.dtype)
+    assert len(some) == 2
+
+
+def test_whoever_waits_hears_that_an_answer_could_not_be_taken_in(
+    address: Address, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise torch.OutOfMemoryError("no memory is left")
+
+    monkeypatch.setattr(SharedMemoryReceiver, "take", full)
+    trainer = ServerConnection(address, TOKEN.encode(), ["teacher"], 0, "shared_memory")
+    number = trainer.ask(REQUEST)
+    with pytest.raises(ServerError, match="could not be taken in: no memory is left"):
+        trainer.take(number)
+    trainer.close()
