@@ -176,30 +176,26 @@ def real(shared_dir: Path, name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-@pytest.mark.parametrize("text", TEXTS)
-def test_real_tokenizers_write_the_bytes_of_a_text_and_share_its_spans(shared_dir: Path, text: str) -> None:
+def test_real_tokenizers_write_the_bytes_of_a_text_and_share_its_spans(shared_dir: Path) -> None:
     gpt2, llama = real(shared_dir, "gpt2"), real(shared_dir, "tinyllama")
-    rows = [Row(0, "Say it:\n", "", (text,))]
-    if not text.strip():
-        rows = [Row(0, "Say it:\n", "", ("a" + text,))]
+    rows = [Row(n, "Say it:\n", "", (text if text.strip() else "a" + text,)) for n, text in enumerate(TEXTS)]
+    texts = {gpt2: TokenTexts(gpt2, "\ue001"), llama: TokenTexts(llama, "\ue002")}
     for first, second in ((gpt2, llama), (llama, gpt2)):
-        [encoded] = encode_rows(
+        all_encoded = encode_rows(
             rows, BARE, first, max_length=300, max_prompt_length=50, teachers=Coding(BARE, second, 300, 50)
         )
-        assert encoded.other is not None
-        sides = [
-            TokenTexts(first, "\ue001").of(encoded.input_ids),
-            TokenTexts(second, "\ue002").of(encoded.other.input_ids),
-        ]
-        answers = [
-            [token for token, label in zip(side, row.labels, strict=True) if label != IGNORE_INDEX]
-            for side, row in zip(sides, (encoded, encoded.other), strict=True)
-        ]
-        assert encoded.spans is not None
-        held = text_of(sides[0], encoded.spans)
-        assert held.removesuffix(END).encode("latin-1").decode() == rows[0].responses[0]
-        assert held.endswith(END)
-        assert max(encoded.spans) + 1 == len(oracle(*answers))
+        for row, encoded in zip(rows, all_encoded, strict=True):
+            assert encoded.other is not None
+            sides = [texts[first].of(encoded.input_ids), texts[second].of(encoded.other.input_ids)]
+            answers = [
+                [token for token, label in zip(side, part.labels, strict=True) if label != IGNORE_INDEX]
+                for side, part in zip(sides, (encoded, encoded.other), strict=True)
+            ]
+            assert encoded.spans is not None
+            held = text_of(sides[0], encoded.spans)
+            assert held.removesuffix(END).encode("latin-1").decode() == row.responses[0]
+            assert held.endswith(END)
+            assert max(encoded.spans) + 1 == len(oracle(*answers))
 
 
 def with_chat(tokenizer: PreTrainedTokenizerBase, template: str) -> PreTrainedTokenizerBase:

@@ -134,7 +134,7 @@ def test_each_pair_of_teachers_is_asked_for_the_rows_of_its_tasks_alone(
     assert rows["teacher"] + rows["teacher_2"] == rows["student_raw"]
 
 
-@pytest.mark.parametrize("requests", [6, 7, 8])
+@pytest.mark.parametrize("requests", [6, *(pytest.param(number, marks=pytest.mark.slow) for number in (7, 8))])
 def test_a_run_whose_server_dies_stops_saved_and_goes_on_when_it_is_back(
     world: World, train: Train, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, requests: int
 ) -> None:
