@@ -166,7 +166,7 @@ def check_config(bases: list[Base], seed: int) -> None:
     assert named, (changes, told)
 
 
-@fuzz(200)
+@fuzz(100)
 @given(seed=st.integers(0, 2**32))
 def test_any_value_of_any_key_is_taken_or_refused_by_name(bases: list[Base], seed: int) -> None:
     check_config(bases, seed)

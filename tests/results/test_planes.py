@@ -92,6 +92,7 @@ def test_a_heat_map_stands_alone_in_both_themes(folder: Path, tmp_path: Path) ->
     assert all(style.count(f"{name}:") == 2 for name in used)
 
 
+@pytest.mark.slow
 def test_a_report_draws_the_plane_asked_for(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = [str(folder), "--preservation", "off", "--output", str(folder / "out")]
     main([*given, "--plane", "delta_weight", "loss.target.v", "val/kl_teacher"])
