@@ -9,8 +9,9 @@ from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from deltakd.data.encoding.block_examples import BlockExamples
 from deltakd.data.encoding.encoded_set import EncodedSet
-from deltakd.data.encoding.example_stream import BlockExamples, RowExamples, Stream
+from deltakd.data.encoding.example_stream import RowExamples, Stream
 from deltakd.data.encoding.packing import pack_texts
 from deltakd.data.encoding.segments import Template
 from deltakd.data.encoding.token_cache import fingerprint, tokenizer_fingerprint

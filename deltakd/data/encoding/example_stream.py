@@ -1,4 +1,4 @@
-"""From streamed rows to examples, starting anywhere: instruction rows one by one, or text packed into blocks."""
+"""From streamed rows to examples, starting anywhere; here instruction rows, one by one."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from numpy.typing import NDArray
 from deltakd.data.encoding.encode import Outcome, check_limits
 from deltakd.data.encoding.encoded_set import Encoded, pair_of
 from deltakd.data.encoding.examples import examples
-from deltakd.data.encoding.packing import CHARACTERS_PER_TOKEN, PIECE_BLOCKS, _pieces
 from deltakd.data.encoding.segments import Template
-from deltakd.data.encoding.tokens import TextEncoder
 from deltakd.data.encoding.two_tokenizers import Coding, TwoTokenizers
 from deltakd.data.sources.passes import Passes, Place
 from deltakd.data.sources.rows import Row
@@ -28,6 +26,11 @@ if TYPE_CHECKING:
 #: An item of a shard, and its tokens.
 R = TypeVar("R")
 E = TypeVar("E")
+
+
+def flat(ids: list[int]) -> NDArray[np.int32]:
+    """Return [ids] int32."""
+    return np.array(ids, dtype=np.int32)
 
 
 class Counts(NamedTuple):
@@ -125,10 +128,10 @@ class Example(NamedTuple):
                 f"row {encoded.row_id} holds images, which a stream does not carry; give data.streaming=false"
             )
         return cls(
-            _flat(encoded.input_ids),
-            _flat(encoded.labels),
+            flat(encoded.input_ids),
+            flat(encoded.labels),
             encoded.row_id,
-            None if encoded.spans is None else _flat(encoded.spans),
+            None if encoded.spans is None else flat(encoded.spans),
             None if encoded.other is None else cls.of(encoded.other),
             encoded.route,
         )
@@ -146,7 +149,7 @@ class Drawn(NamedTuple):
     mark: Mark
 
 
-class _Taking(ABC, Generic[E]):
+class Taking(ABC, Generic[E]):
     """Turns tokenised rows into examples, and counts them."""
 
     def __init__(self, counts: Counts) -> None:
@@ -221,7 +224,7 @@ class ExampleStream(ABC, Generic[R, E]):
         """Tokenise rows."""
 
     @abstractmethod
-    def _taking(self, counts: Counts) -> _Taking[E]:
+    def _taking(self, counts: Counts) -> Taking[E]:
         """Return an object that turns tokens into examples, starting from these counts."""
 
     @abstractmethod
@@ -281,7 +284,7 @@ class RowExamples(ExampleStream[Row, list[Outcome]]):
             )
         return pair
 
-    def _taking(self, counts: Counts) -> _Taking[list[Outcome]]:
+    def _taking(self, counts: Counts) -> Taking[list[Outcome]]:
         return _TakingRows(counts)
 
     def _nothing(self, counts: Counts) -> str:
@@ -292,7 +295,7 @@ class RowExamples(ExampleStream[Row, list[Outcome]]):
         )
 
 
-class _TakingRows(_Taking[list[Outcome]]):
+class _TakingRows(Taking[list[Outcome]]):
     def take(self, row: list[Outcome], place: Place, item: int, skip: int) -> Iterator[Drawn]:
         kept = [outcome.encoded for outcome in row if outcome.encoded is not None]
         for number, encoded in enumerate(kept):
@@ -307,81 +310,6 @@ class _TakingRows(_Taking[list[Outcome]]):
             kept_borders=sum(outcome.kept_border for outcome in row),
             control_tokens=sum(outcome.control_tokens for outcome in row),
         )
-
-
-@final
-class BlockExamples(ExampleStream[str, NDArray[np.int32]]):
-    """Documents joined by EOS and cut into blocks in which every token is trained, as ``pack_texts`` does.
-
-    Blocks cross the borders of documents, buffers and passes, so all have the same length. A block's row id is its
-    number in the run.
-
-    Args:
-        passes: the documents, in order.
-        tokenizer: must have an EOS token. No other thread may use it.
-        block_length: tokens per block.
-        max_tokens: as for ``ExampleStream``.
-
-    Raises:
-        ValueError: the tokenizer has no EOS token.
-    """
-
-    batch = 64
-
-    def __init__(
-        self,
-        passes: Passes[str],
-        tokenizer: PreTrainedTokenizerBase,
-        block_length: int,
-        max_tokens: int | None = None,
-    ) -> None:
-        super().__init__(passes, block_length, block_length, max_tokens)
-        self._encoder = TextEncoder(tokenizer)
-        self._length = block_length
-
-    def _encode(self, rows: list[str]) -> list[NDArray[np.int32]]:
-        size = PIECE_BLOCKS * CHARACTERS_PER_TOKEN * self._length
-        pieces = [(place, piece) for place, row in enumerate(rows) for piece, _ in _pieces(row, size)]
-        tokens: list[list[int]] = [[] for _ in rows]
-        for (place, _), ids in zip(pieces, self._encoder.documents([piece for _, piece in pieces]), strict=True):
-            tokens[place] += ids
-        return [_flat([*ids, self._encoder.end]) for ids in tokens]
-
-    def _taking(self, counts: Counts) -> _Taking[NDArray[np.int32]]:
-        return _TakingTokens(counts, self._length)
-
-    def _nothing(self, counts: Counts) -> str:
-        return (
-            f"a whole pass over the stream ({counts.rows} documents) does not fill one block of {self._length} "
-            "tokens; give more text, lower data.max_length, or leave out data.streaming=true"
-        )
-
-
-class _TakingTokens(_Taking[NDArray[np.int32]]):
-    def __init__(self, counts: Counts, length: int) -> None:
-        super().__init__(counts)
-        self._block = np.empty(length, dtype=np.int32)
-        self._filled = 0
-        self._begun = Mark()
-
-    def take(self, row: NDArray[np.int32], place: Place, item: int, skip: int) -> Iterator[Drawn]:
-        at = skip
-        while at < len(row):
-            if not self._filled:
-                self._begun = Mark(place, item, at, self.counts)
-            more = row[at : at + len(self._block) - self._filled]
-            self._block[self._filled : self._filled + len(more)] = more
-            at += len(more)
-            self._filled += len(more)
-            if self._filled == len(self._block):
-                block = self._block.copy()
-                yield Drawn(Example(block, block, self._begun.counts.examples), self._begun)
-                self.counts = self.counts.plus(examples=1, tokens=len(block))
-                self._filled = 0
-
-
-def _flat(ids: list[int]) -> NDArray[np.int32]:
-    return np.array(ids, dtype=np.int32)
 
 
 @dataclass(frozen=True)
