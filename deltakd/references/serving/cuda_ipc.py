@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from deltakd.references.serving.endpoints import Receiver, Sender, UnavailableError
-from deltakd.references.serving.shared_memory import layout
+from deltakd.references.serving.layout import layout
 from deltakd.references.serving.wire import WireError, describe, read_description
 
 NAME = "cuda_ipc"

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from deltakd.references.serving.endpoints import UnavailableError
+from deltakd.references.serving.layout import layout, views
 from deltakd.references.serving.link import MEETING_SECONDS, Meeting
-from deltakd.references.serving.shared_memory import layout, views
 from deltakd.references.serving.wire import WireError
 
 NAME = "gloo"

@@ -8,7 +8,6 @@ kernel frees them with the last process that maps them.
 from __future__ import annotations
 
 import fcntl
-import math
 import mmap
 import os
 import secrets
@@ -24,36 +23,13 @@ import torch
 from torch import Tensor
 
 from deltakd.references.serving.endpoints import Receiver, Sender, UnavailableError
+from deltakd.references.serving.layout import layout, views
 from deltakd.references.serving.wire import WireError, describe, read_description
 
-#: Tensors start at multiples of so many bytes.
-_ALIGNMENT = 64
 #: Regions are at least this large, so that batches of somewhat other sizes fit.
 _SMALLEST = 2**20
 #: Room beyond the largest answer so far: the next one may be longer.
 _GROWTH = 1.25
-
-
-def layout(described: Mapping[str, tuple[torch.dtype, list[int]]]) -> tuple[dict[str, int], int]:
-    """Return where each tensor starts in a region, and how many bytes all of them take."""
-    starts, end = {}, 0
-    for name, (dtype, shape) in described.items():
-        starts[name] = end
-        end += -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
-    return starts, end
-
-
-def views(
-    whole: Tensor, described: Mapping[str, tuple[torch.dtype, list[int]]], starts: Mapping[str, int]
-) -> dict[str, Tensor]:
-    """Return the tensors that lie in [bytes] uint8 memory, as ``layout`` has it; those without elements lie nowhere."""
-    found = {}
-    for name, (dtype, shape) in described.items():
-        size = math.prod(shape) * dtype.itemsize
-        # PyTorch views no empty memory of NumPy's as another dtype.
-        part = whole[starts[name] : starts[name] + size].view(dtype) if size else torch.empty(0, dtype=dtype)
-        found[name] = part.reshape(shape)
-    return found
 
 
 @dataclass
