@@ -22,8 +22,8 @@ from typing import Any, Protocol, final
 import torch
 from torch import Tensor
 
+from deltakd.references.serving.answer_layout import layout
 from deltakd.references.serving.endpoints import Receiver, Sender, UnavailableError
-from deltakd.references.serving.layout import layout
 from deltakd.references.serving.wire import WireError, describe, read_description
 
 NAME = "cuda_ipc"

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import Store  # type: ignore[attr-defined]
 
+from deltakd.references.serving.answer_layout import layout, views
 from deltakd.references.serving.endpoints import UnavailableError
-from deltakd.references.serving.layout import layout, views
 from deltakd.references.serving.link import MEETING_SECONDS, Meeting
 from deltakd.references.serving.wire import WireError
 

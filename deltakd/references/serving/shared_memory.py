@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deltakd.references.serving.answer_layout import layout, views
 from deltakd.references.serving.endpoints import Receiver, Sender, UnavailableError
-from deltakd.references.serving.layout import layout, views
 from deltakd.references.serving.wire import WireError, describe, read_description
 
 #: Regions are at least this large, so that batches of somewhat other sizes fit.
