@@ -32,6 +32,7 @@ from deltakd.distributed.ranks import agreed, is_main_process, launch_id
 from deltakd.distributed.strategies import count_ranks
 from deltakd.io.errors import ConfigError, Stopped
 from deltakd.io.files import make_folder
+from deltakd.io.garbage import nothing_left
 from deltakd.io.run_directory import RUN_DIR_VARIABLE, RunDirectory
 from deltakd.training.assembly import load_parts
 from deltakd.training.fit import make_data, make_module
@@ -174,7 +175,8 @@ def distill(
         os.environ[RUN_DIR_VARIABLE] = str(directory)
         how_to_resume = f"the same call with resume=True, run_dir={str(directory)!r}"
         try:
-            run_training(make_settings(cfg), directory, how_to_resume)
+            with nothing_left():
+                run_training(make_settings(cfg), directory, how_to_resume)
         except Stopped as stop:
             if stop.signum != signal.SIGINT:
                 raise

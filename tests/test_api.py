@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import logging
@@ -24,6 +25,8 @@ import deltakd
 from deltakd import distill, prepare
 from deltakd.config.given_objects import Given, as_source
 from deltakd.io.errors import ConfigError
+from deltakd.models import LanguageModel
+from deltakd.training.module import DistillationModule
 from tests.tiny import World, make_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -112,6 +115,20 @@ def test_a_finished_run_is_only_read(world: World, folder: Path) -> None:
     with pytest.raises(ConfigError, match="run_dir=here already holds a run"):
         distill(**small(world, run_dir="here", loss="sft"))
     assert distill(**small(world, run_dir="here", loss="sft", resume=True)).summary == first.summary
+
+
+def test_a_run_leaves_no_models_in_memory(world: World, folder: Path) -> None:
+    def living() -> int:
+        return sum(isinstance(thing, (DistillationModule, LanguageModel)) for thing in gc.get_objects())
+
+    gc.collect()
+    gc.disable()  # Python's own search for cycles must not come first by chance
+    try:
+        before = living()
+        distill(**small(world, loss="sft", progress=False))
+        assert living() == before
+    finally:
+        gc.enable()
 
 
 def test_rows_and_models_may_be_objects(world: World, folder: Path) -> None:

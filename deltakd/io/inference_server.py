@@ -95,9 +95,9 @@ class InferenceServer:
             raise LostServerError(f"the server {self.url} did not answer {path} within {timeout:g} s") from None
         except httpx.TransportError as error:
             why = str(error) or type(error).__name__
-            raise LostServerError(f"the server {self.url} is not there ({path}: {why})") from None
+            raise LostServerError(f"the server {self.url} can't be reached ({path}: {why})") from None
         if answer.status_code in _GONE:
-            raise LostServerError(f"the server {self.url} is not there ({path}: status {answer.status_code})")
+            raise LostServerError(f"the server {self.url} can't be reached ({path}: status {answer.status_code})")
         if answer.is_error:
             raise RefusedError(
                 f"the server {self.url} refused {path} with status {answer.status_code}: {_said(answer)}",

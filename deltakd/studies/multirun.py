@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 
 from deltakd.distributed.ranks import is_main_process
 from deltakd.io.files import write_json
+from deltakd.io.garbage import nothing_left
 from deltakd.io.run_directory import RunDirectory
 from deltakd.studies.outcomes import (
     FAILED,
@@ -78,7 +79,8 @@ def run_job(job: Job, action: Callable[[], float]) -> float:
         job.write(UNFINISHED)
     started, value, state = time.perf_counter(), float("nan"), FAILED
     try:
-        value, state = action(), FINISHED
+        with nothing_left():
+            value, state = action(), FINISHED
     except SystemExit as end:
         # 2 is a mistake in this job's settings, or a loss that diverged; anything else is a signal, meant for all jobs.
         if end.code != 2:

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from deltakd.config.build import make_answering_settings, make_caching_settings, make_settings
 from deltakd.io.errors import ConfigError, NonFiniteLossError
+from deltakd.io.garbage import nothing_left
 from deltakd.io.run_directory import RunDirectory
 from deltakd.references import CacheStore
 from deltakd.references.fill import in_units
@@ -104,7 +105,8 @@ def _run_stage(
             shown.start(job.name)
         try:
             # A finished run is only read: its files are there, but they must be those of this config.
-            outcome = _RUN[job.stage.command](configs[job.name], job.directory)
+            with nothing_left():
+                outcome = _RUN[job.stage.command](configs[job.name], job.directory)
         except (ValueError, NonFiniteLossError, MisconfigurationException, torch.OutOfMemoryError) as error:
             if len(jobs) == 1:
                 raise

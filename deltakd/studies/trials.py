@@ -23,6 +23,7 @@ from deltakd.config.build import make_settings
 from deltakd.config.compose import compose_config
 from deltakd.io.errors import ConfigError, NonFiniteLossError
 from deltakd.io.files import make_folder
+from deltakd.io.garbage import nothing_left
 from deltakd.studies.outcome_plots import write_plot
 from deltakd.studies.outcomes import (
     ENDED_EARLY,
@@ -57,7 +58,8 @@ Train = Callable[[DictConfig, Path], float]
 
 def train_config(cfg: DictConfig, run_dir: Path) -> float:
     """Train a composed config; return the value of its metric."""
-    return run_training(make_settings(cfg), run_dir)
+    with nothing_left():
+        return run_training(make_settings(cfg), run_dir)
 
 
 @dataclass(frozen=True)

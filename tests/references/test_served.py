@@ -140,7 +140,7 @@ def test_a_server_that_is_lost_leaves_whole_shards_and_the_same_command_goes_on(
             raise ConnectionResetError
 
     fake.before = die
-    with pytest.raises(LostServerError, match=f"the server {fake.url} is not there"):
+    with pytest.raises(LostServerError, match=f"the server {fake.url} can't be reached"):
         cache_of(world, tmp_path / "cache", fake.url)
     kept = CacheStore.open(tmp_path / "cache").manifest.shards
     assert kept

@@ -180,7 +180,7 @@ def test_a_server_that_stays_away_is_named_and_the_run_goes_on_from_there(
             raise ConnectionResetError
 
     fake.before = die
-    with pytest.raises(LostServerError, match=f"the server {fake.url} is not there .* did not come back within"):
+    with pytest.raises(LostServerError, match=f"the server {fake.url} can't be reached .* did not come back within"):
         train("kd_reverse", *on_server(fake, *sharp, "optim.lr=0.05"), name="parts")
     saved = torch.load(tmp_path / "parts" / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == 2
@@ -228,7 +228,7 @@ def refusal(train: Train, fake: FakeVllm, *options: str) -> str:
 def test_a_server_that_is_not_there_is_said_before_anything_is_loaded(train: Train, fake: FakeVllm) -> None:
     fake.close()
     said = refusal(train, fake)
-    assert f"the server {fake.url} is not there" in said
+    assert f"the server {fake.url} can't be reached" in said
     assert "start it: VLLM_SERVER_DEV_MODE=1 vllm serve" in said
 
 

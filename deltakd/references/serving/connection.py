@@ -134,7 +134,7 @@ class ServerConnection:
         while (answer := self._answer(number)) is None:
             if self._fault is not None:
                 raise ServerError(
-                    f"an answer of the server of references {self._address} could not be taken in: {self._fault}"
+                    f"an answer of the server of references {self._address} could not be received: {self._fault}"
                 ) from self._fault
             self._reconnect()
         self.waited += time.perf_counter() - started
@@ -303,7 +303,7 @@ class ServerConnection:
         """Agree with the server on how tensors come. Raises RefusedError if it can't be as the config says."""
         offered = receive(connection, 0).header.get("offers")
         if not isinstance(offered, dict):
-            raise WireError("it does not say how tensors could come")
+            raise WireError("it offers no transport")
         agreed, receiver = False, None
         try:
             chosen = choose(self._transports, offered, self._device)

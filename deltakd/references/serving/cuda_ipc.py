@@ -296,7 +296,7 @@ class CudaIpcReceiver(Receiver):
             with self._driver.waiting(self._there):
                 found = self._map(offer)[: len(proof)].cpu()
             if bytes(found.numpy()) != proof:
-                raise RuntimeError("it holds something else")
+                raise RuntimeError("it does not hold what the server says")
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
             self.close()
             raise UnavailableError(f"the server's GPU memory can't be mapped here ({error})") from None
@@ -335,6 +335,6 @@ class CudaIpcReceiver(Receiver):
         if number not in self._mapped:
             handle = base64.b64decode(entry["handle"])
             if len(handle) != _HANDLE_BYTES or type(size) is not int or size < 1:
-                raise ValueError("it is no handle")
+                raise ValueError("it is not a handle")
             self._mapped[number] = self._driver.open(self._there, handle, size)
         return self._mapped[number]

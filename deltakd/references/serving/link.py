@@ -219,7 +219,7 @@ class LinkReceiver(Receiver):
             link.receive([found], MEETING_SECONDS, lambda: meeting.tell("begun", b""), self._check_server)
         except WireError as error:
             self._check_server()
-            raise UnavailableError(f"the group forms, and carries nothing ({error})") from None
+            raise UnavailableError(f"the group was formed but carries no data ({error})") from None
         if not hmac.compare_digest(bytes(found.cpu().numpy()), proof):
             raise UnavailableError("the group joins another process than the server")
         meeting.tell("joined", b"")

@@ -157,7 +157,7 @@ class NcclLink:
         while not is_done():
             check()
             if time.monotonic() > deadline:
-                raise WireError(f"nothing came of it within {seconds:.0f} seconds")
+                raise WireError(f"it did not finish within {seconds:.0f} seconds")
             time.sleep(pause)
             pause = min(_LONGEST, 1.2 * pause)
 

@@ -167,7 +167,7 @@ class ReferenceServer:
                 pass
         except OSError as error:
             if trainer is None:
-                log.warning("Who connected from %s was not admitted: %s.", name, error)
+                log.warning("A connection from %s was refused: %s.", name, error)
         finally:
             if trainer is not None:
                 self._trainers.discard(trainer)
@@ -185,14 +185,14 @@ class ReferenceServer:
         missing = sorted(set(wanted) - set(self._served.models))
         if missing:
             held = ", ".join(sorted(self._served.models))
-            send(connection, {"refused": f"it holds {held}, and {', '.join(missing)} is asked for"})
+            send(connection, {"refused": f"it holds {held}, but the run asks for {', '.join(missing)}"})
             return None
         heads = self._heads(wanted) if asked.get("heads") else ({}, {})
         send(connection, {"content": self._served.content, "heads": heads[0]}, heads[1])
         return frozenset(wanted)
 
     def _agreed(self, connection: socket.socket, asked: Mapping[str, Any]) -> Sender:
-        """Offer a trainer the ways for tensors that it can do with, and return its choice.
+        """Offer a trainer the transports that it supports, and return its choice.
 
         Raises:
             WireError: it chooses none, or it does not work between the two.
@@ -206,7 +206,7 @@ class ReferenceServer:
             send(connection, {"offers": {name: offer for name, (_, offer) in possible.items()}})
             chosen = receive(connection, 0).header.get("transport")
             if not isinstance(chosen, str) or chosen not in possible:
-                raise WireError("it can do with none of the ways that tensors could take")
+                raise WireError("it supports none of the transports offered")
             sender = possible[chosen][0]
             sender.meet(connection)
             agreed = sender
@@ -350,7 +350,7 @@ def _roles_of(frame: Frame, trainer: _Trainer) -> frozenset[str]:
     if named is None:
         return trainer.roles
     if not isinstance(named, list) or not named or not trainer.roles.issuperset(named):
-        raise ValueError(f"a request names roles of {', '.join(sorted(trainer.roles))}, and this one {named!r:.200}")
+        raise ValueError(f"a request names roles of {', '.join(sorted(trainer.roles))}; this one names {named!r:.200}")
     return frozenset(named)
 
 

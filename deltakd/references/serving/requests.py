@@ -64,10 +64,10 @@ def batch_of(tensors: Mapping[str, Tensor], packing: bool, vocabulary: int, long
     kinds = {"input_ids": torch.int32, "attention_mask": torch.bool, "trained": torch.bool}
     found = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     if set(found) != set(kinds) or len({shape for _, shape in found.values()}) != 1:
-        raise ValueError(f"a request has input_ids, attention_mask and trained of one shape, and this one {found}")
+        raise ValueError(f"a request has input_ids, attention_mask and trained of one shape; this one has {found}")
     rows, length = tensors["input_ids"].shape if tensors["input_ids"].dim() == 2 else (0, 0)
     if any(found[name][0] is not dtype for name, dtype in kinds.items()) or not rows or not length:
-        raise ValueError(f"a request has tensors [B, T] of {kinds}, and this one {found}")
+        raise ValueError(f"a request has tensors [B, T] of {kinds}; this one has {found}")
     ids, mask, trained = (tensors[name] for name in kinds)
     if bool((trained & ~mask).any()):
         raise ValueError("padding is trained on")

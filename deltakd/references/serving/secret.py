@@ -76,8 +76,9 @@ def greet_as_server(connection: socket.socket, token: bytes) -> None:
         raise WireError(reason)
     theirs = str(said.get("nonce"))
     if not _is_proof(said, token, "trainer", own, theirs):
-        send(connection, {"refused": f"the token is another; both sides need the same {TOKEN_VARIABLE} or token file"})
-        raise WireError("its token is another")
+        reason = f"the token does not match; both sides need the same {TOKEN_VARIABLE} or token file"
+        send(connection, {"refused": reason})
+        raise WireError("its token does not match")
     send(connection, {"proof": _proof(token, "server", own, theirs)})
 
 
@@ -95,7 +96,7 @@ def greet_as_trainer(connection: socket.socket, token: bytes) -> None:
     if "refused" in answer:
         raise RefusedError(str(answer["refused"])[:300], 403)
     if not _is_proof(answer, token, "server", theirs, own):
-        raise RefusedError("who listens there does not know the token", 403)
+        raise RefusedError("whoever listens there does not know the token", 403)
 
 
 def _is_proof(said: dict[str, Any], token: bytes, *facts: str) -> bool:

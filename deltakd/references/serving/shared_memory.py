@@ -214,7 +214,7 @@ class SharedMemoryReceiver(Receiver):
             file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             try:
                 if os.fstat(file).st_size != size or fcntl.fcntl(file, fcntl.F_GET_SEALS) & _seals() != _seals():
-                    raise ValueError("it is not as the server says")
+                    raise ValueError("it is not what the server says it is")
                 # Writable for PyTorch, which knows no other tensors; nobody writes.
                 self._maps[number] = mmap.mmap(file, size)
             finally:

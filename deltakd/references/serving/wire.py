@@ -124,7 +124,7 @@ def _fill(connection: socket.socket, room: memoryview) -> None:
         try:
             got = connection.recv_into(room[done:])
         except (BlockingIOError, TimeoutError):
-            raise WireError("it says nothing any more") from None
+            raise WireError("it has stopped answering") from None
         except OSError as error:
             raise WireError(error.strerror or type(error).__name__) from None
         if not got:

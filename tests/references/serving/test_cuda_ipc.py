@@ -95,8 +95,8 @@ def test_what_a_killed_trainer_leaves_serves_the_next_one() -> None:
     ("changed", "said"),
     [
         ({"device": "GPU-2"}, "not among those of this process"),
-        ({"handle": "AAAA"}, "it is no handle"),
-        ({"proof": "AAAA"}, "it holds something else"),
+        ({"handle": "AAAA"}, "it is not a handle"),
+        ({"proof": "AAAA"}, "it does not hold what the server says"),
     ],
 )
 def test_memory_that_is_not_the_servers_is_not_used(changed: dict[str, str], said: str) -> None:

@@ -175,6 +175,6 @@ def test_whoever_waits_hears_that_an_answer_could_not_be_taken_in(
     monkeypatch.setattr(SharedMemoryReceiver, "take", full)
     trainer = ServerConnection(address, TOKEN.encode(), ["teacher"], 0, "shared_memory")
     number = trainer.ask(REQUEST)
-    with pytest.raises(ServerError, match="could not be taken in: no memory is left"):
+    with pytest.raises(ServerError, match="could not be received: no memory is left"):
         trainer.take(number)
     trainer.close()

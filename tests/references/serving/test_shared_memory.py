@@ -89,7 +89,7 @@ def test_a_file_that_could_be_cut_under_its_reader_is_refused(tmp_path: Path) ->
     name = "deltakd-1"
     file = os.memfd_create(name)
     os.truncate(file, 4096)
-    with pytest.raises(UnavailableError, match="not as the server says"):
+    with pytest.raises(UnavailableError, match="not what the server says"):
         SharedMemoryReceiver({"number": 1, "size": 4096, "pid": os.getpid(), "file": file, "name": name})
     os.close(file)
 

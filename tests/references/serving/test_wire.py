@@ -102,7 +102,7 @@ def test_both_sides_prove_that_they_know_the_token(ends: tuple[socket.socket, so
 
 
 def test_another_token_is_refused_by_name_of_its_variable(ends: tuple[socket.socket, socket.socket]) -> None:
-    with pytest.raises(RefusedError, match=rf"the token is another; .*{TOKEN_VARIABLE}"):
+    with pytest.raises(RefusedError, match=rf"the token does not match; .*{TOKEN_VARIABLE}"):
         greet(ends, b"one token", b"another token")
 
 
