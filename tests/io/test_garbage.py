@@ -29,12 +29,12 @@ def _no_chance() -> Iterator[None]:
 
 
 def test_what_refers_to_itself_is_freed() -> None:
-    model = Model()
-    gone = weakref.ref(model)
+    frozen = gc.get_freeze_count()
     with nothing_left():
-        del model
+        gone = weakref.ref(Model())
         assert gone() is not None
     assert gone() is None
+    assert gc.get_freeze_count() == frozen == 0
 
 
 def test_it_is_freed_if_the_run_fails() -> None:
