@@ -49,6 +49,23 @@ def test_it_is_freed_if_the_run_fails() -> None:
     assert held[0]() is None
 
 
+def test_what_the_traceback_of_a_failed_run_held_is_freed_when_the_next_one_begins() -> None:
+    held: list[weakref.ref[Model]] = []
+
+    def run() -> None:
+        model = Model()
+        held.append(weakref.ref(model))
+        raise RuntimeError("no memory is left")
+
+    try:
+        with nothing_left():
+            run()
+    except RuntimeError:
+        assert held[0]() is not None
+    with nothing_left():
+        assert held[0]() is None
+
+
 def test_a_job_of_a_multirun_leaves_nothing(tmp_path: Path) -> None:
     held: list[weakref.ref[Model]] = []
 
