@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltakd.data.encoding.example_stream import Counts, Drawn, Example, ExampleStream, Mark, Taking, flat
-from deltakd.data.encoding.packing import CHARACTERS_PER_TOKEN, PIECE_BLOCKS, pieces_of
+from deltakd.data.encoding.packing import pieces_of
 from deltakd.data.encoding.tokens import TextEncoder
 from deltakd.data.sources.passes import Passes, Place
 
@@ -48,8 +48,7 @@ class BlockExamples(ExampleStream[str, NDArray[np.int32]]):
         self._length = block_length
 
     def _encode(self, rows: list[str]) -> list[NDArray[np.int32]]:
-        size = PIECE_BLOCKS * CHARACTERS_PER_TOKEN * self._length
-        pieces = [(place, piece) for place, row in enumerate(rows) for piece, _ in pieces_of(row, size)]
+        pieces = [(place, piece) for place, row in enumerate(rows) for piece, _ in pieces_of(row, self._length)]
         tokens: list[list[int]] = [[] for _ in rows]
         for (place, _), ids in zip(pieces, self._encoder.documents([piece for _, piece in pieces]), strict=True):
             tokens[place] += ids

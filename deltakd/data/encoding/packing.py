@@ -76,8 +76,7 @@ def _tokens(
 ) -> NDArray[np.int32]:
     """Return all tokens, concatenated: [tokens] int32."""
     encoder = TextEncoder(tokenizer)
-    size = PIECE_BLOCKS * CHARACTERS_PER_TOKEN * block_length
-    pieces = [piece for document in documents for piece in pieces_of(document, size)]
+    pieces = [piece for document in documents for piece in pieces_of(document, block_length)]
     if max_tokens is not None:
         order = np.random.Generator(np.random.PCG64(SHUFFLE_SEED)).permutation(len(pieces))
         pieces = [(pieces[index][0], True) for index in order]
@@ -96,9 +95,9 @@ def _tokens(
     return tokens
 
 
-def pieces_of(document: str, size: int) -> Iterator[tuple[str, bool]]:
+def pieces_of(document: str, block_length: int) -> Iterator[tuple[str, bool]]:
     """Yield (piece, True if it is the document's last), cut at line ends, or at spaces within a very long line."""
-    start = 0
+    start, size = 0, PIECE_BLOCKS * CHARACTERS_PER_TOKEN * block_length
     while len(document) - start > size:
         stop = start + size
         for mark in ("\n", " "):
